@@ -1,0 +1,147 @@
+r"""One block of queries against one rank's keys.
+
+Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge` joins it with
+the tiles before; scores are never kept for more than one tile.
+
+    s = scale q k^T + mask       p = exp(s - rowmax s)
+    out = p v / rowsum p         lse = rowmax s + log rowsum p
+
+The backward needs no such care: with lse over all keys of all ranks known, every tile's
+probabilities are what they are in the whole,
+
+    p = exp(s - lse)    dv = p^T dout    ds = p (dout v^T - delta)    dq = scale ds k    dk = scale ds^T q
+
+so its sums over tiles, blocks and ranks are plain sums.
+
+Equations: arXiv:2307.08691, algorithms 1 and 2.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lvxattn.reference.masks import MaskRule, MaskView, tiles
+from lvxattn.reference.merge import merge
+
+Array = npt.NDArray[np.float64]
+
+# Scores in one tile.
+TILE_SCORES = 2**20
+
+
+def block_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    mask: MaskView | npt.NDArray[Any] | MaskRule | None = None,
+) -> tuple[Array, Array]:
+    """Attend from a block of queries to one rank's keys.  Not collective.
+
+    Parameters
+    ----------
+    q : (B, H, s_q, D)
+    k : (B, H_KV, s_kv, D)
+    v : (B, H_KV, s_kv, D_V)
+    scale : float
+    mask : optional
+        A mask over this block, or the view that `Layout.view` gives of a rank's mask.
+
+    Returns
+    -------
+    out : (B, H, s_q, D_V)
+    lse : (B, H, s_q)
+        Natural log; (0, -inf) where a query may attend to none of the keys.
+    """
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    lse = np.full(q.shape[:3], -np.inf)
+    for keys in tiles(k.shape[2], _tile_keys(q)):
+        # 1. Scores, with -inf where a query may not look.
+        scores = _scores(q, k, keys, scale, MaskView.of(mask))
+        # 2. Softmax over this tile alone.  Where a row sees nothing: 0 instead of -inf - -inf.
+        row_max = scores.max(axis=-1)
+        base = np.where(row_max == -np.inf, 0.0, row_max)
+        p = np.exp(scores - base[..., None])
+        row_sum = p.sum(axis=-1)
+        seen = row_sum != 0
+        tile_lse = np.where(seen, base + np.log(np.where(seen, row_sum, 1.0)), -np.inf)
+        tile_out = _ungroup(_group(p, k) @ v[:, :, None, keys])
+        tile_out /= np.where(seen, row_sum, 1.0)[..., None]
+        # 3. Join it with the tiles before.
+        out, lse = merge(out, lse, tile_out, tile_lse)
+    return out, lse
+
+
+def block_attention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    lse: Array,
+    delta: Array,
+    dk: Array,
+    dv: Array,
+    *,
+    scale: float,
+    mask: MaskView | npt.NDArray[Any] | MaskRule | None = None,
+) -> Array:
+    """Differentiate `block_attention` given lse and delta over all keys of all ranks.
+
+    Not collective.  Adds this block's share to dk and dv in place.
+
+    Parameters
+    ----------
+    dout : (B, H, s_q, D_V)
+    q, k, v, scale, mask
+        As given to `block_attention`.
+    lse : (B, H, s_q)
+        Over all keys.
+    delta : (B, H, s_q)
+        ``rowsum(dout * out) - dlse``, out over all keys.
+    dk, dv : shaped as k, v
+        Added to in place.
+
+    Returns
+    -------
+    dq : (B, H, s_q, D)
+        The share of these keys.
+    """
+    dq = np.zeros(q.shape)
+    base = np.where(lse == -np.inf, 0.0, lse)
+    for keys in tiles(k.shape[2], _tile_keys(q)):
+        # 1. The probabilities that these keys have among all keys.
+        p = np.exp(_scores(q, k, keys, scale, MaskView.of(mask)) - base[..., None])
+        # 2. Their gradients, and those of the scores.
+        dp = _ungroup(_group(dout, k) @ v[:, :, None, keys].swapaxes(-1, -2))
+        ds = scale * p * (dp - delta[..., None])
+        # 3. Plain sums; the heads of a group share their key-value head.
+        dv[:, :, keys] += (_group(p, k).swapaxes(-1, -2) @ _group(dout, k)).sum(axis=2)
+        dk[:, :, keys] += (_group(ds, k).swapaxes(-1, -2) @ _group(q, k)).sum(axis=2)
+        dq += _ungroup(_group(ds, k) @ k[:, :, None, keys])
+    return dq
+
+
+def _tile_keys(q: Array) -> int:
+    B, H, s_q, _ = q.shape
+    return max(1, TILE_SCORES // max(1, B * H * s_q))
+
+
+def _scores(q: Array, k: Array, keys: slice, scale: float, mask: MaskView) -> Array:
+    B, H, s_q, _ = q.shape
+    scores = scale * _ungroup(_group(q, k) @ k[:, :, None, keys].swapaxes(-1, -2))
+    tile = mask.tile(slice(0, B), slice(0, H), slice(0, s_q), keys, np.arange)
+    if tile is None:
+        return scores
+    return np.where(tile, scores, -np.inf) if tile.dtype == bool else scores + tile
+
+
+def _group(x: Array, k: Array) -> Array:
+    """Split the query heads by the key-value head that they read: (B, H_KV, H / H_KV, s, ...)."""
+    return x.reshape(x.shape[0], k.shape[1], x.shape[1] // k.shape[1], *x.shape[2:])
+
+
+def _ungroup(x: Array) -> Array:
+    """Undo `_group`: (B, H, s, ...)."""
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])

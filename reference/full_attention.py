@@ -1,0 +1,187 @@
+r"""The truth: attention of all queries over all keys, in one process and in fp64.
+
+    s   = scale q k^T + mask
+    lse = log sum_j exp(s_j)
+    out = sum_j exp(s_j - lse) v_j
+
+and, with delta = rowsum(dout * out) - dlse,
+
+    p  = exp(s - lse)          dv = p^T dout
+    ds = p (dout v^T - delta)  dq = scale ds k       dk = scale ds^T q
+
+Softmax is taken in two passes, first the maximum of each row over all keys, then the sums, so that
+nothing here rests on the merging that the distributed versions use and that this file is there to
+check.  Queries and keys are tiled: memory beyond arguments and results stays below about 100 MB.
+
+Equations: arXiv:2307.08691, sections 2.2 and 2.3.
+"""
+
+from collections.abc import Iterator
+from math import sqrt
+
+import numpy as np
+import numpy.typing as npt
+
+from lvxattn.reference.masks import MaskRule, MaskView, tiles
+from lvxattn.reference.validation import check_attention, check_backward, check_mask_rows
+
+Array = npt.NDArray[np.float64]
+AnyArray = npt.NDArray[np.generic]
+
+# Scores in one tile: 2**21 fp64 numbers are 16 MB, and a handful of such arrays live at once.
+TILE_SCORES = 2**21
+TILE_ROWS = 1024
+
+
+def full_attention(
+    q: AnyArray,
+    k: AnyArray,
+    v: AnyArray,
+    *,
+    scale: float | None = None,
+    mask: AnyArray | MaskRule | None = None,
+) -> tuple[Array, Array]:
+    """Attend from all queries to all keys.  Not collective.
+
+    Parameters
+    ----------
+    q : (B, H, S_Q, D)
+    k : (B, H_KV, S_KV, D)
+        H is a multiple of H_KV; head h reads group ``h // (H // H_KV)``.
+    v : (B, H_KV, S_KV, D_V)
+        All three of one floating dtype.
+    scale : float, optional
+        ``1 / sqrt(D)`` unless given.
+    mask : array or callable, optional
+        bool (True = may attend) or additive float, broadcastable to (B, H, S_Q, S_KV) with its last
+        axis S_KV; or ``mask(b, h, q_index, kv_index) -> bool`` on broadcastable index arrays.
+
+    Returns
+    -------
+    out : (B, H, S_Q, D_V), float64
+    lse : (B, H, S_Q), float64
+        Natural log of the sum of exponentiated scores; -inf, with out = 0, where a query may
+        attend to nothing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what was given.
+    """
+    check_attention(q, k, v, scale=scale, mask=mask)
+    check_mask_rows(mask, q.shape[2])
+    scale = 1 / sqrt(q.shape[3]) if scale is None else float(scale)
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    lse = np.full(q.shape[:3], -np.inf)
+    for rows in _row_tiles(q, k):
+        maximum = np.full(lse[:, :, rows].shape, -np.inf)
+        for keys in _key_tiles(q, k):
+            maximum = np.maximum(maximum, _scores(q, k, rows, keys, scale, mask).max(axis=-1))
+        maximum = np.where(maximum == -np.inf, 0.0, maximum)  # a row that sees nothing: exp gives 0
+        total = np.zeros_like(maximum)
+        for keys in _key_tiles(q, k):
+            p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
+            total += p.sum(axis=-1)
+            out[:, :, rows] += _ungroup(_group(p, k) @ _fp64(v, keys))
+        seen = total != 0
+        lse[:, :, rows] = np.where(seen, maximum + np.log(np.where(seen, total, 1.0)), -np.inf)
+        out[:, :, rows] /= np.where(seen, total, 1.0)[..., None]
+    return out, lse
+
+
+def full_attention_backward(
+    dout: AnyArray,
+    q: AnyArray,
+    k: AnyArray,
+    v: AnyArray,
+    out: AnyArray,
+    lse: AnyArray,
+    *,
+    scale: float | None = None,
+    mask: AnyArray | MaskRule | None = None,
+    dlse: AnyArray | None = None,
+) -> tuple[Array, Array, Array]:
+    """Differentiate `full_attention`.  Not collective.
+
+    Parameters
+    ----------
+    dout : (B, H, S_Q, D_V)
+        Gradient of the loss with respect to out.
+    q, k, v, scale, mask
+        As given to `full_attention`.
+    out, lse
+        As returned by it.
+    dlse : (B, H, S_Q), optional
+        Gradient of the loss with respect to lse, where lse is used too.
+
+    Returns
+    -------
+    dq, dk, dv : float64, shaped as q, k, v
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what was given.
+    """
+    check_attention(q, k, v, scale=scale, mask=mask)
+    check_mask_rows(mask, q.shape[2])
+    check_backward(q, v, dout, out, lse, dlse)
+    scale = 1 / sqrt(q.shape[3]) if scale is None else float(scale)
+    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    for rows in _row_tiles(q, k):
+        dout_rows = dout[:, :, rows].astype(np.float64)
+        delta = (dout_rows * out[:, :, rows]).sum(axis=-1)
+        if dlse is not None:
+            delta -= dlse[:, :, rows]
+        # A dead row's scores are all -inf: against 0 instead of -inf its p is 0, not NaN.
+        lse_rows = np.where(lse[:, :, rows] == -np.inf, 0.0, lse[:, :, rows])
+        for keys in _key_tiles(q, k):
+            p = np.exp(_scores(q, k, rows, keys, scale, mask) - lse_rows[..., None])
+            dp = _ungroup(_group(dout_rows, k) @ _fp64(v, keys).swapaxes(-1, -2))
+            ds = scale * p * (dp - delta[..., None])
+            q_rows = q[:, :, rows].astype(np.float64)
+            dv[:, :, keys] += (_group(p, k).swapaxes(-1, -2) @ _group(dout_rows, k)).sum(axis=2)
+            dk[:, :, keys] += (_group(ds, k).swapaxes(-1, -2) @ _group(q_rows, k)).sum(axis=2)
+            dq[:, :, rows] += _ungroup(_group(ds, k) @ _fp64(k, keys))
+    return dq, dk, dv
+
+
+def _scores(
+    q: AnyArray,
+    k: AnyArray,
+    rows: slice,
+    keys: slice,
+    scale: float,
+    mask: AnyArray | MaskRule | None,
+) -> Array:
+    q_rows = q[:, :, rows].astype(np.float64)
+    scores = scale * _ungroup(_group(q_rows, k) @ _fp64(k, keys).swapaxes(-1, -2))
+    everything = slice(0, q.shape[0]), slice(0, q.shape[1])
+    tile = MaskView.of(mask).tile(*everything, rows, keys, np.arange)
+    if tile is None:
+        return scores
+    return np.where(tile, scores, -np.inf) if tile.dtype == bool else scores + tile
+
+
+def _group(x: Array, k: AnyArray) -> Array:
+    """Split the query heads by the key-value head that they read: (B, H_KV, H / H_KV, s, ...)."""
+    return x.reshape(x.shape[0], k.shape[1], x.shape[1] // k.shape[1], *x.shape[2:])
+
+
+def _ungroup(x: Array) -> Array:
+    """Undo `_group`: (B, H, s, ...)."""
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def _fp64(x: AnyArray, keys: slice) -> Array:
+    """Return one tile of keys or values, with an axis over which a group's heads share it."""
+    return x[:, :, None, keys].astype(np.float64)
+
+
+def _row_tiles(q: AnyArray, k: AnyArray) -> Iterator[slice]:
+    return tiles(q.shape[2], TILE_ROWS)
+
+
+def _key_tiles(q: AnyArray, k: AnyArray) -> Iterator[slice]:
+    heads_and_rows = q.shape[0] * q.shape[1] * min(q.shape[2], TILE_ROWS)
+    return tiles(k.shape[2], max(1, TILE_SCORES // max(1, heads_and_rows)))

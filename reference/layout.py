@@ -1,0 +1,345 @@
+"""Who holds what: lengths, order of the ring, and the one collective check before any block moves.
+
+Each rank holds a contiguous share of the queries and of the keys and values; concatenated in rank
+order the shares are the whole.  The ring visits the ranks host by host, whatever numbers the
+launcher gave them, so that P - 1 hops cross a slow link between hosts no more often than they must:
+
+    ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
+"""
+
+import socket
+from dataclasses import dataclass
+from importlib import import_module
+from math import sqrt
+from typing import Any
+
+from lvxattn.reference.masks import MaskView
+from lvxattn.reference.validation import (
+    Communicator,
+    accumulator,
+    check_attention,
+    check_backward,
+    check_mask_rows,
+    check_mask_shape_rows,
+    dtype_name,
+    library,
+    on_rank,
+    raise_lowest,
+)
+
+Array = Any
+
+SCHEDULES = ("lv-xattn",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all ranks agreed on, seen from one of them.
+
+    Attributes
+    ----------
+    rank : int
+        The rank that this layout belongs to.
+    order : tuple of int
+        The ring: a permutation of the ranks, those of one host side by side.
+    s_q, s_kv : tuple of int
+        Every rank's number of queries, and of keys, in rank order.
+    B, H, H_KV, D, D_V : int
+        Sizes that are equal on all ranks.
+    dtype : str
+        Of q, k and v.
+    scale : float
+    schedule : str
+    """
+
+    rank: int
+    order: tuple[int, ...]
+    s_q: tuple[int, ...]
+    s_kv: tuple[int, ...]
+    B: int
+    H: int
+    H_KV: int
+    D: int
+    D_V: int
+    dtype: str
+    scale: float
+    schedule: str
+
+    @staticmethod
+    def agree(
+        q: Array,
+        k: Array,
+        v: Array,
+        comm: Communicator,
+        *,
+        schedule: str = "lv-xattn",
+        scale: float | None = None,
+        mask: Any = None,
+        backward: tuple[Array, Array, Array, Array | None] | None = None,
+    ) -> "Layout":
+        """Check all ranks' arguments together and lay out the ring.
+
+        Collective: every rank of comm calls this.  One all-gather of a few numbers; when it raises,
+        it raises the same error on every rank and nothing else has been sent.
+
+        Parameters
+        ----------
+        q : (B, H, s_q, D)
+        k : (B, H_KV, s_kv, D)
+        v : (B, H_KV, s_kv, D_V)
+            This rank's shares; lengths may differ between ranks and may be 0.
+        comm : communicator
+        schedule : str
+            One of `SCHEDULES`.
+        scale : float, optional
+            ``1 / sqrt(D)`` unless given.
+        mask : None, array or callable
+            What this rank's keys look like to every query.  Ranks may differ in kind.
+        backward : (dout, out, lse, dlse), optional
+            Checked too, where a backward is to follow.
+
+        Returns
+        -------
+        Layout
+            Valid for any call on any arrays of these shapes and this dtype.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, what was expected, what was given and the rank.
+        """
+        record: _Record | Exception
+        try:
+            check_attention(q, k, v, scale=scale, mask=mask)
+            if backward is not None:
+                check_backward(q, v, *backward)
+            if schedule not in SCHEDULES:
+                raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+            record = _Record.of(q, k, v, schedule, scale, mask, comm)
+        except (TypeError, ValueError) as error:
+            record = error
+        gathered = comm.allgather(record)
+        raise_lowest([r if isinstance(r, Exception) else None for r in gathered])
+        records = [r for r in gathered if isinstance(r, _Record)]
+        _check_equal(records)
+        first = records[0]
+        hosts = [r.host for r in records]
+        return Layout(
+            rank=comm.rank,
+            order=tuple(sorted(range(len(hosts)), key=lambda r: (hosts.index(hosts[r]), r))),
+            s_q=tuple(r.s_q for r in records),
+            s_kv=tuple(r.s_kv for r in records),
+            **{name: getattr(first, name) for name in _EQUAL_ON_ALL_RANKS},
+        )
+
+    def check(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        comm: Communicator,
+        *,
+        scale: float | None = None,
+        mask: Any = None,
+        backward: tuple[Array, Array, Array, Array | None] | None = None,
+    ) -> None:
+        """Check that this rank's arguments fit what was agreed.  Not collective.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On this rank only: under MPI the program's end then ends the others.
+        """
+        try:
+            check_attention(q, k, v, scale=scale, mask=mask)
+            check_mask_rows(mask, self.S_Q)
+            if backward is not None:
+                check_backward(q, v, *backward)
+            if (comm.rank, comm.size) != (self.rank, self.size):
+                raise ValueError(
+                    f"layout: expected the communicator it was agreed on, where this is rank "
+                    f"{self.rank} of {self.size}, got one where this is rank {comm.rank} of {comm.size}"
+                )
+            if scale is not None and float(scale) != self.scale:
+                raise ValueError(f"scale: expected the layout's {self.scale}, got {scale}")
+            expected = (
+                ("q", q, (self.B, self.H, self.s_q[self.rank], self.D)),
+                ("k", k, (self.B, self.H_KV, self.s_kv[self.rank], self.D)),
+                ("v", v, (self.B, self.H_KV, self.s_kv[self.rank], self.D_V)),
+            )
+            for name, x, shape in expected:
+                if tuple(x.shape) != shape:
+                    raise ValueError(
+                        f"{name}: expected the layout's shape {shape}, got {tuple(x.shape)}"
+                    )
+            if dtype_name(q) != self.dtype:
+                raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
+        except (TypeError, ValueError) as error:
+            raise on_rank(error, comm.rank, comm.size) from None
+
+    @property
+    def size(self) -> int:
+        """P, the number of ranks."""
+        return len(self.order)
+
+    @property
+    def S_Q(self) -> int:
+        """How many queries all ranks hold together."""
+        return sum(self.s_q)
+
+    @property
+    def S_KV(self) -> int:
+        """How many keys all ranks hold together."""
+        return sum(self.s_kv)
+
+    @property
+    def accumulator(self) -> str:
+        """The dtype of sums and of what travels as a partial result."""
+        return accumulator(self.dtype)
+
+    @property
+    def right(self) -> int:
+        """The rank that this rank sends to."""
+        return self.owner(-1)
+
+    @property
+    def left(self) -> int:
+        """The rank that this rank receives from."""
+        return self.owner(1)
+
+    def owner(self, hop: int) -> int:
+        """Whose block is here after `hop` hops; after 0 or P hops, this rank's own."""
+        return self.order[(self.order.index(self.rank) - hop) % self.size]
+
+    def view(self, mask: Any, owner: int) -> MaskView:
+        """Return this rank's mask as it applies to the queries of `owner`."""
+        return MaskView(mask, q_start=sum(self.s_q[:owner]), kv_start=sum(self.s_kv[: self.rank]))
+
+
+def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
+    """Return this rank's part of an array that every rank holds whole.  Not collective.
+
+    Parameters
+    ----------
+    x : array
+    comm : communicator
+    axis : int
+        The axis that is cut; the first ``length % P`` parts are one longer than the others.
+
+    Returns
+    -------
+    array
+        A view of x.
+    """
+    length, extra = divmod(x.shape[axis], comm.size)
+    start = comm.rank * length + min(comm.rank, extra)
+    cut = [slice(None)] * len(x.shape)
+    cut[axis] = slice(start, start + length + (comm.rank < extra))
+    return x[tuple(cut)]
+
+
+def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
+    """Join all ranks' parts, of any lengths, into the whole, on every rank.
+
+    Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    x : array
+    comm : communicator
+    axis : int
+        The axis along which the parts follow one another in rank order.
+
+    Returns
+    -------
+    array
+
+    Raises
+    ------
+    ValueError
+        On every rank, when the parts differ in dtype or in another axis.
+    """
+    parts = comm.allgather(x)
+    first = parts[0]
+    for rank, part in enumerate(parts):
+        others = [n for i, n in enumerate(part.shape) if i != axis % len(first.shape)]
+        expected = [n for i, n in enumerate(first.shape) if i != axis % len(first.shape)]
+        if (others, dtype_name(part)) != (expected, dtype_name(first)):
+            error = ValueError(
+                f"x: expected rank 0's shape {tuple(first.shape)} but for axis {axis}, and dtype "
+                f"{dtype_name(first)}, got {tuple(part.shape)} and {dtype_name(part)}"
+            )
+            raise on_rank(error, rank, comm.size)
+    return import_module(library(first)).concatenate(parts, axis=axis)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What one rank tells the others."""
+
+    host: str
+    s_q: int
+    s_kv: int
+    mask_shape: tuple[int, ...] | None
+    B: int
+    H: int
+    H_KV: int
+    D: int
+    D_V: int
+    dtype: str
+    scale: float
+    schedule: str
+
+    @staticmethod
+    def of(
+        q: Array,
+        k: Array,
+        v: Array,
+        schedule: str,
+        scale: float | None,
+        mask: Any,
+        comm: Communicator,
+    ) -> "_Record":
+        B, H, s_q, D = q.shape
+        return _Record(
+            host=getattr(comm, "host", None) or socket.gethostname(),
+            s_q=s_q,
+            s_kv=k.shape[2],
+            mask_shape=None if mask is None or callable(mask) else tuple(mask.shape),
+            B=B,
+            H=H,
+            H_KV=k.shape[1],
+            D=D,
+            D_V=v.shape[3],
+            dtype=dtype_name(q),
+            scale=1 / sqrt(D) if scale is None else float(scale),
+            schedule=schedule,
+        )
+
+
+# What must be equal on all ranks, and the argument to name when it is not.
+_EQUAL_ON_ALL_RANKS = {
+    "B": "q",
+    "H": "q",
+    "H_KV": "k",
+    "D": "q",
+    "D_V": "v",
+    "dtype": "q",
+    "scale": "scale",
+    "schedule": "schedule",
+}
+
+
+def _check_equal(records: list[_Record]) -> None:
+    S_Q = sum(r.s_q for r in records)
+    for rank, record in enumerate(records):
+        try:
+            for name, argument in _EQUAL_ON_ALL_RANKS.items():
+                given, expected = getattr(record, name), getattr(records[0], name)
+                if given != expected:
+                    symbol = "" if name == argument else f" {name} ="
+                    raise ValueError(f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}")
+            if record.mask_shape is not None:
+                check_mask_shape_rows(record.mask_shape, S_Q)
+        except ValueError as error:
+            raise on_rank(error, rank, len(records)) from None

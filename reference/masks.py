@@ -1,0 +1,104 @@
+"""What a block of queries may see of one rank's keys.
+
+A mask belongs to the rank that holds the keys: its columns are that rank's keys, its rows all
+queries of all ranks.  A `MaskView` is that mask looked at from one block: it knows where the block
+lies in the whole, and cuts out the tile that a kernel is working on.  Nothing here depends on the
+kind of array.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+Array = Any
+MaskRule = Callable[[Array, Array, Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """One block's view of a mask.
+
+    Attributes
+    ----------
+    mask : None, array or callable
+        As the user gave it: bool (True = may attend), additive float, or
+        ``mask(b, h, q_index, kv_index) -> bool`` on broadcastable arrays of global indices.
+    q_start, kv_start : int
+        Global index of the block's first query and of its first key.
+    column : int
+        Where the block's first key lies along the array mask's last axis.
+    """
+
+    mask: Array | MaskRule | None
+    q_start: int = 0
+    kv_start: int = 0
+    column: int = 0
+
+    @staticmethod
+    def of(mask: "MaskView | Array | MaskRule | None") -> "MaskView":
+        """Return `mask` itself if it is a view, else a view of it that starts at index 0."""
+        return mask if isinstance(mask, MaskView) else MaskView(mask)
+
+    def from_key(self, start: int) -> "MaskView":
+        """Return the view whose first key is this view's key `start`."""
+        return replace(self, kv_start=self.kv_start + start, column=self.column + start)
+
+    def tile(
+        self, batches: slice, heads: slice, rows: slice, keys: slice, arange: Callable[..., Array]
+    ) -> Array | None:
+        """Cut out one tile.
+
+        Parameters
+        ----------
+        batches, heads, rows, keys : slice
+            Of the block, with start and stop.
+        arange : callable
+            ``arange(start, stop)`` of the block's kind of array, for a callable mask's indices.
+
+        Returns
+        -------
+        None, or an array of four axes that broadcasts to the tile's (B, H, s_q, s_kv)
+            bool (True = may attend) or additive.
+
+        Raises
+        ------
+        TypeError
+            A callable mask returned something that is not a bool array.
+        """
+        if self.mask is None:
+            return None
+        if callable(self.mask):
+            visible = self.mask(
+                arange(batches.start, batches.stop)[:, None, None, None],
+                arange(heads.start, heads.stop)[:, None, None],
+                arange(self.q_start + rows.start, self.q_start + rows.stop)[:, None],
+                arange(self.kv_start + keys.start, self.kv_start + keys.stop),
+            )
+            if str(getattr(visible, "dtype", type(visible))).removeprefix("torch.") != "bool":
+                raise TypeError(
+                    "mask: expected mask(b, h, q_index, kv_index) to return a bool array, "
+                    f"got {getattr(visible, 'dtype', type(visible).__name__)}"
+                )
+            return _four_axes(visible)
+        mask = _four_axes(self.mask)
+        q_start = 0 if mask.shape[2] == 1 else self.q_start
+        return mask[
+            _broadcast(mask.shape[0], batches),
+            _broadcast(mask.shape[1], heads),
+            _broadcast(mask.shape[2], slice(q_start + rows.start, q_start + rows.stop)),
+            self.column + keys.start : self.column + keys.stop,
+        ]
+
+
+def tiles(length: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most `size` that cover ``range(length)``."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _four_axes(mask: Array) -> Array:
+    return mask.reshape((1,) * (4 - len(mask.shape)) + tuple(mask.shape))
+
+
+def _broadcast(size: int, wanted: slice) -> slice:
+    return slice(0, 1) if size == 1 else wanted

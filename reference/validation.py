@@ -1,0 +1,238 @@
+"""Checks of what a user gives, on shapes and dtypes alone: they serve every kind of array.
+
+Every error names the argument, what was expected and what was given; whoever knows the rank adds
+it.  `raise_together` turns an error on one rank into the same error on all of them, so that no rank
+is left waiting for a message that will never come.
+"""
+
+from math import isfinite
+from numbers import Real
+from typing import Any, Protocol, TypeVar
+
+Array = Any
+T = TypeVar("T")
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+
+
+class Communicator(Protocol):
+    """What the checks need of a communicator: mpi4py's names."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+
+    def allgather(self, sendobj: T) -> list[T]:
+        """Give every rank the objects of all ranks, in rank order."""
+
+
+def check_attention(q: Array, k: Array, v: Array, *, scale: float | None, mask: Any) -> None:
+    """Check the arguments of one rank, or of a single process, against one another.
+
+    Raises
+    ------
+    TypeError
+        Not an array, not one kind of array, or a dtype that attention is not defined for.
+    ValueError
+        Shapes that do not fit.
+    """
+    for name, x, axes in (
+        ("q", q, "(B, H, s_q, D)"),
+        ("k", k, "(B, H_KV, s_kv, D)"),
+        ("v", v, "(B, H_KV, s_kv, D_V)"),
+    ):
+        _check_array(name, x, q)
+        _check_floating(name, x)
+        if len(x.shape) != 4:
+            raise ValueError(f"{name}: expected 4 axes {axes}, got shape {tuple(x.shape)}")
+        if 0 in (x.shape[0], x.shape[1], x.shape[3]):
+            raise ValueError(
+                f"{name}: expected every axis of {axes} but the length to be at least 1, "
+                f"got shape {tuple(x.shape)}"
+            )
+        if dtype_name(x) != dtype_name(q):
+            raise TypeError(f"{name}: expected q's dtype {dtype_name(q)}, got {dtype_name(x)}")
+    B, H, _, D = q.shape
+    H_KV, s_kv = k.shape[1:3]
+    _check_axis("k", k, 0, "B", B, "q")
+    _check_axis("k", k, 3, "D", D, "q")
+    _check_axis("v", v, 0, "B", B, "q")
+    _check_axis("v", v, 1, "H_KV", H_KV, "k")
+    _check_axis("v", v, 2, "s_kv", s_kv, "k")
+    if H % H_KV:
+        raise ValueError(
+            f"k: expected H_KV to divide q's H = {H}, got H_KV = {H_KV} in shape {tuple(k.shape)}"
+        )
+    check_scale(scale)
+    check_mask(mask, q, s_kv)
+
+
+def check_scale(scale: float | None) -> None:
+    """Check that `scale` is None or a finite real number."""
+    if scale is None:
+        return
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(f"scale: expected a real number or None, got {_kind(scale)}")
+    if not isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def check_mask(mask: Any, q: Array, s_kv: int) -> None:
+    """Check a mask against this rank's queries' batch and heads, and against its keys."""
+    if mask is None or callable(mask):
+        return
+    _check_array("mask", mask, q)
+    if dtype_name(mask) != "bool" and dtype_name(mask) not in FLOATING:
+        raise TypeError(
+            "mask: expected bool (True = may attend) or an additive floating dtype, "
+            f"got {dtype_name(mask)}"
+        )
+    shape = tuple(mask.shape)
+    B, H = q.shape[:2]
+    four = (1,) * (4 - len(shape)) + shape
+    if not 1 <= len(shape) <= 4 or four[0] not in (1, B) or four[1] not in (1, H):
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to (B, H, S_Q, s_kv) = ({B}, {H}, S_Q, {s_kv})"
+            f", got {shape}"
+        )
+    if four[3] != s_kv:
+        raise ValueError(
+            f"mask: expected its last axis to be exactly the keys, s_kv = {s_kv}, got {shape}"
+        )
+
+
+def check_mask_rows(mask: Any, S_Q: int) -> None:
+    """Check an array mask's query axis, which is 1 or as long as all ranks' queries."""
+    if mask is not None and not callable(mask):
+        check_mask_shape_rows(tuple(mask.shape), S_Q)
+
+
+def check_mask_shape_rows(shape: tuple[int, ...], S_Q: int) -> None:
+    """Check the query axis of an array mask of this shape."""
+    if len(shape) > 1 and shape[-2] not in (1, S_Q):
+        raise ValueError(
+            f"mask: expected its query axis to be 1 or all queries, S_Q = {S_Q}, got {shape}"
+        )
+
+
+def check_backward(
+    q: Array, v: Array, dout: Array, out: Array, lse: Array, dlse: Array | None
+) -> None:
+    """Check what the backward takes beside the arguments of the forward."""
+    rows = tuple(q.shape[:3])
+    for name, x, axes, shape in (
+        ("dout", dout, "(B, H, s_q, D_V)", (*rows, v.shape[3])),
+        ("out", out, "(B, H, s_q, D_V)", (*rows, v.shape[3])),
+        ("lse", lse, "(B, H, s_q)", rows),
+        ("dlse", dlse, "(B, H, s_q)", rows),
+    ):
+        if name == "dlse" and x is None:
+            continue
+        _check_array(name, x, q)
+        _check_floating(name, x)
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name}: expected shape {axes} = {shape}, got {tuple(x.shape)}")
+
+
+def check_features(
+    x: Array,
+    y: Array,
+    w_q: Array,
+    w_k: Array,
+    w_v: Array,
+    comm: Communicator,
+    *,
+    together: bool,
+) -> None:
+    """Check a layer's features and weights.
+
+    Collective where `together`: then the error is raised on every rank, else on this one.
+    """
+    error: Exception | None = None
+    try:
+        for name, a, axes in (
+            ("x", x, "(B, s_q, E)"),
+            ("y", y, "(B, s_kv, E_V)"),
+            ("w_q", w_q, "(E, H, D)"),
+            ("w_k", w_k, "(E_V, H_KV, D)"),
+            ("w_v", w_v, "(E_V, H_KV, D_V)"),
+        ):
+            _check_array(name, a, x)
+            _check_floating(name, a)
+            if len(a.shape) != 3:
+                raise ValueError(f"{name}: expected 3 axes {axes}, got shape {tuple(a.shape)}")
+        _check_axis("y", y, 0, "B", x.shape[0], "x")
+        _check_axis("w_q", w_q, 0, "E", x.shape[2], "x")
+        _check_axis("w_k", w_k, 0, "E_V", y.shape[2], "y")
+        _check_axis("w_v", w_v, 0, "E_V", y.shape[2], "y")
+        _check_axis("w_k", w_k, 2, "D", w_q.shape[2], "w_q")
+        _check_axis("w_v", w_v, 1, "H_KV", w_k.shape[1], "w_k")
+    except (TypeError, ValueError) as e:
+        error = e
+    if together:
+        raise_together(error, comm)
+    elif error is not None:
+        raise on_rank(error, comm.rank, comm.size) from None
+
+
+def raise_together(error: Exception | None, comm: Communicator) -> None:
+    """Raise on every rank the error of the lowest rank that has one.
+
+    Collective: every rank of comm calls this, with its own error or None.
+    """
+    raise_lowest(comm.allgather(error))
+
+
+def raise_lowest(errors: list[Exception | None]) -> None:
+    """Raise the error of the lowest rank that has one, naming the rank."""
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise on_rank(error, rank, len(errors)) from None
+
+
+def on_rank(error: Exception, rank: int, size: int) -> Exception:
+    """Return an error of the same type whose text also names the rank."""
+    return type(error)(f"{error} (on rank {rank} of {size})")
+
+
+def dtype_name(x: Array) -> str:
+    """Return the dtype's plain name, such as ``"bfloat16"``, for any kind of array."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def accumulator(dtype: str) -> str:
+    """Return the dtype in which sums of this dtype are taken: fp32, or fp64 for fp64."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _check_array(name: str, x: Any, q: Any) -> None:
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name}: expected an array, got {_kind(x)}")
+    if library(x) != library(q):
+        raise TypeError(f"{name}: expected a {library(q)} array as q is, got {library(x)}")
+
+
+def _check_floating(name: str, x: Array) -> None:
+    if dtype_name(x) not in FLOATING:
+        raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}, got {dtype_name(x)}")
+
+
+def _check_axis(name: str, x: Array, axis: int, symbol: str, size: int, of: str) -> None:
+    if x.shape[axis] != size:
+        raise ValueError(
+            f"{name}: expected {symbol} = {size} on axis {axis} as in {of}, "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def library(x: Any) -> str:
+    """Return the name of the package that defines the array's type, such as ``"numpy"``."""
+    return type(x).__module__.partition(".")[0]
+
+
+def _kind(x: Any) -> str:
+    return f"{type(x).__name__} {x!r:.40}"
