@@ -142,12 +142,12 @@ def cross_attention_layer_backward(
 def project(features: AnyArray, weight: AnyArray) -> Array:
     """Project features (B, s, E) by a weight (E, H, D) to heads (B, H, s, D)."""
     features, weight = features.astype(np.float64), weight.astype(np.float64)
-    return np.einsum("bse,ehd->bhsd", features, weight, optimize=True)
+    return np.moveaxis(np.tensordot(features, weight, axes=1), 1, 2)
 
 
 def project_backward(dheads: Array, features: AnyArray, weight: AnyArray) -> tuple[Array, Array]:
     """Return the gradients of features (B, s, E) and weight (E, H, D), given those of the heads."""
     features, weight = features.astype(np.float64), weight.astype(np.float64)
-    dfeatures = np.einsum("bhsd,ehd->bse", dheads, weight, optimize=True)
-    dweight = np.einsum("bse,bhsd->ehd", features, dheads, optimize=True)
+    dfeatures = np.tensordot(dheads, weight, axes=((1, 3), (1, 2)))
+    dweight = np.tensordot(features, dheads, axes=((0, 1), (0, 2)))
     return dfeatures, dweight

@@ -1,0 +1,29 @@
+"""Distributed cross-attention over MPI: one rank a process, NumPy or CuPy arrays."""
+
+from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward
+from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
+from lvxattn.mpi_impl.device import limit_blas_threads
+from lvxattn.mpi_impl.merge import merge
+from lvxattn.mpi_impl.recompute import (
+    Saved,
+    cross_attention_layer,
+    cross_attention_layer_backward,
+)
+from lvxattn.reference.layout import Layout, shard, unshard
+from lvxattn.reference.meter import Meter
+
+__all__ = [
+    "Layout",
+    "Meter",
+    "Saved",
+    "block_attention",
+    "block_attention_backward",
+    "cross_attention",
+    "cross_attention_backward",
+    "cross_attention_layer",
+    "cross_attention_layer_backward",
+    "limit_blas_threads",
+    "merge",
+    "shard",
+    "unshard",
+]

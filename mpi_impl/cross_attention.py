@@ -1,0 +1,132 @@
+"""Exact cross-attention over keys and values that are spread over ranks: the front door.
+
+Both functions agree on a layout, unless they are given one, and hand over to the schedule.
+"""
+
+from typing import Any
+
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.meter import Meter
+
+Array = Any  # NumPy or CuPy
+
+FORWARD = {"lv-xattn": lv_xattn}
+BACKWARD = {"lv-xattn": lv_xattn_backward}
+
+
+def cross_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    comm: MPI.Intracomm,
+    *,
+    schedule: str = "lv-xattn",
+    scale: float | None = None,
+    mask: Array | MaskRule | None = None,
+    layout: Layout | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array]:
+    """Attend from this rank's queries to all ranks' keys.
+
+    Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    q : (B, H, s_q, D)
+        This rank's queries.
+    k : (B, H_KV, s_kv, D)
+    v : (B, H_KV, s_kv, D_V)
+        This rank's keys and values; H is a multiple of H_KV, and head h reads group
+        ``h // (H // H_KV)``.  Lengths may differ between ranks and may be 0.
+    comm : MPI.Intracomm
+        Messages use tags 7001 and 7002 of it.
+    schedule : str
+        How the work is spread: ``"lv-xattn"``.  Ignored where `layout` is given.
+    scale : float, optional
+        ``1 / sqrt(D)`` unless given.
+    mask : array or callable, optional
+        What this rank's keys look like to every query: bool (True = may attend) or additive float,
+        broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
+        its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
+        broadcastable arrays of global indices.
+    layout : Layout, optional
+        From `Layout.agree`, to agree once for many calls.
+    meter : Meter, optional
+        Is added to: messages, bytes, seconds.
+
+    Returns
+    -------
+    out : (B, H, s_q, D_V), q's dtype
+    lse : (B, H, s_q), float32, or float64 where q is
+        Natural log; -inf, with out = 0, where a query may attend to nothing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected, what was given and the rank; on every rank alike,
+        before anything is sent, unless `layout` is given: then on the rank that misfits.
+    """
+    if layout is None:
+        layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
+    else:
+        layout.check(q, k, v, comm, scale=scale, mask=mask)
+    return FORWARD[layout.schedule](q, k, v, comm, layout, mask=mask, meter=meter)
+
+
+def cross_attention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    comm: MPI.Intracomm,
+    *,
+    schedule: str = "lv-xattn",
+    scale: float | None = None,
+    mask: Array | MaskRule | None = None,
+    dlse: Array | None = None,
+    layout: Layout | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array, Array]:
+    """Differentiate `cross_attention`.
+
+    Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    dout : (B, H, s_q, D_V)
+        Gradient of the loss with respect to this rank's out.
+    q, k, v, comm, schedule, scale, mask, layout, meter
+        As given to `cross_attention`.
+    out, lse
+        As returned by it.
+    dlse : (B, H, s_q), optional
+        Gradient of the loss with respect to lse, where lse is used too.
+
+    Returns
+    -------
+    dq : (B, H, s_q, D)
+    dk : (B, H_KV, s_kv, D)
+    dv : (B, H_KV, s_kv, D_V)
+        In q's dtype; sums are taken in float32, or float64 where q is.  Summed over the queries of all ranks.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `cross_attention`.
+    """
+    backward = dout, out, lse, dlse
+    if layout is None:
+        layout = Layout.agree(
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward
+        )
+    else:
+        layout.check(q, k, v, comm, scale=scale, mask=mask, backward=backward)
+    return BACKWARD[layout.schedule](
+        dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
+    )

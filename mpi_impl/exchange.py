@@ -1,0 +1,123 @@
+"""How blocks move: every rank hands what it holds to the right and takes over from the left.
+
+    hop 1     rank 0 --> 1 --> 2 --> 3 --+        after hop h a block is h places right of its
+              ^--------------------------+        owner; after P - 1 hops it has been everywhere
+
+A `Rotation` is one kind of block going round: queries, or the results that follow them.  It has two
+buffers: while one is on its way to the right, the next block comes from the left into the other,
+and both requests progress while the rank computes.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.device import buffer
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.meter import Meter
+
+Array = Any
+# The shapes and dtypes of the arrays of an owner's block: wide dtypes first, so that all align.
+Fields = Callable[[int], list[tuple[tuple[int, ...], Any]]]
+
+# One tag for each kind of block: two rotations are under way at once.
+BLOCKS, RESULTS = 7001, 7002
+
+
+class Exchange:
+    """One rank's traffic in one pass.
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+    layout : Layout
+    meter : Meter
+        Counts what this rank sends.
+    xp : module
+        numpy or cupy.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, layout: Layout, meter: Meter, xp: Any) -> None:
+        self.comm, self.layout, self.meter, self.xp = comm, layout, meter, xp
+        self.rotations: list[Rotation] = []
+
+    def rotation(self, tag: int, fields: Fields, hop: int = 0) -> "Rotation":
+        """Return the rotation of one kind of block.
+
+        Parameters
+        ----------
+        tag : int
+        fields : callable
+            The shapes and dtypes of a block, by its owner: MPI must know how much will come.
+        hop : int
+            At which hop the first shift happens.
+        """
+        rotation = Rotation(self, tag, fields, hop)
+        self.rotations.append(rotation)
+        return rotation
+
+    def progress(self) -> None:
+        """Let MPI move what is under way; without such calls large messages stand still."""
+        MPI.Request.Testall([r for rotation in self.rotations for r in rotation.requests])
+
+    def finish(self) -> None:
+        """Wait until what this rank has sent is gone, so that no request outlives the pass."""
+        for rotation in self.rotations:
+            self.meter.waits(rotation.sending.Wait)()
+
+
+class Rotation:
+    """One kind of block going round the ring."""
+
+    def __init__(self, exchange: Exchange, tag: int, fields: Fields, hop: int) -> None:
+        self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
+        longest = max(self._nbytes(owner) for owner in range(exchange.layout.size))
+        # In hand, and to be received into.
+        self.buffers = [buffer(exchange.xp, longest) for _ in range(min(2, exchange.layout.size))]
+        self.sending, self.receiving = MPI.Request(), MPI.Request()
+
+    @property
+    def requests(self) -> tuple[MPI.Request, MPI.Request]:
+        """What is under way."""
+        return self.sending, self.receiving
+
+    def shift(self, *arrays: Array) -> None:
+        """Send a block to the right and start to receive the next one from the left.
+
+        What is sent is `arrays` or, without them, the block that was received last.  The block that
+        was received before that one is overwritten from now on.
+        """
+        comm, layout, meter = self.exchange.comm, self.exchange.layout, self.exchange.meter
+        in_hand, free = self.buffers
+        mine, coming = self._nbytes(layout.owner(self.hop)), self._nbytes(layout.owner(self.hop + 1))
+        for view, x in zip(self._views(), arrays, strict=bool(arrays)):
+            view[...] = x
+        # The block sent last left from `free`: until it is gone nothing may be received there.
+        meter.waits(self.sending.Wait)()
+        self.receiving = comm.Irecv([free.receivable(coming), MPI.BYTE], layout.left, self.tag)
+        self.sending = comm.Isend([in_hand.sendable(mine), MPI.BYTE], layout.right, self.tag)
+        meter.sent(mine)
+        self.buffers = [free, in_hand]
+        self.hop += 1
+
+    def wait(self) -> list[Array]:
+        """Wait for the block that `shift` asked for, and return its arrays.
+
+        They are views of a buffer, good until the next but one call of `shift`.
+        """
+        self.exchange.meter.waits(self.receiving.Wait)()
+        self.buffers[0].deliver(self._nbytes(self.exchange.layout.owner(self.hop)))
+        return self._views()
+
+    def _views(self) -> list[Array]:
+        views, start = [], 0
+        for shape, dtype in self.fields(self.exchange.layout.owner(self.hop)):
+            nbytes = prod(shape) * dtype.itemsize
+            views.append(self.buffers[0].array[start : start + nbytes].view(dtype).reshape(shape))
+            start += nbytes
+        return views
+
+    def _nbytes(self, owner: int) -> int:
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.fields(owner))

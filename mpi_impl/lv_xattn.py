@@ -1,0 +1,200 @@
+r"""LV-XAttn: keys and values stay, the short query blocks go round the ring.
+
+Forward.  A rank attends from every visiting block to its own keys; what has been computed for a
+block follows it one hop behind, is merged on the way and ends at home.  Rank r, P = 4:
+
+    hop        0 (home)      1           2           3           home again
+    q block    r, 1st part   r-1         r-2         r-3         r, 2nd part
+    sends      q of r        q of r-1    q of r-2    -           -
+    and                      result r-1  result r-2  result r-3  -
+    receives   q of r-1      q of r-2    q of r-3    result r
+                             result r-2  result r-3
+
+Queries make P - 1 hops and results P - 1, as few as an all-gather and a reduce-scatter would need.
+Work on the rank's own block is cut in two, so that the first hop of the queries and the last hop of
+the results have something to hide behind.
+
+Backward.  delta = rowsum(dout * out) - dlse is computed once, at home, so that out need not travel;
+q, dout, lse and delta go round, dq follows as the result did, dk and dv are summed where the keys
+are.
+
+Source: arXiv:2502.02406, algorithm 1; hops and the cut are this project's.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward
+from lvxattn.mpi_impl.device import array_module
+from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange
+from lvxattn.mpi_impl.merge import merge
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.meter import Meter
+
+Array = Any  # NumPy or CuPy
+
+
+def lv_xattn(
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    comm: MPI.Intracomm,
+    layout: Layout,
+    *,
+    mask: Array | MaskRule | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array]:
+    """Attend from this rank's queries to all ranks' keys.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    xp, wide = array_module(q), np.dtype(layout.accumulator)
+    exchange = Exchange(comm, layout, meter, xp)
+
+    def block(owner: int) -> list[tuple[tuple[int, ...], Any]]:
+        return [((layout.B, layout.H, layout.s_q[owner], layout.D), q.dtype)]
+
+    def result(owner: int) -> list[tuple[tuple[int, ...], Any]]:
+        rows = layout.B, layout.H, layout.s_q[owner]
+        return [((*rows, layout.D_V), wide), (rows, wide)]
+
+    queries, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
+    attend = meter.computes(
+        partial(block_attention, scale=layout.scale, progress=exchange.progress)
+    )
+    P, home = layout.size, layout.view(mask, layout.rank)
+    cut = home_cut(layout, layout.D, layout.D_V + 1)
+
+    # 1. Send my queries on; the first part of my own block's work hides their way.
+    if P > 1:
+        queries.shift(q)
+    out, lse = attend(q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+
+    for hop in range(1, P):
+        # 2. Take over a visiting block, and send it on before working on it.
+        (q_block,) = queries.wait()
+        if hop < P - 1:
+            queries.shift()
+        # 3. What my keys have to say to it.
+        view = layout.view(mask, layout.owner(hop))
+        part = attend(q_block, k_shard, v_shard, mask=view)
+        # 4. Merge that with what the ranks before me have said, and send it after the block.
+        if hop > 1:
+            part = merge(*part, *results.wait())
+        results.shift(*part)
+
+    # 5. The rest of my own block's work hides the way home of its result.
+    rest = attend(q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+    out, lse = merge(out, lse, *rest)
+    # 6. What all the others have said to my queries.
+    if P > 1:
+        out, lse = merge(out, lse, *results.wait())
+    exchange.finish()
+    return out.astype(q.dtype, copy=False), lse
+
+
+def lv_xattn_backward(
+    dout: Array,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    out: Array,
+    lse: Array,
+    comm: MPI.Intracomm,
+    layout: Layout,
+    *,
+    mask: Array | MaskRule | None = None,
+    dlse: Array | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array, Array]:
+    """Differentiate `lv_xattn`.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention_backward`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    xp, wide = array_module(q), np.dtype(layout.accumulator)
+    exchange = Exchange(comm, layout, meter, xp)
+
+    def block(owner: int) -> list[tuple[tuple[int, ...], Any]]:
+        rows = layout.B, layout.H, layout.s_q[owner]
+        return [
+            (rows, wide),
+            (rows, wide),
+            ((*rows, layout.D), q.dtype),
+            ((*rows, layout.D_V), q.dtype),
+        ]
+
+    def result(owner: int) -> list[tuple[tuple[int, ...], Any]]:
+        return [((layout.B, layout.H, layout.s_q[owner], layout.D), wide)]
+
+    blocks, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
+    attend = meter.computes(
+        partial(block_attention_backward, scale=layout.scale, progress=exchange.progress)
+    )
+    P, home = layout.size, layout.view(mask, layout.rank)
+    cut = home_cut(layout, layout.D + layout.D_V + 2, layout.D)
+    delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
+    first, last = (slice(None), slice(None), slice(cut)), (slice(None), slice(None), slice(cut, None))
+
+    # 1. Send my block on; the first part of my own block's work hides its way.
+    if P > 1:
+        blocks.shift(lse, delta, q, dout)
+    dq = attend(
+        dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
+    )
+
+    for hop in range(1, P):
+        # 2. Take over a visiting block, and send it on before working on it.
+        lse_block, delta_block, q_block, dout_block = blocks.wait()
+        if hop < P - 1:
+            blocks.shift()
+        # 3. What my keys have to say to it; dk and dv stay here and are added to in place.
+        view = layout.view(mask, layout.owner(hop))
+        part = attend(
+            dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv, mask=view
+        )
+        # 4. Add that to what the ranks before me have said, and send it after the block.
+        if hop > 1:
+            part += results.wait()[0]
+        results.shift(part)
+
+    # 5. The rest of my own block's work hides the way home of its gradient.
+    dq += attend(
+        dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
+        mask=home.from_key(cut),
+    )  # fmt: skip
+    # 6. What all the others have said to my queries.
+    if P > 1:
+        dq += results.wait()[0]
+    exchange.finish()
+    return (
+        dq.astype(q.dtype, copy=False),
+        dk.astype(k_shard.dtype, copy=False),
+        dv.astype(v_shard.dtype, copy=False),
+    )
+
+
+def home_cut(layout: Layout, block_width: int, result_width: int) -> int:
+    """Cut this rank's keys in two for its own block: work to hide a block's hop and a result's.
+
+    Parameters
+    ----------
+    layout : Layout
+    block_width, result_width : int
+        What a row of the block weighs on the wire, and a row of the result.
+
+    Returns
+    -------
+    int
+        How many of the keys come first; all of them where nothing travels.
+    """
+    s_kv = layout.s_kv[layout.rank]
+    return s_kv if layout.size == 1 else round(s_kv * block_width / (block_width + result_width))
