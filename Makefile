@@ -1,0 +1,78 @@
+# Every target that needs the environment makes it first: .venv, with the versions of
+# constraints.txt. An environment holds one MPI. The mpich wheel brings its own; with MPI=system
+# mpi4py finds the library of the machine, and MPIEXEC (default: mpiexec from PATH) starts it.
+
+PYTHON ?= python3
+MPI ?= mpich
+RANKS ?= 4
+ARGS ?=
+
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.ready-$(MPI)
+PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
+
+ifeq ($(MPI),mpich)
+  MPIEXEC := $(VENV)/bin/mpiexec
+  MPI_WHEEL := mpich
+  TEST_ENV :=
+else ifeq ($(MPI),system)
+  MPIEXEC ?= mpiexec
+  MPI_WHEEL :=
+  TEST_ENV := LVXATTN_MPIEXEC="$(MPIEXEC)"
+else
+  $(error MPI is mpich or system, not '$(MPI)')
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean check-mpiexec
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## Make .venv (PYTHON=python3.12 picks the interpreter, MPI=system the machine's MPI)
+
+demo: check-mpiexec $(STAMP) ## Search a long video on 4 MPI ranks (RANKS=8, ARGS="--video FILE")
+	@if [ -t 1 ]; then export LVXATTN_PROGRESS=line; fi; \
+	exec $(MPIEXEC) -n $(RANKS) $(VENV_PYTHON) -m mpi4py -m lvxattn.mpi_impl demo $(ARGS)
+
+test: check-mpiexec $(STAMP) ## Run the tests (ARGS="-k merge" is handed to pytest)
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m mypy
+
+clean: ## Remove .venv and everything built
+	rm -rf $(VENV) build dist src/*.egg-info demo.png
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last, so that an install cut short is done again. An environment of another
+# interpreter, or one that no longer starts, is made anew; any other is brought up to date.
+$(STAMP): pyproject.toml constraints.txt src/lvxattn/__init__.py
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) is not there. Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+	    "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv or no ensurepip." \
+	    "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@rm -f $(VENV)/.ready-*
+	@echo "Installing into $(VENV), about 650 MB"
+	@which='import sys; print(sys.version, sys.base_prefix)'; \
+	if [ "$$($(VENV_PYTHON) -c "$$which" 2>/dev/null)" = "$$($(PYTHON) -c "$$which")" ]; \
+	then $(PYTHON) -m venv $(VENV); else $(PYTHON) -m venv --clear $(VENV); fi
+	$(PIP) install --quiet --constraint constraints.txt setuptools wheel
+	$(if $(MPI_WHEEL),,$(PIP) uninstall --quiet --yes mpich)
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
+	  --editable '.[mpi,demo,test]' $(MPI_WHEEL)
+	@touch $@
+
+check-mpiexec:
+	@[ $(MPI) = mpich ] || command -v $(firstword $(MPIEXEC)) >/dev/null || { \
+	  echo "MPI=system, and $(firstword $(MPIEXEC)) is not on PATH." \
+	    "Name it: make MPI=system MPIEXEC=/path/to/mpiexec" >&2; exit 1; }
