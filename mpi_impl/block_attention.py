@@ -9,7 +9,8 @@ the tiles before; scores are never kept for more than one tile.
 The backward needs no such care: with lse over all keys of all ranks known, every tile's
 probabilities are what they are in the whole,
 
-    p = exp(s - lse)    dv = p^T dout    ds = p (dout v^T - delta)    dq = scale ds k    dk = scale ds^T q
+    p  = exp(s - lse)           dv = p^T dout
+    ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
 
 so its sums over tiles, blocks and ranks are plain sums.
 
@@ -64,11 +65,11 @@ def block_attention(
     work = _Tiles(q, k, MaskView.of(mask))
     xp = work.xp
     out, lse = work.new_rows(v.shape[3]), work.new_rows()
-    for at in work.rows():
+    for at in work.row_tiles():
         q_tile = work.load(q, at) * scale
         out_tile = xp.zeros((*q_tile.shape[:2], v.shape[3]), work.dtype)
         lse_tile = xp.full(q_tile.shape[:2], -xp.inf, work.dtype)
-        for keys in work.keys():
+        for keys in work.key_tiles():
             # 1. Scores, with -inf where a query may not look.
             p = work.scores(q_tile, work.load_keys(k, at, keys), at, keys)
             # 2. Softmax over this tile alone.  Where a row sees nothing: 0 instead of -inf - -inf.
@@ -127,12 +128,12 @@ def block_attention_backward(
     work = _Tiles(q, k, MaskView.of(mask))
     xp = work.xp
     dq = work.new_rows(q.shape[3])
-    for at in work.rows():
+    for at in work.row_tiles():
         q_tile = work.load(q, at) * scale
         dout_tile, lse_tile, delta_tile = (work.load(x, at) for x in (dout, lse, delta))
         dq_tile = xp.zeros_like(q_tile)
         base = xp.where(lse_tile == -xp.inf, 0.0, lse_tile)
-        for keys in work.keys():
+        for keys in work.key_tiles():
             k_tile, v_tile = work.load_keys(k, at, keys), work.load_keys(v, at, keys)
             # 1. The probabilities that these keys have among all keys.
             p = work.scores(q_tile, k_tile, at, keys)
@@ -178,14 +179,14 @@ class _Tiles:
         self.tile_keys = max(1, min(self.s_kv, max(1024, scores // lines)))
         self.scratch = self.xp.empty((2, lines * self.tile_keys), self.dtype)
 
-    def rows(self) -> Iterator[At]:
+    def row_tiles(self) -> Iterator[At]:
         """Yield every tile's batch entry, key-value heads and rows."""
         for b in range(self.B):
             for heads in tiles(self.H_KV, self.tile_heads):
                 for rows in tiles(self.s_q, self.tile_rows):
                     yield b, heads, rows
 
-    def keys(self) -> Iterator[slice]:
+    def key_tiles(self) -> Iterator[slice]:
         """Yield every tile's keys."""
         return tiles(self.s_kv, self.tile_keys)
 
@@ -219,9 +220,7 @@ class _Tiles:
         """Return masked scores (heads, G rows, keys), in scratch number 0."""
         b, heads, rows = at
         scores = self.product(0, q_tile, k_tile)
-        tile = self.mask.tile(
-            slice(b, b + 1), self._query_heads(heads), rows, keys, self.xp.arange
-        )
+        tile = self.mask.tile(slice(b, b + 1), self._query_heads(heads), rows, keys, self.xp.arange)
         if tile is not None:
             by_head = scores.reshape(-1, rows.stop - rows.start, scores.shape[2])
             if tile.dtype == bool:

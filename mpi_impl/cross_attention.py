@@ -113,7 +113,7 @@ def cross_attention_backward(
     dq : (B, H, s_q, D)
     dk : (B, H_KV, s_kv, D)
     dv : (B, H_KV, s_kv, D_V)
-        In q's dtype; sums are taken in float32, or float64 where q is.  Summed over the queries of all ranks.
+        In q's dtype, summed over the queries of all ranks in float32, or float64 where q is.
 
     Raises
     ------

@@ -34,7 +34,9 @@ def array_module(x: Array) -> Any:
     """
     module = import_module(library(x))
     if module is not np and not (hasattr(module, "cuda") and hasattr(module, "asnumpy")):
-        raise TypeError(f"q: expected a NumPy or CuPy array, got {type(x).__name__} of {library(x)}")
+        raise TypeError(
+            f"q: expected a NumPy or CuPy array, got {type(x).__name__} of {library(x)}"
+        )
     return module
 
 
@@ -127,7 +129,7 @@ class StagedBuffer:
 def cuda_aware() -> tuple[bool, str]:
     """Tell whether MPI may be handed device memory, and how that was decided.
 
-    ``LVXATTN_CUDA_AWARE`` = 0 or 1 decides; unset or ``auto`` asks the MPI library.  Not collective.
+    Not collective.  ``LVXATTN_CUDA_AWARE`` = 0 or 1 decides; unset or ``auto``, the library is asked.
 
     Returns
     -------
@@ -151,7 +153,7 @@ def cuda_aware() -> tuple[bool, str]:
         flag = ctypes.c_int(0)
         failed = loaded.MPIX_GPU_query_support(0, ctypes.byref(flag))
         return not failed and bool(flag.value), "MPIX_GPU_query_support"
-    kinds = MPI.COMM_WORLD.Get_info().get("mpi_memory_alloc_kinds", "")
+    kinds = MPI.COMM_WORLD.Get_info().get("mpi_memory_alloc_kinds") or ""
     return "cuda" in kinds.split(","), "mpi_memory_alloc_kinds"
 
 

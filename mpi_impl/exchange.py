@@ -91,7 +91,8 @@ class Rotation:
         """
         comm, layout, meter = self.exchange.comm, self.exchange.layout, self.exchange.meter
         in_hand, free = self.buffers
-        mine, coming = self._nbytes(layout.owner(self.hop)), self._nbytes(layout.owner(self.hop + 1))
+        mine = self._nbytes(layout.owner(self.hop))
+        coming = self._nbytes(layout.owner(self.hop + 1))
         for view, x in zip(self._views(), arrays, strict=bool(arrays)):
             view[...] = x
         # The block sent last left from `free`: until it is gone nothing may be received there.

@@ -142,7 +142,7 @@ def lv_xattn_backward(
     cut = home_cut(layout, layout.D + layout.D_V + 2, layout.D)
     delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
     dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
-    first, last = (slice(None), slice(None), slice(cut)), (slice(None), slice(None), slice(cut, None))
+    first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 
     # 1. Send my block on; the first part of my own block's work hides its way.
     if P > 1:

@@ -9,13 +9,15 @@ the tiles before; scores are never kept for more than one tile.
 The backward needs no such care: with lse over all keys of all ranks known, every tile's
 probabilities are what they are in the whole,
 
-    p = exp(s - lse)    dv = p^T dout    ds = p (dout v^T - delta)    dq = scale ds k    dk = scale ds^T q
+    p  = exp(s - lse)           dv = p^T dout
+    ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
 
 so its sums over tiles, blocks and ranks are plain sums.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 """
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -124,8 +126,7 @@ def block_attention_backward(
 
 
 def _tile_keys(q: Array) -> int:
-    B, H, s_q, _ = q.shape
-    return max(1, TILE_SCORES // max(1, B * H * s_q))
+    return max(1, TILE_SCORES // max(1, prod(q.shape[:3])))
 
 
 def _scores(q: Array, k: Array, keys: slice, scale: float, mask: MaskView) -> Array:

@@ -18,6 +18,7 @@ Equations: arXiv:2307.08691, sections 2.2 and 2.3.
 
 from collections.abc import Iterator
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from lvxattn.reference.masks import MaskRule, MaskView, tiles
 from lvxattn.reference.validation import check_attention, check_backward, check_mask_rows
 
 Array = npt.NDArray[np.float64]
-AnyArray = npt.NDArray[np.generic]
+AnyArray = npt.NDArray[Any]
 
 # Scores in one tile: 2**21 fp64 numbers are 16 MB, and a handful of such arrays live at once.
 TILE_SCORES = 2**21
@@ -73,7 +74,7 @@ def full_attention(
     scale = 1 / sqrt(q.shape[3]) if scale is None else float(scale)
     out = np.zeros((*q.shape[:3], v.shape[3]))
     lse = np.full(q.shape[:3], -np.inf)
-    for rows in _row_tiles(q, k):
+    for rows in _row_tiles(q):
         maximum = np.full(lse[:, :, rows].shape, -np.inf)
         for keys in _key_tiles(q, k):
             maximum = np.maximum(maximum, _scores(q, k, rows, keys, scale, mask).max(axis=-1))
@@ -128,9 +129,9 @@ def full_attention_backward(
     check_backward(q, v, dout, out, lse, dlse)
     scale = 1 / sqrt(q.shape[3]) if scale is None else float(scale)
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
-    for rows in _row_tiles(q, k):
+    for rows in _row_tiles(q):
         dout_rows = dout[:, :, rows].astype(np.float64)
-        delta = (dout_rows * out[:, :, rows]).sum(axis=-1)
+        delta = (dout_rows * out[:, :, rows].astype(np.float64)).sum(axis=-1)
         if dlse is not None:
             delta -= dlse[:, :, rows]
         # A dead row's scores are all -inf: against 0 instead of -inf its p is 0, not NaN.
@@ -178,7 +179,7 @@ def _fp64(x: AnyArray, keys: slice) -> Array:
     return x[:, :, None, keys].astype(np.float64)
 
 
-def _row_tiles(q: AnyArray, k: AnyArray) -> Iterator[slice]:
+def _row_tiles(q: AnyArray) -> Iterator[slice]:
     return tiles(q.shape[2], TILE_ROWS)
 
 

@@ -126,7 +126,7 @@ class Layout:
         hosts = [r.host for r in records]
         return Layout(
             rank=comm.rank,
-            order=tuple(sorted(range(len(hosts)), key=lambda r: (hosts.index(hosts[r]), r))),
+            order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
             s_q=tuple(r.s_q for r in records),
             s_kv=tuple(r.s_kv for r in records),
             **{name: getattr(first, name) for name in _EQUAL_ON_ALL_RANKS},
@@ -338,7 +338,9 @@ def _check_equal(records: list[_Record]) -> None:
                 given, expected = getattr(record, name), getattr(records[0], name)
                 if given != expected:
                     symbol = "" if name == argument else f" {name} ="
-                    raise ValueError(f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}")
+                    raise ValueError(
+                        f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
+                    )
             if record.mask_shape is not None:
                 check_mask_shape_rows(record.mask_shape, S_Q)
         except ValueError as error:

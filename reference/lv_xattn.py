@@ -22,6 +22,7 @@ Source: arXiv:2502.02406, algorithm 1; hops and the cut are this project's.
 """
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ from lvxattn.reference.meter import Meter
 from lvxattn.reference.virtual_ranks import VirtualComm
 
 Array = npt.NDArray[np.float64]
-AnyArray = npt.NDArray[np.generic]
+AnyArray = npt.NDArray[Any]
 
 
 def lv_xattn(
@@ -118,7 +119,7 @@ def lv_xattn_backward(
     cut = home_cut(layout, layout.D + layout.D_V + 2, layout.D)
     delta = (dout * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
     dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
-    first, last = (slice(None), slice(None), slice(cut)), (slice(None), slice(None), slice(cut, None))
+    first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 
     # 1. Send my block on; the first part of my own block's work hides its way.
     if P > 1:

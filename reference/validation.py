@@ -20,7 +20,7 @@ class Communicator(Protocol):
 
     @property
     def rank(self) -> int:
-        """This rank's number."""
+        """The number of this rank."""
 
     @property
     def size(self) -> int:
@@ -124,12 +124,13 @@ def check_backward(
 ) -> None:
     """Check what the backward takes beside the arguments of the forward."""
     rows = tuple(q.shape[:3])
-    for name, x, axes, shape in (
+    gradients: tuple[tuple[str, Any, str, tuple[int, ...]], ...] = (
         ("dout", dout, "(B, H, s_q, D_V)", (*rows, v.shape[3])),
         ("out", out, "(B, H, s_q, D_V)", (*rows, v.shape[3])),
         ("lse", lse, "(B, H, s_q)", rows),
         ("dlse", dlse, "(B, H, s_q)", rows),
-    ):
+    )
+    for name, x, axes, shape in gradients:
         if name == "dlse" and x is None:
             continue
         _check_array(name, x, q)

@@ -127,8 +127,8 @@ class VirtualComm:
         return self._world.allgather(self.rank, sendobj)
 
 
-class _Ended(BaseException):  # noqa: N818 - unwinds a rank because another one failed; never seen
-    pass
+class _Ended(BaseException):
+    """Unwinds a rank because another one failed; never leaves `run_ranks`."""
 
 
 class _World:
@@ -199,11 +199,12 @@ class _World:
             raise _Ended
 
     def _look_for_deadlock(self) -> None:
-        if self.failure is None and self.waiting and len(self.waiting) == self.alive:
-            if not any(ready() for ready, _ in self.waiting.values()):
-                waits = ", ".join(f"rank {r} for {w}" for r, (_, w) in sorted(self.waiting.items()))
-                self.failure = RuntimeError(f"deadlock: every rank still running waits: {waits}")
-                self.changed.notify_all()
+        if self.failure is not None or not self.waiting or len(self.waiting) < self.alive:
+            return
+        if not any(ready() for ready, _ in self.waiting.values()):
+            waits = ", ".join(f"rank {r} for {w}" for r, (_, w) in sorted(self.waiting.items()))
+            self.failure = RuntimeError(f"deadlock: every rank still running waits: {waits}")
+            self.changed.notify_all()
 
     def _on_the_wire(self, x: Array) -> Array:
         if self.wire_dtype is None or not np.issubdtype(x.dtype, np.floating):
