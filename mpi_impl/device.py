@@ -129,7 +129,7 @@ class StagedBuffer:
 def cuda_aware() -> tuple[bool, str]:
     """Tell whether MPI may be handed device memory, and how that was decided.
 
-    Not collective.  ``LVXATTN_CUDA_AWARE`` = 0 or 1 decides; unset or ``auto``, the library is asked.
+    Not collective.  ``LVXATTN_CUDA_AWARE`` = 0 or 1 decides; unset or ``auto`` asks the library.
 
     Returns
     -------

@@ -157,8 +157,8 @@ class Layout:
                 check_backward(q, v, *backward)
             if (comm.rank, comm.size) != (self.rank, self.size):
                 raise ValueError(
-                    f"layout: expected the communicator it was agreed on, where this is rank "
-                    f"{self.rank} of {self.size}, got one where this is rank {comm.rank} of {comm.size}"
+                    "layout: expected the communicator it was agreed on, with this as rank "
+                    f"{self.rank} of {self.size}, got rank {comm.rank} of {comm.size}"
                 )
             if scale is not None and float(scale) != self.scale:
                 raise ValueError(f"scale: expected the layout's {self.scale}, got {scale}")
