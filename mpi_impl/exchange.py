@@ -75,7 +75,7 @@ class Rotation:
         self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
         longest = max(self._nbytes(owner) for owner in range(exchange.layout.size))
         # In hand, and to be received into.
-        self.buffers = [buffer(exchange.xp, longest) for _ in range(min(2, exchange.layout.size))]
+        self.buffers = [buffer(exchange.xp, longest) for _ in range(2)]
         self.sending, self.receiving = MPI.Request(), MPI.Request()
 
     @property
