@@ -8,14 +8,15 @@ from typing import Any
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
+from lvxattn.mpi_impl.ring_attention import ring_attention, ring_attention_backward
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 
 Array = Any  # NumPy or CuPy
 
-FORWARD = {"lv-xattn": lv_xattn}
-BACKWARD = {"lv-xattn": lv_xattn_backward}
+FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention}
+BACKWARD = {"lv-xattn": lv_xattn_backward, "ring": ring_attention_backward}
 
 
 def cross_attention(
@@ -45,7 +46,8 @@ def cross_attention(
     comm : MPI.Intracomm
         Messages use tags 7001 and 7002 of it.
     schedule : str
-        How the work is spread: ``"lv-xattn"``.  Ignored where `layout` is given.
+        What travels: ``"lv-xattn"``, the queries; ``"ring"``, the keys and values.  Ignored where
+        `layout` is given.
     scale : float, optional
         ``1 / sqrt(D)`` unless given.
     mask : array or callable, optional

@@ -19,8 +19,9 @@ from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
 
 Array = Any
-# The shapes and dtypes of the arrays of an owner's block: wide dtypes first, so that all align.
-Fields = Callable[[int], list[tuple[tuple[int, ...], Any]]]
+# Shape and dtype of one array of a block, and those of a block by its owner.
+Field = tuple[tuple[int, ...], Any]
+Fields = Callable[[int], list[Field]]
 
 # One tag for each kind of block: two rotations are under way at once.
 BLOCKS, RESULTS = 7001, 7002
@@ -73,9 +74,10 @@ class Rotation:
 
     def __init__(self, exchange: Exchange, tag: int, fields: Fields, hop: int) -> None:
         self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
-        longest = max(self._nbytes(owner) for owner in range(exchange.layout.size))
+        #: The size of the largest block.
+        self.nbytes = max(self._nbytes(owner) for owner in range(exchange.layout.size))
         # In hand, and to be received into.
-        self.buffers = [buffer(exchange.xp, longest) for _ in range(2)]
+        self.buffers = [buffer(exchange.xp, self.nbytes) for _ in range(2)]
         self.sending, self.receiving = MPI.Request(), MPI.Request()
 
     @property
@@ -113,12 +115,16 @@ class Rotation:
         return self._views()
 
     def _views(self) -> list[Array]:
-        views, start = [], 0
-        for shape, dtype in self.fields(self.exchange.layout.owner(self.hop)):
-            nbytes = prod(shape) * dtype.itemsize
-            views.append(self.buffers[0].array[start : start + nbytes].view(dtype).reshape(shape))
-            start += nbytes
-        return views
+        fields = self.fields(self.exchange.layout.owner(self.hop))
+        views: dict[int, Array] = {}
+        start = 0
+        # Wide dtypes first, so that every array is aligned without gaps.
+        for i in sorted(range(len(fields)), key=lambda i: -fields[i][1].itemsize):
+            shape, dtype = fields[i]
+            stop = start + prod(shape) * dtype.itemsize
+            views[i] = self.buffers[0].array[start:stop].view(dtype).reshape(shape)
+            start = stop
+        return [views[i] for i in range(len(fields))]
 
     def _nbytes(self, owner: int) -> int:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.fields(owner))

@@ -29,7 +29,7 @@ from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward
 from lvxattn.mpi_impl.device import array_module
-from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange
+from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange, Field
 from lvxattn.mpi_impl.merge import merge
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
@@ -57,10 +57,10 @@ def lv_xattn(
     xp, wide = array_module(q), np.dtype(layout.accumulator)
     exchange = Exchange(comm, layout, meter, xp)
 
-    def block(owner: int) -> list[tuple[tuple[int, ...], Any]]:
+    def block(owner: int) -> list[Field]:
         return [((layout.B, layout.H, layout.s_q[owner], layout.D), q.dtype)]
 
-    def result(owner: int) -> list[tuple[tuple[int, ...], Any]]:
+    def result(owner: int) -> list[Field]:
         rows = layout.B, layout.H, layout.s_q[owner]
         return [((*rows, layout.D_V), wide), (rows, wide)]
 
@@ -68,8 +68,8 @@ def lv_xattn(
     attend = meter.computes(
         partial(block_attention, scale=layout.scale, progress=exchange.progress)
     )
-    P, home = layout.size, layout.view(mask, layout.rank)
-    cut = home_cut(layout, layout.D, layout.D_V + 1)
+    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
+    cut = layout.home_cut(queries.nbytes, results.nbytes)
 
     # 1. Send my queries on; the first part of my own block's work hides their way.
     if P > 1:
@@ -82,7 +82,7 @@ def lv_xattn(
         if hop < P - 1:
             queries.shift()
         # 3. What my keys have to say to it.
-        view = layout.view(mask, layout.owner(hop))
+        view = layout.view(mask, layout.owner(hop), layout.rank)
         part = attend(q_block, k_shard, v_shard, mask=view)
         # 4. Merge that with what the ranks before me have said, and send it after the block.
         if hop > 1:
@@ -122,42 +122,38 @@ def lv_xattn_backward(
     xp, wide = array_module(q), np.dtype(layout.accumulator)
     exchange = Exchange(comm, layout, meter, xp)
 
-    def block(owner: int) -> list[tuple[tuple[int, ...], Any]]:
+    def block(owner: int) -> list[Field]:
         rows = layout.B, layout.H, layout.s_q[owner]
-        return [
-            (rows, wide),
-            (rows, wide),
-            ((*rows, layout.D), q.dtype),
-            ((*rows, layout.D_V), q.dtype),
-        ]
+        tall: list[Field] = [((*rows, layout.D), q.dtype), ((*rows, layout.D_V), q.dtype)]
+        return [*tall, (rows, wide), (rows, wide)]
 
-    def result(owner: int) -> list[tuple[tuple[int, ...], Any]]:
+    def result(owner: int) -> list[Field]:
         return [((layout.B, layout.H, layout.s_q[owner], layout.D), wide)]
 
     blocks, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
     attend = meter.computes(
         partial(block_attention_backward, scale=layout.scale, progress=exchange.progress)
     )
-    P, home = layout.size, layout.view(mask, layout.rank)
-    cut = home_cut(layout, layout.D + layout.D_V + 2, layout.D)
+    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
+    cut = layout.home_cut(blocks.nbytes, results.nbytes)
     delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
     dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 
     # 1. Send my block on; the first part of my own block's work hides its way.
     if P > 1:
-        blocks.shift(lse, delta, q, dout)
+        blocks.shift(q, dout, lse, delta)
     dq = attend(
         dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
     )
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        lse_block, delta_block, q_block, dout_block = blocks.wait()
+        q_block, dout_block, lse_block, delta_block = blocks.wait()
         if hop < P - 1:
             blocks.shift()
         # 3. What my keys have to say to it; dk and dv stay here and are added to in place.
-        view = layout.view(mask, layout.owner(hop))
+        view = layout.view(mask, layout.owner(hop), layout.rank)
         part = attend(
             dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv, mask=view
         )
@@ -180,21 +176,3 @@ def lv_xattn_backward(
         dk.astype(k_shard.dtype, copy=False),
         dv.astype(v_shard.dtype, copy=False),
     )
-
-
-def home_cut(layout: Layout, block_width: int, result_width: int) -> int:
-    """Cut this rank's keys in two for its own block: work to hide a block's hop and a result's.
-
-    Parameters
-    ----------
-    layout : Layout
-    block_width, result_width : int
-        What a row of the block weighs on the wire, and a row of the result.
-
-    Returns
-    -------
-    int
-        How many of the keys come first; all of them where nothing travels.
-    """
-    s_kv = layout.s_kv[layout.rank]
-    return s_kv if layout.size == 1 else round(s_kv * block_width / (block_width + result_width))

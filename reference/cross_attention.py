@@ -12,13 +12,14 @@ from lvxattn.reference.layout import Layout
 from lvxattn.reference.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.ring_attention import ring_attention, ring_attention_backward
 from lvxattn.reference.virtual_ranks import VirtualComm
 
 Array = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
 
-FORWARD = {"lv-xattn": lv_xattn}
-BACKWARD = {"lv-xattn": lv_xattn_backward}
+FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention}
+BACKWARD = {"lv-xattn": lv_xattn_backward, "ring": ring_attention_backward}
 
 
 def cross_attention(
@@ -47,7 +48,8 @@ def cross_attention(
         ``h // (H // H_KV)``.  Lengths may differ between ranks and may be 0.
     comm : VirtualComm
     schedule : str
-        How the work is spread: ``"lv-xattn"``.  Ignored where `layout` is given.
+        What travels: ``"lv-xattn"``, the queries; ``"ring"``, the keys and values.  Ignored where
+        `layout` is given.
     scale : float, optional
         ``1 / sqrt(D)`` unless given.
     mask : array or callable, optional

@@ -28,8 +28,9 @@ from lvxattn.reference.validation import (
 )
 
 Array = Any
+MaskKind = tuple[tuple[int, ...], str] | None
 
-SCHEDULES = ("lv-xattn",)
+SCHEDULES = ("lv-xattn", "ring")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Layout:
         The ring: a permutation of the ranks, those of one host side by side.
     s_q, s_kv : tuple of int
         Every rank's number of queries, and of keys, in rank order.
+    masks : tuple
+        Shape and travelling dtype of every rank's array mask, or None: where masks travel, their
+        receivers must know.
     B, H, H_KV, D, D_V : int
         Sizes that are equal on all ranks.
     dtype : str
@@ -56,6 +60,7 @@ class Layout:
     order: tuple[int, ...]
     s_q: tuple[int, ...]
     s_kv: tuple[int, ...]
+    masks: tuple[MaskKind, ...]
     B: int
     H: int
     H_KV: int
@@ -129,6 +134,7 @@ class Layout:
             order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
             s_q=tuple(r.s_q for r in records),
             s_kv=tuple(r.s_kv for r in records),
+            masks=tuple(r.mask for r in records),
             **{name: getattr(first, name) for name in _EQUAL_ON_ALL_RANKS},
         )
 
@@ -174,6 +180,11 @@ class Layout:
                     )
             if dtype_name(q) != self.dtype:
                 raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
+            if self.schedule == "ring" and _kind(mask, self.dtype) != self.masks[self.rank]:
+                raise ValueError(
+                    "mask: expected the layout's shape and travelling dtype "
+                    f"{self.masks[self.rank]}, got {_kind(mask, self.dtype)}"
+                )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
 
@@ -211,9 +222,25 @@ class Layout:
         """Whose block is here after `hop` hops; after 0 or P hops, this rank's own."""
         return self.order[(self.order.index(self.rank) - hop) % self.size]
 
-    def view(self, mask: Any, owner: int) -> MaskView:
-        """Return this rank's mask as it applies to the queries of `owner`."""
-        return MaskView(mask, q_start=sum(self.s_q[:owner]), kv_start=sum(self.s_kv[: self.rank]))
+    def view(self, mask: Any, q_owner: int, kv_owner: int) -> MaskView:
+        """Return the mask of `kv_owner`'s keys as it applies to `q_owner`'s queries."""
+        return MaskView(mask, q_start=sum(self.s_q[:q_owner]), kv_start=sum(self.s_kv[:kv_owner]))
+
+    def home_cut(self, block: int, result: int) -> int:
+        """Cut this rank's keys in two, for its own block: one part to hide each end of the trip.
+
+        Parameters
+        ----------
+        block, result : int
+            What a block weighs on the wire, and what a result weighs, in the same unit.
+
+        Returns
+        -------
+        int
+            How many of the keys come first; all of them where nothing travels.
+        """
+        s_kv = self.s_kv[self.rank]
+        return s_kv if self.size == 1 else round(s_kv * block / max(1, block + result))
 
 
 def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
@@ -280,7 +307,8 @@ class _Record:
     host: str
     s_q: int
     s_kv: int
-    mask_shape: tuple[int, ...] | None
+    mask: MaskKind
+    callable_mask: bool
     B: int
     H: int
     H_KV: int
@@ -305,7 +333,8 @@ class _Record:
             host=getattr(comm, "host", None) or socket.gethostname(),
             s_q=s_q,
             s_kv=k.shape[2],
-            mask_shape=None if mask is None or callable(mask) else tuple(mask.shape),
+            mask=_kind(mask, dtype_name(q)),
+            callable_mask=callable(mask),
             B=B,
             H=H,
             H_KV=k.shape[1],
@@ -330,6 +359,13 @@ _EQUAL_ON_ALL_RANKS = {
 }
 
 
+def _kind(mask: Any, dtype: str) -> MaskKind:
+    """Return an array mask's shape and the dtype in which it travels."""
+    if mask is None or callable(mask):
+        return None
+    return tuple(mask.shape), "bool" if dtype_name(mask) == "bool" else accumulator(dtype)
+
+
 def _check_equal(records: list[_Record]) -> None:
     S_Q = sum(r.s_q for r in records)
     for rank, record in enumerate(records):
@@ -341,7 +377,14 @@ def _check_equal(records: list[_Record]) -> None:
                     raise ValueError(
                         f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
                     )
-            if record.mask_shape is not None:
-                check_mask_shape_rows(record.mask_shape, S_Q)
+            if record.mask is not None:
+                check_mask_shape_rows(record.mask[0], S_Q)
+            if record.schedule == "ring" and record.callable_mask != records[0].callable_mask:
+                kinds = ["an array or None", "a callable"]
+                raise ValueError(
+                    "mask: expected a callable on all ranks or on none with schedule 'ring', got "
+                    f"{kinds[record.callable_mask]} where rank 0 has "
+                    f"{kinds[records[0].callable_mask]}"
+                )
         except ValueError as error:
             raise on_rank(error, rank, len(records)) from None

@@ -59,8 +59,8 @@ def lv_xattn(
     queries, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS)
     attend = meter.computes(partial(block_attention, scale=layout.scale))
     q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
-    P, home = layout.size, layout.view(mask, layout.rank)
-    cut = home_cut(layout, layout.D, layout.D_V + 1)
+    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
+    cut = layout.home_cut(layout.D, layout.D_V + 1)
 
     # 1. Send my queries on; the first part of my own block's work hides their way.
     if P > 1:
@@ -73,7 +73,7 @@ def lv_xattn(
         if hop < P - 1:
             queries.shift()
         # 3. What my keys have to say to it.
-        view = layout.view(mask, layout.owner(hop))
+        view = layout.view(mask, layout.owner(hop), layout.rank)
         part = attend(q_block, k_shard, v_shard, mask=view)
         # 4. Merge that with what the ranks before me have said, and send it after the block.
         if hop > 1:
@@ -115,26 +115,26 @@ def lv_xattn_backward(
     dout, q, k_shard, v_shard, out, lse = (
         x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
     )
-    P, home = layout.size, layout.view(mask, layout.rank)
-    cut = home_cut(layout, layout.D + layout.D_V + 2, layout.D)
+    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
+    cut = layout.home_cut(layout.D + layout.D_V + 2, layout.D)
     delta = (dout * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
     dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 
     # 1. Send my block on; the first part of my own block's work hides its way.
     if P > 1:
-        blocks.shift(lse, delta, q, dout)
+        blocks.shift(q, dout, lse, delta)
     dq = attend(
         dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
     )
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        lse_block, delta_block, q_block, dout_block = blocks.wait()
+        q_block, dout_block, lse_block, delta_block = blocks.wait()
         if hop < P - 1:
             blocks.shift()
         # 3. What my keys have to say to it; dk and dv stay here and are added to in place.
-        view = layout.view(mask, layout.owner(hop))
+        view = layout.view(mask, layout.owner(hop), layout.rank)
         part = attend(
             dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv, mask=view
         )
@@ -152,21 +152,3 @@ def lv_xattn_backward(
     if P > 1:
         dq += results.wait()[0]
     return dq, dk, dv
-
-
-def home_cut(layout: Layout, block_width: int, result_width: int) -> int:
-    """Cut this rank's keys in two for its own block: work to hide a block's hop and a result's.
-
-    Parameters
-    ----------
-    layout : Layout
-    block_width, result_width : int
-        What a row of the block weighs on the wire, and a row of the result.
-
-    Returns
-    -------
-    int
-        How many of the keys come first; all of them where nothing travels.
-    """
-    s_kv = layout.s_kv[layout.rank]
-    return s_kv if layout.size == 1 else round(s_kv * block_width / (block_width + result_width))

@@ -50,12 +50,17 @@ def ratio(got: Array, want: Array, limit: Array) -> float:
 
 
 def solve(
-    problem: Problem, comm: Any, implementation: ModuleType, *, reuse_layout: bool = False
+    problem: Problem,
+    comm: Any,
+    implementation: ModuleType,
+    *,
+    schedule: str = "lv-xattn",
+    reuse_layout: bool = False,
 ) -> dict[str, Array]:
     """Return whole out, lse, dq, dk and dv, computed by all ranks of comm, each with its part."""
     part = problem.part(comm.rank, comm.size)
     q, k, v, mask = part["q"], part["k"], part["v"], part["mask"]
-    options: dict[str, Any] = {"scale": problem.scale, "mask": mask}
+    options: dict[str, Any] = {"schedule": schedule, "scale": problem.scale, "mask": mask}
     if reuse_layout:
         options["layout"] = implementation.Layout.agree(q, k, v, comm, **options)
     out, lse = implementation.cross_attention(q, k, v, comm, **options)

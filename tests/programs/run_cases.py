@@ -6,6 +6,7 @@ import sys
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
+from lvxattn.reference.layout import SCHEDULES
 from tests.cases import CASES
 from tests.judge import solve, worst_ratios
 
@@ -13,8 +14,9 @@ comm = MPI.COMM_WORLD
 report = {}
 for case in CASES:
     problem = case.make()
-    results = solve(problem, comm, mpi_impl)
-    if comm.rank == 0:
-        report[case.name] = worst_ratios(problem, results)
+    for schedule in SCHEDULES:
+        results = solve(problem, comm, mpi_impl, schedule=schedule)
+        if comm.rank == 0:
+            report[f"{schedule}: {case.name}"] = worst_ratios(problem, results)
 if comm.rank == 0:
     json.dump(report, sys.stdout)

@@ -3,13 +3,17 @@
 import pytest
 
 from lvxattn import reference
+from lvxattn.reference.layout import SCHEDULES
 from tests.cases import CASES, Case
 from tests.judge import solve, worst_ratios
 
 
 @pytest.mark.parametrize("P", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_naive_softmax_and_its_gradients(case: Case, P: int) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_equals_naive_softmax_and_its_gradients(schedule: str, case: Case, P: int) -> None:
     problem = case.make()
-    for results in reference.run_ranks(P, lambda comm: solve(problem, comm, reference)):
+    for results in reference.run_ranks(
+        P, lambda comm: solve(problem, comm, reference, schedule=schedule)
+    ):
         assert max(worst_ratios(problem, results, fp64=True).values()) <= 1

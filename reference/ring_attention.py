@@ -1,0 +1,158 @@
+r"""Ring Attention: queries stay, the long blocks of keys and values go round the ring.
+
+The baseline that LV-XAttn is measured against, with the same tiles, merging and overlap.  Forward.
+A rank attends from its own queries to every visiting block of keys; nothing follows, for the
+results are already at home.  Rank r, P = 4:
+
+    hop        0 (home)      1           2           3           home again (backward)
+    k, v       of r          of r-1      of r-2      of r-3      of r, 2nd part
+    sends      k, v of r     of r-1      of r-2      -           -
+    and (backward)           dk dv r-1   dk dv r-2   dk dv r-3   -
+
+Backward.  k and v go round again; dk and dv follow one hop behind, are added to on the way and end
+at home, after P - 1 hops like everything else.  dq is summed where the queries are.
+
+An array mask belongs to the keys and travels with them; a callable stays, and is asked about the
+keys of every rank.
+
+Source: arXiv:2310.01889, algorithm 1.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lvxattn.reference.block_attention import block_attention, block_attention_backward
+from lvxattn.reference.exchange import BLOCKS, RESULTS, Exchange
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.merge import merge
+from lvxattn.reference.meter import Meter
+from lvxattn.reference.virtual_ranks import VirtualComm
+
+Array = npt.NDArray[np.float64]
+AnyArray = npt.NDArray[Any]
+
+
+def ring_attention(
+    q: AnyArray,
+    k_shard: AnyArray,
+    v_shard: AnyArray,
+    comm: VirtualComm,
+    layout: Layout,
+    *,
+    mask: AnyArray | MaskRule | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array]:
+    """Attend from this rank's queries to all ranks' keys.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    exchange = Exchange(comm, layout, meter)
+    blocks = exchange.rotation(BLOCKS)
+    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
+    P, rank = layout.size, layout.rank
+
+    # 1. Send my keys and values on; my own block's work hides their way.
+    if P > 1:
+        blocks.shift(k_shard, v_shard, *travelling(mask))
+    out, lse = attend(q, k_shard, v_shard, mask=layout.view(mask, rank, rank))
+
+    for hop in range(1, P):
+        # 2. Take over a visiting block, and send it on before working on it.
+        k_block, v_block, *mask_block = blocks.wait()
+        if hop < P - 1:
+            blocks.shift()
+        # 3. What its keys have to say to my queries.
+        view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
+        part = attend(q, k_block, v_block, mask=view)
+        # 4. Merge that with what the blocks before have said.
+        out, lse = merge(out, lse, *part)
+    return out, lse
+
+
+def ring_attention_backward(
+    dout: AnyArray,
+    q: AnyArray,
+    k_shard: AnyArray,
+    v_shard: AnyArray,
+    out: AnyArray,
+    lse: AnyArray,
+    comm: VirtualComm,
+    layout: Layout,
+    *,
+    mask: AnyArray | MaskRule | None = None,
+    dlse: AnyArray | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array, Array]:
+    """Differentiate `ring_attention`.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention_backward`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    exchange = Exchange(comm, layout, meter)
+    blocks, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS)
+    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    dout, q, k_shard, v_shard, out, lse = (
+        x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
+    )
+    P, rank = layout.size, layout.rank
+    home, cut = layout.view(mask, rank, rank), layout.home_cut(1, 1)
+    delta = (dout * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
+    first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
+
+    # 1. Send my keys and values on; the first part of my own block's work hides their way.
+    if P > 1:
+        blocks.shift(k_shard, v_shard, *travelling(mask))
+    dq = attend(
+        dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
+    )
+
+    for hop in range(1, P):
+        # 2. Take over a visiting block, and send it on before working on it.
+        k_block, v_block, *mask_block = blocks.wait()
+        if hop < P - 1:
+            blocks.shift()
+        # 3. What its keys have to say to my queries, and they to its keys; dq stays here.
+        view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
+        dk_block, dv_block = np.zeros(k_block.shape), np.zeros(v_block.shape)
+        dq += attend(dout, q, k_block, v_block, lse, delta, dk_block, dv_block, mask=view)
+        # 4. Add that to what the ranks before me have said, and send it after the block.
+        if hop > 1:
+            dk_before, dv_before = results.wait()
+            dk_block += dk_before
+            dv_block += dv_before
+        results.shift(dk_block, dv_block)
+
+    # 5. The rest of my own block's work hides the way home of its gradients.
+    dq += attend(
+        dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
+        mask=home.from_key(cut),
+    )  # fmt: skip
+    # 6. What all the others have said to my keys.
+    if P > 1:
+        dk_others, dv_others = results.wait()
+        dk += dk_others
+        dv += dv_others
+    return dq, dk, dv
+
+
+def travelling(mask: AnyArray | MaskRule | None) -> list[AnyArray]:
+    """Return what of a mask travels with its keys: an array, nothing else."""
+    return [] if mask is None or callable(mask) else [mask]
+
+
+def visiting(
+    mask: AnyArray | MaskRule | None, mask_block: list[AnyArray]
+) -> AnyArray | MaskRule | None:
+    """Return the mask of a visiting block: what came with it, or this rank's rule."""
+    if mask_block:
+        return mask_block[0]
+    return mask if callable(mask) else None
