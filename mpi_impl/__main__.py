@@ -3,9 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mpi4py import MPI
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 class _UsageError(ValueError):
@@ -19,10 +22,10 @@ class _Parser(argparse.ArgumentParser):
         """Raise instead of printing and exiting."""
         raise _UsageError(f"{message} (on all ranks; --help lists what there is)")
 
-    def print_help(self, file: object = None) -> None:
+    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
         """Print on rank 0."""
         if MPI.COMM_WORLD.rank == 0:
-            print(self.format_help(), end="")
+            super()._print_message(message, file)
 
 
 def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD) -> int:
@@ -59,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("lvxattn", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
-        *("demo",),
+        "demo",
         help="search a long video for small patches",
         description="Search a long video for small patches, by exact distributed cross-attention.",
         allow_abbrev=False,
@@ -68,13 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--video", metavar="FILE", help="search a video file")
     source.add_argument("--images", metavar="DIR", help="search the images in a folder")
     demo.add_argument(
-        *("--frames",),
+        "--frames",
         type=_positive,
         metavar="N",
         help="frames to search, evenly spaced if there are more (default: 360)",
     )
     demo.add_argument(
-        *("--queries",),
+        "--queries",
         type=_positive,
         default=256,
         metavar="N",
@@ -84,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=_natural, default=0, metavar="N", help="another path, other patches"
     )
     demo.add_argument(
-        *("--output",),
+        "--output",
         default="demo.png",
         metavar="FILE",
         help="where to write the picture (default: demo.png)",

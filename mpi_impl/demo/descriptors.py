@@ -25,9 +25,12 @@ _FLAT = 2.0 * D**0.5
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
+NOISE = 14.0
+"""Standard deviation of the noise on a query, in grey levels."""
+
 
 def describe(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Descriptors of all patches of some frames.
+    """Compute the descriptors of all patches of some frames.
 
     Parameters
     ----------
@@ -42,16 +45,18 @@ def describe(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     cells = _cells(pixels)
     cells -= cells.mean(axis=-1, keepdims=True)
     norm = np.linalg.norm(cells, axis=-1, keepdims=True)
-    return cells / np.maximum(norm, np.float32(_FLAT))
+    k: NDArray[np.float32] = cells / np.maximum(norm, np.float32(_FLAT))
+    return k
 
 
 def contrast(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Standard deviation of each patch's cells in grey levels, (frames, rows, cols)."""
-    return _cells(pixels).std(axis=-1)
+    """Take each patch's standard deviation in grey levels: (frames, rows, cols)."""
+    deviation: NDArray[np.float32] = _cells(pixels).std(axis=-1)
+    return deviation
 
 
 def places(first: int, last: int, rows: int, cols: int) -> NDArray[np.float32]:
-    """Where each patch of frames ``first`` to ``last - 1`` is.
+    """Say where each patch of frames ``first`` to ``last - 1`` is.
 
     Returns
     -------
@@ -67,11 +72,8 @@ def degrade(patch: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
     middle = patch.mean()
     seen = middle + rng.uniform(-25, 25) + rng.uniform(0.6, 1.1) * (patch - middle)
     seen += rng.normal(0, NOISE, patch.shape)
-    return np.clip(np.rint(seen), 0, 255).astype(np.uint8)
-
-
-NOISE = 14.0
-"""Standard deviation of the noise on a query, in grey levels."""
+    noisy: NDArray[np.uint8] = np.clip(np.rint(seen), 0, 255).astype(np.uint8)
+    return noisy
 
 
 def _cells(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -1,11 +1,12 @@
 """The picture: noisy patches, the frames in which they were found, and who held them.
 
 Each example shows the patch as the asking rank saw it and, joined to it, the frame from which the
-attention picked it. The film below is the whole video, coloured by the rank that holds it; the lanes
-above it show where each rank's queries were found.
+attention picked it. The film below is the whole video, coloured by the rank that holds it; the
+lanes above it show where each rank's queries were found.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,16 @@ _ROWS, _COLS = 3, 3
 _FILM = 18
 """Pictures on the film."""
 
+_NAMED = 8
+"""Ranks at most, for a lane of each to be named."""
+
 _PAPER, _INK, _DIM = "#14171c", "#f2f2ee", "#9aa0a8"
 _COLOURS = ("#56b4e9", "#e69f00", "#1fbf92", "#cc79a7", "#f0e442", "#d55e00", "#3d8fd1", "#ffffff")
 """Okabe and Ito's colours, which colour-blind readers tell apart, a little lightened."""
 
-_WIDTH, _HEIGHT = 12.0, 9.7  # inches
+_WIDTH, _HEIGHT = 12.0, 10.2  # inches, like all lengths below
+_LEFT = 1.35
+"""Where the lanes and the film begin."""
 _DPI = 150
 
 
@@ -79,7 +85,9 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--output: expected a name that ends in {' '.join(suffixes)}; got {path}")
     if path.is_dir() or not path.parent.is_dir():
         problem = "a folder" if path.is_dir() else f"no folder {path.parent}"
-        raise ValueError(f"--output: expected a file in a folder that exists; got {path}: {problem}")
+        raise ValueError(
+            f"--output: expected a file in a folder that exists; got {path}: {problem}"
+        )
     try:
         with path.open("ab"):
             pass
@@ -94,16 +102,14 @@ def choose_examples(answers: Answers, verdicts: Sequence[str]) -> list[int]:
     room = _ROWS * _COLS
     found.sort(key=lambda n: int(answers.truth[n, 0]))
     wanted = min(len(found), room - bool(other))
+    texture = answers.seen.mean(axis=-1).std(axis=(1, 2))
     chosen: list[int] = []
-    for part in range(wanted):  # of each part of the video, the asker shown least, then most texture
-        share = found[part * len(found) // wanted : (part + 1) * len(found) // wanted]
-        asked = [int(answers.asker[n]) for n in chosen]
-        chosen.append(
-            min(
-                share,
-                key=lambda n: (asked.count(int(answers.asker[n])), -float(answers.seen[n].std())),
-            )
-        )
+    for part in range(
+        wanted
+    ):  # of each part of the video, the asker shown least, then most texture
+        share = np.array(found[part * len(found) // wanted : (part + 1) * len(found) // wanted])
+        shown = [int((answers.asker[chosen] == answers.asker[n]).sum()) for n in share]
+        chosen.append(int(share[np.lexsort((-texture[share], shown))[0]]))
     return chosen + other[: room - len(chosen)][:1]
 
 
@@ -126,62 +132,48 @@ def _draw_title(
     source: Source,
 ) -> None:
     ranks, tokens = len(starts) - 1, starts[-1] * source.rows * source.cols
-    x = 0.35 / _WIDTH
-    figure.text(
-        *(x, 1 - 0.42 / _HEIGHT),
-        f"{verdicts.count(FOUND)} of {len(answers)} noisy patches found among {tokens:,}",
-        **{"color": _INK, "fontsize": 19, "fontweight": "bold"},
-    )
-    figure.text(
-        *(x, 1 - 0.72 / _HEIGHT),
-        f"LV-XAttn on {ranks} rank{'s' * (ranks > 1)}: queries travel, the video stays.  {source.title}",
-        **{"color": _DIM, "fontsize": 11.5},
-    )
+    found = f"{verdicts.count(FOUND)} of {len(answers)} noisy patches found among {tokens:,}"
+    how = f"LV-XAttn on {ranks} rank{'s' * (ranks > 1)}: queries travel, the video stays"
+    _say(figure, 0.35, _HEIGHT - 0.45, found, _INK, 19, weight="bold")
+    _say(figure, 0.35, _HEIGHT - 0.77, f"{how}  ·  {source.title}", _DIM, 11.5)
 
 
 def _draw_example(
     figure: Figure, cell: int, answers: Answers, n: int, verdict: str, frame: NDArray[np.uint8]
 ) -> None:
     """Draw a patch, the frame it was found in, and a beam from one to the other."""
-    width, height = (_WIDTH - 0.5) / _COLS, 2.25
+    width, height, side, gap = (_WIDTH - 0.43) / _COLS, 2.28, 1.0, 0.24
     left = 0.35 + cell % _COLS * width
-    bottom = _HEIGHT - 1.1 - (cell // _COLS + 1) * height + 0.28
+    top = _HEIGHT - 1.25 - cell // _COLS * height  # of the pictures; the captions are above
     asker, holder = int(answers.asker[n]), int(answers.holder[n])
     number, row, col = (int(axis) for axis in answers.truth[n])
-    tall = height - 0.52
-    wide = min(tall * frame.shape[1] / frame.shape[0], width - 1.35)
+    shape = frame.shape[0] / frame.shape[1]
+    wide = min((height - 0.47) / shape, width - side - gap - 0.2)
+    beside = left + side + gap
 
-    patch_axes = _panel(figure, left, bottom + tall - 0.95, 0.95, 0.95, _colour(asker))
+    patch_axes = _panel(figure, left, top - side, side, side, _colour(asker))
     patch_axes.imshow(answers.seen[n], interpolation="nearest")
-    shown_tall = wide * frame.shape[0] / frame.shape[1]
-    frame_axes = _panel(
-        figure, left + 1.13, bottom + tall - shown_tall, wide, shown_tall, _colour(holder)
-    )
+    frame_axes = _panel(figure, beside, top - wide * shape, wide, wide * shape, _colour(holder))
     frame_axes.imshow(frame, interpolation="bilinear", aspect="auto")
-    corner = col * PATCH - 0.5, row * PATCH - 0.5
-    line = {"fill": False, "linestyle": "-" if verdict == FOUND else (0, (2, 1.5))}
-    frame_axes.add_patch(Rectangle(corner, PATCH, PATCH, edgecolor=_PAPER, linewidth=4, **line))
-    frame_axes.add_patch(Rectangle(corner, PATCH, PATCH, edgecolor=_INK, linewidth=2, **line))
-    for y in (0, 1):
+    x, y, box = col * PATCH - 2, row * PATCH - 2, PATCH + 3  # the box leaves the patch in sight
+    style = "-" if verdict == FOUND else ":"
+    for colour, line in ((_PAPER, 4.5), (_INK, 2.2)):
+        outline = Rectangle((x, y), box, box, fill=False, ec=colour, lw=line, ls=style)
+        frame_axes.add_patch(outline)
+    for down in (0, 1):
+        ends = (PATCH - 0.5, down * PATCH - 0.5), (x, y + down * box)
         beam = ConnectionPatch(
-            *((PATCH - 0.5, y * PATCH - 0.5), (corner[0], corner[1] + y * PATCH), "data", "data"),
-            **{"axesA": patch_axes, "axesB": frame_axes, "color": _INK, "alpha": 0.55},
+            *ends, "data", "data", axesA=patch_axes, axesB=frame_axes, color=_INK, alpha=0.6
         )
         figure.add_artist(beam)
 
-    letter = chr(ord("A") + cell)
-    top = (bottom + tall + 0.08) / _HEIGHT
-    style = {"fontsize": 11, "fontweight": "bold", "va": "bottom"}
-    figure.text(left / _WIDTH, top, f"{letter}  rank {asker}", color=_colour(asker), **style)
-    says = "found on" if verdict == FOUND else f"{verdict} on"
-    figure.text(
-        *((left + 1.13) / _WIDTH, top, f"{says} rank {holder}"), color=_colour(holder), **style
-    )
-    weight = f"weight\n{answers.weight[n]:.3f}"
-    figure.text(
-        *(left / _WIDTH, (bottom + tall - 1.03) / _HEIGHT, f"frame\n{number:,}\n{weight}"),
-        **{"color": _DIM, "fontsize": 9.5, "va": "top", "linespacing": 1.25},
-    )
+    asks = f"{_letter(cell)}  rank {asker} asks"
+    says = f"found on rank {holder}" if verdict == FOUND else f"{verdict}; truth on rank {holder}"
+    _say(figure, left, top + 0.07, asks, _colour(asker), 10, weight="bold")
+    _say(figure, beside, top + 0.07, says, _colour(holder), 10, weight="bold")
+    where = f"frame {number:,}", f"row {row}, col {col}", f"weight {answers.weight[n]:.3f}"
+    for line_number, text in enumerate(where):
+        _say(figure, left, top - side - 0.22 - 0.165 * line_number, text, _DIM, 9.5)
 
 
 def _draw_lanes(
@@ -192,66 +184,72 @@ def _draw_lanes(
     starts: Sequence[int],
 ) -> None:
     """Draw a lane for each asking rank, with a mark at each frame where a query was found."""
-    ranks = len(starts) - 1
-    axes = _panel(figure, 1.35, 0.98, _WIDTH - 1.7, 0.95, None)
+    ranks, bottom, height = len(starts) - 1, 1.12, 1.0
+    _say(figure, _LEFT, bottom + height + 0.07, "where each rank's queries lie:", _DIM, 9.5)
+    _say(figure, _LEFT + 2.1, bottom + height + 0.07, "|  found    o  ambiguous", _INK, 9.5)
+    axes = _panel(figure, _LEFT, bottom, _WIDTH - _LEFT - 0.35, height, None)
     axes.set_xlim(0, starts[-1])
     axes.set_ylim(ranks - 0.5, -0.5)
     for rank in range(ranks):
-        axes.axvspan(starts[rank], starts[rank + 1], color=_colour(rank), alpha=0.12, linewidth=0)
+        axes.axvspan(starts[rank], starts[rank + 1], color=_colour(rank), alpha=0.12, lw=0)
         axes.axhline(rank, color=_DIM, linewidth=0.5, alpha=0.4)
-        if ranks <= 8:
-            axes.text(
-                *(-0.006, rank, f"rank {rank} asks"),
-                **{"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"},
-                **{"color": _colour(rank), "fontsize": 9.5},
-            )
+        if ranks <= _NAMED:
+            y = bottom + height * (1 - (rank + 0.5) / ranks) - 0.05
+            _say(figure, 0.35, y, f"rank {rank} asks", _colour(rank), 9.5)
     for n, verdict in enumerate(verdicts):
-        x, y, colour = answers.truth[n, 0] + 0.5, answers.asker[n], _colour(int(answers.asker[n]))
-        if verdict == FOUND:
-            axes.plot(x, y, "|", color=colour, markersize=9, markeredgewidth=1.3)
-        else:
-            mark = "o" if verdict == AMBIGUOUS else "X"
-            axes.plot(x, y, mark, color=colour, markersize=5, fillstyle="none")
+        mark = {FOUND: "|", AMBIGUOUS: "o"}.get(verdict, "X")
+        axes.plot(
+            answers.truth[n, 0] + 0.5,
+            answers.asker[n],
+            mark,
+            color=_colour(int(answers.asker[n])),
+            markersize=9 if verdict == FOUND else 5,
+            fillstyle="none",
+        )
     for cell, n in enumerate(examples):
-        axes.text(
-            *(answers.truth[n, 0] + 0.5, answers.asker[n], chr(ord("A") + cell)),
-            **{"color": _PAPER, "fontsize": 9, "fontweight": "bold", "ha": "center"},
-            **{"va": "center_baseline", "clip_on": False},
-            bbox={
-                "boxstyle": "circle,pad=0.18",
-                "facecolor": _colour(int(answers.asker[n])),
-                "edgecolor": _PAPER,
-            },
+        colour = _colour(int(answers.asker[n]))
+        axes.annotate(
+            _letter(cell),
+            (answers.truth[n, 0] + 0.5, answers.asker[n]),
+            color=_PAPER,
+            fontsize=9,
+            fontweight="bold",
+            ha="center",
+            va="center_baseline",
+            bbox={"boxstyle": "circle,pad=0.18", "facecolor": colour, "edgecolor": _PAPER},
         )
 
 
 def _draw_film(figure: Figure, pictures: Pictures, starts: Sequence[int]) -> None:
     """Draw the video as a strip of film over a bar that shows who holds it."""
-    axes = _panel(figure, 1.35, 0.2, _WIDTH - 1.7, 0.72, None)
-    axes.set_xlim(0, starts[-1])
-    axes.set_ylim(0, 1)
-    axes.add_patch(Rectangle((0, 0.26), starts[-1], 0.74, color="black", linewidth=0))
-    shown = _film_frames(starts[-1])
-    step = starts[-1] / len(shown)
+    axes = _panel(figure, _LEFT, 0.2, _WIDTH - _LEFT - 0.35, 0.86, None)
+    end = starts[-1]
+    axes.add_patch(Rectangle((0, 0.26), end, 0.74, color="black", linewidth=0, zorder=-1))
+    shown = _film_frames(end)
+    step = end / len(shown)
     for n, number in enumerate(shown):
-        small = pictures[number][::2, ::2]
         box = (n + 0.03) * step, (n + 0.97) * step, 0.36, 0.90
-        axes.imshow(small, extent=box, aspect="auto", interpolation="antialiased")
+        axes.imshow(pictures[number][::2, ::2], extent=box, aspect="auto")
     holes = (np.arange(6 * len(shown)) + 0.5) * step / 6
     for y in (0.30, 0.95):
         axes.plot(holes, np.full(len(holes), y), "s", color=_DIM, markersize=2)
-    axes.set_xlim(0, starts[-1])
+    for rank, (first, last) in enumerate(pairwise(starts)):
+        bar = Rectangle((first, 0), last - first, 0.2, facecolor=_colour(rank), edgecolor=_PAPER)
+        axes.add_patch(bar)
+        text = f"rank {rank} holds frames {first:,}–{last - 1:,}"
+        if len(text) * 0.085 > (last - first) / end * (_WIDTH - _LEFT):
+            text = str(rank) if len(starts) <= 40 and last > first else ""
+        x = (first + last) / 2
+        axes.text(x, 0.09, text, color=_PAPER, fontsize=9, weight="bold", ha="center", va="center")
+    axes.set_xlim(0, end)
     axes.set_ylim(0, 1)
-    for rank, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-        axes.add_patch(
-            Rectangle((first, 0), last - first, 0.2, facecolor=_colour(rank), edgecolor=_PAPER)
-        )
-        if last - first >= starts[-1] / 10:
-            axes.text(
-                *((first + last) / 2, 0.09, f"rank {rank} holds frames {first:,}–{last - 1:,}"),
-                **{"color": _PAPER, "fontsize": 9, "ha": "center", "va": "center"},
-                fontweight="bold",
-            )
+
+
+def _say(
+    figure: Figure, x: float, y: float, text: str, colour: str, size: float, weight: str = "normal"
+) -> None:
+    """Write at a place in inches from the lower left corner."""
+    figure.text(x / _WIDTH, y / _HEIGHT, text, color=colour, fontsize=size, fontweight=weight)
 
 
 def _panel(
@@ -267,6 +265,10 @@ def _panel(
         spine.set_edgecolor(edge or _PAPER)
         spine.set_linewidth(2.5)
     return axes
+
+
+def _letter(cell: int) -> str:
+    return chr(ord("A") + cell)
 
 
 def _colour(rank: int) -> str:

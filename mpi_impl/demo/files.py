@@ -1,8 +1,8 @@
 """Read frames from a video file (PyAV) or from a folder of images (Pillow).
 
 A video is indexed once: the times of its frames, in the order of showing, and which of them are
-keyframes. Whoever wants frames then seeks to the last keyframe before them and decodes from there, so
-that a rank decodes its own part of the file only.
+keyframes. Whoever wants frames then seeks to the last keyframe before them and decodes from there,
+so that a rank decodes its own part of the file only.
 """
 
 import os

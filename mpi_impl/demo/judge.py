@@ -1,12 +1,12 @@
 """Is what the attention returned right? Three checks, none of which trusts it.
 
-1. Against the reference in fp64, on the keys of all ranks. A score is at most ``scale``, its keys and
-   queries having norm 1; computed in fp32 it is off by at most ``(D + 4) 2^-24 scale`` (a sum of D
-   rounded products, and rounded factors). So is ``lse``; ``out``, an average whose weights are off by
-   that factor above and below the line, by twice that times the largest entry of the values.
+1. Against the reference in fp64, on the keys of all ranks. A score is at most ``scale``, as keys
+   and queries have norm 1; in fp32 it is off by at most ``(D + 4) 2^-24 scale`` (a sum of D rounded
+   products, and rounded factors). So is ``lse``; ``out``, an average whose weights are off
+   by that share above and below the line, by twice that times the largest entry of the values.
 
-2. Each answer against the truth. With ``w = exp(scale q.k - lse)`` the weight at the true place, and
-   no other place farther from it than ``extent``::
+2. Each answer against the truth. With ``w = exp(scale q.k - lse)`` the weight at the true place,
+   and no other place farther from it than ``extent``::
 
        out = w * truth + (1 - w) * (average of other places)
        |out - truth| <= (1 - w) * extent
@@ -88,21 +88,22 @@ def check_errors(
     tolerance: float,
 ) -> list[Check]:
     """Compare with the reference; `largest` is the largest entry of the values."""
-    reason = "a score's rounding in fp32"
     lse_error = float(np.abs(lse - lse_true).max(initial=0))
     out_error = float(np.abs(out - out_true).max(initial=0)) / max(largest, 1)
+    because = "rounded scores: (D+4) 2^-24 scale"
     return [
-        Check("lse, largest error", lse_error, tolerance, f"{reason}: (D + 4) 2^-24 scale"),
-        Check("out, largest error / largest v", out_error, 2 * tolerance, "twice that"),
+        Check("lse: largest error", lse_error, tolerance, because),
+        Check(
+            "out: largest error / largest v", out_error, 2 * tolerance, "weights off by that, twice"
+        ),
     ]
 
 
 def check_verdicts(verdicts: list[str], *, distinct: bool) -> list[Check]:
     """Allow no wrong answer, and few that are ambiguous where all frames are `distinct`."""
     wrong, missed = verdicts.count(WRONG), len(verdicts) - verdicts.count(FOUND)
-    checks = [
-        Check("answers farther off than their weight allows", wrong, 0, "|out - truth| <= (1 - w) extent")
-    ]
+    limit = "|out - truth| <= (1 - w) extent"
+    checks = [Check("answers farther off than weights allow", wrong, 0, limit)]
     if distinct:
         allowed = max(2, len(verdicts) // 10)
         checks.append(Check("queries not found", missed, allowed, "a tenth: all frames differ"))

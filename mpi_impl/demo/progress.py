@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._speaks = comm.rank == 0
-        # Under mpiexec stdout is a pipe even where it ends at a terminal: whoever starts it can tell.
+        # Under mpiexec stdout is a pipe even if it ends at a terminal: who starts it can tell.
         asked = os.environ.get("LVXATTN_PROGRESS")
         self._updates = asked == "line" if asked else sys.stdout.isatty()
         self._started = self._shown = time.perf_counter()

@@ -1,8 +1,8 @@
 """Queries: noisy copies of patches, each asked by a rank that does not hold the frame.
 
 Every rank offers some textured patches of its own frames; one all-gather shows all offers to all; a
-rank then picks from those of the others, and spoils its copies with noise and another contrast. What
-it looks for is therefore known, which lets the answers be checked::
+rank then picks from those of the others, and spoils its copies with noise and another contrast.
+What it looks for is therefore known, which lets the answers be checked::
 
     rank 0   offers from frames   0-89   --.
     rank 1   offers from frames  90-179  --+--> all ranks --> rank r picks from ranks other than r
@@ -104,6 +104,6 @@ def _offer(
     number_in_frame[order] = np.arange(len(textured)) - starts
     place = textured[np.argsort(number_in_frame, kind="stable")[:count]]
     pixels = np.empty((len(place), PATCH, PATCH, 3), np.uint8)
-    for n, (frame, row, col) in enumerate(place * [1, PATCH, PATCH]):
+    for n, (frame, row, col) in enumerate(place * (1, PATCH, PATCH)):
         pixels[n] = frames[frame, row : row + PATCH, col : col + PATCH]
-    return Patches(pixels, place + [first, 0, 0], np.full(len(place), rank))
+    return Patches(pixels, place + np.array([first, 0, 0]), np.full(len(place), rank))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lvxattn.mpi_impl.demo.answers import Answers, Costs
 from lvxattn.mpi_impl.demo.descriptors import PATCH, D
@@ -35,19 +36,22 @@ def print_result(
 
 
 def _print_answers(answers: Answers, verdicts: Sequence[str]) -> None:
-    print("  frame, row, column: true        found   asked by   held by   weight at the true place")
+    print("      true place       found at                           weight at")
+    print("  frame row  col  frame row  col  asked by   held by   the true place")
     for n in _examples(verdicts):
         found = np.rint(answers.out[n]).astype(int)
-        places = f"{_place(answers.truth[n]):>29}{_place(found):>13}"
-        ranks = f"rank {answers.asker[n]:<6}rank {answers.holder[n]:<5}"
-        print(f"{places}   {ranks}{answers.weight[n]:>8.4f}   {verdicts[n]}")
-    counts = {verdict: verdicts.count(verdict) for verdict in (FOUND, AMBIGUOUS, WRONG)}
-    print(f"\n  found {counts[FOUND]} of {len(verdicts)}", end="")
-    if counts[AMBIGUOUS]:
-        print(f"; {counts[AMBIGUOUS]} ambiguous: several places look alike", end="")
-    if counts[WRONG]:
-        print(f"; {counts[WRONG]} WRONG", end="")
-    print("\n")
+        ranks = f"rank {answers.asker[n]:<6}rank {answers.holder[n]:<6}"
+        print(
+            f"{_place(answers.truth[n])}{_place(found)}  {ranks}{answers.weight[n]:>12.4f}  "
+            f"{verdicts[n]}"
+        )
+    certain, ambiguous, wrong = (verdicts.count(verdict) for verdict in (FOUND, AMBIGUOUS, WRONG))
+    print(
+        f"\n  found {certain} of {len(verdicts)}"
+        + f"; {ambiguous} ambiguous: several places look alike" * bool(ambiguous)
+        + f"; {wrong} WRONG" * bool(wrong)
+        + "\n"
+    )
 
 
 def _examples(verdicts: Sequence[str]) -> list[int]:
@@ -57,29 +61,27 @@ def _examples(verdicts: Sequence[str]) -> list[int]:
     return sorted(picked)
 
 
-def _place(place: Sequence[int]) -> str:
+def _place(place: NDArray[np.int64]) -> str:
     frame, row, col = place
-    return f"{frame},{row:>3},{col:>3}"
+    return f"{frame:>7}{row:>4}{col:>5}"
 
 
 def _print_checks(checks: Sequence[Check]) -> None:
-    print("  check                                            measured   allowed")
+    print("  check                                   measured  allowed")
     for check in checks:
+        numbers = f"{check.measured:>10.2g}{check.allowed:>9.2g}"
         verdict = "ok  " if check.passed else "FAIL"
-        print(
-            f"  {check.name:<46}{check.measured:>11.3g}{check.allowed:>10.2g}  {verdict} "
-            f"{check.reason}"
-        )
+        print(f"  {check.name:<38}{numbers}  {verdict} {check.reason}")
     print()
 
 
 def _print_costs(costs: Sequence[Costs]) -> None:
-    print("  rank  frames   tokens  queries  messages    sent   reading  computing  waiting")
+    print("  rank  frames   tokens  queries  messages     sent   reading  computing   waiting")
     for rank, cost in enumerate(costs):
         print(
             f"  {rank:>4}{cost.frames:>8,}{cost.tokens:>9,}{cost.queries:>9,}{cost.messages:>10}"
-            f"{_bytes(cost.sent):>8}{cost.reading:>8.2f} s{cost.computing:>9.2f} s"
-            f"{cost.waiting:>7.2f} s"
+            f"{_bytes(cost.sent):>9}{cost.reading:>8.2f} s{cost.computing:>9.2f} s"
+            f"{cost.waiting:>8.2f} s"
         )
     sent = sum(cost.sent for cost in costs)
     ring = (len(costs) - 1) * sum(cost.tokens for cost in costs) * (D + 3) * 4

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from lvxattn.mpi_impl import Layout, Meter, cross_attention
 from lvxattn.mpi_impl.demo import judge
 from lvxattn.mpi_impl.demo.answers import Answers, Costs
-from lvxattn.mpi_impl.demo.blas import limit_blas_threads
 from lvxattn.mpi_impl.demo.descriptors import D, describe, places
 from lvxattn.mpi_impl.demo.draw import check_output, choose_examples, draw, frames_to_draw
 from lvxattn.mpi_impl.demo.progress import Progress
 from lvxattn.mpi_impl.demo.queries import choose_queries
 from lvxattn.mpi_impl.demo.report import print_problem, print_result
 from lvxattn.mpi_impl.demo.sources import Pan, Source, open_source
+from lvxattn.mpi_impl.device import limit_blas_threads
 from lvxattn.reference import full_attention
 from lvxattn.reference.validation import raise_together
 
@@ -49,8 +49,8 @@ def search(options: Namespace, comm: MPI.Intracomm) -> bool:
     Parameters
     ----------
     options : argparse.Namespace
-        ``video`` and ``images`` (str or None), ``frames`` (int or None), ``queries``, ``seed`` (int)
-        and ``output`` (str).
+        ``video`` and ``images`` (str or None), ``frames`` (int or None), ``queries``, ``seed``
+        (int) and ``output`` (str).
     comm : mpi4py.MPI.Intracomm
 
     Returns
@@ -113,32 +113,35 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
 
     # 4. rank 0 checks and reports what all ranks found
     progress.start("checking against the reference")
-    answers, costs = comm.gather(mine), comm.gather(cost)
+    answers, costs = _join(comm.gather(mine)), comm.gather(cost)
     keys, values = comm.gather(k), comm.gather(v)
     passed, verdicts, examples, wanted = True, [""], [0], [0]
     if answers is not None and costs is not None and keys is not None and values is not None:
-        answers = Answers.join(answers)
-        verdicts, checks = _judge(answers, np.concatenate(keys, 2), np.concatenate(values, 2), source)
+        K, V = np.concatenate(keys, axis=2), np.concatenate(values, axis=2)
+        verdicts, checks = _judge(answers, K, V, source)
         passed = all(check.passed for check in checks)
         progress.finish()
         print_result(answers, verdicts, checks, costs)
         examples = choose_examples(answers, verdicts)
         wanted = frames_to_draw(answers, examples, source.frames)
-    del keys, values
     _wait_idly(comm)  # while rank 0 computes
 
     # 5. the ranks that hold the frames to be drawn send them to rank 0
     progress.start("drawing")
-    wanted = comm.bcast(wanted)
+    passed, wanted = cast(tuple[bool, list[int]], comm.bcast((passed, wanted)))
     held = comm.gather({n: frames[n - first] for n in wanted if first <= n < last})
-    if isinstance(answers, Answers) and costs is not None and held is not None:
+    if answers is not None and held is not None:
         pictures = {n: frame for part in held for n, frame in part.items()}
         starts = [n * source.frames // comm.size for n in range(comm.size + 1)]
         draw(Path(options.output), answers, verdicts, examples, pictures, starts, source)
         progress.finish()
         print(f"  wrote {options.output}\n  {'all checks passed' if passed else 'a check FAILED'}")
     _wait_idly(comm)
-    return comm.bcast(passed)
+    return passed
+
+
+def _join(parts: list[Answers] | None) -> Answers | None:
+    return None if parts is None else Answers.join(parts)
 
 
 def _look(options: Namespace) -> Source:
@@ -165,7 +168,8 @@ def _describe_patches(pixels: NDArray[np.uint8]) -> Floats:
 def _weight(q: Floats, k: Floats, lse: Floats) -> NDArray[np.float64]:
     """Weight of key k[n] for query q[n], from what the attention says of all other keys."""
     score = SCALE * (q.astype(np.float64) * k).sum(axis=-1)
-    return np.exp(score - lse)
+    weight: NDArray[np.float64] = np.exp(score - lse)
+    return weight
 
 
 def _judge(
@@ -174,7 +178,9 @@ def _judge(
     """Check all answers against the truth and against the reference."""
     extent = np.array([source.frames - 1, source.rows - 1, source.cols - 1])
     tolerance = judge.rounding(D, SCALE)
-    verdicts = judge.judge_answers(answers.out, answers.truth, answers.weight, extent, 2 * tolerance)
+    verdicts = judge.judge_answers(
+        answers.out, answers.truth, answers.weight, extent, 2 * tolerance
+    )
     out, lse = full_attention(answers.q[None, None], K, V, scale=SCALE)
     errors = judge.check_errors(
         answers.out, answers.lse, out[0, 0], lse[0, 0], float(extent.max()), tolerance

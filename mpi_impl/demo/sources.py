@@ -1,9 +1,8 @@
 """Where the frames come from: the default video, a video file, or a folder of images.
 
-Rank 0 looks at the source and tells the others what it saw; then each rank reads its own frames, and
-no others. A source has a number of frames and a size of frame, a whole number of patches each way::
-
-    rows x cols of about 300 patches, in the proportions of the first picture
+Rank 0 looks at the source and tells the others what it saw; then each rank reads its own frames,
+and no others. A frame is cut into rows x cols of about 300 patches, in the proportions of the first
+picture.
 """
 
 import math
@@ -84,7 +83,9 @@ def open_source(options: Namespace) -> Source:
     if options.images is not None:
         paths = list_images(Path(options.images))
         rows, cols = _grid(*size_of_image(paths[0]))
-        return _Album(Path(options.images), rows, cols, [paths[n] for n in _spread(len(paths), wanted)])
+        return _Album(
+            Path(options.images), rows, cols, [paths[n] for n in _spread(len(paths), wanted)]
+        )
     return Pan(frames=wanted, seed=options.seed)
 
 
@@ -110,7 +111,7 @@ class Pan:
 
 @dataclass(frozen=True)
 class _Film:
-    """A video file: `picks` are the frames taken, `pts` the times of all, `starts` the keyframes."""
+    """A video file: `picks` are the frames taken, `pts` all frames' times, `starts` keyframes."""
 
     path: Path
     rows: int
