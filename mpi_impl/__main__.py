@@ -20,7 +20,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""
-        raise _UsageError(f"{message} (on all ranks; --help lists what there is)")
+        command = self.prog.removeprefix("lvxattn").strip() or "command line"
+        raise _UsageError(f"{command}: error: {message} (on all ranks)")
 
     def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
         """Print on rank 0."""
@@ -46,14 +47,17 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
         options = _parser().parse_args(argv)
         return int(options.run(options, comm))
     except _UsageError as error:
-        return _refuse(str(error), comm)
+        return _refuse(f"{error}", comm)
 
 
 def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
-    from lvxattn.mpi_impl.demo import InputError, search  # matplotlib loads when it is needed
-
     try:
-        return 0 if search(options, comm) else 1
+        from lvxattn.mpi_impl.demo import InputError, search_video  # what only the demo needs
+    except ModuleNotFoundError as error:
+        hint = "pip install 'lvxattn[demo]' brings all it needs"
+        return _refuse(f"demo: error: {error}; {hint} (on all ranks)", comm)
+    try:
+        return 0 if search_video(options, comm) else 1
     except InputError as error:
         return _refuse(f"demo: error: {error}", comm)
 

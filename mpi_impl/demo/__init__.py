@@ -7,10 +7,11 @@
 `queries`        noisy copies of patches that other ranks hold
 `judge`          is what came out right?
 `report`         the text
+`gallery`        what the picture shows
 `draw`           the picture
 ===============  =================================================================================
 """
 
-from lvxattn.mpi_impl.demo.search import InputError, search
+from lvxattn.mpi_impl.demo.search import InputError, search_video
 
-__all__ = ["InputError", "search"]
+__all__ = ["InputError", "search_video"]

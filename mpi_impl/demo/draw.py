@@ -18,14 +18,11 @@ from numpy.typing import NDArray
 
 from lvxattn.mpi_impl.demo.answers import Answers
 from lvxattn.mpi_impl.demo.descriptors import PATCH
+from lvxattn.mpi_impl.demo.gallery import COLS, film_frames
 from lvxattn.mpi_impl.demo.judge import AMBIGUOUS, FOUND
 from lvxattn.mpi_impl.demo.sources import Source
 
 Pictures = Mapping[int, NDArray[np.uint8]]
-
-_ROWS, _COLS = 3, 3
-_FILM = 18
-"""Pictures on the film."""
 
 _NAMED = 8
 """Ranks at most, for a lane of each to be named."""
@@ -60,7 +57,7 @@ def draw(
     verdicts : sequence of str
         One for each answer.
     examples : sequence of int
-        The answers to show, from `choose_examples`.
+        The answers to show.
     pictures : mapping
         From the numbers in `frames_to_draw` to frames, (height, width, 3), uint8.
     starts : sequence of int
@@ -76,52 +73,6 @@ def draw(
     _draw_lanes(figure, answers, verdicts, examples, starts)
     _draw_film(figure, pictures, starts)
     figure.savefig(path, dpi=_DPI, facecolor=_PAPER)
-
-
-def check_output(path: Path) -> None:
-    """Raise ValueError if the picture cannot be written."""
-    suffixes = sorted(f".{name}" for name in FigureCanvasAgg.get_supported_filetypes())
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"--output: expected a name that ends in {' '.join(suffixes)}; got {path}")
-    if path.is_dir() or not path.parent.is_dir():
-        problem = "a folder" if path.is_dir() else f"no folder {path.parent}"
-        raise ValueError(
-            f"--output: expected a file in a folder that exists; got {path}: {problem}"
-        )
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output: expected a file that can be written; {error}") from error
-
-
-def choose_examples(answers: Answers, verdicts: Sequence[str]) -> list[int]:
-    """Choose answers to show: spread over the video, over askers and holders; one ambiguous."""
-    found = [n for n, verdict in enumerate(verdicts) if verdict == FOUND]
-    other = [n for n, verdict in enumerate(verdicts) if verdict != FOUND]
-    room = _ROWS * _COLS
-    found.sort(key=lambda n: int(answers.truth[n, 0]))
-    wanted = min(len(found), room - bool(other))
-    texture = answers.seen.mean(axis=-1).std(axis=(1, 2))
-    chosen: list[int] = []
-    for part in range(
-        wanted
-    ):  # of each part of the video, the asker shown least, then most texture
-        share = np.array(found[part * len(found) // wanted : (part + 1) * len(found) // wanted])
-        shown = [int((answers.asker[chosen] == answers.asker[n]).sum()) for n in share]
-        chosen.append(int(share[np.lexsort((-texture[share], shown))[0]]))
-    return chosen + other[: room - len(chosen)][:1]
-
-
-def frames_to_draw(answers: Answers, examples: Sequence[int], frames: int) -> list[int]:
-    """List the numbers of the frames that `draw` shows, ascending."""
-    return sorted({*_film_frames(frames), *(int(answers.truth[n, 0]) for n in examples)})
-
-
-def _film_frames(frames: int) -> list[int]:
-    """Give the number of the middle frame of each part of the film."""
-    shown = min(_FILM, frames)
-    return [(2 * n + 1) * frames // (2 * shown) for n in range(shown)]
 
 
 def _draw_title(
@@ -142,9 +93,9 @@ def _draw_example(
     figure: Figure, cell: int, answers: Answers, n: int, verdict: str, frame: NDArray[np.uint8]
 ) -> None:
     """Draw a patch, the frame it was found in, and a beam from one to the other."""
-    width, height, side, gap = (_WIDTH - 0.43) / _COLS, 2.28, 1.0, 0.24
-    left = 0.35 + cell % _COLS * width
-    top = _HEIGHT - 1.25 - cell // _COLS * height  # of the pictures; the captions are above
+    width, height, side, gap = (_WIDTH - 0.43) / COLS, 2.28, 1.0, 0.24
+    left = 0.35 + cell % COLS * width
+    top = _HEIGHT - 1.25 - cell // COLS * height  # of the pictures; the captions are above
     asker, holder = int(answers.asker[n]), int(answers.holder[n])
     number, row, col = (int(axis) for axis in answers.truth[n])
     shape = frame.shape[0] / frame.shape[1]
@@ -225,7 +176,7 @@ def _draw_film(figure: Figure, pictures: Pictures, starts: Sequence[int]) -> Non
     axes = _panel(figure, _LEFT, 0.2, _WIDTH - _LEFT - 0.35, 0.86, None)
     end = starts[-1]
     axes.add_patch(Rectangle((0, 0.26), end, 0.74, color="black", linewidth=0, zorder=-1))
-    shown = _film_frames(end)
+    shown = film_frames(end)
     step = end / len(shown)
     for n, number in enumerate(shown):
         box = (n + 0.03) * step, (n + 0.97) * step, 0.36, 0.90

@@ -149,8 +149,8 @@ def list_images(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise ValueError(
-            f"--images: expected a folder with images ({' '.join(_SUFFIXES)}); {folder} has "
-            f"{len(list(folder.iterdir()))} files, none of them such"
+            f"--images: expected a folder with images ({' '.join(_SUFFIXES)}); there are none in "
+            f"{folder}"
         )
     return paths
 

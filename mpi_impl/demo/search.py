@@ -23,7 +23,7 @@ from lvxattn.mpi_impl import Layout, Meter, cross_attention
 from lvxattn.mpi_impl.demo import judge
 from lvxattn.mpi_impl.demo.answers import Answers, Costs
 from lvxattn.mpi_impl.demo.descriptors import D, describe, places
-from lvxattn.mpi_impl.demo.draw import check_output, choose_examples, draw, frames_to_draw
+from lvxattn.mpi_impl.demo.gallery import check_output, choose_examples, frames_to_draw
 from lvxattn.mpi_impl.demo.progress import Progress
 from lvxattn.mpi_impl.demo.queries import choose_queries
 from lvxattn.mpi_impl.demo.report import print_problem, print_result
@@ -43,7 +43,7 @@ class InputError(ValueError):
     """What the user gave cannot be searched; raised on every rank alike."""
 
 
-def search(options: Namespace, comm: MPI.Intracomm) -> bool:
+def search_video(options: Namespace, comm: MPI.Intracomm) -> bool:
     """Run the demo. Collective: every rank of comm calls this.
 
     Parameters
@@ -94,8 +94,8 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     layout = Layout.agree(q, k, v, comm, scale=SCALE)
     if layout.S_Q == 0:
         raise InputError(
-            f"the source: expected patches with some texture to search for; {source.title}: all "
-            f"{source.frames} frames are flat (on all ranks)"
+            f"the source: expected patches with some texture to search for; {source.title}: "
+            f"{source.frames} frame{'s' * (source.frames > 1)}, all flat (on all ranks)"
         )
     if comm.rank == 0:
         print_problem(source, comm.size, layout.S_Q, layout.S_KV, SCALE)
@@ -131,6 +131,8 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     passed, wanted = cast(tuple[bool, list[int]], comm.bcast((passed, wanted)))
     held = comm.gather({n: frames[n - first] for n in wanted if first <= n < last})
     if answers is not None and held is not None:
+        from lvxattn.mpi_impl.demo.draw import draw  # on rank 0 alone: matplotlib takes its time
+
         pictures = {n: frame for part in held for n, frame in part.items()}
         starts = [n * source.frames // comm.size for n in range(comm.size + 1)]
         draw(Path(options.output), answers, verdicts, examples, pictures, starts, source)
