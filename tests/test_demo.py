@@ -56,10 +56,10 @@ def assert_found(finished: Finished, folder: Path, queries: int) -> None:
         assert picture.width >= 1200
 
 
-def write_video(path: Path, frames: int = 20) -> Path:
+def write_video(path: Path, frames: int = 20, **options: str) -> Path:
     """Encode a clip of the default video, with a keyframe every 8 frames and B-frames between."""
     video = pan_over_photographs(0, frames, frames, 240, 320, 1, lambda _: None)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=25)
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
         stream.bit_rate = 4_000_000
@@ -102,9 +102,10 @@ def test_a_video_file_is_searched(tmp_path: Path) -> None:
     assert "13 of its 20 frames" in finished.stdout
 
 
-def test_any_range_of_a_video_reads_the_same_frames(tmp_path: Path) -> None:
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])  # a .ts is seldom sought exactly
+def test_any_range_of_a_video_reads_the_same_frames(container: str, tmp_path: Path) -> None:
     files = importlib.import_module("lvxattn.mpi_impl.demo.files")
-    path = write_video(tmp_path / "clip.mp4")
+    path = write_video(tmp_path / f"clip.{container}")
     index = files.index_video(path)
     assert len(index.pts) == 20
     assert len(index.starts) > 2
@@ -130,6 +131,47 @@ def truncated(folder: Path) -> list[str]:
     data = write_video(folder / "whole.mp4").read_bytes()
     (folder / "half.mp4").write_bytes(data[: len(data) // 2])
     return ["--video", str(folder / "half.mp4")]
+
+
+def truncated_behind_its_index(folder: Path) -> list[str]:
+    data = write_video(folder / "whole.mp4", movflags="+faststart").read_bytes()
+    (folder / "half.mp4").write_bytes(data[: len(data) // 2])
+    return ["--video", str(folder / "half.mp4")]
+
+
+def truncated_matroska(folder: Path) -> list[str]:
+    data = write_video(folder / "whole.mkv").read_bytes()
+    (folder / "half.mkv").write_bytes(data[: len(data) // 2])
+    return ["--video", str(folder / "half.mkv")]
+
+
+def overwritten(folder: Path) -> list[str]:
+    data = bytearray(write_video(folder / "whole.mp4").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 20_000] = np.random.default_rng(0).bytes(20_000)
+    (folder / "hurt.mp4").write_bytes(data)
+    return ["--video", str(folder / "hurt.mp4")]
+
+
+def no_pictures(folder: Path) -> list[str]:
+    with av.open(str(folder / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        silence.sample_rate = 8000
+        container.mux(stream.encode(silence))
+    return ["--video", str(folder / "sound.wav")]
+
+
+def zero_frames(_: Path) -> list[str]:
+    return ["--frames", "0"]
+
+
+def negative_queries(_: Path) -> list[str]:
+    return ["--queries", "-3"]
+
+
+def no_output_folder(_: Path) -> list[str]:
+    return ["--output", "none/a.png"]
 
 
 def empty(folder: Path) -> list[str]:
@@ -163,16 +205,18 @@ BAD = {
     nothing: r"--video: expected a video file; there is nothing at .*none.mp4 \(on rank 0 of 2\)",
     garbage: r"--video: expected an undamaged video; .*noise.mp4 gives: .* \(on rank 0 of 2\)",
     truncated: r"--video: expected an undamaged video; .*half.mp4 gives: .* \(on rank 0 of 2\)",
+    truncated_behind_its_index: r"half.mp4 gives: \d+ of the 20 frames it announces",
+    truncated_matroska: r"half.mkv gives: an end after 0.\d of the 0.8 s it announces",
+    overwritten: r"--video: expected an undamaged video; .*hurt.mp4 gives: .* of 2\)",
+    no_pictures: r"--video: expected a video; .*sound.wav holds no stream of frames",
     empty: r"--video: expected an undamaged video; .*empty.mp4 gives: .* \(on rank 0 of 2\)",
     no_folder: r"--images: expected a folder; there is nothing at .*none \(on rank 0 of 2\)",
     no_images: r"--images: expected a folder with images \(.*\); .*images \(on rank 0 of 2\)",
     damaged_image: r"--images: expected images .*003.png gives: .* \(on rank 1 of 2\)",
     flat_images: r"expected patches with some texture .* 1 frame.* flat \(on all ranks\)",
-    lambda _: ["--frames", "0"]: r"argument --frames: expected a whole number .*'0' \(on all ranks",
-    lambda _: [
-        "--output",
-        "none/a.png",
-    ]: r"--output: .* there is no folder none \(on rank 0 of 2\)",
+    zero_frames: r"argument --frames: expected a whole number from 1 up, got '0' \(on all ranks\)",
+    negative_queries: r"--queries: expected a whole number from 1 up, got '-3' \(on all ranks\)",
+    no_output_folder: r"--output: .* there is no folder none \(on rank 0 of 2\)",
 }
 
 

@@ -7,8 +7,9 @@ so that a rank decodes its own part of the file only.
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -57,18 +59,22 @@ def index_video(path: Path) -> VideoIndex:
     container, stream = _open(path)
     with container:
         try:
-            packets = [
-                (packet.pts, packet.is_keyframe)
-                for packet in container.demux(stream)
-                if packet.pts is not None and not packet.is_discard
-            ]
+            packets, end = [], 0.0
+            for packet in container.demux():  # all streams: sound may go on where pictures end
+                if packet.pts is not None and packet.time_base is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                    if packet.stream_index == stream.index and not packet.is_discard:
+                        packets.append((packet.pts, packet.is_keyframe))
         except av.FFmpegError as error:
-            raise _damaged(path, str(error)) from error
+            raise _damaged(path, error.strerror or str(error)) from error
         packets.sort()
         if not packets:
             raise ValueError(f"--video: expected at least one frame; {path} has none")
         if len(packets) < stream.frames:
             raise _damaged(path, f"{len(packets)} of the {stream.frames} frames it announces")
+        announced = (container.duration or 0) / av.time_base
+        if "matroska" in container.format.name and end < 0.9 * announced:
+            raise _damaged(path, f"an end after {end:.1f} of the {announced:.1f} s it announces")
         if min(stream.height, stream.width) < 1:
             raise _damaged(path, f"frames of {stream.width} x {stream.height} pixels")
         pts = [time for time, _ in packets]
@@ -120,18 +126,17 @@ def read_video(
         try:
             decoded, at = container.decode(stream), 0
             for place, pick in enumerate(picks):
-                start = starts[bisect_right(starts, pick) - 1]
-                if start > at:  # a keyframe between here and there: jump to it
-                    container.seek(pts[start], stream=stream)
-                    decoded = container.decode(stream)
+                if starts[bisect_right(starts, pick) - 1] > at:  # a keyframe lies between
+                    decoded = _decode_from(container, stream, pick, pts, starts)
                 frame = next((f for f in decoded if f.pts is None or f.pts >= pts[pick]), None)
-                if frame is None:
-                    raise _damaged(path, f"an end before frame {pick} of {len(pts)}")
+                if frame is None or frame.is_corrupt:
+                    found = "an end at" if frame is None else "a broken"
+                    raise _damaged(path, f"{found} frame {pick} of {len(pts)}")
                 picture = frame.reformat(width=width, height=height, format="rgb24")
                 video[place], at = picture.to_ndarray(), pick + 1
                 progress(place + 1)
         except av.FFmpegError as error:
-            raise _damaged(path, str(error)) from error
+            raise _damaged(path, error.strerror or str(error)) from error
     return video
 
 
@@ -208,8 +213,8 @@ def _open(path: Path) -> "tuple[InputContainer, VideoStream]":
         ) from error
     try:
         container = av.open(str(path))
-    except (av.FFmpegError, UnicodeError) as error:
-        raise _damaged(path, str(error)) from error
+    except av.FFmpegError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
     if not container.streams.video:
         container.close()
         raise ValueError(f"--video: expected a video; {path} holds no stream of frames")
@@ -217,6 +222,26 @@ def _open(path: Path) -> "tuple[InputContainer, VideoStream]":
     stream.thread_type = "SLICE"  # one frame at a time: the other ranks use the other cores
     stream.codec_context.thread_count = 1
     return container, stream
+
+
+def _decode_from(
+    container: "InputContainer",
+    stream: "VideoStream",
+    pick: int,
+    pts: Sequence[int],
+    starts: Sequence[int],
+) -> "Iterator[VideoFrame]":
+    """Seek to a keyframe from which frame `pick` can be reached, and decode from there."""
+    last = bisect_right(starts, pick) - 1
+    for start in (last, last - 1, last - 2):  # some containers lead past it, or between two
+        if start > 0:
+            container.seek(pts[starts[start]], stream=stream)
+            decoded = container.decode(stream)
+            head = next((frame for frame in decoded if frame.key_frame), None)
+            if head is not None and (head.pts is None or head.pts <= pts[pick]):
+                return chain([head], decoded)
+    container.seek(0)
+    return container.decode(stream)
 
 
 def _damaged(path: Path, found: str) -> ValueError:
