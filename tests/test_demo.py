@@ -56,11 +56,11 @@ def assert_found(finished: Finished, folder: Path, queries: int) -> None:
         assert picture.width >= 1200
 
 
-def write_video(path: Path, frames: int = 20, **options: str) -> Path:
+def write_video(path: Path, frames: int = 20, codec: str = "mpeg4", **options: str) -> Path:
     """Encode a clip of the default video, with a keyframe every 8 frames and B-frames between."""
     video = pan_over_photographs(0, frames, frames, 240, 320, 1, lambda _: None)
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("mpeg4", rate=25)
+        stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
         stream.bit_rate = 4_000_000
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = 8, 2
@@ -146,9 +146,9 @@ def truncated_matroska(folder: Path) -> list[str]:
 
 
 def overwritten(folder: Path) -> list[str]:
-    data = bytearray(write_video(folder / "whole.mp4").read_bytes())
+    data = bytearray(write_video(folder / "whole.mp4", codec="libx264").read_bytes())
     middle = len(data) // 2
-    data[middle : middle + 20_000] = np.random.default_rng(0).bytes(20_000)
+    data[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
     (folder / "hurt.mp4").write_bytes(data)
     return ["--video", str(folder / "hurt.mp4")]
 
@@ -207,7 +207,7 @@ BAD = {
     truncated: r"--video: expected an undamaged video; .*half.mp4 gives: .* \(on rank 0 of 2\)",
     truncated_behind_its_index: r"half.mp4 gives: \d+ of the 20 frames it announces",
     truncated_matroska: r"half.mkv gives: an end after 0.\d of the 0.8 s it announces",
-    overwritten: r"--video: expected an undamaged video; .*hurt.mp4 gives: .* of 2\)",
+    overwritten: r"--video: expected an undamaged video; .*hurt.mp4 gives: a broken frame \d+ of 20",
     no_pictures: r"--video: expected a video; .*sound.wav holds no stream of frames",
     empty: r"--video: expected an undamaged video; .*empty.mp4 gives: .* \(on rank 0 of 2\)",
     no_folder: r"--images: expected a folder; there is nothing at .*none \(on rank 0 of 2\)",
