@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 
+_DEMO = "lvxattn demo"
+
+
 class _UsageError(ValueError):
     """The command line makes no sense."""
 
@@ -20,8 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""
-        command = self.prog.removeprefix("lvxattn").strip() or "command line"
-        raise _UsageError(f"{command}: error: {message} (on all ranks)")
+        raise _UsageError(f"{self.prog}: error: {message} (on all ranks)")
 
     def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
         """Print on rank 0."""
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
         options = _parser().parse_args(argv)
         return int(options.run(options, comm))
     except _UsageError as error:
-        return _refuse(f"{error}", comm)
+        return _refuse(str(error), comm)
 
 
 def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
@@ -55,15 +57,17 @@ def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
         from lvxattn.mpi_impl.demo import InputError, search_video  # what only the demo needs
     except ModuleNotFoundError as error:
         hint = "pip install 'lvxattn[demo]' brings all it needs"
-        return _refuse(f"demo: error: {error}; {hint} (on all ranks)", comm)
+        return _refuse(f"{_DEMO}: error: {error}; {hint} (on all ranks)", comm)
     try:
         return 0 if search_video(options, comm) else 1
     except InputError as error:
-        return _refuse(f"demo: error: {error}", comm)
+        return _refuse(f"{_DEMO}: error: {error}", comm)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("lvxattn", description=__doc__, allow_abbrev=False)
+    parser = _Parser(
+        "lvxattn", description="Exact distributed cross-attention over MPI.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -121,7 +125,7 @@ def _at_least(least: int, text: str) -> int:
 def _refuse(message: str, comm: MPI.Intracomm) -> int:
     """Say on rank 0 what is wrong with the input; return the exit status for that."""
     if comm.rank == 0:
-        print(f"lvxattn {message}", file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
     return 2
 
 

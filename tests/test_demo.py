@@ -57,7 +57,7 @@ def assert_found(finished: Finished, folder: Path, queries: int) -> None:
 
 
 def write_video(path: Path, frames: int = 20, codec: str = "mpeg4", **options: str) -> Path:
-    """Encode a clip of the default video, with a keyframe every 8 frames and B-frames between."""
+    """Encode a clip of the default video, a keyframe every 8 frames and B-frames between."""
     video = pan_over_photographs(0, frames, frames, 240, 320, 1, lambda _: None)
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=25)
@@ -207,7 +207,7 @@ BAD = {
     truncated: r"--video: expected an undamaged video; .*half.mp4 gives: .* \(on rank 0 of 2\)",
     truncated_behind_its_index: r"half.mp4 gives: \d+ of the 20 frames it announces",
     truncated_matroska: r"half.mkv gives: an end after 0.\d of the 0.8 s it announces",
-    overwritten: r"--video: expected an undamaged video; .*hurt.mp4 gives: a broken frame \d+ of 20",
+    overwritten: r"expected an undamaged video; .*hurt.mp4 gives: a broken frame \d+ of 20",
     no_pictures: r"--video: expected a video; .*sound.wav holds no stream of frames",
     empty: r"--video: expected an undamaged video; .*empty.mp4 gives: .* \(on rank 0 of 2\)",
     no_folder: r"--images: expected a folder; there is nothing at .*none \(on rank 0 of 2\)",
