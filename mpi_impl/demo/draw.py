@@ -187,7 +187,8 @@ def _draw_film(figure: Figure, pictures: Pictures, starts: Sequence[int]) -> Non
     for rank, (first, last) in enumerate(pairwise(starts)):
         bar = Rectangle((first, 0), last - first, 0.2, facecolor=_colour(rank), edgecolor=_PAPER)
         axes.add_patch(bar)
-        text = f"rank {rank} holds frames {first:,}–{last - 1:,}"
+        several = f"s {first:,}–{last - 1:,}" if last - first > 1 else f" {first:,}"
+        text = f"rank {rank} holds frame{several}"
         if len(text) * 0.085 > (last - first) / end * (_WIDTH - _LEFT):
             text = str(rank) if len(starts) <= 40 and last > first else ""
         x = (first + last) / 2

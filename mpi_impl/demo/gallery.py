@@ -13,7 +13,7 @@ from lvxattn.mpi_impl.demo.judge import FOUND
 ROWS, COLS = 3, 3
 """Examples from top to bottom, and side by side."""
 
-_FILM = 18
+_FILM = 18  # pictures; a short video shows some of its frames more than once
 _SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
@@ -76,5 +76,4 @@ def frames_to_draw(answers: Answers, examples: Sequence[int], frames: int) -> li
 
 def film_frames(frames: int) -> list[int]:
     """Give the number of the middle frame of each part of the film."""
-    shown = min(_FILM, frames)
-    return [(2 * n + 1) * frames // (2 * shown) for n in range(shown)]
+    return [(2 * n + 1) * frames // (2 * _FILM) for n in range(_FILM)]

@@ -14,7 +14,8 @@
    An answer is *found* if it rounds to the truth. One that is not found is *ambiguous*, several
    places look alike, if the inequality allows it, and *wrong* if it does not.
 
-3. In the default video, whose frames differ, at least 90 % are found.
+3. In the default video, whose frames differ, at least 90 % are found; not asked of one so long that
+   the camera comes too close to where it has been.
 """
 
 from dataclasses import dataclass

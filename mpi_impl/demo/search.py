@@ -187,7 +187,8 @@ def _judge(
     errors = judge.check_errors(
         answers.out, answers.lse, out[0, 0], lse[0, 0], float(extent.max()), tolerance
     )
-    return verdicts, errors + judge.check_verdicts(verdicts, distinct=isinstance(source, Pan))
+    distinct = isinstance(source, Pan) and source.frames <= Pan.DISTINCT
+    return verdicts, errors + judge.check_verdicts(verdicts, distinct=distinct)
 
 
 def _wait_idly(comm: MPI.Intracomm) -> None:

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +91,9 @@ def open_source(options: Namespace) -> Source:
 
 @dataclass(frozen=True)
 class Pan:
-    """The default video."""
+    """The default video; up to `DISTINCT` frames, few of its patches look alike."""
+
+    DISTINCT: ClassVar[int] = 1000
 
     frames: int
     seed: int
