@@ -1,0 +1,274 @@
+"""The demo finds what it searches for, on any number of ranks, and refuses bad input clearly."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from PIL import Image
+
+from lvxattn.mpi_impl.__main__ import main
+from lvxattn.mpi_impl.demo.camera import pan_over_photographs
+from lvxattn.mpi_impl.demo.judge import (
+    AMBIGUOUS,
+    FOUND,
+    WRONG,
+    Check,
+    check_errors,
+    check_verdicts,
+    judge_answers,
+)
+
+av = pytest.importorskip("av")
+MPIEXEC = os.environ.get("LVXATTN_MPIEXEC") or str(Path(sys.executable).with_name("mpiexec"))
+
+Finished = subprocess.CompletedProcess[str]
+
+
+def demo(ranks: int, folder: Path, *arguments: str) -> Finished:
+    command = [*MPIEXEC.split(), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m"]
+    output = () if "--output" in arguments else ("--output", str(folder / "demo.png"))
+    return subprocess.run(
+        [*command, "lvxattn.mpi_impl", "demo", *arguments, *output],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=folder,
+        env={**os.environ, "LVXATTN_PROGRESS": "plain"},
+    )
+
+
+def assert_found(finished: Finished, folder: Path, queries: int) -> None:
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    counts = re.search(r"found (\d+) of (\d+)", finished.stdout)
+    assert counts is not None
+    assert int(counts[2]) == queries
+    assert int(counts[1]) >= 0.9 * queries
+    assert "all checks passed" in finished.stdout
+    assert max(map(len, finished.stdout.splitlines())) <= 100
+    with Image.open(folder / "demo.png") as picture:
+        assert picture.width >= 1200
+
+
+def write_video(path: Path, frames: int = 20, codec: str = "mpeg4", **options: str) -> Path:
+    """Encode a clip of the default video, a keyframe every 8 frames and B-frames between."""
+    video = pan_over_photographs(0, frames, frames, 240, 320, 1, lambda _: None)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        stream.bit_rate = 4_000_000
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = 8, 2
+        for pixels in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    folder.mkdir()
+    video = pan_over_photographs(0, len(sizes), len(sizes), 240, 320, 1, lambda _: None)
+    for number, (pixels, size) in enumerate(zip(video, sizes, strict=True)):
+        Image.fromarray(pixels).resize(size).save(folder / f"{number:03}.png")
+    return folder
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_patches_of_the_default_video_are_found(ranks: int, tmp_path: Path) -> None:
+    finished = demo(ranks, tmp_path, "--frames", "16", "--queries", "40")
+    assert_found(finished, tmp_path, 40)
+    assert "4,800 visual tokens" in finished.stdout
+
+
+@pytest.mark.mpi
+def test_images_of_different_sizes_are_searched_by_more_ranks_than_there_are_images(
+    tmp_path: Path,
+) -> None:
+    images = write_images(tmp_path / "images", [(320, 240), (500, 300)])
+    assert_found(demo(3, tmp_path, "--images", str(images), "--queries", "10"), tmp_path, 10)
+
+
+@pytest.mark.mpi
+def test_a_video_file_is_searched(tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "clip.mp4")
+    finished = demo(2, tmp_path, "--video", str(clip), "--queries", "20", "--frames", "13")
+    assert_found(finished, tmp_path, 20)
+    assert "13 of its 20 frames" in finished.stdout
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])  # a .ts is seldom sought exactly
+def test_any_range_of_a_video_reads_the_same_frames(container: str, tmp_path: Path) -> None:
+    files = importlib.import_module("lvxattn.mpi_impl.demo.files")
+    path = write_video(tmp_path / f"clip.{container}")
+    index = files.index_video(path)
+    assert len(index.pts) == 20
+    assert len(index.starts) > 2
+
+    def read(picks: list[int]) -> np.ndarray:
+        return files.read_video(path, picks, index.pts, index.starts, 240, 320, lambda _: None)
+
+    whole = read(list(range(20)))
+    for picks in ([], [0], [19], [7, 8, 9], [1, 6, 12, 18], list(range(10, 20))):
+        np.testing.assert_array_equal(read(picks), whole[picks])
+
+
+def nothing(folder: Path) -> list[str]:
+    return ["--video", str(folder / "none.mp4")]
+
+
+def garbage(folder: Path) -> list[str]:
+    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(50_000))
+    return ["--video", str(folder / "noise.mp4")]
+
+
+def truncated(folder: Path) -> list[str]:
+    data = write_video(folder / "whole.mp4").read_bytes()
+    (folder / "half.mp4").write_bytes(data[: len(data) // 2])
+    return ["--video", str(folder / "half.mp4")]
+
+
+def truncated_behind_its_index(folder: Path) -> list[str]:
+    data = write_video(folder / "whole.mp4", movflags="+faststart").read_bytes()
+    (folder / "half.mp4").write_bytes(data[: len(data) // 2])
+    return ["--video", str(folder / "half.mp4")]
+
+
+def truncated_matroska(folder: Path) -> list[str]:
+    data = write_video(folder / "whole.mkv").read_bytes()
+    (folder / "half.mkv").write_bytes(data[: len(data) // 2])
+    return ["--video", str(folder / "half.mkv")]
+
+
+def overwritten(folder: Path) -> list[str]:
+    data = bytearray(write_video(folder / "whole.mp4", codec="libx264").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
+    (folder / "hurt.mp4").write_bytes(data)
+    return ["--video", str(folder / "hurt.mp4")]
+
+
+def no_pictures(folder: Path) -> list[str]:
+    with av.open(str(folder / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        silence.sample_rate = 8000
+        container.mux(stream.encode(silence))
+    return ["--video", str(folder / "sound.wav")]
+
+
+def zero_frames(_: Path) -> list[str]:
+    return ["--frames", "0"]
+
+
+def negative_queries(_: Path) -> list[str]:
+    return ["--queries", "-3"]
+
+
+def no_output_folder(_: Path) -> list[str]:
+    return ["--output", "none/a.png"]
+
+
+def empty(folder: Path) -> list[str]:
+    (folder / "empty.mp4").touch()
+    return ["--video", str(folder / "empty.mp4")]
+
+
+def no_folder(folder: Path) -> list[str]:
+    return ["--images", str(folder / "none")]
+
+
+def no_images(folder: Path) -> list[str]:
+    (folder / "images").mkdir()
+    (folder / "images" / "notes.txt").touch()
+    return ["--images", str(folder / "images")]
+
+
+def damaged_image(folder: Path) -> list[str]:
+    images = write_images(folder / "images", [(320, 240)] * 4)
+    (images / "003.png").write_bytes((images / "003.png").read_bytes()[:5000])
+    return ["--images", str(images)]
+
+
+def flat_images(folder: Path) -> list[str]:
+    (folder / "images").mkdir()
+    Image.new("RGB", (320, 240), "grey").save(folder / "images" / "grey.png")
+    return ["--images", str(folder / "images")]
+
+
+BAD = {
+    nothing: r"--video: expected a video file; there is nothing at .*none.mp4 \(on rank 0 of 2\)",
+    garbage: r"--video: expected an undamaged video; .*noise.mp4 gives: .* \(on rank 0 of 2\)",
+    truncated: r"--video: expected an undamaged video; .*half.mp4 gives: .* \(on rank 0 of 2\)",
+    truncated_behind_its_index: r"half.mp4 gives: \d+ of the 20 frames it announces",
+    truncated_matroska: r"half.mkv gives: an end after 0.\d of the 0.8 s it announces",
+    overwritten: r"expected an undamaged video; .*hurt.mp4 gives: a broken frame \d+ of 20",
+    no_pictures: r"--video: expected a video; .*sound.wav holds no stream of frames",
+    empty: r"--video: expected an undamaged video; .*empty.mp4 gives: .* \(on rank 0 of 2\)",
+    no_folder: r"--images: expected a folder; there is nothing at .*none \(on rank 0 of 2\)",
+    no_images: r"--images: expected a folder with images \(.*\); .*images \(on rank 0 of 2\)",
+    damaged_image: r"--images: expected images .*003.png gives: .* \(on rank 1 of 2\)",
+    flat_images: r"expected patches with some texture .* 1 frame.* flat \(on all ranks\)",
+    zero_frames: r"argument --frames: expected a whole number from 1 up, got '0' \(on all ranks\)",
+    negative_queries: r"--queries: expected a whole number from 1 up, got '-3' \(on all ranks\)",
+    no_output_folder: r"--output: .* there is no folder none \(on rank 0 of 2\)",
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("make", BAD, ids=lambda make: make.__name__)
+def test_bad_input_is_one_line_and_status_2(make, tmp_path: Path) -> None:
+    arguments = make(tmp_path)
+    start = time.perf_counter()
+    finished = demo(2, tmp_path, *arguments)
+    assert time.perf_counter() - start < 5
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    assert re.fullmatch(f"lvxattn demo: error: .*{BAD[make]}.*\n", finished.stderr)
+    assert not (tmp_path / "demo.png").exists()
+
+
+def test_status_is_1_if_the_attention_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = importlib.import_module("lvxattn.mpi_impl.demo.search")
+    right = search.cross_attention
+
+    def wrong(*args, **kwargs):
+        out, lse = right(*args, **kwargs)
+        return out + np.float32(1), lse
+
+    arguments = ["demo", "--frames", "3", "--queries", "8", "--output", str(tmp_path / "a.png")]
+    assert main(arguments, MPI.COMM_SELF) == 0
+    monkeypatch.setattr(search, "cross_attention", wrong)
+    assert main(arguments, MPI.COMM_SELF) == 1
+    printed = capsys.readouterr().out
+    assert "8 WRONG" in printed
+    assert "a check FAILED" in printed
+
+
+def test_an_answer_is_wrong_only_where_its_weight_leaves_no_excuse() -> None:
+    truth = np.array([[5, 2, 3]] * 5)
+    out = np.array([[5.1, 2, 3], [6, 2, 3], [6, 2, 3], [5, 2, 3], [np.nan, 2, 3]])
+    weight = np.array([0.99, 0.8, 0.999, 1.2, 0.5])
+    verdicts = judge_answers(out, truth, weight, np.array([20, 8, 8]), 1e-3)
+    assert verdicts == [FOUND, AMBIGUOUS, WRONG, WRONG, WRONG]
+
+
+def test_checks_fail_on_wrong_answers_many_missed_and_nan() -> None:
+    def passed(verdicts: list[str], distinct: bool) -> bool:
+        return all(check.passed for check in check_verdicts(verdicts, distinct=distinct))
+
+    assert passed([FOUND] * 90 + [AMBIGUOUS] * 10, True)
+    assert not passed([FOUND] * 89 + [AMBIGUOUS] * 11, True)
+    assert passed([AMBIGUOUS] * 100, False)
+    assert not passed([FOUND] * 99 + [WRONG], False)
+    assert not Check("x", np.nan, 1.0, "").passed
+    out, lse = np.ones((2, 3)), np.ones(2)
+    near, far = check_errors(out, lse + 1e-3, out + 1.0, lse, 100.0, 2e-3)
+    assert near.passed
+    assert not far.passed
