@@ -1,34 +1,18 @@
-"""Command line: ``mpiexec -n 4 python -m mpi4py -m lvxattn.mpi_impl demo``."""
+"""Command line: ``mpiexec -n 4 python -m mpi4py -m lvxattn.mpi_impl COMMAND``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
 
 from mpi4py import MPI
 
-if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
+from lvxattn.mpi_impl.arguments import Parser, UsageError, natural, positive
+from lvxattn.mpi_impl.run import InputError as RunError
+from lvxattn.mpi_impl.run import run_problem
+from lvxattn.mpi_impl.run.options import add_options, contradiction
+from lvxattn.mpi_impl.watchdog import timeout
 
-
-_DEMO = "lvxattn demo"
-
-
-class _UsageError(ValueError):
-    """The command line makes no sense."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors and help texts reach the terminal once, not once a rank."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing and exiting."""
-        raise _UsageError(f"{self.prog}: error: {message} (on all ranks)")
-
-    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
-        """Print on rank 0."""
-        if MPI.COMM_WORLD.rank == 0:
-            super()._print_message(message, file)
+_DEMO, _RUN = "lvxattn demo", "lvxattn run"
 
 
 def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD) -> int:
@@ -47,8 +31,9 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
     """
     try:
         options = _parser().parse_args(argv)
+        _check_environment(comm)
         return int(options.run(options, comm))
-    except _UsageError as error:
+    except UsageError as error:
         return _refuse(str(error), comm)
 
 
@@ -64,8 +49,33 @@ def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
         return _refuse(f"{_DEMO}: error: {error}", comm)
 
 
+def _run(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
+    wrong = contradiction(options)
+    if wrong:
+        raise UsageError(f"{_RUN}: error: {wrong} (on all ranks)")
+    try:
+        passed = run_problem(options, comm)
+    except RunError as error:
+        return _refuse(f"{_RUN}: error: {error}", comm)
+    if not passed and comm.rank == 0:
+        print(f"{_RUN}: a check failed", file=sys.stderr, flush=True)
+    return 0 if passed else 1
+
+
+def _check_environment(comm: MPI.Intracomm) -> None:
+    """Refuse a bad ``LVXATTN_TIMEOUT``, whichever rank has it."""
+    error = None
+    try:
+        timeout(comm)
+    except ValueError as problem:
+        error = UsageError(f"lvxattn: error: {problem}")
+    errors = [e for e in comm.allgather(error) if e is not None]
+    if errors:
+        raise errors[0]
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         "lvxattn", description="Exact distributed cross-attention over MPI.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -80,19 +90,19 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--images", metavar="DIR", help="search the images in a folder")
     demo.add_argument(
         "--frames",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="frames to search, evenly spaced if there are more (default: 360)",
     )
     demo.add_argument(
         "--queries",
-        type=_positive,
+        type=positive,
         default=256,
         metavar="N",
         help="patches to search for (default: 256)",
     )
     demo.add_argument(
-        "--seed", type=_natural, default=0, metavar="N", help="another path, other patches"
+        "--seed", type=natural, default=0, metavar="N", help="another path, other patches"
     )
     demo.add_argument(
         "--output",
@@ -101,25 +111,15 @@ def _parser() -> argparse.ArgumentParser:
         help="where to write the picture (default: demo.png)",
     )
     demo.set_defaults(run=_demo)
+    run = commands.add_parser(
+        "run",
+        help="cross-attention on random tensors or on a file's",
+        description="Exact distributed cross-attention: measured, checked and reported.",
+        allow_abbrev=False,
+    )
+    add_options(run)
+    run.set_defaults(run=_run)
     return parser
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
-    return number
 
 
 def _refuse(message: str, comm: MPI.Intracomm) -> int:

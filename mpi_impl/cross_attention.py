@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.mpi_impl.ring_attention import ring_attention, ring_attention_backward
+from lvxattn.mpi_impl.watchdog import watching
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
@@ -73,7 +74,8 @@ def cross_attention(
         before anything is sent, unless `layout` is given: then on the rank that misfits.
     """
     if layout is None:
-        layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
+        with watching(comm, "all ranks to agree on a layout"):
+            layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask)
     return FORWARD[layout.schedule](q, k, v, comm, layout, mask=mask, meter=meter)
@@ -124,9 +126,10 @@ def cross_attention_backward(
     """
     backward = dout, out, lse, dlse
     if layout is None:
-        layout = Layout.agree(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward
-        )
+        with watching(comm, "all ranks to agree on a layout"):
+            layout = Layout.agree(
+                q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward
+            )
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, backward=backward)
     return BACKWARD[layout.schedule](

@@ -15,6 +15,7 @@ from typing import Any
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.device import buffer
+from lvxattn.mpi_impl.watchdog import Watchdog
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
 
@@ -25,6 +26,13 @@ Fields = Callable[[int], list[Field]]
 
 # One tag for each kind of block: two rotations are under way at once.
 BLOCKS, RESULTS = 7001, 7002
+# What they carry, by schedule, for the watchdog.
+_KINDS = {
+    ("lv-xattn", BLOCKS): "the queries of rank {}",
+    ("lv-xattn", RESULTS): "the results for rank {}'s queries",
+    ("ring", BLOCKS): "the keys and values of rank {}",
+    ("ring", RESULTS): "the gradients of rank {}'s keys and values",
+}
 
 
 class Exchange:
@@ -43,6 +51,7 @@ class Exchange:
     def __init__(self, comm: MPI.Intracomm, layout: Layout, meter: Meter, xp: Any) -> None:
         self.comm, self.layout, self.meter, self.xp = comm, layout, meter, xp
         self.rotations: list[Rotation] = []
+        self.watchdog = Watchdog.armed(comm)
 
     def rotation(self, tag: int, fields: Fields, hop: int = 0) -> "Rotation":
         """Return the rotation of one kind of block.
@@ -66,7 +75,18 @@ class Exchange:
     def finish(self) -> None:
         """Wait until what this rank has sent is gone, so that no request outlives the pass."""
         for rotation in self.rotations:
-            self.meter.waits(rotation.sending.Wait)()
+            rotation.wait_sent()
+        if self.watchdog is not None:
+            self.watchdog.stop()
+
+    def wait(self, request: MPI.Request, what: Callable[[], str]) -> None:
+        """Wait for a request; should that take too long, the watchdog says what for."""
+        wait = self.meter.waits(request.Wait)
+        if self.watchdog is None:
+            wait()
+        else:
+            with self.watchdog.over(what):
+                wait()
 
 
 class Rotation:
@@ -98,7 +118,7 @@ class Rotation:
         for view, x in zip(self._views(), arrays, strict=bool(arrays)):
             view[...] = x
         # The block sent last left from `free`: until it is gone nothing may be received there.
-        meter.waits(self.sending.Wait)()
+        self.wait_sent()
         self.receiving = comm.Irecv([free.receivable(coming), MPI.BYTE], layout.left, self.tag)
         self.sending = comm.Isend([in_hand.sendable(mine), MPI.BYTE], layout.right, self.tag)
         meter.sent(mine)
@@ -110,9 +130,23 @@ class Rotation:
 
         They are views of a buffer, good until the next but one call of `shift`.
         """
-        self.exchange.meter.waits(self.receiving.Wait)()
+        self.exchange.wait(self.receiving, self._awaited)
         self.buffers[0].deliver(self._nbytes(self.exchange.layout.owner(self.hop)))
         return self._views()
+
+    def wait_sent(self) -> None:
+        """Wait until the block that was sent last is gone."""
+        self.exchange.wait(self.sending, self._leaving)
+
+    def _awaited(self) -> str:
+        layout = self.exchange.layout
+        kind = _KINDS[layout.schedule, self.tag].format(layout.owner(self.hop))
+        return f"{kind} at hop {self.hop}, from rank {layout.left}"
+
+    def _leaving(self) -> str:
+        layout = self.exchange.layout
+        kind = _KINDS[layout.schedule, self.tag].format(layout.owner(self.hop - 1))
+        return f"rank {layout.right} to take {kind} at hop {self.hop}"
 
     def _views(self) -> list[Array]:
         fields = self.fields(self.exchange.layout.owner(self.hop))

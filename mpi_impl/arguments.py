@@ -1,0 +1,46 @@
+"""What the commands share: a parser that speaks once, and the numbers that arguments may be."""
+
+import argparse
+from typing import TYPE_CHECKING, NoReturn
+
+from mpi4py import MPI
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+
+class UsageError(ValueError):
+    """The command line makes no sense; the same on all ranks."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors and help texts reach the terminal once, not once a rank."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing and exiting."""
+        raise UsageError(f"{self.prog}: error: {message} (on all ranks)")
+
+    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
+        """Print on rank 0."""
+        if MPI.COMM_WORLD.rank == 0:
+            super()._print_message(message, file)
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1 up."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """Read a whole number from 0 up."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
+    return number

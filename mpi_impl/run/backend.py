@@ -1,0 +1,92 @@
+"""Where a rank computes: NumPy on the host's cores, or CuPy on a GPU of its own."""
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.run.tensors import Array, InputError
+from lvxattn.reference.validation import raise_together
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One rank's device.
+
+    Attributes
+    ----------
+    xp : module
+        numpy or cupy.
+    device : str
+        Its name.
+    """
+
+    xp: Any
+    device: str
+
+    def put(self, x: Array) -> Any:
+        """Bring a NumPy array there."""
+        return self.xp.asarray(x)
+
+    def get(self, x: Any) -> Array:
+        """Bring an array back."""
+        host: Array = x if self.xp is np else self.xp.asnumpy(x)
+        return host
+
+    def finish(self) -> None:
+        """Wait until everything is computed."""
+        if self.xp is not np:
+            self.xp.cuda.Device().synchronize()
+
+
+def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
+    """Give each rank of a host a GPU of its own, or NumPy where that is not to be.
+
+    Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    wish : str
+        ``"cpu"``, ``"gpu"`` or ``"auto"``: GPUs where every rank has one.
+    dtype : str
+        Of the tensors; CuPy has no bfloat16.
+    comm : mpi4py.MPI.Intracomm
+
+    Raises
+    ------
+    InputError
+        GPUs are wanted and a rank has none; the same on all ranks.
+    """
+    if wish == "cpu":
+        return _host()
+    on_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    number = on_host.rank
+    on_host.Free()
+    problem = _obstacle(dtype)
+    if wish == "gpu":
+        raise_together(InputError(problem) if problem else None, comm)
+    elif any(comm.allgather(problem)):
+        return _host()
+    xp = import_module("cupy")
+    device = number % xp.cuda.runtime.getDeviceCount()
+    xp.cuda.Device(device).use()
+    name = xp.cuda.runtime.getDeviceProperties(device)["name"].decode()
+    return Backend(xp, f"GPU {device} {name}")
+
+
+def _host() -> Backend:
+    return Backend(np, f"CPU, {len(os.sched_getaffinity(0))} cores")
+
+
+def _obstacle(dtype: str) -> str | None:
+    """Say why this rank cannot compute on a GPU, if so."""
+    if dtype == "bfloat16":
+        return "--device gpu: CuPy has no bfloat16"
+    try:
+        count = import_module("cupy").cuda.runtime.getDeviceCount()
+    except Exception as error:  # not installed, or no driver: whatever CuPy raises then
+        return f"--device gpu: {error}"
+    return None if count else "--device gpu: no GPU found"

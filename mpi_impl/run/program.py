@@ -1,0 +1,165 @@
+"""Cross-attention on the ranks of a run, measured, checked and reported.
+
+Every rank takes its share of the queries and of the keys, and what comes out is written where it
+lies in the whole: no rank ever holds all of anything.
+"""
+
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar, cast
+
+from mpi4py import MPI
+
+from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_backward
+from lvxattn.mpi_impl.device import limit_blas_threads
+from lvxattn.mpi_impl.run.backend import Backend, choose_backend
+from lvxattn.mpi_impl.run.check import Check, check_results
+from lvxattn.mpi_impl.run.problem import Problem, Share, describe, take_share
+from lvxattn.mpi_impl.run.report import Cost, Report, print_report, write_json
+from lvxattn.mpi_impl.run.tensors import Array, InputError, Shape, TensorFile, create
+from lvxattn.mpi_impl.watchdog import watching
+from lvxattn.reference.validation import accumulator, raise_together
+
+T = TypeVar("T")
+
+_OF_QUERIES = ("out", "lse", "dq")
+
+
+def run_problem(options: Namespace, comm: MPI.Intracomm) -> bool:
+    """Run what the command line asks for. Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        As `options.add_options` defines them.
+    comm : mpi4py.MPI.Intracomm
+
+    Returns
+    -------
+    bool
+        Whether all checks passed; the same on all ranks.
+
+    Raises
+    ------
+    InputError
+        The problem cannot be worked on, or its result not be written; the same on all ranks.
+    """
+    threads = limit_blas_threads(comm)
+    # 1. rank 0 looks at the problem; every rank takes its share of it
+    problem = _on_rank_0(lambda: describe(options), comm)
+    backend = choose_backend(options.device, problem.dtype, comm)
+    share = _together(lambda: take_share(problem, comm.rank, comm.size), comm)
+    tensors = {name: backend.put(x) for name, x in share.tensors.items()}
+    q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
+    layout = Layout.agree(q, k, v, comm, schedule=options.schedule, scale=options.scale, mask=mask)
+    output = _on_rank_0(lambda: _create(options, problem, layout), comm)
+    try:
+        # 2. the attention, as often as is asked for
+        results, costs = _measure(options, tensors, comm, layout, backend)
+        # 3. every rank writes its part
+        if output is not None:
+            _together(lambda: _write(output, share, results), comm)
+            _on_rank_0(lambda: os.replace(output.path, options.output), comm)
+    finally:
+        if output is not None and comm.rank == 0:
+            Path(output.path).unlink(missing_ok=True)
+    # 4. sampled rows against an independent softmax
+    checks: list[Check] = []
+    if options.check:
+        scale, seed = layout.scale, options.seed
+        checks = check_results(problem, share, results, comm, scale=scale, seed=seed)
+    # 5. rank 0 reports
+    host = socket.gethostname()
+    gathered = comm.gather(
+        [replace(cost, host=host, device=backend.device, threads=threads) for cost in costs]
+    )
+    if gathered is not None:
+        report = Report.of(options, problem, layout, gathered, checks)
+        if not options.quiet and options.json != "-":
+            print_report(report)
+    _on_rank_0(lambda: write_json(report, options.json) if options.json else None, comm)
+    return all(check.passed for check in checks)
+
+
+def _measure(
+    options: Namespace,
+    tensors: dict[str, Any],
+    comm: MPI.Intracomm,
+    layout: Layout,
+    backend: Backend,
+) -> tuple[dict[str, Array], list[Cost]]:
+    """Compute once, or a warm-up and as often as is asked for; return the last results."""
+    q, k, v = (tensors[name] for name in "qkv")
+    costs = []
+    for _ in range(1 + (options.repeat or 0)):
+        meter = Meter()
+        common: dict[str, Any] = {"mask": tensors.get("mask"), "layout": layout, "meter": meter}
+        _start_together(comm)
+        start = perf_counter()
+        out, lse = cross_attention(q, k, v, comm, **common)
+        backend.finish()
+        forward, backward = perf_counter() - start, 0.0
+        results = {"out": out, "lse": lse}
+        if options.backward:
+            _start_together(comm)
+            start = perf_counter()
+            dq, dk, dv = cross_attention_backward(
+                tensors["dout"], q, k, v, out, lse, comm, **common
+            )
+            backend.finish()
+            backward = perf_counter() - start
+            results |= {"dq": dq, "dk": dk, "dv": dv}
+        costs.append(Cost(layout.s_q[comm.rank], layout.s_kv[comm.rank], forward, backward, meter))
+    if options.repeat:
+        costs = costs[1:]  # without the warm-up
+    return {name: backend.get(x) for name, x in results.items()}, costs
+
+
+def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile | None:
+    """Make the output under a name of its own, so that a run cut short leaves no half of it."""
+    if options.output is None:
+        return None
+    if Path(options.output).is_dir():
+        raise InputError(f"{options.output}: is a directory")
+    q, k, v = (problem.shapes[name] for name in "qkv")
+    dtype = problem.dtype
+    shapes: dict[str, tuple[str, Shape]] = {
+        "out": (dtype, (*q[:3], v[3])),
+        "lse": (accumulator(dtype), q[:3]),
+    }
+    if options.backward:
+        shapes |= {"dq": (dtype, q), "dk": (dtype, k), "dv": (dtype, v)}
+    notes = {"schedule": layout.schedule, "scale": repr(layout.scale)}
+    return create(f"{options.output}.part", shapes, notes)
+
+
+def _write(output: TensorFile, share: Share, results: dict[str, Array]) -> None:
+    for name, x in results.items():
+        output.write(name, 2, share.rows if name in _OF_QUERIES else share.keys, x)
+
+
+def _start_together(comm: MPI.Intracomm) -> None:
+    with watching(comm, "all ranks to start"):
+        comm.Barrier()
+
+
+def _on_rank_0(work: Callable[[], T], comm: MPI.Intracomm) -> T:
+    """Do something on rank 0 and give all ranks the result, or its error."""
+    return cast(T, comm.bcast(_together(lambda: work() if comm.rank == 0 else None, comm)))
+
+
+def _together(work: Callable[[], T], comm: MPI.Intracomm) -> T:
+    """Do something on every rank; if one of them cannot, raise its error on all."""
+    result, error = None, None
+    try:
+        result = work()
+    except (InputError, OSError) as problem:
+        error = InputError(str(problem))
+    with watching(comm, "all ranks to read or write their parts"):
+        raise_together(error, comm)
+    return cast(T, result)

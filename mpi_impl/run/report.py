@@ -1,0 +1,187 @@
+"""What a run says: one table for people, one JSON document for programs."""
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from lvxattn.mpi_impl.run.check import Check
+from lvxattn.mpi_impl.run.problem import Problem
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.meter import Meter
+
+# Where stdout is no terminal, a column has this width whatever is in it.
+_WIDTHS = {"host": 16, "device": 18}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one measurement took on one rank.
+
+    Attributes
+    ----------
+    queries, keys : int
+        This rank's.
+    forward, backward : float
+        Seconds, from a start that all ranks made together.
+    meter : Meter
+        Of both.
+    host, device : str
+    threads : int
+        BLAS threads.
+    """
+
+    queries: int
+    keys: int
+    forward: float
+    backward: float
+    meter: Meter
+    host: str = ""
+    device: str = ""
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that there is to say; seconds are medians over the measurements."""
+
+    title: str
+    shapes: dict[str, tuple[int, ...]]
+    dtype: str
+    accumulator: str
+    schedule: str
+    scale: float
+    repeats: int | None
+    ranks: list[dict[str, Any]]
+    totals: dict[str, Any]
+    checks: list[dict[str, Any]]
+
+    @staticmethod
+    def of(
+        options: Namespace,
+        problem: Problem,
+        layout: Layout,
+        costs: list[list[Cost]],
+        checks: list[Check],
+    ) -> "Report":
+        """Sum up what was measured: `costs` by rank and repetition."""
+        ranks = [_rank(number, repeated, layout) for number, repeated in enumerate(costs)]
+        times = {
+            name: median(
+                max(getattr(cost, name) for cost in at_once) for at_once in zip(*costs, strict=True)
+            )
+            for name in ("forward", "backward")
+        }
+        totals: dict[str, Any] = {
+            name: sum(rank[name] for rank in ranks)
+            for name in ("queries", "keys", "computing", "waiting", "messages", "bytes")
+        }
+        return Report(
+            problem.title,
+            problem.shapes,
+            problem.dtype,
+            layout.accumulator,
+            layout.schedule,
+            layout.scale,
+            options.repeat,
+            ranks,
+            totals | times | {"ranks": len(ranks), "hosts": len({r["host"] for r in ranks})},
+            [asdict(check) | {"passed": check.passed} for check in checks],
+        )
+
+
+def print_report(report: Report) -> None:
+    """Print the table, at most 100 columns wide where stdout is no terminal."""
+    q, k, v = (report.shapes[name] for name in "qkv")
+    often = f"median of {report.repeats} after a warm-up" if report.repeats else "once"
+    passes = "forward and backward" if report.totals["backward"] else "forward"
+    print(f"""
+LV-XAttn run
+  problem   {report.title}
+  shapes    q {q}   k {k}   v {v}   {report.dtype}
+  schedule  {report.schedule} on {report.totals["ranks"]} ranks, {passes}, {often}
+""")
+    _print_table(report)
+    times = {name: report.totals[name] for name in ("forward", "backward")}
+    for name, seconds in times.items():
+        if seconds:
+            print(f"  {name:<9}{seconds:>10.4f} s on the slowest rank")
+    if report.checks:
+        _print_checks(report.checks)
+
+
+def write_json(report: Report, path: str) -> None:
+    """Write everything to a file, or to stdout if path is ``"-"``."""
+    text = json.dumps(asdict(report), indent=2)
+    if path == "-":
+        print(text, flush=True)
+    else:
+        with open(path, "w") as file:
+            file.write(text + "\n")
+
+
+def _rank(number: int, costs: list[Cost], layout: Layout) -> dict[str, Any]:
+    first = costs[0]
+    return {
+        "rank": number,
+        "host": first.host,
+        "device": first.device,
+        "threads": first.threads,
+        "queries": first.queries,
+        "keys": first.keys,
+        "share": first.keys / max(1, layout.S_KV),
+        "forward": median(cost.forward for cost in costs),
+        "backward": median(cost.backward for cost in costs),
+        "computing": median(cost.meter.computing for cost in costs),
+        "waiting": median(cost.meter.waiting for cost in costs),
+        "messages": first.meter.messages,
+        "bytes": first.meter.bytes,
+    }
+
+
+def _print_table(report: Report) -> None:
+    cells = [
+        ("rank", "host", "device", "share of keys", "computing", "waiting", "messages", "sent")
+    ]
+    for rank in report.ranks:
+        share = f"{100 * rank['share']:.1f} %"
+        costs = _seconds(rank["computing"]), _seconds(rank["waiting"]), f"{rank['messages']:,}"
+        sent = _bytes(rank["bytes"])
+        cells.append((f"{rank['rank']}", rank["host"], rank["device"], share, *costs, sent))
+    totals = report.totals
+    costs = _seconds(totals["computing"]), _seconds(totals["waiting"]), f"{totals['messages']:,}"
+    cells.append(("all", "", "", f"{totals['keys']:,}", *costs, _bytes(totals["bytes"])))
+
+    widths = [5, _WIDTHS["host"], _WIDTHS["device"], 13, 10, 10, 8, 8]
+    if sys.stdout.isatty():
+        widths = [max(len(row[n]) for row in cells) for n in range(len(widths))]
+    for row in cells:
+        line = ""
+        for n, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            text = cell if len(cell) <= width else cell[: width - 1] + "…"
+            line += "  " + (f"{text:<{width}}" if n in (1, 2) else f"{text:>{width}}")
+        print(line.rstrip())
+    print()
+
+
+def _print_checks(checks: list[dict[str, Any]]) -> None:
+    print("\n  check  rows       error     allowed   against a softmax in float64 over all ranks")
+    for check in checks:
+        verdict = "ok" if check["passed"] else "FAIL"
+        numbers = f"{check['error']:>12.3g}{check['allowed']:>12.3g}"
+        print(f"  {check['name']:<5}{check['rows']:>6}{numbers}   {verdict}")
+    print("\n  all checks passed" if all(c["passed"] for c in checks) else "\n  a check FAILED")
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.4f} s"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"

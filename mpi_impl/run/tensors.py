@@ -1,0 +1,223 @@
+"""Tensors in safetensors files, read and written slice by slice.
+
+    8 bytes            n, little-endian
+    n bytes            JSON: {"q": {"dtype": "BF16", "shape": [...], "data_offsets": [from, to]}}
+    the rest           the tensors' bytes, C order, little-endian
+
+Along an axis, a slice of a tensor in C order is one run of bytes for every index of the axes before
+it.  Every rank reads, and writes, the runs of its own slice and no others.
+
+Format: https://huggingface.co/docs/safetensors
+"""
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Shape = tuple[int, ...]
+
+_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "bool": "BOOL",
+}
+_NAMES = {code: name for name, code in _CODES.items()}
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+
+
+class InputError(ValueError):
+    """What the user gave cannot be worked on."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies in a file.
+
+    Attributes
+    ----------
+    dtype : str
+    shape : tuple of int
+    start : int
+        Its first byte, counted from the file's start.
+    """
+
+    dtype: str
+    shape: Shape
+    start: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file's table of contents."""
+
+    path: str
+    tensors: dict[str, Tensor]
+
+    def read(self, name: str, axis: int, part: slice) -> Array:
+        """Return a slice of a tensor along one axis, and read nothing else.
+
+        Raises
+        ------
+        InputError, OSError
+            The file has become shorter, or cannot be read.
+        """
+        tensor = self.tensors[name]
+        x = np.empty(_cut(tensor.shape, axis, part), dtype_of(tensor.dtype))
+        with open(self.path, "rb", buffering=0) as file:
+            for start, run in _runs(x, tensor, axis, part):
+                file.seek(start)
+                _fill(file, run, name, self.path)
+        return x
+
+    def write(self, name: str, axis: int, part: slice, x: Array) -> None:
+        """Write a slice of a tensor into a file that `create` made."""
+        tensor = self.tensors[name]
+        with open(self.path, "r+b", buffering=0) as file:
+            for start, run in _runs(np.ascontiguousarray(x), tensor, axis, part):
+                file.seek(start)
+                while run:
+                    run = run[file.write(run) :]
+
+
+def dtype_of(name: str) -> Any:
+    """Return NumPy's dtype of this name.
+
+    Raises
+    ------
+    InputError
+        It is bfloat16, which NumPy has from ml_dtypes, and that is not there.
+    """
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError:
+        raise InputError("bfloat16: needs ml_dtypes: pip install ml_dtypes") from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def open_tensors(path: str) -> TensorFile:
+    """Read a file's table of contents.
+
+    Raises
+    ------
+    InputError
+        It is no safetensors file, or is damaged.
+    OSError
+        It cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+        if length > min(_LARGEST_HEADER, size - 8):
+            raise InputError(f"{path}: not a safetensors file, or cut short: no complete header")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise TypeError("no table of tensors")
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{path}: damaged header: {type(error).__name__} {error}") from None
+    for name, tensor in tensors.items():
+        end = tensor.start + _nbytes(tensor.dtype, tensor.shape)
+        if end > size:
+            raise InputError(f"{path}: cut short: {name} ends at byte {end:,} of {size:,}")
+    return TensorFile(path, tensors)
+
+
+def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str]) -> TensorFile:
+    """Make a file of its final size, with room for these tensors.
+
+    Parameters
+    ----------
+    path : str
+    shapes : dict
+        Dtype and shape, by name.
+    notes : dict
+        The file's metadata.
+
+    Raises
+    ------
+    OSError
+        It cannot be made.
+    """
+    header: dict[str, Any] = {"__metadata__": notes}
+    start, starts = 0, {}
+    # Wide dtypes first, so that every tensor is aligned without gaps.
+    for name in sorted(shapes, key=lambda name: (-dtype_of(shapes[name][0]).itemsize, name)):
+        dtype, shape = shapes[name]
+        starts[name], end = start, start + _nbytes(dtype, shape)
+        header[name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    with Path(path).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        _reserve(file.fileno(), base + start)
+    return TensorFile(path, {name: Tensor(*shapes[name], base + starts[name]) for name in shapes})
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size; a disk that is too full shows here, not after the work."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)  # the file system cannot reserve space
+
+
+def _tensor(entry: Any, base: int) -> Tensor:
+    dtype, shape = _NAMES.get(entry["dtype"], str(entry["dtype"])), tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
+    if not whole or (dtype in _CODES and end - start != _nbytes(dtype, shape)):
+        raise ValueError(f"{dtype} {list(shape)} does not take bytes {start} to {end}")
+    return Tensor(dtype, shape, base + start)
+
+
+def _nbytes(dtype: str, shape: Shape) -> int:
+    return prod(shape) * dtype_of(dtype).itemsize if dtype in _CODES else 0
+
+
+def _cut(shape: Shape, axis: int, part: slice) -> Shape:
+    axis %= len(shape)
+    return *shape[:axis], part.stop - part.start, *shape[axis + 1 :]
+
+
+def _runs(x: Array, tensor: Tensor, axis: int, part: slice) -> Iterator[tuple[int, memoryview]]:
+    """Yield the slice's runs of bytes, and where each begins in the file."""
+    axis %= len(tensor.shape)
+    row = prod(tensor.shape[axis + 1 :]) * x.itemsize
+    stride, length = tensor.shape[axis] * row, (part.stop - part.start) * row
+    content = memoryview(x.reshape(-1).view(np.uint8).data)
+    for n in range(prod(tensor.shape[:axis]) if length else 0):
+        start = tensor.start + n * stride + part.start * row
+        yield start, content[n * length : (n + 1) * length]
+
+
+def _fill(file: BinaryIO, run: memoryview, name: str, path: str) -> None:
+    while run:
+        got = file.readinto(run)  # type: ignore[attr-defined]
+        if not got:
+            raise InputError(f"{path}: cut short while {name} was read")
+        run = run[got:]

@@ -1,0 +1,145 @@
+"""Who waits for whom: a watchdog that ends a run in which a block does not come.
+
+``LVXATTN_TIMEOUT`` (seconds) arms it.  While a rank waits, a thread beside it watches the clock;
+when the time is up it writes what the rank waits for and the line it is at, leaves the others a
+moment to write theirs, and ends the run.
+
+    waiting  |---- LVXATTN_TIMEOUT ----| writes -- GRACE -- aborts all ranks
+
+Unset, it does not exist.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import isfinite
+
+from mpi4py import MPI
+
+STATUS = 124
+"""The exit status of a run that the watchdog ends, that of timeout(1)."""
+GRACE = 2.0
+"""Seconds between a rank's message and the end: the others' waits began a little later."""
+
+
+class Watchdog:
+    """Watches one rank's waits.
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+    seconds : float
+        How long a rank may wait.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, seconds: float) -> None:
+        self.comm, self.seconds = comm, seconds
+        self._waiting: tuple[float, Callable[[], str], int] | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    @staticmethod
+    def armed(comm: MPI.Intracomm) -> "Watchdog | None":
+        """Return a watchdog if ``LVXATTN_TIMEOUT`` asks for one.
+
+        Raises
+        ------
+        ValueError
+            The variable is not a number of seconds.
+        """
+        seconds = timeout(comm)
+        return None if seconds is None else Watchdog(comm, seconds)
+
+    @contextmanager
+    def over(self, what: Callable[[], str]) -> Iterator[None]:
+        """Watch a wait; `what` says what for, if that is ever asked."""
+        if self._thread is None:
+            # It must not keep the watchdog alive: a pass that ends early drops it.
+            watch = weakref.ref(self), self._ended, min(0.25, self.seconds / 10)
+            self._thread = threading.Thread(target=_watch, args=watch, daemon=True)
+            self._thread.start()
+        self._waiting = time.monotonic(), what, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._waiting = None
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ended.set()
+
+    def look(self) -> None:
+        """End the run if the wait has lasted too long."""
+        waiting = self._waiting
+        if waiting is None or time.monotonic() - waiting[0] < self.seconds:
+            return
+        _, what, thread = waiting
+        frame = sys._current_frames().get(thread)
+        stack = traceback.format_stack(frame) if frame else []
+        where = f"rank {self.comm.rank} of {self.comm.size}"
+        message = f"{where} has waited {self.seconds:g} s for {what()}; it is at\n{''.join(stack)}"
+        os.write(2, message.encode())  # at once, so that ranks do not write into each other's lines
+        time.sleep(GRACE)
+        if self._waiting is waiting:  # else what it waited for has come after all
+            _end(self.comm)
+
+
+@contextmanager
+def watching(comm: MPI.Intracomm, what: str, seconds: float | None = None) -> Iterator[None]:
+    """Watch one wait, of `seconds` at most if ``LVXATTN_TIMEOUT`` says nothing else."""
+    seconds = timeout(comm) or seconds
+    if seconds is None:
+        yield
+        return
+    watchdog = Watchdog(comm, seconds)
+    try:
+        with watchdog.over(lambda: what):
+            yield
+    finally:
+        watchdog.stop()
+
+
+def timeout(comm: MPI.Intracomm) -> float | None:
+    """Return the seconds that ``LVXATTN_TIMEOUT`` allows, if it is set.
+
+    Raises
+    ------
+    ValueError
+        It is not a number of seconds.
+    """
+    text = os.environ.get("LVXATTN_TIMEOUT")
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not (seconds > 0 and isfinite(seconds)):
+        raise ValueError(
+            f"LVXATTN_TIMEOUT: expected a number of seconds above 0, got {text!r} "
+            f"(on rank {comm.rank} of {comm.size})"
+        )
+    return seconds
+
+
+def _watch(watchdog: "weakref.ref[Watchdog]", ended: threading.Event, interval: float) -> None:
+    while not ended.wait(interval):
+        alive = watchdog()
+        if alive is None:
+            return
+        alive.look()
+        del alive
+
+
+def _end(comm: MPI.Intracomm) -> None:
+    """End all ranks: by MPI where it may be called from this thread, else by this rank's end."""
+    if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        killer = threading.Thread(target=comm.Abort, args=(STATUS,), daemon=True)
+        killer.start()
+        killer.join(GRACE)  # an abort that hangs, or returns, is followed by the plain end
+    os._exit(STATUS)
