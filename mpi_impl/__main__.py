@@ -1,12 +1,15 @@
 """Command line: ``mpiexec -n 4 python -m mpi4py -m lvxattn.mpi_impl COMMAND``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.arguments import Parser, UsageError, natural, positive
+from lvxattn.mpi_impl.doctor import examine
+from lvxattn.mpi_impl.launcher import mismatch, speaks
 from lvxattn.mpi_impl.run import InputError as RunError
 from lvxattn.mpi_impl.run import run_problem
 from lvxattn.mpi_impl.run.options import add_options, contradiction
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
     """
     try:
         options = _parser().parse_args(argv)
-        _check_environment(comm)
+        _check_environment(options.command, comm)
         return int(options.run(options, comm))
     except UsageError as error:
         return _refuse(str(error), comm)
@@ -62,8 +65,12 @@ def _run(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     return 0 if passed else 1
 
 
-def _check_environment(comm: MPI.Intracomm) -> None:
-    """Refuse a bad ``LVXATTN_TIMEOUT``, whichever rank has it."""
+def _doctor(_: argparse.Namespace, comm: MPI.Intracomm) -> int:
+    return 0 if examine(comm) else 1
+
+
+def _check_environment(command: str, comm: MPI.Intracomm) -> None:
+    """Refuse a bad ``LVXATTN_TIMEOUT``, whichever rank has it; warn of a wrong launcher."""
     error = None
     try:
         timeout(comm)
@@ -72,6 +79,9 @@ def _check_environment(comm: MPI.Intracomm) -> None:
     errors = [e for e in comm.allgather(error) if e is not None]
     if errors:
         raise errors[0]
+    wrong = mismatch(os.environ, comm.size)
+    if wrong and command != "doctor" and speaks(os.environ, comm.rank):
+        print(f"lvxattn: warning: {wrong}; see doctor", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(run)
     run.set_defaults(run=_run)
+    doctor = commands.add_parser(
+        "doctor",
+        help="are these ranks fit for a run?",
+        description="Look at every rank, send messages round, and say what to do better.",
+        allow_abbrev=False,
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 

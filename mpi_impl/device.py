@@ -171,10 +171,12 @@ def limit_blas_threads(comm: MPI.Intracomm) -> int:
     from threadpoolctl import threadpool_info, threadpool_limits
 
     on_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    # A launcher may have bound ranks to cores of their own, or let all of them have all.
+    cores = frozenset[int]().union(*on_host.allgather(os.sched_getaffinity(0)))
     ranks = on_host.size
     on_host.Free()
     if not any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")):
-        threadpool_limits(max(1, len(os.sched_getaffinity(0)) // ranks), user_api="blas")
+        threadpool_limits(max(1, len(cores) // ranks), user_api="blas")
     return max((pool["num_threads"] for pool in threadpool_info()), default=1)
 
 

@@ -10,6 +10,7 @@ Unset, it does not exist.
 """
 
 import os
+import re
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ STATUS = 124
 """The exit status of a run that the watchdog ends, that of timeout(1)."""
 GRACE = 2.0
 """Seconds between a rank's message and the end: the others' waits began a little later."""
+# What starts a program, and is of no interest to whoever asks where it is.
+_STARTERS = re.compile(r'File "(<frozen |.*/mpi4py/)')
 
 
 class Watchdog:
@@ -80,7 +83,7 @@ class Watchdog:
             return
         _, what, thread = waiting
         frame = sys._current_frames().get(thread)
-        stack = traceback.format_stack(frame) if frame else []
+        stack = [line for line in traceback.format_stack(frame) if not _STARTERS.search(line)]
         where = f"rank {self.comm.rank} of {self.comm.size}"
         message = f"{where} has waited {self.seconds:g} s for {what()}; it is at\n{''.join(stack)}"
         os.write(2, message.encode())  # at once, so that ranks do not write into each other's lines

@@ -135,7 +135,10 @@ def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile 
     if options.backward:
         shapes |= {"dq": (dtype, q), "dk": (dtype, k), "dv": (dtype, v)}
     notes = {"schedule": layout.schedule, "scale": repr(layout.scale)}
-    return create(f"{options.output}.part", shapes, notes)
+    try:
+        return create(f"{options.output}.part", shapes, notes)
+    except OSError as error:
+        raise InputError(f"{options.output}: {error.strerror}") from None
 
 
 def _write(output: TensorFile, share: Share, results: dict[str, Array]) -> None:

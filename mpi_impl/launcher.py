@@ -1,0 +1,75 @@
+"""Does the launcher know the MPI library?  If not, every rank believes that it is alone.
+
+``mpiexec -n 4`` of one MPI, with a program that is linked to another, starts four processes each of
+which is rank 0 of 1.  Launchers tell their processes in the environment how many they are.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+# How many processes there are, which one this is, and who says so; inner launchers first, as srun
+# may have started mpirun's helpers.
+_VARIABLES = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpirun"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MVAPICH's launcher"),
+    ("PMI_SIZE", "PMI_RANK", "a launcher that speaks PMI, such as MPICH's mpiexec"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
+)
+
+
+class Claim(NamedTuple):
+    """What a launcher says: how many processes it has started, and which of them this is."""
+
+    variable: str
+    size: int | None
+    rank: int
+    launcher: str
+
+
+def claim(environment: Mapping[str, str]) -> Claim | None:
+    """Return what the launcher says, if there is one.
+
+    Parameters
+    ----------
+    environment : mapping
+        ``os.environ``.
+    """
+    for size, rank, launcher in _VARIABLES:
+        if environment.get(size, "").isdigit():
+            number = environment.get(rank, "0")
+            return Claim(size, int(environment[size]), int(number or 0), launcher)
+    number = environment.get("PMIX_RANK", "")
+    if number.isdigit():  # PMIx does not tell the size in the environment
+        return Claim("PMIX_RANK", None, int(number), "a launcher that speaks PMIx")
+    return None
+
+
+def mismatch(environment: Mapping[str, str], size: int) -> str | None:
+    """Say that MPI sees another number of ranks than the launcher has started, if so.
+
+    Parameters
+    ----------
+    environment : mapping
+        ``os.environ``.
+    size : int
+        Of MPI.COMM_WORLD.
+    """
+    said = claim(environment)
+    if said is None:
+        return None
+    if said.size is None:
+        if said.rank < size:
+            return None
+        return (
+            f"{said.launcher} says that this is process {said.rank} (PMIX_RANK), and MPI that it "
+            f"is one of {size}"
+        )
+    if said.size == size:
+        return None
+    return f"{said.launcher} started {said.size} processes ({said.variable}), and MPI sees {size}"
+
+
+def speaks(environment: Mapping[str, str], rank: int) -> bool:
+    """Whether this process is the one to print, even where all believe to be rank 0."""
+    said = claim(environment)
+    return rank == 0 and (said is None or said.rank == 0)
