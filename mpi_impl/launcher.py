@@ -12,7 +12,7 @@ from typing import NamedTuple
 _VARIABLES = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpirun"),
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MVAPICH's launcher"),
-    ("PMI_SIZE", "PMI_RANK", "a launcher that speaks PMI, such as MPICH's mpiexec"),
+    ("PMI_SIZE", "PMI_RANK", "MPICH's mpiexec or its like"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
 )
 
@@ -40,7 +40,7 @@ def claim(environment: Mapping[str, str]) -> Claim | None:
             return Claim(size, int(environment[size]), int(number or 0), launcher)
     number = environment.get("PMIX_RANK", "")
     if number.isdigit():  # PMIx does not tell the size in the environment
-        return Claim("PMIX_RANK", None, int(number), "a launcher that speaks PMIx")
+        return Claim("PMIX_RANK", None, int(number), "a PMIx launcher")
     return None
 
 
@@ -66,7 +66,7 @@ def mismatch(environment: Mapping[str, str], size: int) -> str | None:
         )
     if said.size == size:
         return None
-    return f"{said.launcher} started {said.size} processes ({said.variable}), and MPI sees {size}"
+    return f"{said.launcher} started {said.size} processes ({said.variable}), but MPI sees {size}"
 
 
 def speaks(environment: Mapping[str, str], rank: int) -> bool:

@@ -162,7 +162,10 @@ def _together(work: Callable[[], T], comm: MPI.Intracomm) -> T:
     try:
         result = work()
     except (InputError, OSError) as problem:
-        error = InputError(str(problem))
+        text = str(problem)
+        if isinstance(problem, OSError) and problem.filename:
+            text = f"{problem.filename}: {problem.strerror}"  # without the number
+        error = InputError(text)
     with watching(comm, "all ranks to read or write their parts"):
         raise_together(error, comm)
     return cast(T, result)

@@ -13,7 +13,7 @@ from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
 
 # Where stdout is no terminal, a column has this width whatever is in it.
-_WIDTHS = {"host": 16, "device": 18}
+_WIDTHS = {"host": 14, "device": 16}
 
 
 @dataclass(frozen=True)

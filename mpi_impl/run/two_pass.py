@@ -119,8 +119,7 @@ class TwoPass:
                 q, dout = _wide(self.q[b, h]), _wide(self.share.tensors["dout"][b, h])
                 out, lse = _wide(self.results["out"][b, h]), _wide(self.results["lse"][b, h])
                 s = self.scale * (q @ k) + self._bias_of_rows(columns[n], h)
-                seen = s != -np.inf
-                p = np.where(seen, np.exp(np.where(seen, s - lse, -np.inf)), 0.0)
+                p = np.exp(s - np.where(lse == -np.inf, 0.0, lse))
                 delta = (dout * out).sum(axis=1)
                 dv[n] += p @ dout
                 dv_size[n] += p @ abs(dout)

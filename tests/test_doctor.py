@@ -1,0 +1,158 @@
+"""The doctor: what it says of sound ranks, and what it finds."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from lvxattn.mpi_impl.doctor.advice import find_problems
+from lvxattn.mpi_impl.doctor.facts import Facts
+from lvxattn.mpi_impl.doctor.ring import Link
+from lvxattn.mpi_impl.launcher import claim, mismatch, speaks
+from tests.commands import commands
+
+SOUND = Facts(
+    host="a",
+    cores=frozenset(range(4)),
+    library="MPI 1",
+    versions="Python, NumPy",
+    blas="openblas 1",
+    threads=2,
+    threads_from="cores divided by ranks",
+    cupy="",
+    devices=(),
+    gpu_files=0,
+    cuda_aware=(False, "asked"),
+)
+LINKS = [Link(1, 0, True, 1e-6, 1e9), Link(0, 1, True, 1e-6, 1e9)]
+
+
+def doctor_alone(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the doctor without mpiexec."""
+    launched = ("PMI", "OMPI_", "SLURM_", "MV2_")
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(launched)}
+    return subprocess.run(
+        [sys.executable, "-m", "mpi4py", "-m", "lvxattn.mpi_impl", "doctor"],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.mpi
+def test_ranks_that_can_talk_are_told_so_and_those_that_cannot_are_an_error() -> None:
+    said, damaged = commands(2, ["doctor"], ["doctor"], breakages=["", "message"])
+    assert (said.status, said.err) == (0, "")
+    assert "2 on 1 host" in said.out
+    assert "2 ranks, 1 BLAS threads each" in said.out
+    assert "within hosts, 2 links" in said.out
+    assert "CUDA-aware" in said.out
+    assert damaged.status == 1
+    assert "ERROR: rank 1 did not get what rank 0 sent" in damaged.out
+
+
+@pytest.mark.mpi
+def test_a_single_process_is_told_that_nothing_is_sent() -> None:
+    done = doctor_alone()
+    assert done.returncode == 0, done.stderr
+    assert "this is one process, nothing is sent" in done.stdout
+    assert "ERROR" not in done.stdout
+
+
+@pytest.mark.mpi
+def test_a_launcher_of_another_mpi_is_an_error_that_one_process_prints() -> None:
+    first = doctor_alone(PMI_SIZE="4", PMI_RANK="0")
+    assert first.returncode == 1
+    assert "started 4 processes (PMI_SIZE), but MPI sees 1" in first.stdout
+    second = doctor_alone(PMI_SIZE="4", PMI_RANK="2")
+    assert (second.returncode, second.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "size", "wrong"),
+    [
+        ({}, 1, None),
+        ({}, 4, None),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3"}, 4, None),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3"}, 1, "PMI_SIZE"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE"),
+        # mpirun inside an allocation: srun has started one helper a node
+        ({"OMPI_COMM_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2"}, 8, None),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}, 1, "SLURM_STEP_NUM_TASKS"),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, None),  # the batch script itself
+        ({"PMIX_RANK": "0"}, 1, None),
+        ({"PMIX_RANK": "3"}, 1, "PMIX_RANK"),
+        ({"PMIX_RANK": "3"}, 4, None),
+        ({"PMI_SIZE": "x"}, 1, None),
+    ],
+)
+def test_launcher_and_library_are_compared(
+    environment: dict[str, str], size: int, wrong: str | None
+) -> None:
+    said = mismatch(environment, size)
+    assert (said is None) == (wrong is None)
+    if wrong and said:
+        assert wrong in said
+
+
+def test_of_ranks_that_all_believe_to_be_the_first_one_speaks() -> None:
+    assert claim({"PMI_SIZE": "2", "PMI_RANK": "1"}) == (
+        "PMI_SIZE",
+        2,
+        1,
+        claim({"PMI_SIZE": "2"})[3],
+    )  # type: ignore[index]
+    assert speaks({}, 0)
+    assert speaks({"PMI_SIZE": "2", "PMI_RANK": "0"}, 0)
+    assert not speaks({"PMI_SIZE": "2", "PMI_RANK": "1"}, 0)
+    assert not speaks({}, 1)
+
+
+def test_sound_ranks_have_no_problem() -> None:
+    assert find_problems([SOUND, SOUND], LINKS, None) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "advice"),
+    [
+        ([replace(SOUND, cores=frozenset({0}))] * 2, "start at most 1"),
+        (
+            [replace(SOUND, threads=4, threads_from="OMP_NUM_THREADS")] * 2,
+            "8 BLAS threads on 4 cores: unset OMP_NUM_THREADS, or set it to 2",
+        ),
+        (
+            [replace(SOUND, threads=1, threads_from="OMP_NUM_THREADS")] * 2,
+            "leave most of 4 cores idle",
+        ),
+        ([replace(SOUND, blas="")] * 2, "set OMP_NUM_THREADS to 2"),
+        ([SOUND, replace(SOUND, library="MPI 2")], "different MPI libraries: MPI 1; MPI 2"),
+        ([SOUND, replace(SOUND, versions="old")], "different versions"),
+        ([replace(SOUND, gpu_files=2)] * 2, "no CuPy to use them"),
+        ([replace(SOUND, cupy="13")] * 2, "CuPy finds no GPU"),
+        (
+            [replace(SOUND, cupy="13", devices=("H",), cuda_aware=(True, ""))] * 2,
+            "2 ranks share 1 GPUs",
+        ),
+        ([replace(SOUND, cupy="13", devices=("H", "H"))] * 2, "pinned host memory"),
+        (
+            [replace(SOUND, cuda_aware=(False, "LVXATTN_CUDA_AWARE: expected auto"))] * 2,
+            "LVXATTN_CUDA_AWARE: expected",
+        ),
+    ],
+)
+def test_a_problem_comes_with_advice(ranks: list[Facts], advice: str) -> None:
+    (problem,) = find_problems(ranks, LINKS, None)
+    assert advice in problem.text
+    assert "\n" not in problem.text
+    assert not problem.fatal
+
+
+def test_what_keeps_ranks_from_talking_is_fatal() -> None:
+    broken = [replace(LINKS[0], whole=False), LINKS[1]]
+    first, second = find_problems([SOUND, SOUND], broken, "4 processes, but MPI sees 1")
+    assert first.fatal
+    assert second.fatal
+    assert "rank 0 did not get what rank 1 sent" in second.text

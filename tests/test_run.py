@@ -1,0 +1,272 @@
+"""The run command: presets, sizes and files, its check, its reports and its refusals."""
+
+import json
+import struct
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lvxattn.mpi_impl.run import tensors
+from lvxattn.mpi_impl.run.problem import Problem as RunProblem
+from lvxattn.mpi_impl.run.problem import RandomTensors, describe, take_share
+from lvxattn.reference.plan.problems import MODELS
+from tests.cases import Case, Problem
+from tests.commands import commands
+from tests.judge import worst_ratios
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SMALL = ["--text-tokens", "19", "--visual-tokens", "100", "--head-dim", "8", "--heads", "4"]
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """Write a file with the safetensors package."""
+    path.write_bytes(safetensors.numpy.save(arrays))
+    return path
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """Read a file with the safetensors package."""
+    return {
+        name: np.frombuffer(entry["data"], tensors.dtype_of(CODES[entry["dtype"]])).reshape(
+            entry["shape"]
+        )
+        for name, entry in safetensors.deserialize(path.read_bytes())
+    }
+
+
+def problem(case: Case) -> Problem:
+    """Return a case's problem without dlse, which the command line does not know."""
+    made = case.make()
+    return replace(made, dlse=np.zeros_like(made.dlse))
+
+
+def save_problem(path: Path, made: Problem) -> Path:
+    arrays = {"q": made.q, "k": made.k, "v": made.v, "dout": made.dout}
+    return save(path, arrays | ({} if made.mask is None else {"mask": made.mask}))
+
+
+CASES = [
+    *[
+        Case(f"file, {dtype}", B=2, H=4, H_KV=2, D_V=5, S_Q=19, dtype=dtype, mask="padding")
+        for dtype in DTYPES
+    ],
+    Case("file, no mask", dtype="float32"),
+    Case("file, mask of two axes", mask="two axes"),
+    Case("file, additive mask", H=4, mask="additive", dtype="float32"),
+    Case("file, dead rows", mask="dead rows", dtype="float32"),
+    Case("file, fewer keys than ranks", S_KV=2, S_Q=2),
+]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("P", [1, 3])
+def test_files_in_every_dtype_give_the_true_result(P: int, tmp_path: Path) -> None:
+    made = [problem(case) for case in CASES]
+    lines = [
+        [
+            *("run", "--input", save_problem(tmp_path / f"{n}.in", one), "--backward", "--check"),
+            *("--output", tmp_path / f"{n}.out", "--schedule", ["lv-xattn", "ring"][n % 2]),
+            "--quiet",
+        ]
+        for n, one in enumerate(made)
+    ]
+    for n, (one, said) in enumerate(zip(made, commands(P, *lines), strict=True)):
+        assert (said.status, said.out, said.err) == (0, "", ""), one.case.name
+        results = load(tmp_path / f"{n}.out")
+        assert sorted(results) == ["dk", "dq", "dv", "lse", "out"]
+        for name in ("out", "dq", "dk", "dv"):
+            assert results[name].dtype == one.q.dtype
+        assert max(worst_ratios(one, results).values()) <= 1, one.case.name
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_each_rank_reads_its_own_bytes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = problem(Case("slices", B=2, H=4, H_KV=2, D_V=5, mask="full"))
+    path = save_problem(tmp_path / "in", made)
+    whole = describe(Namespace(input=str(path), backward=True, scale=None))
+    read: list[int] = []
+    fill = tensors._fill
+
+    def counting(file: Any, run: memoryview, *where: str) -> None:
+        read.append(len(run))
+        fill(file, run, *where)
+
+    monkeypatch.setattr(tensors, "_fill", counting)
+    shares = [take_share(whole, rank, 3) for rank in range(3)]
+    assert sum(read) == sum(x.nbytes for x in (made.q, made.k, made.v, made.dout, made.mask))
+    for name, axis in (("q", 2), ("k", 2), ("v", 2), ("dout", 2), ("mask", 3)):
+        joined = np.concatenate([share.tensors[name] for share in shares], axis=axis)
+        np.testing.assert_array_equal(joined, getattr(made, name))
+
+
+def test_random_tensors_are_the_same_on_any_number_of_ranks() -> None:
+    shapes = {"q": (2, 3, 2500, 4), "k": (2, 3, 2500, 4), "mask": (2, 1, 1, 2500)}
+    whole = RunProblem("", RandomTensors(7, shapes, "float32"), shapes, "float32")
+    (one,) = (take_share(whole, 0, 1).tensors,)
+    parts = [take_share(whole, rank, 3).tensors for rank in range(3)]
+    for name, axis in (("q", 2), ("k", 2), ("mask", 3)):
+        joined = np.concatenate([part[name] for part in parts], axis=axis)
+        np.testing.assert_array_equal(joined, one[name])
+    assert not np.array_equal(one["q"], one["k"])
+    assert one["mask"].any()
+    assert not one["mask"].all()
+
+
+@pytest.mark.mpi
+def test_presets_and_sizes_pass_their_check_and_are_reported(tmp_path: Path) -> None:
+    lines = [
+        [
+            *("run", "--model", "openflamingo-3b", "--frames", "3", "--text-tokens", "9"),
+            *("--check", "--json", "-"),
+        ],
+        [
+            *("run", *SMALL, "--kv-heads", "2", "--value-dim", "3", "--batch", "2", "--backward"),
+            *("--mask", "padding", "--dtype", "float16", "--repeat", "2", "--check"),
+            *("--json", tmp_path / "all.json"),
+        ],
+        ["run", *SMALL, "--quiet", "--schedule", "ring", "--scale", "0.5", "--check"],
+        *[["run", *SMALL, "--dtype", dtype, "--check", "--quiet"] for dtype in DTYPES],
+        ["run", "--text-tokens", "0", "--visual-tokens", "0", "--backward", "--check", "--quiet"],
+    ]
+    preset, sizes, *others = commands(3, *lines)
+
+    model, report = MODELS["openflamingo-3b"], json.loads(preset.out)
+    q, k = model.shapes(9, 3)
+    assert (tuple(report["shapes"]["q"]), tuple(report["shapes"]["k"])) == (q, k)
+    assert [check["name"] for check in report["checks"]] == ["out", "lse"]
+    assert report["totals"]["keys"] == k[2] == sum(rank["keys"] for rank in report["ranks"])
+    # 2 hops of the queries and 2 of the results (out and lse, wide), all of them in all.
+    assert report["totals"]["bytes"] == 2 * (4 * np.prod(q) * 2 + 4 * np.prod(q[:3]))
+    assert report["totals"]["messages"] == 3 * 4
+
+    report = json.loads((tmp_path / "all.json").read_text())
+    assert [check["name"] for check in report["checks"]] == ["out", "lse", "dq", "dk", "dv"]
+    assert all(check["rows"] >= 16 and check["passed"] for check in report["checks"])
+    assert report["repeats"] == 2
+    assert report["totals"]["backward"] > 0
+    assert report["ranks"][2]["messages"] == 8
+    assert "float16" in sizes.out
+    for said in (preset, sizes, *others):
+        assert (said.status, said.err) == (0, "")
+    assert [said.out for said in others] == [""] * len(others)
+
+
+@pytest.mark.mpi
+def test_the_table_has_fixed_widths() -> None:
+    one, four = commands(
+        2, ["run", *SMALL], ["run", *SMALL, "--visual-tokens", "123456", "--text-tokens", "1"]
+    )
+    tables = [
+        [line for line in said.out.splitlines() if line[:7].strip() in ("rank", "0", "1", "all")]
+        for said in (one, four)
+    ]
+    assert len(tables[0]) == len(tables[1]) == 4
+    assert len({len(line) for table in tables for line in table}) == 1
+    assert max(len(line) for said in (one, four) for line in said.out.splitlines()) <= 100
+
+
+@pytest.mark.mpi
+def test_check_catches_a_wrong_result() -> None:
+    breakages = ["merge", "out", "lse", "dq", "dk", "dv", "nan"]
+    line = ["run", *SMALL, "--backward", "--check"]
+    for breakage, said in zip(
+        breakages, commands(2, *[line] * len(breakages), breakages=breakages), strict=True
+    ):
+        assert said.status == 1, breakage
+        assert said.err == "lvxattn run: a check failed\n"
+        failed = {line.split()[0] for line in said.out.splitlines() if line.endswith("FAIL")}
+        assert {"merge": "lse", "nan": "out"}.get(breakage, breakage) in failed
+        if breakage in ("dq", "dk", "dv"):
+            assert failed == {breakage}
+
+
+def damaged(path: Path, header: Any, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def bad_inputs(folder: Path) -> list[tuple[list[Any], str]]:
+    """Command lines, and what is said of each."""
+    x = np.ones((1, 2, 6, 4), np.float32)
+    good = {"q": x, "k": x, "v": x}
+    whole = save(folder / "good", good).read_bytes()
+    (folder / "short").write_bytes(whole[:-1])
+    (folder / "stub").write_bytes(whole[:20])
+    (folder / "empty").write_bytes(b"")
+    entry = {"dtype": "F32", "shape": [1, 2, 6, 4], "data_offsets": [0, 191]}
+    three = {name: {**entry, "data_offsets": [0, 192]} for name in "qkv"}
+    files: list[tuple[Path, str]] = [
+        (folder / "none", "No such file"),
+        (folder, "Is a directory"),
+        (folder / "short", "cut short: v ends at byte"),
+        (folder / "stub", "no complete header"),
+        (folder / "empty", "no complete header"),
+        (damaged(folder / "a", b"{]"), "damaged header"),
+        (damaged(folder / "b", [1]), "damaged header"),
+        (damaged(folder / "c", {"q": {"dtype": "F32"}}), "damaged header"),
+        (damaged(folder / "d", {"q": entry}, bytes(192)), "does not take bytes 0 to 191"),
+        (damaged(folder / "e", {**three, "k": {**three["k"], "shape": [-1]}}, bytes(192)), "[-1]"),
+        (save(folder / "f", {"q": x, "v": x}), "expected a tensor k, found q, v"),
+        (save(folder / "g", {n: a.astype(np.int32) for n, a in good.items()}), "got I32"),
+        (save(folder / "h", {**good, "v": x.astype(np.float64)}), "expected q's dtype float32"),
+        (save(folder / "i", {**good, "k": x[..., :3].copy()}), "expected D = 4"),
+        (save(folder / "j", {**good, "v": x[:, :, 1:].copy()}), "expected s_kv = 6"),
+        (save(folder / "k", {**good, "q": x[0]}), "expected 4 axes"),
+        (save(folder / "l", {**good, "mask": np.ones((1, 1, 5, 6), bool)}), "mask: expected its"),
+        (save(folder / "m", {**good, "mask": np.ones((6, 5), bool)}), "mask: expected its last"),
+    ]
+    nowhere = folder / "nowhere" / "file"
+    return [
+        *[(["--input", path], text) for path, text in files],
+        (["--input", folder / "good", "--backward"], "expected a tensor dout"),
+        (
+            ["--input", save(folder / "n", {**good, "dout": x[:, :1].copy()}), "--backward"],
+            "dout: expected shape",
+        ),
+        (["--input", folder / "good", "--dtype", "float32"], "--dtype: not allowed with"),
+        (["--input", folder / "good", "--output", nowhere], "No such file"),
+        (["--input", folder / "good", "--output", folder], "directory"),
+        ([*SMALL, "--json", nowhere, "--quiet"], "No such file"),
+        (["--model", "gpt"], "invalid choice: 'gpt'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--schedule", "star"], "invalid choice: 'star'"),
+        (["--frames", "3"], "--frames: needs a --model"),
+        (["--heads", "3", "--kv-heads", "2"], "expected H_KV to divide"),
+        (["--head-dim", "0"], "expected a whole number from 1 up"),
+        (["--text-tokens", "-1"], "expected a whole number from 0 up"),
+        (["--repeat", "0"], "expected a whole number from 1 up"),
+        (["--scale", "nan"], "expected a finite number"),
+        (["--visual-tokens", "1000000000000000"], "does not fit in memory"),
+        (["--device", "gpu", "--dtype", "bfloat16", *SMALL], "CuPy has no bfloat16"),
+    ]
+
+
+@pytest.mark.mpi
+def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
+    bad = bad_inputs(tmp_path)
+    for (line, text), said in zip(bad, commands(2, *[["run", *x] for x, _ in bad]), strict=True):
+        assert said.status == 2, line
+        assert said.out == ""
+        assert said.err.count("\n") == 1
+        assert said.err.startswith("lvxattn run: error: ")
+        assert text in said.err, said.err
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+@pytest.mark.mpi
+def test_a_file_that_cannot_be_written_to_the_end_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.write_text("what was there")
+    (said,) = commands(2, ["run", *SMALL, "--output", target, "--quiet"])
+    assert said.status == 0
+    assert set(load(target)) == {"out", "lse"}
+    assert list(tmp_path.iterdir()) == [target]

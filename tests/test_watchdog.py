@@ -1,0 +1,149 @@
+"""A rank that stops: the others say who waits for whom, and the run ends."""
+
+import gc
+import os
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from lvxattn.mpi_impl import cross_attention, watchdog
+from lvxattn.mpi_impl.watchdog import Watchdog, timeout, watching
+from tests.commands import commands
+from tests.launch import PROGRAMS, mpiexec
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or only waits for its parent to notice."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("schedule", "rank", "where", "block", "waits"),
+    [
+        (
+            "lv-xattn", 1, "forward", 1,
+            {
+                0: "the results for rank 0's queries at hop 3, from rank 2",
+                2: "the results for rank 0's queries at hop 2, from rank 1",
+            },
+        ),
+        (
+            "ring", 2, "backward", 0,
+            {
+                0: "the keys and values of rank 1 at hop 2, from rank 2",
+                1: "the gradients of rank 1's keys and values at hop 3, from rank 0",
+            },
+        ),
+        (
+            "lv-xattn", 0, "agree", 0,
+            dict.fromkeys((1, 2), "all ranks to agree on a layout"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
+    schedule: str, rank: int, where: str, block: int, waits: dict[int, str]
+) -> None:
+    ended = mpiexec(
+        3, PROGRAMS / "stop_rank.py", schedule, str(rank), where, str(block),
+        env={"LVXATTN_TIMEOUT": "1.5"},
+    )  # fmt: skip
+    assert not ended.timed_out
+    assert ended.status != 0
+    said = dict(re.findall(r"rank (\d) of 3 has waited 1.5 s for (.*); it is at", ended.err))
+    assert {int(number): what for number, what in said.items()} == waits
+    assert "stop_rank.py" in ended.err  # the caller's line
+    deadline = time.monotonic() + 10
+    pids = [int(word) for word in ended.out.split("\n")[0].split()]
+    assert len(pids) == 3
+    while not all(map(gone, pids)):
+        assert time.monotonic() < deadline, f"still there: {[p for p in pids if not gone(p)]}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "inf", "nan"])
+def test_a_bad_timeout_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVXATTN_TIMEOUT", value)
+    x = np.ones((1, 1, 2, 2))
+    message = f"LVXATTN_TIMEOUT: expected a number of seconds above 0, got '{value}'"
+    with pytest.raises(ValueError, match=rf"{message} \(on rank 0 of 1\)"):
+        cross_attention(x, x, x, MPI.COMM_SELF)
+
+
+@pytest.mark.mpi
+def test_a_command_refuses_a_bad_timeout_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVXATTN_TIMEOUT", "soon")
+    (said,) = commands(2, ["run"])
+    assert said.status == 2
+    assert said.err.count("\n") == 1
+    assert "got 'soon'" in said.err
+
+
+def test_without_the_variable_there_is_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LVXATTN_TIMEOUT", raising=False)
+    assert timeout(MPI.COMM_SELF) is None
+    assert Watchdog.armed(MPI.COMM_SELF) is None
+    before = threading.active_count()
+    with watching(MPI.COMM_SELF, "nothing"):
+        assert threading.active_count() == before
+
+
+def test_what_comes_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(watchdog, "_end", ended.append)
+    dog = Watchdog(MPI.COMM_SELF, 60.0)
+    with dog.over(lambda: "this"):
+        dog.look()
+    dog.look()
+    dog.stop()
+    assert ended == []
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_the_run_ends_unless_the_block_comes_after_all(
+    comes: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(watchdog, "_end", ended.append)
+    dog = Watchdog(MPI.COMM_SELF, 1e-9)
+    # The grace: the block comes during it, or does not.
+    monkeypatch.setattr(
+        watchdog.time, "sleep", lambda _: setattr(dog, "_waiting", None) if comes else None
+    )
+    monkeypatch.setattr(watchdog, "_watch", lambda *_: None)  # this test looks, no thread
+    with dog.over(lambda: "godot"):
+        time_passes()
+        dog.look()
+    assert ended == ([] if comes else [MPI.COMM_SELF])
+    said = capfd.readouterr().err
+    assert "rank 0 of 1 has waited 1e-09 s for godot; it is at" in said
+    assert "in test_the_run_ends_unless" in said
+
+
+def time_passes() -> None:
+    """Let the clock move on, however coarse it is."""
+    start = time.monotonic()
+    while time.monotonic() == start:
+        pass
+
+
+def test_a_pass_that_fails_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "LVXATTN_TIMEOUT": "60"})
+    dog = Watchdog.armed(MPI.COMM_SELF)
+    assert dog is not None
+    with pytest.raises(KeyError), dog.over(lambda: "a block"):
+        raise KeyError
+    thread = dog._thread
+    assert thread is not None
+    del dog
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
