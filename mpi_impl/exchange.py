@@ -81,12 +81,10 @@ class Exchange:
 
     def wait(self, request: MPI.Request, what: Callable[[], str]) -> None:
         """Wait for a request; should that take too long, the watchdog says what for."""
-        wait = self.meter.waits(request.Wait)
         if self.watchdog is None:
-            wait()
+            self.meter.waits(request.Wait)()
         else:
-            with self.watchdog.over(what):
-                wait()
+            self.meter.waits(self.watchdog.wait)(request, what)
 
 
 class Rotation:

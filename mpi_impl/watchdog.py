@@ -2,7 +2,7 @@
 
 ``LVXATTN_TIMEOUT`` (seconds) arms it.  While a rank waits, a thread beside it watches the clock;
 when the time is up it writes what the rank waits for and the line it is at, leaves the others a
-moment to write theirs, and ends the run.
+moment to write theirs, and ends the run.  The rank that writes nothing is the one to look at.
 
     waiting  |---- LVXATTN_TIMEOUT ----| writes -- GRACE -- aborts all ranks
 
@@ -26,6 +26,7 @@ STATUS = 124
 """The exit status of a run that the watchdog ends, that of timeout(1)."""
 GRACE = 2.0
 """Seconds between a rank's message and the end: the others' waits began a little later."""
+_UNWATCHED = 0.01
 # What starts a program, and is of no interest to whoever asks where it is.
 _STARTERS = re.compile(r'File "(<frozen |.*/mpi4py/)')
 
@@ -44,7 +45,7 @@ class Watchdog:
         self.comm, self.seconds = comm, seconds
         self._waiting: tuple[float, Callable[[], str], int] | None = None
         self._thread: threading.Thread | None = None
-        self._ended = threading.Event()
+        self._ended: threading.Event | None = None
 
     @staticmethod
     def armed(comm: MPI.Intracomm) -> "Watchdog | None":
@@ -58,11 +59,25 @@ class Watchdog:
         seconds = timeout(comm)
         return None if seconds is None else Watchdog(comm, seconds)
 
+    def wait(self, request: MPI.Request, what: Callable[[], str]) -> None:
+        """Wait for a request; `what` says what for, if that is ever asked.
+
+        To start a thread takes longer than most waits last, so a wait is watched once it is long.
+        """
+        soon = time.monotonic() + _UNWATCHED
+        while not request.Test():
+            if time.monotonic() > soon:
+                with self.over(what):
+                    request.Wait()
+                return
+            os.sched_yield()  # whoever sends the block may need this core
+
     @contextmanager
     def over(self, what: Callable[[], str]) -> Iterator[None]:
-        """Watch a wait; `what` says what for, if that is ever asked."""
+        """Watch what is done in the context; `what` says what for."""
         if self._thread is None:
             # It must not keep the watchdog alive: a pass that ends early drops it.
+            self._ended = threading.Event()
             watch = weakref.ref(self), self._ended, min(0.25, self.seconds / 10)
             self._thread = threading.Thread(target=_watch, args=watch, daemon=True)
             self._thread.start()
@@ -73,8 +88,9 @@ class Watchdog:
             self._waiting = None
 
     def stop(self) -> None:
-        """End the thread."""
-        self._ended.set()
+        """End the thread, if there is one."""
+        if self._ended is not None:
+            self._ended.set()
 
     def look(self) -> None:
         """End the run if the wait has lasted too long."""

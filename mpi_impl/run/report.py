@@ -1,12 +1,14 @@
 """What a run says: one table for people, one JSON document for programs."""
 
 import json
+import os
 import sys
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from lvxattn.mpi_impl.launcher import claim
 from lvxattn.mpi_impl.run.check import Check
 from lvxattn.mpi_impl.run.problem import Problem
 from lvxattn.reference.layout import Layout
@@ -155,7 +157,8 @@ def _print_table(report: Report) -> None:
     cells.append(("all", "", "", f"{totals['keys']:,}", *costs, _bytes(totals["bytes"])))
 
     widths = [5, _WIDTHS["host"], _WIDTHS["device"], 13, 10, 10, 8, 8]
-    if sys.stdout.isatty():
+    # Some launchers give every rank a terminal, wherever its output goes in the end.
+    if sys.stdout.isatty() and claim(os.environ) is None:
         widths = [max(len(row[n]) for row in cells) for n in range(len(widths))]
     for row in cells:
         line = ""
