@@ -32,25 +32,32 @@ def gone(pid: int) -> bool:
         (
             "lv-xattn", 1, "forward", 1,
             {
-                0: "the results for rank 0's queries at hop 3, from rank 2",
-                2: "the results for rank 0's queries at hop 2, from rank 1",
+                0: {
+                    "the results for rank 0's queries at hop 3, from rank 2",
+                    "rank 1 to take the results for rank 2's queries at hop 2",
+                },
+                2: {"the results for rank 0's queries at hop 2, from rank 1"},
             },
         ),
         (
             "ring", 2, "backward", 0,
             {
-                0: "the keys and values of rank 1 at hop 2, from rank 2",
-                1: "the gradients of rank 1's keys and values at hop 3, from rank 0",
+                0: {"the keys and values of rank 1 at hop 2, from rank 2"},
+                1: {
+                    "the gradients of rank 1's keys and values at hop 3, from rank 0",
+                    "rank 2 to take the keys and values of rank 1 at hop 1",
+                    "rank 2 to take the keys and values of rank 0 at hop 2",
+                },
             },
         ),
         (
             "lv-xattn", 0, "agree", 0,
-            dict.fromkeys((1, 2), "all ranks to agree on a layout"),
+            {rank: {"all ranks to agree on a layout"} for rank in (1, 2)},
         ),
     ],
 )  # fmt: skip
 def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
-    schedule: str, rank: int, where: str, block: int, waits: dict[int, str]
+    schedule: str, rank: int, where: str, block: int, waits: dict[int, set[str]]
 ) -> None:
     ended = mpiexec(
         3, PROGRAMS / "stop_rank.py", schedule, str(rank), where, str(block),
@@ -59,7 +66,10 @@ def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
     assert not ended.timed_out
     assert ended.status != 0
     said = dict(re.findall(r"rank (\d) of 3 has waited 1.5 s for (.*); it is at", ended.err))
-    assert {int(number): what for number, what in said.items()} == waits
+    # An MPI may take a small message before its receiver asks for it, or not.
+    assert {int(rank) for rank in said} == set(waits)
+    for number, what in said.items():
+        assert what in waits[int(number)]
     assert "stop_rank.py" in ended.err  # the caller's line
     deadline = time.monotonic() + 10
     pids = [int(word) for word in ended.out.split("\n")[0].split()]
