@@ -1,6 +1,7 @@
 """The run command: presets, sizes and files, its check, its reports and its refusals."""
 
 import json
+import resource
 import struct
 from argparse import Namespace
 from dataclasses import replace
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lvxattn.mpi_impl.run import tensors
+from lvxattn.mpi_impl.__main__ import main
+from lvxattn.mpi_impl.run import program, tensors
 from lvxattn.mpi_impl.run.problem import Problem as RunProblem
 from lvxattn.mpi_impl.run.problem import RandomTensors, describe, take_share
 from lvxattn.reference.plan.problems import MODELS
@@ -79,6 +81,8 @@ def test_files_in_every_dtype_give_the_true_result(P: int, tmp_path: Path) -> No
     for n, (one, said) in enumerate(zip(made, commands(P, *lines), strict=True)):
         assert (said.status, said.out, said.err) == (0, "", ""), one.case.name
         results = load(tmp_path / f"{n}.out")
+        for tensor in tensors.open_tensors(str(tmp_path / f"{n}.out")).tensors.values():
+            assert tensor.start % tensors.dtype_of(tensor.dtype).itemsize == 0
         assert sorted(results) == ["dk", "dq", "dv", "lse", "out"]
         for name in ("out", "dq", "dk", "dv"):
             assert results[name].dtype == one.q.dtype
@@ -130,7 +134,7 @@ def test_presets_and_sizes_pass_their_check_and_are_reported(tmp_path: Path) -> 
         [
             *("run", *SMALL, "--kv-heads", "2", "--value-dim", "3", "--batch", "2", "--backward"),
             *("--mask", "padding", "--dtype", "float16", "--repeat", "2", "--check"),
-            *("--json", tmp_path / "all.json"),
+            *("--scale", "0.25", "--json", tmp_path / "all.json"),
         ],
         ["run", *SMALL, "--quiet", "--schedule", "ring", "--scale", "0.5", "--check"],
         *[["run", *SMALL, "--dtype", dtype, "--check", "--quiet"] for dtype in DTYPES],
@@ -151,6 +155,8 @@ def test_presets_and_sizes_pass_their_check_and_are_reported(tmp_path: Path) -> 
     assert [check["name"] for check in report["checks"]] == ["out", "lse", "dq", "dk", "dv"]
     assert all(check["rows"] >= 16 and check["passed"] for check in report["checks"])
     assert report["repeats"] == 2
+    assert [len(seconds) for seconds in report["measured"].values()] == [2, 2]  # no warm-up
+    assert report["scale"] == 0.25
     assert report["totals"]["backward"] > 0
     assert report["ranks"][2]["messages"] == 8
     assert "float16" in sizes.out
@@ -171,6 +177,16 @@ def test_the_table_has_fixed_widths() -> None:
     assert len(tables[0]) == len(tables[1]) == 4
     assert len({len(line) for table in tables for line in table}) == 1
     assert max(len(line) for said in (one, four) for line in said.out.splitlines()) <= 100
+
+
+def test_a_long_host_name_does_not_widen_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program.socket, "gethostname", lambda: "n" * 40)
+    assert main(["run", *SMALL]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "nnn" in line)
+    assert len(line) == 100
+    assert "nnnn…" in line
 
 
 @pytest.mark.mpi
@@ -263,10 +279,25 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-def test_a_file_that_cannot_be_written_to_the_end_leaves_nothing(tmp_path: Path) -> None:
+def test_the_output_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("what was there")
     (said,) = commands(2, ["run", *SMALL, "--output", target, "--quiet"])
     assert said.status == 0
     assert set(load(target)) == {"out", "lse"}
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_result_for_which_there_is_no_room_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        status = main(["run", *SMALL, "--output", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert (status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert "out: File too large" in said.err
+    assert list(tmp_path.iterdir()) == []

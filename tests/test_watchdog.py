@@ -5,12 +5,14 @@ import os
 import re
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from lvxattn.mpi_impl import cross_attention, watchdog
+from lvxattn.mpi_impl import Layout, Meter, cross_attention, watchdog
+from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange
 from lvxattn.mpi_impl.watchdog import Watchdog, timeout, watching
 from tests.commands import commands
 from tests.launch import PROGRAMS, mpiexec
@@ -77,6 +79,25 @@ def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline, f"still there: {[p for p in pids if not gone(p)]}"
         time.sleep(0.05)
+
+
+def test_a_wait_is_described_by_kind_owner_hop_and_neighbour() -> None:
+    layout = Layout(
+        rank=1, order=(0, 2, 1, 3), s_q=(1,) * 4, s_kv=(1,) * 4, masks=(None,) * 4,
+        B=1, H=1, H_KV=1, D=1, D_V=1, dtype="float32", scale=1.0, schedule="lv-xattn",
+    )  # fmt: skip
+    exchange = Exchange(MPI.COMM_SELF, layout, Meter(), np)
+    rotation = exchange.rotation(RESULTS, lambda _: [((1,), np.dtype("f4"))], hop=2)
+    assert rotation._awaited() == "the results for rank 0's queries at hop 2, from rank 2"
+    assert rotation._leaving() == "rank 3 to take the results for rank 2's queries at hop 2"
+    rotation = replace_schedule(exchange, "ring").rotation(BLOCKS, rotation.fields, hop=1)
+    assert rotation._awaited() == "the keys and values of rank 2 at hop 1, from rank 2"
+    assert rotation._leaving() == "rank 3 to take the keys and values of rank 1 at hop 1"
+
+
+def replace_schedule(exchange: Exchange, schedule: str) -> Exchange:
+    layout = replace(exchange.layout, schedule=schedule)
+    return Exchange(exchange.comm, layout, exchange.meter, np)
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "inf", "nan"])

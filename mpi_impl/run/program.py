@@ -138,6 +138,7 @@ def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile 
     try:
         return create(f"{options.output}.part", shapes, notes)
     except OSError as error:
+        Path(f"{options.output}.part").unlink(missing_ok=True)
         raise InputError(f"{options.output}: {error.strerror}") from None
 
 

@@ -47,7 +47,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Report:
-    """All that there is to say; seconds are medians over the measurements."""
+    """All that there is to say; seconds are medians of `measured`, those of the slowest rank."""
 
     title: str
     shapes: dict[str, tuple[int, ...]]
@@ -56,6 +56,7 @@ class Report:
     schedule: str
     scale: float
     repeats: int | None
+    measured: dict[str, list[float]]
     ranks: list[dict[str, Any]]
     totals: dict[str, Any]
     checks: list[dict[str, Any]]
@@ -70,12 +71,13 @@ class Report:
     ) -> "Report":
         """Sum up what was measured: `costs` by rank and repetition."""
         ranks = [_rank(number, repeated, layout) for number, repeated in enumerate(costs)]
-        times = {
-            name: median(
+        measured = {
+            name: [
                 max(getattr(cost, name) for cost in at_once) for at_once in zip(*costs, strict=True)
-            )
+            ]
             for name in ("forward", "backward")
         }
+        times = {name: median(seconds) for name, seconds in measured.items()}
         totals: dict[str, Any] = {
             name: sum(rank[name] for rank in ranks)
             for name in ("queries", "keys", "computing", "waiting", "messages", "bytes")
@@ -88,6 +90,7 @@ class Report:
             layout.schedule,
             layout.scale,
             options.repeat,
+            measured,
             ranks,
             totals | times | {"ranks": len(ranks), "hosts": len({r["host"] for r in ranks})},
             [asdict(check) | {"passed": check.passed} for check in checks],
