@@ -58,6 +58,7 @@ CASES = [
         Case(f"file, {dtype}", B=2, H=4, H_KV=2, D_V=5, S_Q=19, dtype=dtype, mask="padding")
         for dtype in DTYPES
     ],
+    Case("file, odd sizes", H=1, H_KV=1, S_Q=5, S_KV=7, D=1, D_V=1, dtype="float16"),
     Case("file, no mask", dtype="float32"),
     Case("file, mask of two axes", mask="two axes"),
     Case("file, additive mask", H=4, mask="additive", dtype="float32"),
