@@ -206,13 +206,15 @@ def test_sending_to_a_rank_that_is_not_there_is_refused(dest: int) -> None:
 
 
 def test_an_interrupt_of_the_caller_ends_the_ranks() -> None:
-    ended = []
+    ended: list[int] = []
+    caller = threading.get_ident()
 
     def fn(comm: VirtualComm) -> None:
         try:
             comm.allgather(None)
             if comm.rank == 0:
-                signal.raise_signal(signal.SIGINT)
+                time.sleep(0.05)  # the caller waits for the ranks by now
+                signal.pthread_kill(caller, signal.SIGINT)
                 while True:  # never waits: no deadlock
                     comm.send([], 0)
                     time.sleep(0.001)
