@@ -163,6 +163,10 @@ def limit_blas_threads(comm: MPI.Intracomm) -> int:
     Collective: every rank of comm calls this.  Ranks that each start as many threads as the host
     has cores fight for them.
 
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+
     Returns
     -------
     int
