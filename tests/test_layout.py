@@ -1,6 +1,7 @@
 """Agreeing on who holds what, the order of the ring, and cutting and joining arrays."""
 
 from dataclasses import replace
+from itertools import product
 from math import sqrt
 from typing import Any
 
@@ -117,12 +118,45 @@ def test_view_places_a_block_among_all_queries_and_keys() -> None:
     layouts = run_ranks(4, lambda comm: Layout.agree(*arrays(comm.rank + 1, 10 - comm.rank), comm))
     mask = np.ones((1, 1, 1, 1), bool)
     for layout in layouts:
-        for owner in range(4):
-            view = layout.view(mask, owner)
+        for q_owner, kv_owner in product(range(4), repeat=2):
+            view = layout.view(mask, q_owner, kv_owner)
             assert view.mask is mask
-            assert view.q_start == (0, 1, 3, 6)[owner]
-            assert view.kv_start == (0, 10, 19, 27)[layout.rank]
+            assert view.q_start == (0, 1, 3, 6)[q_owner]
+            assert view.kv_start == (0, 10, 19, 27)[kv_owner]
             assert view.column == 0
+
+
+def test_home_work_is_cut_as_the_two_ends_of_the_trip_weigh() -> None:
+    layouts = run_ranks(2, lambda comm: Layout.agree(*arrays(3, 10 * comm.rank), comm))
+    assert [layout.home_cut(1, 3) for layout in layouts] == [0, 2]
+    assert [layout.home_cut(3, 1) for layout in layouts] == [0, 8]
+    assert [layout.home_cut(0, 0) for layout in layouts] == [0, 0]
+    (alone,) = run_ranks(1, lambda comm: Layout.agree(*arrays(3, 10), comm))
+    assert alone.home_cut(1, 3) == 10  # nothing travels: nothing to hide
+
+
+def test_ring_takes_callables_from_all_ranks_or_from_none() -> None:
+    def agree(comm: VirtualComm) -> Layout:
+        mask = (lambda b, h, q, kv: kv >= q) if comm.rank == 1 else None
+        return Layout.agree(*arrays(), comm, schedule="ring", mask=mask)
+
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        run_ranks(3, agree)
+    assert str(raised.value) == (
+        "mask: expected a callable on all ranks or on none with schedule 'ring', "
+        "got a callable where rank 0 has an array or None (on rank 1 of 3)"
+    )
+
+
+def test_ring_holds_an_array_mask_to_what_was_agreed() -> None:
+    def misfit(comm: VirtualComm) -> None:
+        q, k, v = arrays()
+        layout = Layout.agree(q, k, v, comm, schedule="ring")
+        layout.check(q, k, v, comm)
+        layout.check(q, k, v, comm, mask=np.ones((1, 1, 1, k.shape[2]), bool))
+
+    with pytest.raises(ValueError, match="mask: expected the layout's shape and travelling dtype"):
+        run_ranks(2, misfit)
 
 
 MISMATCHES = {
@@ -197,7 +231,8 @@ def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         run_ranks(1, lambda comm: Layout.agree(*arrays(), comm, schedule="star"))
     assert (
-        str(raised.value) == "schedule: expected one of ('lv-xattn',), got 'star' (on rank 0 of 1)"
+        str(raised.value)
+        == "schedule: expected one of ('lv-xattn', 'ring'), got 'star' (on rank 0 of 1)"
     )
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MIRRORED = ["merge", "block_attention", "exchange", "lv_xattn", "cross_attention", "recompute"]
+MIRRORED = [
+    "merge",
+    "block_attention",
+    "exchange",
+    "lv_xattn",
+    "ring_attention",
+    "cross_attention",
+    "recompute",
+]
 
 # What mpi_impl has and the reference has not, and why.
 ONLY_IN_MPI = {
@@ -17,9 +25,11 @@ ONLY_IN_MPI = {
         "Exchange.progress": "MPI moves large messages only while it is called",
         "Exchange.finish": "a send over MPI is a request, and none may outlive the pass",
         "Rotation.requests": "what `progress` tests",
+        "Field": "MPI must know how much will come; virtual ranks take what comes",
         "Fields": "MPI must know how much will come; virtual ranks take what comes",
     },
     "block_attention": {"At": "a tile of the blocked kernel"},
+    "ring_attention": {"block_fields": "MPI must know how much will come"},
 }
 # Parameters that mpi_impl's function has beside the reference's, and why.
 EXTRA_PARAMETERS = {
@@ -33,6 +43,7 @@ EXTRA_PARAMETERS = {
 ONLY_IN_REFERENCE = {
     "block_attention": {"TILE_SCORES": "mpi_impl's tiles depend on the kind of array"},
     "lv_xattn": {"AnyArray": "the reference turns any dtype into fp64"},
+    "ring_attention": {"AnyArray": "the reference turns any dtype into fp64"},
     "cross_attention": {"AnyArray": "the reference turns any dtype into fp64"},
     "recompute": {"AnyArray": "the reference turns any dtype into fp64"},
 }
@@ -144,7 +155,7 @@ def test_signatures_agree_but_for_the_listed_parameters(module: str) -> None:
 def test_numbered_steps_agree(module: str) -> None:
     ours, theirs = (steps(source(p, module)) for p in ("reference", "mpi_impl"))
     assert ours == theirs
-    if module in ("block_attention", "lv_xattn", "recompute"):
+    if module in ("block_attention", "lv_xattn", "ring_attention", "recompute"):
         assert len(ours) >= 3
 
 

@@ -24,7 +24,7 @@ print("done")
 """
     (tmp_path / "example.py").write_text(program + checks)
     ended = mpiexec(4, tmp_path / "example.py")
-    assert (ended.status, ended.out.split()) == (0, ["done"] * 4), ended.err
+    assert (ended.status, ended.out.count("done")) == (0, 4), ended.err
 
 
 def test_the_oracle_runs_as_shown(tmp_path: Path) -> None:
