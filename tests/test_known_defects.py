@@ -215,7 +215,7 @@ def test_no_module_keeps_arrays() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("lvxattn."):
             kept = [n for n, x in vars(module).items() if isinstance(x, np.ndarray | dict | list)]
-            constants = {"MODELS", "FORWARD", "BACKWARD", "_EQUAL_ON_ALL_RANKS", "__all__"}
+            constants = {"MODELS", "FORWARD", "BACKWARD", "EQUAL_ON_ALL_RANKS", "__all__"}
             assert {n for n in kept if not n.startswith("__")} <= constants, name
 
 

@@ -6,7 +6,7 @@ import sys
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
-from lvxattn.reference.layout import SCHEDULES
+from lvxattn.reference.agreement import SCHEDULES
 from tests.cases import CASES
 from tests.judge import solve, worst_ratios
 
