@@ -130,7 +130,7 @@ class TestProgress:
         for rank in progress(P):
             for which in ("forward", "backward"):
                 assert rank[which]["tiles"] == rank[which]["tests"]
-                assert rank[which]["tiles"] >= 10 * P
+                assert rank[which]["tiles"] >= 7 * P
                 assert rank[which]["tests with a request under way"] > 0
                 assert rank[which]["first test has the block's requests"]
 
