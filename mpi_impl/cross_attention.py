@@ -3,6 +3,8 @@
 Both functions agree on a layout, unless they are given one, and hand over to the schedule.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mpi4py import MPI
@@ -74,7 +76,8 @@ def cross_attention(
         layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask)
-    return FORWARD[layout.schedule](q, k, v, comm, layout, mask=mask, meter=meter)
+    with named(comm):
+        return FORWARD[layout.schedule](q, k, v, comm, layout, mask=mask, meter=meter)
 
 
 def cross_attention_backward(
@@ -127,6 +130,17 @@ def cross_attention_backward(
         )
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, backward=backward)
-    return BACKWARD[layout.schedule](
-        dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
-    )
+    with named(comm):
+        return BACKWARD[layout.schedule](
+            dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
+        )
+
+
+@contextmanager
+def named(comm: MPI.Intracomm) -> Iterator[None]:
+    """Add a note of the rank to whatever is raised: it will end all of them."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"raised on rank {comm.rank} of {comm.size}")
+        raise
