@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # are.
 MARK = "LVXATTN_TEST_RUN"
 # Seconds that processes have to be gone in, once mpiexec has ended.
-GRACE = 5.0
+GRACE = 2.0
 
 
 @dataclass(frozen=True)
