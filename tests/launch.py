@@ -116,6 +116,8 @@ def report(
     assert not ended.timed_out, f"more than {timeout} s\n{ended.out}\n{ended.err}"
     assert ended.status == 0, f"{ended.out}\n{ended.err}"
     assert not ended.left, ended.left
+    # MPICH says here what was not freed; another MPI may have other things to say.
+    assert not ended.err or "LVXATTN_MPIEXEC" in os.environ, ended.err
     return printed
 
 
