@@ -3,13 +3,12 @@
 Both functions agree on a layout, unless they are given one, and hand over to the schedule.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
+from lvxattn.mpi_impl.watch import named
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
@@ -134,13 +133,3 @@ def cross_attention_backward(
         return BACKWARD[layout.schedule](
             dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
         )
-
-
-@contextmanager
-def named(comm: MPI.Intracomm) -> Iterator[None]:
-    """Add a note of the rank to whatever is raised: it will end all of them."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(f"raised on rank {comm.rank} of {comm.size}")
-        raise

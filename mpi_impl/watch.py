@@ -1,6 +1,6 @@
-"""Say which rank died, when it could not say so itself.
+"""Say which rank ended, so that the user need not guess.
 
-An exception names its rank.  A rank that is killed, as when memory runs out, names nobody, and
+An exception is given a note of its rank.  A rank that is killed, as when memory runs out, names nobody, and
 launchers tell a process at best.  So a small shell waits beside each rank for a word that a rank
 which ends as it should sends it; when the pipe closes without that word, the shell speaks.
 """
@@ -8,11 +8,23 @@ which ends as it should sends it; when the pipe closes without that word, the sh
 import atexit
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mpi4py import MPI
 
 # What the shell runs: $1 is the text.
 WATCH = r'read -r word || printf "%s\n" "$1" >&2'
+
+
+@contextmanager
+def named(comm: MPI.Intracomm) -> Iterator[None]:
+    """Add a note of this rank of `comm` to whatever is raised: it will end the others too."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"raised on rank {comm.rank} of {comm.size}")
+        raise
 
 
 def announce_death(comm: MPI.Intracomm) -> None:
