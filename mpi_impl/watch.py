@@ -1,8 +1,9 @@
 """Say which rank ended, so that the user need not guess.
 
-An exception is given a note of its rank.  A rank that is killed, as when memory runs out, names nobody, and
-launchers tell a process at best.  So a small shell waits beside each rank for a word that a rank
-which ends as it should sends it; when the pipe closes without that word, the shell speaks.
+An exception is given a note of its rank.  A rank that is killed, as when memory runs out, names
+nobody, and launchers tell a process at best.  So a small shell waits beside each rank for a word
+that a rank which ends as it should sends it; when the pipe closes without that word, the shell
+speaks.
 """
 
 import atexit
@@ -32,6 +33,11 @@ def announce_death(comm: MPI.Intracomm) -> None:
 
     Not collective, and wanted once in a program.  Where the launcher then ends the other ranks but
     spares their shells, these speak too: the first line names the cause.
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+        Whose numbers name the ranks.
     """
     name = MPI.Get_processor_name()
     text = f"rank {comm.rank} of {comm.size} (process {os.getpid()} on {name}) died"
