@@ -166,7 +166,7 @@ def test_equations_and_schedules_agree(module: str) -> None:
 
 
 def test_every_file_of_mpi_impl_is_mirrored_or_its_own() -> None:
-    own = {"__init__", "__main__", "device", "jupyter"}
+    own = {"__init__", "__main__", "device", "jupyter", "watch", "watchdog"}
     files = {path.stem for path in (ROOT / "mpi_impl").glob("*.py")} - own
     assert set(MIRRORED) <= files
     assert files <= {path.stem for path in (ROOT / "reference").glob("*.py")}
