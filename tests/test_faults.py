@@ -93,7 +93,11 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
         "scale: expected a real number or None, got ndarray array([1., 1.])",
         0,
     ),
-    "unknown schedule": (ValueError, "schedule: expected one of ('lv-xattn', 'ring'), got 'star'", 0),
+    "unknown schedule": (
+        ValueError,
+        "schedule: expected one of ('lv-xattn', 'ring'), got 'star'",
+        0,
+    ),
     "mask does not broadcast over B": (
         ValueError,
         f"{BROADCASTS} = (2, 4, S_Q, 7), got (3, 1, 1, 7)",
