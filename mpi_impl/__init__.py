@@ -9,6 +9,7 @@ from lvxattn.mpi_impl.recompute import (
     cross_attention_layer,
     cross_attention_layer_backward,
 )
+from lvxattn.mpi_impl.watch import announce_death
 from lvxattn.reference.layout import Layout, shard, unshard
 from lvxattn.reference.meter import Meter
 
@@ -16,6 +17,7 @@ __all__ = [
     "Layout",
     "Meter",
     "Saved",
+    "announce_death",
     "block_attention",
     "block_attention_backward",
     "cross_attention",

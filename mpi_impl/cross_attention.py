@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.mpi_impl.ring_attention import ring_attention, ring_attention_backward
+from lvxattn.mpi_impl.watch import named
 from lvxattn.mpi_impl.watchdog import watching
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
@@ -78,7 +79,8 @@ def cross_attention(
             layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask)
-    return FORWARD[layout.schedule](q, k, v, comm, layout, mask=mask, meter=meter)
+    with named(comm):
+        return FORWARD[layout.schedule](q, k, v, comm, layout, mask=mask, meter=meter)
 
 
 def cross_attention_backward(
@@ -132,6 +134,7 @@ def cross_attention_backward(
             )
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, backward=backward)
-    return BACKWARD[layout.schedule](
-        dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
-    )
+    with named(comm):
+        return BACKWARD[layout.schedule](
+            dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
+        )

@@ -153,8 +153,11 @@ def cuda_aware() -> tuple[bool, str]:
         flag = ctypes.c_int(0)
         failed = loaded.MPIX_GPU_query_support(0, ctypes.byref(flag))
         return not failed and bool(flag.value), "MPIX_GPU_query_support"
-    kinds = MPI.COMM_WORLD.Get_info().get("mpi_memory_alloc_kinds") or ""
-    return "cuda" in kinds.split(","), "mpi_memory_alloc_kinds"
+    info = MPI.COMM_WORLD.Get_info()
+    kinds = (info.get("mpi_memory_alloc_kinds") or "").split(",")
+    info.Free()
+    # A kind may have restrictors, as cuda:device has.
+    return any(kind.partition(":")[0] == "cuda" for kind in kinds), "mpi_memory_alloc_kinds"
 
 
 def limit_blas_threads(comm: MPI.Intracomm) -> int:
@@ -162,6 +165,10 @@ def limit_blas_threads(comm: MPI.Intracomm) -> int:
 
     Collective: every rank of comm calls this.  Ranks that each start as many threads as the host
     has cores fight for them.
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Who holds what: lengths, order of the ring, and the one collective check before any block moves.
+"""Who holds what: lengths of the shares, and the order of the ring.
 
 Each rank holds a contiguous share of the queries and of the keys and values; concatenated in rank
 order the shares are the whole.  The ring visits the ranks host by host, whatever numbers the
@@ -7,12 +7,17 @@ launcher gave them, so that P - 1 hops cross a slow link between hosts no more o
     ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
 """
 
-import socket
 from dataclasses import dataclass
 from importlib import import_module
-from math import sqrt
 from typing import Any
 
+from lvxattn.reference.agreement import (
+    EQUAL_ON_ALL_RANKS,
+    Backward,
+    MaskKind,
+    agree_on,
+    mask_kind,
+)
 from lvxattn.reference.masks import MaskView
 from lvxattn.reference.validation import (
     Communicator,
@@ -20,17 +25,12 @@ from lvxattn.reference.validation import (
     check_attention,
     check_backward,
     check_mask_rows,
-    check_mask_shape_rows,
     dtype_name,
     library,
     on_rank,
-    raise_lowest,
 )
 
 Array = Any
-MaskKind = tuple[tuple[int, ...], str] | None
-
-SCHEDULES = ("lv-xattn", "ring")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Layout:
         schedule: str = "lv-xattn",
         scale: float | None = None,
         mask: Any = None,
-        backward: tuple[Array, Array, Array, Array | None] | None = None,
+        backward: Backward | None = None,
     ) -> "Layout":
         """Check all ranks' arguments together and lay out the ring.
 
@@ -95,7 +95,7 @@ class Layout:
             This rank's shares; lengths may differ between ranks and may be 0.
         comm : communicator
         schedule : str
-            One of `SCHEDULES`.
+            ``"lv-xattn"`` or ``"ring"``.
         scale : float, optional
             ``1 / sqrt(D)`` unless given.
         mask : None, array or callable
@@ -113,20 +113,9 @@ class Layout:
         ValueError, TypeError
             Naming the argument, what was expected, what was given and the rank.
         """
-        record: _Record | Exception
-        try:
-            check_attention(q, k, v, scale=scale, mask=mask)
-            if backward is not None:
-                check_backward(q, v, *backward)
-            if schedule not in SCHEDULES:
-                raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
-            record = _Record.of(q, k, v, schedule, scale, mask, comm)
-        except (TypeError, ValueError) as error:
-            record = error
-        gathered = comm.allgather(record)
-        raise_lowest([r if isinstance(r, Exception) else None for r in gathered])
-        records = [r for r in gathered if isinstance(r, _Record)]
-        _check_equal(records)
+        records = agree_on(
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward
+        )
         first = records[0]
         hosts = [r.host for r in records]
         return Layout(
@@ -135,7 +124,7 @@ class Layout:
             s_q=tuple(r.s_q for r in records),
             s_kv=tuple(r.s_kv for r in records),
             masks=tuple(r.mask for r in records),
-            **{name: getattr(first, name) for name in _EQUAL_ON_ALL_RANKS},
+            **{name: getattr(first, name) for name in EQUAL_ON_ALL_RANKS},
         )
 
     def check(
@@ -147,7 +136,7 @@ class Layout:
         *,
         scale: float | None = None,
         mask: Any = None,
-        backward: tuple[Array, Array, Array, Array | None] | None = None,
+        backward: Backward | None = None,
     ) -> None:
         """Check that this rank's arguments fit what was agreed.  Not collective.
 
@@ -180,10 +169,10 @@ class Layout:
                     )
             if dtype_name(q) != self.dtype:
                 raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
-            if self.schedule == "ring" and _kind(mask, self.dtype) != self.masks[self.rank]:
+            if self.schedule == "ring" and mask_kind(mask, self.dtype) != self.masks[self.rank]:
                 raise ValueError(
                     "mask: expected the layout's shape and travelling dtype "
-                    f"{self.masks[self.rank]}, got {_kind(mask, self.dtype)}"
+                    f"{self.masks[self.rank]}, got {mask_kind(mask, self.dtype)}"
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
@@ -298,93 +287,3 @@ def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
             )
             raise on_rank(error, rank, comm.size)
     return import_module(library(first)).concatenate(parts, axis=axis)
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What one rank tells the others."""
-
-    host: str
-    s_q: int
-    s_kv: int
-    mask: MaskKind
-    callable_mask: bool
-    B: int
-    H: int
-    H_KV: int
-    D: int
-    D_V: int
-    dtype: str
-    scale: float
-    schedule: str
-
-    @staticmethod
-    def of(
-        q: Array,
-        k: Array,
-        v: Array,
-        schedule: str,
-        scale: float | None,
-        mask: Any,
-        comm: Communicator,
-    ) -> "_Record":
-        B, H, s_q, D = q.shape
-        return _Record(
-            host=getattr(comm, "host", None) or socket.gethostname(),
-            s_q=s_q,
-            s_kv=k.shape[2],
-            mask=_kind(mask, dtype_name(q)),
-            callable_mask=callable(mask),
-            B=B,
-            H=H,
-            H_KV=k.shape[1],
-            D=D,
-            D_V=v.shape[3],
-            dtype=dtype_name(q),
-            scale=1 / sqrt(D) if scale is None else float(scale),
-            schedule=schedule,
-        )
-
-
-# What must be equal on all ranks, and the argument to name when it is not.
-_EQUAL_ON_ALL_RANKS = {
-    "B": "q",
-    "H": "q",
-    "H_KV": "k",
-    "D": "q",
-    "D_V": "v",
-    "dtype": "q",
-    "scale": "scale",
-    "schedule": "schedule",
-}
-
-
-def _kind(mask: Any, dtype: str) -> MaskKind:
-    """Return an array mask's shape and the dtype in which it travels."""
-    if mask is None or callable(mask):
-        return None
-    return tuple(mask.shape), "bool" if dtype_name(mask) == "bool" else accumulator(dtype)
-
-
-def _check_equal(records: list[_Record]) -> None:
-    S_Q = sum(r.s_q for r in records)
-    for rank, record in enumerate(records):
-        try:
-            for name, argument in _EQUAL_ON_ALL_RANKS.items():
-                given, expected = getattr(record, name), getattr(records[0], name)
-                if given != expected:
-                    symbol = "" if name == argument else f" {name} ="
-                    raise ValueError(
-                        f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
-                    )
-            if record.mask is not None:
-                check_mask_shape_rows(record.mask[0], S_Q)
-            if record.schedule == "ring" and record.callable_mask != records[0].callable_mask:
-                kinds = ["an array or None", "a callable"]
-                raise ValueError(
-                    "mask: expected a callable on all ranks or on none with schedule 'ring', got "
-                    f"{kinds[record.callable_mask]} where rank 0 has "
-                    f"{kinds[records[0].callable_mask]}"
-                )
-        except ValueError as error:
-            raise on_rank(error, rank, len(records)) from None

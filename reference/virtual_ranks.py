@@ -160,8 +160,8 @@ class _World:
             self.changed.notify_all()
 
     def recv(self, rank: int, source: int, tag: int) -> list[Array]:
-        box = self.mail[source, rank, tag]
         with self.changed:
+            box = self.mail[source, rank, tag]
             self._wait(rank, lambda: len(box) > 0, f"a message from rank {source} with tag {tag}")
             return box.popleft()
 

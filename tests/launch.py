@@ -1,25 +1,51 @@
 """Start programs under mpiexec, in time, and leave no process behind."""
 
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parent.parent
+# Ranks start sessions of their own, so that nothing but this, inherited by all, tells whose they
+# are.
+MARK = "LVXATTN_TEST_RUN"
+# Seconds that processes have to be gone in, once mpiexec has ended.
+GRACE = 2.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a program ended: exit status, what it printed, and whether its time ran out."""
+    """How a program ended.
+
+    Attributes
+    ----------
+    status : int
+    out, err : str
+        What it printed.
+    timed_out : bool
+        It was killed because its time ran out.
+    seconds : float
+        How long it ran.
+    left : tuple of str
+        Command lines of processes that outlived mpiexec (and were killed); where there is no
+        ``/proc`` nobody looks.
+    """
 
     status: int
     out: str
     err: str
     timed_out: bool
+    seconds: float = 0.0
+    left: tuple[str, ...] = ()
 
 
 def mpiexec(
@@ -27,9 +53,9 @@ def mpiexec(
     *args: str | Path,
     timeout: float = 60.0,
     mpi4py: bool = True,
-    env: dict[str, str] | None = None,
+    env: dict[str, str | None] | None = None,
 ) -> Ended:
-    """Run ``python -m mpi4py *args`` on P ranks; a program that outlives `timeout` is killed.
+    """Run ``python -W error -m mpi4py *args`` on P ranks; one that outlives `timeout` is killed.
 
     Parameters
     ----------
@@ -41,30 +67,85 @@ def mpiexec(
     mpi4py : bool
         Run through ``-m mpi4py``, which ends all ranks when one raises.
     env : dict, optional
-        Added to the environment.
+        Added to the environment; None takes a variable out of it.
     """
     launcher = shlex.split(os.environ.get("LVXATTN_MPIEXEC", ""))
     launcher = launcher or [str(Path(sys.executable).with_name("mpiexec"))]
-    runner = [sys.executable, *(["-m", "mpi4py"] if mpi4py else [])]
-    environment = {
+    runner = [sys.executable, "-W", "error", *(["-m", "mpi4py"] if mpi4py else [])]
+    mark = uuid.uuid4().hex
+    wanted: dict[str, str | None] = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),  # programs import tests.*
+        MARK: mark,
         **(env or {}),
     }
+    start = time.monotonic()
     process = subprocess.Popen(
         [*launcher, "-n", str(P), *runner, *map(str, args)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={name: value for name, value in wanted.items() if value is not None},
         start_new_session=True,
     )
+    timed_out = False
     try:
         out, err = process.communicate(timeout=timeout)
-        return Ended(process.returncode, out, err, timed_out=False)
     except subprocess.TimeoutExpired:
+        timed_out = True
         os.killpg(process.pid, signal.SIGKILL)
+        _kill(_marked(mark))
         out, err = process.communicate()
-        return Ended(process.returncode, out, err, timed_out=True)
+    seconds = time.monotonic() - start
+    while (left := _marked(mark)) and time.monotonic() < start + seconds + GRACE:
+        time.sleep(0.02)
+    _kill(left)
+    return Ended(process.returncode, out, err, timed_out, seconds, tuple(left.values()))
+
+
+def report(
+    P: int, program: str, *args: str, env: dict[str, str | None] | None = None, timeout: float = 60
+) -> Any:
+    """Return the JSON that rank 0 of a program of `PROGRAMS` prints; it must end well.
+
+    However often it is asked for, the program runs once.
+    """
+    ended, printed = _run_once(P, program, args, tuple((env or {}).items()), timeout)
+    assert not ended.timed_out, f"more than {timeout} s\n{ended.out}\n{ended.err}"
+    assert ended.status == 0, f"{ended.out}\n{ended.err}"
+    assert not ended.left, ended.left
+    # MPICH says here what was not freed; another MPI may have other things to say.
+    assert not ended.err or "LVXATTN_MPIEXEC" in os.environ, ended.err
+    return printed
+
+
+@cache
+def _run_once(
+    P: int, program: str, args: tuple[str, ...], env: tuple[tuple[str, str | None], ...], t: float
+) -> tuple[Ended, Any]:
+    ended = mpiexec(P, PROGRAMS / program, *args, env=dict(env), timeout=t)
+    return ended, json.loads(ended.out) if ended.status == 0 else None
+
+
+def _marked(mark: str) -> dict[int, str]:
+    """Return the command lines of the living processes of one run, by process id."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (directory / "environ").read_bytes()  # a zombie's is empty
+            if f"{MARK}={mark}".encode() in environment.split(b"\0"):
+                command = (directory / "cmdline").read_bytes()
+                found[int(directory.name)] = command.replace(b"\0", b" ").decode()
+        except (OSError, ValueError):  # it has ended, or is not ours to look at
+            continue
+    return found
+
+
+def _kill(processes: dict[int, str]) -> None:
+    for pid in processes:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

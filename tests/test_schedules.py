@@ -3,7 +3,7 @@
 import pytest
 
 from lvxattn import reference
-from lvxattn.reference.layout import SCHEDULES
+from lvxattn.reference.agreement import SCHEDULES
 from tests.cases import CASES, Case
 from tests.judge import solve, worst_ratios
 

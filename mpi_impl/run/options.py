@@ -4,7 +4,7 @@ import argparse
 from math import isfinite
 
 from lvxattn.mpi_impl.arguments import natural, positive
-from lvxattn.reference.layout import SCHEDULES
+from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.validation import FLOATING
 

@@ -1,0 +1,155 @@
+"""The one collective check: what every rank tells the others before any block moves.
+
+Each rank checks its own arguments, then one all-gather carries its record, or its error, to all.
+Every rank then comes to the same conclusion from the same records: the error of the lowest rank
+that has one, or the first mismatch, or agreement.
+"""
+
+import socket
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from lvxattn.reference.validation import (
+    Communicator,
+    accumulator,
+    check_attention,
+    check_backward,
+    check_mask_shape_rows,
+    dtype_name,
+    on_rank,
+    raise_lowest,
+)
+
+Array = Any
+MaskKind = tuple[tuple[int, ...], str] | None
+Backward = tuple[Array, Array, Array, Array | None]
+
+SCHEDULES = ("lv-xattn", "ring")
+
+# What must be equal on all ranks, and the argument to name when it is not.
+EQUAL_ON_ALL_RANKS = {
+    "B": "q",
+    "H": "q",
+    "H_KV": "k",
+    "D": "q",
+    "D_V": "v",
+    "dtype": "q",
+    "scale": "scale",
+    "schedule": "schedule",
+}
+
+
+def agree_on(
+    q: Array,
+    k: Array,
+    v: Array,
+    comm: Communicator,
+    *,
+    schedule: str,
+    scale: float | None,
+    mask: Any,
+    backward: Backward | None,
+) -> list["Record"]:
+    """Return the records of all ranks, in rank order.
+
+    Collective: every rank of comm calls this.  Arguments are those of `Layout.agree`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The same on every rank.
+    """
+    mine: Record | Exception
+    try:
+        check_attention(q, k, v, scale=scale, mask=mask)
+        if backward is not None:
+            check_backward(q, v, *backward)
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+        mine = Record.of(q, k, v, schedule, scale, mask, comm)
+    except (TypeError, ValueError) as error:
+        mine = error
+    gathered = comm.allgather(mine)
+    raise_lowest([r if isinstance(r, Exception) else None for r in gathered])
+    records = [r for r in gathered if isinstance(r, Record)]
+    _check_equal(records)
+    return records
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one rank tells the others."""
+
+    host: str
+    s_q: int
+    s_kv: int
+    mask: MaskKind
+    callable_mask: bool
+    B: int
+    H: int
+    H_KV: int
+    D: int
+    D_V: int
+    dtype: str
+    scale: float
+    schedule: str
+
+    @staticmethod
+    def of(
+        q: Array,
+        k: Array,
+        v: Array,
+        schedule: str,
+        scale: float | None,
+        mask: Any,
+        comm: Communicator,
+    ) -> "Record":
+        """Return the record of arguments that this rank has found no fault with."""
+        B, H, s_q, D = q.shape
+        return Record(
+            host=getattr(comm, "host", None) or socket.gethostname(),
+            s_q=s_q,
+            s_kv=k.shape[2],
+            mask=mask_kind(mask, dtype_name(q)),
+            callable_mask=callable(mask),
+            B=B,
+            H=H,
+            H_KV=k.shape[1],
+            D=D,
+            D_V=v.shape[3],
+            dtype=dtype_name(q),
+            scale=1 / sqrt(D) if scale is None else float(scale),
+            schedule=schedule,
+        )
+
+
+def mask_kind(mask: Any, dtype: str) -> MaskKind:
+    """Return an array mask's shape and the dtype in which it travels."""
+    if mask is None or callable(mask):
+        return None
+    return tuple(mask.shape), "bool" if dtype_name(mask) == "bool" else accumulator(dtype)
+
+
+def _check_equal(records: list[Record]) -> None:
+    S_Q = sum(r.s_q for r in records)
+    for rank, record in enumerate(records):
+        try:
+            for name, argument in EQUAL_ON_ALL_RANKS.items():
+                given, expected = getattr(record, name), getattr(records[0], name)
+                if given != expected:
+                    symbol = "" if name == argument else f" {name} ="
+                    raise ValueError(
+                        f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
+                    )
+            if record.mask is not None:
+                check_mask_shape_rows(record.mask[0], S_Q)
+            if record.schedule == "ring" and record.callable_mask != records[0].callable_mask:
+                kinds = ["an array or None", "a callable"]
+                raise ValueError(
+                    "mask: expected a callable on all ranks or on none with schedule 'ring', got "
+                    f"{kinds[record.callable_mask]} where rank 0 has "
+                    f"{kinds[records[0].callable_mask]}"
+                )
+        except ValueError as error:
+            raise on_rank(error, rank, len(records)) from None

@@ -1,0 +1,177 @@
+"""Give the public functions bad input; rank 0 prints, as JSON, what every rank raised.
+
+After each call the same communicator must still solve a right problem.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn import mpi_impl
+from tests.cases import Case
+from tests.judge import solve, worst_ratios
+
+comm = MPI.COMM_WORLD
+P, last = comm.size, comm.rank == comm.size - 1
+B, H, H_KV, D, D_V, S_Q = 2, 4, 2, 6, 3, 5 * comm.size
+CALLS: dict[str, Callable[[], Any]] = {}
+
+
+def good() -> dict[str, Any]:
+    """Return right arguments, forward's and backward's."""
+    return {
+        "q": np.ones((B, H, 5, D)),
+        "k": np.ones((B, H_KV, 7, D)),
+        "v": np.ones((B, H_KV, 7, D_V)),
+        "dout": np.ones((B, H, 5, D_V)),
+        "out": np.ones((B, H, 5, D_V)),
+        "lse": np.ones((B, H, 5)),
+    }
+
+
+def forward(layout: Any = None, **changes: Any) -> Any:
+    a = good() | changes
+    options = {n: x for n, x in a.items() if n in ("scale", "mask", "schedule")}
+    return mpi_impl.cross_attention(a["q"], a["k"], a["v"], comm, layout=layout, **options)
+
+
+def backward(**changes: Any) -> Any:
+    a = good() | changes
+    options = {n: x for n, x in a.items() if n in ("scale", "mask", "schedule", "dlse")}
+    return mpi_impl.cross_attention_backward(
+        a["dout"], a["q"], a["k"], a["v"], a["out"], a["lse"], comm, **options
+    )
+
+
+def layer(**changes: Any) -> Any:
+    a = {
+        "x": np.ones((B, 5, 8)),
+        "y": np.ones((B, 7, 9)),
+        "w_q": np.ones((8, H, D)),
+        "w_k": np.ones((9, H_KV, D)),
+        "w_v": np.ones((9, H_KV, D_V)),
+    } | changes
+    return mpi_impl.cross_attention_layer(a["x"], a["y"], a["w_q"], a["w_k"], a["w_v"], comm)
+
+
+def bad(name: str, function: Callable[..., Any], **changes: Any) -> None:
+    """Let every rank make this call."""
+    CALLS[name] = lambda: function(**changes)
+
+
+def bad_on_last(name: str, function: Callable[..., Any], **changes: Any) -> None:
+    """Let the last rank alone make this call with these changes."""
+    CALLS[name] = lambda: function(**(changes if last else {}))
+
+
+def zeros(*shape: int, dtype: Any = np.float64) -> Any:
+    return np.zeros(shape, dtype)
+
+
+# Within a rank.
+bad("q has 3 axes", forward, q=zeros(H, 5, D))
+bad("k has 5 axes", forward, k=zeros(1, B, H_KV, 7, D))
+bad("v has 2 axes", forward, v=zeros(7, D_V))
+bad("D = 0", forward, q=zeros(B, H, 5, 0), k=zeros(B, H_KV, 7, 0))
+bad("k has another B", forward, k=zeros(3, H_KV, 7, D))
+bad("k has another D", forward, k=zeros(B, H_KV, 7, 8))
+bad("v has another B", forward, v=zeros(1, H_KV, 7, D_V))
+bad("v has another H_KV", forward, v=zeros(B, 1, 7, D_V))
+bad("v has another length", forward, v=zeros(B, H_KV, 6, D_V))
+bad("H_KV does not divide H", forward, k=zeros(B, 3, 7, D), v=zeros(B, 3, 7, D_V))
+bad("more key-value heads than heads", forward, k=zeros(B, 8, 7, D), v=zeros(B, 8, 7, D_V))
+bad("k has another dtype", forward, k=zeros(B, H_KV, 7, D, dtype=np.float32))
+bad("v has another dtype", forward, v=zeros(B, H_KV, 7, D_V, dtype=np.float16))
+bad("integer q", forward, q=zeros(B, H, 5, D, dtype=np.int64))
+bad("integer k", forward, k=zeros(B, H_KV, 7, D, dtype=np.int32))
+bad("boolean v", forward, v=zeros(B, H_KV, 7, D_V, dtype=bool))
+bad("complex q", forward, q=zeros(B, H, 5, D, dtype=np.complex128))
+bad("q is a list", forward, q=[[1.0]])
+bad("k is None", forward, k=None)
+bad("v is a list", forward, v=[1.0])
+bad("scale is NaN", forward, scale=float("nan"))
+bad("scale is infinite", forward, scale=float("inf"))
+bad("scale is a string", forward, scale="0.5")
+bad("scale is a bool", forward, scale=True)
+bad("scale is an array", forward, scale=np.ones(2))
+bad("unknown schedule", forward, schedule="star")
+bad("mask does not broadcast over B", forward, mask=zeros(3, 1, 1, 7, dtype=bool))
+bad("mask does not broadcast over H", forward, mask=zeros(1, 2, 1, 7, dtype=bool))
+bad("mask has 5 axes", forward, mask=zeros(1, 1, 1, 1, 7, dtype=bool))
+bad("mask has no axes", forward, mask=np.array(True))
+bad("mask's last axis is all keys", forward, mask=zeros(1, 1, 1, 7 * P + 1, dtype=bool))
+bad("mask's last axis is 1", forward, mask=zeros(1, 1, 1, 1, dtype=bool))
+bad("mask's query axis is neither 1 nor all", forward, mask=zeros(S_Q + 1, 7, dtype=bool))
+bad("mask's query axis is 2 beside B and H", forward, mask=zeros(B, H, 2, 7))
+bad("integer mask", forward, mask=zeros(1, 1, 1, 7, dtype=np.uint8))
+bad("mask is a list", forward, mask=[True] * 7)
+bad("dout has out's shape but for D_V", backward, dout=zeros(B, H, 5, D_V + 1))
+bad("out has 3 axes", backward, out=zeros(B, H, 5))
+bad("lse has 4 axes", backward, lse=zeros(B, H, 5, 1))
+bad("dlse has another length", backward, dlse=zeros(B, H, 4))
+bad("integer dout", backward, dout=zeros(B, H, 5, D_V, dtype=np.int64))
+bad("lse is None", backward, lse=None)
+bad("backward with 3 axes in q", backward, q=zeros(H, 5, D))
+bad("x has 2 axes", layer, x=zeros(5, 8))
+bad("y has another B", layer, y=zeros(1, 7, 9))
+bad("w_q has another E", layer, w_q=zeros(7, H, D))
+bad("w_v has another H_KV", layer, w_v=zeros(9, 4, 3))
+bad("integer w_k", layer, w_k=zeros(9, H_KV, D, dtype=np.int64))
+# On one rank alone, and between ranks.
+bad_on_last("the last rank's q has 3 axes", forward, q=zeros(H, 5, D))
+bad_on_last("the last rank's v is a list", forward, v=[1.0])
+bad_on_last("the last rank's mask is of integers", forward, mask=zeros(7, dtype=np.int64))
+bad_on_last("the last rank's query axis", forward, mask=zeros(2, 7, dtype=bool))
+bad_on_last("the last rank's dout", backward, dout=zeros(B, H, 5, D_V + 1))
+bad_on_last("the last rank's weight", layer, w_q=zeros(7, H, D))
+bad_on_last(
+    "ranks differ in B",
+    forward,
+    **{n: x[:1] for n, x in good().items() if n in ("q", "k", "v")},
+)
+bad_on_last("ranks differ in H", forward, q=zeros(B, 2, 5, D))
+bad_on_last("ranks differ in H_KV", forward, k=zeros(B, 4, 7, D), v=zeros(B, 4, 7, D_V))
+bad_on_last("ranks differ in D", forward, q=zeros(B, H, 5, 8), k=zeros(B, H_KV, 7, 8), scale=0.5)
+bad_on_last("ranks differ in D_V", forward, v=zeros(B, H_KV, 7, 9))
+bad_on_last(
+    "ranks differ in dtype",
+    forward,
+    **{n: x.astype(np.float32) for n, x in good().items() if n in ("q", "k", "v")},
+)
+bad_on_last("ranks differ in scale", forward, scale=0.25)
+# Every rank wrong in its own way: the lowest one is named.
+CALLS["every rank has its own error"] = lambda: (
+    forward(q=zeros(H, 5, D)) if last else forward(scale=float("nan"))
+)
+
+
+def raised_by(call: Callable[[], Any]) -> list[Any]:
+    """Return the type and the text of what a call raises, and whether that came in time."""
+    start = time.monotonic()
+    try:
+        call()
+    except Exception as error:
+        return [type(error).__name__, str(error), time.monotonic() - start < 1]
+    return ["nothing", "", True]
+
+
+def still_works() -> bool:
+    """Solve a right problem on the same communicator."""
+    results = solve(RIGHT, comm, mpi_impl)
+    return max(worst_ratios(RIGHT, results, TRUTH).values()) <= 1
+
+
+RIGHT = Case("right", cut="ragged").make()
+TRUTH = RIGHT.truth()
+report = {}
+for name, call in CALLS.items():
+    ranks = comm.gather([*raised_by(call), still_works()])
+    if comm.rank == 0:
+        report[name] = ranks
+if comm.rank == 0:
+    json.dump(report, sys.stdout)

@@ -1,0 +1,237 @@
+"""Call the public functions in every way that a program may; rank 0 prints what came of it.
+
+Each check is a function of a communicator that returns True on every rank, or says what is wrong.
+"""
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn import mpi_impl
+from lvxattn.mpi_impl.recompute import project, project_backward
+from tests.cases import Case, Problem
+from tests.judge import solve, worst_ratios
+from tests.watched import Watched
+
+Check = Callable[[MPI.Intracomm], Any]
+CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def right(problem: Problem, comm: Any, **options: Any) -> bool:
+    """Solve a problem, forward and backward, and tell whether this rank's results are right."""
+    return max(worst_ratios(problem, solve(problem, comm, mpi_impl, **options)).values()) <= 1
+
+
+RAGGED = Case("ragged", B=2, H=4, H_KV=2, D_V=5, mask="full", cut="ragged")
+
+
+@check
+def another_dtype_after_a_backward(comm: MPI.Intracomm) -> Any:
+    """Forward, backward, forward again in other dtypes, on equal shapes: nothing is kept."""
+    dtypes = ("float64", "float32", "float16", "float64")
+    return [right(Case("same name", dtype=d, cut="ragged").make(), comm) for d in dtypes]
+
+
+@check
+def two_forwards_before_their_backwards(comm: MPI.Intracomm) -> Any:
+    """The backwards come in the other order: a forward leaves nothing behind for its backward."""
+    problems = [Case("first", S_Q=40).make(), Case("second", S_Q=40).make()]
+    parts = [problem.part(comm.rank, comm.size) for problem in problems]
+    forwards = [
+        mpi_impl.cross_attention(p["q"], p["k"], p["v"], comm, scale=problem.scale)
+        for problem, p in zip(problems, parts, strict=True)
+    ]
+    verdicts = []
+    for problem, p, (out, lse) in reversed(list(zip(problems, parts, forwards, strict=True))):
+        gradients = mpi_impl.cross_attention_backward(
+            p["dout"], p["q"], p["k"], p["v"], out, lse, comm, scale=problem.scale, dlse=p["dlse"]
+        )
+        results = {
+            name: mpi_impl.unshard(x, comm)
+            for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)
+        }
+        verdicts.append(max(worst_ratios(problem, results).values()) <= 1)
+    return verdicts
+
+
+@check
+def a_reused_layout_sends_nothing_but_blocks(comm: MPI.Intracomm) -> Any:
+    problem = RAGGED.make()
+    part = problem.part(comm.rank, comm.size)
+    arguments = part["q"], part["k"], part["v"]
+    options = {"scale": problem.scale, "mask": part["mask"]}
+    layout = mpi_impl.Layout.agree(*arguments, comm, **options)
+    watched: Any = Watched(comm)
+    out, lse = mpi_impl.cross_attention(*arguments, watched, **options, layout=layout)
+    mpi_impl.cross_attention_backward(
+        part["dout"], *arguments, out, lse, watched, **options, layout=layout
+    )
+    messages = 4 * (comm.size - 1)
+    return dict(watched.calls) == ({"Isend": messages, "Irecv": messages} if messages else {})
+
+
+@check
+def without_a_layout_there_is_one_collective_a_call(comm: MPI.Intracomm) -> Any:
+    problem = RAGGED.make()
+    part = problem.part(comm.rank, comm.size)
+    watched: Any = Watched(comm)
+    arguments = part["q"], part["k"], part["v"]
+    out, lse = mpi_impl.cross_attention(*arguments, watched)
+    forward = watched.calls["allgather"]
+    mpi_impl.cross_attention_backward(part["dout"], *arguments, out, lse, watched)
+    known = {"allgather", "Isend", "Irecv", "host"}  # a virtual communicator has a host
+    return [forward == 1, watched.calls["allgather"] == 2, set(watched.calls) <= known]
+
+
+@check
+def any_size_of_block_arrives(comm: MPI.Intracomm) -> Any:
+    """From a few bytes, sent eagerly, to 31 MB, which wait for their receiver; and empty ones."""
+    verdicts = []
+    for rows in (1, 1_000, 60_000):
+        case = Case("long", H=1, H_KV=1, S_Q=rows, S_KV=5, D=128, D_V=4, dtype="float32")
+        problem = case.make()
+        part = problem.part(0, 1)  # the first rank holds all queries
+        q, dout, dlse = (part[n][:, :, : None if comm.rank == 0 else 0] for n in QUERIES)
+        k, v = mpi_impl.shard(part["k"], comm), mpi_impl.shard(part["v"], comm)
+        out, lse = mpi_impl.cross_attention(q, k, v, comm)
+        dq, *dkv = mpi_impl.cross_attention_backward(dout, q, k, v, out, lse, comm, dlse=dlse)
+        dk, dv = (mpi_impl.unshard(x, comm) for x in dkv)
+        results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        verdicts.append(comm.rank > 0 or max(worst_ratios(problem, results).values()) <= 1)
+    return verdicts
+
+
+QUERIES = "q", "dout", "dlse"
+
+
+@check
+def arrays_of_any_stride_work_and_are_left_alone(comm: MPI.Intracomm) -> Any:
+    """Transposed, every other element, stride 0 and read-only: the same bits as plain copies."""
+    rng = np.random.default_rng(comm.rank)
+    q = rng.standard_normal((2, 5 + comm.rank, 4, 6)).swapaxes(1, 2)
+    k = rng.standard_normal((2, 2, 14, 12))[:, :, ::2, ::2]
+    v = np.broadcast_to(rng.standard_normal((2, 1, 1, 3)), (2, 2, 7, 3))
+    dout = np.asfortranarray(rng.standard_normal((2, 4, 5 + comm.rank, 3)))
+    dlse = np.broadcast_to(np.float64(0.5), q.shape[:3])
+    S_Q = comm.allreduce(q.shape[2])
+    mask = rng.random((7, S_Q)).T < 0.7
+    odd = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse, "mask": mask}
+    plain = {name: np.array(x, order="C") for name, x in odd.items()}
+    for x in odd.values():
+        x.flags.writeable = False
+    got, want = results_of(odd, comm), results_of(plain, comm)
+    same = all(a.tobytes() == b.tobytes() for a, b in zip(got, want, strict=True))
+    untouched = all(odd[name].tobytes() == plain[name].tobytes() for name in odd)
+    return [same, untouched, not any(x.flags.c_contiguous for x in odd.values())]
+
+
+@check
+def inputs_are_unmodified_and_results_are_not_views_of_them(comm: MPI.Intracomm) -> Any:
+    verdicts = []
+    for dtype in ("float64", "float16"):
+        problem = Case("inputs", B=2, H=4, H_KV=2, mask="additive", dtype=dtype).make()
+        arrays = {n: x.copy() for n, x in problem.part(comm.rank, comm.size).items()}
+        before = {n: x.copy() for n, x in arrays.items()}
+        results = results_of(arrays, comm)
+        verdicts += [x.tobytes() == before[n].tobytes() for n, x in arrays.items()]
+        verdicts += [not np.shares_memory(x, y) for x in results for y in arrays.values()]
+    return verdicts
+
+
+def results_of(a: dict[str, Any], comm: Any) -> tuple[Any, ...]:
+    out, lse = mpi_impl.cross_attention(a["q"], a["k"], a["v"], comm, mask=a["mask"])
+    gradients = mpi_impl.cross_attention_backward(
+        a["dout"], a["q"], a["k"], a["v"], out, lse, comm, dlse=a["dlse"], mask=a["mask"]
+    )
+    return out, lse, *gradients
+
+
+@check
+def two_rings_at_once_in_split_communicators(comm: MPI.Intracomm) -> Any:
+    """Even and odd ranks solve different problems at the same time."""
+    part = comm.Split(comm.rank % 2, comm.rank)
+    verdict = right(Case(f"ring {comm.rank % 2}", S_Q=20 + comm.rank % 2).make(), part)
+    part.Free()
+    return verdict
+
+
+@check
+def a_communicator_in_another_order(comm: MPI.Intracomm) -> Any:
+    """Ranks are numbered backwards: shares are in this communicator's order, not the world's."""
+    backwards = comm.Split(0, -comm.rank)
+    assert backwards.rank == comm.size - 1 - comm.rank
+    verdict = right(RAGGED.make(), backwards)
+    backwards.Free()
+    return verdict
+
+
+@check
+def a_duplicate_used_in_turns_with_its_original(comm: MPI.Intracomm) -> Any:
+    other = comm.Dup()
+    verdicts = [right(RAGGED.make(), c) for c in (comm, other, comm)]
+    other.Free()
+    return verdicts
+
+
+@check
+def messages_of_the_user_stay_pending(comm: MPI.Intracomm) -> Any:
+    """Unmatched messages and receives with other tags, on the same communicator, are let alone."""
+    left, right_ = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    landed = [np.zeros(3), np.zeros(3)]
+    receives = [comm.Irecv(landed[0], left, 7000), comm.Irecv(landed[1], left, 7003)]
+    early = comm.Isend(np.full(4, comm.rank, float), right_, 0)  # nobody receives it yet
+    verdict = right(RAGGED.make(), comm)
+    still = not any(request.Test() for request in receives)
+    comm.barrier()
+    sends = [comm.Isend(np.full(3, tag, float), right_, tag) for tag in (7003, 7000)]
+    late = np.zeros(4)
+    comm.Recv(late, left, 0)
+    MPI.Request.Waitall([*receives, *sends, early])
+    landings = ((late, left), (landed[0], 7000), (landed[1], 7003))
+    return [verdict, still, *(bool((array == value).all()) for array, value in landings)]
+
+
+@check
+def a_layer_equals_its_parts(comm: MPI.Intracomm) -> Any:
+    """The layer that makes its keys again gives the bits that its parts give, called by hand."""
+    rng = np.random.default_rng(comm.rank)
+    x, y = rng.standard_normal((2, 4 + comm.rank, 6)), rng.standard_normal((2, 9 - comm.rank, 5))
+    dout = rng.standard_normal((2, 4, x.shape[1], 7))
+    rng = np.random.default_rng(0)
+    w_q, w_k, w_v = (rng.standard_normal(shape) for shape in ((6, 4, 3), (5, 2, 3), (5, 2, 7)))
+    out, saved = mpi_impl.cross_attention_layer(x, y, w_q, w_k, w_v, comm)
+    got = mpi_impl.cross_attention_layer_backward(dout, saved, w_q, w_k, w_v, comm)
+
+    q, k, v = project(x, w_q), project(y, w_k), project(y, w_v)
+    want_out, lse = mpi_impl.cross_attention(q, k, v, comm)
+    dq, dk, dv = mpi_impl.cross_attention_backward(dout, q, k, v, want_out, lse, comm)
+    (dx, dw_q), (dy_k, dw_k), (dy_v, dw_v) = (
+        project_backward(*a) for a in ((dq, x, w_q), (dk, y, w_k), (dv, y, w_v))
+    )
+    want = dx, dy_k + dy_v, dw_q, dw_k, dw_v
+    pairs = zip((out, saved.lse, *got), (want_out, lse, *want), strict=True)
+    return [a.tobytes() == b.tobytes() for a, b in pairs]
+
+
+@check
+def no_thread_is_left(comm: MPI.Intracomm) -> Any:
+    return threading.active_count() == 1
+
+
+report = {}
+for name, function in CHECKS.items():
+    verdict = function(MPI.COMM_WORLD)
+    verdicts = MPI.COMM_WORLD.allgather(np.asarray(verdict, bool).ravel().tolist())
+    report[name] = verdicts
+if MPI.COMM_WORLD.rank == 0:
+    json.dump(report, sys.stdout)

@@ -1,0 +1,187 @@
+"""One block against one rank's keys, in every implementation and kind of array."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn.reference.masks import MaskView
+from tests.backends import BACKENDS, MPI_DEVICE, MPI_NUMPY, REFERENCE, Backend, host
+from tests.cases import CASES, Case, Problem
+from tests.judge import ratio, worst_ratios
+from tests.naive import naive_attention
+from tests.tolerances import limits
+
+BF16 = [
+    replace(case, name=f"{case.name}, bfloat16", dtype="bfloat16")
+    for case in (
+        Case("plain"),
+        Case("grouped", B=2, H=4, H_KV=2, D_V=5),
+        *(Case(f"mask {m}", B=2, mask=m) for m in ("full", "additive", "callable", "dead rows")),
+        Case("257 keys", S_KV=257),
+    )
+]
+TILED = [
+    Case("grouped", B=2, H=4, H_KV=2, D_V=5),
+    *(
+        Case(f"mask {m}", B=2, H=6, H_KV=2, mask=m, dtype="float32")
+        for m in ("full", "additive", "callable", "padding", "dead rows", "over heads")
+    ),
+]
+backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+
+
+def solve_block(problem: Problem, backend: Backend, parts: int = 1, **options: Any) -> Any:
+    """Return all results of a problem whose keys are taken in some parts and merged."""
+    attend, merge = backend.implementation.block_attention, backend.implementation.merge
+    backward = backend.implementation.block_attention_backward
+    q, k, v, dout = (backend.array(x) for x in (problem.q, problem.k, problem.v, problem.dout))
+    wide, xp = backend.wide(problem.q.dtype), backend.xp
+    dlse = backend.array(problem.dlse.astype(wide))
+    home, S_KV = MaskView.of(backend.array(problem.mask)), problem.k.shape[2]
+    options["scale"] = problem.scale
+    keys = [slice(S_KV * i // parts, S_KV * (i + 1) // parts) for i in range(parts)]
+    out, lse = xp.zeros((*q.shape[:3], v.shape[3]), wide), xp.full(q.shape[:3], -xp.inf, wide)
+    for at in keys:
+        view = home.from_key(at.start)
+        out, lse = merge(out, lse, *attend(q, k[:, :, at], v[:, :, at], mask=view, **options))
+    delta = (dout.astype(wide) * out).sum(axis=-1) - dlse
+    dk, dv, dq = xp.zeros(k.shape, wide), xp.zeros(v.shape, wide), xp.zeros(q.shape, wide)
+    for at in keys:
+        dq += backward(
+            dout, q, k[:, :, at], v[:, :, at], lse, delta, dk[:, :, at], dv[:, :, at],
+            mask=home.from_key(at.start), **options,
+        )  # fmt: skip
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    assert {x.dtype for x in results.values()} == {wide}
+    return {name: host(x) for name, x in results.items()}
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> None:
+    """Make every implementation cut blocks into tiles of at most that many rows and keys."""
+    module = sys.modules["lvxattn.reference.block_attention"]
+    monkeypatch.setattr(module, "_tile_keys", lambda q: keys)
+    module = sys.modules["lvxattn.mpi_impl.block_attention"]
+
+    class Tiles(module._Tiles):  # type: ignore[name-defined, misc]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.tile_rows, self.tile_keys = min(rows, self.tile_rows), min(keys, self.tile_keys)
+
+    monkeypatch.setattr(module, "_Tiles", Tiles)
+
+
+@backends
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("case", CASES + BF16, ids=lambda case: case.name)
+def test_equals_naive_softmax_and_its_gradients(case: Case, parts: int, backend: Backend) -> None:
+    problem = case.make()
+    results = solve_block(problem, backend, parts)
+    assert max(worst_ratios(problem, results, fp64=backend.fp64).values()) <= 1
+
+
+@backends
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (5, 7), (31, 32), (8, 97)])
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+def test_tiles_of_any_size_give_the_same(
+    case: Case, rows: int, keys: int, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if keys == 1:
+        case = replace(case, S_Q=7, S_KV=11)  # the same, in less time
+    small_tiles(monkeypatch, rows, keys)
+    problem = case.make()
+    results = solve_block(problem, backend, parts=2)
+    assert max(worst_ratios(problem, results, fp64=backend.fp64).values()) <= 1
+
+
+@pytest.mark.parametrize("backend", [MPI_NUMPY, MPI_DEVICE], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("lengths", [(2049, 3), (3, 1100), (600, 1500)], ids=str)
+def test_blocks_longer_than_a_tile(lengths: tuple[int, int], backend: Backend) -> None:
+    S_Q, S_KV = lengths
+    problem = Case("long", H=4, S_Q=S_Q, S_KV=S_KV, dtype="float32", mask="over heads").make()
+    results = solve_block(problem, backend)
+    assert max(worst_ratios(problem, results).values()) <= 1
+
+
+@backends
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_backward_adds_to_the_gradients_that_are_there(dtype: str, backend: Backend) -> None:
+    problem = Case("adds", B=2, H=4, H_KV=2, dtype=dtype, mask="full").make()
+    wide, xp = backend.wide(problem.q.dtype), backend.xp
+    q, k, v, dout = (backend.array(x) for x in (problem.q, problem.k, problem.v, problem.dout))
+    rng = np.random.default_rng(0)
+    lse, delta = (backend.array(rng.standard_normal(q.shape[:3]).astype(wide)) for _ in range(2))
+    before = [rng.standard_normal(x.shape).astype(wide) for x in (k, v)]
+    options = {"scale": problem.scale, "mask": backend.array(problem.mask)}
+    backward = backend.implementation.block_attention_backward
+    shares = [xp.zeros(x.shape, wide) for x in (k, v)]
+    dq = backward(dout, q, k, v, lse, delta, *shares, **options)
+    there = [backend.array(x.copy()) for x in before]
+    again = backward(dout, q, k, v, lse, delta, *there, **options)
+    assert np.array_equal(host(dq), host(again))
+    for x, share, total in zip(before, shares, there, strict=True):
+        # One tile, and so one addition.
+        assert np.array_equal(host(total), x + host(share))
+        assert host(share).any()
+
+
+@pytest.mark.parametrize("backend", [MPI_NUMPY, MPI_DEVICE], ids=lambda backend: backend.name)
+def test_progress_is_called_after_every_tile(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_tiles(monkeypatch, rows=10, keys=25)
+    problem = Case("progress", B=2, H=4, H_KV=2).make()
+    calls: list[int] = []
+    heads = 2 if backend is MPI_NUMPY else 1  # NumPy takes one key-value head at a time
+    solve_block(problem, backend, progress=lambda: calls.append(len(calls)))
+    assert len(calls) == 2 * (2 * heads * 4 * 4)  # both ways: batches, heads, 31 rows, 97 keys
+
+
+@backends
+@pytest.mark.parametrize("from_key", [0, 9])
+@pytest.mark.parametrize("mask", ["full", "over queries", "two axes", "additive", "callable"])
+def test_views_reach_the_block_s_own_part_of_the_mask(
+    mask: str, from_key: int, backend: Backend
+) -> None:
+    whole = Case("views", B=2, H=4, H_KV=2, mask=mask).make()
+    rows, keys, first = slice(11, 24), slice(30, 60), 30 + from_key
+    indices = np.ix_(*(np.arange(n) for n in (2, 4, 31, 97)))
+    seen = whole.mask(*indices) if callable(whole.mask) else whole.mask
+    seen = np.broadcast_to(seen, (2, 4, 31, 97))[:, :, rows, first:60]
+    held = whole.mask if callable(whole.mask) else whole.mask[..., keys]
+    view = MaskView(backend.array(held), q_start=11, kv_start=30).from_key(from_key)
+    q, k, v = whole.q[:, :, rows], whole.k[:, :, first:60], whole.v[:, :, first:60]
+    dout, dlse = whole.dout[:, :, rows], whole.dlse[:, :, rows]
+    truth = naive_attention(q, k, v, whole.scale, seen, dout, dlse)
+    out, lse = backend.implementation.block_attention(
+        *(backend.array(x) for x in (q, k, v)), scale=whole.scale, mask=view
+    )
+    limit = limits(whole.case, truth, "float64", "float64")
+    assert ratio(host(out), truth.results["out"], limit["out"]) <= 1
+    assert ratio(host(lse), truth.results["lse"], limit["lse"]) <= 1
+
+
+@backends
+def test_arguments_are_only_read(backend: Backend) -> None:
+    problem = Case("read", B=2, H=4, H_KV=2, dtype="float32", mask="additive").make()
+    given = [backend.array(x) for x in (problem.q, problem.k, problem.v, problem.mask)]
+    before = [host(x).copy() for x in given]
+    if backend is not MPI_DEVICE:
+        for x in given:
+            x.flags.writeable = False
+    q, k, v, mask = given
+    backend.implementation.block_attention(q, k, v, scale=1.0, mask=mask)
+    assert all(np.array_equal(host(x), y) for x, y in zip(given, before, strict=True))
+
+
+def test_reference_takes_heads_of_a_group_together() -> None:
+    problem = Case("one key-value head", H=6, H_KV=1).make()
+    grouped = solve_block(problem, REFERENCE)
+    repeated = replace(
+        problem, k=np.repeat(problem.k, 6, axis=1), v=np.repeat(problem.v, 6, axis=1)
+    )
+    assert grouped["dk"].shape[1] == 1
+    limit = limits(problem.case, problem.truth(), "float64", "float64")
+    assert ratio(solve_block(repeated, REFERENCE)["out"], grouped["out"], 2 * limit["out"]) <= 1

@@ -1,0 +1,142 @@
+"""What moves, counted three ways: by formula, by the meter, by what MPI was handed."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn import reference
+from lvxattn.reference.exchange import BLOCKS, RESULTS
+from lvxattn.reference.validation import accumulator
+from tests.cases import Case
+from tests.launch import report
+
+pytestmark = pytest.mark.mpi
+
+# As in programs/run_traffic.py.
+PROBLEMS = {
+    case.name: case
+    for case in (
+        Case("float64", cut="ragged"),
+        Case("float32", cut="ragged", dtype="float32", D_V=5),
+        Case("float16", cut="ragged", dtype="float16", D_V=5),
+        Case("grouped", B=2, H=6, H_KV=2, cut="ragged", dtype="float32", mask="full"),
+        Case("one key-value head", H=6, H_KV=1, dtype="float16"),
+        Case("fewer queries than ranks", S_Q=2),
+        Case("two hosts", cut="ragged"),
+    )
+}
+
+
+def traffic(P: int) -> Any:
+    return report(P, "run_traffic.py")
+
+
+def progress(P: int) -> Any:
+    return report(P, "run_progress.py")
+
+
+def ring(case: Case, P: int) -> list[int]:
+    """Return the order of the ring: host by host."""
+    return sorted(range(P), key=lambda r: r % 2) if case.name == "two hosts" else list(range(P))
+
+
+def expected(case: Case, P: int, rank: int, which: str) -> tuple[list[int], list[int]]:
+    """Return the sizes of the blocks and of the results that a rank sends, in bytes, in order."""
+    cuts, _ = case.cuts(P)
+    order = ring(case, P)
+    place = order.index(rank)
+    owners = [order[(place - hop) % P] for hop in range(P)]  # whose block is here, after each hop
+    rows = [case.B * case.H * (cuts[owner + 1] - cuts[owner]) for owner in owners]
+    w, a = np.dtype(case.dtype).itemsize, np.dtype(accumulator(case.dtype)).itemsize
+    block, result = {
+        "forward": (case.D * w, (case.D_V + 1) * a),
+        "backward": ((case.D + case.D_V) * w + 2 * a, case.D * a),
+    }[which]
+    return [n * block for n in rows[:-1]], [n * result for n in rows[1:]]
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+@pytest.mark.parametrize("P", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", PROBLEMS)
+class TestTraffic:
+    def test_every_message_has_the_size_of_the_formula(self, name: str, P: int, which: str) -> None:
+        case, got = PROBLEMS[name], traffic(P)[name]
+        assert got["worst"] <= 1
+        assert got["order"] == ring(case, P)
+        for rank in range(P):
+            blocks, results = expected(case, P, rank, which)
+            sent = got["ranks"][rank][which]["sent"]
+            assert sent == ({str(BLOCKS): blocks, str(RESULTS): results} if P > 1 else {})
+
+    def test_the_meter_counts_what_mpi_was_handed(self, name: str, P: int, which: str) -> None:
+        for rank in range(P):
+            got = traffic(P)[name]["ranks"][rank][which]
+            sizes = [size for tag in got["sent"].values() for size in tag]
+            assert got["metered"] == [len(sizes), sum(sizes)]
+            assert len(sizes) == 2 * (P - 1)
+            assert all(seconds >= 0 for seconds in got["seconds"])
+            assert got["seconds"][0] > 0
+
+    def test_only_neighbours_on_the_ring_talk(self, name: str, P: int, which: str) -> None:
+        order = ring(PROBLEMS[name], P)
+        for place, rank in enumerate(order):
+            got = traffic(P)[name]["ranks"][rank][which]
+            left, right = order[(place - 1) % P], order[(place + 1) % P]
+            assert (got["to"], got["from"]) == (([right], [left]) if P > 1 else ([], []))
+            sent_to_it = traffic(P)[name]["ranks"][left][which]["sent"].values()
+            assert got["bytes received"] == sum(size for tag in sent_to_it for size in tag)
+
+    def test_no_request_is_left_and_nothing_else_is_sent(
+        self, name: str, P: int, which: str
+    ) -> None:
+        for rank in range(P):
+            got = traffic(P)[name]["ranks"][rank][which]
+            assert got["active"] == 0
+            assert got["requests"] == 4 * (P - 1)
+            hops = {"Isend": 2 * (P - 1), "Irecv": 2 * (P - 1)}
+            assert got["calls"] == (hops if P > 1 else {})
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 4, 5])
+def test_virtual_ranks_send_the_same_messages(P: int) -> None:
+    """The reference's own log, in fp64, equals what real ranks sent."""
+    problem = PROBLEMS["float64"].make()
+    log: list[reference.Message] = []
+
+    def forward(comm: reference.VirtualComm) -> None:
+        part = problem.part(comm.rank, comm.size)
+        reference.cross_attention(part["q"], part["k"], part["v"], comm)
+
+    reference.run_ranks(P, forward, log=log)
+    for rank in range(P):
+        sent: dict[str, list[int]] = {}
+        for message in log:
+            if message.source == rank:
+                sent.setdefault(str(message.tag), []).append(message.nbytes)
+        assert sent == traffic(P)["float64"]["ranks"][rank]["forward"]["sent"]
+
+
+@pytest.mark.parametrize("P", [2, 3])
+class TestProgress:
+    """Large messages move while a rank computes, because it lets MPI work between tiles."""
+
+    def test_progress_alone_brings_a_large_block(self, P: int) -> None:
+        for rank in progress(P):
+            assert rank["arrived by progress"]
+            assert rank["right bytes"]
+
+    def test_mpi_is_let_work_after_every_tile_while_something_is_under_way(self, P: int) -> None:
+        for rank in progress(P):
+            for which in ("forward", "backward"):
+                assert rank[which]["tiles"] == rank[which]["tests"]
+                assert rank[which]["tiles"] >= 7 * P
+                assert rank[which]["tests with a request under way"] > 0
+                assert rank[which]["first test has the block's requests"]
+
+    def test_the_onward_hop_is_posted_before_a_block_is_worked_on(self, P: int) -> None:
+        hops = [event for h in range(P - 1) for event in ("shift", "attend")]
+        for rank in progress(P):
+            for which in ("forward", "backward"):
+                # My own block first; on the last hop there is nothing to hand on; then the rest.
+                assert rank[which]["blocks"] == [*hops, "attend", "attend"]

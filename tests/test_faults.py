@@ -1,0 +1,361 @@
+"""What goes wrong is said alike by all ranks, in words that help, and nobody is left waiting."""
+
+import re
+import signal
+from typing import Any
+
+import pytest
+
+from tests.launch import PROGRAMS, Ended, mpiexec, report
+
+pytestmark = pytest.mark.mpi
+
+LAST = "the last rank"
+BROADCASTS = "mask: expected a shape that broadcasts to (B, H, S_Q, s_kv)"
+# By the names of programs/run_bad_input.py: what is raised, the text without its end, which rank it
+# names.  5 P and so on stand for numbers that depend on P.
+EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
+    "q has 3 axes": (ValueError, "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)", 0),
+    "k has 5 axes": (
+        ValueError,
+        "k: expected 4 axes (B, H_KV, s_kv, D), got shape (1, 2, 2, 7, 6)",
+        0,
+    ),
+    "v has 2 axes": (ValueError, "v: expected 4 axes (B, H_KV, s_kv, D_V), got shape (7, 3)", 0),
+    "D = 0": (
+        ValueError,
+        "q: expected every axis of (B, H, s_q, D) but the length to be at least 1, "
+        "got shape (2, 4, 5, 0)",
+        0,
+    ),
+    "k has another B": (
+        ValueError,
+        "k: expected B = 2 on axis 0 as in q, got shape (3, 2, 7, 6)",
+        0,
+    ),
+    "k has another D": (
+        ValueError,
+        "k: expected D = 6 on axis 3 as in q, got shape (2, 2, 7, 8)",
+        0,
+    ),
+    "v has another B": (
+        ValueError,
+        "v: expected B = 2 on axis 0 as in q, got shape (1, 2, 7, 3)",
+        0,
+    ),
+    "v has another H_KV": (
+        ValueError,
+        "v: expected H_KV = 2 on axis 1 as in k, got shape (2, 1, 7, 3)",
+        0,
+    ),
+    "v has another length": (
+        ValueError,
+        "v: expected s_kv = 7 on axis 2 as in k, got shape (2, 2, 6, 3)",
+        0,
+    ),
+    "H_KV does not divide H": (
+        ValueError,
+        "k: expected H_KV to divide q's H = 4, got H_KV = 3 in shape (2, 3, 7, 6)",
+        0,
+    ),
+    "more key-value heads than heads": (
+        ValueError,
+        "k: expected H_KV to divide q's H = 4, got H_KV = 8 in shape (2, 8, 7, 6)",
+        0,
+    ),
+    "k has another dtype": (TypeError, "k: expected q's dtype float64, got float32", 0),
+    "v has another dtype": (TypeError, "v: expected q's dtype float64, got float16", 0),
+    "integer q": (
+        TypeError,
+        "q: expected one of float16, bfloat16, float32, float64, got int64",
+        0,
+    ),
+    "integer k": (
+        TypeError,
+        "k: expected one of float16, bfloat16, float32, float64, got int32",
+        0,
+    ),
+    "boolean v": (TypeError, "v: expected one of float16, bfloat16, float32, float64, got bool", 0),
+    "complex q": (
+        TypeError,
+        "q: expected one of float16, bfloat16, float32, float64, got complex128",
+        0,
+    ),
+    "q is a list": (TypeError, "q: expected an array, got list [[1.0]]", 0),
+    "k is None": (TypeError, "k: expected an array, got NoneType None", 0),
+    "v is a list": (TypeError, "v: expected an array, got list [1.0]", 0),
+    "scale is NaN": (ValueError, "scale: expected a finite number, got nan", 0),
+    "scale is infinite": (ValueError, "scale: expected a finite number, got inf", 0),
+    "scale is a string": (TypeError, "scale: expected a real number or None, got str '0.5'", 0),
+    "scale is a bool": (TypeError, "scale: expected a real number or None, got bool True", 0),
+    "scale is an array": (
+        TypeError,
+        "scale: expected a real number or None, got ndarray array([1., 1.])",
+        0,
+    ),
+    "unknown schedule": (
+        ValueError,
+        "schedule: expected one of ('lv-xattn', 'ring'), got 'star'",
+        0,
+    ),
+    "mask does not broadcast over B": (
+        ValueError,
+        f"{BROADCASTS} = (2, 4, S_Q, 7), got (3, 1, 1, 7)",
+        0,
+    ),
+    "mask does not broadcast over H": (
+        ValueError,
+        f"{BROADCASTS} = (2, 4, S_Q, 7), got (1, 2, 1, 7)",
+        0,
+    ),
+    "mask has 5 axes": (
+        ValueError,
+        f"{BROADCASTS} = (2, 4, S_Q, 7), got (1, 1, 1, 1, 7)",
+        0,
+    ),
+    "mask has no axes": (
+        ValueError,
+        f"{BROADCASTS} = (2, 4, S_Q, 7), got ()",
+        0,
+    ),
+    "mask's last axis is all keys": (
+        ValueError,
+        "mask: expected its last axis to be exactly the keys, s_kv = 7, got (1, 1, 1, {7P+1})",
+        0,
+    ),
+    "mask's last axis is 1": (
+        ValueError,
+        "mask: expected its last axis to be exactly the keys, s_kv = 7, got (1, 1, 1, 1)",
+        0,
+    ),
+    "mask's query axis is neither 1 nor all": (
+        ValueError,
+        "mask: expected its query axis to be 1 or all queries, S_Q = {5P}, got ({5P+1}, 7)",
+        0,
+    ),
+    "mask's query axis is 2 beside B and H": (
+        ValueError,
+        "mask: expected its query axis to be 1 or all queries, S_Q = {5P}, got (2, 4, 2, 7)",
+        0,
+    ),
+    "integer mask": (
+        TypeError,
+        "mask: expected bool (True = may attend) or an additive floating dtype, got uint8",
+        0,
+    ),
+    "mask is a list": (
+        TypeError,
+        "mask: expected an array, got list [True, True, True, True, True, True, Tru",
+        0,
+    ),
+    "dout has out's shape but for D_V": (
+        ValueError,
+        "dout: expected shape (B, H, s_q, D_V) = (2, 4, 5, 3), got (2, 4, 5, 4)",
+        0,
+    ),
+    "out has 3 axes": (
+        ValueError,
+        "out: expected shape (B, H, s_q, D_V) = (2, 4, 5, 3), got (2, 4, 5)",
+        0,
+    ),
+    "lse has 4 axes": (
+        ValueError,
+        "lse: expected shape (B, H, s_q) = (2, 4, 5), got (2, 4, 5, 1)",
+        0,
+    ),
+    "dlse has another length": (
+        ValueError,
+        "dlse: expected shape (B, H, s_q) = (2, 4, 5), got (2, 4, 4)",
+        0,
+    ),
+    "integer dout": (
+        TypeError,
+        "dout: expected one of float16, bfloat16, float32, float64, got int64",
+        0,
+    ),
+    "lse is None": (TypeError, "lse: expected an array, got NoneType None", 0),
+    "backward with 3 axes in q": (
+        ValueError,
+        "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
+        0,
+    ),
+    "x has 2 axes": (ValueError, "x: expected 3 axes (B, s_q, E), got shape (5, 8)", 0),
+    "y has another B": (ValueError, "y: expected B = 2 on axis 0 as in x, got shape (1, 7, 9)", 0),
+    "w_q has another E": (
+        ValueError,
+        "w_q: expected E = 8 on axis 0 as in x, got shape (7, 4, 6)",
+        0,
+    ),
+    "w_v has another H_KV": (
+        ValueError,
+        "w_v: expected H_KV = 2 on axis 1 as in w_k, got shape (9, 4, 3)",
+        0,
+    ),
+    "integer w_k": (
+        TypeError,
+        "w_k: expected one of float16, bfloat16, float32, float64, got int64",
+        0,
+    ),
+    "the last rank's q has 3 axes": (
+        ValueError,
+        "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
+        LAST,
+    ),
+    "the last rank's v is a list": (TypeError, "v: expected an array, got list [1.0]", LAST),
+    "the last rank's mask is of integers": (
+        TypeError,
+        "mask: expected bool (True = may attend) or an additive floating dtype, got int64",
+        LAST,
+    ),
+    "the last rank's query axis": (
+        ValueError,
+        "mask: expected its query axis to be 1 or all queries, S_Q = {5P}, got (2, 7)",
+        LAST,
+    ),
+    "the last rank's dout": (
+        ValueError,
+        "dout: expected shape (B, H, s_q, D_V) = (2, 4, 5, 3), got (2, 4, 5, 4)",
+        LAST,
+    ),
+    "the last rank's weight": (
+        ValueError,
+        "w_q: expected E = 8 on axis 0 as in x, got shape (7, 4, 6)",
+        LAST,
+    ),
+    "ranks differ in B": (ValueError, "q: expected rank 0's B = 2, got B = 1", LAST),
+    "ranks differ in H": (ValueError, "q: expected rank 0's H = 4, got H = 2", LAST),
+    "ranks differ in H_KV": (ValueError, "k: expected rank 0's H_KV = 2, got H_KV = 4", LAST),
+    "ranks differ in D": (ValueError, "q: expected rank 0's D = 6, got D = 8", LAST),
+    "ranks differ in D_V": (ValueError, "v: expected rank 0's D_V = 3, got D_V = 9", LAST),
+    "ranks differ in dtype": (
+        ValueError,
+        "q: expected rank 0's dtype = 'float64', got dtype = 'float32'",
+        LAST,
+    ),
+    "ranks differ in scale": (
+        ValueError,
+        "scale: expected rank 0's 0.4082482904638631, got 0.25",
+        LAST,
+    ),
+    "every rank has its own error": (ValueError, "scale: expected a finite number, got nan", 0),
+}
+
+
+def text(name: str, P: int) -> str:
+    """Return the whole text of an error on P ranks."""
+    _, start, rank = EXPECTED[name]
+    for symbol, number in (("{5P}", 5 * P), ("{5P+1}", 5 * P + 1), ("{7P+1}", 7 * P + 1)):
+        start = start.replace(symbol, str(number))
+    return f"{start} (on rank {P - 1 if rank is LAST else rank} of {P})"
+
+
+@pytest.mark.parametrize("P", [1, 2, 3])
+class TestBadInput:
+    @pytest.mark.parametrize("name", EXPECTED)
+    def test_every_rank_raises_the_same_clear_error_at_once_and_goes_on(
+        self, name: str, P: int
+    ) -> None:
+        if P == 1 and name.startswith(("ranks differ", "every rank")):
+            return  # one rank has nobody to differ from
+        for kind, got, in_time, still_works in report(P, "run_bad_input.py")[name]:
+            assert (kind, got) == (EXPECTED[name][0].__name__, text(name, P))
+            assert in_time
+            assert still_works
+
+    def test_the_table_is_complete(self, P: int) -> None:
+        ranks = report(P, "run_bad_input.py")
+        assert set(ranks) == set(EXPECTED)
+        assert all(len(results) == P for results in ranks.values())
+
+
+# Seconds that all ranks have to end in, start-up included; it takes about one.
+SOON = 15.0
+PASSES = "forward", "backward"
+PLACES = "before", "in the first attend", "in the second attend", "in a wait", "in the last shift"
+
+
+def fail(P: int, rank: int, how: str, place: str, which: str, timeout: float = SOON) -> Ended:
+    """Run a program in which one rank fails."""
+    return mpiexec(P, PROGRAMS / "run_fault.py", str(rank), how, place, which, timeout=timeout)
+
+
+def assert_ended(ended: Ended) -> None:
+    """All ranks have ended, soon, and not well; none of them got as far as the end."""
+    assert not ended.timed_out, ended.err
+    assert ended.left == ()
+    assert ended.status != 0
+    assert "reached the end" not in ended.out
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> None:
+    ended = fail(3, 1, "raise", place, which)
+    assert_ended(ended)
+    assert ended.err.count("RuntimeError: broken on purpose") == 1
+    if place == "before":  # the user's own code: named by MPI, if by anybody
+        assert "raised on rank" not in ended.err
+    else:
+        assert ended.err.count("raised on rank 1 of 3") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("mask raises", "ZeroDivisionError: "),
+        ("mask returns floats", "TypeError: mask: expected mask(b, h, q_index, kv_index) to"),
+        ("misfit", "ValueError: k: expected the layout's shape (1, 1, 4, 4), got (1, 1, 3, 4) (on"),
+        ("other scale", "ValueError: scale: expected the layout's 0.5, got 0.25 (on rank 2 of 4)"),
+    ],
+)
+@pytest.mark.parametrize("which", PASSES)
+def test_what_only_one_rank_can_notice_ends_all_and_is_named(
+    how: str, message: str, which: str
+) -> None:
+    ended = fail(4, 2, how, "before", which)
+    assert_ended(ended)
+    assert ended.err.count(message) == 1
+    assert "on rank 2 of 4" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("place", "how", "which"),
+    [
+        ("before", "kill", "forward"),
+        ("in the first attend", "crash", "forward"),
+        ("in a wait", "kill", "forward"),
+        ("in the last shift", "kill", "backward"),
+        ("in the second attend", "crash", "backward"),
+    ],
+)
+def test_a_rank_that_dies_ends_all_and_is_named(place: str, how: str, which: str) -> None:
+    ended = fail(3, 2, how, place, which)
+    assert_ended(ended)
+    assert re.findall(r"^rank (\d) of 3 \(process \d+ on \S+\) died$", ended.err, re.M) == ["2"]
+
+
+def test_nobody_is_announced_when_all_end_as_they_should() -> None:
+    ended = fail(3, 1, "not at all", "before", "forward")
+    assert (ended.status, ended.out, ended.err) == (0, "reached the end\n" * 3, "")
+    assert ended.left == ()
+
+
+def test_a_program_that_waits_for_ever_is_ended_in_time_with_all_its_ranks() -> None:
+    """One rank leaves before the others; they wait, as MPI must.  The time limit ends them."""
+    ended = fail(3, 1, "leave", "before", "forward", timeout=3.0)
+    assert ended.timed_out
+    assert ended.left == ()
+    assert ended.seconds < 3.0 + 5.0
+    assert "reached the end" not in ended.out
+
+
+def test_a_process_that_outlives_its_rank_is_reported_and_killed() -> None:
+    """The tests' own launcher: what a rank leaves behind does not go unseen."""
+    ended = fail(1, 0, "leave a process", "before", "forward")
+    assert ended.status == 0
+    assert [command.split()[0] for command in ended.left] == ["sleep"]
+
+
+def test_the_signal_of_a_killed_rank_is_the_status_of_the_launcher() -> None:
+    """So that a shell script sees it; that is MPICH's way, others have theirs."""
+    assert fail(2, 1, "kill", "before", "forward").status in (signal.SIGKILL, 128 + signal.SIGKILL)

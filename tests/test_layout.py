@@ -1,0 +1,404 @@
+"""Agreeing on who holds what, the order of the ring, and cutting and joining arrays."""
+
+from dataclasses import replace
+from itertools import product
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn import reference
+from lvxattn.reference import Layout, Message, VirtualComm, run_ranks, shard, unshard
+from lvxattn.reference.validation import on_rank
+from tests.cases import Case
+from tests.judge import solve
+
+RANKS = pytest.mark.parametrize("P", [1, 2, 3, 4, 5, 7])
+
+
+def arrays(s_q: int = 2, s_kv: int = 3, **sizes: int) -> tuple[Any, Any, Any]:
+    size = {"B": 1, "H": 4, "H_KV": 2, "D": 8, "D_V": 5, **sizes}
+    return (
+        np.zeros((size["B"], size["H"], s_q, size["D"])),
+        np.zeros((size["B"], size["H_KV"], s_kv, size["D"])),
+        np.zeros((size["B"], size["H_KV"], s_kv, size["D_V"])),
+    )
+
+
+def outcomes(P: int, fn: Any) -> list[Any]:
+    """Return what each rank returned or raised; a rank that raises does not end the others."""
+
+    def body(comm: VirtualComm) -> Any:
+        try:
+            return fn(comm)
+        except (TypeError, ValueError) as error:
+            return error
+
+    return run_ranks(P, body)
+
+
+@RANKS
+def test_every_rank_learns_all_lengths_and_sizes(P: int) -> None:
+    def fn(comm: VirtualComm) -> Layout:
+        return Layout.agree(*arrays(comm.rank, 3 * comm.rank % 5), comm, scale=0.5)
+
+    layouts = run_ranks(P, fn)
+    assert [layout.rank for layout in layouts] == list(range(P))
+    for layout in layouts:
+        assert replace(layout, rank=0) == layouts[0]
+        assert layout.s_q == tuple(range(P))
+        assert layout.s_kv == tuple(3 * r % 5 for r in range(P))
+        assert (sum(layout.s_q), sum(layout.s_kv)) == (layout.S_Q, layout.S_KV)
+        assert (layout.B, layout.H, layout.H_KV, layout.D, layout.D_V) == (1, 4, 2, 8, 5)
+        assert (layout.dtype, layout.scale, layout.schedule) == ("float64", 0.5, "lv-xattn")
+        assert layout.size == P
+
+
+def test_scale_is_one_over_the_root_of_D_unless_given() -> None:
+    layouts = run_ranks(2, lambda comm: Layout.agree(*arrays(), comm))
+    assert {layout.scale for layout in layouts} == {1 / sqrt(8)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [("float64", "float64"), ("float32", "float32"), ("float16", "float32")],
+)
+def test_sums_are_at_least_fp32(dtype: str, wide: str) -> None:
+    given = [x.astype(dtype) for x in arrays()]
+    layout = run_ranks(1, lambda comm: Layout.agree(*given, comm))[0]
+    assert (layout.dtype, layout.accumulator) == (dtype, wide)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "order", "crossings"),
+    [
+        ("aaaa", (0, 1, 2, 3), 0),
+        ("aabb", (0, 1, 2, 3), 2),
+        ("abab", (0, 2, 1, 3), 2),
+        ("abcabc", (0, 3, 1, 4, 2, 5), 3),
+        ("abbab", (0, 3, 1, 2, 4), 2),
+        ("ba", (0, 1), 2),
+        ("a", (0,), 0),
+    ],
+)
+def test_ring_visits_host_by_host(hosts: str, order: tuple[int, ...], crossings: int) -> None:
+    P = len(hosts)
+    problem = Case("hosts", B=1, H=2, S_Q=9, S_KV=11, D=2).make()
+    log: list[Message] = []
+
+    def fn(comm: VirtualComm) -> Layout:
+        solve(problem, comm, reference)
+        part = problem.part(comm.rank, P)
+        return Layout.agree(part["q"], part["k"], part["v"], comm)
+
+    layouts = run_ranks(P, fn, hosts=list(hosts), log=log)
+    assert [layout.order for layout in layouts] == [order] * P
+    # Each of the P - 1 hops of either kind of block, forward and backward, crosses so often.
+    crossed = sum(hosts[m.source] != hosts[m.dest] for m in log)
+    assert crossed == 4 * (P - 1) * crossings
+
+
+@RANKS
+@pytest.mark.parametrize("cyclic", [False, True])
+def test_neighbours_and_owners_fit_together(P: int, cyclic: bool) -> None:
+    hosts = ["ab"[r % 2] if cyclic else "a" for r in range(P)]
+    layouts = run_ranks(P, lambda comm: Layout.agree(*arrays(), comm), hosts=hosts)
+    for layout in layouts:
+        assert layouts[layout.right].left == layout.rank
+        assert layouts[layout.left].right == layout.rank
+        assert layout.owner(0) == layout.owner(P) == layout.rank
+        assert sorted(layout.owner(hop) for hop in range(P)) == list(range(P))
+        for hop in range(P):
+            # What is here after a hop was at the left neighbour's a hop before.
+            assert layout.owner(hop + 1) == layouts[layout.left].owner(hop)
+
+
+def test_view_places_a_block_among_all_queries_and_keys() -> None:
+    layouts = run_ranks(4, lambda comm: Layout.agree(*arrays(comm.rank + 1, 10 - comm.rank), comm))
+    mask = np.ones((1, 1, 1, 1), bool)
+    for layout in layouts:
+        for q_owner, kv_owner in product(range(4), repeat=2):
+            view = layout.view(mask, q_owner, kv_owner)
+            assert view.mask is mask
+            assert view.q_start == (0, 1, 3, 6)[q_owner]
+            assert view.kv_start == (0, 10, 19, 27)[kv_owner]
+            assert view.column == 0
+
+
+def test_home_work_is_cut_as_the_two_ends_of_the_trip_weigh() -> None:
+    layouts = run_ranks(2, lambda comm: Layout.agree(*arrays(3, 10 * comm.rank), comm))
+    assert [layout.home_cut(1, 3) for layout in layouts] == [0, 2]
+    assert [layout.home_cut(3, 1) for layout in layouts] == [0, 8]
+    assert [layout.home_cut(0, 0) for layout in layouts] == [0, 0]
+    (alone,) = run_ranks(1, lambda comm: Layout.agree(*arrays(3, 10), comm))
+    assert alone.home_cut(1, 3) == 10  # nothing travels: nothing to hide
+
+
+def test_ring_takes_callables_from_all_ranks_or_from_none() -> None:
+    def agree(comm: VirtualComm) -> Layout:
+        mask = (lambda b, h, q, kv: kv >= q) if comm.rank == 1 else None
+        return Layout.agree(*arrays(), comm, schedule="ring", mask=mask)
+
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        run_ranks(3, agree)
+    assert str(raised.value) == (
+        "mask: expected a callable on all ranks or on none with schedule 'ring', "
+        "got a callable where rank 0 has an array or None (on rank 1 of 3)"
+    )
+
+
+def test_ring_holds_an_array_mask_to_what_was_agreed() -> None:
+    def misfit(comm: VirtualComm) -> None:
+        q, k, v = arrays()
+        layout = Layout.agree(q, k, v, comm, schedule="ring")
+        layout.check(q, k, v, comm)
+        layout.check(q, k, v, comm, mask=np.ones((1, 1, 1, k.shape[2]), bool))
+
+    with pytest.raises(ValueError, match="mask: expected the layout's shape and travelling dtype"):
+        run_ranks(2, misfit)
+
+
+MISMATCHES = {
+    "B": ({"B": 2}, "q: expected rank 0's B = 1, got B = 2"),
+    "H": ({"H": 2}, "q: expected rank 0's H = 4, got H = 2"),
+    "H_KV": ({"H_KV": 4}, "k: expected rank 0's H_KV = 2, got H_KV = 4"),
+    "D": ({"D": 4}, "q: expected rank 0's D = 8, got D = 4"),
+    "D_V": ({"D_V": 4}, "v: expected rank 0's D_V = 5, got D_V = 4"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "text"), MISMATCHES.values(), ids=MISMATCHES)
+@pytest.mark.parametrize("odd", [1, 2])
+def test_sizes_that_differ_between_ranks_are_one_error_for_all(
+    sizes: dict[str, int], text: str, odd: int
+) -> None:
+    def fn(comm: VirtualComm) -> Layout:
+        given = sizes if comm.rank == odd else {"D": 8} if "D" not in sizes else {}
+        return Layout.agree(*arrays(**given), comm, scale=1.0)
+
+    for error in outcomes(3, fn):
+        assert (type(error), str(error)) == (ValueError, f"{text} (on rank {odd} of 3)")
+
+
+def test_dtypes_scales_and_schedules_that_differ_are_one_error_for_all() -> None:
+    def dtypes(comm: VirtualComm) -> Layout:
+        given = [x.astype("float32" if comm.rank == 2 else "float64") for x in arrays()]
+        return Layout.agree(*given, comm)
+
+    def scales(comm: VirtualComm) -> Layout:
+        return Layout.agree(*arrays(), comm, scale=None if comm.rank == 0 else 0.25)
+
+    for fn, text in (
+        (dtypes, "q: expected rank 0's dtype = 'float64', got dtype = 'float32' (on rank 2 of 3)"),
+        (scales, f"scale: expected rank 0's {1 / sqrt(8)!r}, got 0.25 (on rank 1 of 3)"),
+    ):
+        for error in outcomes(3, fn):
+            assert (type(error), str(error)) == (ValueError, text)
+
+
+def test_the_error_of_the_lowest_rank_is_raised_on_all() -> None:
+    def fn(comm: VirtualComm) -> Layout:
+        q, k, v = arrays()
+        if comm.rank == 1:
+            q = q.astype(int)
+        if comm.rank == 2:
+            q = q[0]
+        return Layout.agree(q, k, v, comm)
+
+    text = "q: expected one of float16, bfloat16, float32, float64, got int64 (on rank 1 of 4)"
+    for error in outcomes(4, fn):
+        assert (type(error), str(error)) == (TypeError, text)
+
+
+def test_a_mask_is_held_against_all_ranks_queries() -> None:
+    def fn(comm: VirtualComm) -> Layout:
+        mask = np.ones((6 if comm.rank == 0 else 2, 3), bool)
+        return Layout.agree(*arrays(), comm, mask=mask)
+
+    text = "mask: expected its query axis to be 1 or all queries, S_Q = 6, got (2, 3)"
+    for error in outcomes(3, fn):
+        assert (type(error), str(error)) == (ValueError, f"{text} (on rank 1 of 3)")
+
+
+def test_ranks_may_differ_in_the_kind_of_their_masks() -> None:
+    masks = [None, np.ones((6, 3), bool), lambda b, h, q, k: k >= 0]
+    layouts = run_ranks(3, lambda c: Layout.agree(*arrays(), c, mask=masks[c.rank]))
+    assert [layout.s_q for layout in layouts] == [(2, 2, 2)] * 3
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        run_ranks(1, lambda comm: Layout.agree(*arrays(), comm, schedule="star"))
+    assert (
+        str(raised.value)
+        == "schedule: expected one of ('lv-xattn', 'ring'), got 'star' (on rank 0 of 1)"
+    )
+
+
+def test_nothing_but_the_agreement_is_sent_when_it_fails() -> None:
+    log: list[Message] = []
+    problem = Case("fails").make()
+
+    def fn(comm: VirtualComm) -> Any:
+        part = problem.part(comm.rank, 3)
+        k = part["k"][0] if comm.rank == 2 else part["k"]
+        try:
+            return reference.cross_attention(part["q"], k, part["v"], comm)
+        except ValueError as error:
+            return str(error)
+
+    text = "k: expected 4 axes (B, H_KV, s_kv, D), got shape (2, 33, 8) (on rank 2 of 3)"
+    assert run_ranks(3, fn, log=log) == [text] * 3
+    assert log == []
+
+
+@RANKS
+def test_calls_with_a_layout_send_blocks_alone(P: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathers: list[int] = []
+    allgather = VirtualComm.allgather
+
+    def counted(self: VirtualComm, sendobj: Any) -> Any:
+        gathers.append(self.rank)
+        return allgather(self, sendobj)
+
+    monkeypatch.setattr(VirtualComm, "allgather", counted)
+    problem = Case("reuse", mask="full").make()
+
+    def fn(comm: VirtualComm, reuse: bool) -> None:
+        part = problem.part(comm.rank, P)
+        given = part["q"], part["k"], part["v"]
+        options: dict[str, Any] = {"mask": part["mask"]}
+        if reuse:
+            options["layout"] = Layout.agree(*given, comm, **options)
+        for _ in range(2):
+            out, lse = reference.cross_attention(*given, comm, **options)
+            reference.cross_attention_backward(part["dout"], *given, out, lse, comm, **options)
+
+    run_ranks(P, fn, True)
+    assert len(gathers) == P  # the agreement itself
+    gathers.clear()
+    run_ranks(P, fn, False)
+    assert len(gathers) == 4 * P  # one for each call
+
+
+def misfits() -> dict[str, Any]:
+    q, k, v = arrays()
+    good, out, lse = (q, k, v), np.zeros((1, 4, 2, 5)), np.zeros((1, 4, 2))
+    short = {"backward": (out, out, lse[..., :1], None)}
+    shape = "expected the layout's shape"
+    rows = "expected its query axis to be 1 or all queries, S_Q = 4"
+    return {
+        "B": (arrays(B=2), {}, f"q: {shape} (1, 4, 2, 8), got (2, 4, 2, 8)"),
+        "s_q": (arrays(3, 3), {}, f"q: {shape} (1, 4, 2, 8), got (1, 4, 3, 8)"),
+        "s_kv": (arrays(2, 4), {}, f"k: {shape} (1, 2, 3, 8), got (1, 2, 4, 8)"),
+        "D_V": (arrays(D_V=6), {}, f"v: {shape} (1, 2, 3, 5), got (1, 2, 3, 6)"),
+        "dtype": (
+            [x.astype("f4") for x in good], {},
+            "q: expected the layout's dtype float64, got float32",
+        ),
+        "scale": (good, {"scale": 0.5}, f"scale: expected the layout's {1 / sqrt(8)}, got 0.5"),
+        "mask": (good, {"mask": np.ones((2, 3))}, f"mask: {rows}, got (2, 3)"),
+        "axes": ((q[0], k, v), {}, "q: expected 4 axes (B, H, s_q, D), got shape (4, 2, 8)"),
+        "lse": (good, short, "lse: expected shape (B, H, s_q) = (1, 4, 2), got (1, 4, 1)"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "options", "text"), misfits().values(), ids=misfits())
+def test_what_does_not_fit_a_layout_is_refused_where_it_is(
+    given: Any, options: dict[str, Any], text: str
+) -> None:
+    def fn(comm: VirtualComm) -> Any:
+        layout = Layout.agree(*arrays(), comm)
+        if comm.rank == 1:
+            return layout.check(*given, comm, **options)
+        return layout.check(*arrays(), comm, scale=1 / sqrt(8))
+
+    fits, error = outcomes(2, fn)
+    assert fits is None
+    kind = TypeError if "dtype" in text else ValueError
+    assert (type(error), str(error)) == (kind, f"{text} (on rank 1 of 2)")
+
+
+def test_a_layout_of_another_communicator_is_refused() -> None:
+    layouts = run_ranks(2, lambda comm: Layout.agree(*arrays(), comm))
+    text = "layout: expected the communicator it was agreed on, with this as rank {} of 2, got rank"
+    swapped = outcomes(2, lambda comm: layouts[1 - comm.rank].check(*arrays(), comm))
+    assert [str(x) for x in swapped] == [
+        f"{text.format(1)} 0 of 2 (on rank 0 of 2)", f"{text.format(0)} 1 of 2 (on rank 1 of 2)",
+    ]  # fmt: skip
+    smaller = outcomes(1, lambda comm: layouts[0].check(*arrays(), comm))
+    assert str(smaller[0]) == f"{text.format(0)} 0 of 1 (on rank 0 of 1)"
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_calls_hold_their_arguments_against_the_layout(which: str) -> None:
+    def fn(comm: VirtualComm) -> None:
+        layout = Layout.agree(*arrays(), comm)
+        q, k, v = arrays(3, 3)
+        out, lse = np.zeros((1, 4, 3, 5)), np.zeros((1, 4, 3))
+        if which == "forward":
+            reference.cross_attention(q, k, v, comm, layout=layout)
+        else:
+            reference.cross_attention_backward(out, q, k, v, out, lse, comm, layout=layout)
+
+    with pytest.raises(ValueError, match="q: expected the layout's shape"):
+        run_ranks(1, fn)
+
+
+@RANKS
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 11])
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_shards_join_to_the_whole(P: int, length: int, axis: int) -> None:
+    shape = [2, 3, 4]
+    shape[axis] = length
+    x = np.arange(np.prod(shape)).reshape(shape)
+
+    def fn(comm: VirtualComm) -> Any:
+        part = shard(x, comm, axis)
+        assert part.base is not None  # a view
+        return part.shape[axis], unshard(part, comm, axis)
+
+    results = run_ranks(P, fn)
+    assert [n for n, _ in results] == [length // P + (r < length % P) for r in range(P)]
+    assert all(np.array_equal(joined, x) for _, joined in results)
+
+
+def test_the_length_is_cut_unless_another_axis_is_named() -> None:
+    x = np.zeros((2, 4, 6, 8))
+
+    def fn(comm: VirtualComm) -> Any:
+        part = shard(x, comm)
+        return part.shape, unshard(part, comm).shape
+
+    assert run_ranks(2, fn) == [((2, 4, 3, 8), x.shape)] * 2
+
+
+@RANKS
+def test_parts_of_any_lengths_join_in_rank_order(P: int) -> None:
+    def fn(comm: VirtualComm) -> Any:
+        return unshard(np.full((1, 1, 3 * comm.rank % 4, 1), comm.rank), comm)
+
+    want = [r for r in range(P) for _ in range(3 * r % 4)]
+    assert [x.ravel().tolist() for x in run_ranks(P, fn)] == [want] * P
+
+
+@pytest.mark.parametrize(
+    ("odd", "got"),
+    [
+        (np.zeros((2, 4, 1)), "(2, 4, 1) and float64"),
+        (np.zeros((2, 3, 1), "f4"), "(2, 3, 1) and float32"),
+    ],
+)
+def test_parts_that_do_not_join_are_one_error_for_all(odd: Any, got: str) -> None:
+    def fn(comm: VirtualComm) -> Any:
+        return unshard(odd if comm.rank == 1 else np.zeros((2, 3, 5)), comm)
+
+    text = f"x: expected rank 0's shape (2, 3, 5) but for axis 2, and dtype float64, got {got}"
+    for error in outcomes(3, fn):
+        assert (type(error), str(error)) == (ValueError, f"{text} (on rank 1 of 3)")
+
+
+def test_an_error_with_its_rank_keeps_its_type() -> None:
+    error = on_rank(TypeError("x"), 3, 5)
+    assert (type(error), str(error)) == (TypeError, "x (on rank 3 of 5)")

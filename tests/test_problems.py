@@ -1,0 +1,58 @@
+"""The presets against the figures that the paper and the models' configurations give."""
+
+import pytest
+
+from lvxattn.reference.plan import MODELS, Model
+
+# name: hidden, heads, key-value heads, head size, cross-attention layers, blocks, tokens a frame
+FIGURES = {
+    "llama3v": (4096, 32, 8, 128, 8, 40, 6404),
+    "mplug-owl3-7b": (3584, 28, 4, 128, 4, 28, 729),
+    "mplug-owl3-2b": (1536, 12, 2, 128, 4, 28, 729),
+    "mplug-owl3-1b": (896, 14, 2, 64, 4, 24, 729),
+    "openflamingo-9b": (4096, 8, 8, 64, 8, 32, 64),
+    "openflamingo-3b": (2048, 8, 8, 64, 24, 24, 64),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_presets_have_the_published_figures(name: str) -> None:
+    m = MODELS[name]
+    assert m.name == name
+    assert (
+        m.hidden, m.heads, m.kv_heads, m.head_dim, m.cross_layers, m.blocks, m.tokens_per_frame
+    ) == FIGURES[name]  # fmt: skip
+
+
+def test_there_is_a_preset_for_each_model_and_no_other() -> None:
+    assert MODELS.keys() == FIGURES.keys()
+
+
+def test_heads_share_key_value_heads_evenly() -> None:
+    assert all(m.heads % m.kv_heads == 0 for m in MODELS.values())
+
+
+def test_shapes_are_those_of_the_whole_problem() -> None:
+    assert MODELS["llama3v"].shapes(5514, 2386) == ((1, 32, 5514, 128), (1, 8, 15_279_944, 128))
+    assert MODELS["mplug-owl3-1b"].shapes(7, 2, batch=3) == ((3, 14, 7, 64), (3, 2, 1458, 64))
+    assert MODELS["openflamingo-3b"].shapes(0, 0) == ((1, 8, 0, 64), (1, 8, 0, 64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((-1, 1), "text_tokens: expected at least 0, got -1"),
+        ((1, -2), "frames: expected at least 0, got -2"),
+        ((1, 1, 0), "batch: expected at least 1, got 0"),
+    ],
+)
+def test_impossible_counts_are_refused(arguments: tuple[int, ...], text: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        MODELS["llama3v"].shapes(*arguments)
+    assert str(raised.value) == text
+
+
+def test_a_model_cannot_be_changed_by_accident() -> None:
+    assert isinstance(MODELS["llama3v"], Model)
+    with pytest.raises(AttributeError):
+        MODELS["llama3v"].heads = 1  # type: ignore[misc]

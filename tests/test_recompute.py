@@ -1,0 +1,230 @@
+"""A layer that makes its keys and values again in the backward loses no gradient by it."""
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from lvxattn import mpi_impl, reference
+from lvxattn.reference import VirtualComm, run_ranks
+from tests.backends import BACKENDS, MPI_DEVICE, MPI_NUMPY, Backend, host
+from tests.cases import Case, Problem
+from tests.judge import ratio
+from tests.naive import Array, Truth, naive_attention
+from tests.tolerances import central_difference, limits, projected
+
+B, H, H_KV, S_Q, S_KV, E, E_V, D, D_V = 2, 4, 2, 7, 11, 5, 6, 3, 2
+CASE = Case("layer", B=B, H=H, H_KV=H_KV, S_Q=S_Q, S_KV=S_KV, D=D, D_V=D_V, cut="ragged")
+NAMES = ("x", "y", "w_q", "w_k", "w_v")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The whole features and the weights, and dout."""
+
+    x: Array
+    y: Array
+    w_q: Array
+    w_k: Array
+    w_v: Array
+    dout: Array
+
+    @staticmethod
+    def make() -> "Layer":
+        shapes = ((B, S_Q, E), (B, S_KV, E_V), (E, H, D), (E_V, H_KV, D), (E_V, H_KV, D_V),
+                  (B, H, S_Q, D_V))  # fmt: skip
+        rng = np.random.default_rng(0)
+        return Layer(*(rng.standard_normal(shape) for shape in shapes))
+
+    def problem(self) -> Problem:
+        """The attention between the projections, with numbers as large as they may be."""
+        q, k, v = (np.einsum("bse,ehd->bhsd", a, w) for a, w in self.pairs())
+        return Problem(CASE, q, k, v, self.dout, np.zeros((B, H, S_Q)), D**-0.5, None)
+
+    def pairs(self) -> tuple[tuple[Array, Array], ...]:
+        return (self.x, self.w_q), (self.y, self.w_k), (self.y, self.w_v)
+
+    def truth(self) -> tuple[Truth, dict[str, Array]]:
+        """Return the truth of the attention, and limits of its results.
+
+        Projected queries, keys and values are themselves sums of E and E_V products; a score is off
+        by as much as one of D + E + E_V products of magnitudes, and so are values.
+        """
+        p = self.problem()
+        truth = naive_attention(p.q, p.k, p.v, p.scale, None, p.dout, p.dlse)
+        q, k, v = (np.einsum("bse,ehd->bhsd", abs(a), abs(w)) for a, w in self.pairs())
+        sizes = naive_attention(p.q, p.k, v, p.scale, None, p.dout, p.dlse).sizes
+        k_all = np.repeat(k, H // H_KV, axis=1)
+        largest = p.scale * np.einsum("bhid,bhjd->bhij", q, k_all).max()
+        truth = replace(truth, sizes=sizes, largest_score=float(max(1.0, largest)))
+        return truth, limits(replace(CASE, D=D + E + E_V), truth, "float64", "float64")
+
+
+def gradients(layer: Layer) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the naive gradients of a layer's arguments, and their limits."""
+    truth, limit = layer.truth()
+    got, off = {}, {}
+    for feature, weight, dheads, spread in (
+        ("x", "w_q", "dq", S_Q), ("y", "w_k", "dk", S_KV), ("y", "w_v", "dv", S_KV),
+    ):  # fmt: skip
+        a, w = getattr(layer, feature), getattr(layer, weight)
+        for key, rule, factor, n in (
+            (feature, "bhsd,ehd->bse", w, w.shape[1] * w.shape[2]),
+            (weight, "bhsd,bse->ehd", a, B * spread),
+        ):
+            product = partial(np.einsum, rule)
+            got[key] = got.get(key, 0.0) + product(truth.results[dheads], factor)
+            off[key] = off.get(key, 0.0) + projected(
+                product, limit[dheads], truth.sizes[dheads], factor, n
+            )
+    return got, off
+
+
+def run_layer(layer: Layer, comm: Any, backend: Backend, **options: Any) -> Any:
+    """Return out, what was saved, and the gradients of this rank's part, on the host."""
+    implementation = backend.implementation
+    rows, keys = (slice(*cuts[comm.rank : comm.rank + 2]) for cuts in CASE.cuts(comm.size))
+    x, y, w_q, w_k, w_v, dout = (
+        backend.array(np.ascontiguousarray(a))
+        for a in (layer.x[:, rows], layer.y[:, keys], layer.w_q, layer.w_k, layer.w_v,
+                  layer.dout[:, :, rows])
+    )  # fmt: skip
+    out, saved = implementation.cross_attention_layer(x, y, w_q, w_k, w_v, comm, **options)
+    grads = implementation.cross_attention_layer_backward(
+        dout, saved, w_q, w_k, w_v, comm, **options
+    )
+    return host(out), saved, [host(g) for g in grads]
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 5])
+def test_gradients_of_all_ranks_are_those_of_the_whole(P: int) -> None:
+    layer = Layer.make()
+    want, limit = gradients(layer)
+    truth, heads = layer.truth()
+    parts = run_ranks(P, lambda comm: run_layer(layer, comm, BACKENDS[0]))
+    out = np.concatenate([part[0] for part in parts], axis=2)
+    assert ratio(out, truth.results["out"], heads["out"]) <= 1
+    for i, name in enumerate(NAMES):
+        shares = [part[2][i] for part in parts]
+        got = np.concatenate(shares, axis=1) if name in "xy" else sum(shares)
+        assert ratio(got, want[name], limit[name]) <= 1, name
+
+
+@pytest.mark.parametrize("backend", [MPI_NUMPY, MPI_DEVICE], ids=lambda backend: backend.name)
+def test_gradients_over_mpi_are_those_of_the_whole(backend: Backend) -> None:
+    layer = Layer.make()
+    want, limit = gradients(layer)
+    truth, heads = layer.truth()
+    out, _, got = run_layer(layer, MPI.COMM_SELF, backend)
+    assert ratio(out, truth.results["out"], heads["out"]) <= 1
+    for name, gradient in zip(NAMES, got, strict=True):
+        assert ratio(gradient, want[name], limit[name]) <= 1, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_gradients_are_the_slopes_of_the_loss(backend: Backend, name: str) -> None:
+    layer, step = Layer.make(), 1e-5
+    truth, limit = layer.truth()
+    _, off = gradients(layer)
+
+    def run(layer: Layer) -> Any:
+        if backend.implementation is mpi_impl:
+            return run_layer(layer, MPI.COMM_SELF, backend)
+        return run_ranks(1, lambda comm: run_layer(layer, comm, backend))[0]
+
+    gradient = run(layer)[2][NAMES.index(name)]
+    for seed in range(2):
+        way = np.random.default_rng(seed).uniform(-1, 1, gradient.shape)
+        whole = getattr(layer, name)
+        ends = [replace(layer, **{name: whole + t * way}) for t in (step, -step)]
+        losses = [float((layer.dout * run(end)[0]).sum()) for end in ends]
+        # How fast scores and values move as x, y or a weight does.
+        moved = replace(layer, **{name: way})
+        q, k, _ = (np.einsum("bse,ehd->bhsd", a, w) for a, w in layer.pairs())
+        dq, dk, dv = (np.einsum("bse,ehd->bhsd", abs(a), abs(w)) for a, w in moved.pairs())
+        left, right = (dq, k) if name in ("x", "w_q") else (q, dk)
+        scores = np.einsum("bhid,bhjd->bhij", abs(left), np.repeat(abs(right), 2, axis=1))
+        rate = 0.0 if name == "w_v" else D**-0.5 * float(scores.max())
+        value_rate = float(dv.max()) if name in ("y", "w_v") else 0.0
+        allowed = central_difference(layer.problem(), truth, limit, step, rate, value_rate)
+        allowed += float(off[name].sum())
+        assert abs((losses[0] - losses[1]) / (2 * step) - (gradient * way).sum()) <= allowed
+
+
+def test_gradients_are_those_without_recomputation_to_the_bit() -> None:
+    layer = Layer.make()
+
+    def kept(comm: VirtualComm) -> list[Array]:
+        rows, keys = (slice(*cuts[comm.rank : comm.rank + 2]) for cuts in CASE.cuts(comm.size))
+        x, y, dout = layer.x[:, rows], layer.y[:, keys], layer.dout[:, :, rows]
+        q, k, v = (
+            np.moveaxis(np.tensordot(a, w, axes=1), 1, 2)
+            for a, w in ((x, layer.w_q), (y, layer.w_k), (y, layer.w_v))
+        )
+        out, lse = reference.cross_attention(q, k, v, comm)
+        dq, dk, dv = reference.cross_attention_backward(dout, q, k, v, out, lse, comm)
+
+        def back(d: Array, w: Array) -> Array:
+            return np.tensordot(d, w, axes=((1, 3), (1, 2)))
+
+        def weight(a: Array, d: Array) -> Array:
+            return np.tensordot(a, d, axes=((0, 1), (0, 2)))
+
+        return [back(dq, layer.w_q), back(dk, layer.w_k) + back(dv, layer.w_v),
+                weight(x, dq), weight(y, dk), weight(y, dv)]  # fmt: skip
+
+    again = run_ranks(3, lambda comm: run_layer(layer, comm, BACKENDS[0])[2])
+    for rank, want in enumerate(run_ranks(3, kept)):
+        assert all(np.array_equal(a, b) for a, b in zip(again[rank], want, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_saved_keeps_no_keys_and_no_values(backend: Backend) -> None:
+    layer = Layer.make()
+    if backend.implementation is mpi_impl:
+        saved = run_layer(layer, MPI.COMM_SELF, backend)[1]
+    else:
+        saved = run_ranks(1, lambda comm: run_layer(layer, comm, backend)[1])[0]
+    assert [field.name for field in fields(saved)] == ["x", "y", "out", "lse"]
+    assert vars(saved).keys() == {"x", "y", "out", "lse"}
+    kept = sum(x.nbytes for x in vars(saved).values())
+    assert kept == 8 * (B * S_Q * E + B * S_KV * E_V + B * H * S_Q * (D_V + 1))
+
+
+@pytest.mark.parametrize("implementation", [reference, mpi_impl], ids=["reference", "mpi"])
+def test_options_reach_the_attention(implementation: Any) -> None:
+    layer = Layer.make()
+    mask = np.random.default_rng(1).random((B, 1, S_Q, S_KV)) < 0.6
+    options = {"scale": 0.3, "mask": mask}
+    p = layer.problem()
+    backend = BACKENDS[0] if implementation is reference else MPI_NUMPY
+
+    def run(comm: Any) -> Any:
+        meter = implementation.Meter()
+        layout = implementation.Layout.agree(p.q, p.k, p.v, comm, **options)
+        run_layer(layer, comm, backend, layout=layout, meter=meter, **options)
+        assert meter.computing > 0
+        return run_layer(layer, comm, backend, **options)
+
+    out, _, grads = run_ranks(1, run)[0] if implementation is reference else run(MPI.COMM_SELF)
+    truth = naive_attention(p.q, p.k, p.v, 0.3, mask, p.dout, p.dlse)
+    _, limit = layer.truth()
+    assert ratio(out, truth.results["out"], limit["out"]) <= 1
+    dx = np.einsum("bhsd,ehd->bse", truth.results["dq"], layer.w_q)
+    off = projected(
+        partial(np.einsum, "bhsd,ehd->bse"), limit["dq"], truth.sizes["dq"], layer.w_q, H * D
+    )
+    assert ratio(grads[0], dx, off) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_have_the_dtype_of_their_arguments(dtype: str) -> None:
+    layer = Layer(*(getattr(Layer.make(), f.name).astype(dtype) for f in fields(Layer)))
+    out, saved, grads = run_layer(layer, MPI.COMM_SELF, MPI_NUMPY)
+    assert out.dtype == dtype
+    assert {x.dtype for x in grads} == {np.dtype(dtype)}
+    assert saved.lse.dtype == np.float32
