@@ -16,7 +16,6 @@ Exit status 2 where no cluster can be built (`netlab/lab.py` says what that need
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from datetime import date
@@ -123,7 +122,6 @@ def main() -> int:
         "machine": describe(),
         "date": date.today().isoformat(),
         "quick": options.quick,
-        "load_before": os.getloadavg()[0],
     }
     try:
         for part in options.only:

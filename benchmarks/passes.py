@@ -113,6 +113,7 @@ class Problem:
             forward, total : seconds, from the first rank's start to the last one's end
             computing, waiting : seconds of every rank
             cpu : seconds that every rank kept a core busy; one that waits for a message does, too
+            others : cores that something else than these ranks kept busy, on average
             bytes : that every rank counted as sent
             left_host : bytes that every rank counted as sent to another host
             link : bytes that the counter of every rank's link saw, in a lab
@@ -120,6 +121,7 @@ class Problem:
         meter = Meter()
         quiet_barrier(comm)
         link = link_bytes()
+        busy, clock = busy_seconds(), perf_counter()
         cpu = process_time()
         start = middle = end = None
         if self.takes_part:
@@ -133,7 +135,8 @@ class Problem:
                 end = perf_counter()
         cpu = process_time() - cpu
         quiet_barrier(comm)
-        link = link_bytes() - link
+        link, busy = link_bytes() - link, busy_seconds() - busy
+        others = (busy - comm.allreduce(cpu)) / (perf_counter() - clock)
         times = [t for t in comm.allgather((start, middle, end)) if t[0] is not None]
         starts, middles, ends = zip(*times, strict=True)
         hosts = comm.allgather(socket.gethostname())
@@ -144,6 +147,7 @@ class Problem:
             "computing": comm.allgather(meter.computing),
             "waiting": comm.allgather(meter.waiting),
             "cpu": comm.allgather(cpu),
+            "others": comm.bcast(others),
             "bytes": comm.allgather(meter.bytes),
             "left_host": comm.allgather(meter.bytes if leaves else 0),
             "host": hosts,
@@ -156,6 +160,14 @@ def quiet_barrier(comm: MPI.Intracomm) -> None:
     request = comm.Ibarrier()
     while not request.Test():
         sleep(2e-4)
+
+
+def busy_seconds() -> float:
+    """Return for how long the cores of this machine have been busy, added up."""
+    with open("/proc/stat") as file:
+        ticks = [int(n) for n in file.readline().split()[1:9]]
+    idle, waiting_for_disk = ticks[3:5]
+    return (sum(ticks) - idle - waiting_for_disk) / os.sysconf("SC_CLK_TCK")
 
 
 def link_bytes() -> int:

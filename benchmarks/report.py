@@ -26,8 +26,9 @@ def markdown(measured: Results) -> str:
         "",
         f"Measured {measured['date']} on {machine['processor']}, {machine['cores']} cores, Python "
         f"{machine['python']}, NumPy {machine['numpy']}, {machine['blas']}, "
-        f"{measured[here[0]][0]['mpi']}; one BLAS thread a rank, B = 1, D = 64, fp32; load before: "
-        f"{measured['load_before']:.1f}. Made by `make bench`; `network.json` has every turn.",
+        f"{measured[here[0]][0]['mpi']}; one BLAS thread a rank, B = 1, D = 64, fp32. Something "
+        f"else kept {others(measured, here):.2f} cores busy meanwhile (median over turns). Made by "
+        "`make bench`; `network.json` has every turn.",
         "",
     ]
     if measured["quick"]:
@@ -59,10 +60,8 @@ def slow(results: list[Results]) -> list[str]:
         goals.append(goal(f"{name}: Ring / LV-XAttn at least {wanted}", faster, faster >= wanted))
         limit = f"{name}: at most {OVERHEAD_SLOW:.0%} over none"
         goals.append(goal(limit, over, over <= OVERHEAD_SLOW, "+.1%"))
-    more = median(
-        sum(lv["cpu"]) / sum(none["cpu"])
-        for lv, none in zip(r["turns"]["lv-xattn"], r["turns"]["none"], strict=True)
-    )
+    busy = {kind: sum(sum(turn["cpu"]) for turn in r["turns"][kind]) for kind in r["turns"]}
+    more = busy["lv-xattn"] / busy["none"]
     note = (
         f"The ranks keep cores busy {more - 1:+.1%} longer than without communication, forward + "
         f"backward; the rank that waits longest for blocks waits {waits(r):.3f} s."
@@ -189,6 +188,12 @@ def ratio(r: Results, above: str, below: str, key: str = "forward") -> float:
         for turn in r["turns"][above]
         if turn["round"] in below_by_round
     )
+
+
+def others(measured: Results, parts: list[str]) -> float:
+    """Return how many cores something else kept busy."""
+    results = (result for part in parts for result in measured[part])
+    return median(t["others"] for r in results for turns in r["turns"].values() for t in turns)
 
 
 def waits(r: Results) -> float:
