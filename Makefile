@@ -25,10 +25,10 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean check-mpiexec
+.PHONY: help setup demo test lint bench bench-quick clean check-mpiexec
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## Make .venv (PYTHON=python3.12 picks the interpreter, MPI=system the machine's MPI)
 
@@ -43,6 +43,12 @@ lint: $(STAMP) ## Check style, formatting and types
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
+
+bench: check-mpiexec $(STAMP) ## Measure on shaped links, 12 minutes; stored in benchmarks/results (Linux, needs root or user namespaces)
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results $(ARGS)
+
+bench-quick: check-mpiexec $(STAMP) ## The same on small problems, 2 minutes; only printed
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick $(ARGS)
 
 clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist src/*.egg-info demo.png

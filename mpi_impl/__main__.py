@@ -13,6 +13,7 @@ from lvxattn.mpi_impl.launcher import mismatch, speaks
 from lvxattn.mpi_impl.run import InputError as RunError
 from lvxattn.mpi_impl.run import run_problem
 from lvxattn.mpi_impl.run.options import add_options, contradiction
+from lvxattn.mpi_impl.watch import announce_death
 from lvxattn.mpi_impl.watchdog import timeout
 
 _DEMO, _RUN = "lvxattn demo", "lvxattn run"
@@ -147,6 +148,7 @@ def _refuse(message: str, comm: MPI.Intracomm) -> int:
 
 
 if __name__ == "__main__":
+    announce_death(MPI.COMM_WORLD)
     status = main()
     # `python -m mpi4py` calls MPI_Abort if the status is not 0, unless MPI has ended by then: abort
     # is for the rank that fails alone. Here all ranks leave together.

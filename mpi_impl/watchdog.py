@@ -1,8 +1,9 @@
 """Who waits for whom: a watchdog that ends a run in which a block does not come.
 
-``LVXATTN_TIMEOUT`` (seconds) arms it.  While a rank waits, a thread beside it watches the clock;
-when the time is up it writes what the rank waits for and the line it is at, leaves the others a
-moment to write theirs, and ends the run.  The rank that writes nothing is the one to look at.
+``LVXATTN_TIMEOUT`` (seconds) arms it.  A wait for a block looks at the clock itself; while a rank
+is in a collective call of MPI, a thread beside it does.  When the time is up it writes what the
+rank waits for and the line it is at, leaves the others a moment to write theirs, and ends the run.
+The rank that writes nothing is the one to look at.
 
     waiting  |---- LVXATTN_TIMEOUT ----| writes -- GRACE -- aborts all ranks
 
@@ -19,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isfinite
+from types import FrameType
 
 from mpi4py import MPI
 
@@ -26,7 +28,6 @@ STATUS = 124
 """The exit status of a run that the watchdog ends, that of timeout(1)."""
 GRACE = 2.0
 """Seconds between a rank's message and the end: the others' waits began a little later."""
-_UNWATCHED = 0.01
 # What starts a program, and is of no interest to whoever asks where it is.
 _STARTERS = re.compile(r'File "(<frozen |.*/mpi4py/)')
 
@@ -43,6 +44,7 @@ class Watchdog:
 
     def __init__(self, comm: MPI.Intracomm, seconds: float) -> None:
         self.comm, self.seconds = comm, seconds
+        self._spoken = False
         self._waiting: tuple[float, Callable[[], str], int] | None = None
         self._thread: threading.Thread | None = None
         self._ended: threading.Event | None = None
@@ -59,22 +61,19 @@ class Watchdog:
         seconds = timeout(comm)
         return None if seconds is None else Watchdog(comm, seconds)
 
-    def wait(self, request: MPI.Request, what: Callable[[], str]) -> None:
-        """Wait for a request; `what` says what for, if that is ever asked.
-
-        To start a thread takes longer than most waits last, so a wait is watched once it is long.
-        """
-        soon = time.monotonic() + _UNWATCHED
-        while not request.Test():
-            if time.monotonic() > soon:
-                with self.over(what):
-                    request.Wait()
-                return
-            os.sched_yield()  # whoever sends the block may need this core
+    def check(self, waited: float, what: Callable[[], str]) -> None:
+        """Look at a wait of this thread, which asks again and again; `what` says what for."""
+        if waited < self.seconds:
+            self._spoken = False
+        elif not self._spoken:
+            self._speak(what(), sys._getframe(1))
+            self._spoken = True
+        elif waited > self.seconds + GRACE:
+            _end(self.comm)
 
     @contextmanager
     def over(self, what: Callable[[], str]) -> Iterator[None]:
-        """Watch what is done in the context; `what` says what for."""
+        """Watch a call that does not return before it is done; `what` says what for."""
         if self._thread is None:
             # It must not keep the watchdog alive: a pass that ends early drops it.
             self._ended = threading.Event()
@@ -98,14 +97,16 @@ class Watchdog:
         if waiting is None or time.monotonic() - waiting[0] < self.seconds:
             return
         _, what, thread = waiting
-        frame = sys._current_frames().get(thread)
-        stack = [line for line in traceback.format_stack(frame) if not _STARTERS.search(line)]
-        where = f"rank {self.comm.rank} of {self.comm.size}"
-        message = f"{where} has waited {self.seconds:g} s for {what()}; it is at\n{''.join(stack)}"
-        os.write(2, message.encode())  # at once, so that ranks do not write into each other's lines
+        self._speak(what(), sys._current_frames()[thread])
         time.sleep(GRACE)
         if self._waiting is waiting:  # else what it waited for has come after all
             _end(self.comm)
+
+    def _speak(self, what: str, frame: FrameType) -> None:
+        stack = [line for line in traceback.format_stack(frame) if not _STARTERS.search(line)]
+        where = f"rank {self.comm.rank} of {self.comm.size}"
+        message = f"{where} has waited {self.seconds:g} s for {what}; it is at\n{''.join(stack)}"
+        os.write(2, message.encode())  # at once, so that ranks do not write into each other's lines
 
 
 @contextmanager

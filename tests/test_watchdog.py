@@ -159,6 +159,23 @@ def test_the_run_ends_unless_the_block_comes_after_all(
     assert "in test_the_run_ends_unless" in said
 
 
+def test_a_wait_that_asks_speaks_once_and_ends_after_the_grace(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(watchdog, "_end", ended.append)
+    dog = Watchdog(MPI.COMM_SELF, 10.0)
+    for waited in (0.1, 9.9, 10.1, 10.2, 11.9):
+        dog.check(waited, lambda: "godot")
+    assert capfd.readouterr().err.count("rank 0 of 1 has waited 10 s for godot") == 1
+    assert ended == []
+    dog.check(10.0 + watchdog.GRACE + 0.1, lambda: "godot")
+    assert ended == [MPI.COMM_SELF]
+    for waited in (0.1, 10.1):  # it came after all, and now another is awaited
+        dog.check(waited, lambda: "another")
+    assert "for another" in capfd.readouterr().err
+
+
 def time_passes() -> None:
     """Let the clock move on, however coarse it is."""
     start = time.monotonic()

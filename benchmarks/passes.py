@@ -1,0 +1,199 @@
+"""Time passes of several kinds in turn on the ranks of this run; rank 0 prints JSON.
+
+    mpiexec -n P python -m mpi4py benchmarks/passes.py '[{"kinds": ["none", "lv-xattn"], ...}, ...]'
+
+Every item is the arguments of a `Work`.  The kinds take turns, round by round, so that whatever
+else the machine is doing meets all of them alike: a ratio is to be taken within a round, and its
+median over the rounds.
+
+    "lv-xattn", "ring"   a schedule
+    "none"               "lv-xattn" with communication switched off (mute.py)
+    "one"                one rank alone does the whole problem, the others sleep
+    "each"               every rank does the whole problem alone, all at the same time
+"""
+
+import json
+import os
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from time import perf_counter, process_time, sleep
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from mute import MuteComm
+from netlab.lab import sent_by
+from threadpoolctl import threadpool_limits
+
+from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_backward
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be timed, and how often.
+
+    Attributes
+    ----------
+    kinds : list of str
+    S_Q, S_KV, H, H_KV, D : int
+        The problem; B = 1, fp32, shares of one size.
+    backward : bool
+        A backward pass follows every forward pass.
+    rounds : int
+        At most so many.
+    seconds : float
+        After so long no round begins, once three are done.
+    ring_every : int
+        Ring Attention has its turn in every so many-th round, because it takes long.
+    """
+
+    kinds: list[str]
+    S_Q: int
+    S_KV: int
+    H: int = 8
+    H_KV: int = 8
+    D: int = 64
+    backward: bool = False
+    rounds: int = 5
+    seconds: float = 60.0
+    ring_every: int = 1
+
+
+def main() -> None:
+    """Time every item of the command line."""
+    comm = MPI.COMM_WORLD
+    with threadpool_limits(1):
+        warm_up(comm)
+        alone = messages_alone(comm)
+        results = [measure(Work(**item), comm) for item in json.loads(sys.argv[1])]
+    if comm.rank == 0:
+        mpi = " ".join(MPI.Get_library_version().splitlines()[0].strip("\0").split())
+        json.dump({"messages_alone": alone, "mpi": mpi, "results": results}, sys.stdout)
+
+
+def measure(work: Work, comm: MPI.Intracomm) -> dict[str, Any]:
+    """Return the work, and for every kind one record a turn.  Collective."""
+    problem = {kind: Problem(work, kind, comm) for kind in work.kinds}
+    turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in work.kinds}
+    start = perf_counter()
+    for turn in range(work.rounds):
+        if turn >= 3 and comm.bcast(perf_counter() - start > work.seconds):
+            break
+        for kind in work.kinds:
+            if kind != "ring" or turn % work.ring_every == 0:
+                turns[kind].append({"round": turn, **problem[kind].turn(comm)})
+    return {**asdict(work), "P": comm.size, "turns": turns}
+
+
+class Problem:
+    """One rank's part in one kind of pass."""
+
+    def __init__(self, work: Work, kind: str, comm: MPI.Intracomm) -> None:
+        self.backward = work.backward
+        self.takes_part = kind != "one" or comm.rank == 0
+        alone = kind in ("one", "each")
+        group: Any = MPI.COMM_SELF if alone else comm
+        rng = np.random.default_rng(comm.rank)
+        s_q, s_kv = work.S_Q // group.size, work.S_KV // group.size
+        tall, wide = (1, work.H, s_q, work.D), (1, work.H_KV, s_kv, work.D)
+        self.q, self.k, self.v, self.dout = (
+            rng.standard_normal(shape, dtype=np.float32) for shape in (tall, wide, wide, tall)
+        )
+        schedule = "ring" if kind == "ring" else "lv-xattn"
+        self.layout = Layout.agree(self.q, self.k, self.v, group, schedule=schedule)
+        self.group = MuteComm(comm) if kind == "none" else group
+
+    def turn(self, comm: MPI.Intracomm) -> dict[str, Any]:
+        """Do it once.  Collective; the record is the same on every rank.
+
+        Returns
+        -------
+        dict
+            forward, total : seconds, from the first rank's start to the last one's end
+            computing, waiting : seconds of every rank
+            cpu : seconds that every rank kept a core busy; one that waits for a message does, too
+            others : cores that something else than these ranks kept busy, on average
+            bytes : that every rank counted as sent
+            left_host : bytes that every rank counted as sent to another host
+            link : bytes that the counter of every rank's link saw, in a lab
+        """
+        meter = Meter()
+        quiet_barrier(comm)
+        link = link_bytes()
+        busy, clock = busy_seconds(), perf_counter()
+        cpu = process_time()
+        start = middle = end = None
+        if self.takes_part:
+            start = perf_counter()
+            args: Any = (self.q, self.k, self.v)
+            options: Any = {"layout": self.layout, "meter": meter}
+            out, lse = cross_attention(*args, self.group, **options)
+            middle = end = perf_counter()
+            if self.backward:
+                cross_attention_backward(self.dout, *args, out, lse, self.group, **options)
+                end = perf_counter()
+        cpu = process_time() - cpu
+        quiet_barrier(comm)
+        link, busy = link_bytes() - link, busy_seconds() - busy
+        others = (busy - comm.allreduce(cpu)) / (perf_counter() - clock)
+        times = [t for t in comm.allgather((start, middle, end)) if t[0] is not None]
+        starts, middles, ends = zip(*times, strict=True)
+        hosts = comm.allgather(socket.gethostname())
+        leaves = self.group.size > 1 and hosts[self.layout.right] != hosts[comm.rank]
+        return {
+            "forward": max(middles) - min(starts),
+            "total": max(ends) - min(starts),
+            "computing": comm.allgather(meter.computing),
+            "waiting": comm.allgather(meter.waiting),
+            "cpu": comm.allgather(cpu),
+            "others": comm.bcast(others),
+            "bytes": comm.allgather(meter.bytes),
+            "left_host": comm.allgather(meter.bytes if leaves else 0),
+            "host": hosts,
+            "link": comm.allgather(link),
+        }
+
+
+def quiet_barrier(comm: MPI.Intracomm) -> None:
+    """Wait for all ranks asleep: a rank that spins takes a core from those that still compute."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        sleep(2e-4)
+
+
+def busy_seconds() -> float:
+    """Return for how long the cores of this machine have been busy, added up."""
+    with open("/proc/stat") as file:
+        ticks = [int(n) for n in file.readline().split()[1:9]]
+    idle, waiting_for_disk = ticks[3:5]
+    return (sum(ticks) - idle - waiting_for_disk) / os.sysconf("SC_CLK_TCK")
+
+
+def link_bytes() -> int:
+    """Return what has left over this host's link; 0 outside a lab."""
+    return sent_by("self") if os.environ.get("NETLAB_HOSTS") else 0
+
+
+def warm_up(comm: MPI.Intracomm) -> None:
+    """Let MPI connect every rank with its neighbours, and BLAS make its buffers."""
+    x = np.ones((512, 512), np.float32)
+    x @ x
+    comm.alltoall([x] * comm.size)
+
+
+def messages_alone(comm: MPI.Intracomm) -> float:
+    """Return the rate, in bytes per second, at which all ranks send 8 MB to the right at once."""
+    x, y = np.ones(2**23, np.uint8), np.ones(2**23, np.uint8)
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    rates = []
+    for _ in range(3):
+        comm.Barrier()
+        start = perf_counter()
+        comm.Sendrecv(x, right, recvbuf=y, source=left)
+        rates.append(x.nbytes / (comm.allreduce(perf_counter(), MPI.MAX) - start))
+    return sorted(rates)[1]
+
+
+if __name__ == "__main__":
+    main()

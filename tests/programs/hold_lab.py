@@ -1,0 +1,24 @@
+"""Build a lab, start two sleeping ranks on it, print its namespaces, then end as told.
+
+hold_lab.py normally | by-exception | when-killed
+"""
+
+import os
+import sys
+from threading import Thread
+from time import sleep
+
+from benchmarks.netlab.lab import Lab
+
+SLEEP = [sys.executable, "-c", "import time; print('awake', flush=True); time.sleep(60)"]
+
+how = sys.argv[1]
+with Lab(hosts=2, rate="1gbit") as lab:
+    holders = [f"/proc/{holder.pid}/ns/net" for holder in lab.holders]
+    print(*map(os.readlink, holders), flush=True)
+    if how == "when-killed":
+        lab.mpiexec(SLEEP, capture=False)
+    Thread(target=lab.mpiexec, args=[SLEEP], kwargs={"capture": False}).start()
+    sleep(1)
+    if how == "by-exception":
+        raise RuntimeError("to be seen outside")
