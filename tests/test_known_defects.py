@@ -367,6 +367,18 @@ def test_half_precision_does_not_sum_in_half_precision() -> None:
         assert abs(float(lse.item()) - np.log(4096)) <= merged(UNIT["float32"], 4, np.log(4096))
 
 
+@mpi_backends
+def test_delta_is_not_taken_in_half_precision(backend: Backend) -> None:
+    # rowsum(dout * out) is beyond 65,504, the largest number of fp16; the gradients are not.
+    p = Case("delta", dtype="float16", offset=200.0, D_V=32).make()
+    p = replace(p, dout=abs(p.dout) * np.float16(64), dlse=np.zeros_like(p.dlse))
+    q, k, v, dout = (backend.array(x) for x in (p.q, p.k, p.v, p.dout))
+    out, lse = mpi_impl.cross_attention(q, k, v, MPI.COMM_SELF)
+    grads = mpi_impl.cross_attention_backward(dout, q, k, v, out, lse, MPI.COMM_SELF)
+    assert (host(dout).astype("f4") * host(out)).sum(axis=-1).max() > 65_504
+    assert right(p, dict(zip(("dq", "dk", "dv"), map(host, grads), strict=True)), backend)
+
+
 class TestNaN:
     """NaN reaches what depends on it, and nothing else."""
 
