@@ -341,16 +341,22 @@ def test_backward_uses_the_keys_it_is_given(P: int) -> None:
         given = [part[name] for part in (first, second) for name in ("q", "k", "v")]
         layout = reference.Layout.agree(*given[:3], comm, **options)
         saved = reference.cross_attention(*given[:3], comm, layout=layout)
-        reference.cross_attention(*given[3:], comm, layout=layout)  # another forward in between
+        other_saved = reference.cross_attention(*given[3:], comm, layout=layout)
         return [
-            reference.unshard(x, comm)
-            for x in reference.cross_attention_backward(
-                first["dout"], *given[:3], *saved, comm, layout=layout, dlse=first["dlse"]
+            [
+                reference.unshard(x, comm)
+                for x in reference.cross_attention_backward(
+                    part["dout"], *arrays, *kept, comm, layout=layout, dlse=part["dlse"]
+                )
+            ]
+            for part, arrays, kept in (
+                (first, given[:3], saved), (second, given[3:], other_saved),
             )
-        ]
+        ]  # fmt: skip
 
     for grads in run_ranks(P, fn):
-        assert right(p, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+        for problem, found in zip((p, other), grads, strict=True):
+            assert right(problem, dict(zip(("dq", "dk", "dv"), found, strict=True)))
 
 
 def test_half_precision_does_not_sum_in_half_precision() -> None:
