@@ -341,16 +341,22 @@ def test_backward_uses_the_keys_it_is_given(P: int) -> None:
         given = [part[name] for part in (first, second) for name in ("q", "k", "v")]
         layout = reference.Layout.agree(*given[:3], comm, **options)
         saved = reference.cross_attention(*given[:3], comm, layout=layout)
-        reference.cross_attention(*given[3:], comm, layout=layout)  # another forward in between
+        other_saved = reference.cross_attention(*given[3:], comm, layout=layout)
         return [
-            reference.unshard(x, comm)
-            for x in reference.cross_attention_backward(
-                first["dout"], *given[:3], *saved, comm, layout=layout, dlse=first["dlse"]
+            [
+                reference.unshard(x, comm)
+                for x in reference.cross_attention_backward(
+                    part["dout"], *arrays, *kept, comm, layout=layout, dlse=part["dlse"]
+                )
+            ]
+            for part, arrays, kept in (
+                (first, given[:3], saved), (second, given[3:], other_saved),
             )
-        ]
+        ]  # fmt: skip
 
     for grads in run_ranks(P, fn):
-        assert right(p, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+        for problem, found in zip((p, other), grads, strict=True):
+            assert right(problem, dict(zip(("dq", "dk", "dv"), found, strict=True)))
 
 
 def test_half_precision_does_not_sum_in_half_precision() -> None:
@@ -365,6 +371,18 @@ def test_half_precision_does_not_sum_in_half_precision() -> None:
         out, lse = (host(x) for x in mpi_impl.block_attention(*given, scale=1.0))
         assert abs(float(out.item()) - 1) <= summed(UNIT["float32"], 4096)
         assert abs(float(lse.item()) - np.log(4096)) <= merged(UNIT["float32"], 4, np.log(4096))
+
+
+@mpi_backends
+def test_delta_is_not_taken_in_half_precision(backend: Backend) -> None:
+    # rowsum(dout * out) is beyond 65,504, the largest number of fp16; the gradients are not.
+    p = Case("delta", dtype="float16", offset=200.0, D_V=32).make()
+    p = replace(p, dout=abs(p.dout) * np.float16(64), dlse=np.zeros_like(p.dlse))
+    q, k, v, dout = (backend.array(x) for x in (p.q, p.k, p.v, p.dout))
+    out, lse = mpi_impl.cross_attention(q, k, v, MPI.COMM_SELF)
+    grads = mpi_impl.cross_attention_backward(dout, q, k, v, out, lse, MPI.COMM_SELF)
+    assert (host(dout).astype("f4") * host(out)).sum(axis=-1).max() > 65_504
+    assert right(p, dict(zip(("dq", "dk", "dv"), map(host, grads), strict=True)), backend)
 
 
 class TestNaN:
