@@ -388,7 +388,6 @@ def test_delta_is_not_taken_in_half_precision(backend: Backend) -> None:
 class TestNaN:
     """NaN reaches what depends on it, and nothing else."""
 
-    ignored = pytest.mark.filterwarnings("ignore:invalid value encountered")
     places = pytest.mark.parametrize("name", ["q", "k", "v"])
 
     @staticmethod
@@ -412,7 +411,6 @@ class TestNaN:
             assert np.isnan(out[reached]).all()
             assert np.isnan(lse[reached]).all()
 
-    @ignored
     @places
     @RANKS
     def test_on_ranks(self, name: str, P: int) -> None:
@@ -427,7 +425,6 @@ class TestNaN:
         out, lse = run_ranks(P, fn, p)[0]
         self.check(name, p, reached, out, lse, run_ranks(P, fn, clean)[0])
 
-    @ignored
     @places
     @backends
     def test_in_blocks(self, name: str, backend: Backend) -> None:
@@ -441,7 +438,6 @@ class TestNaN:
 
         self.check(name, p, reached, *attend(p), attend(clean))
 
-    @ignored
     @places
     def test_in_the_truth(self, name: str) -> None:
         p, reached = self.poisoned(name)
