@@ -15,6 +15,8 @@ Equation: arXiv:2502.02406, section 3; the running form is in arXiv:2307.08691, 
 
 from typing import Any
 
+import numpy as np
+
 from lvxattn.mpi_impl.device import array_module
 
 Array = Any  # NumPy or CuPy, in the accumulator dtype
@@ -37,7 +39,8 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
         The result over both sets of keys.  The arguments are left alone.
     """
     xp = array_module(out_a)
-    lse = xp.logaddexp(lse_a, lse_b)
+    with np.errstate(invalid="ignore"):  # NaN in, NaN out, and no warning
+        lse = xp.logaddexp(lse_a, lse_b)
     # Where both are -inf, lse_a - lse would be NaN; against 0 both weights are 0, and so is out.
     base = xp.where(lse == -xp.inf, 0.0, lse)
     weight_a = xp.exp(lse_a - base)[..., None]

@@ -9,6 +9,7 @@ launcher gave them, so that P - 1 hops cross a slow link between hosts no more o
 
 from dataclasses import dataclass
 from importlib import import_module
+from math import isclose
 from typing import Any
 
 from lvxattn.reference.agreement import (
@@ -155,7 +156,8 @@ class Layout:
                     "layout: expected the communicator it was agreed on, with this as rank "
                     f"{self.rank} of {self.size}, got rank {comm.rank} of {comm.size}"
                 )
-            if scale is not None and float(scale) != self.scale:
+            # 1 / sqrt(D) and D**-0.5 differ in the last bit.
+            if scale is not None and not isclose(scale, self.scale, rel_tol=1e-12):
                 raise ValueError(f"scale: expected the layout's {self.scale}, got {scale}")
             expected = (
                 ("q", q, (self.B, self.H, self.s_q[self.rank], self.D)),

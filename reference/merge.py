@@ -35,7 +35,8 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     lse : (..., s_q)
         The result over both sets of keys.  The arguments are left alone.
     """
-    lse = np.logaddexp(lse_a, lse_b)
+    with np.errstate(invalid="ignore"):  # NaN in, NaN out, and no warning
+        lse = np.logaddexp(lse_a, lse_b)
     # Where both are -inf, lse_a - lse would be NaN; against 0 both weights are 0, and so is out.
     base = np.where(lse == -np.inf, 0.0, lse)
     weight_a = np.exp(lse_a - base)[..., None]

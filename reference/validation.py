@@ -162,7 +162,7 @@ def check_features(
             ("w_k", w_k, "(E_V, H_KV, D)"),
             ("w_v", w_v, "(E_V, H_KV, D_V)"),
         ):
-            _check_array(name, a, x)
+            _check_array(name, a, x, of="x")
             _check_floating(name, a)
             if len(a.shape) != 3:
                 raise ValueError(f"{name}: expected 3 axes {axes}, got shape {tuple(a.shape)}")
@@ -210,11 +210,11 @@ def accumulator(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def _check_array(name: str, x: Any, q: Any) -> None:
+def _check_array(name: str, x: Any, like: Any, of: str = "q") -> None:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"{name}: expected an array, got {_kind(x)}")
-    if library(x) != library(q):
-        raise TypeError(f"{name}: expected a {library(q)} array as q is, got {library(x)}")
+    if library(x) != library(like):
+        raise TypeError(f"{name}: expected a {library(like)} array as {of} is, got {library(x)}")
 
 
 def _check_floating(name: str, x: Array) -> None:

@@ -70,6 +70,45 @@ def test_unset_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[1].startswith(("MPIX_", "mpi_memory_alloc_kinds"))
 
 
+class OpenMPI:
+    """A library that answers as Open MPI does."""
+
+    def __init__(self, answer: int) -> None:
+        self.MPIX_Query_cuda_support = lambda: answer
+
+
+class MPICH:
+    """A library that answers as MPICH does: a status, and the answer through a pointer."""
+
+    def __init__(self, answer: int, status: int = 0) -> None:
+        def query(kind: int, flag: Any) -> int:
+            assert kind == 0  # CUDA
+            flag._obj.value = answer
+            return status
+
+        self.MPIX_GPU_query_support = query
+
+
+@pytest.mark.parametrize(
+    ("library", "answer"),
+    [
+        (OpenMPI(1), (True, "MPIX_Query_cuda_support")),
+        (OpenMPI(0), (False, "MPIX_Query_cuda_support")),
+        (MPICH(1), (True, "MPIX_GPU_query_support")),
+        (MPICH(0), (False, "MPIX_GPU_query_support")),
+        (MPICH(1, status=1), (False, "MPIX_GPU_query_support")),
+        (object(), (False, "mpi_memory_alloc_kinds")),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_each_library_is_asked_in_its_own_way(
+    library: Any, answer: tuple[bool, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LVXATTN_CUDA_AWARE", raising=False)
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda path: library)
+    assert device.cuda_aware() == answer
+
+
 def test_another_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", "yes")
     with pytest.raises(ValueError) as raised:  # noqa: PT011

@@ -312,7 +312,7 @@ def test_what_does_not_fit_a_layout_is_refused_where_it_is(
         layout = Layout.agree(*arrays(), comm)
         if comm.rank == 1:
             return layout.check(*given, comm, **options)
-        return layout.check(*arrays(), comm, scale=1 / sqrt(8))
+        return layout.check(*arrays(), comm, scale=8**-0.5)  # not 1 / sqrt(8) to the last bit
 
     fits, error = outcomes(2, fn)
     assert fits is None

@@ -142,7 +142,6 @@ def test_weights_are_right_at_any_level(merge: Merge, level: float, gap: float) 
 
 
 @merges
-@pytest.mark.filterwarnings("ignore:invalid value encountered in logaddexp")
 @pytest.mark.parametrize("which", ["out_a", "lse_a", "out_b", "lse_b"])
 def test_nan_stays_in_its_row_and_stays_nan(merge: Merge, which: str) -> None:
     arrays = [x.astype(merge.dtype) for x in results(1, 50.0) + results(2, 50.0)]

@@ -154,7 +154,7 @@ FEATURES = [
     ({"w_v": np.zeros((9, 6))}, "w_v: expected 3 axes (E_V, H_KV, D_V), got shape (9, 6)"),
     ({"x": [1.0]}, "x: expected an array, got list [1.0]"),
     ({"y": np.zeros((2, 7, 9), int)}, f"y: expected one of {FLOATS}, got int64"),
-    ({"w_v": fake_cupy.asarray(V)}, "w_v: expected a numpy array as q is, got fake_cupy"),
+    ({"w_v": fake_cupy.asarray(V)}, "w_v: expected a numpy array as x is, got fake_cupy"),
     ({"y": np.zeros((3, 7, 9))}, "y: expected B = 2 on axis 0 as in x, got shape (3, 7, 9)"),
     ({"w_q": np.zeros((7, 4, 8))}, "w_q: expected E = 6 on axis 0 as in x, got shape (7, 4, 8)"),
     ({"w_k": np.zeros((6, 2, 8))}, "w_k: expected E_V = 9 on axis 0 as in y, got shape (6, 2, 8)"),
@@ -172,7 +172,7 @@ def refusal(check: Any, changed: dict[str, Any]) -> str:
     with pytest.raises((TypeError, ValueError)) as raised:
         check(**changed)
     text = str(raised.value)
-    kinds = ("an array", "array as q is", "one of", "dtype", "a real number")
+    kinds = ("an array", "array as q is", "array as x is", "one of", "dtype", "a real number")
     assert raised.type is (TypeError if any(kind in text for kind in kinds) else ValueError)
     return text
 
