@@ -3,13 +3,13 @@
 from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
 from lvxattn.mpi_impl.device import limit_blas_threads
+from lvxattn.mpi_impl.last_words import announce_death
 from lvxattn.mpi_impl.merge import merge
 from lvxattn.mpi_impl.recompute import (
     Saved,
     cross_attention_layer,
     cross_attention_layer_backward,
 )
-from lvxattn.mpi_impl.watch import announce_death
 from lvxattn.reference.layout import Layout, shard, unshard
 from lvxattn.reference.meter import Meter
 

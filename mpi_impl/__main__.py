@@ -9,11 +9,11 @@ from mpi4py import MPI
 
 from lvxattn.mpi_impl.arguments import Parser, UsageError, natural, positive
 from lvxattn.mpi_impl.doctor import examine
+from lvxattn.mpi_impl.last_words import announce_death
 from lvxattn.mpi_impl.launcher import mismatch, speaks
 from lvxattn.mpi_impl.run import InputError as RunError
 from lvxattn.mpi_impl.run import run_problem
 from lvxattn.mpi_impl.run.options import add_options, contradiction
-from lvxattn.mpi_impl.watch import announce_death
 from lvxattn.mpi_impl.watchdog import timeout
 
 _DEMO, _RUN = "lvxattn demo", "lvxattn run"

@@ -7,9 +7,9 @@ from typing import Any
 
 from mpi4py import MPI
 
+from lvxattn.mpi_impl.last_words import named
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.mpi_impl.ring_attention import ring_attention, ring_attention_backward
-from lvxattn.mpi_impl.watch import named
 from lvxattn.mpi_impl.watchdog import watching
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule

@@ -10,13 +10,12 @@ and both requests progress while the rank computes.
 
 from collections.abc import Callable
 from math import prod
-from time import perf_counter, sleep
 from typing import Any
 
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.device import buffer
-from lvxattn.mpi_impl.watchdog import Watchdog
+from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
 
@@ -76,7 +75,7 @@ class Exchange:
     def finish(self) -> None:
         """Wait until what this rank has sent is gone, so that no request outlives the pass."""
         for rotation in self.rotations:
-            rotation._wait_sent()
+            rotation.wait_sent()
 
 
 class Rotation:
@@ -108,7 +107,7 @@ class Rotation:
         for view, x in zip(self._views(), arrays, strict=bool(arrays)):
             view[...] = x
         # The block sent last left from `free`: until it is gone nothing may be received there.
-        self._wait_sent()
+        self.wait_sent()
         self.receiving = comm.Irecv([free.receivable(coming), MPI.BYTE], layout.left, self.tag)
         self.sending = comm.Isend([in_hand.sendable(mine), MPI.BYTE], layout.right, self.tag)
         meter.sent(mine)
@@ -120,17 +119,16 @@ class Rotation:
 
         They are views of a buffer, good until the next but one call of `shift`.
         """
-        self._finish(self.receiving, self._awaited)
+        self._wait_for(self.receiving, self._awaited)
         self.buffers[0].deliver(self._nbytes(self.exchange.layout.owner(self.hop)))
         return self._views()
 
-    def _wait_sent(self) -> None:
+    def wait_sent(self) -> None:
         """Wait until the block that was sent last is gone."""
-        self._finish(self.sending, self._leaving)
+        self._wait_for(self.sending, self._leaving)
 
-    def _finish(self, request: MPI.Request, what: Callable[[], str]) -> None:
-        """Wait for a request; should that take too long, the watchdog says what for."""
-        self.exchange.meter.waits(_finish)(request, self.exchange.watchdog, what)
+    def _wait_for(self, request: MPI.Request, what: Callable[[], str]) -> None:
+        self.exchange.meter.waits(wait)(request, self.exchange.watchdog, what)
 
     def _awaited(self) -> str:
         layout = self.exchange.layout
@@ -156,19 +154,3 @@ class Rotation:
 
     def _nbytes(self, owner: int) -> int:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.fields(owner))
-
-
-def _finish(request: MPI.Request, watchdog: Watchdog | None, what: Callable[[], str]) -> None:
-    """Wait for a request; asleep, if it takes longer than a moment.
-
-    A wait inside MPI spins: where ranks outnumber cores it takes a core from the very ranks that it
-    waits for.  A pause is a twentieth of the wait so far, so that it adds little to it, and at most
-    1 ms, because MPI moves nothing meanwhile.
-    """
-    start = perf_counter()
-    while not request.Test():
-        waited = perf_counter() - start
-        if waited > 1e-3:
-            if watchdog is not None:
-                watchdog.check(waited, what)
-            sleep(min(1e-3, waited / 20))

@@ -109,6 +109,30 @@ class Watchdog:
         os.write(2, message.encode())  # at once, so that ranks do not write into each other's lines
 
 
+def wait(request: MPI.Request, watchdog: Watchdog | None, what: Callable[[], str]) -> None:
+    """Wait for a request; asleep, if it takes longer than a moment.
+
+    A wait inside MPI spins: where ranks outnumber cores it takes a core from the very ranks that it
+    waits for.  A pause is a twentieth of the wait so far, so that it adds little to it, and at most
+    1 ms, because MPI moves nothing meanwhile.
+
+    Parameters
+    ----------
+    request : MPI.Request
+    watchdog : Watchdog or None
+        Ends the run should the wait take too long.
+    what : callable
+        Says what is waited for, if that is ever asked.
+    """
+    start = time.perf_counter()
+    while not request.Test():
+        waited = time.perf_counter() - start
+        if waited > 1e-3:
+            if watchdog is not None:
+                watchdog.check(waited, what)
+            time.sleep(min(1e-3, waited / 20))
+
+
 @contextmanager
 def watching(comm: MPI.Intracomm, what: str, seconds: float | None = None) -> Iterator[None]:
     """Watch one wait, of `seconds` at most if ``LVXATTN_TIMEOUT`` says nothing else."""
