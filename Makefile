@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-quick clean check-mpiexec
+.PHONY: help setup demo test lint soak bench bench-quick clean check-mpiexec
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ lint: $(STAMP) ## Check style, formatting and types
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
+
+soak: check-mpiexec $(STAMP) ## Solve 1,000 random problems on real ranks, every one checked, memory watched
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(MPIEXEC) -n 5 $(VENV_PYTHON) -W error -m mpi4py tests/programs/soak.py $(ARGS)
 
 bench: check-mpiexec $(STAMP) ## Measure on shaped links, 12 minutes; stored in benchmarks/results (Linux, needs root or user namespaces)
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results $(ARGS)

@@ -45,7 +45,7 @@ def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     try:
         from lvxattn.mpi_impl.demo import InputError, search_video  # what only the demo needs
     except ModuleNotFoundError as error:
-        hint = "pip install 'lvxattn[demo]' brings all it needs"
+        hint = "the extra 'demo' brings all it needs"
         return _refuse(f"{_DEMO}: error: {error}; {hint} (on all ranks)", comm)
     try:
         return 0 if search_video(options, comm) else 1

@@ -175,6 +175,32 @@ def with_dtypes(case: Case, *dtypes: str) -> list[Case]:
     return [replace(case, name=f"{case.name}, {dtype}", dtype=dtype) for dtype in dtypes]
 
 
+def random_case(seed: int) -> Case:
+    """Return a case of random sizes, mask, dtype and cut."""
+    rng = np.random.default_rng([seed, 20250206])
+    H_KV = int(rng.integers(1, 4))
+
+    def length() -> int:  # short ones often, zero now and then
+        return int(rng.integers(0, 2 ** rng.integers(1, 10)))
+
+    return Case(
+        f"random {seed}",
+        B=int(rng.integers(1, 4)),
+        H=H_KV * int(rng.integers(1, 5)),
+        H_KV=H_KV,
+        S_Q=length(),
+        S_KV=length(),
+        D=int(rng.integers(1, 33)),
+        D_V=int(rng.integers(1, 33)),
+        dtype=str(rng.choice(["float64", "float32", "float16", "bfloat16"])),
+        mask=str(rng.choice(sorted(MASKS))),
+        score=float(rng.choice([0.1, 1.0, 30.0])),
+        offset=float(rng.choice([0.0, 0.0, 100.0])),
+        cut=str(rng.choice(["even", "ragged", "ragged", "first", "last"])),
+        seed=seed,
+    )
+
+
 CASES: list[Case] = [
     *with_dtypes(Case("plain"), "float64", "float32", "float16"),
     *with_dtypes(

@@ -1,5 +1,6 @@
 """What moves, counted three ways: by formula, by the meter, by what MPI was handed."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from lvxattn import reference
 from lvxattn.reference.exchange import BLOCKS, RESULTS
 from lvxattn.reference.validation import accumulator
 from tests.cases import Case
-from tests.launch import report
+from tests.launch import PROGRAMS, mpiexec, report
 
 pytestmark = pytest.mark.mpi
 
@@ -140,3 +141,18 @@ class TestProgress:
             for which in ("forward", "backward"):
                 # My own block first; on the last hop there is nothing to hand on; then the rest.
                 assert rank[which]["blocks"] == [*hops, "attend", "attend"]
+
+
+def available_memory() -> int:
+    """Bytes that programs may take without swapping; 0 where nobody tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+@pytest.mark.skipif(available_memory() < 16 * 2**30, reason="needs 16 GiB of memory")
+def test_a_block_of_more_than_two_to_the_31_bytes_arrives() -> None:
+    ended = mpiexec(2, PROGRAMS / "large_block.py", timeout=100)
+    assert (ended.status, ended.out) == (0, "right\n" * 2), ended.err

@@ -334,6 +334,22 @@ def test_a_rank_that_dies_ends_all_and_is_named(place: str, how: str, which: str
     assert re.findall(r"^rank (\d) of 3 \(process \d+ on \S+\) died$", ended.err, re.M) == ["2"]
 
 
+HOPS = [(P, hop) for P in (2, 3, 5) for hop in range(1, P)]
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("moment", ["begins", "computes", "ends"])
+@pytest.mark.parametrize(("P", "hop"), HOPS)
+def test_a_rank_killed_at_any_hop_ends_the_others_within_ten_seconds(
+    P: int, hop: int, moment: str, which: str
+) -> None:
+    rank = hop % P
+    ended = fail(P, rank, "kill", f"hop {hop} {moment}", which, timeout=10.0)
+    assert_ended(ended)
+    announced = re.findall(rf"^rank (\d) of {P} \(process \d+ on \S+\) died$", ended.err, re.M)
+    assert announced == [str(rank)]
+
+
 def test_nobody_is_announced_when_all_end_as_they_should() -> None:
     ended = fail(3, 1, "not at all", "before", "forward")
     assert (ended.status, ended.out, ended.err) == (0, "reached the end\n" * 3, "")
