@@ -10,13 +10,15 @@ at worst) relative to the sum of magnitudes, the result's size.  The output is r
 half precision the backward is given an out that was rounded to w, which moves delta, and so a
 gradient, by w times its size.
 
-    |result - truth| <= (2 (D + 2) largest_score u + 4 (sqrt(n) + 8) u + 2 w) size + n tiny factor
+    |result - truth| <= (2 (D + 2) largest_score u + 4 (sqrt(n) + 8) u + 2 w) size
+                                                                        + n tiny factor + least
 
 The 2 before the first term is for s and lse both; the 4 before the second is four standard
 deviations; 8 covers the handful of operations an element passes through beside the sums, exp and
 the merges.  lse itself has size 1 and rounds to its own magnitude, at most largest_score + log n.
-The last term is underflow: a probability below the smallest normal number, tiny, may be lost, with
-whatever it would have been multiplied by.
+The last two terms are underflow: a probability below the smallest normal number, tiny, may be lost,
+with whatever it would have been multiplied by, and no output is finer than the least number above 0
+of its dtype.
 """
 
 from collections.abc import Callable
@@ -27,6 +29,12 @@ import numpy as np
 from tests.cases import Case, Problem
 from tests.naive import Array, Truth
 
+LEAST = {
+    "float64": 2.0**-1074,
+    "float32": 2.0**-149,
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-133,
+}
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -37,7 +45,7 @@ def limits(case: Case, truth: Truth, dtype: str, accumulator: str) -> dict[str, 
     relative = 2 * (case.D + 2) * truth.largest_score * u + 4 * (sqrt(n) + 8) * u
     rounding = dict.fromkeys(truth.results, 2 * UNIT[dtype])
     rounding["lse"] = 2 * u * (truth.largest_score + log(n) + 1)
-    underflow = n * float(np.finfo(accumulator).tiny) * truth.largest_factor
+    underflow = n * float(np.finfo(accumulator).tiny) * truth.largest_factor + LEAST[dtype]
     return {
         name: (relative + rounding[name]) * size + underflow for name, size in truth.sizes.items()
     }

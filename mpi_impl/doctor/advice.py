@@ -77,7 +77,7 @@ def _on_host(host: str, ranks: list[Facts]) -> list[Problem]:
     first = ranks[0]
     if first.gpu_files and not first.cupy:
         problems.append(
-            f"{host}: there are GPUs, and no CuPy to use them: the extras cuda12 and cuda13 bring it"
+            f"{host}: there are GPUs, and no CuPy: the extra cuda12 or cuda13 brings it"
         )
     elif first.cupy and not first.devices:
         problems.append(f"{host}: CuPy finds no GPU: check the driver and CUDA_VISIBLE_DEVICES")
