@@ -48,6 +48,7 @@ soak: check-mpiexec $(STAMP) ## Solve 1,000 random problems on real ranks, every
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(MPIEXEC) -n 5 $(VENV_PYTHON) -W error -m mpi4py tests/programs/soak.py $(ARGS)
 
 bench: check-mpiexec $(STAMP) ## Measure on shaped links, 12 minutes; stored in benchmarks/results (Linux, needs root or user namespaces)
+	$(VENV_PYTHON) benchmarks/block_attention.py --json benchmarks/results/block-attention.json
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results $(ARGS)
 
 bench-quick: check-mpiexec $(STAMP) ## The same on small problems, 2 minutes; only printed

@@ -66,7 +66,7 @@ def block_attention(
     xp = work.xp
     out, lse = work.new_rows(v.shape[3]), work.new_rows()
     for at in work.row_tiles():
-        q_tile = work.load(q, at) * scale
+        q_tile = work.load(q, at) * float(scale)
         out_tile = xp.zeros((*q_tile.shape[:2], v.shape[3]), work.dtype)
         lse_tile = xp.full(q_tile.shape[:2], -xp.inf, work.dtype)
         for keys in work.key_tiles():
@@ -129,7 +129,7 @@ def block_attention_backward(
     xp = work.xp
     dq = work.new_rows(q.shape[3])
     for at in work.row_tiles():
-        q_tile = work.load(q, at) * scale
+        q_tile = work.load(q, at) * float(scale)
         dout_tile, lse_tile, delta_tile = (work.load(x, at) for x in (dout, lse, delta))
         dq_tile = xp.zeros_like(q_tile)
         base = xp.where(lse_tile == -xp.inf, 0.0, lse_tile)
@@ -148,7 +148,7 @@ def block_attention_backward(
             dk[at[0], at[1], keys] += ds.swapaxes(-1, -2) @ q_tile
             dq_tile += ds @ k_tile
             progress()
-        work.store(dq, at, dq_tile * scale)
+        work.store(dq, at, dq_tile * float(scale))
     return dq
 
 
@@ -226,7 +226,8 @@ class _Tiles:
             if tile.dtype == bool:
                 self.xp.copyto(by_head, -self.xp.inf, where=~tile[0])
             else:
-                by_head += tile[0]
+                with np.errstate(over="ignore"):  # what the accumulator cannot hold is -inf
+                    by_head += tile[0].astype(self.dtype, copy=False)
         return scores
 
     def _query_heads(self, heads: slice) -> slice:

@@ -56,7 +56,8 @@ def cross_attention(
         What this rank's keys look like to every query: bool (True = may attend) or additive float,
         broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
         its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable arrays of global indices.
+        broadcastable arrays of global indices.  With ``"ring"`` a callable is asked about the keys
+        of all ranks, so that it must be the same rule on every rank.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional
@@ -72,7 +73,9 @@ def cross_attention(
     ------
     ValueError, TypeError
         Naming the argument, what was expected, what was given and the rank; on every rank alike,
-        before anything is sent, unless `layout` is given: then on the rank that misfits.
+        before anything is sent, unless `layout` is given: then on the rank that misfits.  Whatever
+        else is raised later, as by a callable mask, leaves blocks under way: end the program, as
+        ``python -m mpi4py`` does, or at least use another communicator.
     """
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
@@ -106,7 +109,7 @@ def cross_attention_backward(
     Parameters
     ----------
     dout : (B, H, s_q, D_V)
-        Gradient of the loss with respect to this rank's out.
+        Gradient of the loss with respect to this rank's out; is cast to q's dtype.
     q, k, v, comm, schedule, scale, mask, layout, meter
         As given to `cross_attention`.
     out, lse

@@ -13,6 +13,7 @@ memory.
 
 import ctypes
 import os
+import re
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -22,6 +23,14 @@ from mpi4py import MPI
 from lvxattn.reference.validation import library
 
 Array = Any
+
+# Whoever sets one of these has decided how many threads BLAS uses.
+BLAS_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+)
 
 
 def array_module(x: Array) -> Any:
@@ -130,6 +139,8 @@ def cuda_aware() -> tuple[bool, str]:
     """Tell whether MPI may be handed device memory, and how that was decided.
 
     Not collective.  ``LVXATTN_CUDA_AWARE`` = 0 or 1 decides; unset or ``auto`` asks the library.
+    A library that says yes and is wrong ends the program with a segmentation fault; 0 is the way
+    out.
 
     Returns
     -------
@@ -161,7 +172,7 @@ def cuda_aware() -> tuple[bool, str]:
 
 
 def limit_blas_threads(comm: MPI.Intracomm) -> int:
-    """Give each rank its share of its host's cores, unless the environment says otherwise.
+    """Give each rank its share of its host's cores, unless one of `BLAS_VARIABLES` is set.
 
     Collective: every rank of comm calls this.  Ranks that each start as many threads as the host
     has cores fight for them.
@@ -182,15 +193,14 @@ def limit_blas_threads(comm: MPI.Intracomm) -> int:
     cores = frozenset[int]().union(*on_host.allgather(os.sched_getaffinity(0)))
     ranks = on_host.size
     on_host.Free()
-    if not any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")):
+    if not any(os.environ.get(name) for name in BLAS_VARIABLES):
         threadpool_limits(max(1, len(cores) // ranks), user_api="blas")
-    return max((pool["num_threads"] for pool in threadpool_info()), default=1)
+    pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return max((pool["num_threads"] for pool in pools), default=1)
 
 
 def _finish_kernels(xp: Any) -> None:
-    event = xp.cuda.Event()
-    event.record()
-    event.synchronize()
+    xp.cuda.get_current_stream().synchronize()
 
 
 def _libmpi() -> str | None:
@@ -198,6 +208,6 @@ def _libmpi() -> str | None:
     with open("/proc/self/maps") as maps:
         for line in maps:
             path = line.rstrip("\n").partition("/")[2]
-            if os.path.basename(path).startswith("libmpi.so"):
+            if re.match(r"libmpi(_(cray|gnu|intel|nvidia|amd)\w*)?\.so", os.path.basename(path)):
                 return "/" + path
     return None

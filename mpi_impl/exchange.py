@@ -76,17 +76,25 @@ class Exchange:
         """Wait until what this rank has sent is gone, so that no request outlives the pass."""
         for rotation in self.rotations:
             rotation.wait_sent()
+            for held in rotation.buffers:
+                held.receivable(0)  # a copy to the device may still read the pinned memory
 
 
 class Rotation:
-    """One kind of block going round the ring."""
+    """One kind of block going round the ring.
+
+    Attributes
+    ----------
+    nbytes : int
+        The size of the largest block.
+    """
 
     def __init__(self, exchange: Exchange, tag: int, fields: Fields, hop: int) -> None:
         self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
-        #: The size of the largest block.
         self.nbytes = max(self._nbytes(owner) for owner in range(exchange.layout.size))
-        # In hand, and to be received into.
-        self.buffers = [buffer(exchange.xp, self.nbytes) for _ in range(2)]
+        # In hand, and to be received into; a rank that is alone needs neither.
+        room = self.nbytes if exchange.layout.size > 1 else 0
+        self.buffers = [buffer(exchange.xp, room) for _ in range(2)]
         self.sending, self.receiving = MPI.Request(), MPI.Request()
 
     @property
@@ -104,8 +112,9 @@ class Rotation:
         in_hand, free = self.buffers
         mine = self._nbytes(layout.owner(self.hop))
         coming = self._nbytes(layout.owner(self.hop + 1))
-        for view, x in zip(self._views(), arrays, strict=bool(arrays)):
-            view[...] = x
+        if arrays:
+            for view, x in zip(self._views(), arrays, strict=True):
+                view[...] = x  # in place: what was received there has been used
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
         self.receiving = comm.Irecv([free.receivable(coming), MPI.BYTE], layout.left, self.tag)

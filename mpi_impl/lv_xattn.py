@@ -136,6 +136,7 @@ def lv_xattn_backward(
     )
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
     cut = layout.home_cut(blocks.nbytes, results.nbytes)
+    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
     delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
     dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]

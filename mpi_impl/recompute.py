@@ -24,7 +24,7 @@ from lvxattn.mpi_impl.device import array_module
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.reference.validation import check_features
+from lvxattn.reference.validation import accumulator, check_features, dtype_name
 
 Array = Any  # NumPy or CuPy
 
@@ -120,7 +120,7 @@ def cross_attention_layer_backward(
     dx : (B, s_q, E)
     dy : (B, s_kv, E_V)
     dw_q, dw_k, dw_v : shaped as the weights
-        This rank's partial sums.
+        This rank's partial sums, in the accumulator dtype: add them up over the ranks in that.
     """
     x, y = saved.x, saved.y
     # 1. Make again what was forgotten.
@@ -134,18 +134,29 @@ def cross_attention_layer_backward(
     dx, dw_q = project_backward(dq, x, w_q)
     dy_k, dw_k = project_backward(dk, y, w_k)
     dy_v, dw_v = project_backward(dv, y, w_v)
-    return dx, dy_k + dy_v, dw_q, dw_k, dw_v
+    dx, dy = (d.astype(x.dtype, copy=False) for d in (dx, dy_k + dy_v))
+    return dx, dy, dw_q, dw_k, dw_v
 
 
 def project(features: Array, weight: Array) -> Array:
     """Project features (B, s, E) by a weight (E, H, D) to heads (B, H, s, D)."""
-    xp = array_module(features)
-    return xp.moveaxis(xp.tensordot(features, weight, axes=1), 1, 2)
+    xp, dtype = array_module(features), features.dtype
+    features, weight = widen(features), widen(weight)
+    return xp.moveaxis(xp.tensordot(features, weight, axes=1), 1, 2).astype(dtype, copy=False)
 
 
 def project_backward(dheads: Array, features: Array, weight: Array) -> tuple[Array, Array]:
-    """Return the gradients of features (B, s, E) and weight (E, H, D), given those of the heads."""
+    """Return the gradients of features (B, s, E) and weight (E, H, D), given those of the heads.
+
+    Both are in the accumulator dtype: what follows adds them to others.
+    """
     xp = array_module(features)
+    dheads, features, weight = widen(dheads), widen(features), widen(weight)
     dfeatures = xp.tensordot(dheads, weight, axes=((1, 3), (1, 2)))
     dweight = xp.tensordot(features, dheads, axes=((0, 1), (0, 2)))
     return dfeatures, dweight
+
+
+def widen(x: Array) -> Array:
+    """Return x in the dtype in which its sums are taken."""
+    return x.astype(accumulator(dtype_name(x)), copy=False)

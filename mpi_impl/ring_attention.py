@@ -111,6 +111,7 @@ def ring_attention_backward(
     )
     P, rank = layout.size, layout.rank
     home, cut = layout.view(mask, rank, rank), layout.home_cut(blocks.nbytes, results.nbytes)
+    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
     delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
     dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]

@@ -1,15 +1,18 @@
 """The one collective check: what every rank tells the others before any block moves.
 
 Each rank checks its own arguments, then one all-gather carries its record, or its error, to all.
+A mask that is a rule is then asked once, which takes another.
 Every rank then comes to the same conclusion from the same records: the error of the lowest rank
 that has one, or the first mismatch, or agreement.
 """
 
 import socket
 from dataclasses import dataclass
+from importlib import import_module
 from math import sqrt
 from typing import Any
 
+from lvxattn.reference.masks import MaskView
 from lvxattn.reference.validation import (
     Communicator,
     accumulator,
@@ -17,8 +20,10 @@ from lvxattn.reference.validation import (
     check_backward,
     check_mask_shape_rows,
     dtype_name,
+    library,
     on_rank,
     raise_lowest,
+    raise_together,
 )
 
 Array = Any
@@ -74,7 +79,25 @@ def agree_on(
     raise_lowest([r if isinstance(r, Exception) else None for r in gathered])
     records = [r for r in gathered if isinstance(r, Record)]
     _check_equal(records)
+    if any(record.callable_mask for record in records):
+        raise_together(_ask(mask, q, k, sum(r.s_kv for r in records[: comm.rank])), comm)
     return records
+
+
+def _ask(mask: Any, q: Array, k: Array, kv_start: int) -> Exception | None:
+    """Ask a rule about one query and this rank's first key; return what is wrong with it."""
+    if not callable(mask) or 0 in (q.shape[2], k.shape[2]):
+        return None
+    one = slice(0, 1)
+    try:
+        view = MaskView(mask, kv_start=kv_start)
+        view.tile(one, one, one, one, import_module(library(q)).arange)
+    except (TypeError, ValueError) as error:
+        text = str(error) if str(error).startswith("mask: ") else f"mask: raised {error!r}"
+        return type(error)(text)
+    except Exception as error:  # a user's code may raise anything
+        return ValueError(f"mask: expected a rule for global indices, got {error!r} from it")
+    return None
 
 
 @dataclass(frozen=True)
@@ -139,7 +162,7 @@ def _check_equal(records: list[Record]) -> None:
                 given, expected = getattr(record, name), getattr(records[0], name)
                 if given != expected:
                     symbol = "" if name == argument else f" {name} ="
-                    raise ValueError(
+                    raise (TypeError if name == "dtype" else ValueError)(
                         f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
                     )
             if record.mask is not None:
@@ -151,5 +174,5 @@ def _check_equal(records: list[Record]) -> None:
                     f"{kinds[record.callable_mask]} where rank 0 has "
                     f"{kinds[records[0].callable_mask]}"
                 )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise on_rank(error, rank, len(records)) from None

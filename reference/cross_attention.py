@@ -13,6 +13,7 @@ from lvxattn.reference.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.ring_attention import ring_attention, ring_attention_backward
+from lvxattn.reference.validation import check_numpy
 from lvxattn.reference.virtual_ranks import VirtualComm
 
 Array = npt.NDArray[np.float64]
@@ -56,7 +57,8 @@ def cross_attention(
         What this rank's keys look like to every query: bool (True = may attend) or additive float,
         broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
         its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable arrays of global indices.
+        broadcastable arrays of global indices.  With ``"ring"`` a callable is asked about the keys
+        of all ranks, so that it must be the same rule on every rank.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional
@@ -74,6 +76,7 @@ def cross_attention(
         Naming the argument, what was expected, what was given and the rank; on every rank alike,
         before anything is sent, unless `layout` is given: then on the rank that misfits.
     """
+    check_numpy(q)
     if layout is None:
         layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
     else:
@@ -125,6 +128,7 @@ def cross_attention_backward(
         As `cross_attention`.
     """
     backward = dout, out, lse, dlse
+    check_numpy(q)
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward

@@ -85,8 +85,9 @@ class Layout:
     ) -> "Layout":
         """Check all ranks' arguments together and lay out the ring.
 
-        Collective: every rank of comm calls this.  One all-gather of a few numbers; when it raises,
-        it raises the same error on every rank and nothing else has been sent.
+        Collective: every rank of comm calls this.  One all-gather of a few numbers, two where a
+        mask is a callable; when it raises, it raises the same error on every rank and nothing else
+        has been sent.
 
         Parameters
         ----------
@@ -100,7 +101,8 @@ class Layout:
         scale : float, optional
             ``1 / sqrt(D)`` unless given.
         mask : None, array or callable
-            What this rank's keys look like to every query.  Ranks may differ in kind.
+            What this rank's keys look like to every query.  Ranks may differ in kind, but with
+            ``"ring"`` a callable must be given on all ranks or on none.
         backward : (dout, out, lse, dlse), optional
             Checked too, where a backward is to follow.
 
@@ -257,7 +259,7 @@ def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
 
 
 def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
-    """Join all ranks' parts, of any lengths, into the whole, on every rank.
+    """Join all ranks' parts, of any lengths, into the whole, which every rank must have room for.
 
     Collective: every rank of comm calls this.
 

@@ -62,8 +62,8 @@ class MaskView:
 
         Raises
         ------
-        TypeError
-            A callable mask returned something that is not a bool array.
+        TypeError, ValueError
+            A callable mask returned something that is not a bool array, or does not broadcast.
         """
         if self.mask is None:
             return None
@@ -74,10 +74,18 @@ class MaskView:
                 arange(self.q_start + rows.start, self.q_start + rows.stop)[:, None],
                 arange(self.kv_start + keys.start, self.kv_start + keys.stop),
             )
-            if str(getattr(visible, "dtype", type(visible))).removeprefix("torch.") != "bool":
+            if str(getattr(visible, "dtype", "")).removeprefix("torch.") != "bool":
                 raise TypeError(
                     "mask: expected mask(b, h, q_index, kv_index) to return a bool array, "
-                    f"got {getattr(visible, 'dtype', type(visible).__name__)}"
+                    f"got {getattr(visible, 'dtype', f'{visible!r:.40}, which is not an array')}"
+                )
+            shape = tuple(s.stop - s.start for s in (batches, heads, rows, keys))
+            given = tuple(visible.shape)
+            four = (1,) * (4 - len(given)) + given
+            if len(given) > 4 or any(n not in (1, N) for n, N in zip(four, shape, strict=True)):
+                raise ValueError(
+                    "mask: expected mask(b, h, q_index, kv_index) to return what broadcasts to its "
+                    f"indices' {shape}, got shape {given}"
                 )
             return _four_axes(visible)
         mask = _four_axes(self.mask)

@@ -19,7 +19,8 @@ class Meter:
         Sent by this rank: blocks, and the size of their arrays.
     computing, waiting : float
         Seconds in local attention, and seconds in which nothing else was left to do than to wait
-        for a block.
+        for a block.  On a device that works behind the program's back, as a GPU does, computing is
+        the time that it takes to hand the work over.
     """
 
     messages: int = 0

@@ -71,6 +71,12 @@ def check_attention(q: Array, k: Array, v: Array, *, scale: float | None, mask: 
     check_mask(mask, q, s_kv)
 
 
+def check_numpy(x: Array, name: str = "q") -> None:
+    """Refuse the arrays of other libraries, with which the reference does not compute."""
+    if hasattr(x, "shape") and hasattr(x, "dtype") and library(x) != "numpy":
+        raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__} of {library(x)}")
+
+
 def check_scale(scale: float | None) -> None:
     """Check that `scale` is None or a finite real number."""
     if scale is None:
@@ -164,6 +170,8 @@ def check_features(
         ):
             _check_array(name, a, x, of="x")
             _check_floating(name, a)
+            if dtype_name(a) != dtype_name(x):
+                raise TypeError(f"{name}: expected x's dtype {dtype_name(x)}, got {dtype_name(a)}")
             if len(a.shape) != 3:
                 raise ValueError(f"{name}: expected 3 axes {axes}, got shape {tuple(a.shape)}")
         _check_axis("y", y, 0, "B", x.shape[0], "x")

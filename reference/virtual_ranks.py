@@ -1,7 +1,8 @@
 """P ranks in one process: threads that share nothing but messages.
 
 A `VirtualComm` has the few calls of a communicator that the reference needs.  What is sent is
-copied, so that no rank can see another's arrays; a receive waits for its message; when all ranks
+copied, so that no rank can see another's arrays (what is gathered is not: leave it alone); a
+receive waits for its message; when all ranks
 wait and no message can come, that is a deadlock and is raised as one.
 
     run_ranks(3, fn, *args)    fn(comm 0, *args)   fn(comm 1, *args)   fn(comm 2, *args)

@@ -130,7 +130,7 @@ def test_sound_ranks_have_no_problem() -> None:
         ([replace(SOUND, blas="")] * 2, "set OMP_NUM_THREADS to 2"),
         ([SOUND, replace(SOUND, library="MPI 2")], "different MPI libraries: MPI 1; MPI 2"),
         ([SOUND, replace(SOUND, versions="old")], "different versions"),
-        ([replace(SOUND, gpu_files=2)] * 2, "no CuPy to use them"),
+        ([replace(SOUND, gpu_files=2)] * 2, "no CuPy: the extra"),
         ([replace(SOUND, cupy="13")] * 2, "CuPy finds no GPU"),
         (
             [replace(SOUND, cupy="13", devices=("H",), cuda_aware=(True, ""))] * 2,

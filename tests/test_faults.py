@@ -228,7 +228,7 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
     "ranks differ in D": (ValueError, "q: expected rank 0's D = 6, got D = 8", LAST),
     "ranks differ in D_V": (ValueError, "v: expected rank 0's D_V = 3, got D_V = 9", LAST),
     "ranks differ in dtype": (
-        ValueError,
+        TypeError,
         "q: expected rank 0's dtype = 'float64', got dtype = 'float32'",
         LAST,
     ),

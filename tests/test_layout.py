@@ -189,12 +189,61 @@ def test_dtypes_scales_and_schedules_that_differ_are_one_error_for_all() -> None
     def scales(comm: VirtualComm) -> Layout:
         return Layout.agree(*arrays(), comm, scale=None if comm.rank == 0 else 0.25)
 
-    for fn, text in (
-        (dtypes, "q: expected rank 0's dtype = 'float64', got dtype = 'float32' (on rank 2 of 3)"),
-        (scales, f"scale: expected rank 0's {1 / sqrt(8)!r}, got 0.25 (on rank 1 of 3)"),
+    for fn, kind, text in (
+        (
+            dtypes,
+            TypeError,
+            "q: expected rank 0's dtype = 'float64', got dtype = 'float32' (on rank 2 of 3)",
+        ),
+        (
+            scales,
+            ValueError,
+            f"scale: expected rank 0's {1 / sqrt(8)!r}, got 0.25 (on rank 1 of 3)",
+        ),
     ):
         for error in outcomes(3, fn):
-            assert (type(error), str(error)) == (ValueError, text)
+            assert (type(error), str(error)) == (kind, text)
+
+
+def asked_while_agreeing(rule: Any) -> Any:
+    """What comes of a layout for a rule that one of three ranks gives."""
+
+    def fn(comm: VirtualComm) -> Layout:
+        return Layout.agree(*arrays(), comm, mask=rule if comm.rank == 1 else None)
+
+    return outcomes(3, fn)
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "text"),
+    [
+        (lambda b, h, q, kv: kv * 0.5, TypeError, "mask: expected mask(b, h, q_index, kv_index) to"
+         " return a bool array, got float64"),
+        (lambda b, h, q, kv: np.ones(2, bool), ValueError, "mask: expected mask(b, h, q_index, "
+         "kv_index) to return what broadcasts to its indices' (1, 1, 1, 1), got shape (2,)"),
+        (lambda b, h, q, kv: {}[1], ValueError, "mask: expected a rule for global indices, "
+         "got KeyError(1) from it"),
+        (lambda b, h: b > h, TypeError, "mask: raised TypeError("),
+    ],
+)  # fmt: skip
+def test_a_rule_is_asked_once_and_what_is_wrong_with_it_raised_on_all(
+    rule: Any, kind: type, text: str
+) -> None:
+    for error in asked_while_agreeing(rule):
+        assert type(error) is kind
+        assert str(error).startswith(text)
+        assert str(error).endswith("(on rank 1 of 3)")
+
+
+def test_a_rule_is_asked_about_keys_that_its_rank_has() -> None:
+    asked: list[int] = []
+
+    def rule(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
+        asked.append(int(kv_index[0]))
+        return kv_index >= 0
+
+    assert {type(x) for x in asked_while_agreeing(rule)} == {Layout}
+    assert asked == [3]  # rank 0 has keys 0 to 2
 
 
 def test_the_error_of_the_lowest_rank_is_raised_on_all() -> None:

@@ -82,7 +82,8 @@ def test_a_rule_is_asked_about_its_tile_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("returned", "named"), [(np.ones(3), "float64"), (np.ones(3, int), "int64"), (True, "bool")]
+    ("returned", "named"),
+    [(np.ones(3), "float64"), (np.ones(3, int), "int64"), (True, "True, which is not an array")],
 )
 def test_a_rule_must_return_a_bool_array(returned: Any, named: str) -> None:
     view = MaskView(lambda b, h, q_index, kv_index: returned)
@@ -91,6 +92,15 @@ def test_a_rule_must_return_a_bool_array(returned: Any, named: str) -> None:
     assert str(raised.value) == (
         f"mask: expected mask(b, h, q_index, kv_index) to return a bool array, got {named}"
     )
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 1, 1, 1, 3)])
+def test_what_a_rule_returns_must_broadcast_to_its_indices(shape: tuple[int, ...]) -> None:
+    view = MaskView(lambda b, h, q_index, kv_index: np.ones(shape, bool))
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        view.tile(*ALL, slice(0, 1), slice(0, 3), np.arange)
+    assert "to return what broadcasts to its indices'" in str(raised.value)
+    assert str(raised.value).endswith(f"got shape {shape}")
 
 
 @given(length=st.integers(0, 50), size=st.integers(1, 60))

@@ -227,5 +227,7 @@ def test_gradients_have_the_dtype_of_their_arguments(dtype: str) -> None:
     layer = Layer(*(getattr(Layer.make(), f.name).astype(dtype) for f in fields(Layer)))
     out, saved, grads = run_layer(layer, MPI.COMM_SELF, MPI_NUMPY)
     assert out.dtype == dtype
-    assert {x.dtype for x in grads} == {np.dtype(dtype)}
+    assert {x.dtype for x in grads[:2]} == {np.dtype(dtype)}
+    # Partial sums are yet to be added up over the ranks, which is not done in 16 bits.
+    assert {x.dtype for x in grads[2:]} == {np.dtype("float32")}
     assert saved.lse.dtype == np.float32

@@ -10,7 +10,7 @@ from importlib import import_module
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.device import cuda_aware
+from lvxattn.mpi_impl.device import BLAS_VARIABLES, cuda_aware
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def look(threads: int) -> Facts:
     from threadpoolctl import threadpool_info
 
     pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
-    setters = [name for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if os.environ.get(name)]
+    setters = [name for name in BLAS_VARIABLES if os.environ.get(name)]
     cupy, devices = _devices()
     try:
         aware = cuda_aware()
