@@ -57,7 +57,8 @@ def cross_attention(
         broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
         its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
         broadcastable arrays of global indices.  With ``"ring"`` a callable is asked about the keys
-        of all ranks, so that it must be the same rule on every rank.
+        of all ranks, so that it must be the same rule on every rank.  What is hidden must be finite
+        all the same: 0 times NaN is NaN.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional
@@ -77,6 +78,7 @@ def cross_attention(
         else is raised later, as by a callable mask, leaves blocks under way: end the program, as
         ``python -m mpi4py`` does, or at least use another communicator.
     """
+    check_comm(comm)
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
@@ -130,6 +132,7 @@ def cross_attention_backward(
         As `cross_attention`.
     """
     backward = dout, out, lse, dlse
+    check_comm(comm)
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
@@ -141,3 +144,18 @@ def cross_attention_backward(
         return BACKWARD[layout.schedule](
             dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
         )
+
+
+def check_comm(comm: MPI.Intracomm) -> None:
+    """Refuse what is not a communicator within one group of ranks.
+
+    Raises
+    ------
+    TypeError
+        At once and on this rank: nobody can be asked over such a communicator.
+    """
+    if not hasattr(comm, "Isend"):
+        raise TypeError(f"comm: expected an MPI.Intracomm, got {type(comm).__name__}")
+    if isinstance(comm, MPI.Comm) and (comm == MPI.COMM_NULL or comm.Is_inter()):
+        kind = "COMM_NULL" if comm == MPI.COMM_NULL else "an intercommunicator"
+        raise TypeError(f"comm: expected an MPI.Intracomm, got {kind}")

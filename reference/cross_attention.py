@@ -58,7 +58,8 @@ def cross_attention(
         broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
         its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
         broadcastable arrays of global indices.  With ``"ring"`` a callable is asked about the keys
-        of all ranks, so that it must be the same rule on every rank.
+        of all ranks, so that it must be the same rule on every rank.  What is hidden must be finite
+        all the same: 0 times NaN is NaN.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional

@@ -49,6 +49,8 @@ class Layout:
     masks : tuple
         Shape and travelling dtype of every rank's array mask, or None: where masks travel, their
         receivers must know.
+    rules : tuple of bool
+        Whether a rank's mask is a callable.
     B, H, H_KV, D, D_V : int
         Sizes that are equal on all ranks.
     dtype : str
@@ -62,6 +64,7 @@ class Layout:
     s_q: tuple[int, ...]
     s_kv: tuple[int, ...]
     masks: tuple[MaskKind, ...]
+    rules: tuple[bool, ...]
     B: int
     H: int
     H_KV: int
@@ -127,7 +130,8 @@ class Layout:
             s_q=tuple(r.s_q for r in records),
             s_kv=tuple(r.s_kv for r in records),
             masks=tuple(r.mask for r in records),
-            **{name: getattr(first, name) for name in EQUAL_ON_ALL_RANKS},
+            rules=tuple(r.callable_mask for r in records),
+            **{name: getattr(first, name) for name in EQUAL_ON_ALL_RANKS if name != "call"},
         )
 
     def check(
@@ -173,6 +177,11 @@ class Layout:
                     )
             if dtype_name(q) != self.dtype:
                 raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
+            if self.schedule == "ring" and callable(mask) != self.rules[self.rank]:
+                raise ValueError(
+                    "mask: expected a callable only if the layout was agreed with one, "
+                    f"got {type(mask).__name__}"
+                )
             if self.schedule == "ring" and mask_kind(mask, self.dtype) != self.masks[self.rank]:
                 raise ValueError(
                     "mask: expected the layout's shape and travelling dtype "

@@ -83,8 +83,12 @@ def check_scale(scale: float | None) -> None:
         return
     if not isinstance(scale, Real) or isinstance(scale, bool):
         raise TypeError(f"scale: expected a real number or None, got {_kind(scale)}")
-    if not isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    try:
+        finite = isfinite(scale)
+    except OverflowError:  # an int that no float can hold
+        finite = False
+    if not finite:
+        raise ValueError(f"scale: expected a finite number, got {scale!r:.40}")
 
 
 def check_mask(mask: Any, q: Array, s_kv: int) -> None:
@@ -221,6 +225,8 @@ def accumulator(dtype: str) -> str:
 def _check_array(name: str, x: Any, like: Any, of: str = "q") -> None:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"{name}: expected an array, got {_kind(x)}")
+    if type(x).__module__.startswith("numpy.ma"):
+        raise TypeError(f"{name}: expected a plain array and mask=, got a masked array")
     if library(x) != library(like):
         raise TypeError(f"{name}: expected a {library(like)} array as {of} is, got {library(x)}")
 

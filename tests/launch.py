@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,7 +81,7 @@ def mpiexec(
         MARK: mark,
         **(env or {}),
     }
-    start = time.monotonic()
+    start, began = time.monotonic(), time.time()
     process = subprocess.Popen(
         [*launcher, "-n", str(P), *runner, *map(str, args)],
         stdin=subprocess.DEVNULL,
@@ -102,6 +103,8 @@ def mpiexec(
     while (left := _marked(mark)) and time.monotonic() < start + seconds + GRACE:
         time.sleep(0.02)
     _kill(left)
+    if process.returncode:
+        _sweep(began)
     return Ended(process.returncode, out, err, timed_out, seconds, tuple(left.values()))
 
 
@@ -127,6 +130,18 @@ def _run_once(
 ) -> tuple[Ended, Any]:
     ended = mpiexec(P, PROGRAMS / program, *args, env=dict(env), timeout=t)
     return ended, json.loads(ended.out) if ended.status == 0 else None
+
+
+def _sweep(began: float) -> None:
+    """Remove the shared memory that an aborted MPICH forgets, if nobody has it mapped."""
+    forgotten = [f for f in Path("/dev/shm").glob("mpich_shm_*") if f.stat().st_mtime >= began]
+    maps = ""
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            maps += path.read_text(errors="replace") if forgotten else ""
+    for file in forgotten:
+        if str(file) not in maps:
+            file.unlink(missing_ok=True)
 
 
 def _marked(mark: str) -> dict[int, str]:

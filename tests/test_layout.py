@@ -246,6 +246,38 @@ def test_a_rule_is_asked_about_keys_that_its_rank_has() -> None:
     assert asked == [3]  # rank 0 has keys 0 to 2
 
 
+def test_ranks_that_call_different_functions_are_told() -> None:
+    problem = Case("calls").make()
+
+    def fn(comm: VirtualComm) -> Any:
+        q, k, v = problem.q, problem.k, problem.v
+        if comm.rank == 1:
+            out, lse = np.ones_like(problem.dout), np.ones(q.shape[:3])
+            return reference.cross_attention_backward(problem.dout, q, k, v, out, lse, comm)
+        return reference.cross_attention(q, k, v, comm)
+
+    for error in outcomes(2, fn):
+        assert str(error) == "call: expected rank 0's 'forward', got 'backward' (on rank 1 of 2)"
+
+
+def test_a_scale_may_differ_in_the_last_bit() -> None:
+    def fn(comm: VirtualComm) -> Layout:
+        return Layout.agree(*arrays(), comm, scale=None if comm.rank else 8**-0.5)
+
+    assert 1 / sqrt(8) != 8**-0.5
+    assert {layout.scale for layout in run_ranks(2, fn)} == {8**-0.5}
+
+
+def test_ring_holds_a_callable_to_what_was_agreed() -> None:
+    def misfit(comm: VirtualComm) -> None:
+        q, k, v = arrays()
+        layout = Layout.agree(q, k, v, comm, schedule="ring")
+        layout.check(q, k, v, comm, mask=lambda b, h, q_index, kv_index: kv_index >= 0)
+
+    with pytest.raises(ValueError, match="mask: expected a callable only if the layout was agreed"):
+        run_ranks(2, misfit)
+
+
 def test_the_error_of_the_lowest_rank_is_raised_on_all() -> None:
     def fn(comm: VirtualComm) -> Layout:
         q, k, v = arrays()

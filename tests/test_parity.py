@@ -30,6 +30,7 @@ ONLY_IN_MPI = {
         "Fields": "MPI must know how much will come; virtual ranks take what comes",
     },
     "block_attention": {"At": "a tile of the blocked kernel"},
+    "cross_attention": {"check_comm": "MPI has communicators of other kinds"},
     "recompute": {"widen": "the reference is wide already"},
     "ring_attention": {"block_fields": "MPI must know how much will come"},
 }

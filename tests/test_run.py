@@ -1,6 +1,7 @@
 """The run command: presets, sizes and files, its check, its reports and its refusals."""
 
 import json
+import os
 import resource
 import struct
 from argparse import Namespace
@@ -239,9 +240,12 @@ def bad_inputs(folder: Path) -> list[tuple[list[Any], str]]:
         (save(folder / "j", {**good, "v": x[:, :, 1:].copy()}), "expected s_kv = 6"),
         (save(folder / "k", {**good, "q": x[0]}), "expected 4 axes"),
         (save(folder / "l", {**good, "mask": np.ones((1, 1, 5, 6), bool)}), "mask: expected its"),
+        (damaged(folder / "o", {"q": {**three["q"], "shape": [True]}}, bytes(192)), "[True]"),
+        (damaged(folder / "p", {**three, "k": three["q"]}, bytes(192)), "k and q overlap"),
         (save(folder / "m", {**good, "mask": np.ones((6, 5), bool)}), "mask: expected its last"),
     ]
-    nowhere = folder / "nowhere" / "file"
+    nowhere, pipe = folder / "nowhere" / "file", folder / "pipe"
+    os.mkfifo(pipe)
     return [
         *[(["--input", path], text) for path, text in files],
         (["--input", folder / "good", "--backward"], "expected a tensor dout"),
@@ -250,9 +254,15 @@ def bad_inputs(folder: Path) -> list[tuple[list[Any], str]]:
             "dout: expected shape",
         ),
         (["--input", folder / "good", "--dtype", "float32"], "--dtype: not allowed with"),
-        (["--input", folder / "good", "--output", nowhere], "No such file"),
+        (["--input", folder / "good", "--output", nowhere], "there is no folder"),
+        (["--input", folder / "good", "--output", folder / "good"], "another file than --input's"),
+        (
+            [*SMALL, "--output", folder / "x", "--json", folder / "x"],
+            "--json: expected another file than --output's",
+        ),
+        ([*SMALL, "--output", pipe], "got a directory or a device"),
         (["--input", folder / "good", "--output", folder], "directory"),
-        ([*SMALL, "--json", nowhere, "--quiet"], "No such file"),
+        ([*SMALL, "--json", nowhere, "--quiet"], "there is no folder"),
         (["--model", "gpt"], "invalid choice: 'gpt'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--schedule", "star"], "invalid choice: 'star'"),
@@ -277,6 +287,24 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
         assert said.err.startswith("lvxattn run: error: ")
         assert text in said.err, said.err
     assert not list(tmp_path.glob("**/*.part"))
+
+
+@pytest.mark.mpi
+def test_the_output_goes_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (said,) = commands(2, ["run", *SMALL, "--output", tmp_path / "link", "--quiet"])
+    assert said.status == 0
+    assert (tmp_path / "link").is_symlink()
+    assert set(load(tmp_path / "real")) == {"out", "lse"}
+
+
+@pytest.mark.mpi
+def test_a_result_of_nan_is_not_right(tmp_path: Path) -> None:
+    x = np.ones((1, 1, 6, 4), np.float32)
+    path = save(tmp_path / "nan", {"q": x, "k": x * np.nan, "v": x})
+    (said,) = commands(2, ["run", "--input", path, "--check", "--quiet"])
+    assert said.status == 1
+    assert "a check failed" in said.err
 
 
 @pytest.mark.mpi

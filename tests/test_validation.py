@@ -120,6 +120,8 @@ KINDS = [
     ({"q": Q.astype(np.longdouble)}, f"q: expected one of {FLOATS}, got {np.longdouble(0).dtype}"),
     ({"k": K.astype("f4")}, "k: expected q's dtype float64, got float32"),
     ({"v": V.astype("f2")}, "v: expected q's dtype float64, got float16"),
+    ({"q": np.ma.masked_array(Q)}, "q: expected a plain array and mask=, got a masked array"),
+    ({"scale": 10**400}, f"scale: expected a finite number, got {10**400!r:.40}"),
     ({"k": fake_cupy.asarray(K)}, "k: expected a numpy array as q is, got fake_cupy"),
     ({"q": fake_cupy.asarray(Q)}, "k: expected a fake_cupy array as q is, got numpy"),
     ({"mask": fake_cupy.asarray(V)}, "mask: expected a numpy array as q is, got fake_cupy"),
@@ -172,7 +174,15 @@ def refusal(check: Any, changed: dict[str, Any]) -> str:
     with pytest.raises((TypeError, ValueError)) as raised:
         check(**changed)
     text = str(raised.value)
-    kinds = ("an array", "array as q is", "array as x is", "one of", "dtype", "a real number")
+    kinds = (
+        "an array",
+        "a plain array",
+        "array as q is",
+        "array as x is",
+        "one of",
+        "dtype",
+        "a real number",
+    )
     assert raised.type is (TypeError if any(kind in text for kind in kinds) else ValueError)
     return text
 

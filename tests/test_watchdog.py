@@ -84,6 +84,7 @@ def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
 def test_a_wait_is_described_by_kind_owner_hop_and_neighbour() -> None:
     layout = Layout(
         rank=1, order=(0, 2, 1, 3), s_q=(1,) * 4, s_kv=(1,) * 4, masks=(None,) * 4,
+        rules=(False,) * 4,
         B=1, H=1, H_KV=1, D=1, D_V=1, dtype="float32", scale=1.0, schedule="lv-xattn",
     )  # fmt: skip
     exchange = Exchange(MPI.COMM_SELF, layout, Meter(), np)

@@ -140,8 +140,8 @@ def _compare(name: str, got: Array, true: Summed, limits: _Limits) -> Check:
     finite = np.isfinite(true.value)
     allowed = np.where(finite, limits.of(name, true.size), 0.0)
     error = abs(got - true.value)
-    # -inf where no key is visible, and what a NaN in the input has spread to, must be so in both.
-    same = (got == true.value) | (np.isnan(got) & np.isnan(true.value))
+    # -inf, where no key is visible, must be so in both.  NaN is never right, wherever it came from.
+    same = got == true.value
     error = np.where(same, 0.0, np.where(np.isfinite(got) & finite, error, np.inf))
     if not error.size:
         return Check(name, len(error), 0.0, 0.0)

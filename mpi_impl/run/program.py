@@ -51,6 +51,7 @@ def run_problem(options: Namespace, comm: MPI.Intracomm) -> bool:
     """
     threads = limit_blas_threads(comm)
     # 1. rank 0 looks at the problem; every rank takes its share of it
+    _on_rank_0(lambda: _check_paths(options), comm)
     problem = _on_rank_0(lambda: describe(options), comm)
     backend = choose_backend(options.device, problem.dtype, comm)
     share = _together(lambda: take_share(problem, comm.rank, comm.size), comm)
@@ -64,7 +65,7 @@ def run_problem(options: Namespace, comm: MPI.Intracomm) -> bool:
         # 3. every rank writes its part
         if output is not None:
             _together(lambda: _write(output, share, results), comm)
-            _on_rank_0(lambda: os.replace(output.path, options.output), comm)
+            _on_rank_0(lambda: os.replace(output.path, Path(options.output).resolve()), comm)
     finally:
         if output is not None and comm.rank == 0:
             Path(output.path).unlink(missing_ok=True)
@@ -120,12 +121,28 @@ def _measure(
     return {name: backend.get(x) for name, x in results.items()}, costs
 
 
+def _check_paths(options: Namespace) -> None:
+    """Refuse what would be found out, or overwritten, only after the work."""
+    named = {"--input": options.input, "--output": options.output, "--json": options.json}
+    seen: dict[Path, str] = {}
+    for option, text in named.items():
+        if text is None or text == "-":
+            continue
+        path = Path(text).resolve()
+        if path in seen:
+            raise InputError(f"{option}: expected another file than {seen[path]}'s, got {text}")
+        seen[path] = option
+        if option != "--input" and not path.parent.is_dir():
+            raise InputError(f"{text}: there is no folder {path.parent}")
+
+
 def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile | None:
     """Make the output under a name of its own, so that a run cut short leaves no half of it."""
     if options.output is None:
         return None
-    if Path(options.output).is_dir():
-        raise InputError(f"{options.output}: is a directory")
+    path = Path(options.output)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{options.output}: expected a file, got a directory or a device")
     q, k, v = (problem.shapes[name] for name in "qkv")
     dtype = problem.dtype
     shapes: dict[str, tuple[str, Shape]] = {
@@ -136,9 +153,9 @@ def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile 
         shapes |= {"dq": (dtype, q), "dk": (dtype, k), "dv": (dtype, v)}
     notes = {"schedule": layout.schedule, "scale": repr(layout.scale)}
     try:
-        return create(f"{options.output}.part", shapes, notes)
+        return create(f"{path.resolve()}.part", shapes, notes)
     except OSError as error:
-        Path(f"{options.output}.part").unlink(missing_ok=True)
+        Path(f"{path.resolve()}.part").unlink(missing_ok=True)
         raise InputError(f"{options.output}: {error.strerror}") from None
 
 

@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -136,6 +137,10 @@ def open_tensors(path: str) -> TensorFile:
         end = tensor.start + _nbytes(tensor.dtype, tensor.shape)
         if end > size:
             raise InputError(f"{path}: cut short: {name} ends at byte {end:,} of {size:,}")
+    starts = sorted((t.start, t.start + _nbytes(t.dtype, t.shape), n) for n, t in tensors.items())
+    for (_, end, name), (start, _, following) in pairwise(starts):
+        if start < end:
+            raise InputError(f"{path}: damaged header: {name} and {following} overlap")
     return TensorFile(path, tensors)
 
 
@@ -189,7 +194,7 @@ def _reserve(descriptor: int, size: int) -> None:
 def _tensor(entry: Any, base: int) -> Tensor:
     dtype, shape = _NAMES.get(entry["dtype"], str(entry["dtype"])), tuple(entry["shape"])
     start, end = entry["data_offsets"]
-    whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
+    whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))  # True is an int, too
     if not whole or (dtype in _CODES and end - start != _nbytes(dtype, shape)):
         raise ValueError(f"{dtype} {list(shape)} does not take bytes {start} to {end}")
     return Tensor(dtype, shape, base + start)

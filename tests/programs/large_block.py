@@ -13,7 +13,8 @@ comm = MPI.COMM_WORLD
 x = np.zeros((1, 1, 1, 1), np.uint8)
 SIZE = 2**31 + 4097
 layout = Layout(
-    rank=comm.rank, order=(0, 1), s_q=(SIZE, SIZE), s_kv=(1, 1), masks=(None, None), B=1, H=1,
+    rank=comm.rank, order=(0, 1), s_q=(SIZE, SIZE), s_kv=(1, 1), masks=(None, None),
+    rules=(False, False), B=1, H=1,
     H_KV=1, D=1, D_V=1, dtype="float32", scale=1.0, schedule="lv-xattn",
 )  # fmt: skip
 meter = Meter()

@@ -1,0 +1,32 @@
+"""What the front doors refuse before they agree on anything."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from lvxattn import mpi_impl, reference
+from tests import fake_cupy
+
+X = np.ones((1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("comm", "got"), [(MPI.COMM_NULL, "COMM_NULL"), (None, "NoneType"), (3, "int")]
+)
+def test_mpi_takes_communicators_only(comm: Any, got: str) -> None:
+    message = rf"^comm: expected an MPI.Intracomm, got {got}$"
+    with pytest.raises(TypeError, match=message):
+        mpi_impl.cross_attention(X, X, X, comm)
+    with pytest.raises(TypeError, match=message):
+        mpi_impl.cross_attention_backward(X, X, X, X, X, X[..., 0], comm)
+
+
+def test_the_reference_takes_numpy_arrays_only() -> None:
+    x = fake_cupy.asarray(X)
+    message = "q: expected a NumPy array, got ndarray of fake_cupy"
+    with pytest.raises(TypeError, match=message):
+        reference.full_attention(x, x, x)
+    with pytest.raises(TypeError, match=message):
+        reference.run_ranks(2, lambda comm: reference.cross_attention(x, x, x, comm))
