@@ -30,3 +30,17 @@ def test_the_reference_takes_numpy_arrays_only() -> None:
         reference.full_attention(x, x, x)
     with pytest.raises(TypeError, match=message):
         reference.run_ranks(2, lambda comm: reference.cross_attention(x, x, x, comm))
+
+
+@pytest.mark.parametrize("schedule", ["lv-xattn", "ring"])
+def test_dout_counts_as_it_travels_in_the_dtype_of_q(schedule: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 2, 5, 4)).astype("f4") for _ in range(4))
+    q, k, v = (x.astype("f2") for x in (q, k, v))
+    options: Any = {"schedule": schedule}
+    out, lse = mpi_impl.cross_attention(q, k, v, MPI.COMM_SELF, **options)
+    wide, narrow = (
+        mpi_impl.cross_attention_backward(d, q, k, v, out, lse, MPI.COMM_SELF, **options)
+        for d in (dout, dout.astype("f2"))
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(wide, narrow, strict=True))
