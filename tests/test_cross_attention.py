@@ -44,3 +44,14 @@ def test_dout_counts_as_it_travels_in_the_dtype_of_q(schedule: str) -> None:
         for d in (dout, dout.astype("f2"))
     )
     assert all(np.array_equal(a, b) for a, b in zip(wide, narrow, strict=True))
+
+
+def test_a_mask_that_the_accumulator_cannot_hold_hides() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, 5, 4)).astype("f4") for _ in range(3))
+    hidden = np.array([0, 1, 0, 0, 1], bool)
+    lowest = np.where(hidden, np.finfo("f8").min, 0.0)
+    by_number, by_rule = (
+        mpi_impl.cross_attention(q, k, v, MPI.COMM_SELF, mask=mask) for mask in (lowest, ~hidden)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(by_number, by_rule, strict=True))

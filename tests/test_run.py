@@ -240,7 +240,10 @@ def bad_inputs(folder: Path) -> list[tuple[list[Any], str]]:
         (save(folder / "j", {**good, "v": x[:, :, 1:].copy()}), "expected s_kv = 6"),
         (save(folder / "k", {**good, "q": x[0]}), "expected 4 axes"),
         (save(folder / "l", {**good, "mask": np.ones((1, 1, 5, 6), bool)}), "mask: expected its"),
-        (damaged(folder / "o", {"q": {**entry, "shape": [True, 48]}}, bytes(192)), "[True, 48]"),
+        (
+            damaged(folder / "o", {"q": {**three["q"], "shape": [True, 48]}}, bytes(192)),
+            "[True, 48]",
+        ),
         (damaged(folder / "p", {**three, "k": three["q"]}, bytes(192)), "k and q overlap"),
         (save(folder / "m", {**good, "mask": np.ones((6, 5), bool)}), "mask: expected its last"),
     ]

@@ -1,5 +1,7 @@
 """The reference, on virtual ranks, against the naive softmax."""
 
+from itertools import pairwise
+
 import pytest
 
 from lvxattn import reference
@@ -17,3 +19,35 @@ def test_equals_naive_softmax_and_its_gradients(schedule: str, case: Case, P: in
         P, lambda comm: solve(problem, comm, reference, schedule=schedule)
     ):
         assert max(worst_ratios(problem, results, fp64=True).values()) <= 1
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 5])
+@pytest.mark.parametrize("mask", ["none", "full", "over queries"])
+def test_ring_sends_keys_values_and_masks_p_minus_1_times_and_heads_unrepeated(
+    mask: str, P: int
+) -> None:
+    case = Case("ring traffic", B=2, H=6, H_KV=2, D_V=5, cut="ragged", mask=mask)
+    problem = case.make()
+
+    def fn(comm: reference.VirtualComm) -> tuple[reference.Meter, reference.Meter]:
+        part, meters = problem.part(comm.rank, P), (reference.Meter(), reference.Meter())
+        q, k, v = (part[name] for name in "qkv")
+        options = {"schedule": "ring", "mask": part["mask"]}
+        out, lse = reference.cross_attention(q, k, v, comm, **options, meter=meters[0])
+        reference.cross_attention_backward(
+            part["dout"], q, k, v, out, lse, comm, **options, meter=meters[1]
+        )
+        return meters
+
+    bounds = case.cuts(P)[1]
+    s_kv = [stop - start for start, stop in pairwise(bounds)]
+    heads_of_mask = {"none": 0, "full": case.B * case.H * case.S_Q, "over queries": case.B * case.H}
+    for rank, (forward, backward) in enumerate(reference.run_ranks(P, fn)):
+        # A rank sends on every block but that of its right neighbour, for which it is the last.
+        passed_on = sum(s_kv) - s_kv[(rank + 1) % P]
+        blocks = passed_on * (case.B * case.H_KV * (case.D + case.D_V) * 8 + heads_of_mask[mask])
+        # Gradients follow all blocks but its own.
+        gradients = (sum(s_kv) - s_kv[rank]) * case.B * case.H_KV * (case.D + case.D_V) * 8
+        assert (forward.messages, forward.bytes) == (P - 1, blocks if P > 1 else 0)
+        assert backward.messages == 2 * (P - 1)
+        assert backward.bytes == (blocks + gradients if P > 1 else 0)
