@@ -47,7 +47,7 @@ def test_ranks_that_can_talk_are_told_so_and_those_that_cannot_are_an_error() ->
     said, damaged = commands(2, ["doctor"], ["doctor"], breakages=["", "message"])
     assert (said.status, said.err) == (0, "")
     assert "2 on 1 host" in said.out
-    assert "2 ranks, 1 BLAS threads each" in said.out
+    assert "2 ranks, BLAS threads of each: 1" in said.out
     assert "within hosts, 2 links" in said.out
     assert "CUDA-aware" in said.out
     assert damaged.status == 1

@@ -256,7 +256,7 @@ class TestBadInput:
         self, name: str, P: int
     ) -> None:
         if P == 1 and name.startswith(("ranks differ", "every rank")):
-            return  # one rank has nobody to differ from
+            pytest.skip("one rank has nobody to differ from")
         for kind, got, in_time, still_works in report(P, "run_bad_input.py")[name]:
             assert (kind, got) == (EXPECTED[name][0].__name__, text(name, P))
             assert in_time

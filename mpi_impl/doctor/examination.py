@@ -57,8 +57,8 @@ def _print_facts(ranks: list[Facts]) -> None:
         threads = "/".join(sorted({str(facts.threads) for facts in here}))
         _line(
             "",
-            f"{host}: {len(here)} rank{'s' * (len(here) > 1)}, {threads} BLAS threads each, "
-            f"{cores} cores",
+            f"{host}: {len(here)} rank{'s' * (len(here) > 1)}, "
+            f"BLAS threads of each: {threads}, cores: {cores}",
         )
     if sorted(range(len(ranks)), key=lambda r: list(hosts).index(ranks[r].host)) != list(
         range(len(ranks))
