@@ -68,11 +68,11 @@ def block_attention(
         p = np.exp(scores - base[..., None])
         row_sum = p.sum(axis=-1)
         seen = row_sum != 0
-        tile_lse = np.where(seen, base + np.log(np.where(seen, row_sum, 1.0)), -np.inf)
-        tile_out = _ungroup(_group(p, k) @ v[:, :, None, keys])
-        tile_out /= np.where(seen, row_sum, 1.0)[..., None]
+        part_lse = np.where(seen, base + np.log(np.where(seen, row_sum, 1.0)), -np.inf)
+        part_out = _ungroup(_group(p, k) @ v[:, :, None, keys])
+        part_out /= np.where(seen, row_sum, 1.0)[..., None]
         # 3. Join it with the tiles before.
-        out, lse = merge(out, lse, tile_out, tile_lse)
+        out, lse = merge(out, lse, part_out, part_lse)
     return out, lse
 
 
