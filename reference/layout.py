@@ -260,11 +260,16 @@ def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
     array
         A view of x.
     """
-    length, extra = divmod(x.shape[axis], comm.size)
-    start = comm.rank * length + min(comm.rank, extra)
     cut = [slice(None)] * len(x.shape)
-    cut[axis] = slice(start, start + length + (comm.rank < extra))
+    cut[axis] = share(x.shape[axis], comm.rank, comm.size)
     return x[tuple(cut)]
+
+
+def share(length: int, rank: int, size: int) -> slice:
+    """Return where a rank's part of a length lies; the first parts are the longer ones."""
+    least, extra = divmod(length, size)
+    start = rank * least + min(rank, extra)
+    return slice(start, start + least + (rank < extra))
 
 
 def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:

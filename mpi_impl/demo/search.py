@@ -30,6 +30,7 @@ from lvxattn.mpi_impl.demo.report import print_problem, print_result
 from lvxattn.mpi_impl.demo.sources import Pan, Source, open_source
 from lvxattn.mpi_impl.device import limit_blas_threads
 from lvxattn.reference import full_attention
+from lvxattn.reference.layout import share
 from lvxattn.reference.validation import raise_together
 
 SCALE = 1000.0
@@ -76,7 +77,8 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     progress.start("looking at the source")
     looked = _together(lambda: _look(options) if comm.rank == 0 else None, comm)
     source = cast(Source, comm.bcast(looked))
-    first, last = (n * source.frames // comm.size for n in (comm.rank, comm.rank + 1))
+    held_here = share(source.frames, comm.rank, comm.size)
+    first, last = held_here.start, held_here.stop
     progress.start("reading frames")
     started = time.perf_counter()
     frames = _together(
@@ -134,7 +136,7 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
         from lvxattn.mpi_impl.demo.draw import draw  # on rank 0 alone: matplotlib takes its time
 
         pictures = {n: frame for part in held for n, frame in part.items()}
-        starts = [n * source.frames // comm.size for n in range(comm.size + 1)]
+        starts = [share(source.frames, n, comm.size).start for n in range(comm.size + 1)]
         draw(Path(options.output), answers, verdicts, examples, pictures, starts, source)
         progress.finish()
         print(f"  wrote {options.output}\n  {'all checks passed' if passed else 'a check FAILED'}")

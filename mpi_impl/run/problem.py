@@ -17,6 +17,7 @@ from lvxattn.mpi_impl.run.tensors import (
     dtype_of,
     open_tensors,
 )
+from lvxattn.reference.layout import share
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.validation import FLOATING, check_attention, check_mask_rows
 
@@ -123,7 +124,7 @@ def take_share(problem: Problem, rank: int, size: int) -> Share:
     InputError, OSError
         It cannot be read, or does not fit in memory.
     """
-    rows, keys = (_part(problem.shapes[name][2], rank, size) for name in ("q", "k"))
+    rows, keys = (share(problem.shapes[name][2], rank, size) for name in ("q", "k"))
     parts = {"q": rows, "dout": rows, "k": keys, "v": keys, "mask": keys}
     tensors = {}
     for name, shape in problem.shapes.items():
@@ -187,7 +188,3 @@ def _dtype(problem: Problem, name: str) -> str:
     if isinstance(problem.source, TensorFile):
         return problem.source.tensors[name].dtype
     return "bool" if name == "mask" else problem.dtype
-
-
-def _part(length: int, rank: int, size: int) -> slice:
-    return slice(length * rank // size, length * (rank + 1) // size)
