@@ -1,0 +1,1 @@
+"""Distributed cross-attention in PyTorch: what people train with."""

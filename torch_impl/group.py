@@ -1,0 +1,102 @@
+"""The ranks that attend together: a process group, by the names that the shared checks use.
+
+Whoever takes a `group` takes a process group, a one-dimensional DeviceMesh or None.  None is the
+world, or this process alone where torch.distributed was not initialised.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+# What a public function's `group` may be.
+AnyGroup = Any  # dist.ProcessGroup | DeviceMesh | Group | None; mypy sees ProcessGroup as Any
+
+
+class Group:
+    """A process group as the ring sees it.
+
+    Attributes
+    ----------
+    group : torch.distributed.ProcessGroup or None
+        None: this process alone.
+    rank, size : int
+        This rank's number within the group, and how many ranks there are.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @staticmethod
+    def of(group: AnyGroup) -> "Group":
+        """Return the ranks that `group` stands for.  Not collective.
+
+        Raises
+        ------
+        TypeError, ValueError
+            At once and on this rank: nobody can be asked over such a group.
+        """
+        if isinstance(group, Group):
+            return group
+        if group is None:
+            there = dist.is_available() and dist.is_initialized()
+            return Group(dist.group.WORLD if there else None)
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(
+                    "group: expected a mesh of one dimension, as mesh['context'] gives it, "
+                    f"got {group.ndim} dimensions {group.mesh_dim_names or tuple(group.shape)}"
+                )
+            if group.get_coordinate() is None:
+                raise ValueError(f"group: this process is not in the mesh {group}")
+            return Group(group.get_group())
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group: this process is not in it (new_group gave it no member)")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, "
+                f"got {type(group).__name__}"
+            )
+        if dist.get_rank(group) < 0:
+            raise ValueError(f"group: rank {dist.get_rank()} of the world is not in it")
+        return Group(group)
+
+    @property
+    def name(self) -> str:
+        """Return how messages name this rank."""
+        return f"rank {self.rank} of {self.size}"
+
+    def allgather(self, sendobj: T) -> list[T]:
+        """Give every rank the objects of all ranks, in rank order.
+
+        Collective: every rank of the group calls this.
+        """
+        if self.size == 1:
+            return [sendobj]
+        gathered: list[Any] = [None] * self.size
+        with self.waiting(lambda: "what all ranks have to say"):
+            dist.all_gather_object(gathered, sendobj, self.group)
+        return gathered
+
+    @contextmanager
+    def waiting(self, what: Callable[[], str]) -> Iterator[None]:
+        """Say what was waited for, should the group's timeout end the wait, or another rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            message = f"{self.name} waited for {what()}, which did not come: {error}"
+            raise RuntimeError(message) from error
+
+
+def over_cpu(group: Group, device: torch.device) -> bool:
+    """Return whether tensors of this device travel through the host's memory."""
+    if group.group is None or device.type == "cpu":
+        return True
+    return "nccl" not in str(dist.get_backend(group.group))
