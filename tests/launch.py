@@ -97,12 +97,12 @@ def mpiexec(
     except subprocess.TimeoutExpired:
         timed_out = True
         os.killpg(process.pid, signal.SIGKILL)
-        _kill(_marked(mark))
+        kill(marked(mark))
         out, err = process.communicate()
     seconds = time.monotonic() - start
-    while (left := _marked(mark)) and time.monotonic() < start + seconds + GRACE:
+    while (left := marked(mark)) and time.monotonic() < start + seconds + GRACE:
         time.sleep(0.02)
-    _kill(left)
+    kill(left)
     if process.returncode:
         _sweep(began)
     return Ended(process.returncode, out, err, timed_out, seconds, tuple(left.values()))
@@ -144,7 +144,7 @@ def _sweep(began: float) -> None:
             file.unlink(missing_ok=True)
 
 
-def _marked(mark: str) -> dict[int, str]:
+def marked(mark: str) -> dict[int, str]:
     """Return the command lines of the living processes of one run, by process id."""
     found = {}
     for directory in Path("/proc").glob("[0-9]*"):
@@ -158,7 +158,8 @@ def _marked(mark: str) -> dict[int, str]:
     return found
 
 
-def _kill(processes: dict[int, str]) -> None:
+def kill(processes: dict[int, str]) -> None:
+    """End processes at once."""
     for pid in processes:
         try:
             os.kill(pid, signal.SIGKILL)
