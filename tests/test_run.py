@@ -14,10 +14,10 @@ import pytest
 import safetensors.numpy
 
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.mpi_impl.run import program, tensors
-from lvxattn.mpi_impl.run.problem import Problem as RunProblem
-from lvxattn.mpi_impl.run.problem import RandomTensors, describe, take_share
 from lvxattn.reference.plan.problems import MODELS
+from lvxattn.reference.run import program, tensors
+from lvxattn.reference.run.problem import Problem as RunProblem
+from lvxattn.reference.run.problem import RandomTensors, describe, take_share
 from tests.cases import Case, Problem
 from tests.commands import commands
 from tests.judge import worst_ratios

@@ -18,14 +18,14 @@ import lvxattn.mpi_impl.lv_xattn as lv_xattn
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.mpi_impl.doctor import examination
 from lvxattn.mpi_impl.doctor.ring import Link
-from lvxattn.mpi_impl.run import program
+from lvxattn.mpi_impl.run import backend
 
 comm = MPI.COMM_WORLD
 last = comm.rank == comm.size - 1
 PATCHED = (
     (lv_xattn, "merge"),
-    (program, "cross_attention"),
-    (program, "cross_attention_backward"),
+    (backend, "cross_attention"),
+    (backend, "cross_attention_backward"),
     (examination, "send_round"),
 )
 ORIGINALS = [getattr(*place) for place in PATCHED]
@@ -47,12 +47,12 @@ def spoiling(function: Any, which: int, how: Any = spoil) -> Any:
 BREAKAGES = {
     "": (lv_xattn, "merge", lv_xattn.merge),
     "merge": (lv_xattn, "merge", lambda out, lse, *_: (out, lse)),  # forgets what others said
-    "out": (program, "cross_attention", spoiling(forward, 0)),
-    "lse": (program, "cross_attention", spoiling(forward, 1)),
-    "nan": (program, "cross_attention", spoiling(forward, 0, lambda x: x * np.float32(np.nan))),
-    "dq": (program, "cross_attention_backward", spoiling(backward, 0)),
-    "dk": (program, "cross_attention_backward", spoiling(backward, 1)),
-    "dv": (program, "cross_attention_backward", spoiling(backward, 2)),
+    "out": (backend, "cross_attention", spoiling(forward, 0)),
+    "lse": (backend, "cross_attention", spoiling(forward, 1)),
+    "nan": (backend, "cross_attention", spoiling(forward, 0, lambda x: x * np.float32(np.nan))),
+    "dq": (backend, "cross_attention_backward", spoiling(backward, 0)),
+    "dk": (backend, "cross_attention_backward", spoiling(backward, 1)),
+    "dv": (backend, "cross_attention_backward", spoiling(backward, 2)),
     "message": (
         examination,
         "send_round",
