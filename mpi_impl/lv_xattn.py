@@ -89,11 +89,11 @@ def lv_xattn(
             part = merge(*part, *results.wait())
         results.shift(*part)
 
-    # 5. The rest of my own block's work hides the way home of its result.
-    rest = attend(q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
-    out, lse = merge(out, lse, *rest)
-    # 6. What all the others have said to my queries.
     if P > 1:
+        # 5. The rest of my own block's work hides the way home of its result.
+        rest = attend(q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        out, lse = merge(out, lse, *rest)
+        # 6. What all the others have said to my queries.
         out, lse = merge(out, lse, *results.wait())
     exchange.finish()
     return out.astype(q.dtype, copy=False), lse
@@ -163,13 +163,13 @@ def lv_xattn_backward(
             part += results.wait()[0]
         results.shift(part)
 
-    # 5. The rest of my own block's work hides the way home of its gradient.
-    dq += attend(
-        dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
-        mask=home.from_key(cut),
-    )  # fmt: skip
-    # 6. What all the others have said to my queries.
     if P > 1:
+        # 5. The rest of my own block's work hides the way home of its gradient.
+        dq += attend(
+            dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
+            mask=home.from_key(cut),
+        )  # fmt: skip
+        # 6. What all the others have said to my queries.
         dq += results.wait()[0]
     exchange.finish()
     return (

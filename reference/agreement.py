@@ -7,8 +7,8 @@ that has one, or the first mismatch, or agreement.
 """
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from math import isclose, sqrt
 from typing import Any
 
@@ -16,11 +16,12 @@ from lvxattn.reference.masks import MaskView
 from lvxattn.reference.validation import (
     Communicator,
     accumulator,
+    arange,
     check_attention,
     check_backward,
     check_mask_shape_rows,
+    device_kind,
     dtype_name,
-    library,
     on_rank,
     raise_lowest,
     raise_together,
@@ -31,6 +32,7 @@ MaskKind = tuple[tuple[int, ...], str] | None
 Backward = tuple[Array, Array, Array, Array | None]
 
 SCHEDULES = ("lv-xattn", "ring")
+QUERIES = ("sharded", "replicated")
 
 # What must be equal on all ranks, and the argument to name when it is not.
 EQUAL_ON_ALL_RANKS = {
@@ -42,8 +44,12 @@ EQUAL_ON_ALL_RANKS = {
     "dtype": "q",
     "scale": "scale",
     "schedule": "schedule",
+    "queries": "queries",
+    "device": "q",
     "call": "call",
 }
+# What of that concerns the call alone, not its layout.
+ONLY_OF_THE_CALL = ("device", "call")
 
 
 def agree_on(
@@ -55,11 +61,25 @@ def agree_on(
     schedule: str,
     scale: float | None,
     mask: Any,
-    backward: Backward | None,
+    backward: Backward | None = None,
+    queries: str = "sharded",
+    call: str = "forward",
+    check: Callable[[], None] | None = None,
 ) -> list["Record"]:
     """Return the records of all ranks, in rank order.
 
-    Collective: every rank of comm calls this.  Arguments are those of `Layout.agree`.
+    Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    q, k, v, comm, schedule, scale, mask, backward
+        As given to `Layout.agree`.
+    queries : str
+        ``"replicated"``: all ranks hold the same queries, all of them.
+    call : str
+        What is called, in words; must be equal on all ranks.
+    check : callable, optional
+        What an implementation has to check besides: it raises what is wrong on this rank.
 
     Raises
     ------
@@ -69,12 +89,15 @@ def agree_on(
     mine: Record | Exception
     try:
         check_attention(q, k, v, scale=scale, mask=mask)
+        if check is not None:
+            check()
         if backward is not None:
             check_backward(q, v, *backward)
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
-        call = "forward" if backward is None else "backward"
-        mine = Record.of(q, k, v, schedule, scale, mask, call, comm)
+        if queries not in QUERIES:
+            raise ValueError(f"queries: expected one of {QUERIES}, got {queries!r}")
+        mine = Record.of(q, k, v, schedule, scale, mask, queries, call, comm)
     except (TypeError, ValueError) as error:
         mine = error
     gathered = comm.allgather(mine)
@@ -93,7 +116,7 @@ def _ask(mask: Any, q: Array, k: Array, kv_start: int) -> Exception | None:
     one = slice(0, 1)
     try:
         view = MaskView(mask, kv_start=kv_start)
-        view.tile(one, one, one, one, import_module(library(q)).arange)
+        view.tile(one, one, one, one, arange(q))
     except (TypeError, ValueError) as error:
         text = str(error) if str(error).startswith("mask: ") else f"mask: raised {error!r}"
         return type(error)(text)
@@ -119,6 +142,8 @@ class Record:
     dtype: str
     scale: float
     schedule: str
+    queries: str
+    device: str
     call: str
 
     @staticmethod
@@ -129,6 +154,7 @@ class Record:
         schedule: str,
         scale: float | None,
         mask: Any,
+        queries: str,
         call: str,
         comm: Communicator,
     ) -> "Record":
@@ -148,6 +174,8 @@ class Record:
             dtype=dtype_name(q),
             scale=1 / sqrt(D) if scale is None else float(scale),
             schedule=schedule,
+            queries=queries,
+            device=device_kind(q),
             call=call,
         )
 
@@ -160,7 +188,8 @@ def mask_kind(mask: Any, dtype: str) -> MaskKind:
 
 
 def _check_equal(records: list[Record]) -> None:
-    S_Q = sum(r.s_q for r in records)
+    replicated = records[0].queries == "replicated"
+    S_Q = records[0].s_q if replicated else sum(r.s_q for r in records)
     for rank, record in enumerate(records):
         try:
             for name, argument in EQUAL_ON_ALL_RANKS.items():
@@ -172,6 +201,10 @@ def _check_equal(records: list[Record]) -> None:
                     raise (TypeError if name == "dtype" else ValueError)(
                         f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
                     )
+            if replicated and record.s_q != S_Q:
+                raise ValueError(
+                    f"q: expected rank 0's s_q = {S_Q} with queries 'replicated', got {record.s_q}"
+                )
             if record.mask is not None:
                 check_mask_shape_rows(record.mask[0], S_Q)
             if record.schedule == "ring" and record.callable_mask != records[0].callable_mask:

@@ -10,12 +10,14 @@ launcher gave them, so that P - 1 hops cross a slow link between hosts no more o
 from dataclasses import dataclass
 from importlib import import_module
 from math import isclose
-from typing import Any
+from typing import Any, Self
 
 from lvxattn.reference.agreement import (
     EQUAL_ON_ALL_RANKS,
+    ONLY_OF_THE_CALL,
     Backward,
     MaskKind,
+    Record,
     agree_on,
     mask_kind,
 )
@@ -57,6 +59,8 @@ class Layout:
         Of q, k and v.
     scale : float
     schedule : str
+    queries : str
+        ``"sharded"``, or ``"replicated"``: every rank holds all queries.
     """
 
     rank: int
@@ -73,6 +77,7 @@ class Layout:
     dtype: str
     scale: float
     schedule: str
+    queries: str
 
     @staticmethod
     def agree(
@@ -119,19 +124,28 @@ class Layout:
         ValueError, TypeError
             Naming the argument, what was expected, what was given and the rank.
         """
+        call = "forward" if backward is None else "backward"
         records = agree_on(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward, call=call
         )
-        first = records[0]
-        hosts = [r.host for r in records]
-        return Layout(
-            rank=comm.rank,
+        return Layout.of(records, comm.rank)
+
+    @classmethod
+    def of(cls, records: list[Record], rank: int) -> Self:
+        """Return the layout that follows from all ranks' records, as `rank` sees it."""
+        first, hosts = records[0], [r.host for r in records]
+        return cls(
+            rank=rank,
             order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
             s_q=tuple(r.s_q for r in records),
             s_kv=tuple(r.s_kv for r in records),
             masks=tuple(r.mask for r in records),
             rules=tuple(r.callable_mask for r in records),
-            **{name: getattr(first, name) for name in EQUAL_ON_ALL_RANKS if name != "call"},
+            **{
+                name: getattr(first, name)
+                for name in EQUAL_ON_ALL_RANKS
+                if name not in ONLY_OF_THE_CALL
+            },
         )
 
     def check(
@@ -197,8 +211,8 @@ class Layout:
 
     @property
     def S_Q(self) -> int:
-        """How many queries all ranks hold together."""
-        return sum(self.s_q)
+        """How many queries there are."""
+        return self.s_q[0] if self.queries == "replicated" else sum(self.s_q)
 
     @property
     def S_KV(self) -> int:
@@ -226,7 +240,8 @@ class Layout:
 
     def view(self, mask: Any, q_owner: int, kv_owner: int) -> MaskView:
         """Return the mask of `kv_owner`'s keys as it applies to `q_owner`'s queries."""
-        return MaskView(mask, q_start=sum(self.s_q[:q_owner]), kv_start=sum(self.s_kv[:kv_owner]))
+        q_start = 0 if self.queries == "replicated" else sum(self.s_q[:q_owner])
+        return MaskView(mask, q_start=q_start, kv_start=sum(self.s_kv[:kv_owner]))
 
     def home_cut(self, block: int, result: int) -> int:
         """Cut this rank's keys in two, for its own block: one part to hide each end of the trip.

@@ -131,13 +131,13 @@ def ring_attention_backward(
             dv_block += dv_before
         results.shift(dk_block, dv_block)
 
-    # 5. The rest of my own block's work hides the way home of its gradients.
-    dq += attend(
-        dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
-        mask=home.from_key(cut),
-    )  # fmt: skip
-    # 6. What all the others have said to my keys.
     if P > 1:
+        # 5. The rest of my own block's work hides the way home of its gradients.
+        dq += attend(
+            dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
+            mask=home.from_key(cut),
+        )  # fmt: skip
+        # 6. What all the others have said to my keys.
         dk_others, dv_others = results.wait()
         dk += dk_others
         dv += dv_others

@@ -5,6 +5,9 @@ it.  `raise_together` turns an error on one rank into the same error on all of t
 is left waiting for a message that will never come.
 """
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from math import isfinite
 from numbers import Real
 from typing import Any, Protocol, TypeVar
@@ -247,6 +250,19 @@ def _check_axis(name: str, x: Array, axis: int, symbol: str, size: int, of: str)
 def library(x: Any) -> str:
     """Return the name of the package that defines the array's type, such as ``"numpy"``."""
     return type(x).__module__.partition(".")[0]
+
+
+def arange(x: Array) -> Callable[[int, int], Array]:
+    """Return ``arange(start, stop)`` for index arrays of the kind of x, on its device."""
+    make = import_module(library(x)).arange
+    return partial(make, device=x.device) if library(x) == "torch" else make
+
+
+def device_kind(x: Array) -> str:
+    """Return what kind of device x is on: ``"cpu"``, ``"cuda"`` or another of PyTorch's names."""
+    if library(x) == "cupy":
+        return "cuda"
+    return str(getattr(getattr(x, "device", None), "type", "cpu"))
 
 
 def _kind(x: Any) -> str:

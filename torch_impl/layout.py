@@ -1,0 +1,214 @@
+"""Who holds what, for tensors: the shared layout, agreed on over a process group.
+
+It also keeps the buffers that blocks travel in, so that a layout that is used again costs neither
+small collectives nor allocations.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lvxattn.reference import layout as shared
+from lvxattn.reference.agreement import agree_on
+from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.validation import on_rank
+from lvxattn.torch_impl.group import AnyGroup, Group
+
+
+@dataclass(frozen=True)
+class Layout(shared.Layout):
+    """What all ranks agreed on, seen from one of them.
+
+    Attributes are those of `lvxattn.reference.Layout`.  It may be used for any number of calls, one
+    at a time on a device's stream, as their buffers are the same.
+    """
+
+    pool: "Pool" = field(default_factory=lambda: Pool(), compare=False, repr=False)
+
+    @staticmethod
+    def agree(  # type: ignore[override]
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        group: AnyGroup = None,
+        *,
+        schedule: str = "lv-xattn",
+        scale: float | None = None,
+        mask: Tensor | MaskRule | None = None,
+        queries: str = "sharded",
+        call: str = "forward",
+    ) -> "Layout":
+        """Check all ranks' arguments together and lay out the ring.
+
+        Collective: every rank of the group calls this.  One all-gather of a few numbers, two where
+        a mask is a callable; when it raises, it raises the same error on every rank and nothing
+        else has been sent.
+
+        Parameters
+        ----------
+        q : (B, H, s_q, D)
+        k : (B, H_KV, s_kv, D)
+        v : (B, H_KV, s_kv, D_V)
+            This rank's shares; lengths may differ between ranks and may be 0.
+        group : ProcessGroup or DeviceMesh, optional
+            The world unless given.
+        schedule : str
+            ``"lv-xattn"`` or ``"ring"``.
+        scale : float, optional
+            ``1 / sqrt(D)`` unless given.
+        mask : None, tensor or callable
+            What this rank's keys look like to every query.
+        queries : str
+            ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+        call : str
+            What the layout is for, in words; must be equal on all ranks.
+
+        Returns
+        -------
+        Layout
+            Valid for any call on any tensors of these shapes and this dtype.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, what was expected, what was given and the rank.
+        """
+        comm = Group.of(group)
+        records = agree_on(
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
+            check=lambda: check_tensors(q, k, v, mask),
+        )  # fmt: skip
+        return Layout.of(records, comm.rank)
+
+    def check(  # type: ignore[override]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        group: AnyGroup = None,
+        *,
+        scale: float | None = None,
+        mask: Tensor | MaskRule | None = None,
+        queries: str = "sharded",
+    ) -> None:
+        """Check that this rank's arguments fit what was agreed.  Not collective.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On this rank only: the others end by the group's timeout, or by their launcher.
+        """
+        comm = Group.of(group)
+        super().check(q, k, v, comm, scale=scale, mask=mask)
+        try:
+            check_tensors(q, k, v, mask)
+            if queries != self.queries:
+                raise ValueError(
+                    f"queries: expected the layout's {self.queries!r}, got {queries!r}"
+                )
+        except (TypeError, ValueError) as error:
+            raise on_rank(error, comm.rank, comm.size) from None
+
+
+class Pool:
+    """Buffers at rest, by size and device; a pass takes what it needs and gives it back."""
+
+    def __init__(self) -> None:
+        self.at_rest: dict[tuple[int, torch.device, bool], list[Tensor]] = {}
+
+    def take(self, nbytes: int, device: torch.device, *, pinned: bool) -> Tensor:
+        """Return a buffer of bytes that nobody else has."""
+        buffers = self.at_rest.get((nbytes, device, pinned))
+        if buffers:
+            return buffers.pop()
+        # A buffer made in inference mode could not be written to outside of it.
+        with torch.inference_mode(mode=False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+    def give(self, buffer: Tensor) -> None:
+        """Take a buffer back."""
+        key = buffer.numel(), buffer.device, buffer.is_pinned()
+        self.at_rest.setdefault(key, []).append(buffer)
+
+
+def shard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
+    """Return this rank's part of a tensor that every rank holds whole.  Not collective.
+
+    Parameters
+    ----------
+    x : Tensor
+    group : ProcessGroup or DeviceMesh, optional
+        The world unless given.
+    axis : int
+        The axis that is cut; the first ``length % P`` parts are one longer than the others.
+
+    Returns
+    -------
+    Tensor
+        A view of x.
+    """
+    return shared.shard(x, Group.of(group), axis)  # type: ignore[no-any-return]
+
+
+def unshard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
+    """Join all ranks' parts, of any lengths, into the whole, which every rank must have room for.
+
+    Collective: every rank of the group calls this.  For looking at results: it carries no
+    gradients, and goes through the host's memory.
+
+    Parameters
+    ----------
+    x : Tensor
+    group : ProcessGroup or DeviceMesh, optional
+        The world unless given.
+    axis : int
+        The axis along which the parts follow one another in rank order.
+
+    Returns
+    -------
+    Tensor
+        On x's device.
+
+    Raises
+    ------
+    ValueError
+        On every rank, when the parts differ in dtype or in another axis.
+    """
+    whole: Tensor = shared.unshard(x.detach().cpu(), Group.of(group), axis)
+    return whole.to(x.device)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
+    """Check what only tensors can get wrong.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what was given.
+    """
+    arrays = {"q": q, "k": k, "v": v}
+    if mask is not None and not callable(mask):
+        arrays["mask"] = mask
+    for name, x in arrays.items():
+        check_tensor(name, x, q)
+    if "mask" in arrays and mask.requires_grad:
+        raise ValueError("mask: expected a constant, got a tensor that requires a gradient")
+
+
+def check_tensor(name: str, x: Tensor, q: Tensor, of: str = "q") -> None:
+    """Check that `x` is a plain tensor on the device of `q`, which is argument `of`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if isinstance(x, DTensor):
+        raise TypeError(
+            f"{name}: expected this rank's part as a plain tensor, got a DTensor; "
+            f"{name}.to_local() gives it"
+        )
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+        raise TypeError(f"{name}: expected a strided tensor, got {kind}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected {of}'s device {q.device}, got {x.device}")
