@@ -46,6 +46,11 @@ class Backend:
         if self.xp is not np:
             self.xp.cuda.Device().synchronize()
 
+    def agree(self, tensors: dict[str, Any], *, schedule: str, scale: float | None) -> Layout:
+        """Return the layout of these tensors.  Collective: every rank of comm calls this."""
+        q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
+        return Layout.agree(q, k, v, self.comm, schedule=schedule, scale=scale, mask=mask)
+
     def forward(self, tensors: dict[str, Any], layout: Layout, meter: Meter) -> dict[str, Any]:
         """Return out and lse.  Collective: every rank of comm calls this."""
         q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))

@@ -53,8 +53,7 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     backend = ranks.backend(options.device, problem.dtype)
     share = _together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
-    q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
-    layout = Layout.agree(q, k, v, ranks, schedule=options.schedule, scale=options.scale, mask=mask)
+    layout = backend.agree(tensors, schedule=options.schedule, scale=options.scale)
     output = _on_rank_0(lambda: _create(options, problem, layout), ranks)
     try:
         # 2. the attention, as often as is asked for

@@ -25,6 +25,17 @@ class Backend(Protocol):
     def finish(self) -> None:
         """Wait until everything is computed."""
 
+    def agree(self, tensors: dict[str, Any], *, schedule: str, scale: float | None) -> Layout:
+        """Return the layout of these tensors.
+
+        Collective: every rank calls this.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The ranks' arguments do not fit; the same on all ranks.
+        """
+
     def forward(self, tensors: dict[str, Any], layout: Layout, meter: Meter) -> dict[str, Any]:
         """Return out and lse.
 
