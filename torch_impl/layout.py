@@ -150,7 +150,7 @@ def shard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
     Tensor
         A view of x.
     """
-    return shared.shard(x, Group.of(group), axis)  # type: ignore[no-any-return]
+    return shared.shard(x, Group.of(group), axis)
 
 
 def unshard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:

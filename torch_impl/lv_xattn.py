@@ -1,0 +1,176 @@
+r"""LV-XAttn: keys and values stay, the short query blocks go round the ring.
+
+Forward.  A rank attends from every visiting block to its own keys; what has been computed for a
+block follows it one hop behind, is merged on the way and ends at home.  Rank r, P = 4:
+
+    hop        0 (home)      1           2           3           home again
+    q block    r, 1st part   r-1         r-2         r-3         r, 2nd part
+    sends      q of r        q of r-1    q of r-2    -           -
+    and                      result r-1  result r-2  result r-3  -
+    receives   q of r-1      q of r-2    q of r-3    result r
+                             result r-2  result r-3
+
+Queries make P - 1 hops and results P - 1, as few as an all-gather and a reduce-scatter would need.
+Work on the rank's own block is cut in two, so that the first hop of the queries and the last hop of
+the results have something to hide behind.
+
+Backward.  delta = rowsum(dout * out) - dlse is computed once, at home, so that out need not travel;
+q, dout, lse and delta go round, dq follows as the result did, dk and dv are summed where the keys
+are.
+
+Source: arXiv:2502.02406, algorithm 1; hops and the cut are this project's.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.meter import Meter
+from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward
+from lvxattn.torch_impl.exchange import BLOCKS, RESULTS, Exchange, Field
+from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.merge import merge
+
+
+def lv_xattn(
+    q: Tensor,
+    k_shard: Tensor,
+    v_shard: Tensor,
+    group: Group,
+    layout: Layout,
+    *,
+    mask: Tensor | MaskRule | None = None,
+    meter: Meter | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend from this rank's queries to all ranks' keys.
+
+    Collective: every rank of the group calls this.  Arguments and results are those of
+    `cross_attention`, already checked against the layout; autograd sees nothing of it.
+    """
+    meter = meter or Meter()
+    wide = getattr(torch, layout.accumulator)
+    exchange = Exchange(group, layout, meter, q.device)
+
+    def block(owner: int) -> list[Field]:
+        return [((layout.B, layout.H, layout.s_q[owner], layout.D), q.dtype)]
+
+    def result(owner: int) -> list[Field]:
+        rows = layout.B, layout.H, layout.s_q[owner]
+        return [((*rows, layout.D_V), wide), (rows, wide)]
+
+    queries, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
+    attend = exchange.computes(partial(block_attention, scale=layout.scale))
+    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
+    cut = layout.home_cut(queries.nbytes, results.nbytes)
+
+    # 1. Send my queries on; the first part of my own block's work hides their way.
+    if P > 1:
+        queries.shift(q)
+    out, lse = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+
+    for hop in range(1, P):
+        # 2. Take over a visiting block, and send it on before working on it.
+        (q_block,) = queries.wait()
+        if hop < P - 1:
+            queries.shift()
+        # 3. What my keys have to say to it.
+        view = layout.view(mask, layout.owner(hop), layout.rank)
+        part = attend(hop, q_block, k_shard, v_shard, mask=view)
+        # 4. Merge that with what the ranks before me have said, and send it after the block.
+        if hop > 1:
+            part = merge(*part, *results.wait())
+        results.shift(*part)
+
+    if P > 1:
+        # 5. The rest of my own block's work hides the way home of its result.
+        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        out, lse = merge(out, lse, *rest)
+        # 6. What all the others have said to my queries.
+        out, lse = merge(out, lse, *results.wait())
+    exchange.finish()
+    return out.to(q.dtype), lse
+
+
+def lv_xattn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k_shard: Tensor,
+    v_shard: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    group: Group,
+    layout: Layout,
+    *,
+    mask: Tensor | MaskRule | None = None,
+    dlse: Tensor | None = None,
+    meter: Meter | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate `lv_xattn`.
+
+    Collective: every rank of the group calls this.  Arguments and results are those of the
+    forward and their gradients; dk and dv are those of this rank's keys, summed over all queries.
+    """
+    meter = meter or Meter()
+    wide = getattr(torch, layout.accumulator)
+    exchange = Exchange(group, layout, meter, q.device)
+
+    def block(owner: int) -> list[Field]:
+        rows = layout.B, layout.H, layout.s_q[owner]
+        tall: list[Field] = [((*rows, layout.D), q.dtype), ((*rows, layout.D_V), q.dtype)]
+        return [*tall, (rows, wide), (rows, wide)]
+
+    def result(owner: int) -> list[Field]:
+        return [((layout.B, layout.H, layout.s_q[owner], layout.D), wide)]
+
+    blocks, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
+    attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
+    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
+    cut = layout.home_cut(blocks.nbytes, results.nbytes)
+    dout = dout.to(q.dtype)  # as it is on the ranks that it visits
+    delta = (dout.to(wide) * out).sum(dim=-1) - (0.0 if dlse is None else dlse)
+
+    # 1. Send my block on; the first part of my own block's work hides its way.
+    if P > 1:
+        blocks.shift(q, dout, lse, delta)
+    dq, dk, dv = attend(0, dout, q, k_shard[:, :, :cut], v_shard[:, :, :cut], lse, delta, mask=home)
+    if P > 1:
+        dk, dv = lengthen(dk, k_shard), lengthen(dv, v_shard)
+
+    for hop in range(1, P):
+        # 2. Take over a visiting block, and send it on before working on it.
+        q_block, dout_block, lse_block, delta_block = blocks.wait()
+        if hop < P - 1:
+            blocks.shift()
+        # 3. What my keys have to say to it; dk and dv stay here and are added to in place.
+        view = layout.view(mask, layout.owner(hop), layout.rank)
+        part, dk_part, dv_part = attend(
+            hop, dout_block, q_block, k_shard, v_shard, lse_block, delta_block, mask=view
+        )
+        dk += dk_part
+        dv += dv_part
+        # 4. Add that to what the ranks before me have said, and send it after the block.
+        if hop > 1:
+            part += results.wait()[0]
+        results.shift(part)
+
+    if P > 1:
+        # 5. The rest of my own block's work hides the way home of its gradient.
+        rest, dk_part, dv_part = attend(
+            0, dout, q, k_shard[:, :, cut:], v_shard[:, :, cut:], lse, delta,
+            mask=home.from_key(cut),
+        )  # fmt: skip
+        dq += rest
+        dk[:, :, cut:] += dk_part
+        dv[:, :, cut:] += dv_part
+        # 6. What all the others have said to my queries.
+        dq += results.wait()[0]
+    exchange.finish()
+    return dq.to(q.dtype), dk.to(k_shard.dtype), dv.to(v_shard.dtype)
+
+
+def lengthen(part: Tensor, whole: Tensor) -> Tensor:
+    """Return the gradient of the first keys with zeros for all that follow in `whole`."""
+    return torch.nn.functional.pad(part, (0, 0, 0, whole.shape[2] - part.shape[2]))

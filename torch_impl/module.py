@@ -1,0 +1,209 @@
+"""Cross-attention as a module, as people put it into a model and train it."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.meter import Meter
+from lvxattn.torch_impl.cross_attention import cross_attention
+from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
+from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.recompute import cross_attention_layer
+
+
+class CrossAttention(nn.Module):
+    """Attend from text to visual features that are spread over ranks.
+
+        q = x W_q     k, v = features W_k, features W_v     out = attention(q, k, v) W_o
+
+    Argument names are those of `torch.nn.MultiheadAttention` where they mean the same.  Weights are
+    equal on all ranks, and each rank's gradients of them are partial sums: `sum_gradients` adds
+    them up.
+
+    Parameters
+    ----------
+    embed_dim : int
+        E, the width of the text features.
+    num_heads : int
+        H, the number of query heads.
+    num_kv_heads : int, optional
+        H_KV, the number of key-value heads, a divisor of `num_heads`; as many unless given.
+    kv_dim : int, optional
+        E_V, the width of the visual features; `embed_dim` unless given.
+    head_dim : int, optional
+        D, the width of a head; ``embed_dim // num_heads`` unless given.
+    bias : bool
+        Whether the four projections have biases.
+    group : ProcessGroup or one-dimensional DeviceMesh, optional
+        The ranks that the features are spread over; the world at the time of a call unless given.
+    recompute_kv : bool
+        Keep x, the features, out and lse for the backward, and make keys and values again: all
+        layers of a model keep the same features, once.  Gradients are the same.
+    dropout : float
+        Only 0: attention over shards cannot drop out as one process would.
+    device, dtype
+        Of the weights, as for any module.
+
+    Raises
+    ------
+    ValueError
+        Sizes that do not fit, or dropout.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        kv_dim: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        group: AnyGroup = None,
+        recompute_kv: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        kv_dim = embed_dim if kv_dim is None else kv_dim
+        sizes = {
+            "embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads,
+            "kv_dim": kv_dim, "head_dim": 1 if head_dim is None else head_dim,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected a whole number from 1 up, got {size!r}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of embed_dim = {embed_dim}, or a head_dim, "
+                f"got {num_heads}"
+            )
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+            )
+        if dropout != 0:
+            raise ValueError(
+                f"dropout: expected 0, got {dropout}: ranks would not drop what one process drops"
+            )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.group, self.recompute_kv = group, recompute_kv
+
+        def linear(wide: int, narrow: int) -> nn.Linear:
+            return nn.Linear(wide, narrow, bias=bias, device=device, dtype=dtype)
+
+        self.q_proj = linear(embed_dim, num_heads * self.head_dim)
+        self.k_proj = linear(kv_dim, num_kv_heads * self.head_dim)
+        self.v_proj = linear(kv_dim, num_kv_heads * self.head_dim)
+        self.out_proj = linear(num_heads * self.head_dim, embed_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        features: Tensor,
+        *,
+        mask: Tensor | MaskRule | None = None,
+        layout: Layout | None = None,
+        schedule: str = "lv-xattn",
+        queries: str = "sharded",
+        meter: Meter | None = None,
+    ) -> Tensor:
+        """Attend from this rank's text to all ranks' features.
+
+        Collective: every rank of the group calls this, and its backward.
+
+        Parameters
+        ----------
+        x : (B, s_q, E)
+            This rank's text features; all of them with ``queries="replicated"``.
+        features : (B, s_kv, E_V)
+            This rank's visual features.
+        mask, layout, schedule, queries, meter
+            As in `cross_attention`.
+
+        Returns
+        -------
+        Tensor : (B, s_q, E)
+        """
+        options: dict[str, Any] = {
+            "mask": mask, "layout": layout, "schedule": schedule, "queries": queries,
+            "meter": meter,
+        }  # fmt: skip
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if self.recompute_kv:
+            weights = (self._by_head(p.weight).permute(2, 0, 1) for p in projections)
+            biases = {
+                name: self._by_head(p.bias)
+                for name, p in zip(("b_q", "b_k", "b_v"), projections, strict=True)
+                if p.bias is not None
+            }
+            out = cross_attention_layer(x, features, *weights, self.group, **biases, **options)
+        else:
+            q, k, v = (
+                p(source).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for p, source in zip(projections, (x, features, features), strict=True)
+            )
+            out = cross_attention(q, k, v, self.group, **options)
+        joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return joined
+
+    def _by_head(self, parameter: Tensor) -> Tensor:
+        """Return a weight (H D, E) as (H, D, E), or a bias (H D) as (H, D)."""
+        return parameter.unflatten(0, (-1, self.head_dim))
+
+    def extra_repr(self) -> str:
+        """Say what the projections do not show."""
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, recompute_kv={self.recompute_kv}"
+        )
+
+
+@torch.no_grad()
+def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
+    """Add up the gradients of a module's parameters over the ranks, in place.
+
+    Collective: every rank of the group calls this, once a step, after the backward.  The sum is
+    taken in float32, or float64 for float64, in one all-reduce for each of the two.  A parameter
+    that has a gradient on any rank gets the sum on all.
+
+    Every parameter is taken to be a partial sum on each rank, as it is when each rank's loss is its
+    share of the whole: sum over its own tokens, divided by all ranks' number of tokens.  Parameters
+    whose gradients are whole on every rank (those behind ``queries="replicated"``) do not belong
+    here: give the module that holds the others.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    group : ProcessGroup or one-dimensional DeviceMesh, optional
+        The world unless given.
+    """
+    comm = Group.of(group)
+    if comm.size == 1:
+        return
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    device = parameters[0].device
+    wire = torch.device("cpu") if over_cpu(comm, device) else device
+    held = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=wire)
+    with comm.waiting(lambda: "all ranks to say which gradients they have"):
+        dist.all_reduce(held, dist.ReduceOp.MAX, comm.group)
+    summed = [p for p, some in zip(parameters, held.tolist(), strict=True) if some]
+    for wide in (torch.float32, torch.float64):
+        part = [p for p in summed if (p.dtype == torch.float64) == (wide == torch.float64)]
+        if not part:
+            continue
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
+        flat = torch.cat([g.to(wire, wide).flatten() for g in grads])
+        with comm.waiting(lambda: "all ranks' gradients of the weights"):
+            dist.all_reduce(flat, dist.ReduceOp.SUM, comm.group)
+        pieces = flat.split([p.numel() for p in part])
+        for p, grad, piece in zip(part, grads, pieces, strict=True):
+            p.grad = grad.copy_(piece.view_as(grad))
