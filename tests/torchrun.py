@@ -15,10 +15,10 @@ def torchrun(
     timeout: float = 100.0,
     env: dict[str, str | None] | None = None,
 ) -> Ended:
-    """Run ``torchrun --standalone --nproc-per-node P *args``; one that outlives `timeout` is killed.
+    """Run ``torchrun --standalone --nproc-per-node P *args``; kill it if it outlives `timeout`.
 
-    A launch takes about 4 s of two cores that have nothing else to do, most of it for importing
-    torch on every rank.  torchrun's own exit status is 0 or 1, and stderr has its report if it is 1.
+    A launch takes 4 s on two cores that have nothing else to do, most of it to import torch on
+    every rank.  torchrun's own exit status is 0 or 1, and if it is 1, stderr has its report.
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.run.backend import Backend
-from lvxattn.torch_impl.run.world import choose_device, limit_threads
+from lvxattn.torch_impl.run.processes import choose_device, limit_threads
 
 T = TypeVar("T")
 
