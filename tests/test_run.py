@@ -246,7 +246,10 @@ def preset_lines(folder: Path) -> list[list[Any]]:
             *("--mask", "padding", "--dtype", "float16", "--repeat", "2", "--check"),
             *("--scale", "0.25", "--json", folder / "all.json"),
         ],
-        ["run", *SMALL, "--quiet", "--schedule", "ring", "--scale", "0.5", "--check"],
+        [
+            *("run", *SMALL, "--quiet", "--schedule", "ring", "--scale", "0.5", "--check"),
+            *("--json", folder / "ring.json"),
+        ],
         *[["run", *SMALL, "--dtype", dtype, "--check", "--quiet"] for dtype in DTYPES],
         ["run", "--text-tokens", "0", "--visual-tokens", "0", "--backward", "--check", "--quiet"],
     ]
@@ -277,6 +280,10 @@ def test_presets_and_sizes_pass_their_check_and_are_reported(
     assert report["totals"]["backward"] > 0
     assert report["ranks"][P - 1]["messages"] == 4 * (P - 1)
     assert "float16" in sizes.out
+
+    report = json.loads((told.folder / "ring.json").read_text())
+    assert (report["schedule"], report["scale"]) == ("ring", 0.5)
+    assert report["totals"]["bytes"] == (P - 1) * 2 * 4 * 4 * 100 * 8  # keys and values
     for said in (preset, sizes, *others):
         assert (said.status, said.err) == (0, "")
     assert [said.out for said in others] == [""] * len(others)

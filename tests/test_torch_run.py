@@ -45,7 +45,7 @@ def test_torchrun_runs_it_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_said_before_torchrun_ends_the_ranks() -> None:
-    ended = torchrun(2, *MODULE, "run", "--head-dim", "0")
+    ended = torchrun(2, PROGRAMS / "torch_refuse.py", "run", "--head-dim", "0")
     assert ended.status == 1  # torchrun's own: the ranks' is in its report
     first, report = ended.err.split("\n", 1)
     assert first == (
