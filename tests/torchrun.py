@@ -17,8 +17,8 @@ def torchrun(
 ) -> Ended:
     """Run ``torchrun --standalone --nproc-per-node P *args``; kill it if it outlives `timeout`.
 
-    A launch takes 4 s on two cores that have nothing else to do, most of it to import torch on
-    every rank.  torchrun's own exit status is 0 or 1, and if it is 1, stderr has its report.
+    A launch on 2 ranks takes about 6 s of processor time, most of it to import torch in every
+    process.  torchrun's own exit status is 0 or 1, and if it is 1, stderr has its report.
 
     Parameters
     ----------
