@@ -1,0 +1,126 @@
+r"""One block of queries against one rank's keys.
+
+Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge` joins it with
+the tiles before; scores are never kept for more than one tile.
+
+    s = scale q k^T + mask       p = exp(s - rowmax s)
+    out = p v / rowsum p         lse = rowmax s + log rowsum p
+
+The backward needs no such care: with lse over all keys of all ranks known, every tile's
+probabilities are what they are in the whole,
+
+    p  = exp(s - lse)           dv = p^T dout
+    ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
+
+so its sums over tiles, blocks and ranks are plain sums.
+
+Equations: arXiv:2307.08691, algorithms 1 and 2.
+
+The steps are in `kernels/blocked.py`.  The other kernels are PyTorch's fused ones, which take the
+same tiles in one call; `kernels/choose.py` says when.
+"""
+
+import torch
+from torch import Tensor
+
+from lvxattn.reference.masks import MaskRule, MaskView
+from lvxattn.torch_impl.kernels import KERNELS
+from lvxattn.torch_impl.kernels.choose import choose
+from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
+
+
+@torch.no_grad()
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: MaskView | Tensor | MaskRule | None = None,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attend from a block of queries to one rank's keys.  Not collective, not differentiable.
+
+    Parameters
+    ----------
+    q : (B, H, s_q, D)
+    k : (B, H_KV, s_kv, D)
+    v : (B, H_KV, s_kv, D_V)
+    scale : float
+    mask : optional
+        A mask over this block, or the view that `Layout.view` gives of a rank's mask.
+    kernel : str
+        The name of one of `KERNELS`, or ``"auto"``.
+
+    Returns
+    -------
+    out : (B, H, s_q, D_V), accumulator dtype
+    lse : (B, H, s_q), accumulator dtype
+        Natural log; (0, -inf) where a query may attend to none of the keys.
+
+    Raises
+    ------
+    ValueError
+        `kernel` is not the name of a kernel, or of one that cannot do this.
+    """
+    view = MaskView.of(mask)
+    work = _kernel(kernel, Job.of(q, k, v, view, backward=False))
+    if 0 in (q.shape[2], k.shape[2]):  # with which fused kernels end the process
+        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=accumulator_of(q))
+        return out, out.new_full(q.shape[:3], -torch.inf)
+    return work.forward(q, k, v, scale=float(scale), mask=view)
+
+
+@torch.no_grad()
+def block_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    scale: float,
+    mask: MaskView | Tensor | MaskRule | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Differentiate `block_attention` given lse and delta over all keys of all ranks.
+
+    Not collective.  Adds this block's share to dk and dv in place.
+
+    Parameters
+    ----------
+    dout : (B, H, s_q, D_V)
+        Rounded to q's dtype by kernels that take nothing else.
+    q, k, v, scale, mask, kernel
+        As given to `block_attention`.
+    lse : (B, H, s_q), accumulator dtype
+        Over all keys.
+    delta : (B, H, s_q), accumulator dtype
+        ``rowsum(dout * out) - dlse``, out over all keys.
+    dk, dv : shaped as k, v, accumulator dtype
+        Added to in place.
+
+    Returns
+    -------
+    dq : (B, H, s_q, D), accumulator dtype
+        The share of these keys.
+    """
+    view = MaskView.of(mask)
+    work = _kernel(kernel, Job.of(q, k, v, view, backward=True))
+    if 0 in (q.shape[2], k.shape[2]):
+        return q.new_zeros(q.shape, dtype=accumulator_of(q))
+    return work.backward(dout, q, k, v, lse, delta, dk, dv, scale=float(scale), mask=view)
+
+
+def _kernel(name: str, job: Job) -> Kernel:
+    if name == "auto":
+        return KERNELS[choose(job)]
+    if name not in KERNELS:
+        raise ValueError(f"kernel: expected auto, {', '.join(KERNELS)}, got {name!r:.40}")
+    wrong = KERNELS[name].unsupported(job)
+    if wrong is not None:
+        raise ValueError(f"kernel: expected for {name} {wrong}")
+    return KERNELS[name]

@@ -1,0 +1,60 @@
+"""PyTorch's fused attention on the CPU: fp32 and fp64, grouped heads, a bias.
+
+Traps, each with a test: it refuses bool masks; a bias of another dtype than q's is read as if it
+had q's; a row that sees nothing gets lse 0; no queries, or no keys, end the process; D_V must be D.
+"""
+
+import torch
+from torch import Tensor
+
+from lvxattn.reference.masks import MaskView
+from lvxattn.torch_impl.kernels.bias import Bias
+from lvxattn.torch_impl.kernels.job import Job, accumulator_of
+from lvxattn.torch_impl.kernels.stand_in import stand_in
+
+NAME = "cpu_flash"
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def unsupported(job: Job) -> str | None:
+    """Say why the kernel cannot do the job."""
+    wrong = job.on("cpu", torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    wrong = wrong or job.exact_bias() or job.room_for_stand_in()
+    if wrong is None and job.D_V != job.D:
+        return f"D_V = D = {job.D}, got D_V = {job.D_V}"
+    return wrong
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
+) -> tuple[Tensor, Tensor]:
+    """Do what `block_attention` does."""
+    bias = Bias.of(mask, q, k)
+    out, lse = _forward(q, k, v, 0.0, False, attn_mask=bias.bias, scale=scale)
+    return bias.settle(out.to(accumulator_of(q)), lse)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    scale: float,
+    mask: MaskView,
+) -> Tensor:
+    """Do what `block_attention_backward` does."""
+    bias = Bias.of(mask, q, k)
+    dout, out = stand_in(dout, delta, q.dtype)
+    dq, dk_part, dv_part = _backward(
+        dout, q, k, v, out, bias.closed(lse), 0.0, False, attn_mask=bias.bias, scale=scale
+    )
+    dk += dk_part
+    dv += dv_part
+    return dq.to(accumulator_of(q))  # type: ignore[no-any-return]
