@@ -43,7 +43,7 @@ RULES = (
     Rule("efficient", lambda job: job.device == "cuda", "takes fp32 and a bias; not measured"),
     Rule(
         "cpu_flash",
-        lambda job: job.dtype in _WIDE and job.mask in ("none", "padding"),
+        lambda job: job.dtype in _WIDE and job.mask != "callable",
         "PLACEHOLDER",
     ),
     Rule("blocked", lambda _: True, "can do every job"),

@@ -1,5 +1,8 @@
 """PyTorch's fused attention on the CPU: fp32 and fp64, grouped heads, a bias.
 
+Not 16 bits: there its exponential is one of 20 bits, so that lse is worse than fp32, and matrix
+products are faster.
+
 Traps, each with a test: it refuses bool masks; a bias of another dtype than q's is read as if it
 had q's; a row that sees nothing gets lse 0; no queries, or no keys, end the process; D_V must be D.
 """
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
-from lvxattn.torch_impl.kernels.job import Job, accumulator_of
+from lvxattn.torch_impl.kernels.job import Job
 from lvxattn.torch_impl.kernels.stand_in import stand_in
 
 NAME = "cpu_flash"
@@ -20,8 +23,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def unsupported(job: Job) -> str | None:
     """Say why the kernel cannot do the job."""
-    wrong = job.on("cpu", torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    wrong = wrong or job.exact_bias() or job.room_for_stand_in()
+    wrong = job.on("cpu", torch.float32, torch.float64) or job.exact_bias()
     if wrong is None and job.D_V != job.D:
         return f"D_V = D = {job.D}, got D_V = {job.D_V}"
     return wrong
@@ -33,7 +35,7 @@ def forward(
     """Do what `block_attention` does."""
     bias = Bias.of(mask, q, k)
     out, lse = _forward(q, k, v, 0.0, False, attn_mask=bias.bias, scale=scale)
-    return bias.settle(out.to(accumulator_of(q)), lse)
+    return bias.settle(out, lse)
 
 
 def backward(
@@ -57,4 +59,4 @@ def backward(
     )
     dk += dk_part
     dv += dv_part
-    return dq.to(accumulator_of(q))  # type: ignore[no-any-return]
+    return dq  # type: ignore[no-any-return]
