@@ -39,8 +39,8 @@ def main() -> None:
     rows, load = [], os.getloadavg()[0]
     for job, mask in jobs(options.quick):
         rows.append(compare(job, mask, options.repeat))
-        print("{dtype:8} H_KV {H_KV} s_q {s_q:4} s_kv {s_kv:5} D {D:3} mask {mask:7} ".format(
-            **rows[-1]), rows[-1]["milliseconds"], "auto:", rows[-1]["auto"], flush=True)  # fmt: skip
+        sizes = "{dtype:8} H_KV {H_KV} s_q {s_q:4} s_kv {s_kv:5} D {D:3} mask {mask:7}"
+        print(sizes.format(**rows[-1]), rows[-1]["milliseconds"], rows[-1]["auto"], flush=True)
     overhead = one_rank(options.repeat)
     print(f"one rank over scaled_dot_product_attention: {overhead}, goal {GOAL}")
     if options.json:
@@ -84,13 +84,13 @@ def compare(job: Job, kind: str, repeat: int) -> dict[str, Any]:
     out, lse = block_attention(q, k, v, scale=scale, mask=mask, kernel="blocked")
     delta = (dout * out).sum(dim=-1)
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
+    given = (dout, q, k, v, lse, delta, dk, dv)
     for name, kernel in KERNELS.items():
         if kernel.unsupported(Job.of(q, k, v, MaskView.of(mask), backward=True)) is not None:
             continue
         options: dict[str, Any] = {"scale": scale, "mask": mask, "kernel": name}
         forward = least(lambda o=options: block_attention(q, k, v, **o), repeat)
-        args = (dout, q, k, v, lse, delta, dk, dv)
-        backward_ = least(lambda o=options: block_attention_backward(*args, **o), repeat)
+        backward_ = least(lambda o=options: block_attention_backward(*given, **o), repeat)
         measured[name] = [round(1e3 * forward, 2), round(1e3 * backward_, 2)]
     sizes = {n: getattr(job, n) for n in ("H", "H_KV", "s_q", "s_kv", "D")}
     dtype = str(job.dtype).removeprefix("torch.")

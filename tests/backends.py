@@ -13,7 +13,6 @@ from lvxattn.torch_impl.kernels import KERNELS, Job
 from tests import fake_cupy
 from tests.cases import Case
 
-
 # Blocks are small here, and two threads on a busy machine wait for one another.
 torch.set_num_threads(1)
 

@@ -26,14 +26,16 @@ _WIDE = (torch.float32, torch.float64)
 
 RULES = (
     Rule(
-        "split",
-        lambda job: job.device == "cuda" and job.D >= 8 and split.parts_for(job) > 1,
-        "too few heads and rows to fill a GPU; not measured",
-    ),
-    Rule(
         "cuda_flash",
         lambda job: job.device == "cuda",
-        "the fastest for 16 bits in PyTorch's own order; not measured",
+        "the fastest for 16 bits in PyTorch's own order, splits by itself; not measured",
+    ),
+    Rule(
+        "split",
+        lambda job: (
+            job.device == "cuda" and job.dtype != torch.float64 and split.parts_for(job) > 1
+        ),
+        "too few heads and rows to fill a GPU, and no kernel before splits by itself; not measured",
     ),
     Rule(
         "cudnn",

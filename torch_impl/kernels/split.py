@@ -1,7 +1,7 @@
 """Few queries, many keys: take the keys in parts that are worked on at the same time.
 
-A fused kernel shares its work out by batch entry, head and rows of queries (most backwards, on the
-CPU, by key-value head alone).  With few of those, part of the machine has nothing to do.  Here the
+A fused forward shares its work out by batch entry, head and rows of queries, CPU flash's backward by
+batch entry and key-value head alone.  With few of those, part of the machine has nothing to do.  Here the
 keys of a batch entry are viewed as several entries, which any kernel takes, and the results are
 merged by lse; in the backward the shares of dq are added, and those of dk and dv lie apart.
 
@@ -40,6 +40,8 @@ def unsupported(job: Job) -> str | None:
 
 def parts_for(job: Job) -> int:
     """Return into how many parts the keys of one batch entry are cut."""
+    if job.device != "cpu" and job.backward:  # shared out by keys as it is
+        return 1
     workers = torch.get_num_threads() if job.device == "cpu" else BUSY
     shares = job.H_KV if job.backward else job.H * -(-job.s_q // ROWS)
     return max(1, min(-(-workers // shares), job.s_kv // LEAST_KEYS))

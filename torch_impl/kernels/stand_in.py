@@ -18,9 +18,10 @@ is used in rows where max|dout| < t; tiny is the smallest normal number of the d
 
 - It is representable: delta / t is at most 2^100; t <= |delta| 2^-100 or tiny.  In the other rows
   out* is at most |delta| / max|dout| <= 2^100.
-- It changes nothing: dout moves by less than 2 t a row, so dp - delta by 2^-99 |delta| |v|, against
-  the 2^-24 |delta| (fp32) or 2^-53 |delta| (fp64) by which the subtraction is rounded anyway, for
-  any |v| below 2^46; dv moves by 2^-99 |delta| p.  Where t is tiny both are at the underflow limit.
+- It changes nothing: no component of dout moves by more than 2 t, so dp - delta by 2^-99 |delta|
+  times the sum of v's D_V magnitudes, against the 2^-24 |delta| (fp32) or 2^-53 |delta| (fp64) by
+  which the subtraction is rounded anyway, for any such sum below 2^46; dv moves by 2^-99 |delta| p.
+  Where t is tiny both are at the underflow limit.
 - |dout|^2 neither overflows nor vanishes: with d = dout / max|dout| it is max|dout|^2 |d|^2, |d|^2
   from 1 to D_V.
 
