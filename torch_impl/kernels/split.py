@@ -1,9 +1,10 @@
 """Few queries, many keys: take the keys in parts that are worked on at the same time.
 
-A fused forward shares its work out by batch entry, head and rows of queries, CPU flash's backward by
-batch entry and key-value head alone.  With few of those, part of the machine has nothing to do.  Here the
-keys of a batch entry are viewed as several entries, which any kernel takes, and the results are
-merged by lse; in the backward the shares of dq are added, and those of dk and dv lie apart.
+A fused forward shares its work out by batch entry, head and rows of queries, CPU flash's backward
+by batch entry and key-value head alone.  With few of those, part of the machine has nothing to do.
+Here the keys of a batch entry are viewed as several entries, which any kernel takes, and the
+results are merged by lse; in the backward the shares of dq are added, and those of dk and dv lie
+apart.
 
     k (H_KV, parts * n, D) -> (parts, H_KV, n, D), a view       q (H, s_q, D) -> (parts, H, s_q, D)
 
