@@ -1,7 +1,8 @@
 """Which kernel `kernel="auto"` takes: the first rule that fits, of kernels that can do the job.
 
-The rules for the CPU rest on benchmarks/results/kernels-cpu.json (python benchmarks/kernels.py);
-those for CUDA on PyTorch's source alone, until there is a measurement.
+The rule for the CPU rests on short runs of python benchmarks/kernels.py and its like on a machine
+that others were using, and waits for one on a quiet machine; those for CUDA rest on PyTorch's
+source alone.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ RULES = (
     Rule(
         "cpu_flash",
         lambda job: job.dtype in _WIDE and job.mask != "callable",
-        "PLACEHOLDER",
+        "s_q 1024, s_kv 16k, mask of all pairs: 270 ms and 571 back, blocked 630 and 976",
     ),
     Rule("blocked", lambda _: True, "can do every job"),
 )
