@@ -1,4 +1,4 @@
-"""Distributed cross-attention in PyTorch: a rank of a process group, CPU or CUDA tensors."""
+"""Distributed cross-attention in PyTorch: what people train with."""
 
 from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward
 from lvxattn.torch_impl.merge import merge
