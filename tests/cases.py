@@ -228,3 +228,12 @@ CASES: list[Case] = [
     Case("lse near 0", S_KV=8, shift=-2.0, dtype="float32"),
     Case("values near 1000", offset=1e3, dtype="float32"),
 ]
+BF16: list[Case] = [
+    replace(case, name=f"{case.name}, bfloat16", dtype="bfloat16")
+    for case in (
+        Case("plain"),
+        Case("grouped", B=2, H=4, H_KV=2, D_V=5),
+        *(Case(f"mask {m}", B=2, mask=m) for m in ("full", "additive", "callable", "dead rows")),
+        Case("257 keys", S_KV=257),
+    )
+]

@@ -21,20 +21,11 @@ from tests.backends import (
     Backend,
     host,
 )
-from tests.cases import CASES, Case, Problem
+from tests.cases import BF16, CASES, Case, Problem
 from tests.judge import ratio, worst_ratios
 from tests.naive import naive_attention
 from tests.tolerances import limits
 
-BF16 = [
-    replace(case, name=f"{case.name}, bfloat16", dtype="bfloat16")
-    for case in (
-        Case("plain"),
-        Case("grouped", B=2, H=4, H_KV=2, D_V=5),
-        *(Case(f"mask {m}", B=2, mask=m) for m in ("full", "additive", "callable", "dead rows")),
-        Case("257 keys", S_KV=257),
-    )
-]
 TILED = [
     Case("grouped", B=2, H=4, H_KV=2, D_V=5),
     *(

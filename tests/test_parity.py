@@ -19,37 +19,120 @@ MIRRORED = [
     "recompute",
 ]
 
-# What mpi_impl has and the reference has not, and why.
-ONLY_IN_MPI = {
-    "exchange": {
-        "Exchange.progress": "MPI moves large messages only while it is called",
-        "Exchange.finish": "a send over MPI is a request, and none may outlive the pass",
-        "Rotation.requests": "what `progress` tests",
-        "Rotation.wait_sent": "a buffer is not free before its send is done",
-        "Field": "MPI must know how much will come; virtual ranks take what comes",
-        "Fields": "MPI must know how much will come; virtual ranks take what comes",
+PACKAGES = "mpi_impl", "torch_impl"
+# What an implementation has and the reference has not, and why.
+_AWAITED = "it must be known how much will come; virtual ranks take what comes"
+ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
+    "mpi_impl": {
+        "exchange": {
+            "Exchange.progress": "MPI moves large messages only while it is called",
+            "Exchange.finish": "a send over MPI is a request, and none may outlive the pass",
+            "Rotation.requests": "what `progress` tests",
+            "Rotation.wait_sent": "a buffer is not free before its send is done",
+            "Field": _AWAITED,
+            "Fields": _AWAITED,
+        },
+        "block_attention": {"At": "a tile of the blocked kernel"},
+        "cross_attention": {"check_comm": "MPI has communicators of other kinds"},
+        "recompute": {"widen": "the reference is wide already"},
+        "ring_attention": {"block_fields": _AWAITED},
     },
-    "block_attention": {"At": "a tile of the blocked kernel"},
-    "cross_attention": {"check_comm": "MPI has communicators of other kinds"},
-    "recompute": {"widen": "the reference is wide already"},
-    "ring_attention": {"block_fields": "MPI must know how much will come"},
+    "torch_impl": {
+        "exchange": {
+            "Arguments": "types of what `Exchange.computes` wraps",
+            "Result": "types of what `Exchange.computes` wraps",
+            "Exchange.computes": "names hop and block for the profiler",
+            "Exchange.finish": "buffers go back to the layout when nothing of them is under way",
+            "Rotation.device": "blocks may travel through the host's memory",
+            "Rotation.wait_sent": "a buffer is not free before its send is done",
+            "Field": _AWAITED,
+            "Fields": _AWAITED,
+            "span": "names hop and block for the profiler",
+        },
+        "lv_xattn": {"lengthen": "kernels return dk and dv new"},
+        "ring_attention": {"block_fields": _AWAITED},
+        "cross_attention": {
+            "agreed": "a layer that recomputes agrees, too",
+            "passes": "autograd is handed forward and backward",
+            "autocast_dtype": "autocast is PyTorch's",
+            "cast": "autocast is PyTorch's",
+            "call_of": "whether a backward follows must be agreed on",
+        },
+        "recompute": {
+            "Layer": "autograd calls the backward",
+            "Layer.forward": "autograd calls the backward",
+            "Layer.backward": "autograd calls the backward",
+        },
+    },
 }
-# Parameters that mpi_impl's function has beside the reference's, and why.
-EXTRA_PARAMETERS = {
-    "block_attention": {"progress": "lets MPI work between tiles"},
-    "block_attention_backward": {"progress": "lets MPI work between tiles"},
-    "Exchange.__init__": {"xp": "NumPy or CuPy decides about the buffers"},
-    "Exchange.rotation": {"fields": "MPI must know how much will come", "hop": "whose it will be"},
-    "Rotation.__init__": {"fields": "MPI must know how much will come", "hop": "whose it will be"},
+# Parameters that its functions have beside the reference's, and why.
+_PROGRESS = {"progress": "lets MPI work between tiles"}
+_ROTATION = {"fields": _AWAITED, "hop": "whose it will be"}
+_KERNEL = {"kernel": "there are several"}
+_LAYER = {
+    **dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases"),
+    "queries": "they may be replicated",
 }
-# What the reference has and mpi_impl has not, and why.
-ONLY_IN_REFERENCE = {
-    "block_attention": {"TILE_SCORES": "mpi_impl's tiles depend on the kind of array"},
-    "lv_xattn": {"AnyArray": "the reference turns any dtype into fp64"},
-    "ring_attention": {"AnyArray": "the reference turns any dtype into fp64"},
-    "cross_attention": {"AnyArray": "the reference turns any dtype into fp64"},
-    "recompute": {"AnyArray": "the reference turns any dtype into fp64"},
+EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
+    "mpi_impl": {
+        "block_attention": _PROGRESS,
+        "block_attention_backward": _PROGRESS,
+        "Exchange.__init__": {"xp": "NumPy or CuPy decides about the buffers"},
+        "Exchange.rotation": _ROTATION,
+        "Rotation.__init__": _ROTATION,
+    },
+    "torch_impl": {
+        "block_attention": _KERNEL,
+        "block_attention_backward": _KERNEL,
+        "Exchange.__init__": {"device": "where the buffers are"},
+        "Exchange.rotation": _ROTATION,
+        "Rotation.__init__": _ROTATION,
+        "cross_attention": {
+            "return_lse": "most callers want out alone",
+            "queries": "they may be replicated",
+        },
+        "cross_attention_layer": _LAYER,
+        "project": {"bias": "linear layers may have biases"},
+        "project_backward": {
+            "dtype": "autocast's",
+            "features_wanted": "what is frozen needs no gradient",
+            "weight_wanted": "what is frozen needs no gradient",
+        },
+    },
 }
+# Parameters of the reference that its functions do not have, and why.
+FEWER_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
+    "mpi_impl": {},
+    "torch_impl": {
+        "block_attention_backward": dict.fromkeys(("dk", "dv"), "kernels return dk and dv new"),
+    },
+}
+# What the reference has and an implementation has not, and why.
+_FP64 = {"AnyArray": "the reference turns any dtype into fp64"}
+_AUTOGRAD = "autograd saves, and calls the backward"
+ONLY_IN_REFERENCE: dict[str, dict[str, dict[str, str]]] = {
+    "mpi_impl": {
+        "block_attention": {"TILE_SCORES": "mpi_impl's tiles depend on the kind of array"},
+        **dict.fromkeys(("lv_xattn", "ring_attention", "cross_attention", "recompute"), _FP64),
+    },
+    "torch_impl": {
+        "block_attention": {"TILE_SCORES": "tiles are the kernels'"},
+        **dict.fromkeys(("lv_xattn", "ring_attention"), _FP64),
+        "cross_attention": {**_FP64, "cross_attention_backward": _AUTOGRAD},
+        "recompute": {
+            **_FP64,
+            "Saved": _AUTOGRAD,
+            "Saved.x": _AUTOGRAD,
+            "Saved.y": _AUTOGRAD,
+            "Saved.out": _AUTOGRAD,
+            "Saved.lse": _AUTOGRAD,
+            "cross_attention_layer_backward": _AUTOGRAD,
+        },
+    },
+}
+# Where the numbered steps are, if not in the file itself.
+STEPS_IN = {("torch_impl", "block_attention"): "kernels/blocked"}
+PACKAGE = pytest.mark.parametrize("package", PACKAGES)
 MODULES = pytest.mark.parametrize("module", MIRRORED)
 
 
@@ -135,63 +218,94 @@ def schedule(text: str) -> list[str]:
     return [line.rstrip() for line in doc.splitlines() if line.startswith("    ")]
 
 
+def named(package: str, parameter: tuple[str, str, str]) -> tuple[str, str, str]:
+    """A parameter as the reference would name it: a group is a communicator, a tensor an array."""
+    name, kind, default = parameter
+    if package == "torch_impl" and name == "group":  # there it may be left out
+        return ("comm", kind, "")
+    return ("arrays" if name == "tensors" else name, kind, default)
+
+
+@PACKAGE
 @MODULES
-def test_public_names_agree_in_order(module: str) -> None:
-    ours, theirs = (names(ast.parse(source(p, module))) for p in ("reference", "mpi_impl"))
-    only_mpi, only_reference = ONLY_IN_MPI.get(module, {}), ONLY_IN_REFERENCE.get(module, {})
-    assert set(only_mpi) <= set(theirs) - set(ours)  # no exception outlives its reason
+def test_public_names_agree_in_order(module: str, package: str) -> None:
+    ours, theirs = (names(ast.parse(source(p, module))) for p in ("reference", package))
+    # Types of arrays: a tensor needs no name, and overloads are one function.
+    theirs = [n for i, n in enumerate(theirs) if n not in theirs[:i]]
+    ours = [n for n in ours if n != "Array"] if package == "torch_impl" else ours
+    only_there = ONLY_THERE[package].get(module, {})
+    only_reference = ONLY_IN_REFERENCE[package].get(module, {})
+    assert set(only_there) <= set(theirs) - set(ours)  # no exception outlives its reason
     assert set(only_reference) <= set(ours) - set(theirs)
-    assert [n for n in theirs if n not in only_mpi] == [n for n in ours if n not in only_reference]
+    assert [n for n in theirs if n not in only_there] == [
+        n for n in ours if n not in only_reference
+    ]
 
 
+@PACKAGE
 @MODULES
-def test_signatures_agree_but_for_the_listed_parameters(module: str) -> None:
-    ours, theirs = (signatures(ast.parse(source(p, module))) for p in ("reference", "mpi_impl"))
+def test_signatures_agree_but_for_the_listed_parameters(module: str, package: str) -> None:
+    ours, theirs = (signatures(ast.parse(source(p, module))) for p in ("reference", package))
     assert ours
     for name, wanted in ours.items():
-        extra = EXTRA_PARAMETERS.get(name, {})
+        if name in ONLY_IN_REFERENCE[package].get(module, {}):
+            continue
+        extra = EXTRA_PARAMETERS[package].get(name, {})
+        fewer = FEWER_PARAMETERS[package].get(name, {})
         assert set(extra) <= {parameter for parameter, _, _ in theirs[name]}
-        assert [p for p in theirs[name] if p[0] not in extra] == wanted, name
+        assert set(fewer) <= {parameter for parameter, _, _ in wanted}
+        given = [named(package, p) for p in theirs[name] if p[0] not in extra]
+        assert given == [p for p in wanted if p[0] not in fewer], name
 
 
+@PACKAGE
 @MODULES
-def test_numbered_steps_agree(module: str) -> None:
-    ours, theirs = (steps(source(p, module)) for p in ("reference", "mpi_impl"))
+def test_numbered_steps_agree(module: str, package: str) -> None:
+    there = STEPS_IN.get((package, module), module)
+    ours, theirs = steps(source("reference", module)), steps(source(package, there))
     assert ours == theirs
     if module in ("block_attention", "lv_xattn", "ring_attention", "recompute"):
         assert len(ours) >= 3
 
 
+@PACKAGE
 @MODULES
-def test_equations_and_schedules_agree(module: str) -> None:
-    ours, theirs = (schedule(source(p, module)) for p in ("reference", "mpi_impl"))
+def test_equations_and_schedules_agree(module: str, package: str) -> None:
+    ours, theirs = (schedule(source(p, module)) for p in ("reference", package))
     assert ours == theirs
 
 
-def test_every_file_of_mpi_impl_is_mirrored_or_its_own() -> None:
-    own = {
-        "__init__",
-        "__main__",
-        "arguments",
-        "device",
-        "jupyter",
-        "launcher",
-        "last_words",
-        "watchdog",
-    }
-    files = {path.stem for path in (ROOT / "mpi_impl").glob("*.py")} - own
+OWN = {
+    "mpi_impl": {"device", "jupyter", "launcher", "last_words", "watchdog"},
+    "torch_impl": {"autograd", "group", "module", "replicated"},
+}
+
+
+@PACKAGE
+def test_every_file_is_mirrored_or_its_own(package: str) -> None:
+    own = {"__init__", "__main__"} | OWN[package]
+    files = {path.stem for path in (ROOT / package).glob("*.py")} - own
     assert set(MIRRORED) <= files
     assert files <= {path.stem for path in (ROOT / "reference").glob("*.py")}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mpi_impl").rglob("*.py")), ids=lambda p: p.stem)
-def test_mpi_impl_imports_neither_algorithms_of_the_reference_nor_plans(path: Path) -> None:
-    shared = {"layout", "masks", "meter", "validation"}
+@pytest.mark.parametrize(
+    "path",
+    [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_imports_neither_algorithms_of_the_reference_nor_plans_nor_one_another(path: Path) -> None:
+    shared = {"agreement", "layout", "masks", "meter", "validation"}
+    package = path.relative_to(ROOT).parts[0]
+    (other,) = set(PACKAGES) - {package}
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lvxattn.reference"):
-            module = (node.module or "").removeprefix("lvxattn.reference").strip(".")
-            assert (
-                module in shared or path.parent.name in ("demo", "run") or path.stem == "__main__"
-            )
-        if isinstance(node, ast.ImportFrom):
-            assert not (node.module or "").startswith("lvxattn.torch_impl")
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = node.module or ""
+        assert not module.startswith(f"lvxattn.{other}")
+        if module == "lvxattn.reference" and path.parent.name == package:
+            assert {alias.name for alias in node.names} <= shared
+        elif module.startswith("lvxattn.reference."):
+            part = module.removeprefix("lvxattn.reference.")
+            commands = ("demo", "doctor", "run", "train")
+            assert part in shared or path.parent.name in commands or path.stem == "__main__"

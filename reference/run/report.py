@@ -1,6 +1,5 @@
 """What a run says: one table for people, one JSON document for programs."""
 
-# ruff: noqa: T201
 
 import json
 import sys

@@ -12,7 +12,7 @@ import numpy as np
 
 from lvxattn import reference
 from lvxattn.reference.validation import accumulator
-from tests.cases import CASES, Problem
+from tests.cases import BF16, CASES, Problem
 from tests.judge import ratio, solve, worst_ratios
 from tests.naive import Array
 from tests.programs.start import finish, start
@@ -41,7 +41,7 @@ def judge(problem: Problem, results: dict[str, Array], again: dict[str, Array]) 
 
 
 judged = {}
-for number, case in enumerate(CASES[::every]):
+for number, case in enumerate((CASES + BF16)[::every]):
     problem = case.make()
     results = solve(problem, comm, implementation, schedule=schedule)
     again = solve(problem, comm, implementation, schedule=schedule, reuse_layout=True)
