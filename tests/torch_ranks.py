@@ -44,7 +44,9 @@ def torch_report(P: int, program: str, *args: str, timeout: float = 100.0) -> An
         assert not end.timed_out, f"rank {rank}: more than {timeout} s\n{end.out}\n{end.err}"
         assert end.status == 0, f"rank {rank}:\n{end.out}\n{end.err}"
         assert not end.left, f"rank {rank}: {end.left}"
-        assert not end.err, f"rank {rank}: {end.err}"
+        # PyTorch's profiler says on stderr when it starts and stops, and cannot be told not to.
+        said = [line for line in end.err.splitlines() if not line.startswith("USDT:")]
+        assert not said, f"rank {rank}: {end.err}"
     return printed
 
 

@@ -68,6 +68,7 @@ def block_attention(
     if 0 in (q.shape[2], k.shape[2]):  # with which fused kernels end the process
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=accumulator_of(q))
         return out, out.new_full(q.shape[:3], -torch.inf)
+    q, k, v = (_rows(x) for x in (q, k, v))
     return work.forward(q, k, v, scale=float(scale), mask=view)
 
 
@@ -112,6 +113,7 @@ def block_attention_backward(
     if 0 in (q.shape[2], k.shape[2]):
         dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator_of(q)) for x in (q, k, v))
         return dq, dk, dv
+    dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
     return work.backward(dout, q, k, v, lse, delta, scale=float(scale), mask=view)
 
 
@@ -124,3 +126,8 @@ def _kernel(name: str, job: Job) -> Kernel:
     if wrong is not None:
         raise ValueError(f"kernel: expected for {name} {wrong}")
     return KERNELS[name]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x with rows that lie in one piece: fused kernels take that for granted, unchecked."""
+    return x if x.stride(-1) == 1 else x.contiguous()

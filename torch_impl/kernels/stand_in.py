@@ -14,7 +14,8 @@ will do, and dout is replaced in that row.  With e the first unit vector,
 
     dout' = t e       out* = (delta / t) e        t = max(|delta| 2^-100, tiny)
 
-is used in rows where max|dout| < t; tiny is the smallest normal number of the dtype.
+is used in rows where max|dout| < t and delta is not 0; tiny is the smallest normal number of the
+dtype.  Where both are 0, so is out*, and gradients are exactly 0.
 
 - It is representable: delta / t is at most 2^100; t <= |delta| 2^-100 or tiny.  In the other rows
   out* is at most |delta| / max|dout| <= 2^100.
@@ -52,13 +53,14 @@ def stand_in(dout: Tensor, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     # The threshold in dtype, so that what is divided by is what the kernel multiplies by.
     least = (delta.abs() * ROOM).clamp(min=torch.finfo(dtype).tiny).to(dtype)[..., None]
     dout = dout.to(dtype)
-    replaced = dout.abs().amax(dim=-1, keepdim=True) < least
+    replaced = (dout.abs().amax(dim=-1, keepdim=True) < least) & (delta != 0)[..., None]
     unit = torch.zeros(dout.shape[-1], dtype=dtype, device=dout.device)
     unit[:1].fill_(1.0)
     dout = torch.where(replaced, least * unit, dout)
     wide = dout.to(delta.dtype)
-    largest = wide.abs().amax(dim=-1, keepdim=True)
+    # Bounds that matter only where dout and delta are 0.
+    largest = wide.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
     direction = wide / largest
-    length = direction.square().sum(dim=-1, keepdim=True)
+    length = direction.square().sum(dim=-1, keepdim=True).clamp(min=1.0)
     out = direction * (delta[..., None] / largest / length)
     return dout, out.to(dtype)

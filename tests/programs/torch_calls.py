@@ -1,0 +1,481 @@
+"""Call torch_impl in all the ways people do; rank 0 prints, as JSON, each rank's verdicts by check.
+
+A check is a function of the group that returns one truth or several.  Arguments: the checks' names,
+all unless given.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
+
+from lvxattn import torch_impl
+from lvxattn.torch_impl import CrossAttention, Layout, Meter, cross_attention, shard, unshard
+from lvxattn.torch_impl.group import Group
+from tests.programs.start import finish, start
+
+CHECKS: dict[str, Callable[[Group], Any]] = {}
+SCHEDULES = "lv-xattn", "ring"
+
+
+def check(function: Callable[[Group], Any]) -> Callable[[Group], Any]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def wholes(
+    *, S_Q: int = 13, S_KV: int = 29, dtype: torch.dtype = torch.float64, D: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return whole q, k and v, the same on every rank."""
+    torch.manual_seed(S_Q)
+    shapes = (2, 4, S_Q, D), (2, 2, S_KV, D), (2, 2, S_KV, D)
+    q, k, v = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+    return q, k, v
+
+
+def parts(*wholes: Tensor, group: Group) -> list[Tensor]:
+    """Return this rank's parts as leaves."""
+    return [shard(x, group).clone().requires_grad_() for x in wholes]
+
+
+def gradients(fn: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
+    """Return what fn gives, and the gradients of a loss of it."""
+    out = fn(*leaves)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+
+
+def close(a: Tensor, b: Tensor, ulps: float = 64) -> bool:
+    """Whether a is b but for rounding: sums of tens of terms of size 1."""
+    assert a.dtype == b.dtype
+    return a.shape == b.shape and bool((a - b).abs().max() <= ulps * torch.finfo(a.dtype).eps)
+
+
+class Scatter(torch.autograd.Function):
+    """Whole to part; the gradient of the whole is the sum of what all ranks say."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: Group) -> Tensor:
+        ctx.group, ctx.shape = group, whole.shape
+        return shard(whole, group).clone()
+
+    @staticmethod
+    def backward(ctx: Any, dpart: Tensor) -> Any:
+        whole = dpart.new_zeros(ctx.shape)
+        shard(whole, ctx.group).copy_(dpart)
+        if ctx.group.size > 1:
+            dist.all_reduce(whole)
+        return whole, None
+
+
+class Gather(torch.autograd.Function):
+    """Part to whole, on every rank, all of which go on alike."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return unshard(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, dwhole: Tensor) -> Any:
+        return shard(dwhole, ctx.group).clone(), None
+
+
+@check
+def gradcheck_through_the_group(group: Group) -> Any:
+    verdicts = []
+    for schedule in SCHEDULES:
+        for rule in (None, lambda b, h, i, j: (i + j + b + h) % 3 > 0):
+
+            def attend(*whole: Tensor, schedule: str = schedule, rule: Any = rule) -> Any:
+                q, k, v = (Scatter.apply(x, group) for x in whole)
+                out, lse = cross_attention(
+                    q, k, v, group, schedule=schedule, mask=rule, return_lse=True
+                )
+                return Gather.apply(out, group), Gather.apply(lse, group)
+
+            whole = [x[:1, :2].requires_grad_() for x in wholes(S_Q=5, S_KV=7, D=2)]
+            verdicts.append(torch.autograd.gradcheck(attend, whole))
+    return verdicts
+
+
+@check
+def equals_sdpa_on_gathered_tensors(group: Group) -> Any:
+    verdicts = []
+    for schedule in SCHEDULES:
+        for dtype in (torch.float64, torch.float32):
+            whole = [x.requires_grad_() for x in wholes(dtype=dtype)]
+            truth = scaled_dot_product_attention(*whole, enable_gqa=True)
+            weight = torch.linspace(-1, 1, truth.numel()).view(truth.shape).to(dtype)
+            want = [truth.detach(), *torch.autograd.grad(truth, whole, weight)]
+            mine = parts(*(x.detach() for x in whole), group=group)
+            out = cross_attention(*mine, group, schedule=schedule)
+            got = [out.detach(), *torch.autograd.grad(out, mine, shard(weight, group))]
+            verdicts += [
+                close(unshard(a, group), b, ulps=256) for a, b in zip(got, want, strict=True)
+            ]
+    return verdicts
+
+
+@check
+def a_loss_of_lse_alone(group: Group) -> Any:
+    whole = [x.requires_grad_() for x in wholes()]
+    q, k = whole[0], whole[1].repeat_interleave(2, dim=1)
+    truth = torch.logsumexp(q @ k.transpose(-1, -2) / 2.0, dim=-1)
+    want = torch.autograd.grad(truth.sum(), whole[:2])
+    mine = parts(*(x.detach() for x in whole), group=group)
+    _, lse = cross_attention(*mine, group, return_lse=True)
+    dq, dk, dv = torch.autograd.grad(lse.sum(), mine)
+    got = unshard(dq, group), unshard(dk, group)
+    return [*(close(a, b, 256) for a, b in zip(got, want, strict=True)), dv.abs().max() < 2.0**-90]
+
+
+@check
+def autocast_casts_as_sdpa_does(group: Group) -> Any:
+    verdicts = []
+    for dtype in (torch.float32, torch.float64):
+        mine = parts(*wholes(dtype=dtype), group=group)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = gradients(lambda *x: cross_attention(*x, group), *mine)
+            theirs = scaled_dot_product_attention(*mine, enable_gqa=True)
+        cast = torch.float64 if dtype == torch.float64 else torch.bfloat16
+        plain = [x.detach().to(cast).requires_grad_() for x in mine]
+        want = gradients(lambda *x: cross_attention(*x, group), *plain)
+        verdicts += [ours[0].dtype == theirs.dtype == cast]
+        verdicts += [all(g.dtype == dtype for g in ours[1:])]
+        verdicts += [torch.equal(a, b.to(a.dtype)) for a, b in zip(ours, want, strict=True)]
+    return verdicts
+
+
+@check
+def under_activation_checkpointing(group: Group) -> Any:
+    mine = parts(*wholes(), group=group)
+    want = gradients(lambda *x: cross_attention(*x, group), *mine)
+    calls = [
+        lambda *x, r=r: checkpoint(lambda *y: cross_attention(*y, group), *x, use_reentrant=r)
+        for r in (False, True)
+    ]
+    # The reentrant kind wants to be called by backward().
+    out = calls[1](*mine)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    out.backward(weight)
+    reentrant = [out.detach(), *(x.grad for x in mine if x.grad is not None)]
+    return [same(gradients(calls[0], *mine), want), same(reentrant, want)]
+
+
+@check
+def without_gradients_nothing_is_saved_and_training_goes_on(group: Group) -> Any:
+    """Buffers made in inference mode must serve the training that follows."""
+    mine = parts(*wholes(), group=group)
+    layout = Layout.agree(*mine, group)
+    want = gradients(lambda *x: cross_attention(*x, group), *mine)
+    verdicts = []
+    for mode in (torch.inference_mode(), torch.no_grad(), nullcontext()):
+        with mode:
+            out = cross_attention(*mine, group, layout=layout)
+        verdicts += [torch.equal(out, want[0])]
+        verdicts += [out.requires_grad == isinstance(mode, nullcontext)]
+    again = gradients(lambda *x: cross_attention(*x, group, layout=layout), *mine)
+    return [*verdicts, same(again, want)]
+
+
+@check
+def inside_a_compiled_module(group: Group) -> Any:
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 3 + group.rank, 8), torch.randn(1, 5, 8)
+    verdicts = []
+    for recompute in (True, False):
+        module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+        attention = CrossAttention(8, 2, recompute_kv=recompute)
+
+        def run(x: Tensor, y: Tensor, m: Any = module, a: Any = attention) -> Any:
+            return m(a(m(x), y))
+
+        # Dynamo looks at it, graph breaks and all; to generate code is not this test's concern.
+        compiled = torch.compile(run, backend="eager")
+        leaves = [*module.parameters(), *attention.parameters()]
+        results = []
+        for fn in (run, compiled):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Dynamo trips over its own
+                out = fn(x, y)
+            results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+        verdicts.append(same(*results))
+    return verdicts
+
+
+@check
+def a_reused_layout_means_no_small_collectives(group: Group) -> Any:
+    mine = parts(*wholes(), group=group)
+    rule = {"mask": lambda b, h, i, j: i >= j - 9}
+    layout = Layout.agree(*mine, group, **rule)
+    want = gradients(lambda *x: cross_attention(*x, group, **rule), *mine)
+    before = dist.all_gather_object
+    dist.all_gather_object = None  # whoever calls it fails
+    try:
+        got = gradients(lambda *x: cross_attention(*x, group, layout=layout, **rule), *mine)
+    finally:
+        dist.all_gather_object = before
+    return same(got, want)
+
+
+@check
+def messages_and_bytes_are_those_of_the_formula(group: Group) -> Any:
+    mine = parts(*wholes(dtype=torch.bfloat16), group=group)
+    P, s_q = (
+        group.size,
+        [shard(wholes()[0], _at(r, group.size)).shape[2] for r in range(group.size)],
+    )
+    meter = Meter()
+    out = cross_attention(*mine, group, meter=meter)
+    rows = 2 * 4
+    # On: all queries but those of the right neighbour; results: all but my own.  16 bits and 32.
+    queries = (sum(s_q) - s_q[(group.rank + 1) % P]) * rows
+    results = (sum(s_q) - s_q[group.rank]) * rows
+    forward = queries * 4 * 2 + results * (4 + 1) * 4
+    verdicts = [meter.messages == 2 * (P - 1), meter.bytes == (forward if P > 1 else 0)]
+    torch.autograd.grad(out.sum(), mine)
+    backward = queries * (2 * 4 * 2 + 2 * 4) + results * 4 * 4
+    verdicts += [meter.messages == 4 * (P - 1)]
+    return [*verdicts, meter.bytes == (forward + backward if P > 1 else 0)]
+
+
+def _at(rank: int, size: int) -> Group:
+    """Return what `shard` needs of another rank."""
+    at = Group(None)
+    at.rank, at.size = rank, size
+    return at
+
+
+@check
+def decoding_allocates_nothing_of_a_block_s_or_a_shard_s_size(group: Group) -> Any:
+    """Text of length 1 on the last rank, or replicated, against resident keys."""
+    torch.manual_seed(0)
+    k, v = torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64)
+    verdicts = []
+    for queries in ("sharded", "replicated"):
+        mine = 1 if queries == "replicated" or group.rank == group.size - 1 else 0
+        q = torch.randn(1, 8, mine, 64)
+        layout = Layout.agree(q, k, v, group, queries=queries)
+
+        def step(q: Tensor = q, layout: Layout = layout, queries: str = queries) -> Tensor:
+            with torch.inference_mode():
+                return cross_attention(q, k, v, group, layout=layout, queries=queries)
+
+        first = step().clone()
+        before = buffers(layout)
+        with profile(profile_memory=True) as seen:
+            again = [step() for _ in range(3)]
+        largest = max(e.cpu_memory_usage for e in seen.events())
+        verdicts += [all(torch.equal(x, first) for x in again), buffers(layout) == before]
+        verdicts += [largest < k[:, :1].nbytes / 8]
+    return verdicts
+
+
+def buffers(layout: Layout) -> list[int]:
+    """Where the layout's buffers are; only those at rest."""
+    return sorted(x.data_ptr() for held in layout.pool.at_rest.values() for x in held)
+
+
+@check
+def replicated_queries(group: Group) -> Any:
+    """Every rank holds all queries, gets all of out, and takes the same loss from it."""
+    verdicts = []
+    masks: list[Any] = [None, lambda b, h, i, j: (i + 2 * j) % 5 > b, torch.zeros(1, 1, 1, 29)]
+    masks[2][..., :20] = -torch.inf  # what the first ranks hold is hidden
+    for mask in masks:
+        q, k, v = (x.requires_grad_() for x in wholes())
+        alone = Group(None)
+        out, lse = cross_attention(q, k, v, alone, mask=mask, return_lse=True)
+        loss = out.square().sum() + lse.sum()
+        want = [out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v))]
+        all_q = q.detach().requires_grad_()
+        mine = [all_q, *parts(k.detach(), v.detach(), group=group)]
+        held = shard(mask, group, 3) if isinstance(mask, Tensor) else mask
+        out, lse = cross_attention(*mine, group, mask=held, queries="replicated", return_lse=True)
+        dq, dk, dv = torch.autograd.grad(out.square().sum() + lse.sum(), mine)
+        got = [out.detach(), lse.detach(), dq, unshard(dk, group), unshard(dv, group)]
+        verdicts += [close(a, b, ulps=256) for a, b in zip(got, want, strict=True)]
+        everywhere = group.allgather([out.detach(), dq])
+        verdicts += [all(same(x, everywhere[0]) for x in everywhere)]
+    dead = cross_attention(
+        *mine, group, mask=torch.zeros(mine[1].shape[2], dtype=torch.bool), queries="replicated",
+        return_lse=True,
+    )  # fmt: skip
+    grads = torch.autograd.grad(dead[0].sum() + dead[1].nan_to_num(neginf=0.0).sum(), mine)
+    return [
+        *verdicts,
+        not dead[0].any(),
+        bool((dead[1] == -torch.inf).all()),
+        not any(g.any() for g in grads),
+    ]
+
+
+@check
+def groups_and_meshes_beside_one_another(group: Group) -> Any:
+    """Two rings at once, each a column of a mesh; and ranks in another order."""
+    if group.size % 2:
+        return True
+    mesh = init_device_mesh("cpu", (group.size // 2, 2), mesh_dim_names=("context", "data"))
+    ring = mesh["context"]
+    torch.manual_seed(group.rank % 2)  # another problem in each column
+    whole = [x + group.rank % 2 for x in wholes()]
+    verdicts = []
+    for g in (ring, ring.get_group(), Group.of(ring)):
+        mine = parts(*whole, group=Group.of(ring))
+        out = unshard(cross_attention(*mine, g), g)
+        truth = scaled_dot_product_attention(*whole, enable_gqa=True)
+        verdicts.append(close(out, truth, ulps=256))
+    return verdicts
+
+
+@check
+def the_profiler_sees_hop_and_block(group: Group) -> Any:
+    mine = parts(*wholes(), group=group)
+    with profile() as seen:
+        cross_attention(*mine, group).sum().backward()
+    names = {e.name for e in seen.events()}
+    left = (group.rank - 1) % group.size
+    wanted = {f"lv-xattn: hop 0, compute with the queries of rank {group.rank}"}
+    if group.size > 1:
+        wanted |= {
+            f"lv-xattn: hop 1, compute with the queries of rank {left}",
+            f"lv-xattn: hop 1, wait for the queries of rank {left}",
+            f"lv-xattn: hop 1, post the queries of rank {group.rank}",
+        }
+    return sorted(wanted - names) == []
+
+
+@check
+def blocks_are_posted_before_the_work_that_hides_them(group: Group) -> Any:
+    """The next block is asked for, and what is done is sent, before a rank computes."""
+    mine, P = parts(*wholes(), group=group), group.size
+    # By schedule: after its first, a rank waits for a block and sends it on; results follow work.
+    on, last = ["wait block", "post block"], ["wait block"]
+    hops = [[*(last if hop == P - 1 else on), "compute"] for hop in range(1, P)]
+    with_results = [
+        [*hop, *(["wait result"] if number else []), "post result"]
+        for number, hop in enumerate(hops)
+    ]
+    start, home = ["post block", "compute"], ["compute", "wait result"]
+    wanted = {
+        ("lv-xattn", "forward"): [start, *with_results, home],
+        ("lv-xattn", "backward"): [start, *with_results, home],
+        ("ring", "forward"): [start, *hops],
+        ("ring", "backward"): [start, *with_results, home],
+    }
+    verdicts = []
+    for schedule in SCHEDULES:
+        out = None
+        for which in ("forward", "backward"):
+            with profile() as seen:
+                if which == "forward":
+                    out = cross_attention(*mine, group, schedule=schedule)
+                elif out is not None:
+                    torch.autograd.grad(out.sum(), mine)
+            events = [e for e in seen.events() if e.name.startswith(f"{schedule}: hop")]
+            events.sort(key=lambda e: e.time_range.start)
+            results = "gradients" if schedule == "ring" else "results"
+            found = []
+            for event in events:
+                kind = event.name.split(", ")[1].split()[0]
+                what = "result" if results in event.name else "block"
+                found.append(kind if kind == "compute" else f"{kind} {what}")
+            order = [x for hop in wanted[schedule, which] for x in hop] if P > 1 else ["compute"]
+            verdicts.append(found == order)
+    return verdicts
+
+
+@check
+def arrays_of_any_stride_work_and_are_left_alone(group: Group) -> Any:
+    torch.manual_seed(group.rank)
+    q = torch.randn(2, 5 + group.rank, 4, 6, dtype=torch.float64).transpose(1, 2)
+    k = torch.randn(2, 2, 14, 12, dtype=torch.float64)[:, :, ::2, ::2]
+    v = torch.randn(2, 1, 7, 6, dtype=torch.float64).expand(2, 2, 7, 6)
+    odd = [x.detach().requires_grad_() for x in (q, k, v)]
+    plain = [x.detach().clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
+    before = [x.clone() for x in plain]
+    got = gradients(lambda *x: cross_attention(*x, group), *odd)
+    want = gradients(lambda *x: cross_attention(*x, group), *[x.requires_grad_() for x in plain])
+    untouched = all(torch.equal(a.detach(), b) for a, b in zip(odd, before, strict=True))
+    strides = [a.stride() != b.stride() for a, b in zip(odd, plain, strict=True)]
+    return [*(close(a, b, 256) for a, b in zip(got, want, strict=True)), untouched, *strides]
+
+
+@check
+def twice_through_one_graph_but_not_a_second_derivative(group: Group) -> Any:
+    mine = parts(*wholes(), group=group)
+    out = cross_attention(*mine, group)
+    once, twice = (torch.autograd.grad(out.sum(), mine, retain_graph=True) for _ in range(2))
+    (dq,) = torch.autograd.grad(out.square().sum(), mine[:1], create_graph=True)
+    try:
+        dq.sum().backward()
+    except RuntimeError as error:
+        refused = "once_differentiable" in str(error)
+    else:
+        refused = False
+    return [same(list(once), list(twice)), refused]
+
+
+@check
+def a_module_equals_its_parts(group: Group) -> Any:
+    """With and without recomputation: the output, and all gradients, summed over the ranks."""
+    whole_x, whole_y = wholes()[0].flatten(2)[..., :12], wholes()[1].flatten(0, 1)[:2]
+    whole_x = torch.randn(2, 11, 12, generator=torch.Generator().manual_seed(0)).double()
+    whole_y = torch.randn(2, 23, 10, generator=torch.Generator().manual_seed(1)).double()
+    verdicts, results = [], []
+    for recompute in (True, False):
+        torch.manual_seed(1)
+        module = CrossAttention(
+            12, 4, num_kv_heads=2, kv_dim=10, bias=True, recompute_kv=recompute,
+            group=group.group, dtype=torch.float64,
+        )  # fmt: skip
+        x, y = (shard(z, group, 1).clone().requires_grad_() for z in (whole_x, whole_y))
+        out = module(x, y)
+        out.square().sum().backward()
+        torch_impl.sum_gradients(module, group)
+        found = [unshard(z, group, 1) for z in (out, x.grad, y.grad) if z is not None]
+        results.append([*found, *(p.grad for p in module.parameters() if p.grad is not None)])
+    x, y = whole_x.clone().requires_grad_(), whole_y.clone().requires_grad_()
+    module.zero_grad()
+    q, k, v = (
+        p(z).unflatten(-1, (-1, 3)).transpose(1, 2)
+        for p, z in ((module.q_proj, x), (module.k_proj, y), (module.v_proj, y))
+    )
+    out = scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+    out = module.out_proj(out)
+    out.square().sum().backward()
+    want = [out.detach(), x.grad, y.grad, *(p.grad for p in module.parameters())]
+    for result in results:
+        verdicts += [len(result) == len(want) == 11]
+        verdicts += [close(a, b, ulps=4096) for a, b in zip(result, want, strict=True)]
+    return verdicts
+
+
+comm, _ = start()
+torch.set_num_threads(1)
+report = {}
+for name in sys.argv[1:] or CHECKS:
+    function = CHECKS[name]
+    verdict = function(comm)
+    verdicts = comm.allgather(
+        [bool(x) for x in (verdict if isinstance(verdict, list) else [verdict])]
+    )
+    report[name] = verdicts
+if comm.rank == 0:
+    json.dump(report, sys.stdout)
+finish(comm)

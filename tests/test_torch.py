@@ -1,0 +1,56 @@
+"""torch_impl on the ranks of a process group, called in all the ways people do."""
+
+import ast
+from typing import Any
+
+import pytest
+import torch
+
+from lvxattn.torch_impl import CrossAttention, Layout, cross_attention, shard, unshard
+from tests.launch import PROGRAMS
+from tests.torch_ranks import torch_report
+
+pytestmark = pytest.mark.mpi
+
+
+def _checks() -> list[str]:
+    """Return the names of the checks of torch_calls.py, without starting ranks here."""
+    tree = ast.parse((PROGRAMS / "torch_calls.py").read_text())
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "check" for d in node.decorator_list)
+    ]
+
+
+CHECKS = _checks()
+# Four ranks are two rings of two; the rest is no different from three.
+OF_FOUR = ("groups_and_meshes_beside_one_another", "equals_sdpa_on_gathered_tensors")
+
+
+def calls(P: int) -> Any:
+    return torch_report(P, "torch_calls.py", *(OF_FOUR if P == 4 else ()))
+
+
+@pytest.mark.parametrize(
+    ("P", "check"), [(P, c) for P in (1, 2, 3) for c in CHECKS] + [(4, c) for c in OF_FOUR]
+)
+def test_calls(check: str, P: int) -> None:
+    verdicts = calls(P)[check]
+    assert len(verdicts) == P
+    assert all(verdict and all(verdict) for verdict in verdicts), verdicts
+
+
+def test_a_process_alone_needs_no_process_group() -> None:
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    k = torch.randn(1, 2, 9, 8)
+    out = cross_attention(q, k, k)
+    out.sum().backward()
+    assert torch.equal(unshard(out), out.detach())
+    assert torch.equal(shard(k), k)
+    assert Layout.agree(q, k, k).size == 1
+    assert q.grad is not None
+    truth = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    assert torch.allclose(out, truth, rtol=0, atol=2**-20)
+    assert CrossAttention(16, 2)(torch.zeros(1, 5, 16), torch.zeros(1, 9, 16)).shape == (1, 5, 16)
