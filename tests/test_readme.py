@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT, mpiexec
+from tests.torchrun import torchrun
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -15,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.mpi
 def test_the_ten_lines_for_a_cluster_run_as_shown(tmp_path: Path) -> None:
-    (program,) = [block for block in BLOCKS if "mpiexec" in block]
+    (program,) = [block for block in BLOCKS if "run as: mpiexec" in block]
     checks = """
 assert out.shape == (1, 32, 16, 64) and lse.shape == (1, 32, 16)
 assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
@@ -25,6 +26,20 @@ print("done")
     (tmp_path / "example.py").write_text(program + checks)
     ended = mpiexec(4, tmp_path / "example.py")
     assert (ended.status, ended.out.count("done")) == (0, 4), ended.err
+
+
+@pytest.mark.mpi
+def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
+    (program,) = [block for block in BLOCKS if "run as: torchrun" in block]
+    before = "optimizer.zero_grad()"
+    shown = 'whole = loss.detach().clone(); dist.all_reduce(whole); print("loss", float(whole))'
+    (tmp_path / "train.py").write_text(program.replace(before, f"{shown}; {before}"))
+    ended = torchrun(2, tmp_path / "train.py")
+    assert ended.status == 0, ended.err
+    losses = [float(x) for x in re.findall(r"^loss (\S+)$", ended.out, re.MULTILINE)]
+    assert len(losses) == 6
+    assert losses[:3] == losses[3:]  # the whole loss is the same on both ranks
+    assert losses[0] > losses[1] > losses[2]
 
 
 def test_the_oracle_runs_as_shown(tmp_path: Path) -> None:
