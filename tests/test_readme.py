@@ -32,14 +32,19 @@ print("done")
 def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
     (program,) = [block for block in BLOCKS if "run as: torchrun" in block]
     before = "optimizer.zero_grad()"
-    shown = 'whole = loss.detach().clone(); dist.all_reduce(whole); print("loss", float(whole))'
-    (tmp_path / "train.py").write_text(program.replace(before, f"{shown}; {before}"))
+    shown = [
+        "whole = loss.detach().clone()",
+        "dist.all_reduce(whole)",
+        'print(f"step {step} loss {float(whole)}\\n", end="")',  # one write: ranks share a pipe
+    ]
+    (tmp_path / "train.py").write_text(program.replace(before, "; ".join([*shown, before])))
     ended = torchrun(2, tmp_path / "train.py")
     assert ended.status == 0, ended.err
-    losses = [float(x) for x in re.findall(r"^loss (\S+)$", ended.out, re.MULTILINE)]
-    assert len(losses) == 6
-    assert losses[:3] == losses[3:]  # the whole loss is the same on both ranks
-    assert losses[0] > losses[1] > losses[2]
+    found = re.findall(r"^step (\d) loss (\S+)$", ended.out, re.MULTILINE)
+    losses = [{float(loss) for at, loss in found if int(at) == step} for step in range(3)]
+    assert len(found) == 6
+    assert all(len(loss) == 1 for loss in losses)  # the same whole loss on both ranks
+    assert max(losses[0]) > max(losses[1]) > max(losses[2])
 
 
 def test_the_oracle_runs_as_shown(tmp_path: Path) -> None:
