@@ -35,7 +35,7 @@ def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
     shown = [
         "whole = loss.detach().clone()",
         "dist.all_reduce(whole)",
-        'print(f"step {step} loss {float(whole)}\\n", end="")',  # one write: ranks share a pipe
+        'print(f"step {step} loss {float(whole)}\n", end="")',  # one write: ranks share a pipe
     ]
     (tmp_path / "train.py").write_text(program.replace(before, "; ".join([*shown, before])))
     ended = torchrun(2, tmp_path / "train.py")

@@ -4,6 +4,7 @@ Whoever takes a `group` takes a process group, a one-dimensional DeviceMesh or N
 world, or this process alone where torch.distributed was not initialised.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,18 +22,33 @@ AnyGroup = Any  # dist.ProcessGroup | DeviceMesh | Group | None; mypy sees Proce
 class Group:
     """A process group as the ring sees it.
 
+    It does not keep the process group alive: an autograd graph that did so until Python ends would
+    leave gloo's threads running into that end, and one of them might abort the process.
+
     Attributes
     ----------
-    group : torch.distributed.ProcessGroup or None
-        None: this process alone.
     rank, size : int
         This rank's number within the group, and how many ranks there are.
     """
 
     def __init__(self, group: Any) -> None:
-        self.group = group
+        self._group = None if group is None else weakref.ref(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def group(self) -> Any:
+        """The process group, or None: this process alone.
+
+        Raises
+        ------
+        RuntimeError
+            It has been destroyed.
+        """
+        group = None if self._group is None else self._group()
+        if group is None and self._group is not None:
+            raise RuntimeError(f"group: it has been destroyed (on {self.name})")
+        return group
 
     @staticmethod
     def of(group: AnyGroup) -> "Group":

@@ -93,7 +93,8 @@ class CrossAttention(nn.Module):
             )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        self.group, self.recompute_kv = group, recompute_kv
+        self.group = None if group is None else Group.of(group)
+        self.recompute_kv = recompute_kv
 
         def linear(wide: int, narrow: int) -> nn.Linear:
             return nn.Linear(wide, narrow, bias=bias, device=device, dtype=dtype)

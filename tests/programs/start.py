@@ -45,8 +45,6 @@ def finish(comm: Any) -> None:
 
         # A rank that leaves while another still talks to it would be reported as broken.
         dist.barrier()
-        # The last reference ends gloo's threads; one that is alive when Python ends aborts it.
-        comm.group = None
         dist.destroy_process_group()
 
 
