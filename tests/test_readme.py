@@ -33,9 +33,10 @@ def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
     (program,) = [block for block in BLOCKS if "run as: torchrun" in block]
     before = "optimizer.zero_grad()"
     shown = [
+        "import sys",
         "whole = loss.detach().clone()",
         "dist.all_reduce(whole)",
-        'print(f"step {step} loss {float(whole)}\n", end="")',  # one write: ranks share a pipe
+        'sys.stdout.write(f"step {step} loss {float(whole)}" + chr(10))',  # ranks share a pipe
     ]
     (tmp_path / "train.py").write_text(program.replace(before, "; ".join([*shown, before])))
     ended = torchrun(2, tmp_path / "train.py")
