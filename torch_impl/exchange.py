@@ -90,6 +90,9 @@ class Exchange:
             rotation.wait_sent()
             for buffer in rotation.buffers:
                 self.layout.pool.give(buffer)
+        # They point back here: the group, held in a circle, would outlive its users' references
+        # and, at the end of the program, abort it.
+        self.rotations.clear()
 
 
 class Rotation:

@@ -146,8 +146,7 @@ class Layer(torch.autograd.Function):
             need = ctx.needs_input_grad
             dx, dw_q = project_backward(dq, x, w_q, ctx.dtype, need[0], need[2])
             dy_k, dw_k = project_backward(dk, y, w_k, ctx.dtype, need[1], need[3])
-            dy_v, dw_v = project_backward(dv, y, w_v, ctx.dtype, need[1], need[4])
-            dy = None if dy_k is None or dy_v is None else dy_k.add_(dy_v)
+            dy, dw_v = project_backward(dv, y, w_v, ctx.dtype, need[1], need[4], onto=dy_k)
             db = [
                 d.sum(dim=(0, 2)).to(b.dtype) if b is not None and wanted else None
                 for d, b, wanted in zip((dq, dk, dv), biases, need[5:8], strict=True)
@@ -170,16 +169,26 @@ def project_backward(
     dtype: torch.dtype | None,
     features_wanted: bool,
     weight_wanted: bool,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of features (B, s, E) and weight (E, H, D), given those of the heads.
 
     Each in the dtype of what it belongs to, and None unless it is wanted; `dtype` is the one in
-    which the forward computed, if autocast chose it.
+    which the forward computed, if autocast chose it.  That of the features is added to `onto`, in
+    place, where that is given.
     """
     dfeatures = dweight = None
     flat = dheads.transpose(1, 2).flatten(2)
     if features_wanted:
-        dfeatures = (flat @ cast(_matrix(weight), dtype)).to(features.dtype)
+        matrix = cast(_matrix(weight), dtype)
+        if onto is None:
+            dfeatures = (flat @ matrix).to(features.dtype)
+        elif onto.dtype == flat.dtype:
+            # The product adds as it goes: a pass over features fewer, and no room for them.
+            onto.flatten(0, 1).addmm_(flat.flatten(0, 1), matrix)
+            dfeatures = onto
+        else:
+            dfeatures = onto.add_(flat @ matrix)
     if weight_wanted:
         matrix = flat.flatten(0, 1).T @ cast(features, dtype).flatten(0, 1)
         dweight = matrix.to(weight.dtype).unflatten(0, weight.shape[1:]).permute(2, 0, 1)

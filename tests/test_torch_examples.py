@@ -1,0 +1,61 @@
+"""The examples do what they say: they run as their own first lines have it, and are right."""
+
+# ruff: noqa: E402 - what follows needs torch
+
+import re
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from lvxattn.torch_impl.examples import two_dimensional_mesh as mesh
+from tests.launch import Ended
+from tests.tolerances import UNIT, summed
+from tests.torchrun import torchrun
+
+# A gradient passes through about as many sums as the model has products, forward and back, and a
+# step hands on its error to the next.  None of the sums is longer than the keys or all tokens of
+# the batch; their magnitudes are at most a few times the largest gradient, which is in the 4.
+PRODUCTS, STEPS = 2 * (6 * mesh.LAYERS + 3), 3
+LIMIT = 4 * STEPS * PRODUCTS * summed(UNIT["float64"], max(mesh.S_KV, 5 * mesh.S_Q, mesh.E))
+
+
+def ended(P: int, *options: str) -> Ended:
+    """How the example ends on P ranks."""
+    return torchrun(P, "-m", mesh.__name__, "--steps", str(STEPS), *options)
+
+
+def table(P: int, *options: str) -> list[tuple[float, float, float]]:
+    """What it prints: by step, the loss on the mesh, the loss alone, how far gradients differ."""
+    end = ended(P, *options)
+    assert (end.status, end.err, end.left) == (0, "", ())
+    assert end.out.startswith(f"{P // 2} x 2 ranks (data x context), gloo, cpu\n")
+    rows = re.findall(r"^ +\d+  (\S+) +(\S+) +(\S+)$", end.out, re.MULTILINE)
+    assert len(rows) == STEPS
+    return [(float(loss), float(alone), float(apart)) for loss, alone, apart in rows]
+
+
+def test_gradients_on_a_mesh_are_those_of_one_process() -> None:
+    assert LIMIT < 1e-11  # far from what any mistake makes
+    for loss, alone, apart in table(4):
+        assert apart <= LIMIT
+        assert abs(loss - alone) <= LIMIT * alone
+
+
+def test_means_over_each_ranks_own_tokens_are_something_else() -> None:
+    for loss, alone, apart in table(2, "--divide-by", "own"):
+        assert apart > 0.01
+        assert abs(loss - alone) > 1e-4 * alone
+
+
+def test_ranks_that_make_no_mesh_are_refused_once() -> None:
+    end = ended(2, "--context", "3")
+    first = end.err.splitlines()[0]
+    assert first == "--context: expected a divisor of the number of ranks, 2, got 3"
+    assert end.err.count("--context: expected") == 1
+    assert "two_dimensional_mesh.py" not in end.err.split("\n", 1)[1]  # no traceback of ours
+    assert (end.status, end.out, end.left) == (1, "", ())
+
+
+def test_its_command_is_the_one_that_it_names() -> None:
+    assert f"torchrun --standalone --nproc-per-node 4 -m {mesh.__name__}\n" in (mesh.__doc__ or "")

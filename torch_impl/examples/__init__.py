@@ -1,0 +1,1 @@
+"""Programs to copy from: each is one file, started by the command on its top."""
