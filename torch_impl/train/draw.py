@@ -129,10 +129,11 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _smooth(x: np.ndarray) -> np.ndarray:
-    """Return the mean of each value and those before it, `_WINDOW` together at most."""
+    """Return the mean of each value and its neighbours, `_WINDOW` together or fewer at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(x)])
-    ends = np.arange(1, len(x) + 1)
-    starts = np.maximum(0, ends - _WINDOW)
+    numbers = np.arange(len(x))
+    starts = np.maximum(0, numbers - _WINDOW // 2)
+    ends = np.minimum(len(x), numbers + _WINDOW // 2 + 1)
     smooth: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
     return smooth
 

@@ -22,7 +22,7 @@ class Settings:
     """What shapes the curve: a run can be resumed with the same settings only."""
 
     frames: int
-    start: int
+    first_frames: int
     batch: int
     dtype: str
     seed: int
@@ -37,17 +37,17 @@ class Settings:
             They do not go together.
         """
         settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
-        if settings.start > settings.frames:
+        if settings.first_frames > settings.frames:
             raise InputError(
-                f"argument --start: expected at most --frames, {settings.frames}, "
-                f"got {settings.start}"
+                f"argument --first-frames: expected at most --frames, {settings.frames}, "
+                f"got {settings.first_frames}"
             )
         return settings
 
     @property
     def curriculum(self) -> Curriculum:
         """What every step trains on."""
-        return Curriculum(self.start, self.frames, self.batch)
+        return Curriculum(self.first_frames, self.frames, self.batch)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -58,7 +58,7 @@ class Settings:
         """Say which setting is another one in `others`, if any."""
         for name, mine in asdict(self).items():
             if others.get(name) != mine:
-                return f"--{name} {others.get(name)}, not {mine}"
+                return f"--{name.replace('_', '-')} {others.get(name)}, not {mine}"
         return None
 
 
@@ -73,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the longest clips, and of those it is tested with (default: 1200)",
     )
     run.add_argument(
-        "--start",
+        "--first-frames",
         type=_count(1, 1 << BITS),
         default=2,
         metavar="N",
@@ -101,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     end = parser.add_argument_group("when it ends")
     end.add_argument(
-        "--steps", type=_count(1), default=600, metavar="N", help="at the latest (default: 600)"
+        "--steps", type=_count(1), default=450, metavar="N", help="at the latest (default: 450)"
     )
     end.add_argument("--minutes", type=_above_0, metavar="X", help="at the latest, of this run")
     end.add_argument(

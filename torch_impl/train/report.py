@@ -85,7 +85,7 @@ class Reporter:
         weights = sum(p.numel() for p in model.parameters())
         train, watch, test = (len(part) for part in parts)
         ranks, frames = model.group.size, settings.frames
-        growing = f"from {settings.start} frames to {frames:,}"
+        growing = f"from {settings.first_frames} frames to {frames:,}"
         self.say(f"""
 LV-XAttn training run
   task      find the frame with a given marker and say which digit is written on it
