@@ -7,16 +7,20 @@ from collections.abc import Sequence
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.arguments import Parser, UsageError, natural, positive
 from lvxattn.mpi_impl.doctor import examine
 from lvxattn.mpi_impl.last_words import announce_death
 from lvxattn.mpi_impl.launcher import mismatch, speaks
-from lvxattn.mpi_impl.run import InputError as RunError
-from lvxattn.mpi_impl.run import run_problem
-from lvxattn.mpi_impl.run.options import add_options, contradiction
+from lvxattn.mpi_impl.run import MPIRanks
 from lvxattn.mpi_impl.watchdog import timeout
+from lvxattn.reference.run import UsageError, refuse, run_command
+from lvxattn.reference.run.arguments import Parser, natural, positive
+from lvxattn.reference.run.options import add_options
 
-_DEMO, _RUN = "lvxattn demo", "lvxattn run"
+_DEMO = "lvxattn demo"
+
+
+class _Parser(Parser):
+    speaks = MPI.COMM_WORLD.rank == 0
 
 
 def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD) -> int:
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
         _check_environment(options.command, comm)
         return int(options.run(options, comm))
     except UsageError as error:
-        return _refuse(str(error), comm)
+        return refuse(str(error), comm.rank)
 
 
 def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
@@ -46,24 +50,15 @@ def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
         from lvxattn.mpi_impl.demo import InputError, search_video  # what only the demo needs
     except ModuleNotFoundError as error:
         hint = "the extra 'demo' brings all it needs"
-        return _refuse(f"{_DEMO}: error: {error}; {hint} (on all ranks)", comm)
+        return refuse(f"{_DEMO}: error: {error}; {hint} (on all ranks)", comm.rank)
     try:
         return 0 if search_video(options, comm) else 1
     except InputError as error:
-        return _refuse(f"{_DEMO}: error: {error}", comm)
+        return refuse(f"{_DEMO}: error: {error}", comm.rank)
 
 
 def _run(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
-    wrong = contradiction(options)
-    if wrong:
-        raise UsageError(f"{_RUN}: error: {wrong} (on all ranks)")
-    try:
-        passed = run_problem(options, comm)
-    except RunError as error:
-        return _refuse(f"{_RUN}: error: {error}", comm)
-    if not passed and comm.rank == 0:
-        print(f"{_RUN}: a check failed", file=sys.stderr, flush=True)
-    return 0 if passed else 1
+    return run_command(options, MPIRanks(comm))
 
 
 def _doctor(_: argparse.Namespace, comm: MPI.Intracomm) -> int:
@@ -86,7 +81,7 @@ def _check_environment(command: str, comm: MPI.Intracomm) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = _Parser(
         "lvxattn", description="Exact distributed cross-attention over MPI.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -138,13 +133,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
-
-
-def _refuse(message: str, comm: MPI.Intracomm) -> int:
-    """Say on rank 0 what is wrong with the input; return the exit status for that."""
-    if comm.rank == 0:
-        print(message, file=sys.stderr, flush=True)
-    return 2
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import isfinite
 from types import FrameType
 
 from mpi4py import MPI
+
+from lvxattn.reference.validation import check_seconds, on_rank
 
 STATUS = 124
 """The exit status of a run that the watchdog ends, that of timeout(1)."""
@@ -156,19 +157,10 @@ def timeout(comm: MPI.Intracomm) -> float | None:
     ValueError
         It is not a number of seconds.
     """
-    text = os.environ.get("LVXATTN_TIMEOUT")
-    if not text:
-        return None
     try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not (seconds > 0 and isfinite(seconds)):
-        raise ValueError(
-            f"LVXATTN_TIMEOUT: expected a number of seconds above 0, got {text!r} "
-            f"(on rank {comm.rank} of {comm.size})"
-        )
-    return seconds
+        return check_seconds("LVXATTN_TIMEOUT", os.environ.get("LVXATTN_TIMEOUT"))
+    except ValueError as error:
+        raise on_rank(error, comm.rank, comm.size) from None
 
 
 def _watch(watchdog: "weakref.ref[Watchdog]", ended: threading.Event, interval: float) -> None:

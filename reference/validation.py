@@ -195,6 +195,32 @@ def check_features(
         raise on_rank(error, comm.rank, comm.size) from None
 
 
+def check_seconds(name: str, text: str | None) -> float | None:
+    """Return the number of seconds that an environment variable sets, None where it is unset.
+
+    Parameters
+    ----------
+    name : str
+        The variable's.
+    text : str, optional
+        Its value.
+
+    Raises
+    ------
+    ValueError
+        It is not a number of seconds above 0.
+    """
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not (seconds > 0 and isfinite(seconds)):
+        raise ValueError(f"{name}: expected a number of seconds above 0, got {text!r}")
+    return seconds
+
+
 def raise_together(error: Exception | None, comm: Communicator) -> None:
     """Raise on every rank the error of the lowest rank that has one.
 

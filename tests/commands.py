@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.launch import PROGRAMS, mpiexec
+from tests.torchrun import torchrun
+
+LAUNCHERS = {"mpi_impl": mpiexec, "torch_impl": torchrun}
 
 
 @dataclass(frozen=True)
@@ -17,15 +20,23 @@ class Said:
     err: str
 
 
-def commands(P: int, *lines: list[Any], breakages: Sequence[str] = ()) -> list[Said]:
+def commands(
+    P: int,
+    *lines: list[Any],
+    breakages: Sequence[str] = (),
+    implementation: str = "mpi_impl",
+    timeout: float = 60.0,
+) -> list[Said]:
     """Run command lines on P ranks, one after the other, each with its breakage, if any.
 
     Only rank 0 may have said anything, and all ranks must have come to the same exit status.
     """
     words = [[str(word) for word in line] for line in lines]
     pairs = list(zip(breakages or [""] * len(lines), words, strict=True))
-    ended = mpiexec(P, PROGRAMS / "commands.py", json.dumps(pairs))
+    arguments = PROGRAMS / "commands.py", implementation, json.dumps(pairs)
+    ended = LAUNCHERS[implementation](P, *arguments, timeout=timeout)
     assert ended.status == 0, ended.out + ended.err
+    assert not ended.left, ended.left
     results = []
     for by_rank in json.loads(ended.out):
         assert len({said["status"] for said in by_rank}) == 1, by_rank

@@ -1,4 +1,4 @@
-"""Start programs under mpiexec, in time, and leave no process behind."""
+"""Start programs under a launcher, in time, and leave no process behind."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # Ranks start sessions of their own, so that nothing but this, inherited by all, tells whose they
 # are.
 MARK = "LVXATTN_TEST_RUN"
-# Seconds that processes have to be gone in, once mpiexec has ended.
+# Seconds that processes have to be gone in, once their launcher has ended.
 GRACE = 2.0
 
 
@@ -37,7 +37,7 @@ class Ended:
     seconds : float
         How long it ran.
     left : tuple of str
-        Command lines of processes that outlived mpiexec (and were killed); where there is no
+        Command lines of processes that outlived the launcher (and were killed); where there is no
         ``/proc`` nobody looks.
     """
 
@@ -73,6 +73,26 @@ def mpiexec(
     launcher = shlex.split(os.environ.get("LVXATTN_MPIEXEC", ""))
     launcher = launcher or [str(Path(sys.executable).with_name("mpiexec"))]
     runner = [sys.executable, "-W", "error", *(["-m", "mpi4py"] if mpi4py else [])]
+    began = time.time()
+    ended = launch([*launcher, "-n", str(P), *runner, *map(str, args)], timeout=timeout, env=env)
+    if ended.status:
+        _sweep(began)
+    return ended
+
+
+def launch(
+    command: list[str], *, timeout: float, env: dict[str, str | None] | None = None
+) -> Ended:
+    """Run a command; if it outlives `timeout`, it is killed with all that it started.
+
+    Parameters
+    ----------
+    command : list of str
+    timeout : float
+        Seconds.
+    env : dict, optional
+        Added to the environment; None takes a variable out of it.
+    """
     mark = uuid.uuid4().hex
     wanted: dict[str, str | None] = {
         **os.environ,
@@ -81,9 +101,9 @@ def mpiexec(
         MARK: mark,
         **(env or {}),
     }
-    start, began = time.monotonic(), time.time()
+    start = time.monotonic()
     process = subprocess.Popen(
-        [*launcher, "-n", str(P), *runner, *map(str, args)],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -103,8 +123,6 @@ def mpiexec(
     while (left := _marked(mark)) and time.monotonic() < start + seconds + GRACE:
         time.sleep(0.02)
     _kill(left)
-    if process.returncode:
-        _sweep(began)
     return Ended(process.returncode, out, err, timed_out, seconds, tuple(left.values()))
 
 

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from lvxattn.reference.masks import MaskView
-from tests.backends import BACKENDS, MPI_DEVICE, MPI_NUMPY, REFERENCE, Backend, host
+from tests.backends import (
+    BLOCK_BACKENDS,
+    MPI_DEVICE,
+    MPI_NUMPY,
+    REFERENCE,
+    TORCH,
+    TORCH_AUTO,
+    TORCH_BLOCKED,
+    TORCH_FLASH,
+    TORCH_SPLIT,
+    Backend,
+    host,
+)
 from tests.cases import CASES, Case, Problem
 from tests.judge import ratio, worst_ratios
 from tests.naive import naive_attention
@@ -30,59 +42,89 @@ TILED = [
         for m in ("full", "additive", "callable", "padding", "dead rows", "over heads")
     ),
 ]
-backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+backends = pytest.mark.parametrize("backend", BLOCK_BACKENDS, ids=lambda backend: backend.name)
+takes_any_mask = pytest.mark.parametrize(
+    "backend",
+    [b for b in BLOCK_BACKENDS if b not in (TORCH_FLASH, TORCH_SPLIT)],
+    ids=lambda backend: backend.name,
+)
+
+
+def solvable(cases: list[Case]) -> pytest.MarkDecorator:
+    """Parametrise over cases and the backends that solve them."""
+    pairs = [
+        pytest.param(case, backend, id=f"{case.name}-{backend.name}")
+        for case in cases
+        for backend in BLOCK_BACKENDS
+        if backend.can(case)
+    ]
+    return pytest.mark.parametrize(("case", "backend"), pairs)
+
+
+@pytest.fixture(autouse=True)
+def few_keys_are_split_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["lvxattn.torch_impl.kernels.split"]
+    monkeypatch.setattr(module, "parts_for", lambda job: min(3, job.s_kv))
 
 
 def solve_block(problem: Problem, backend: Backend, parts: int = 1, **options: Any) -> Any:
     """Return all results of a problem whose keys are taken in some parts and merged."""
     attend, merge = backend.implementation.block_attention, backend.implementation.merge
-    backward = backend.implementation.block_attention_backward
+    backward = backend.backward
     q, k, v, dout = (backend.array(x) for x in (problem.q, problem.k, problem.v, problem.dout))
-    wide, xp = backend.wide(problem.q.dtype), backend.xp
-    dlse = backend.array(problem.dlse.astype(wide))
+    wide = backend.wide(problem.q.dtype)
+    dout_wide, dlse = (backend.array(x.astype(wide)) for x in (problem.dout, problem.dlse))
     home, S_KV = MaskView.of(backend.array(problem.mask)), problem.k.shape[2]
-    options["scale"] = problem.scale
+    options |= {"scale": problem.scale, **backend.options}
+
+    def full(shape: tuple[int, ...], value: float = 0.0) -> Any:
+        return backend.array(np.full(shape, value, wide))
+
     keys = [slice(S_KV * i // parts, S_KV * (i + 1) // parts) for i in range(parts)]
-    out, lse = xp.zeros((*q.shape[:3], v.shape[3]), wide), xp.full(q.shape[:3], -xp.inf, wide)
+    out, lse = full(problem.dout.shape), full(problem.dlse.shape, -np.inf)
     for at in keys:
         view = home.from_key(at.start)
         out, lse = merge(out, lse, *attend(q, k[:, :, at], v[:, :, at], mask=view, **options))
-    delta = (dout.astype(wide) * out).sum(axis=-1) - dlse
-    dk, dv, dq = xp.zeros(k.shape, wide), xp.zeros(v.shape, wide), xp.zeros(q.shape, wide)
+    delta = (dout_wide * out).sum(axis=-1) - dlse
+    dk, dv, dq = full(k.shape), full(v.shape), full(q.shape)
     for at in keys:
         dq += backward(
             dout, q, k[:, :, at], v[:, :, at], lse, delta, dk[:, :, at], dv[:, :, at],
             mask=home.from_key(at.start), **options,
         )  # fmt: skip
     results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    results = {name: host(x) for name, x in results.items()}
     assert {x.dtype for x in results.values()} == {wide}
-    return {name: host(x) for name, x in results.items()}
+    return results
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> None:
     """Make every implementation cut blocks into tiles of at most that many rows and keys."""
     module = sys.modules["lvxattn.reference.block_attention"]
     monkeypatch.setattr(module, "_tile_keys", lambda q: keys)
-    module = sys.modules["lvxattn.mpi_impl.block_attention"]
+    for name in ("mpi_impl.block_attention", "torch_impl.kernels.blocked"):
+        module = sys.modules[f"lvxattn.{name}"]
 
-    class Tiles(module._Tiles):  # type: ignore[name-defined, misc]
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.tile_rows, self.tile_keys = min(rows, self.tile_rows), min(keys, self.tile_keys)
+        class Tiles(module._Tiles):  # type: ignore[name-defined, misc]
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                self.tile_rows = min(rows, self.tile_rows)
+                self.tile_keys = min(keys, self.tile_keys)
 
-    monkeypatch.setattr(module, "_Tiles", Tiles)
+        monkeypatch.setattr(module, "_Tiles", Tiles)
 
 
-@backends
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("case", CASES + BF16, ids=lambda case: case.name)
+@solvable(CASES + BF16)
 def test_equals_naive_softmax_and_its_gradients(case: Case, parts: int, backend: Backend) -> None:
     problem = case.make()
     results = solve_block(problem, backend, parts)
     assert max(worst_ratios(problem, results, fp64=backend.fp64).values()) <= 1
 
 
-@backends
+@pytest.mark.parametrize(
+    "backend", [REFERENCE, MPI_NUMPY, MPI_DEVICE, TORCH_BLOCKED], ids=lambda backend: backend.name
+)
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (5, 7), (31, 32), (8, 97)])
 @pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
 def test_tiles_of_any_size_give_the_same(
@@ -96,7 +138,9 @@ def test_tiles_of_any_size_give_the_same(
     assert max(worst_ratios(problem, results, fp64=backend.fp64).values()) <= 1
 
 
-@pytest.mark.parametrize("backend", [MPI_NUMPY, MPI_DEVICE], ids=lambda backend: backend.name)
+@pytest.mark.parametrize(
+    "backend", [MPI_NUMPY, MPI_DEVICE, TORCH_BLOCKED, TORCH_AUTO], ids=lambda backend: backend.name
+)
 @pytest.mark.parametrize("lengths", [(2049, 3), (3, 1100), (600, 1500)], ids=str)
 def test_blocks_longer_than_a_tile(lengths: tuple[int, int], backend: Backend) -> None:
     S_Q, S_KV = lengths
@@ -105,18 +149,19 @@ def test_blocks_longer_than_a_tile(lengths: tuple[int, int], backend: Backend) -
     assert max(worst_ratios(problem, results).values()) <= 1
 
 
-@backends
+@takes_any_mask
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 def test_backward_adds_to_the_gradients_that_are_there(dtype: str, backend: Backend) -> None:
     problem = Case("adds", B=2, H=4, H_KV=2, dtype=dtype, mask="full").make()
-    wide, xp = backend.wide(problem.q.dtype), backend.xp
+    wide = backend.wide(problem.q.dtype)
     q, k, v, dout = (backend.array(x) for x in (problem.q, problem.k, problem.v, problem.dout))
     rng = np.random.default_rng(0)
     lse, delta = (backend.array(rng.standard_normal(q.shape[:3]).astype(wide)) for _ in range(2))
     before = [rng.standard_normal(x.shape).astype(wide) for x in (k, v)]
-    options = {"scale": problem.scale, "mask": backend.array(problem.mask)}
-    backward = backend.implementation.block_attention_backward
-    shares = [xp.zeros(x.shape, wide) for x in (k, v)]
+    mask = backend.array(problem.mask)
+    options = {"scale": problem.scale, "mask": mask, **backend.options}
+    backward = backend.backward
+    shares = [backend.array(np.zeros(x.shape, wide)) for x in (k, v)]
     dq = backward(dout, q, k, v, lse, delta, *shares, **options)
     there = [backend.array(x.copy()) for x in before]
     again = backward(dout, q, k, v, lse, delta, *there, **options)
@@ -139,7 +184,7 @@ def test_progress_is_called_after_every_tile(
     assert len(calls) == 2 * (2 * heads * 4 * 4)  # both ways: batches, heads, 31 rows, 97 keys
 
 
-@backends
+@takes_any_mask
 @pytest.mark.parametrize("from_key", [0, 9])
 @pytest.mark.parametrize("mask", ["full", "over queries", "two axes", "additive", "callable"])
 def test_views_reach_the_block_s_own_part_of_the_mask(
@@ -156,23 +201,23 @@ def test_views_reach_the_block_s_own_part_of_the_mask(
     dout, dlse = whole.dout[:, :, rows], whole.dlse[:, :, rows]
     truth = naive_attention(q, k, v, whole.scale, seen, dout, dlse)
     out, lse = backend.implementation.block_attention(
-        *(backend.array(x) for x in (q, k, v)), scale=whole.scale, mask=view
+        *(backend.array(x) for x in (q, k, v)), scale=whole.scale, mask=view, **backend.options
     )
     limit = limits(whole.case, truth, "float64", "float64")
     assert ratio(host(out), truth.results["out"], limit["out"]) <= 1
     assert ratio(host(lse), truth.results["lse"], limit["lse"]) <= 1
 
 
-@backends
+@takes_any_mask
 def test_arguments_are_only_read(backend: Backend) -> None:
     problem = Case("read", B=2, H=4, H_KV=2, dtype="float32", mask="additive").make()
     given = [backend.array(x) for x in (problem.q, problem.k, problem.v, problem.mask)]
     before = [host(x).copy() for x in given]
-    if backend is not MPI_DEVICE:
+    if backend is not MPI_DEVICE and backend not in TORCH:
         for x in given:
             x.flags.writeable = False
     q, k, v, mask = given
-    backend.implementation.block_attention(q, k, v, scale=1.0, mask=mask)
+    backend.implementation.block_attention(q, k, v, scale=1.0, mask=mask, **backend.options)
     assert all(np.array_equal(host(x), y) for x, y in zip(given, before, strict=True))
 
 

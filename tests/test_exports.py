@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-PACKAGES = ["lvxattn.reference", "lvxattn.reference.plan", "lvxattn.mpi_impl"]
+PACKAGES = [
+    "lvxattn.reference",
+    "lvxattn.reference.plan",
+    "lvxattn.reference.run",
+    "lvxattn.mpi_impl",
+]
 
 
 def functions() -> dict[str, Any]:

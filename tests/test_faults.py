@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from tests.launch import PROGRAMS, Ended, mpiexec, report
+from tests.torch_ranks import torch_report
 
 pytestmark = pytest.mark.mpi
 
 LAST = "the last rank"
+EACH = "each rank names itself"
 BROADCASTS = "mask: expected a shape that broadcasts to (B, H, S_Q, s_kv)"
 # By the names of programs/run_bad_input.py: what is raised, the text without its end, which rank it
 # names.  5 P and so on stand for numbers that depend on P.
@@ -241,30 +243,121 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
 }
 
 
-def text(name: str, P: int) -> str:
-    """Return the whole text of an error on P ranks."""
-    _, start, rank = EXPECTED[name]
+# What only PyTorch's tensors, groups and modules can get wrong.
+OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
+    "k is on another device": (ValueError, "k: expected q's device cpu, got meta", 0),
+    "the mask is on another device": (ValueError, "mask: expected q's device cpu, got meta", 0),
+    "the mask wants a gradient": (
+        ValueError,
+        "mask: expected a constant, got a tensor that requires a gradient",
+        0,
+    ),
+    "v is a DTensor": (
+        TypeError,
+        "v: expected this rank's part as a plain tensor, got a DTensor; v.to_local() gives it",
+        0,
+    ),
+    "q is sparse": (
+        TypeError,
+        "q: expected a strided tensor, got a tensor of layout torch.sparse_coo",
+        0,
+    ),
+    "k is an array of NumPy": (TypeError, "k: expected a torch array as q is, got numpy", 0),
+    "a mesh of two dimensions": (
+        ValueError,
+        "group: expected a mesh of one dimension, as mesh['context'] gives it, "
+        "got 2 dimensions ('context', 'data')",
+        None,
+    ),
+    "a group of another kind": (
+        TypeError,
+        "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, got str",
+        None,
+    ),
+    "unknown queries": (
+        ValueError,
+        "queries: expected one of ('sharded', 'replicated'), got 'mirrored'",
+        0,
+    ),
+    "a layout of other queries": (
+        ValueError,
+        "queries: expected the layout's 'sharded', got 'replicated'",
+        EACH,
+    ),
+    "dropout": (
+        ValueError,
+        "dropout: expected 0, got 0.1: ranks would not drop what one process drops",
+        None,
+    ),
+    "heads that do not divide": (
+        ValueError,
+        "num_heads: expected a divisor of embed_dim = 8, or a head_dim, got 3",
+        None,
+    ),
+    "kv heads that do not divide": (
+        ValueError,
+        "num_kv_heads: expected a divisor of num_heads = 4, got 3",
+        None,
+    ),
+    "no width": (ValueError, "embed_dim: expected a whole number from 1 up, got 0", None),
+    "the last rank's mask wants a gradient": (
+        ValueError,
+        "mask: expected a constant, got a tensor that requires a gradient",
+        LAST,
+    ),
+    "ranks differ in gradients": (
+        ValueError,
+        "call: expected rank 0's 'forward', got 'forward and backward'",
+        LAST,
+    ),
+    "ranks differ in lse": (
+        ValueError,
+        "call: expected rank 0's 'forward', got 'forward, with lse'",
+        LAST,
+    ),
+    "ranks differ in replicated queries": (
+        ValueError,
+        "q: expected rank 0's s_q = 5 with queries 'replicated', got 6",
+        LAST,
+    ),
+}
+OF_BACKWARD = {"dout has out's shape but for D_V", "out has 3 axes", "lse has 4 axes"}
+OF_BACKWARD |= {"dlse has another length", "integer dout", "lse is None"}
+OF_BACKWARD |= {"backward with 3 axes in q", "the last rank's dout"}
+IN_TORCH = {n: e for n, e in EXPECTED.items() if n not in OF_BACKWARD} | OF_TENSORS
+BAD = [("mpi", name) for name in EXPECTED] + [("torch", name) for name in IN_TORCH]
+REPORTS = {"mpi": report, "torch": torch_report}
+
+
+def text(name: str, P: int, by: int) -> str:
+    """Return the whole text of an error on P ranks, as rank `by` raises it."""
+    _, start, rank = (EXPECTED | OF_TENSORS)[name]
     for symbol, number in (("{5P}", 5 * P), ("{5P+1}", 5 * P + 1), ("{7P+1}", 7 * P + 1)):
         start = start.replace(symbol, str(number))
-    return f"{start} (on rank {P - 1 if rank is LAST else rank} of {P})"
+    if rank is None:  # nobody is asked
+        return start
+    return f"{start} (on rank {P - 1 if rank is LAST else by if rank is EACH else rank} of {P})"
 
 
 @pytest.mark.parametrize("P", [1, 2, 3])
 class TestBadInput:
-    @pytest.mark.parametrize("name", EXPECTED)
+    @pytest.mark.parametrize(("implementation", "name"), BAD)
     def test_every_rank_raises_the_same_clear_error_at_once_and_goes_on(
-        self, name: str, P: int
+        self, implementation: str, name: str, P: int
     ) -> None:
         if P == 1 and name.startswith(("ranks differ", "every rank")):
             pytest.skip("one rank has nobody to differ from")
-        for kind, got, in_time, still_works in report(P, "run_bad_input.py")[name]:
-            assert (kind, got) == (EXPECTED[name][0].__name__, text(name, P))
+        ranks = REPORTS[implementation](P, "run_bad_input.py")[name]
+        for rank, (kind, got, in_time, still_works) in enumerate(ranks):
+            expected = (EXPECTED | OF_TENSORS)[name][0].__name__
+            assert (kind, got) == (expected, text(name, P, rank))
             assert in_time
             assert still_works
 
-    def test_the_table_is_complete(self, P: int) -> None:
-        ranks = report(P, "run_bad_input.py")
-        assert set(ranks) == set(EXPECTED)
+    @pytest.mark.parametrize("implementation", REPORTS)
+    def test_the_table_is_complete(self, implementation: str, P: int) -> None:
+        ranks = REPORTS[implementation](P, "run_bad_input.py")
+        assert set(ranks) == set({"mpi": EXPECTED, "torch": IN_TORCH}[implementation])
         assert all(len(results) == P for results in ranks.values())
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvxattn import mpi_impl, reference
+from lvxattn import mpi_impl, reference, torch_impl
 from tests import fake_cupy
+from tests.backends import host, tensor
 from tests.cases import Case
 from tests.judge import worst_ratios
 from tests.naive import Array, naive_attention
@@ -26,18 +27,16 @@ class Merge:
     name: str
     function: Callable[..., Any]
     dtype: str
-    device: bool = False
+    there: Callable[..., Any] | None = None  # from a NumPy array
 
     def __call__(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> Pair:
         given = [np.asarray(x, self.dtype) for x in (out_a, lse_a, out_b, lse_b)]
         for x in given:
             x.flags.writeable = False
-        there = [fake_cupy.asarray(x) for x in given] if self.device else given
-        out, lse = self.function(*there)
-        if self.device:
-            out, lse = fake_cupy.asnumpy(out), fake_cupy.asnumpy(lse)
-            for x, y in zip(given, there, strict=True):
-                assert np.array_equal(x, fake_cupy.asnumpy(y), equal_nan=True)
+        there = [self.there(x) for x in given] if self.there else given
+        out, lse = (host(x) for x in self.function(*there))
+        for x, y in zip(given, there, strict=True):
+            assert np.array_equal(x, host(y), equal_nan=True)
         assert (out.dtype, lse.dtype) == (np.dtype(self.dtype),) * 2
         return out, lse
 
@@ -46,8 +45,10 @@ MERGES = [
     Merge("reference", reference.merge, "float64"),
     Merge("mpi, float64", mpi_impl.merge, "float64"),
     Merge("mpi, float32", mpi_impl.merge, "float32"),
-    Merge("mpi, device, float64", mpi_impl.merge, "float64", device=True),
-    Merge("mpi, device, float32", mpi_impl.merge, "float32", device=True),
+    Merge("mpi, device, float64", mpi_impl.merge, "float64", fake_cupy.asarray),
+    Merge("mpi, device, float32", mpi_impl.merge, "float32", fake_cupy.asarray),
+    Merge("torch, float64", torch_impl.merge, "float64", tensor),
+    Merge("torch, float32", torch_impl.merge, "float32", tensor),
 ]
 merges = pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.name)
 examples = settings(max_examples=40)

@@ -1,11 +1,15 @@
 """The run command: presets, sizes and files, its check, its reports and its refusals."""
 
+import ast
 import json
 import os
 import resource
 import struct
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,32 @@ import pytest
 import safetensors.numpy
 
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.mpi_impl.run import program, tensors
-from lvxattn.mpi_impl.run.problem import Problem as RunProblem
-from lvxattn.mpi_impl.run.problem import RandomTensors, describe, take_share
 from lvxattn.reference.plan.problems import MODELS
+from lvxattn.reference.run import program, tensors
+from lvxattn.reference.run.arguments import Parser
+from lvxattn.reference.run.options import add_options
+from lvxattn.reference.run.problem import Problem as RunProblem
+from lvxattn.reference.run.problem import RandomTensors, describe, take_share
+from lvxattn.reference.validation import accumulator
 from tests.cases import Case, Problem
-from tests.commands import commands
-from tests.judge import worst_ratios
+from tests.commands import Said, commands
+from tests.judge import ratio, worst_ratios
+from tests.tolerances import limits
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SMALL = ["--text-tokens", "19", "--visual-tokens", "100", "--head-dim", "8", "--heads", "4"]
+
+
+# The command lines, and on how many ranks; a launch of the second takes seconds.
+MPI_RANKS, TORCH_RANKS = ("mpi_impl", 3), ("torch_impl", 2)
+WORLDS = [
+    pytest.param(*MPI_RANKS, marks=pytest.mark.mpi),
+    pytest.param(
+        *TORCH_RANKS, marks=pytest.mark.skipif(find_spec("torch") is None, reason="needs PyTorch")
+    ),
+]
+EACH = pytest.mark.parametrize(("implementation", "P"), WORLDS)
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> Path:
@@ -68,28 +87,117 @@ CASES = [
 ]
 
 
-@pytest.mark.mpi
-@pytest.mark.parametrize("P", [1, 3])
-def test_files_in_every_dtype_give_the_true_result(P: int, tmp_path: Path) -> None:
-    made = [problem(case) for case in CASES]
-    lines = [
+MADE = [problem(case) for case in CASES]
+BREAKAGES = ("merge", "out", "lse", "dq", "dk", "dv", "nan")
+RANDOM = ["run", *SMALL, "--seed", "3", "--backward"]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one command line said, in one launch, to everything that it was told.
+
+    Attributes
+    ----------
+    folder : Path
+        Where its files are.
+    files, presets, broken, bad : list of Said
+        By `file_lines`, `preset_lines`, `BREAKAGES` and `bad_inputs`.
+    """
+
+    folder: Path
+    files: list[Said]
+    presets: list[Said]
+    broken: list[Said]
+    bad: list[Said]
+
+
+Tell = Callable[[str, int], Told]
+
+
+@pytest.fixture(scope="module")
+def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
+    """Return a function that tells one implementation everything, once."""
+
+    @cache
+    def told(implementation: str, P: int) -> Told:
+        folder = tmp_path_factory.mktemp(f"{implementation}{P}")
+        broken = [["run", *SMALL, "--backward", "--check"]] * len(BREAKAGES)
+        bad = [["run", *line] for line, _ in bad_inputs(folder, implementation)]
+        parts = file_lines(folder), preset_lines(folder), broken, bad
+        said = iter(
+            commands(
+                P,
+                *[line for part in parts for line in part],
+                breakages=[
+                    breakage
+                    for part in parts
+                    for breakage in (BREAKAGES if part is broken else [""] * len(part))
+                ],
+                implementation=implementation,
+                timeout=100,
+            )
+        )
+        return Told(folder, *[[next(said) for _ in part] for part in parts])
+
+    return told
+
+
+def file_lines(folder: Path) -> list[list[Any]]:
+    """Command lines that read and write a file each, and one whose tensors are random."""
+    return [
         [
-            *("run", "--input", save_problem(tmp_path / f"{n}.in", one), "--backward", "--check"),
-            *("--output", tmp_path / f"{n}.out", "--schedule", ["lv-xattn", "ring"][n % 2]),
+            *("run", "--input", save_problem(folder / f"{n}.in", one), "--backward", "--check"),
+            *("--output", folder / f"{n}.out", "--schedule", ["lv-xattn", "ring"][n % 2]),
             "--quiet",
         ]
-        for n, one in enumerate(made)
-    ]
-    for n, (one, said) in enumerate(zip(made, commands(P, *lines), strict=True)):
+        for n, one in enumerate(MADE)
+    ] + [[*RANDOM, "--output", folder / "random.out", "--quiet"]]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "P"), [pytest.param("mpi_impl", 1, marks=pytest.mark.mpi), *WORLDS]
+)
+def test_files_in_every_dtype_give_the_true_result(implementation: str, P: int, tell: Tell) -> None:
+    told = tell(implementation, P)
+    for n, one in enumerate(MADE):
+        said = told.files[n]
         assert (said.status, said.out, said.err) == (0, "", ""), one.case.name
-        results = load(tmp_path / f"{n}.out")
-        for tensor in tensors.open_tensors(str(tmp_path / f"{n}.out")).tensors.values():
+        path = told.folder / f"{n}.out"
+        results = load(path)
+        for tensor in tensors.open_tensors(str(path)).tensors.values():
             assert tensor.start % tensors.dtype_of(tensor.dtype).itemsize == 0
         assert sorted(results) == ["dk", "dq", "dv", "lse", "out"]
         for name in ("out", "dq", "dk", "dv"):
             assert results[name].dtype == one.q.dtype
         assert max(worst_ratios(one, results).values()) <= 1, one.case.name
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(told.folder.glob("*.part"))
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs PyTorch")
+def test_both_command_lines_agree_on_a_file(tell: Tell) -> None:
+    ours, theirs = tell(*MPI_RANKS), tell(*TORCH_RANKS)
+    for n, one in enumerate(MADE):
+        limit = limits(one.case, one.truth(), one.case.dtype, accumulator(one.case.dtype))
+        a, b = (load(told.folder / f"{n}.out") for told in (ours, theirs))
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            got, want = (x[name].astype(np.float64) for x in (a, b))
+            assert ratio(got, want, 2 * limit[name]) <= 1, (one.case.name, name)
+
+
+@EACH
+def test_random_problems_are_those_that_one_rank_would_make(
+    implementation: str, P: int, tell: Tell
+) -> None:
+    parser = Parser()
+    add_options(parser)
+    made = take_share(describe(parser.parse_args(RANDOM[1:])), 0, 1).tensors
+    case = Case("random", H=4, H_KV=4, S_Q=19, S_KV=100, dtype="float32")
+    lse = np.zeros(made["q"].shape[:3])
+    one = Problem(case, *(made[x] for x in ("q", "k", "v", "dout")), lse, 8**-0.5, None)
+    results = load(tell(implementation, P).folder / "random.out")
+    assert max(worst_ratios(one, results).values()) <= 1
 
 
 def test_each_rank_reads_its_own_bytes_only(
@@ -126,9 +234,9 @@ def test_random_tensors_are_the_same_on_any_number_of_ranks() -> None:
     assert not one["mask"].all()
 
 
-@pytest.mark.mpi
-def test_presets_and_sizes_pass_their_check_and_are_reported(tmp_path: Path) -> None:
-    lines = [
+def preset_lines(folder: Path) -> list[list[Any]]:
+    """Command lines about presets and sizes."""
+    return [
         [
             *("run", "--model", "openflamingo-3b", "--frames", "3", "--text-tokens", "9"),
             *("--check", "--json", "-"),
@@ -136,32 +244,46 @@ def test_presets_and_sizes_pass_their_check_and_are_reported(tmp_path: Path) -> 
         [
             *("run", *SMALL, "--kv-heads", "2", "--value-dim", "3", "--batch", "2", "--backward"),
             *("--mask", "padding", "--dtype", "float16", "--repeat", "2", "--check"),
-            *("--scale", "0.25", "--json", tmp_path / "all.json"),
+            *("--scale", "0.25", "--json", folder / "all.json"),
         ],
-        ["run", *SMALL, "--quiet", "--schedule", "ring", "--scale", "0.5", "--check"],
+        [
+            *("run", *SMALL, "--quiet", "--schedule", "ring", "--scale", "0.5", "--check"),
+            *("--json", folder / "ring.json"),
+        ],
         *[["run", *SMALL, "--dtype", dtype, "--check", "--quiet"] for dtype in DTYPES],
         ["run", "--text-tokens", "0", "--visual-tokens", "0", "--backward", "--check", "--quiet"],
     ]
-    preset, sizes, *others = commands(3, *lines)
+
+
+@EACH
+def test_presets_and_sizes_pass_their_check_and_are_reported(
+    implementation: str, P: int, tell: Tell
+) -> None:
+    told = tell(implementation, P)
+    preset, sizes, *others = told.presets
 
     model, report = MODELS["openflamingo-3b"], json.loads(preset.out)
     q, k = model.shapes(9, 3)
     assert (tuple(report["shapes"]["q"]), tuple(report["shapes"]["k"])) == (q, k)
     assert [check["name"] for check in report["checks"]] == ["out", "lse"]
     assert report["totals"]["keys"] == k[2] == sum(rank["keys"] for rank in report["ranks"])
-    # 2 hops of the queries and 2 of the results (out and lse, wide), all of them in all.
-    assert report["totals"]["bytes"] == 2 * (4 * np.prod(q) * 2 + 4 * np.prod(q[:3]))
-    assert report["totals"]["messages"] == 3 * 4
+    # P - 1 hops of the queries and as many of the results (out and lse, wide), all of them in all.
+    assert report["totals"]["bytes"] == (P - 1) * (4 * np.prod(q) * 2 + 4 * np.prod(q[:3]))
+    assert report["totals"]["messages"] == P * 2 * (P - 1)
 
-    report = json.loads((tmp_path / "all.json").read_text())
+    report = json.loads((told.folder / "all.json").read_text())
     assert [check["name"] for check in report["checks"]] == ["out", "lse", "dq", "dk", "dv"]
     assert all(check["rows"] >= 16 and check["passed"] for check in report["checks"])
     assert report["repeats"] == 2
     assert [len(seconds) for seconds in report["measured"].values()] == [2, 2]  # no warm-up
     assert report["scale"] == 0.25
     assert report["totals"]["backward"] > 0
-    assert report["ranks"][2]["messages"] == 8
+    assert report["ranks"][P - 1]["messages"] == 4 * (P - 1)
     assert "float16" in sizes.out
+
+    report = json.loads((told.folder / "ring.json").read_text())
+    assert (report["schedule"], report["scale"]) == ("ring", 0.5)
+    assert report["totals"]["bytes"] == (P - 1) * 2 * 4 * 4 * 100 * 8  # keys and values
     for said in (preset, sizes, *others):
         assert (said.status, said.err) == (0, "")
     assert [said.out for said in others] == [""] * len(others)
@@ -191,13 +313,9 @@ def test_a_long_host_name_does_not_widen_the_table(
     assert "nnnn…" in line
 
 
-@pytest.mark.mpi
-def test_check_catches_a_wrong_result() -> None:
-    breakages = ["merge", "out", "lse", "dq", "dk", "dv", "nan"]
-    line = ["run", *SMALL, "--backward", "--check"]
-    for breakage, said in zip(
-        breakages, commands(2, *[line] * len(breakages), breakages=breakages), strict=True
-    ):
+@EACH
+def test_check_catches_a_wrong_result(implementation: str, P: int, tell: Tell) -> None:
+    for breakage, said in zip(BREAKAGES, tell(implementation, P).broken, strict=True):
         assert said.status == 1, breakage
         assert said.err == "lvxattn run: a check failed\n"
         failed = {line.split()[0] for line in said.out.splitlines() if line.endswith("FAIL")}
@@ -212,8 +330,13 @@ def damaged(path: Path, header: Any, data: bytes = b"") -> Path:
     return path
 
 
-def bad_inputs(folder: Path) -> list[tuple[list[Any], str]]:
+def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]:
     """Command lines, and what is said of each."""
+    no_gpu = {
+        "mpi_impl": (["--device", "gpu", "--dtype", "bfloat16", *SMALL], "CuPy has no bfloat16"),
+        "torch_impl": (["--device", "gpu", *SMALL], "--device gpu: "),
+    }
+    bad = [] if implementation == "torch_impl" and has_gpu() else [no_gpu[implementation]]
     x = np.ones((1, 2, 6, 4), np.float32)
     good = {"q": x, "k": x, "v": x}
     whole = save(folder / "good", good).read_bytes()
@@ -250,6 +373,7 @@ def bad_inputs(folder: Path) -> list[tuple[list[Any], str]]:
     nowhere, pipe = folder / "nowhere" / "file", folder / "pipe"
     os.mkfifo(pipe)
     return [
+        *bad,
         *[(["--input", path], text) for path, text in files],
         (["--input", folder / "good", "--backward"], "expected a tensor dout"),
         (
@@ -276,20 +400,28 @@ def bad_inputs(folder: Path) -> list[tuple[list[Any], str]]:
         (["--repeat", "0"], "expected a whole number from 1 up"),
         (["--scale", "nan"], "expected a finite number"),
         (["--visual-tokens", "1000000000000000"], "does not fit in memory"),
-        (["--device", "gpu", "--dtype", "bfloat16", *SMALL], "CuPy has no bfloat16"),
     ]
 
 
-@pytest.mark.mpi
-def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
-    bad = bad_inputs(tmp_path)
-    for (line, text), said in zip(bad, commands(2, *[["run", *x] for x, _ in bad]), strict=True):
+def has_gpu() -> bool:
+    """Whether PyTorch can compute on a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@EACH
+def test_bad_input_is_refused_in_one_line(
+    implementation: str, P: int, tell: Tell, tmp_path: Path
+) -> None:
+    told = tell(implementation, P)
+    for (line, text), said in zip(bad_inputs(tmp_path, implementation), told.bad, strict=True):
         assert said.status == 2, line
         assert said.out == ""
         assert said.err.count("\n") == 1
         assert said.err.startswith("lvxattn run: error: ")
         assert text in said.err, said.err
-    assert not list(tmp_path.glob("**/*.part"))
+    assert not list(told.folder.glob("**/*.part"))
 
 
 @pytest.mark.mpi
@@ -333,3 +465,28 @@ def test_a_result_for_which_there_is_no_room_leaves_nothing_behind(
     assert (status, said.out, said.err.count("\n")) == (2, "", 1)
     assert "out: File too large" in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return found
+
+
+def test_what_the_commands_share_stands_between_the_reference_and_the_command_lines() -> None:
+    root = Path(__file__).resolve().parents[1]
+    for path in (root / "reference").rglob("*.py"):
+        of_run = path.parent == root / "reference" / "run"
+        for module in imports(path):
+            assert of_run or not module.startswith("lvxattn.reference.run"), path
+            assert not module.startswith(("lvxattn.mpi_impl", "lvxattn.torch_impl")), path
+            assert module.partition(".")[0] not in ("mpi4py", "torch", "cupy"), path
+    for path in (root / "torch_impl" / "run").glob("*.py"):
+        assert not any(
+            module.startswith(("lvxattn.mpi_impl", "mpi4py")) for module in imports(path)
+        )

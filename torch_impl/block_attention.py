@@ -1,43 +1,126 @@
-"""placeholder."""
+r"""One block of queries against one rank's keys.
+
+Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge` joins it with
+the tiles before; scores are never kept for more than one tile.
+
+    s = scale q k^T + mask       p = exp(s - rowmax s)
+    out = p v / rowsum p         lse = rowmax s + log rowsum p
+
+The backward needs no such care: with lse over all keys of all ranks known, every tile's
+probabilities are what they are in the whole,
+
+    p  = exp(s - lse)           dv = p^T dout
+    ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
+
+so its sums over tiles, blocks and ranks are plain sums.
+
+Equations: arXiv:2307.08691, algorithms 1 and 2.
+
+The steps are in `kernels/blocked.py`.  The other kernels are PyTorch's fused ones, which take the
+same tiles in one call; `kernels/choose.py` says when.
+"""
 
 import torch
+from torch import Tensor
 
-from lvxattn.reference.masks import MaskView
-from lvxattn.reference.validation import arange
-
-
-def _scores(q, k, scale, mask):
-    mask = MaskView.of(mask)
-    G = q.shape[1] // k.shape[1]
-    s = torch.einsum("bhgid,bhjd->bhgij", q.unflatten(1, (k.shape[1], G)), k).flatten(1, 2) * scale
-    B, H, s_q, s_kv = s.shape
-    tile = mask.tile(slice(0, B), slice(0, H), slice(0, s_q), slice(0, s_kv), arange(q))
-    if tile is None:
-        return s
-    return s.masked_fill(~tile, -torch.inf) if tile.dtype == torch.bool else s + tile.to(s.dtype)
+from lvxattn.reference.masks import MaskRule, MaskView
+from lvxattn.torch_impl.kernels import KERNELS
+from lvxattn.torch_impl.kernels.choose import choose
+from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
 
 
-def block_attention(q, k, v, *, scale, mask=None):
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = (x.to(wide) for x in (q, k, v))
-    s = _scores(q, k, scale, mask)
-    lse = torch.logsumexp(s, -1)
-    p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-    G = q.shape[1] // k.shape[1]
-    out = torch.einsum("bhgij,bhjd->bhgid", p.unflatten(1, (k.shape[1], G)), v).flatten(1, 2)
-    return out, lse
+@torch.no_grad()
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: MaskView | Tensor | MaskRule | None = None,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attend from a block of queries to one rank's keys.  Not collective, not differentiable.
+
+    Parameters
+    ----------
+    q : (B, H, s_q, D)
+    k : (B, H_KV, s_kv, D)
+    v : (B, H_KV, s_kv, D_V)
+    scale : float
+    mask : optional
+        A mask over this block, or the view that `Layout.view` gives of a rank's mask.
+    kernel : str
+        The name of one of `KERNELS`, or ``"auto"``.
+
+    Returns
+    -------
+    out : (B, H, s_q, D_V), accumulator dtype
+    lse : (B, H, s_q), accumulator dtype
+        Natural log; (0, -inf) where a query may attend to none of the keys.
+
+    Raises
+    ------
+    ValueError
+        `kernel` is not the name of a kernel, or of one that cannot do this.
+    """
+    view = MaskView.of(mask)
+    work = _kernel(kernel, Job.of(q, k, v, view, backward=False))
+    if 0 in (q.shape[2], k.shape[2]):  # with which fused kernels end the process
+        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=accumulator_of(q))
+        return out, out.new_full(q.shape[:3], -torch.inf)
+    return work.forward(q, k, v, scale=float(scale), mask=view)
 
 
-def block_attention_backward(dout, q, k, v, lse, delta, *, scale, mask=None):
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dout, q, k, v = (x.to(wide) for x in (dout, q, k, v))
-    s = _scores(q, k, scale, mask)
-    p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-    G = q.shape[1] // k.shape[1]
-    g = lambda x: x.unflatten(1, (k.shape[1], G))
-    dp = torch.einsum("bhgid,bhjd->bhgij", g(dout), v).flatten(1, 2)
-    ds = scale * p * (dp - delta[..., None])
-    dq = torch.einsum("bhgij,bhjd->bhgid", g(ds), k).flatten(1, 2)
-    dk = torch.einsum("bhgij,bhgid->bhjd", g(ds), g(q))
-    dv = torch.einsum("bhgij,bhgid->bhjd", g(p), g(dout))
-    return dq, dk, dv
+@torch.no_grad()
+def block_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    scale: float,
+    mask: MaskView | Tensor | MaskRule | None = None,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate `block_attention` given lse and delta over all keys of all ranks.
+
+    Not collective.
+
+    Parameters
+    ----------
+    dout : (B, H, s_q, D_V)
+        Rounded to q's dtype by kernels that take nothing else.
+    q, k, v, scale, mask, kernel
+        As given to `block_attention`.
+    lse : (B, H, s_q), accumulator dtype
+        Over all keys.
+    delta : (B, H, s_q), accumulator dtype
+        ``rowsum(dout * out) - dlse``, out over all keys.
+
+    Returns
+    -------
+    dq : (B, H, s_q, D), accumulator dtype
+        The share of these keys.
+    dk, dv : shaped as k, v, accumulator dtype
+        The share of this block.  Not added to what is there, as elsewhere: fused kernels return
+        them new, and to zero and add would cost a rank that is alone a twentieth of its time.
+    """
+    view = MaskView.of(mask)
+    work = _kernel(kernel, Job.of(q, k, v, view, backward=True))
+    if 0 in (q.shape[2], k.shape[2]):
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator_of(q)) for x in (q, k, v))
+        return dq, dk, dv
+    return work.backward(dout, q, k, v, lse, delta, scale=float(scale), mask=view)
+
+
+def _kernel(name: str, job: Job) -> Kernel:
+    if name == "auto":
+        return KERNELS[choose(job)]
+    if name not in KERNELS:
+        raise ValueError(f"kernel: expected auto, {', '.join(KERNELS)}, got {name!r:.40}")
+    wrong = KERNELS[name].unsupported(job)
+    if wrong is not None:
+        raise ValueError(f"kernel: expected for {name} {wrong}")
+    return KERNELS[name]

@@ -108,7 +108,8 @@ def cross_attention(
         q, k, v, comm, layout,
         schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
     )  # fmt: skip
-    out, lse = Attention.apply(q, k, v, mask, comm, layout, *passes(layout), meter)
+    given = q, k, v, mask, comm, layout, *passes(layout), meter
+    out, lse = Attention.apply(*given)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 

@@ -92,8 +92,7 @@ def cross_attention_layer(
         "schedule": schedule, "scale": scale, "mask": mask, "queries": queries,
         "call": call_of(*inputs, return_lse=False),
     }  # fmt: skip
-    out: Tensor = Layer.apply(*inputs, comm, layout, options, meter)
-    return out
+    return Layer.apply(*inputs, comm, layout, options, meter)  # type: ignore[no-untyped-call]
 
 
 class Layer(torch.autograd.Function):

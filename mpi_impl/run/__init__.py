@@ -1,18 +1,8 @@
-"""Cross-attention from the command line: what ``python -m lvxattn.mpi_impl run`` does.
+"""What differs in kind in ``python -m lvxattn.mpi_impl run``: its ranks, NumPy and CuPy.
 
-===========  ====================================================================================
-`program`    the program, top-down: read, compute, write, check, report
-`options`    its arguments
-`problem`    what is computed: a file's tensors or random ones, and each rank's share of them
-`tensors`    safetensors files, read and written slice by slice
-`backend`    NumPy or CuPy
-`check`      is the result right?
-`two_pass`   what it is compared with
-`report`     the text and the JSON
-===========  ====================================================================================
+The rest is `lvxattn.reference.run`.
 """
 
-from lvxattn.mpi_impl.run.program import run_problem
-from lvxattn.mpi_impl.run.tensors import InputError
+from lvxattn.mpi_impl.run.ranks import MPIRanks
 
-__all__ = ["InputError", "run_problem"]
+__all__ = ["MPIRanks"]

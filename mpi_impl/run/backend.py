@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.run.tensors import Array, InputError
+from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.meter import Meter
+from lvxattn.reference.run.tensors import Array, InputError
 from lvxattn.reference.validation import raise_together
 
 
@@ -22,10 +25,12 @@ class Backend:
         numpy or cupy.
     device : str
         Its name.
+    comm : mpi4py.MPI.Intracomm
     """
 
     xp: Any
     device: str
+    comm: MPI.Intracomm
 
     def put(self, x: Array) -> Any:
         """Bring a NumPy array there."""
@@ -40,6 +45,28 @@ class Backend:
         """Wait until everything is computed."""
         if self.xp is not np:
             self.xp.cuda.Device().synchronize()
+
+    def agree(self, tensors: dict[str, Any], *, schedule: str, scale: float | None) -> Layout:
+        """Return the layout of these tensors.  Collective: every rank of comm calls this."""
+        q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
+        return Layout.agree(q, k, v, self.comm, schedule=schedule, scale=scale, mask=mask)
+
+    def forward(self, tensors: dict[str, Any], layout: Layout, meter: Meter) -> dict[str, Any]:
+        """Return out and lse.  Collective: every rank of comm calls this."""
+        q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
+        out, lse = cross_attention(q, k, v, self.comm, mask=mask, layout=layout, meter=meter)
+        return {"out": out, "lse": lse}
+
+    def backward(
+        self, tensors: dict[str, Any], results: dict[str, Any], layout: Layout, meter: Meter
+    ) -> dict[str, Any]:
+        """Return dq, dk and dv.  Collective: every rank of comm calls this."""
+        dout, q, k, v = (tensors[name] for name in ("dout", "q", "k", "v"))
+        out, lse, mask = results["out"], results["lse"], tensors.get("mask")
+        dq, dk, dv = cross_attention_backward(
+            dout, q, k, v, out, lse, self.comm, mask=mask, layout=layout, meter=meter
+        )
+        return {"dq": dq, "dk": dk, "dv": dv}
 
 
 def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
@@ -61,7 +88,7 @@ def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
         GPUs are wanted and a rank has none; the same on all ranks.
     """
     if wish == "cpu":
-        return _host()
+        return _host(comm)
     on_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
     number = on_host.rank
     on_host.Free()
@@ -69,16 +96,16 @@ def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
     if wish == "gpu":
         raise_together(InputError(problem) if problem else None, comm)
     elif any(comm.allgather(problem)):
-        return _host()
+        return _host(comm)
     xp = import_module("cupy")
     device = number % xp.cuda.runtime.getDeviceCount()
     xp.cuda.Device(device).use()
     name = xp.cuda.runtime.getDeviceProperties(device)["name"].decode()
-    return Backend(xp, f"GPU {device} {name}")
+    return Backend(xp, f"GPU {device} {name}", comm)
 
 
-def _host() -> Backend:
-    return Backend(np, f"CPU, {len(os.sched_getaffinity(0))} cores")
+def _host(comm: MPI.Intracomm) -> Backend:
+    return Backend(np, f"CPU, {len(os.sched_getaffinity(0))} cores", comm)
 
 
 def _obstacle(dtype: str) -> str | None:

@@ -1,6 +1,6 @@
 """Run command lines one after the other, on all ranks; rank 0 prints what each rank said.
 
-usage: commands.py JSON
+usage: commands.py mpi_impl|torch_impl JSON
 
 JSON is a list of pairs: what shall come out wrong, or "", and a list of arguments.
 """
@@ -8,67 +8,68 @@ JSON is a list of pairs: what shall come out wrong, or "", and a list of argumen
 import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from io import StringIO
 from typing import Any
 
-import numpy as np
-from mpi4py import MPI
+implementation, lines = sys.argv[1:]
+main = import_module(f"lvxattn.{implementation}.__main__").main
+lv_xattn = import_module(f"lvxattn.{implementation}.lv_xattn")
+Backend = import_module(f"lvxattn.{implementation}.run.backend").Backend
+forward, backward = Backend.forward, Backend.backward
 
-import lvxattn.mpi_impl.lv_xattn as lv_xattn
-from lvxattn.mpi_impl.__main__ import main
-from lvxattn.mpi_impl.doctor import examination
-from lvxattn.mpi_impl.doctor.ring import Link
-from lvxattn.mpi_impl.run import program
+if implementation == "mpi_impl":
+    from mpi4py import MPI
 
-comm = MPI.COMM_WORLD
-last = comm.rank == comm.size - 1
-PATCHED = (
-    (lv_xattn, "merge"),
-    (program, "cross_attention"),
-    (program, "cross_attention_backward"),
-    (examination, "send_round"),
-)
-ORIGINALS = [getattr(*place) for place in PATCHED]
-_, forward, backward, _ = ORIGINALS
+    from lvxattn.mpi_impl.doctor import examination
+    from lvxattn.mpi_impl.doctor.ring import Link
 
+    rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+else:
+    import torch.distributed as dist
 
-def spoil(x: Any) -> Any:
-    """Make the last rank's result wrong by a thousandth."""
-    return (x * np.asarray(1.001, x.dtype)).astype(x.dtype) if last else x
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+last = rank == size - 1
 
 
-def spoiling(function: Any, which: int, how: Any = spoil) -> Any:
-    """Return a function, one of whose results is wrong."""
-    return lambda *args, **kwargs: tuple(
-        how(x) if n == which else x for n, x in enumerate(function(*args, **kwargs))
-    )
+def spoiling(function: Any, name: str, factor: float = 1.001) -> Any:
+    """Return a method, one of whose results is wrong by a thousandth on the last rank."""
+    return lambda *args: {
+        n: x * factor if n == name and last else x for n, x in function(*args).items()
+    }
 
 
-BREAKAGES = {
+BREAKAGES: dict[str, tuple[Any, str, Any]] = {
     "": (lv_xattn, "merge", lv_xattn.merge),
     "merge": (lv_xattn, "merge", lambda out, lse, *_: (out, lse)),  # forgets what others said
-    "out": (program, "cross_attention", spoiling(forward, 0)),
-    "lse": (program, "cross_attention", spoiling(forward, 1)),
-    "nan": (program, "cross_attention", spoiling(forward, 0, lambda x: x * np.float32(np.nan))),
-    "dq": (program, "cross_attention_backward", spoiling(backward, 0)),
-    "dk": (program, "cross_attention_backward", spoiling(backward, 1)),
-    "dv": (program, "cross_attention_backward", spoiling(backward, 2)),
-    "message": (
+    "nan": (Backend, "forward", spoiling(forward, "out", float("nan"))),
+    **{name: (Backend, "forward", spoiling(forward, name)) for name in ("out", "lse")},
+    **{name: (Backend, "backward", spoiling(backward, name)) for name in ("dq", "dk", "dv")},
+}
+if implementation == "mpi_impl":
+    BREAKAGES["message"] = (
         examination,
         "send_round",
         lambda comm: Link((comm.rank - 1) % comm.size, comm.rank, not last, 1e-6, 1e9),
-    ),
-}
+    )
 
 said = []
-for breakage, argv in json.loads(sys.argv[1]):
-    for place, original in zip(PATCHED, ORIGINALS, strict=True):
-        setattr(*place, original)
-    setattr(*BREAKAGES[breakage])
+for breakage, argv in json.loads(lines):
+    module, name, broken = BREAKAGES[breakage]
+    original = getattr(module, name)
+    setattr(module, name, broken)
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main(argv)
+    setattr(module, name, original)
     said.append({"status": status, "out": out.getvalue(), "err": err.getvalue()})
-gathered = comm.gather(said)
+gathered: list[Any] | None
+if implementation == "mpi_impl":
+    gathered = MPI.COMM_WORLD.gather(said)
+else:
+    gathered = [None] * size if rank == 0 else None
+    dist.gather_object(said, gathered)
+    dist.destroy_process_group()
 if gathered is not None:
     json.dump([list(by_rank) for by_rank in zip(*gathered, strict=True)], sys.stdout)

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
-from lvxattn import mpi_impl
 from tests.cases import Case
 from tests.judge import solve, worst_ratios
+from tests.programs.start import OnArrays, finish, start
 
-comm = MPI.COMM_WORLD
+comm, implementation = start()
+# There the backward is autograd's, and tensors can be wrong in ways of their own.
+TORCH = isinstance(implementation, OnArrays)
 P, last = comm.size, comm.rank == comm.size - 1
 B, H, H_KV, D, D_V, S_Q = 2, 4, 2, 6, 3, 5 * comm.size
 CALLS: dict[str, Callable[[], Any]] = {}
@@ -37,13 +38,13 @@ def good() -> dict[str, Any]:
 def forward(layout: Any = None, **changes: Any) -> Any:
     a = good() | changes
     options = {n: x for n, x in a.items() if n in ("scale", "mask", "schedule")}
-    return mpi_impl.cross_attention(a["q"], a["k"], a["v"], comm, layout=layout, **options)
+    return implementation.cross_attention(a["q"], a["k"], a["v"], comm, layout=layout, **options)
 
 
 def backward(**changes: Any) -> Any:
     a = good() | changes
     options = {n: x for n, x in a.items() if n in ("scale", "mask", "schedule", "dlse")}
-    return mpi_impl.cross_attention_backward(
+    return implementation.cross_attention_backward(
         a["dout"], a["q"], a["k"], a["v"], a["out"], a["lse"], comm, **options
     )
 
@@ -56,16 +57,20 @@ def layer(**changes: Any) -> Any:
         "w_k": np.ones((9, H_KV, D)),
         "w_v": np.ones((9, H_KV, D_V)),
     } | changes
-    return mpi_impl.cross_attention_layer(a["x"], a["y"], a["w_q"], a["w_k"], a["w_v"], comm)
+    return implementation.cross_attention_layer(a["x"], a["y"], a["w_q"], a["w_k"], a["w_v"], comm)
 
 
 def bad(name: str, function: Callable[..., Any], **changes: Any) -> None:
     """Let every rank make this call."""
+    if function is backward and TORCH:
+        return
     CALLS[name] = lambda: function(**changes)
 
 
 def bad_on_last(name: str, function: Callable[..., Any], **changes: Any) -> None:
     """Let the last rank alone make this call with these changes."""
+    if function is backward and TORCH:
+        return
     CALLS[name] = lambda: function(**(changes if last else {}))
 
 
@@ -148,6 +153,44 @@ bad_on_last("ranks differ in scale", forward, scale=0.25)
 CALLS["every rank has its own error"] = lambda: (
     forward(q=zeros(H, 5, D)) if last else forward(scale=float("nan"))
 )
+if TORCH:
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    from lvxattn.torch_impl import CrossAttention, Layout, cross_attention
+
+    def tensors(**changes: Any) -> Any:
+        a = {n: torch.from_numpy(x) for n, x in good().items()} | changes
+        options = {n: a[n] for n in ("mask", "layout", "queries") if n in a}
+        options["return_lse"] = a.get("return_lse", False)
+        return cross_attention(a["q"], a["k"], a["v"], a.get("group"), **options)
+
+    def ones(*shape: int, **options: Any) -> Any:
+        return torch.ones(*shape, dtype=torch.float64, **options)
+
+    mesh = init_device_mesh("cpu", (P, 1), mesh_dim_names=("context", "data"))
+    layout = Layout.agree(*(torch.from_numpy(good()[n]) for n in "qkv"))
+    bad("k is on another device", tensors, k=ones(B, H_KV, 7, D, device="meta"))
+    bad("the mask is on another device", tensors, mask=ones(7, device="meta"))
+    bad("the mask wants a gradient", tensors, mask=ones(7, requires_grad=True))
+    bad("v is a DTensor", tensors, v=distribute_tensor(ones(B, H_KV, 7, D_V), mesh["context"]))
+    bad("q is sparse", tensors, q=ones(B, H, 5, D).to_sparse())
+    bad("k is an array of NumPy", tensors, k=good()["k"])
+    bad("a mesh of two dimensions", tensors, group=mesh)
+    bad("a group of another kind", tensors, group="world")
+    bad("unknown queries", tensors, queries="mirrored")
+    bad("a layout of other queries", tensors, layout=layout, queries="replicated")
+    bad("dropout", lambda: CrossAttention(8, 2, dropout=0.1))
+    bad("heads that do not divide", lambda: CrossAttention(8, 3))
+    bad("kv heads that do not divide", lambda: CrossAttention(8, 4, num_kv_heads=3))
+    bad("no width", lambda: CrossAttention(0, 2))
+    bad_on_last("the last rank's mask wants a gradient", tensors, mask=ones(7, requires_grad=True))
+    bad_on_last("ranks differ in gradients", tensors, q=ones(B, H, 5, D, requires_grad=True))
+    bad_on_last("ranks differ in lse", tensors, return_lse=True)
+    CALLS["ranks differ in replicated queries"] = lambda: tensors(
+        queries="replicated", **({"q": ones(B, H, 6, D)} if last else {})
+    )
 
 
 def raised_by(call: Callable[[], Any]) -> list[Any]:
@@ -162,7 +205,7 @@ def raised_by(call: Callable[[], Any]) -> list[Any]:
 
 def still_works() -> bool:
     """Solve a right problem on the same communicator."""
-    results = solve(RIGHT, comm, mpi_impl)
+    results = solve(RIGHT, comm, implementation)
     return max(worst_ratios(RIGHT, results, TRUTH).values()) <= 1
 
 
@@ -170,8 +213,9 @@ RIGHT = Case("right", cut="ragged").make()
 TRUTH = RIGHT.truth()
 report = {}
 for name, call in CALLS.items():
-    ranks = comm.gather([*raised_by(call), still_works()])
+    ranks = comm.allgather([*raised_by(call), still_works()])
     if comm.rank == 0:
         report[name] = ranks
 if comm.rank == 0:
     json.dump(report, sys.stdout)
+finish(comm)

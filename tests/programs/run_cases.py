@@ -9,16 +9,16 @@ import sys
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
-from lvxattn import mpi_impl, reference
+from lvxattn import reference
 from lvxattn.reference.validation import accumulator
 from tests.cases import CASES, Problem
 from tests.judge import ratio, solve, worst_ratios
 from tests.naive import Array
+from tests.programs.start import finish, start
 from tests.tolerances import limits
 
-comm = MPI.COMM_WORLD
+comm, implementation = start()
 schedule, every = sys.argv[1], int(sys.argv[2])
 
 
@@ -43,10 +43,11 @@ def judge(problem: Problem, results: dict[str, Array], again: dict[str, Array]) 
 judged = {}
 for number, case in enumerate(CASES[::every]):
     problem = case.make()
-    results = solve(problem, comm, mpi_impl, schedule=schedule)
-    again = solve(problem, comm, mpi_impl, schedule=schedule, reuse_layout=True)
+    results = solve(problem, comm, implementation, schedule=schedule)
+    again = solve(problem, comm, implementation, schedule=schedule, reuse_layout=True)
     if number % comm.size == comm.rank:
         judged[case.name] = judge(problem, results, again)
-parts = comm.gather(judged)
+parts = comm.allgather(judged)
 if comm.rank == 0:
     json.dump({name: part[name] for part in parts for name in part}, sys.stdout)
+finish(comm)

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from math import log, sqrt
 
 import numpy as np
-from mpi4py import MPI
 
-from lvxattn.mpi_impl.run.problem import Problem, Share
-from lvxattn.mpi_impl.run.tensors import Array
-from lvxattn.mpi_impl.run.two_pass import Point, Summed, TwoPass
-from lvxattn.reference.validation import accumulator
+from lvxattn.reference.run.problem import Problem, Share
+from lvxattn.reference.run.tensors import Array
+from lvxattn.reference.run.two_pass import Point, Summed, TwoPass
+from lvxattn.reference.validation import Communicator, accumulator
 
 SAMPLES = 16
 _UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -62,7 +61,7 @@ def check_results(
     problem: Problem,
     share: Share,
     results: dict[str, Array],
-    comm: MPI.Intracomm,
+    comm: Communicator,
     *,
     scale: float,
     seed: int,
@@ -78,7 +77,7 @@ def check_results(
         This rank's.
     results : dict
         This rank's parts, NumPy arrays, by name.
-    comm : mpi4py.MPI.Intracomm
+    comm : communicator
     scale : float
     seed : int
         Which rows.

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lvxattn.mpi_impl.run.tensors import (
+from lvxattn.reference.layout import share
+from lvxattn.reference.plan.problems import MODELS
+from lvxattn.reference.run.tensors import (
     Array,
     InputError,
     Shape,
@@ -17,8 +19,6 @@ from lvxattn.mpi_impl.run.tensors import (
     dtype_of,
     open_tensors,
 )
-from lvxattn.reference.layout import share
-from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.validation import FLOATING, check_attention, check_mask_rows
 
 _PIECE = 1024

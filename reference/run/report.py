@@ -1,18 +1,18 @@
 """What a run says: one table for people, one JSON document for programs."""
 
+# ruff: noqa: T201
+
 import json
-import os
 import sys
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from lvxattn.mpi_impl.launcher import claim
-from lvxattn.mpi_impl.run.check import Check
-from lvxattn.mpi_impl.run.problem import Problem
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.run.check import Check
+from lvxattn.reference.run.problem import Problem
 
 # Where stdout is no terminal, a column has this width whatever is in it.
 _WIDTHS = {"host": 14, "device": 16}
@@ -32,7 +32,7 @@ class Cost:
         Of both.
     host, device : str
     threads : int
-        BLAS threads.
+        Of its arithmetic on the host.
     """
 
     queries: int
@@ -97,8 +97,15 @@ class Report:
         )
 
 
-def print_report(report: Report) -> None:
-    """Print the table, at most 100 columns wide where stdout is no terminal."""
+def print_report(report: Report, *, launched: bool) -> None:
+    """Print the table, at most 100 columns wide where stdout is no terminal.
+
+    Parameters
+    ----------
+    report : Report
+    launched : bool
+        By a launcher; some give every rank a terminal, wherever its output goes in the end.
+    """
     q, k, v = (report.shapes[name] for name in "qkv")
     often = f"median of {report.repeats} after a warm-up" if report.repeats else "once"
     passes = "forward and backward" if report.totals["backward"] else "forward"
@@ -108,7 +115,7 @@ LV-XAttn run
   shapes    q {q}   k {k}   v {v}   {report.dtype}
   schedule  {report.schedule} on {report.totals["ranks"]} ranks, {passes}, {often}
 """)
-    _print_table(report)
+    _print_table(report, fixed=launched or not sys.stdout.isatty())
     times = {name: report.totals[name] for name in ("forward", "backward")}
     for name, seconds in times.items():
         if seconds:
@@ -146,7 +153,7 @@ def _rank(number: int, costs: list[Cost], layout: Layout) -> dict[str, Any]:
     }
 
 
-def _print_table(report: Report) -> None:
+def _print_table(report: Report, *, fixed: bool) -> None:
     cells = [
         ("rank", "host", "device", "share of keys", "computing", "waiting", "messages", "sent")
     ]
@@ -160,8 +167,7 @@ def _print_table(report: Report) -> None:
     cells.append(("all", "", "", f"{totals['keys']:,}", *costs, _bytes(totals["bytes"])))
 
     widths = [5, _WIDTHS["host"], _WIDTHS["device"], 13, 10, 10, 8, 8]
-    # Some launchers give every rank a terminal, wherever its output goes in the end.
-    if sys.stdout.isatty() and claim(os.environ) is None:
+    if not fixed:
         widths = [max(len(row[n]) for row in cells) for n in range(len(widths))]
     for row in cells:
         line = ""

@@ -13,16 +13,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
-from mpi4py import MPI
-
-from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.device import limit_blas_threads
-from lvxattn.mpi_impl.run.backend import Backend, choose_backend
-from lvxattn.mpi_impl.run.check import Check, check_results
-from lvxattn.mpi_impl.run.problem import Problem, Share, describe, take_share
-from lvxattn.mpi_impl.run.report import Cost, Report, print_report, write_json
-from lvxattn.mpi_impl.run.tensors import Array, InputError, Shape, TensorFile, create
-from lvxattn.mpi_impl.watchdog import watching
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.meter import Meter
+from lvxattn.reference.run.check import Check, check_results
+from lvxattn.reference.run.problem import Problem, Share, describe, take_share
+from lvxattn.reference.run.ranks import Backend, Ranks
+from lvxattn.reference.run.report import Cost, Report, print_report, write_json
+from lvxattn.reference.run.tensors import Array, InputError, Shape, TensorFile, create
 from lvxattn.reference.validation import accumulator, raise_together
 
 T = TypeVar("T")
@@ -30,14 +27,14 @@ T = TypeVar("T")
 _OF_QUERIES = ("out", "lse", "dq")
 
 
-def run_problem(options: Namespace, comm: MPI.Intracomm) -> bool:
-    """Run what the command line asks for. Collective: every rank of comm calls this.
+def run_problem(options: Namespace, ranks: Ranks) -> bool:
+    """Run what the command line asks for.  Collective: every rank calls this.
 
     Parameters
     ----------
     options : argparse.Namespace
         As `options.add_options` defines them.
-    comm : mpi4py.MPI.Intracomm
+    ranks : Ranks
 
     Returns
     -------
@@ -49,73 +46,66 @@ def run_problem(options: Namespace, comm: MPI.Intracomm) -> bool:
     InputError
         The problem cannot be worked on, or its result not be written; the same on all ranks.
     """
-    threads = limit_blas_threads(comm)
+    threads = ranks.limit_threads()
     # 1. rank 0 looks at the problem; every rank takes its share of it
-    _on_rank_0(lambda: _check_paths(options), comm)
-    problem = _on_rank_0(lambda: describe(options), comm)
-    backend = choose_backend(options.device, problem.dtype, comm)
-    share = _together(lambda: take_share(problem, comm.rank, comm.size), comm)
+    _on_rank_0(lambda: _check_paths(options), ranks)
+    problem = _on_rank_0(lambda: describe(options), ranks)
+    backend = ranks.backend(options.device, problem.dtype)
+    share = _together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
-    q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
-    layout = Layout.agree(q, k, v, comm, schedule=options.schedule, scale=options.scale, mask=mask)
-    output = _on_rank_0(lambda: _create(options, problem, layout), comm)
+    layout = backend.agree(tensors, schedule=options.schedule, scale=options.scale)
+    output = _on_rank_0(lambda: _create(options, problem, layout), ranks)
     try:
         # 2. the attention, as often as is asked for
-        results, costs = _measure(options, tensors, comm, layout, backend)
+        results, costs = _measure(options, tensors, ranks, layout, backend)
         # 3. every rank writes its part
         if output is not None:
-            _together(lambda: _write(output, share, results), comm)
-            _on_rank_0(lambda: os.replace(output.path, Path(options.output).resolve()), comm)
+            _together(lambda: _write(output, share, results), ranks)
+            _on_rank_0(lambda: os.replace(output.path, Path(options.output).resolve()), ranks)
     finally:
-        if output is not None and comm.rank == 0:
+        if output is not None and ranks.rank == 0:
             Path(output.path).unlink(missing_ok=True)
     # 4. sampled rows against an independent softmax
     checks: list[Check] = []
     if options.check:
         scale, seed = layout.scale, options.seed
-        checks = check_results(problem, share, results, comm, scale=scale, seed=seed)
+        checks = check_results(problem, share, results, ranks, scale=scale, seed=seed)
     # 5. rank 0 reports
     host = socket.gethostname()
-    gathered = comm.gather(
+    by_rank = ranks.allgather(
         [replace(cost, host=host, device=backend.device, threads=threads) for cost in costs]
     )
-    if gathered is not None:
-        report = Report.of(options, problem, layout, gathered, checks)
-        if not options.quiet and options.json != "-":
-            print_report(report)
-    _on_rank_0(lambda: write_json(report, options.json) if options.json else None, comm)
+    report = Report.of(options, problem, layout, by_rank, checks)
+    if ranks.rank == 0 and not options.quiet and options.json != "-":
+        print_report(report, launched=ranks.launched)
+    _on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)
     return all(check.passed for check in checks)
 
 
 def _measure(
     options: Namespace,
     tensors: dict[str, Any],
-    comm: MPI.Intracomm,
+    ranks: Ranks,
     layout: Layout,
     backend: Backend,
 ) -> tuple[dict[str, Array], list[Cost]]:
     """Compute once, or a warm-up and as often as is asked for; return the last results."""
-    q, k, v = (tensors[name] for name in "qkv")
     costs = []
     for _ in range(1 + (options.repeat or 0)):
         meter = Meter()
-        common: dict[str, Any] = {"mask": tensors.get("mask"), "layout": layout, "meter": meter}
-        _start_together(comm)
+        ranks.start_together()
         start = perf_counter()
-        out, lse = cross_attention(q, k, v, comm, **common)
+        results = backend.forward(tensors, layout, meter)
         backend.finish()
         forward, backward = perf_counter() - start, 0.0
-        results = {"out": out, "lse": lse}
         if options.backward:
-            _start_together(comm)
+            ranks.start_together()
             start = perf_counter()
-            dq, dk, dv = cross_attention_backward(
-                tensors["dout"], q, k, v, out, lse, comm, **common
-            )
+            results |= backend.backward(tensors, results, layout, meter)
             backend.finish()
             backward = perf_counter() - start
-            results |= {"dq": dq, "dk": dk, "dv": dv}
-        costs.append(Cost(layout.s_q[comm.rank], layout.s_kv[comm.rank], forward, backward, meter))
+        mine = layout.s_q[ranks.rank], layout.s_kv[ranks.rank]
+        costs.append(Cost(*mine, forward, backward, meter))
     if options.repeat:
         costs = costs[1:]  # without the warm-up
     return {name: backend.get(x) for name, x in results.items()}, costs
@@ -164,17 +154,13 @@ def _write(output: TensorFile, share: Share, results: dict[str, Array]) -> None:
         output.write(name, 2, share.rows if name in _OF_QUERIES else share.keys, x)
 
 
-def _start_together(comm: MPI.Intracomm) -> None:
-    with watching(comm, "all ranks to start"):
-        comm.Barrier()
-
-
-def _on_rank_0(work: Callable[[], T], comm: MPI.Intracomm) -> T:
+def _on_rank_0(work: Callable[[], T], ranks: Ranks) -> T:
     """Do something on rank 0 and give all ranks the result, or its error."""
-    return cast(T, comm.bcast(_together(lambda: work() if comm.rank == 0 else None, comm)))
+    mine = _together(lambda: work() if ranks.rank == 0 else None, ranks)
+    return cast(T, ranks.allgather(mine)[0])
 
 
-def _together(work: Callable[[], T], comm: MPI.Intracomm) -> T:
+def _together(work: Callable[[], T], ranks: Ranks) -> T:
     """Do something on every rank; if one of them cannot, raise its error on all."""
     result, error = None, None
     try:
@@ -184,6 +170,6 @@ def _together(work: Callable[[], T], comm: MPI.Intracomm) -> T:
         if isinstance(problem, OSError) and problem.filename:
             text = f"{problem.filename}: {problem.strerror}"  # without the number
         error = InputError(text)
-    with watching(comm, "all ranks to read or write their parts"):
-        raise_together(error, comm)
+    with ranks.watching("all ranks to read or write their parts"):
+        raise_together(error, ranks)
     return cast(T, result)

@@ -3,9 +3,9 @@
 import argparse
 from math import isfinite
 
-from lvxattn.mpi_impl.arguments import natural, positive
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan.problems import MODELS
+from lvxattn.reference.run.arguments import natural, positive
 from lvxattn.reference.validation import FLOATING
 
 _MADE_UP = [
@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("auto", "cpu", "gpu"),
         default="auto",
-        help="gpu: CuPy, each rank of a host its own; auto: gpu where every rank has one",
+        help="gpu: each rank of a host its own; auto: gpu where every rank has one",
     )
     work.add_argument(
         "--check",

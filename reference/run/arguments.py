@@ -3,8 +3,6 @@
 import argparse
 from typing import TYPE_CHECKING, NoReturn
 
-from mpi4py import MPI
-
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
@@ -14,15 +12,24 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors and help texts reach the terminal once, not once a rank."""
+    """A parser whose errors and help texts reach the terminal once, not once a rank.
+
+    Attributes
+    ----------
+    speaks : bool
+        Whether this process is the one to print help texts.  Of the class, so that the parsers of
+        subcommands have it too: a command line overrides it in a class of its own.
+    """
+
+    speaks = True
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""
         raise UsageError(f"{self.prog}: error: {message} (on all ranks)")
 
     def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
-        """Print on rank 0."""
-        if MPI.COMM_WORLD.rank == 0:
+        """Print on one rank."""
+        if self.speaks:
             super()._print_message(message, file)
 
 

@@ -2,7 +2,7 @@ r"""Attention of sampled queries and keys in float64, over all ranks, as plain a
 
 Nothing here is taken from what it is compared with: no merging by log-sum-exp, no ring, no tiles
 whose results would have to be joined.  Every rank goes over its own keys, in pieces so that they
-fit in memory as float64, and MPI joins the ranks' maxima and sums.
+fit in memory as float64, and the ranks' maxima and sums are joined in rank order.
 
     1.  top = max_j s_j
     2.  total = sum_j exp(s_j - top)     lse = top + log total     out = sum_j exp(s_j - top) v_j
@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from mpi4py import MPI
 
-from lvxattn.mpi_impl.run.problem import Share
-from lvxattn.mpi_impl.run.tensors import Array
+from lvxattn.reference.run.problem import Share
+from lvxattn.reference.run.tensors import Array
+from lvxattn.reference.validation import Communicator
 
 # Batch entry, head and place in the whole sequence.
 Point = tuple[int, int, int]
@@ -48,12 +48,12 @@ class TwoPass:
         This rank's.
     results : dict
         This rank's parts of what is compared, by name.
-    comm : mpi4py.MPI.Intracomm
+    comm : communicator
     scale : float
     """
 
     def __init__(
-        self, share: Share, results: dict[str, Array], comm: MPI.Intracomm, scale: float
+        self, share: Share, results: dict[str, Array], comm: Communicator, scale: float
     ) -> None:
         self.share, self.results, self.comm, self.scale = share, results, comm, scale
         self.q, self.k, self.v = (share.tensors[name] for name in "qkv")
@@ -62,12 +62,12 @@ class TwoPass:
         mask = share.tensors.get("mask")
         self.mask = None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         # No score is larger even if nothing in it cancels, and no factor of a probability.
-        norms = self._total(np.array([_norm(self.q), _norm(self.k)]), MPI.MAX)
+        norms = self._total(np.array([_norm(self.q), _norm(self.k)]), np.maximum)
         bias = 0.0 if mask is None or mask.dtype == bool else _largest(mask)
-        bias, self.largest_v = self._total(np.array([bias, _largest(self.v)]), MPI.MAX)
+        bias, self.largest_v = self._total(np.array([bias, _largest(self.v)]), np.maximum)
         self.largest_score = float(abs(scale) * norms[0] * norms[1] + bias)
         of_dout = 0.0 if self.dout is None else _largest(self.dout)
-        of_dout = float(self._total(np.array(of_dout), MPI.MAX))
+        of_dout = float(self._total(np.array(of_dout), np.maximum))
         self.largest_factor = float(np.prod(1 + norms) * (1 + self.largest_v) * (1 + of_dout))
 
     def of_queries(self, points: list[Point]) -> dict[str, Summed]:
@@ -79,7 +79,7 @@ class TwoPass:
         top = np.full(N, -np.inf)
         for n, s, _, _ in self._pieces(q, points):
             top[n] = np.maximum(top[n], s.max(initial=-np.inf))
-        top = self._total(top, MPI.MAX)
+        top = self._total(top, np.maximum)
         base = np.where(top == -np.inf, 0.0, top)
 
         total, out, out_size = np.zeros(N), np.zeros((N, D_V)), np.zeros((N, D_V))
@@ -183,10 +183,8 @@ class TwoPass:
         rows = _bias(column[h % len(column)])
         return rows if len(rows) == 1 else rows[self.share.rows]
 
-    def _total(self, x: Array, op: MPI.Op = MPI.SUM) -> Array:
-        total = np.empty_like(x)
-        self.comm.Allreduce(x, total, op)
-        return total
+    def _total(self, x: Array, op: np.ufunc = np.add) -> Array:
+        return np.asarray(op.reduce(self.comm.allgather(x)))  # ranks stay apart: axis 0
 
 
 def _wide(x: Array) -> Array:

@@ -1,0 +1,50 @@
+"""The ranks of a run: an MPI communicator, by the names that the shared program uses."""
+
+import os
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.device import limit_blas_threads
+from lvxattn.mpi_impl.launcher import claim
+from lvxattn.mpi_impl.run.backend import Backend, choose_backend
+from lvxattn.mpi_impl.watchdog import watching
+
+T = TypeVar("T")
+
+
+class MPIRanks:
+    """The ranks of a communicator, seen from one of them; `reference.run.ranks.Ranks`.
+
+    Attributes
+    ----------
+    comm : mpi4py.MPI.Intracomm
+    rank, size : int
+    launched : bool
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.launched = claim(os.environ) is not None
+
+    def allgather(self, sendobj: T) -> list[T]:
+        """Give every rank the objects of all ranks.  Collective: every rank calls this."""
+        return self.comm.allgather(sendobj)
+
+    def limit_threads(self) -> int:
+        """Share out the cores.  Collective: every rank calls this."""
+        return limit_blas_threads(self.comm)
+
+    def backend(self, wish: str, dtype: str) -> Backend:
+        """Choose NumPy or CuPy.  Collective: every rank calls this."""
+        return choose_backend(wish, dtype, self.comm)
+
+    def start_together(self) -> None:
+        """Wait for all ranks.  Collective: every rank calls this."""
+        with self.watching("all ranks to start"):
+            self.comm.Barrier()
+
+    def watching(self, what: str) -> AbstractContextManager[None]:
+        """Watch one wait, if ``LVXATTN_TIMEOUT`` asks for it."""
+        return watching(self.comm, what)

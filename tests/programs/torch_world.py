@@ -1,0 +1,29 @@
+"""What a process group is started with: threads, and a timeout that ends a wait.
+
+usage: torch_world.py; LVXATTN_TIMEOUT is set.  Rank 1 leaves rank 0 waiting.
+"""
+
+import json
+import os
+import sys
+import time
+
+from lvxattn.torch_impl.run import limit_threads, world
+
+os.sched_getaffinity = lambda _: set(range(8))
+
+with world() as group:
+    threads = limit_threads(group)
+    start = time.monotonic()
+    if group.rank == 1:
+        time.sleep(float(os.environ["LVXATTN_TIMEOUT"]) + 2)
+        os._exit(0)
+    try:
+        group.allgather(None)
+        said = ""
+    except RuntimeError as error:
+        said = str(error)
+    report = {"threads": threads, "waited": time.monotonic() - start, "said": said}
+    json.dump(report, sys.stdout, indent=None)
+    sys.stdout.flush()
+    os._exit(0)  # nobody is there to end the group with

@@ -1,0 +1,364 @@
+"""The kernels behind torch_impl's block attention: traps, the stand-in for out, and the choice."""
+
+import sys
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lvxattn.reference.masks import MaskView
+from lvxattn.torch_impl import block_attention, block_attention_backward, merge
+from lvxattn.torch_impl.kernels import KERNELS, Job, cpu_flash, cuda_flash, cudnn, efficient, split
+from lvxattn.torch_impl.kernels.choose import RULES, choose
+from lvxattn.torch_impl.kernels.stand_in import stand_in
+from tests import fake_fused
+from tests.backends import tensor
+from tests.cases import Case, Problem
+from tests.judge import ratio, worst_ratios
+from tests.tolerances import UNIT, limits
+
+HERE = pytest.mark.parametrize("kernel", ["blocked", "cpu_flash", "split"])
+FUSED = {
+    "cuda_flash": (cuda_flash, fake_fused.flash, fake_fused.flash_backward),
+    "cudnn": (cudnn, fake_fused.cudnn, fake_fused.cudnn_backward),
+    "efficient": (efficient, fake_fused.efficient, fake_fused.efficient_backward),
+}
+
+
+def solve(problem: Problem, kernel: Any, parts: int = 1, dtype: str = "float32") -> dict[str, Any]:
+    """Return all results, the keys taken in parts; `kernel` is a name, or a module unchecked."""
+    q, k, v, dout = (tensor(x) for x in (problem.q, problem.k, problem.v, problem.dout))
+    wide = getattr(torch, dtype)
+    dlse, view = tensor(problem.dlse).to(wide), MaskView.of(problem.mask)
+    if isinstance(problem.mask, np.ndarray):
+        view = MaskView(tensor(problem.mask))
+    forward, backward, options = block_attention, block_attention_backward, {"kernel": kernel}
+    if not isinstance(kernel, str):
+        forward, backward, options = kernel.forward, kernel.backward, {}
+    cuts = [k.shape[2] * i // parts for i in range(parts + 1)]
+    options |= {"scale": problem.scale}
+    out = torch.zeros(dout.shape, dtype=wide)
+    lse = torch.full(dout.shape[:3], -torch.inf, dtype=wide)
+    for a, b in pairwise(cuts):
+        mine = view.from_key(a)
+        out, lse = merge(out, lse, *forward(q, k[:, :, a:b], v[:, :, a:b], mask=mine, **options))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
+    delta = (dout.to(wide) * out).sum(dim=-1) - dlse
+    for a, b in pairwise(cuts):
+        dq_part, dk[:, :, a:b], dv[:, :, a:b] = backward(
+            dout, q, k[:, :, a:b], v[:, :, a:b], lse, delta, mask=view.from_key(a), **options
+        )
+        dq += dq_part
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return {name: x.numpy() for name, x in results.items()}
+
+
+def job(device: str = "cpu", dtype: torch.dtype = torch.float32, **changes: Any) -> Job:
+    sizes = {"B": 1, "H": 8, "H_KV": 2, "s_q": 1024, "s_kv": 65536, "D": 64, "D_V": 64}
+    return Job(device, dtype, **(sizes | changes))
+
+
+# What CPU flash does otherwise than one would think.
+
+
+def test_cpu_flash_takes_bool_masks() -> None:
+    problem = Case("bool", B=2, H=4, H_KV=2, mask="full", dtype="float32").make()
+    q, k, v, mask = (tensor(x) for x in (problem.q, problem.k, problem.v, problem.mask))
+    with pytest.raises(RuntimeError, match="mask"):
+        cpu_flash._forward(q, k, v, 0.0, False, attn_mask=mask)
+    assert max(worst_ratios(problem, solve(problem, "cpu_flash")).values()) <= 1
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "cpu_flash"])
+def test_fp64_takes_an_fp32_mask(kernel: str) -> None:
+    problem = Case("fp32 mask", mask="additive").make()
+    narrow = problem.mask.astype(np.float32)
+    problem = Problem(**(vars(problem) | {"mask": narrow}))
+    assert max(worst_ratios(problem, solve(problem, kernel, dtype="float64")).values()) <= 1
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "cpu_flash"])
+@pytest.mark.parametrize("mask", ["dead rows", "all dead"])
+def test_rows_that_see_nothing_give_nothing(mask: str, kernel: str) -> None:
+    problem = Case("dead", B=2, H=4, H_KV=2, mask=mask, dtype="float32").make()
+    found = solve(problem, kernel)
+    dead = ~np.broadcast_to(problem.mask, (2, 4, 31, 97)).any(axis=-1)
+    assert dead.any()
+    assert (found["lse"][dead] == -np.inf).all()
+    assert not found["out"][dead].any()
+    assert not found["dq"][dead].any()
+    if mask == "all dead":
+        assert not found["dk"].any()
+        assert not found["dv"].any()
+
+
+@HERE
+@pytest.mark.parametrize("empty", ["S_Q", "S_KV"])
+def test_no_queries_or_no_keys_end_no_process(empty: str, kernel: str) -> None:
+    problem = Case("empty", **{empty: 0}, dtype="float32").make()
+    assert max(worst_ratios(problem, solve(problem, kernel)).values()) <= 1
+
+
+def test_values_wider_than_keys_go_to_a_kernel_that_takes_them() -> None:
+    q, k, v = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 9)
+    with pytest.raises(ValueError, match="kernel: expected for cpu_flash D_V = D = 8, got D_V = 9"):
+        block_attention(q, k, v, scale=1.0, kernel="cpu_flash")
+    assert block_attention(q, k, v, scale=1.0)[0].shape == (1, 2, 3, 9)
+
+
+@HERE
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_nan_stays_with_its_row_or_its_head(which: str, kernel: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 7, 8, generator=rng)
+    k, v = (torch.randn(2, 2, 1100, 8, generator=rng) for _ in range(2))
+    given = {"q": q, "k": k, "v": v}
+    given[which][1, 1, 3, 2] = torch.nan
+    out, lse = block_attention(**given, scale=0.3, kernel=kernel)
+    touched = torch.zeros(2, 4, 7, dtype=torch.bool)
+    touched[1, 1, 3] = which == "q"
+    touched[1, 2:] = which != "q"  # the query heads of key-value head 1
+    assert torch.equal(out.isnan().any(dim=-1), touched)
+    assert torch.equal(lse.isnan(), touched if which != "v" else torch.zeros_like(touched))
+
+
+@HERE
+def test_views_of_bytes_and_of_some_keys_are_taken_as_they_are(kernel: str) -> None:
+    problem = Case("strided", B=2, H=4, H_KV=2, S_KV=40, dtype="float32").make()
+    want = solve(problem, kernel)
+    sizes = [problem.k.nbytes, problem.v.nbytes]
+    block = torch.empty(sum(sizes) + 16, dtype=torch.uint8)
+    k, v = (
+        x.view(torch.float32).view(2, 2, 40, 8) for x in (block[16 : -sizes[1]], block[-sizes[1] :])
+    )
+    long = torch.full((2, 2, 60, 8), torch.nan)
+    k.copy_(tensor(problem.k))
+    long[:, :, :40] = tensor(problem.v)
+    v = long[:, :, :40]
+    out, lse = block_attention(tensor(problem.q), k, v, scale=problem.scale, kernel=kernel)
+    assert torch.equal(lse, tensor(want["lse"]))
+    assert torch.equal(out, tensor(want["out"]))
+
+
+# CUDA's kernels, emulated with their conventions.
+
+
+@pytest.fixture
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    kernel, forward, backward = FUSED[request.param]
+    monkeypatch.setattr(kernel, "_forward", forward)
+    monkeypatch.setattr(kernel, "_backward", backward)
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("fused", "mask"),
+    [
+        ("cuda_flash", "none"),
+        *product(
+            ("cudnn", "efficient"),
+            ("none", "full", "over heads", "padding", "dead rows", "all dead", "additive"),
+        ),
+    ],
+    indirect=["fused"],
+)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_fused_kernels_get_and_give_what_their_operators_say(
+    fused: Any, mask: str, parts: int
+) -> None:
+    # lse padded to 32 (efficient), (B, H, s_q, 1) (cuDNN), grouped heads, aligned additive bias.
+    problem = Case("fused", B=2, H=4, H_KV=2, mask=mask, dtype="float32").make()
+    assert max(worst_ratios(problem, solve(problem, fused, parts)).values()) <= 1
+
+
+@pytest.mark.parametrize("fused", ["cuda_flash"], indirect=True)
+def test_flash_s_infinity_for_no_keys_becomes_minus_infinity(fused: Any) -> None:
+    q, k = torch.ones(1, 2, 3, 8), torch.zeros(1, 2, 0, 8)
+    out, lse = fused.forward(q, k, k, scale=1.0, mask=MaskView(None))
+    assert (lse == -torch.inf).all()
+    assert not out.any()
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_operators_themselves_take_the_arguments(name: str, dtype: torch.dtype) -> None:
+    # On the meta device: PyTorch checks arguments and shapes, and computes nothing.
+    kernel, none = KERNELS[name], MaskView(None)
+    q = torch.empty(2, 4, 7, 8, dtype=dtype, device="meta")
+    k = torch.empty(2, 2, 100, 8, dtype=dtype, device="meta")
+    rows = torch.empty(2, 4, 7, device="meta")
+    out, lse = kernel.forward(q, k, k, scale=0.3, mask=none)
+    grads = kernel.backward(q, q, k, k, rows, rows, scale=0.3, mask=none)
+    assert (out.shape, lse.shape) == (q.shape, rows.shape)
+    assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
+    assert {x.dtype for x in (out, lse, *grads)} == {torch.float32}
+
+
+# Split over keys.
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_split_takes_any_number_of_keys(
+    dtype: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split, "parts_for", lambda job: parts)
+    problem = Case("split", B=2, H=4, H_KV=2, S_Q=3, dtype=dtype).make()
+    wide = "float64" if dtype == "float64" else "float32"
+    assert max(worst_ratios(problem, solve(problem, "split", 2, wide)).values()) <= 1
+
+
+def test_split_makes_as_many_parts_as_workers_lack_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert split.parts_for(job(H=1, H_KV=1, s_q=1)) == 16
+    assert split.parts_for(job(H=8, H_KV=1, s_q=1, backward=True)) == 16
+    assert split.parts_for(job(H=8, H_KV=1, s_q=1)) == 2
+    assert split.parts_for(job(s_q=1024)) == 1
+    assert split.parts_for(job(H=1, H_KV=1, s_q=1, s_kv=1030)) == 2
+    assert split.parts_for(job("cuda", torch.float32, s_q=16)) == 16
+    assert split.parts_for(job("cuda", torch.float32, s_q=16, backward=True)) == 1
+
+
+# The stand-in for out.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e30])
+@pytest.mark.parametrize("level", [0.0, 1e-38, 1e-20, 1.0, 1e20, 1e37])
+def test_stand_in_has_the_row_sums_that_are_wanted(level: float, size: float, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    rng = torch.Generator().manual_seed(0)
+    dout = (torch.randn(1, 2, 50, 8, generator=rng, dtype=torch.float64) * size).to(kind)
+    delta = (torch.randn(1, 2, 50, generator=rng, dtype=torch.float64) * level).to(wide)
+    given, out = stand_in(dout, delta, kind)
+    assert given.dtype == out.dtype == kind
+    assert out.isfinite().all()
+    sums = (given.double() * out.double()).sum(dim=-1)
+    # Rounding of the quotient, and of out* in bf16; what |dout| times the least number loses.
+    off = 16 * UNIT["float32" if dtype == "bfloat16" else dtype] + 2 * UNIT[dtype]
+    least = 2.0**-126 * (1 + 8 * dout.double().abs().amax(dim=-1))
+    assert ((sums - delta).abs() <= off * delta.abs() + least).all()
+    moved = (given.double() - dout.double()).abs().sum(dim=-1)
+    assert (moved <= 2.0**-96 * delta.abs() + 2.0**-120).all()
+
+
+def test_stand_in_keeps_nan_in_its_row() -> None:
+    dout, delta = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3)
+    dout[0, 0, 0, 1], delta[0, 0, 2] = torch.nan, torch.nan
+    given, out = stand_in(dout, delta, torch.float32)
+    assert (given * out).sum(dim=-1).isnan().tolist() == [[[True, False, True]]]
+    assert torch.equal(given, dout) or given[0, 0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e15])
+@pytest.mark.parametrize("level", [1.0, 1e15])
+def test_losses_of_lse_reach_the_gradients_through_flash(
+    level: float, size: float, dtype: str
+) -> None:
+    made = Case("lse", B=2, H=4, H_KV=2, dtype=dtype).make()
+    dout = (made.dout * size).astype(dtype)
+    dout[:, :, 1::2] = 0
+    problem = Problem(**(vars(made) | {"dout": dout, "dlse": made.dlse * level}))
+    truth, found = problem.truth(), solve(problem, "cpu_flash", 2, dtype)
+    limit = limits(problem.case, truth, dtype, dtype)
+    # dv by dout' - dout: 2^-98 |delta| times at most one probability a row.
+    limit["dv"] = limit["dv"] + 2.0**-98 * 62 * (abs(problem.dlse).max() + 1e3 * size)
+    assert abs(truth.results["dq"]).max() > 0.1
+    for name in ("dq", "dk", "dv"):
+        assert ratio(found[name].astype(np.float64), truth.results[name], limit[name]) <= 1, name
+
+
+# Half precision.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_errors_stay_near_the_rounding_floor_in_any_number_of_shards(
+    dtype: str,
+) -> None:
+    problem = Case("half", H=4, H_KV=2, S_Q=64, S_KV=4096, D=32, D_V=32, dtype=dtype).make()
+    truth = problem.truth().results
+    kind = getattr(torch, dtype)
+    errors: dict[str, list[float]] = {name: [] for name in ("out", "dq", "dk", "dv")}
+    for parts in (1, 4, 64):
+        found = solve(problem, "auto", parts)
+        for name, measured in errors.items():
+            rounded = torch.from_numpy(found[name]).to(kind).double().numpy()
+            floor = torch.from_numpy(truth[name]).to(kind).double().numpy() - truth[name]
+            error = np.sqrt(((rounded - truth[name]) ** 2).mean() / (floor**2).mean())
+            measured.append(float(error))
+    for name, measured in errors.items():
+        assert max(measured) <= 2, (name, measured)
+        assert max(measured) <= 1.25 * min(measured), (name, measured)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_half_precision_scores_are_not_rounded(dtype: str, parts: int) -> None:
+    problem = Case("large scores", S_KV=257, D=64, D_V=64, score=30.0, dtype=dtype).make()
+    found, truth = solve(problem, "blocked", parts), problem.truth()
+    limit = limits(problem.case, truth, dtype, "float32")["lse"]
+    assert ratio(found["lse"].astype(np.float64), truth.results["lse"], limit) <= 1
+
+
+# The choice.
+
+
+@pytest.mark.parametrize(
+    ("asked", "kernel"),
+    [
+        (job(), "cpu_flash"),
+        (job(backward=True), "cpu_flash"),
+        (job(dtype=torch.float64), "cpu_flash"),
+        (job(mask="padding", mask_dtype=torch.bool), "cpu_flash"),
+        (job(mask="array", mask_dtype=torch.float64), "cpu_flash"),
+        (job(mask="callable"), "blocked"),
+        (job(D_V=32), "blocked"),
+        (job(dtype=torch.bfloat16), "blocked"),
+        (job(dtype=torch.float16), "blocked"),
+        (job("cuda", torch.bfloat16), "cuda_flash"),
+        (job("cuda", torch.bfloat16, s_q=16), "cuda_flash"),
+        (job("cuda", torch.bfloat16, s_q=16, D_V=128), "split"),
+        (job("cuda", torch.float32, s_q=16), "split"),
+        (job("cuda", torch.float32, s_q=16, backward=True), "efficient"),
+        (job("cuda", torch.float16, backward=True, H=256, H_KV=128), "blocked"),
+        (job("cuda", torch.bfloat16, mask="array", mask_dtype=torch.bool, s_q=4096), "cudnn"),
+        (job("cuda", torch.bfloat16, mask="array", mask_dtype=torch.float32), "blocked"),
+        (job("cuda", torch.float32, mask="padding", mask_dtype=torch.float32), "efficient"),
+        (job("cuda", torch.bfloat16, mask="callable"), "blocked"),
+        (job("cuda", torch.float64), "blocked"),
+        (job("xpu", torch.bfloat16), "blocked"),
+    ],
+    ids=str,
+)
+def test_auto_picks(asked: Job, kernel: str) -> None:
+    assert choose(asked) == kernel
+
+
+def test_every_rule_names_a_kernel_and_a_reason() -> None:
+    assert {rule.kernel for rule in RULES} <= set(KERNELS)
+    assert all(rule.because for rule in RULES)
+    assert RULES[-1].kernel == "blocked"  # which can do every job
+
+
+def test_a_kernel_that_is_not_there_or_cannot_is_refused() -> None:
+    q = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match=r"kernel: expected auto, blocked, .*, got 'flash'"):
+        block_attention(q, q, q, scale=1.0, kernel="flash")
+    with pytest.raises(ValueError, match="kernel: expected for cudnn a cuda tensor, got cpu"):
+        block_attention(q, q, q, scale=1.0, kernel="cudnn")
+    rows = torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match="kernel: expected for split no mask"):
+        block_attention_backward(
+            q, q, q, q, rows, rows, scale=1.0, kernel="split", mask=torch.ones(3)
+        )
+
+
+def test_every_file_of_kernels_is_registered() -> None:
+    package = sys.modules["lvxattn.torch_impl.kernels"]
+    modules = {x.NAME for x in vars(package).values() if hasattr(x, "NAME")}
+    assert modules == set(KERNELS)
+    assert all(KERNELS[name].__name__.endswith(f".{name}") for name in modules)  # type: ignore[attr-defined]

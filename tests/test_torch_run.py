@@ -1,0 +1,217 @@
+"""The PyTorch command line as torchrun starts it: its world, threads and devices, and how it ends.
+
+What it has in common with the MPI one is tested in test_run.py, on both.
+"""
+
+# ruff: noqa: E402 - what follows needs torch
+
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from lvxattn.reference.run import InputError
+from lvxattn.reference.run.tensors import dtype_of
+from lvxattn.torch_impl.__main__ import main
+from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.run import choose_device, limit_threads, processes, world
+from lvxattn.torch_impl.run.backend import Backend
+from lvxattn.torch_impl.run.processes import user_set_threads
+from tests.launch import PROGRAMS
+from tests.torchrun import torchrun
+
+SMALL = ["--text-tokens", "19", "--visual-tokens", "100", "--head-dim", "8", "--heads", "4"]
+MODULE = "-m", "lvxattn.torch_impl"
+ALONE = Group(None)
+
+
+def test_torchrun_runs_it_and_nothing_is_left(tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    ended = torchrun(
+        2, *MODULE, "run", *SMALL, "--backward", "--check", "--json", tmp_path / "all.json",
+        env={"OMP_NUM_THREADS": str(cores)},
+    )  # fmt: skip
+    assert (ended.status, ended.err, ended.left) == (0, "", ())
+    assert ended.out.count("LV-XAttn run\n") == 1  # rank 0's, once
+    assert "all checks passed" in ended.out
+    report = json.loads((tmp_path / "all.json").read_text())
+    assert [rank["threads"] for rank in report["ranks"]] == [cores] * 2  # as the user has it
+
+
+def test_bad_input_is_said_before_torchrun_ends_the_ranks() -> None:
+    ended = torchrun(2, PROGRAMS / "torch_refuse.py", "run", "--head-dim", "0")
+    assert ended.status == 1  # torchrun's own: the ranks' is in its report
+    first, report = ended.err.split("\n", 1)
+    assert first == (
+        "lvxattn run: error: argument --head-dim: expected a whole number from 1 up, got '0' "
+        "(on all ranks)"
+    )
+    assert re.search(r"Root Cause.*\n\[0\]:\n(  .*\n)*  exitcode  : 2 ", report)
+    assert "lvxattn run: error" not in report  # once, not once a rank
+    assert "torch_impl/" not in report  # no traceback of ours
+    assert (ended.out, ended.left) == ("", ())
+
+
+def test_threads_are_shared_out_and_a_wait_ends_in_time() -> None:
+    env: dict[str, str | None] = {"LVXATTN_TIMEOUT": "2", "OMP_NUM_THREADS": None}
+    ended = torchrun(2, PROGRAMS / "torch_world.py", env=env)
+    assert ended.status == 0, ended.err
+    report = json.loads(ended.out)
+    assert report["threads"] == 4  # of 8 cores; torchrun said 1
+    assert 1.5 < report["waited"] < 4
+    assert report["said"].startswith("rank 0 of 2 waited for what all ranks have to say")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Return an environment without a launcher; the number of threads is put back."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LVXATTN_TIMEOUT", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    yield monkeypatch
+    torch.set_num_threads(threads)
+
+
+def test_without_torchrun_it_is_one_rank(
+    alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *SMALL, "--check", "--backward"]) == 0
+    said = capsys.readouterr()
+    assert "lv-xattn on 1 ranks" in said.out
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_world_of_one_that_a_launcher_started_is_ended(
+    alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost")):
+        alone.setenv(name, value)
+    alone.setenv("MASTER_PORT", "0")
+    with world() as group:
+        assert torch.distributed.is_initialized()
+        with world() as same:  # used, and left alone
+            assert same.group == group.group
+        assert torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized()
+    assert main(["run", "--heads", "0"]) == 2
+    assert capsys.readouterr().err.startswith("lvxattn run: error: argument --heads")
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-1", "inf"])
+def test_a_bad_timeout_is_refused(
+    text: str, alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone.setenv("LVXATTN_TIMEOUT", text)
+    assert main(["run", *SMALL]) == 2
+    assert capsys.readouterr().err == (
+        "lvxattn: error: LVXATTN_TIMEOUT: expected a number of seconds above 0, "
+        f"got {text!r} (on rank 0 of 1)\n"
+    )
+
+
+UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "some"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "before", "by_user"),
+    [
+        ({}, None, False),
+        ({"OMP_NUM_THREADS": ""}, None, False),
+        ({"OMP_NUM_THREADS": "1"}, None, True),
+        ({"MKL_NUM_THREADS": "2"}, None, True),
+        ({**UNDER_TORCHRUN, "OMP_NUM_THREADS": "1"}, {}, False),
+        ({**UNDER_TORCHRUN, "OMP_NUM_THREADS": "1"}, None, False),
+        ({**UNDER_TORCHRUN, "OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}, True),
+        ({**UNDER_TORCHRUN, "OMP_NUM_THREADS": "2"}, None, True),
+        ({**UNDER_TORCHRUN, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "2"}, {}, True),
+    ],
+)
+def test_torchruns_number_of_threads_is_not_the_users(
+    environment: dict[str, str], before: dict[str, str] | None, by_user: bool
+) -> None:
+    assert user_set_threads(environment, before) == by_user
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 6), ("2", None)])
+def test_threads_are_the_cores_unless_the_user_has_set_them(
+    variable: str | None, threads: int | None, alone: pytest.MonkeyPatch
+) -> None:
+    alone.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    if variable:
+        alone.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    assert limit_threads(ALONE) == torch.get_num_threads() == (threads or before)
+
+
+def test_the_cpu_is_chosen_where_it_is_wished_for_or_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for wish in ("cpu", "auto"):
+        assert choose_device(wish, ALONE) == (torch.device("cpu"), ALONE)
+    with pytest.raises(InputError, match=r"--device gpu: .* \(on rank 0 of 1\)"):
+        choose_device("gpu", ALONE)
+
+
+class Ranks(Group):
+    """A rank of two, the other of which says `said`."""
+
+    def __init__(self, *said: object) -> None:
+        self.group, self.rank, self.size, self.said = object(), 1, 2, list(said)
+
+    def allgather(self, sendobj: object) -> list[object]:  # type: ignore[override]
+        return [self.said.pop(0), sendobj]
+
+
+@pytest.mark.parametrize(
+    ("wish", "count", "other", "index", "nccl"),
+    [
+        ("auto", 2, "gpu 0", 1, True),
+        ("gpu", 2, "gpu 0", 1, True),
+        ("auto", 1, "gpu 0", 0, False),  # shared: NCCL takes one rank a GPU
+        ("auto", 1, "gpu 7", 0, True),  # each is shown its own only
+    ],
+)
+def test_nccl_carries_blocks_where_each_rank_has_a_gpu_of_its_own(
+    wish: str, count: int, other: str, index: int, nccl: bool, alone: pytest.MonkeyPatch
+) -> None:
+    current, made = [], []
+    alone.setenv("LOCAL_RANK", "1")
+    alone.setenv("LVXATTN_TIMEOUT", "5")
+    alone.setattr(torch.version, "cuda", "12")
+    alone.setattr(torch.cuda, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "device_count", lambda: count)
+    alone.setattr(torch.cuda, "set_device", current.append)
+    alone.setattr(
+        torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid=f"gpu {d.index}")
+    )
+    alone.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    alone.setattr(torch.distributed, "new_group", lambda **how: made.append(how))
+    alone.setattr(processes.socket, "gethostname", lambda: "here")
+    ranks = Ranks(None, ("here", other))
+    device, group = choose_device(wish, ranks)
+    assert device == torch.device("cuda", index) == current[0]
+    assert (group is not ranks) == nccl
+    assert [how["backend"] for how in made] == ["cpu:gloo,cuda:nccl"] * nccl
+    assert [how["timeout"].total_seconds() for how in made] == [5] * nccl
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "bool"])
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3)])
+def test_arrays_come_back_as_they_were_put(dtype: str, shape: tuple[int, int]) -> None:
+    backend = Backend(torch.device("cpu"), ALONE)
+    x = (np.arange(6)[: shape[0] * 3].reshape(shape) / 3).astype(dtype_of(dtype))
+    there = backend.put(x)
+    assert str(there.dtype) == f"torch.{dtype}"
+    back = backend.get(there)
+    assert back.dtype == x.dtype
+    np.testing.assert_array_equal(back, x)
+    if dtype == "bfloat16":
+        np.testing.assert_array_equal(there.float().numpy(), x.astype(np.float32))

@@ -1,0 +1,62 @@
+"""Which kernel `kernel="auto"` takes: the first rule that fits, of kernels that can do the job.
+
+The rule for the CPU rests on short runs of python benchmarks/kernels.py and its like on a machine
+that others were using, and waits for one on a quiet machine; those for CUDA rest on PyTorch's
+source alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lvxattn.torch_impl.kernels import KERNELS, split
+from lvxattn.torch_impl.kernels.job import Job
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Take this kernel for jobs that fit, because."""
+
+    kernel: str
+    fits: Callable[[Job], bool]
+    because: str
+
+
+_WIDE = (torch.float32, torch.float64)
+
+RULES = (
+    Rule(
+        "cuda_flash",
+        lambda job: job.device == "cuda",
+        "the fastest for 16 bits in PyTorch's own order, splits by itself; not measured",
+    ),
+    Rule(
+        "split",
+        lambda job: (
+            job.device == "cuda" and job.dtype != torch.float64 and split.parts_for(job) > 1
+        ),
+        "too few heads and rows to fill a GPU, and no kernel before splits by itself; not measured",
+    ),
+    Rule(
+        "cudnn",
+        lambda job: job.device == "cuda" and job.H != job.H_KV,
+        "takes a bias and grouped heads as they are; not measured",
+    ),
+    Rule("efficient", lambda job: job.device == "cuda", "takes fp32 and a bias; not measured"),
+    Rule(
+        "cpu_flash",
+        lambda job: job.dtype in _WIDE and job.mask != "callable",
+        "s_q 1024, s_kv 16k, mask of all pairs: 270 ms and 571 back, blocked 630 and 976",
+    ),
+    Rule("blocked", lambda _: True, "can do every job"),
+)
+
+
+def choose(job: Job) -> str:
+    """Return the name of the kernel for a job."""
+    return next(
+        rule.kernel
+        for rule in RULES
+        if rule.fits(job) and KERNELS[rule.kernel].unsupported(job) is None
+    )

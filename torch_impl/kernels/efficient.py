@@ -1,0 +1,84 @@
+"""Memory-efficient attention (CUTLASS) as PyTorch ships it for CUDA: fp32 too, D_V != D, a bias.
+
+Conventions, from PyTorch's source: no grouped heads in the versions served here, so that a group's
+query heads are laid one under the other as rows of one head, (B, H_KV, G s_q, D), and nothing is
+repeated; lse is (B, H, s_q rounded up to a multiple of 32), fp32, natural log, the surplus +inf;
+a bias is in q's dtype, expanded by strides, its rows aligned to 16 elements in memory.
+"""
+
+import torch
+from torch import Tensor
+
+from lvxattn.reference.masks import MaskView
+from lvxattn.torch_impl.kernels.bias import Bias
+from lvxattn.torch_impl.kernels.job import Job, accumulator_of
+from lvxattn.torch_impl.kernels.stand_in import stand_in
+
+NAME = "efficient"
+
+_forward = torch.ops.aten._scaled_dot_product_efficient_attention
+_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+
+
+def unsupported(job: Job) -> str | None:
+    """Say why the kernel cannot do the job."""
+    wrong = job.on("cuda", torch.float32, torch.bfloat16, torch.float16)
+    wrong = wrong or job.exact_bias() or job.room_for_stand_in()
+    step = 4 if job.dtype == torch.float32 else 8
+    if wrong is None and (job.D % step or job.D_V % step):
+        return f"D and D_V multiples of {step}, got D = {job.D}, D_V = {job.D_V}"
+    return wrong
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
+) -> tuple[Tensor, Tensor]:
+    """Do what `block_attention` does."""
+    bias = Bias.of(mask, q, k)
+    rows = _fold(q, k)
+    out, lse = _forward(rows, k, v, _aligned(bias.bias, q, k), True, 0.0, False, scale=scale)[:2]
+    lse = lse[:, :, : rows.shape[2]].reshape(q.shape[:3])
+    out = out.reshape(*q.shape[:3], v.shape[3])
+    return bias.settle(out.to(accumulator_of(q)), lse)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    scale: float,
+    mask: MaskView,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `block_attention_backward` does."""
+    bias = Bias.of(mask, q, k)
+    dout, out = stand_in(dout, delta, q.dtype)
+    lse = _fold(bias.closed(lse), k)
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    *grads, _ = _backward(
+        _fold(dout, k), _fold(q, k), k, v, _aligned(bias.bias, q, k), _fold(out, k), lse, seed,
+        seed, 0.0, [True, True, True, False], False, scale=scale,
+    )  # fmt: skip
+    dq, dk, dv = (x.to(accumulator_of(q)) for x in grads)
+    return dq.reshape(q.shape), dk, dv
+
+
+def _fold(x: Tensor, k: Tensor) -> Tensor:
+    """Lay the query heads of a group one under the other: (B, H_KV, G s_q, ...)."""
+    return x.reshape(x.shape[0], k.shape[1], -1, *x.shape[3:])
+
+
+def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Return the bias as (B, H_KV, G s_q, s_kv), its rows aligned; a view if it is one row."""
+    if bias is None:
+        return None
+    if bias.shape[1:3] != (1, 1):
+        bias = _fold(bias.expand(-1, *q.shape[1:3], -1), k)
+    s_kv = bias.shape[3]
+    bias = torch.nn.functional.pad(bias, (0, -s_kv % 16))[..., :s_kv]
+    G = q.shape[1] // k.shape[1]
+    return bias.expand(q.shape[0], k.shape[1], G * q.shape[2], -1)

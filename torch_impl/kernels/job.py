@@ -1,0 +1,123 @@
+"""What a kernel is asked to do, as plain data: enough to say whether it can, and whether it should.
+
+A `Job` holds no tensor, so that the rules for a device can be read and tested on a machine that has
+none.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lvxattn.reference.masks import MaskView
+from lvxattn.reference.validation import accumulator
+
+
+@dataclass(frozen=True)
+class Job:
+    """A block's device, dtype, kind of mask and sizes, and the direction.
+
+    Attributes
+    ----------
+    device : str
+        ``"cpu"``, ``"cuda"``, ...
+    mask : str
+        ``"none"``, ``"callable"``, ``"padding"``: an array with one row for all queries, or
+        ``"array"``: any other.
+    mask_dtype : torch.dtype, optional
+        Of an array mask.
+    """
+
+    device: str
+    dtype: torch.dtype
+    B: int
+    H: int
+    H_KV: int
+    s_q: int
+    s_kv: int
+    D: int
+    D_V: int
+    mask: str = "none"
+    mask_dtype: torch.dtype | None = None
+    backward: bool = False
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool) -> "Job":
+        """Return the job that these arguments are."""
+        B, H, s_q, D = q.shape
+        H_KV, s_kv = k.shape[1:3]
+        kind, dtype = "none", None
+        if callable(mask.mask):
+            kind = "callable"
+        elif mask.mask is not None:
+            shape = mask.mask.shape
+            kind = "array" if len(shape) > 1 and shape[-2] != 1 else "padding"
+            dtype = mask.mask.dtype
+        return Job(
+            q.device.type, q.dtype, B, H, H_KV, s_q, s_kv, D, v.shape[3], kind, dtype, backward
+        )  # fmt: skip
+
+    def on(self, device: str, *dtypes: torch.dtype) -> str | None:
+        """Say what is wrong if this is another device or none of the dtypes."""
+        if self.device != device:
+            return f"a {device} tensor, got {self.device}"
+        if self.dtype not in dtypes:
+            return f"one of {', '.join(_name(d) for d in dtypes)}, got {_name(self.dtype)}"
+        return None
+
+    def exact_bias(self) -> str | None:
+        """Say what is wrong if the mask cannot be a bias in q's dtype and mean the same."""
+        if self.mask == "callable":
+            return "no mask or an array, got a callable mask"
+        wide = accumulator(_name(self.dtype)) == _name(self.dtype)
+        if not wide and self.mask_dtype not in (None, torch.bool, self.dtype):
+            return f"an additive mask that {_name(self.dtype)} holds, got {_name(self.mask_dtype)}"
+        return None
+
+    def room_for_stand_in(self) -> str | None:
+        """Say what is wrong if a backward needs `out` and the dtype has no room for a stand-in."""
+        if self.backward and self.dtype == torch.float16:
+            return "bfloat16, float32 or float64 in the backward, got float16"
+        return None
+
+
+class Kernel(Protocol):
+    """What the module of a kernel offers.
+
+    Shapes and meaning are those of `block_attention` and `block_attention_backward`, except that
+    there is at least one query and one key, and that the job has been found supported.
+    """
+
+    NAME: str
+
+    def unsupported(self, job: Job) -> str | None:
+        """Return None, or ``"<what is expected>, got <what is given>"``."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
+    ) -> tuple[Tensor, Tensor]:
+        """Return out and lse in the accumulator dtype."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        scale: float,
+        mask: MaskView,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv in the accumulator dtype."""
+
+
+def accumulator_of(x: Tensor) -> torch.dtype:
+    """Return the dtype in which sums of x are taken: fp32, or fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,119 @@
+"""Few queries, many keys: take the keys in parts that are worked on at the same time.
+
+A fused forward shares its work out by batch entry, head and rows of queries, CPU flash's backward
+by batch entry and key-value head alone.  With few of those, part of the machine has nothing to do.
+Here the keys of a batch entry are viewed as several entries, which any kernel takes, and the
+results are merged by lse; in the backward the shares of dq are added, and those of dk and dv lie
+apart.
+
+    k (H_KV, parts * n, D) -> (parts, H_KV, n, D), a view       q (H, s_q, D) -> (parts, H, s_q, D)
+
+What `parts` leaves over of the keys, fewer than `parts` of them, goes through the kernel alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lvxattn.reference.masks import MaskView, tiles
+from lvxattn.torch_impl.kernels import blocked, cpu_flash, cuda_flash, cudnn, efficient
+from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
+from lvxattn.torch_impl.merge import merge
+
+NAME = "split"
+
+# The first that can does the work.
+WITHIN: tuple[Kernel, ...] = (cpu_flash, cuda_flash, cudnn, efficient, blocked)
+# Not fewer keys than this in a part.
+LEAST_KEYS = 512
+# Parts of query rows and heads that keep a device busy: its multiprocessors, about.
+BUSY = 128
+ROWS = 128  # that a kernel gives to one worker
+
+_NO_MASK = MaskView(None)
+
+
+def unsupported(job: Job) -> str | None:
+    """Say why the kernel cannot do the job."""
+    return None if job.mask == "none" else f"no mask, got a mask of kind {job.mask}"
+
+
+def parts_for(job: Job) -> int:
+    """Return into how many parts the keys of one batch entry are cut."""
+    if job.device != "cpu" and job.backward:  # shared out by keys as it is
+        return 1
+    workers = torch.get_num_threads() if job.device == "cpu" else BUSY
+    shares = job.H_KV if job.backward else job.H * -(-job.s_q // ROWS)
+    return max(1, min(-(-workers // shares), job.s_kv // LEAST_KEYS))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
+) -> tuple[Tensor, Tensor]:
+    """Do what `block_attention` does."""
+    job, kernel = _within(q, k, v, mask, backward=False)
+    outs, lses = [], []
+    for b in range(job.B):
+        out = torch.zeros((1, *q.shape[1:3], v.shape[3]), dtype=accumulator_of(q), device=q.device)
+        lse = torch.full(out.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
+        for parts, keys in _cuts(parts_for(job), job.s_kv):
+            k_parts, v_parts = (_parts(x[b, :, keys], parts) for x in (k, v))
+            q_parts = q[b : b + 1].expand(parts, -1, -1, -1)
+            part_outs, part_lses = kernel.forward(
+                q_parts, k_parts, v_parts, scale=scale, mask=_NO_MASK
+            )
+            for at in tiles(parts, 1):
+                out, lse = merge(out, lse, part_outs[at], part_lses[at])
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    scale: float,
+    mask: MaskView,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `block_attention_backward` does."""
+    job, kernel = _within(q, k, v, mask, backward=True)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=accumulator_of(q), device=q.device) for x in (q, k, v))
+    for b in range(job.B):
+        for parts, keys in _cuts(parts_for(job), job.s_kv):
+            rows = (x[b : b + 1].expand(parts, *x.shape[1:]) for x in (dout, q, lse, delta))
+            dout_parts, q_parts, lse_parts, delta_parts = rows
+            k_parts, v_parts = (_parts(x[b, :, keys], parts) for x in (k, v))
+            dq_parts, dk_parts, dv_parts = kernel.backward(
+                dout_parts, q_parts, k_parts, v_parts, lse_parts, delta_parts,
+                scale=scale, mask=_NO_MASK,
+            )  # fmt: skip
+            dq[b] += dq_parts.sum(dim=0)
+            for whole, shares in ((dk, dk_parts), (dv, dv_parts)):
+                _parts(whole[b, :, keys], parts).copy_(shares)
+    return dq, dk, dv
+
+
+def _within(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool
+) -> tuple[Job, Kernel]:
+    job = Job.of(q, k, v, mask, backward=backward)
+    return job, next(kernel for kernel in WITHIN if kernel.unsupported(job) is None)
+
+
+def _cuts(parts: int, s_kv: int) -> Iterator[tuple[int, slice]]:
+    """Yield how many parts to make of which keys."""
+    even = s_kv - s_kv % parts
+    yield parts, slice(0, even)
+    if even < s_kv:
+        yield 1, slice(even, s_kv)
+
+
+def _parts(x: Tensor, parts: int) -> Tensor:
+    """View keys (H_KV, parts * n, D) as (parts, H_KV, n, D)."""
+    return x.view(x.shape[0], parts, -1, x.shape[2]).transpose(0, 1)

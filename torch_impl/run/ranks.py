@@ -1,0 +1,51 @@
+"""The ranks of a run: a process group, by the names that the shared program uses."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.run.backend import Backend
+from lvxattn.torch_impl.run.processes import choose_device, limit_threads
+
+T = TypeVar("T")
+
+
+class TorchRanks:
+    """The ranks of a process group, seen from one of them; `reference.run.ranks.Ranks`.
+
+    Attributes
+    ----------
+    group : Group
+    rank, size : int
+    launched : bool
+        torchrun hands on its own stdout: a terminal is one.
+    """
+
+    launched = False
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.rank, self.size = group, group.rank, group.size
+
+    def allgather(self, sendobj: T) -> list[T]:
+        """Give every rank the objects of all ranks.  Collective: every rank calls this."""
+        return self.group.allgather(sendobj)
+
+    def limit_threads(self) -> int:
+        """Share out the cores.  Collective: every rank calls this."""
+        return limit_threads(self.group)
+
+    def backend(self, wish: str, dtype: str) -> Backend:  # noqa: ARG002 - PyTorch has every dtype
+        """Choose a device.  Collective: every rank calls this."""
+        return Backend(*choose_device(wish, self.group))
+
+    def start_together(self) -> None:
+        """Wait for all ranks.  Collective: every rank calls this."""
+        if self.size > 1:
+            with self.group.waiting(lambda: "all ranks to start"):
+                dist.barrier(self.group.group)
+
+    def watching(self, what: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Do nothing: the group's timeout watches."""
+        return nullcontext()
