@@ -35,8 +35,8 @@ from lvxattn.torch_impl.train.report import Test as Answers
 from tests.launch import PROGRAMS
 from tests.torchrun import torchrun
 
-# Clips of 7 frames, then 14, whose parts are of different lengths on 4 ranks.
-SETTINGS = Settings(frames=30, first_frames=7, batch=2, dtype="float64", seed=3)
+# Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
+SETTINGS = Settings(frames=10, first_frames=3, batch=4, dtype="float64", seed=3)
 STEPS = 50
 SMALL = [
     "--frames",
@@ -200,7 +200,7 @@ class TestRanks:
         alone = run.curve.column("loss")
         assert len(on_4_ranks["losses"]) == STEPS
         np.testing.assert_allclose(on_4_ranks["losses"], alone, rtol=1e-5, atol=0)
-        assert min(alone) < 0.9 * alone[0]  # it did learn something
+        assert min(alone) < 0.8 * alone[0]  # it did learn something
 
     def test_all_ranks_have_the_same_weights(self, on_4_ranks):
         assert len({weights for weights, *_ in on_4_ranks["by_rank"]}) == 1
