@@ -1,0 +1,389 @@
+"""The training run: its clips, its curve on any number of ranks, its checkpoints, its command."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from argparse import ArgumentParser, Namespace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.train import add_options, checkpoint, program, run_training
+from lvxattn.torch_impl.train import loop as loop_module
+from lvxattn.torch_impl.train.curriculum import GROW, Curriculum
+from lvxattn.torch_impl.train.data import (
+    BITS,
+    TEST,
+    TRAIN,
+    WATCH,
+    Clips,
+    Images,
+    load_images,
+    make_clips,
+)
+from lvxattn.torch_impl.train.gaze import find_needles
+from lvxattn.torch_impl.train.loop import Run
+from lvxattn.torch_impl.train.options import InputError, Settings
+from lvxattn.torch_impl.train.report import Test as Answers
+from tests.launch import PROGRAMS
+from tests.torchrun import torchrun
+
+# Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
+SETTINGS = Settings(frames=10, first_frames=3, batch=4, dtype="float64", seed=3)
+STEPS = 50
+SMALL = [
+    "--frames",
+    "9",
+    "--first-frames",
+    "3",
+    "--batch",
+    "2",
+    "--dtype",
+    "float64",
+    "--steps",
+    "8",
+]
+SMALL_SETTINGS = Settings(frames=9, first_frames=3, batch=2, dtype="float64", seed=0)
+
+parts = cache(load_images)
+
+
+def clips(key=(0, TRAIN, 0), shape=(3, 11, 7), rank=0, size=1) -> Clips:
+    return make_clips(parts()[key[1]], key, shape, rank, size)
+
+
+def options(folder: Path, *more: str) -> Namespace:
+    parser = ArgumentParser()
+    add_options(parser)
+    return parser.parse_args([*SMALL, "--quiet", "--output", str(folder), *more])
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    with (folder / "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(row["loss"]) for row in curve(folder)]
+
+
+def small_run() -> Run:
+    return Run.begin(SMALL_SETTINGS, parts(), Group(None))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """These tensors are too small for two, least of all where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(straight, monkeypatch):
+    """Draw the pictures of one run only: they take longer than all the rest."""
+    monkeypatch.setattr(program, "_draw", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps, not interrupted, with all its files."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert run_training(options(folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run after 5 steps.  Copy it before going on."""
+    folder = tmp_path_factory.mktemp("half_way")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "_draw", lambda *_: None)
+        assert run_training(options(folder, "--steps", "5")) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_4_ranks(half_way: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """50 steps on 4 ranks, and then the run of 5 steps, of one rank, resumed on 4."""
+    folder = tmp_path_factory.mktemp("ranks") / "resumed"
+    shutil.copytree(half_way, folder)
+    args = str(STEPS), *SMALL, "--resume", "--output", str(folder)
+    ended = torchrun(4, PROGRAMS / "train.py", *args)
+    assert ended.status == 0, ended.out + ended.err
+    assert not ended.left
+    return {"folder": folder, **json.loads(ended.out)}
+
+
+class TestData:
+    def test_no_image_is_in_two_parts(self):
+        numbers = [set(part.numbers.tolist()) for part in parts()]
+        assert sum(map(len, numbers)) == len(set().union(*numbers)) == 1797
+        # Nor does a picture hide under two numbers.
+        pictures = [{x.tobytes() for x in part.pixels} for part in parts()]
+        assert sum(map(len, pictures)) == len(set().union(*pictures))
+
+    @pytest.mark.parametrize("purpose", [TRAIN, WATCH, TEST])
+    def test_clips_show_images_of_their_part_only(self, purpose):
+        run = small_run()
+        shown = run.clips(purpose, 4, (5, 300, 40))
+        known = {x.astype(np.float64).tobytes() for x in parts()[purpose].pixels}
+        assert {x.numpy().tobytes() for x in shown.pictures.flatten(0, 1)} <= known
+        assert set(shown.images.flatten().tolist()) <= set(parts()[purpose].numbers.tolist())
+
+    def test_clips_follow_from_seed_purpose_and_step(self):
+        same, again = clips((1, TRAIN, 2)), clips((1, TRAIN, 2))
+        assert torch.equal(same.pictures, again.pictures)
+        assert torch.equal(same.questions, again.questions)
+        for other in ((2, TRAIN, 2), (1, WATCH, 2), (1, TRAIN, 3)):
+            assert not torch.equal(same.markers, clips(other).markers)
+
+    @pytest.mark.parametrize("size", [2, 3, 4, 13])
+    def test_shares_put_together_are_the_whole(self, size):
+        whole = clips()
+        shares = [clips(rank=rank, size=size) for rank in range(size)]
+        for name in ("pictures", "markers", "questions", "answers", "asked", "images"):
+            joined = torch.cat([getattr(share, name) for share in shares], dim=1)
+            assert torch.equal(joined, getattr(whole, name)), name
+        assert {share.shape for share in shares} == {whole.shape}
+
+    def test_a_marker_names_one_frame_whose_digit_is_the_answer(self):
+        batch = clips(shape=(2, 1300, 50))
+        train = parts()[TRAIN]
+        digits = {x.tobytes(): d for x, d in zip(train.pixels, train.digits, strict=True)}
+        for clip in range(2):
+            assert len(batch.markers[clip].unique(dim=0)) == 1300
+            for question, answer in zip(batch.questions[clip], batch.answers[clip], strict=True):
+                (frame,) = (batch.markers[clip] == question).all(dim=-1).nonzero().flatten()
+                assert digits[batch.pictures[clip, frame].numpy().tobytes()] == answer
+
+    def test_a_clip_may_have_every_marker_there_is(self):
+        few = Images(np.zeros((1, 8, 8), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64))
+        batch = make_clips(few, (0, 0, 0), (1, 1 << BITS, 1), 0, 1)
+        assert len(batch.markers[0].unique(dim=0)) == 1 << BITS
+
+
+class TestCurriculum:
+    def test_clips_double_until_they_are_long_enough(self):
+        curriculum = Curriculum(start=2, frames=1200, batch=4)
+        lengths = [curriculum.shape(step)[1] for step in range(0, 400, GROW)]
+        assert lengths[:11] == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1200]
+        assert set(lengths[11:]) == {1200}
+        assert curriculum.grown == 10 * GROW
+        assert curriculum.shape(10**9) == curriculum.final == (4, 1200, 64)
+
+    def test_every_step_asks_as_many_questions(self):
+        curriculum = Curriculum(start=2, frames=1200, batch=4)
+        shapes = [curriculum.shape(step) for step in range(400)]
+        assert {B * S_Q for B, _, S_Q in shapes} == {256}
+
+    def test_the_learning_rate_rises_stays_and_falls(self):
+        curriculum = Curriculum(start=2, frames=64, batch=4)
+        rates = [curriculum.rate(step) for step in range(400)]
+        assert 0 < rates[0] < rates[10] < rates[50] == rates[curriculum.grown]
+        assert rates[-1] < rates[curriculum.grown + 100] < rates[curriculum.grown]
+
+
+class TestRanks:
+    def test_four_ranks_learn_what_one_learns(self, on_4_ranks):
+        run = Run.begin(SETTINGS, parts(), Group(None))
+        for _ in range(STEPS):
+            run.step()
+        alone = run.curve.column("loss")
+        assert len(on_4_ranks["losses"]) == STEPS
+        np.testing.assert_allclose(on_4_ranks["losses"], alone, rtol=1e-5, atol=0)
+        assert min(alone) < 0.8 * alone[0]  # it did learn something
+
+    def test_all_ranks_have_the_same_weights(self, on_4_ranks):
+        assert len({weights for weights, *_ in on_4_ranks["by_rank"]}) == 1
+
+    def test_rank_0_alone_speaks(self, on_4_ranks):
+        first, *others = on_4_ranks["by_rank"]
+        assert {status for _, status, *_ in on_4_ranks["by_rank"]} == {0}
+        assert not any(out or err for _, _, out, err in others)
+        assert "goes on after step 5" in first[2]
+        assert "Ring Attention" in first[2]
+        assert not first[3]  # no advice of PyTorch's either
+
+    def test_a_run_of_one_rank_goes_on_on_four(self, on_4_ranks, straight):
+        resumed = losses(on_4_ranks["folder"])
+        np.testing.assert_allclose(resumed, losses(straight), rtol=1e-9, atol=0)
+
+    def test_ranks_that_differ_are_noticed(self):
+        class Torn(Group):
+            def allgather(self, sendobj):
+                return [sendobj, "another"]
+
+        with pytest.raises(RuntimeError, match="rank 1 has come to have other weights"):
+            checkpoint._check_equal(small_run().model, Torn(None))
+
+
+class TestCheckpoint:
+    def test_resumed_is_as_uninterrupted(self, half_way, straight, tmp_path, recwarn):
+        folder = shutil.copytree(half_way, tmp_path / "run")
+        assert len(curve(folder)) == 5
+        assert run_training(options(folder, "--resume")) == 0
+        assert losses(folder) == losses(straight)
+        assert not recwarn.list  # PyTorch advises against what is meant here
+        weights = []
+        for where in (folder, straight):
+            run = small_run()
+            checkpoint.load(where, run.model, run.optimizer, SMALL_SETTINGS, Group(None))
+            weights.append([*run.model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+    def test_a_new_run_does_not_go_on(self, half_way, straight, tmp_path):
+        folder = shutil.copytree(half_way, tmp_path / "run")
+        assert run_training(options(folder)) == 0
+        assert losses(folder) == losses(straight)
+
+    @pytest.mark.parametrize("moment", ["while writing", "between the renames", "before the last"])
+    def test_a_kill_leaves_a_checkpoint(self, moment, half_way, straight, tmp_path):
+        folder = shutil.copytree(half_way, tmp_path / "run")
+        last, new, old = (folder / f"checkpoint{end}" for end in ("", ".new", ".old"))
+        if moment == "while writing":
+            new.mkdir()
+            (new / "__0_0.distcp").write_bytes(b"cut sh")
+        elif moment == "between the renames":
+            shutil.copytree(last, new)
+            last.rename(old)
+        else:
+            shutil.copytree(last, old)
+        assert run_training(options(folder, "--resume")) == 0
+        assert losses(folder) == losses(straight)
+        assert sorted(folder.glob("checkpoint*")) == [last]
+
+    def test_a_failing_write_leaves_the_one_before(self, half_way, tmp_path, monkeypatch):
+        folder = shutil.copytree(half_way, tmp_path / "run")
+
+        def full(state, checkpoint_id, **_):
+            checkpoint_id.mkdir()
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"cut sh")
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "write_state", full)
+            assert run_training(options(folder, "--resume")) == 2
+        run = small_run()
+        loaded = checkpoint.load(folder, run.model, run.optimizer, SMALL_SETTINGS, Group(None))
+        assert len(loaded) == 5
+
+    def test_a_damaged_one_is_refused_in_one_line(self, half_way, tmp_path, capsys):
+        folder = shutil.copytree(half_way, tmp_path / "run")
+        for file in (folder / "checkpoint").glob("*.distcp"):
+            file.write_bytes(file.read_bytes()[:1000])
+        assert run_training(options(folder, "--resume")) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "cannot read" in said
+
+    @pytest.mark.parametrize(
+        "more",
+        [["--seed", "1"], ["--frames", "10"], ["--first-frames", "2"], ["--batch", "3"],
+         ["--dtype", "float32"]],
+    )  # fmt: skip
+    def test_other_settings_are_refused(self, more, half_way, tmp_path, capsys):
+        folder = shutil.copytree(half_way, tmp_path / "run")
+        assert run_training(options(folder, "--resume", *more)) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert more[0] in said
+        assert len(curve(folder)) == 5
+
+    def test_a_signal_ends_the_run_with_a_checkpoint(self, straight, tmp_path, monkeypatch, capsys):
+        before = signal.getsignal(signal.SIGTERM)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop_module, "LOOK_EVERY", 3)
+            patch.setattr(Run, "look", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            patch.setattr("lvxattn.torch_impl.train.report.Reporter.step", lambda *_: None)
+            assert run_training(options(tmp_path)) == 1
+        assert signal.getsignal(signal.SIGTERM) is before
+        # What is heard is agreed on within a step, so that one more was taken.
+        assert len(curve(tmp_path)) == 4
+        assert run_training(options(tmp_path, "--resume")) == 0
+        assert losses(tmp_path) == losses(straight)
+
+    def test_minutes_end_the_run(self, tmp_path):
+        assert run_training(options(tmp_path, "--minutes", "1e-9")) == 0
+        assert len(curve(tmp_path)) == 1
+
+
+class TestCommand:
+    def test_it_writes_what_it_says(self, straight):
+        found = {file.name for file in straight.iterdir()}
+        assert found == {"checkpoint", "curve.csv", "curve.png", "needles.png"}
+        rows = curve(straight)
+        assert [*rows[0]] == ["step", "frames", "loss", "accuracy", "held_out", "seconds"]
+        assert [int(row["step"]) for row in rows] == list(range(1, 9))
+        assert rows[-1]["held_out"]
+
+    def test_two_good_looks_at_the_longest_clips_are_enough(self):
+        run = small_run()
+        for _ in range(run.settings.curriculum.grown + 4):
+            run.curve.add(3, 1.0, 0.5, 0.0)
+        run.curve.rows[0][4] = run.curve.rows[1][4] = run.curve.rows[-3][4] = 0.98
+        assert not run.done(1000, 0.975)
+        run.curve.rows[-1][4] = 0.98
+        assert run.done(1000, 0.975)
+        run.curve.rows[-1][4] = 0.97
+        assert not run.done(1000, 0.975)
+        assert run.done(len(run.curve), 0.975)
+
+    def test_a_missed_target_is_a_failure_only_if_it_was_given(self, tmp_path, capsys):
+        assert run_training(options(tmp_path, "--steps", "1")) == 0
+        assert not capsys.readouterr().err
+        assert run_training(options(tmp_path, "--steps", "1", "--target", "0.9")) == 1
+        assert "of the answers are right" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "more",
+        [["--steps", "0"], ["--frames", "65537"], ["--batch", "x"], ["--minutes", "0"],
+         ["--minutes", "nan"], ["--target", "1"], ["--target", "nan"], ["--seed", "-1"],
+         ["--checkpoint-every", "0"], ["--dtype", "float16"], ["--schedule", "none"]],
+    )  # fmt: skip
+    def test_bad_arguments_are_refused(self, more, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            options(tmp_path, *more)
+        assert f"argument {more[0]}: " in capsys.readouterr().err
+
+    def test_clips_cannot_begin_longer_than_they_end(self, tmp_path):
+        with pytest.raises(InputError, match="--first-frames"):
+            Settings.of(options(tmp_path, "--first-frames", "10"))
+
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_a_bad_folder_is_refused_at_once(self, resume, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(Run, "step", None)
+        # A file where the folder is to be; or nothing to go on from.
+        folder = tmp_path / "run"
+        if not resume:
+            folder.write_text("a file")
+        assert run_training(options(folder, *["--resume"] * resume)) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert str(folder) in said
+
+    def test_the_interval_counts_images(self):
+        low, high = Answers(right=1940, questions=2000, images=200).interval
+        # Wilson's, by its defining equation: |p - x| = z sqrt(x (1 - x) / n).
+        for x in (low, high):
+            assert abs(0.97 - x) == pytest.approx(1.96 * np.sqrt(x * (1 - x) / 200))
+        assert low < 0.97 < high
+
+    def test_needles_show_where_the_model_looks(self):
+        run = small_run()
+        batch = run.clips(TEST, 0, (2, 9, 5))
+        layer, needles = find_needles(run.model, batch)
+        assert 1 <= layer <= 2
+        assert [needle.frame for needle in needles] == batch.asked[0].tolist()
+        for needle in needles:
+            assert needle.weights.sum() == pytest.approx(1)
+            assert np.array_equal(batch.markers[0, needle.frame].numpy(), needle.marker)
+            assert np.array_equal(batch.pictures[0, needle.frame].numpy(), needle.picture)
