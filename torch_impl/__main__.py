@@ -16,6 +16,8 @@ from lvxattn.reference.run.arguments import Parser
 from lvxattn.reference.run.options import add_options
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.run import TorchRanks, check_environment, world
+from lvxattn.torch_impl.train import add_options as add_train_options
+from lvxattn.torch_impl.train import run_training
 
 
 class _Parser(Parser):
@@ -63,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(run)
     run.set_defaults(run=_run)
+    train = commands.add_parser(
+        "train",
+        help="teach a small model to find the needle in a long video",
+        description="Train a small model to read a digit in a long video of real handwriting.",
+        allow_abbrev=False,
+    )
+    add_train_options(train)
+    train.set_defaults(run=run_training)
     return parser
 
 

@@ -90,8 +90,7 @@ class Exchange:
             rotation.wait_sent()
             for buffer in rotation.buffers:
                 self.layout.pool.give(buffer)
-        # They point back here: the group, held in a circle, would outlive its users' references
-        # and, at the end of the program, abort it.
+        # They point back here: a circle would keep all buffers until Python looks for circles.
         self.rotations.clear()
 
 

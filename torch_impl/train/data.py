@@ -96,7 +96,7 @@ def load_images() -> tuple[Images, Images, Images]:
     ModuleNotFoundError
         scikit-learn is not installed.
     """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     found = load_digits()
     pixels = (found.images / 8 - 1).astype(np.float32)

@@ -9,7 +9,6 @@ Of the video each rank holds a part, of the model each holds all; the weights st
 take the same steps, which every checkpoint verifies.
 """
 
-import gc
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -58,11 +57,7 @@ def run_training(options: Namespace, group: AnyGroup = None) -> int:
     """
     comm = Group.of(group)
     try:
-        passed = _run(options, comm)
-        # What has come to refer to the process group in a circle must be gone before the program
-        # ends: in an interpreter that is going down, gloo's threads abort the process.
-        gc.collect()
-        return 0 if passed else 1
+        return 0 if _run(options, comm) else 1
     except InputError as error:
         complain(f"error: {error}", comm)
         return 2
