@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint soak bench bench-quick clean check-mpiexec
+.PHONY: help setup demo train test lint soak bench bench-quick clean check-mpiexec
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,10 @@ setup: $(STAMP) ## Make .venv (PYTHON=python3.12 picks the interpreter, MPI=syst
 demo: check-mpiexec $(STAMP) ## Search a long video on 4 MPI ranks (RANKS=8, ARGS="--video FILE")
 	@if [ -t 1 ]; then export LVXATTN_PROGRESS=line; fi; \
 	exec $(MPIEXEC) -n $(RANKS) $(VENV_PYTHON) -m mpi4py -m lvxattn.mpi_impl demo $(ARGS)
+
+train: $(STAMP) ## Train in PyTorch on 4 ranks to find digits in long clips, 3 minutes (ARGS="--steps 50")
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV_PYTHON) -m torch.distributed.run --standalone \
+	  --nproc-per-node $(RANKS) -m lvxattn.torch_impl train $(ARGS)
 
 test: check-mpiexec $(STAMP) ## Run the tests (ARGS="-k merge" is handed to pytest)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest $(ARGS)
@@ -49,13 +53,15 @@ soak: check-mpiexec $(STAMP) ## Solve 1,000 random problems on real ranks, every
 
 bench: check-mpiexec $(STAMP) ## Measure on shaped links, 12 minutes; stored in benchmarks/results (Linux, needs root or user namespaces)
 	$(VENV_PYTHON) benchmarks/block_attention.py --json benchmarks/results/block-attention.json
+	$(VENV_PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels-cpu.json
+	$(VENV_PYTHON) benchmarks/recompute.py --json benchmarks/results/recompute.json
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results $(ARGS)
 
 bench-quick: check-mpiexec $(STAMP) ## The same on small problems, 2 minutes; only printed
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick $(ARGS)
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) build dist src/*.egg-info demo.png
+	rm -rf $(VENV) build dist src/*.egg-info demo.png train-run
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
