@@ -42,8 +42,8 @@ def world() -> Iterator[Group]:
     """Start the process group that the environment describes, and end it when all is done.
 
     Collective: every rank of the program calls this.  A group that is there already is used, and
-    left alone.  After an exception on one rank the group is left to the end of the process: the
-    others may be waiting in it.
+    left alone.  After an exception on one rank the group is left to the end of the process, when
+    what was raised has been printed: the others may be waiting in it, and will be ended by its end.
 
     Yields
     ------
