@@ -326,6 +326,7 @@ def test_half_precision_scores_are_not_rounded(dtype: str, parts: int) -> None:
         (job("cuda", torch.float32, s_q=16, backward=True), "efficient"),
         (job("cuda", torch.float16, backward=True, H=256, H_KV=128), "blocked"),
         (job("cuda", torch.bfloat16, mask="array", mask_dtype=torch.bool, s_q=4096), "cudnn"),
+        (job("cuda", torch.bfloat16, mask="array", mask_dtype=torch.bool, H_KV=8), "efficient"),
         (job("cuda", torch.bfloat16, mask="array", mask_dtype=torch.float32), "blocked"),
         (job("cuda", torch.float32, mask="padding", mask_dtype=torch.float32), "efficient"),
         (job("cuda", torch.bfloat16, mask="callable"), "blocked"),

@@ -22,7 +22,7 @@ from lvxattn.torch_impl.__main__ import main
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.run import choose_device, limit_threads, processes, world
 from lvxattn.torch_impl.run.backend import Backend
-from lvxattn.torch_impl.run.processes import user_set_threads
+from lvxattn.torch_impl.run.processes import SIZES, lost_ranks, user_set_threads
 from tests.launch import PROGRAMS
 from tests.torchrun import torchrun
 
@@ -71,7 +71,7 @@ def test_threads_are_shared_out_and_a_wait_ends_in_time() -> None:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Return an environment without a launcher; the number of threads is put back."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LVXATTN_TIMEOUT", "OMP_NUM_THREADS"):
+    for name in (*SIZES, "RANK", "MASTER_ADDR", "LVXATTN_TIMEOUT", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     yield monkeypatch
@@ -114,6 +114,32 @@ def test_a_bad_timeout_is_refused(
         "lvxattn: error: LVXATTN_TIMEOUT: expected a number of seconds above 0, "
         f"got {text!r} (on rank 0 of 1)\n"
     )
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_processes_that_cannot_find_one_another_are_refused(
+    name: str, alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone.setenv(name, "4")
+    assert main(["run", *SMALL]) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"lvxattn: error: one of 4 processes ({name} = 4) that cannot find one another: start "
+        "them with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"PMI_SIZE": "1"},
+        {"SLURM_NTASKS": "8"},  # the batch script itself
+        {"PMI_SIZE": "4", "RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "here"},
+    ],
+)
+def test_a_process_that_is_alone_or_was_told_is_not_refused(environment: dict[str, str]) -> None:
+    assert lost_ranks(environment) is None
 
 
 UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "some"}

@@ -98,7 +98,12 @@ def cross_attention(
         before anything is sent, unless `layout` is given: then on the rank that misfits.
     RuntimeError
         A block did not come within the group's timeout, or another rank has ended: names this
-        rank, the block and the rank that it should have come from.
+        rank, the block and the rank that it should have come from; its cause is what the group
+        said.  So does the backward.
+
+    After that, or whatever else is raised later than the checks, as by a callable mask, blocks may
+    still be under way: do not use the group again.  End the program, as torchrun does when one of
+    its ranks ends, or at least make another group.
     """
     comm = Group.of(group)
     dtype = autocast_dtype(q)
@@ -108,7 +113,7 @@ def cross_attention(
         q, k, v, comm, layout,
         schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
     )  # fmt: skip
-    given = q, k, v, mask, comm, layout, *passes(layout), meter
+    given = q, k, v, mask, comm, layout, *passes(layout, comm), meter
     out, lse = Attention.apply(*given)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
@@ -135,11 +140,13 @@ def agreed(
     return layout
 
 
-def passes(layout: Layout) -> tuple[Forward, Backward]:
-    """Return forward and backward of what the layout says."""
+def passes(layout: Layout, group: Group) -> tuple[Forward, Backward]:
+    """Return forward and backward of what the layout says; what they raise names this rank."""
+    forward, backward = FORWARD[layout.schedule], BACKWARD[layout.schedule]
     if layout.queries == "replicated":
-        return replicated, replicated_backward
-    return FORWARD[layout.schedule], BACKWARD[layout.schedule]
+        forward, backward = replicated, replicated_backward
+    named = group.named()
+    return named(forward), named(backward)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -143,16 +143,12 @@ class Rotation:
         layout = self.exchange.layout
         what = self._kind()
         with span(f"{layout.schedule}: hop {self.hop}, wait for {what}", self.device):
-            self._wait_for(
-                self.receiving, lambda: f"{what} at hop {self.hop}, from rank {layout.left}"
-            )
+            self._wait_for(self.receiving, self._coming)
         return [x.to(self.device, non_blocking=True) for x in self._views()]
 
     def wait_sent(self) -> None:
         """Wait until the block that was sent last is gone."""
-        right = self.exchange.layout.right
-        kind = self._kind(-1)
-        self._wait_for(self.sending, lambda: f"rank {right} to take {kind} at hop {self.hop}")
+        self._wait_for(self.sending, self._leaving)
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +168,8 @@ class Rotation:
         if not works:
             self.sending, self.receiving = [], []
             return
-        with self.exchange.group.waiting(lambda: f"rank {layout.right} or {layout.left}"):
+        # What has ended a neighbour may show here first, and not by which of the two.
+        with self.exchange.group.waiting(lambda: f"{self._coming(1)}, or {self._leaving(1)}"):
             requests = dist.batch_isend_irecv(list(works.values()))
         if len(requests) < len(works):  # NCCL gives one for the batch
             self.sending = self.receiving = requests
@@ -187,9 +184,19 @@ class Rotation:
                 self.exchange.meter.waits(work.wait)()
         works.clear()
 
-    def _kind(self, behind: int = 0) -> str:
+    def _coming(self, ahead: int = 0) -> str:
+        """Say what comes from the left."""
+        left = self.exchange.layout.left
+        return f"{self._kind(ahead)} at hop {self.hop + ahead}, from rank {left}"
+
+    def _leaving(self, ahead: int = 0) -> str:
+        """Say what is sent to the right."""
+        right = self.exchange.layout.right
+        return f"rank {right} to take {self._kind(ahead - 1)} at hop {self.hop + ahead}"
+
+    def _kind(self, ahead: int = 0) -> str:
         layout = self.exchange.layout
-        return _KINDS[layout.schedule, self.tag].format(layout.owner(self.hop + behind))
+        return _KINDS[layout.schedule, self.tag].format(layout.owner(self.hop + ahead))
 
     def _views(self) -> list[Tensor]:
         fields = self.fields(self.exchange.layout.owner(self.hop))

@@ -107,8 +107,16 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            message = f"{self.name} waited for {what()}, which did not come: {error}"
-            raise RuntimeError(message) from error
+            raise RuntimeError(f"{self.name} waited for {what()}, in vain: {error}") from error
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Add a note of this rank to whatever is raised: it will end the others too."""
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"raised on {self.name}")
+            raise
 
 
 def over_cpu(group: Group, device: torch.device) -> bool:

@@ -119,7 +119,7 @@ class Layer(torch.autograd.Function):
         with exactly(x.device):
             q, k, v = _heads(ctx.dtype, x, y, w_q, w_k, w_v, b_q, b_k, b_v)
             ctx.layout = agreed(q, k, v, group, layout, **options)
-            forward, _ = passes(ctx.layout)
+            forward, _ = passes(ctx.layout, group)
             out, lse = forward(q, k, v, group, ctx.layout, mask=options["mask"], meter=meter)
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
         biases = [b for b in (b_q, b_k, b_v) if b is not None]
@@ -137,7 +137,7 @@ class Layer(torch.autograd.Function):
             # 1. Make again what was forgotten.
             q, k, v = _heads(ctx.dtype, x, y, w_q, w_k, w_v, *biases)
             # 2. Through the attention.
-            _, backward = passes(ctx.layout)
+            _, backward = passes(ctx.layout, ctx.group)
             dq, dk, dv = backward(
                 dout, q, k, v, out, lse, ctx.group, ctx.layout, mask=mask, meter=ctx.meter
             )

@@ -12,8 +12,10 @@ Objects and tensors of the host go through gloo.  Blocks of GPUs go through NCCL
 the program has a GPU of its own, else through the host's memory and gloo.
 """
 
+import atexit
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +31,9 @@ from lvxattn.torch_impl.group import Group
 
 # Whoever sets one of these has decided how many threads PyTorch uses.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# How many processes there are, as torchrun, Open MPI, MPICH and srun say.  Not SLURM_NTASKS: a
+# batch script has it too, and is one process.
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _TIMEOUT = "LVXATTN_TIMEOUT"
 
 
@@ -37,8 +42,8 @@ def world() -> Iterator[Group]:
     """Start the process group that the environment describes, and end it when all is done.
 
     Collective: every rank of the program calls this.  A group that is there already is used, and
-    left alone.  After an exception on one rank the group is left to the end of the process: the
-    others may be waiting in it.
+    left alone.  After an exception on one rank the group is left to the end of the process, when
+    what was raised has been printed: the others may be waiting in it, and will be ended by its end.
 
     Yields
     ------
@@ -48,7 +53,13 @@ def world() -> Iterator[Group]:
     ours = not dist.is_initialized() and launched(os.environ)
     if ours:
         dist.init_process_group("gloo", timeout=_timeout())
-    yield Group.of(None)
+    group = Group.of(None)
+    try:
+        yield group
+    except BaseException:
+        if ours:  # by then Python has printed what was raised
+            atexit.register(_end, group)
+        raise
     if ours:
         # torchrun ends all ranks as soon as one has ended with a status other than 0: by then
         # whoever has something to say must have said it.
@@ -56,17 +67,31 @@ def world() -> Iterator[Group]:
         dist.destroy_process_group()
 
 
+def _end(group: Group) -> None:
+    """End gloo's threads: one that is alive when Python ends may abort the process.
+
+    They live as long as anything refers to the group, as the frames of a traceback do.
+    """
+    for name in ("last_exc", "last_value", "last_traceback"):
+        vars(sys).pop(name, None)
+    group.group = None
+    dist.destroy_process_group()
+
+
 def check_environment(group: Group) -> None:
-    """Refuse a bad ``LVXATTN_TIMEOUT``, whichever rank has it.
+    """Refuse a bad ``LVXATTN_TIMEOUT``, whichever rank has it, and a launcher that is no torchrun.
 
     Collective: every rank of the group calls this.
 
     Raises
     ------
     UsageError
-        It is not a number of seconds; the same on all ranks.
+        It is not a number of seconds, or other processes were started that this one cannot find;
+        the same on all ranks.
     """
     error = None
+    if group.group is None and (lost := lost_ranks(os.environ)):
+        raise UsageError(f"lvxattn: error: {lost}")
     try:
         check_seconds(_TIMEOUT, os.environ.get(_TIMEOUT))
     except ValueError as problem:
@@ -86,6 +111,26 @@ def _timeout() -> timedelta | None:
 def launched(environment: Mapping[str, str]) -> bool:
     """Whether torchrun, or whoever sets what it sets, has started this process."""
     return all(environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def lost_ranks(environment: Mapping[str, str]) -> str | None:
+    """Say that a launcher has started several processes and told them too little, if so.
+
+    Each would believe to be alone, and do all the work.
+
+    Parameters
+    ----------
+    environment : mapping
+        ``os.environ``.
+    """
+    for name in SIZES:
+        size = environment.get(name, "")
+        if size.isdigit() and int(size) > 1 and not launched(environment):
+            return (
+                f"one of {size} processes ({name} = {size}) that cannot find one another: start "
+                "them with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            )
+    return None
 
 
 def limit_threads(group: Group) -> int:

@@ -1,0 +1,196 @@
+"""A rank of a process group that fails: the others end in time, and say what they waited for."""
+
+import json
+import re
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.launch import PROGRAMS, launch
+from tests.torchrun import torchrun
+
+# As programs/torch_fault.py has them: P, rank, how, where, schedule, pass.
+CASES = [
+    (3, 1, "kill", "before", "lv-xattn", "forward"),
+    (3, 1, "kill", "before", "ring", "backward"),
+    (3, 1, "kill", "hop 1 begins", "lv-xattn", "forward"),
+    (3, 1, "kill", "hop 1 ends", "lv-xattn", "forward"),
+    (3, 0, "kill", "hop 2 computes", "lv-xattn", "backward"),
+    (3, 1, "kill", "hop 1 computes", "ring", "backward"),
+    (2, 1, "kill", "hop 1 begins", "lv-xattn", "backward"),
+    (3, 2, "kill", "hop 0 computes", "replicated", "forward"),
+    (3, 1, "kill again", "hop 1 computes", "ring", "backward"),
+    (3, 1, "raise", "before", "lv-xattn", "forward"),
+    (2, 1, "raise", "hop 1 computes", "lv-xattn", "forward"),
+    (3, 1, "raise", "hop 1 begins", "ring", "forward"),
+    (3, 1, "raise", "hop 1 ends", "ring", "backward"),
+    (3, 1, "raise", "hop 0 computes", "replicated", "backward"),
+    (3, 1, "refuse", "a post", "lv-xattn", "forward"),
+    (2, 0, "refuse", "a post", "ring", "backward"),
+    (3, 1, "mask raises", "at once", "lv-xattn", "forward"),
+    (3, 1, "mask raises", "at once", "ring", "backward"),
+    (2, 0, "mask raises", "at once", "replicated", "forward"),
+    (3, 1, "stop", "before", "lv-xattn", "forward"),
+    (3, 1, "stop", "hop 1 computes", "lv-xattn", "forward"),
+    (3, 1, "stop", "hop 1 begins", "ring", "forward"),
+    (2, 1, "stop", "hop 1 computes", "ring", "backward"),
+    (3, 1, "stop", "hop 0 computes", "replicated", "backward"),
+    (3, 1, "stop again", "hop 1 computes", "lv-xattn", "backward"),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+
+# Of the groups; what else a rank has to find out that another has failed; to end, as Python ends.
+TIMEOUT, SLACK, ENDING = 3.0, 3.0, 10.0
+
+BLOCKS = {
+    "lv-xattn": ("the queries of rank {}", "the results for rank {}'s queries"),
+    "ring": ("the keys and values of rank {}", "the gradients of rank {}'s keys and values"),
+}
+TOGETHER = {"what all ranks have to say", "all ranks' results to be joined"}
+
+
+@cache
+def reports() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return how the ranks of every case ended; they all run once, in one launch."""
+    program = [sys.executable, "-W", "error", str(PROGRAMS / "torch_fault.py")]
+    ended = launch([*program, json.dumps(CASES)], timeout=150.0)
+    assert (ended.status, ended.err, ended.left, ended.timed_out) == (0, "", (), False)
+    return dict(zip(CASES, json.loads(ended.out), strict=True))
+
+
+def awaited(case: tuple[Any, ...], rank: int) -> set[str]:
+    """Return all that a rank can ever wait for in a pass of this case."""
+    P, _, _, place, schedule, which = case
+    if schedule == "replicated":
+        return {"all ranks' results to be joined"}
+    if place == "before" and which == "forward":
+        return {"what all ranks have to say"}
+    left, right = (rank - 1) % P, (rank + 1) % P
+    found = set()
+    for kind in BLOCKS[schedule]:
+        for hop in range(1, P + 1):
+            coming = f"{kind.format((rank - hop) % P)} at hop {hop}, from rank {left}"
+            leaving = f"rank {right} to take {kind.format((rank - hop + 1) % P)} at hop {hop}"
+            found |= {coming, leaving, f"{coming}, or {leaving}"}
+    return found
+
+
+def said(case: tuple[Any, ...]) -> dict[int, str]:
+    """Return what each rank but the failing one says that it waited for."""
+    found = {}
+    for rank, err in enumerate(reports()[case]["err"]):
+        if rank != case[1]:
+            errors = re.findall(r"RuntimeError: (rank \d of \d waited for .*?), in vain: .+", err)
+            assert len(errors) == 1, err
+            found[rank] = errors[0].removeprefix(f"rank {rank} of {case[0]} waited for ")
+    return found
+
+
+@each_case
+def test_the_others_end_in_time_and_say_what_they_waited_for(case: tuple[Any, ...]) -> None:
+    P, failing, how = case[:3]
+    ended = reports()[case]
+    assert not ended["killed"], ended["err"]
+    assert ended["out"] == [""] * P  # nobody reached the end
+    for rank, status in enumerate(ended["status"]):
+        # PyTorch aborts a process now and then, after its traceback, when it ends with a group.
+        killed = rank == failing and how.startswith("kill")
+        assert status in ({-9} if killed else {1, -6}), ended["err"]
+    assert max(ended["raised"][:failing] + ended["raised"][failing + 1 :]) < TIMEOUT + SLACK
+    assert max(ended["seconds"]) < TIMEOUT + SLACK + ENDING
+    for rank, what in said(case).items():
+        assert what in awaited(case, rank), (rank, what)
+    # It is named by somebody, where anybody can be.
+    waits = set(said(case).values())
+    names = re.compile(rf"from rank {failing}\b|rank {failing} to take")
+    assert waits <= TOGETHER or any(map(names.search, waits)), waits
+
+
+@each_case
+def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
+    for rank, err in enumerate(reports()[case]["err"]):
+        if rank != case[1]:  # what gloo said, and below it our words for it
+            assert err.count("The above exception was the direct cause") >= 1
+            gloo, ours = re.findall(r"RuntimeError: (.*)", err)[:2]
+            assert ours.endswith(gloo)
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        (
+            (3, 1, "stop", "hop 1 computes", "lv-xattn", "forward"),
+            {
+                0: {"rank 1 to take the results for rank 2's queries at hop 2"},
+                # What rank 1 had begun to send may have come, or not.
+                2: {
+                    "the queries of rank 0 at hop 2, from rank 1",
+                    "the results for rank 0's queries at hop 2, from rank 1",
+                },
+            },
+        ),
+        (
+            (3, 1, "stop", "hop 1 begins", "ring", "forward"),
+            {
+                0: {"rank 1 to take the keys and values of rank 2 at hop 2"},
+                2: {"the keys and values of rank 0 at hop 2, from rank 1"},
+            },
+        ),
+        (
+            (2, 1, "stop", "hop 1 computes", "ring", "backward"),
+            {0: {"the gradients of rank 0's keys and values at hop 2, from rank 1"}},
+        ),
+    ],
+)  # fmt: skip
+def test_a_rank_that_stops_is_waited_for_until_the_timeout(
+    case: tuple[Any, ...], what: dict[int, set[str]]
+) -> None:
+    for rank, words in said(case).items():
+        assert words in what[rank]
+        assert reports()[case]["raised"][rank] > TIMEOUT - 0.5
+        assert f"{1000 * TIMEOUT:.0f}ms" in reports()[case]["err"][rank]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2].startswith("stop")], ids=str)
+def test_a_rank_that_goes_on_when_the_others_are_gone_ends_too(case: tuple[Any, ...]) -> None:
+    last = reports()[case]["err"][case[1]].rstrip().split("RuntimeError: ")[-1]
+    assert last.startswith(f"rank {case[1]} of {case[0]} waited for ")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2].endswith("again")], ids=str)
+def test_a_group_that_is_used_again_raises_again(case: tuple[Any, ...]) -> None:
+    for rank, again in enumerate(reports()[case]["again"]):
+        if rank != case[1]:
+            seconds, words = again
+            assert seconds < TIMEOUT + SLACK
+            assert words.startswith(f"rank {rank} of {case[0]} waited for ")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] == "mask raises"], ids=str)
+def test_a_users_own_error_stays_what_it_is_and_names_its_rank(case: tuple[Any, ...]) -> None:
+    err = reports()[case]["err"][case[1]]
+    assert "ZeroDivisionError: of the user's own\n" in err
+    assert err.count(f"raised on rank {case[1]} of {case[0]}") == 1
+    assert "RuntimeError" not in err
+
+
+def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
+    case = (3, 1, "refuse", "a post", "lv-xattn", "forward")
+    assert (
+        "RuntimeError: rank 1 of 3 waited for the queries of rank 0 at hop 1, from rank 0, or "
+        "rank 2 to take the queries of rank 1 at hop 1, in vain: the transport took none of 2"
+    ) in reports()[case]["err"][1]
+
+
+def test_torchrun_ends_the_others_when_one_raises() -> None:
+    ended = torchrun(2, PROGRAMS / "torch_mask.py", timeout=60.0)
+    assert not ended.timed_out
+    assert (ended.status, ended.out, ended.left) == (1, "", ())
+    assert "ZeroDivisionError: of the user's own\n" in ended.err
+    assert "raised on rank 1 of 2" in ended.err
+    assert "terminate called" not in ended.err  # by a thread that outlives Python
+    assert "exitcode  : 1 " in ended.err
