@@ -53,12 +53,11 @@ def world() -> Iterator[Group]:
     ours = not dist.is_initialized() and launched(os.environ)
     if ours:
         dist.init_process_group("gloo", timeout=_timeout())
-    group = Group.of(None)
     try:
-        yield group
+        yield Group.of(None)
     except BaseException:
         if ours:  # by then Python has printed what was raised
-            atexit.register(_end, group)
+            atexit.register(_end)
         raise
     if ours:
         # torchrun ends all ranks as soon as one has ended with a status other than 0: by then
@@ -67,14 +66,13 @@ def world() -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _end(group: Group) -> None:
+def _end() -> None:
     """End gloo's threads: one that is alive when Python ends may abort the process.
 
     They live as long as anything refers to the group, as the frames of a traceback do.
     """
     for name in ("last_exc", "last_value", "last_traceback"):
         vars(sys).pop(name, None)
-    group.group = None
     dist.destroy_process_group()
 
 
