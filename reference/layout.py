@@ -77,7 +77,7 @@ class Layout:
     dtype: str
     scale: float
     schedule: str
-    queries: str
+    queries: str = "sharded"
 
     @staticmethod
     def agree(

@@ -96,6 +96,7 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "project_backward": {
             "dtype": "autocast's",
             "features_wanted": "what is frozen needs no gradient",
+            "onto": "two products make one gradient",
             "weight_wanted": "what is frozen needs no gradient",
         },
     },

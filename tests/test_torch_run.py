@@ -190,7 +190,7 @@ class Ranks(Group):
     """A rank of two, the other of which says `said`."""
 
     def __init__(self, *said: object) -> None:
-        self.group, self.rank, self.size, self.said = object(), 1, 2, list(said)
+        self._group, self.rank, self.size, self.said = (lambda: "the world"), 1, 2, list(said)
 
     def allgather(self, sendobj: object) -> list[object]:  # type: ignore[override]
         return [self.said.pop(0), sendobj]

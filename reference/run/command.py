@@ -1,6 +1,5 @@
 """The command ``run``: its exit status, and what is said of an error."""
 
-
 import sys
 from argparse import Namespace
 

@@ -1,6 +1,5 @@
 """What a run says: one table for people, one JSON document for programs."""
 
-
 import json
 import sys
 from argparse import Namespace

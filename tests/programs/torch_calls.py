@@ -98,18 +98,19 @@ class Gather(torch.autograd.Function):
 @check
 def gradcheck_through_the_group(group: Group) -> Any:
     verdicts = []
-    for schedule in SCHEDULES:
-        for rule in (None, lambda b, h, i, j: (i + j + b + h) % 3 > 0):
+    rules = None, lambda b, h, i, j: (i + j + b + h) % 3 > 0
+    for schedule, rule in zip(SCHEDULES, rules, strict=True):
+        whole = [x[:1, :2].requires_grad_() for x in wholes(S_Q=4, S_KV=5, D=2)]
+        layout = Layout.agree(
+            *parts(*(x.detach() for x in whole), group=group), group, schedule=schedule, mask=rule
+        )
 
-            def attend(*whole: Tensor, schedule: str = schedule, rule: Any = rule) -> Any:
-                q, k, v = (Scatter.apply(x, group) for x in whole)
-                out, lse = cross_attention(
-                    q, k, v, group, schedule=schedule, mask=rule, return_lse=True
-                )
-                return Gather.apply(out, group), Gather.apply(lse, group)
+        def attend(*whole: Tensor, layout: Layout = layout, rule: Any = rule) -> Any:
+            q, k, v = (Scatter.apply(x, group) for x in whole)
+            out, lse = cross_attention(q, k, v, group, layout=layout, mask=rule, return_lse=True)
+            return Gather.apply(out, group), Gather.apply(lse, group)
 
-            whole = [x[:1, :2].requires_grad_() for x in wholes(S_Q=5, S_KV=7, D=2)]
-            verdicts.append(torch.autograd.gradcheck(attend, whole))
+        verdicts.append(torch.autograd.gradcheck(attend, whole))
     return verdicts
 
 
@@ -464,6 +465,20 @@ def a_module_equals_its_parts(group: Group) -> Any:
         verdicts += [len(result) == len(want) == 11]
         verdicts += [close(a, b, ulps=4096) for a, b in zip(result, want, strict=True)]
     return verdicts
+
+
+@check
+def a_group_that_this_rank_is_not_in(group: Group) -> Any:
+    """Only the others can be told; who is in it goes on."""
+    first = dist.new_group([0])
+    q = torch.ones(1, 1, 3, 4)
+    if group.rank == 0:
+        return cross_attention(q, q, q, first).shape == q.shape
+    try:
+        cross_attention(q, q, q, first)
+    except ValueError as error:
+        return str(error) == "group: this process is not in it (new_group gave it no member)"
+    return False
 
 
 comm, _ = start()
