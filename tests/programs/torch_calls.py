@@ -283,6 +283,8 @@ def decoding_allocates_nothing_of_a_block_s_or_a_shard_s_size(group: Group) -> A
             again = [step() for _ in range(3)]
         largest = max(e.cpu_memory_usage for e in seen.events())
         verdicts += [all(torch.equal(x, first) for x in again), buffers(layout) == before]
+        # Four that are used again, where anything travels: queries and results, in and out.
+        verdicts += [len(before) == (4 if queries == "sharded" and group.size > 1 else 0)]
         verdicts += [largest < k[:, :1].nbytes / 8]
     return verdicts
 
@@ -298,19 +300,24 @@ def replicated_queries(group: Group) -> Any:
     verdicts = []
     masks: list[Any] = [None, lambda b, h, i, j: (i + 2 * j) % 5 > b, torch.zeros(1, 1, 1, 29)]
     masks[2][..., :20] = -torch.inf  # what the first ranks hold is hidden
-    for mask in masks:
+    for mask, scale in ((None, 500.0), *((mask, 0.5) for mask in masks)):
         q, k, v = (x.requires_grad_() for x in wholes())
         alone = Group(None)
-        out, lse = cross_attention(q, k, v, alone, mask=mask, return_lse=True)
+        options: dict[str, Any] = {"scale": scale, "return_lse": True}
+        out, lse = cross_attention(q, k, v, alone, mask=mask, **options)
         loss = out.square().sum() + lse.sum()
         want = [out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v))]
         all_q = q.detach().requires_grad_()
         mine = [all_q, *parts(k.detach(), v.detach(), group=group)]
         held = shard(mask, group, 3) if isinstance(mask, Tensor) else mask
-        out, lse = cross_attention(*mine, group, mask=held, queries="replicated", return_lse=True)
+        options["queries"] = "replicated"
+        out, lse = cross_attention(*mine, group, mask=held, **options)
         dq, dk, dv = torch.autograd.grad(out.square().sum() + lse.sum(), mine)
         got = [out.detach(), lse.detach(), dq, unshard(dk, group), unshard(dv, group)]
-        verdicts += [close(a, b, ulps=256) for a, b in zip(got, want, strict=True)]
+        # The error of a score, scale times that of q k, is a relative one of a probability; a
+        # gradient is multiplied by the scale once more.
+        ulps = 512 * max(1.0, scale) ** 2
+        verdicts += [close(a, b, ulps) for a, b in zip(got, want, strict=True)]
         everywhere = group.allgather([out.detach(), dq])
         verdicts += [all(same(x, everywhere[0]) for x in everywhere)]
     dead = cross_attention(
@@ -348,7 +355,7 @@ def groups_and_meshes_beside_one_another(group: Group) -> Any:
 def the_profiler_sees_hop_and_block(group: Group) -> Any:
     mine = parts(*wholes(), group=group)
     with profile() as seen:
-        cross_attention(*mine, group).sum().backward()
+        cross_attention(*mine, group)
     names = {e.name for e in seen.events()}
     left = (group.rank - 1) % group.size
     wanted = {f"lv-xattn: hop 0, compute with the queries of rank {group.rank}"}
