@@ -38,7 +38,11 @@ def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
         "dist.all_reduce(whole)",
         'sys.stdout.write(f"step {step} loss {float(whole)}" + chr(10))',  # ranks share a pipe
     ]
-    (tmp_path / "train.py").write_text(program.replace(before, "; ".join([*shown, before])))
+    program = program.replace(before, "; ".join([*shown, before]))
+    end = "dist.destroy_process_group()"
+    weights = "sum(float(p.detach().double().abs().sum()) for p in layers.parameters())"
+    shown = ["\n", f'sys.stdout.write(f"weights {{{weights}}}" + chr(10))', "\n", end]
+    (tmp_path / "train.py").write_text(program.replace(end, "".join(shown)))
     ended = torchrun(2, tmp_path / "train.py")
     assert ended.status == 0, ended.err
     found = re.findall(r"^step (\d) loss (\S+)$", ended.out, re.MULTILINE)
@@ -46,6 +50,9 @@ def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
     assert len(found) == 6
     assert all(len(loss) == 1 for loss in losses)  # the same whole loss on both ranks
     assert max(losses[0]) > max(losses[1]) > max(losses[2])
+    weights = re.findall(r"^weights (\S+)$", ended.out, re.MULTILINE)
+    assert len(weights) == 2
+    assert weights[0] == weights[1]  # ranks that are alike in the end
 
 
 def test_the_oracle_runs_as_shown(tmp_path: Path) -> None:
