@@ -152,6 +152,32 @@ def block_attention_backward(
     return dq
 
 
+def delta_of(dout: Array, out: Array, lse: Array, dlse: Array | None) -> tuple[Array, Array]:
+    """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
+
+    Both are 0 in rows that see nothing (lse = -inf), whatever comes from above, NaN too: no
+    gradient goes through them.
+
+    Parameters
+    ----------
+    dout, out : (B, H, s_q, D_V)
+    lse : (B, H, s_q)
+        Over all keys.
+    dlse : (B, H, s_q), optional
+
+    Returns
+    -------
+    dout : (B, H, s_q, D_V)
+    delta : (B, H, s_q), accumulator dtype
+    """
+    xp, zero = array_module(lse), dout.dtype.type(0)
+    seen = lse != -xp.inf
+    dout = xp.where(seen[..., None], dout, zero)
+    wide = np.dtype(accumulator(dtype_name(dout)))
+    delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    return dout, xp.where(seen, delta, 0.0)
+
+
 # Batch entry, key-value heads and query rows of one tile.
 At = tuple[int, slice, slice]
 

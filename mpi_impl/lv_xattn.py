@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward
+from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
 from lvxattn.mpi_impl.device import array_module
 from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange, Field
 from lvxattn.mpi_impl.merge import merge
@@ -137,7 +137,7 @@ def lv_xattn_backward(
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
     cut = layout.home_cut(blocks.nbytes, results.nbytes)
     dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
-    delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    dout, delta = delta_of(dout, out, lse, dlse)
     dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 

@@ -88,9 +88,9 @@ def agree_on(
     """
     mine: Record | Exception
     try:
-        check_attention(q, k, v, scale=scale, mask=mask)
         if check is not None:
             check()
+        check_attention(q, k, v, scale=scale, mask=mask)
         if backward is not None:
             check_backward(q, v, *backward)
         if schedule not in SCHEDULES:
@@ -119,7 +119,7 @@ def _ask(mask: Any, q: Array, k: Array, kv_start: int) -> Exception | None:
         view.tile(one, one, one, one, arange(q))
     except (TypeError, ValueError) as error:
         text = str(error) if str(error).startswith("mask: ") else f"mask: raised {error!r}"
-        return type(error)(text)
+        return TypeError(text) if isinstance(error, TypeError) else ValueError(text)
     except Exception as error:  # a user's code may raise anything
         return ValueError(f"mask: expected a rule for global indices, got {error!r} from it")
     return None

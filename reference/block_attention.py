@@ -125,6 +125,30 @@ def block_attention_backward(
     return dq
 
 
+def delta_of(dout: Array, out: Array, lse: Array, dlse: Array | None) -> tuple[Array, Array]:
+    """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
+
+    Both are 0 in rows that see nothing (lse = -inf), whatever comes from above, NaN too: no
+    gradient goes through them.
+
+    Parameters
+    ----------
+    dout, out : (B, H, s_q, D_V)
+    lse : (B, H, s_q)
+        Over all keys.
+    dlse : (B, H, s_q), optional
+
+    Returns
+    -------
+    dout : (B, H, s_q, D_V)
+    delta : (B, H, s_q)
+    """
+    seen = lse != -np.inf
+    dout = np.where(seen[..., None], dout, 0.0)
+    delta = (dout * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    return dout, np.where(seen, delta, 0.0)
+
+
 def _tile_keys(q: Array) -> int:
     return max(1, TILE_SCORES // max(1, prod(q.shape[:3])))
 

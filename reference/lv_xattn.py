@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.block_attention import block_attention, block_attention_backward
+from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
 from lvxattn.reference.exchange import BLOCKS, RESULTS, Exchange
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
@@ -117,7 +117,7 @@ def lv_xattn_backward(
     )
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
     cut = layout.home_cut(layout.D + layout.D_V + 2, layout.D)
-    delta = (dout * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    dout, delta = delta_of(dout, out, lse, dlse)
     dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.block_attention import block_attention, block_attention_backward
+from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
 from lvxattn.reference.exchange import BLOCKS, RESULTS, Exchange
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
@@ -104,7 +104,7 @@ def ring_attention_backward(
     )
     P, rank = layout.size, layout.rank
     home, cut = layout.view(mask, rank, rank), layout.home_cut(1, 1)
-    delta = (dout * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    dout, delta = delta_of(dout, out, lse, dlse)
     dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 

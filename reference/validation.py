@@ -152,6 +152,24 @@ def check_backward(
             raise ValueError(f"{name}: expected shape {axes} = {shape}, got {tuple(x.shape)}")
 
 
+def check_here_or_together(
+    check: Callable[[], None], comm: Communicator, *, together: bool
+) -> None:
+    """Make a check that raises what is wrong on this rank.
+
+    Collective where `together`: then the error is raised on every rank, else on this one.
+    """
+    error: Exception | None = None
+    try:
+        check()
+    except (TypeError, ValueError) as e:
+        error = e
+    if together:
+        raise_together(error, comm)
+    elif error is not None:
+        raise on_rank(error, comm.rank, comm.size) from None
+
+
 def check_features(
     x: Array,
     y: Array,
@@ -166,33 +184,36 @@ def check_features(
 
     Collective where `together`: then the error is raised on every rank, else on this one.
     """
-    error: Exception | None = None
-    try:
-        for name, a, axes in (
-            ("x", x, "(B, s_q, E)"),
-            ("y", y, "(B, s_kv, E_V)"),
-            ("w_q", w_q, "(E, H, D)"),
-            ("w_k", w_k, "(E_V, H_KV, D)"),
-            ("w_v", w_v, "(E_V, H_KV, D_V)"),
-        ):
-            _check_array(name, a, x, of="x")
-            _check_floating(name, a)
-            if dtype_name(a) != dtype_name(x):
-                raise TypeError(f"{name}: expected x's dtype {dtype_name(x)}, got {dtype_name(a)}")
-            if len(a.shape) != 3:
-                raise ValueError(f"{name}: expected 3 axes {axes}, got shape {tuple(a.shape)}")
-        _check_axis("y", y, 0, "B", x.shape[0], "x")
-        _check_axis("w_q", w_q, 0, "E", x.shape[2], "x")
-        _check_axis("w_k", w_k, 0, "E_V", y.shape[2], "y")
-        _check_axis("w_v", w_v, 0, "E_V", y.shape[2], "y")
-        _check_axis("w_k", w_k, 2, "D", w_q.shape[2], "w_q")
-        _check_axis("w_v", w_v, 1, "H_KV", w_k.shape[1], "w_k")
-    except (TypeError, ValueError) as e:
-        error = e
-    if together:
-        raise_together(error, comm)
-    elif error is not None:
-        raise on_rank(error, comm.rank, comm.size) from None
+    check_here_or_together(lambda: check_layer(x, y, w_q, w_k, w_v), comm, together=together)
+
+
+def check_layer(x: Array, y: Array, w_q: Array, w_k: Array, w_v: Array) -> None:
+    """Check a layer's features and weights against one another, on this rank.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what was given.
+    """
+    for name, a, axes in (
+        ("x", x, "(B, s_q, E)"),
+        ("y", y, "(B, s_kv, E_V)"),
+        ("w_q", w_q, "(E, H, D)"),
+        ("w_k", w_k, "(E_V, H_KV, D)"),
+        ("w_v", w_v, "(E_V, H_KV, D_V)"),
+    ):
+        _check_array(name, a, x, of="x")
+        _check_floating(name, a)
+        if dtype_name(a) != dtype_name(x):
+            raise TypeError(f"{name}: expected x's dtype {dtype_name(x)}, got {dtype_name(a)}")
+        if len(a.shape) != 3:
+            raise ValueError(f"{name}: expected 3 axes {axes}, got shape {tuple(a.shape)}")
+    _check_axis("y", y, 0, "B", x.shape[0], "x")
+    _check_axis("w_q", w_q, 0, "E", x.shape[2], "x")
+    _check_axis("w_k", w_k, 0, "E_V", y.shape[2], "y")
+    _check_axis("w_v", w_v, 0, "E_V", y.shape[2], "y")
+    _check_axis("w_k", w_k, 2, "D", w_q.shape[2], "w_q")
+    _check_axis("w_v", w_v, 1, "H_KV", w_k.shape[1], "w_k")
 
 
 def check_seconds(name: str, text: str | None) -> float | None:

@@ -212,6 +212,24 @@ def test_arguments_are_only_read(backend: Backend) -> None:
     assert all(np.array_equal(host(x), y) for x, y in zip(given, before, strict=True))
 
 
+@backends
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nothing_goes_through_rows_that_see_nothing(bad: float, backend: Backend) -> None:
+    problem = Case("dead", B=2, H=4, H_KV=2, mask="dead rows", dtype="float32").make()
+    dead = ~problem.mask.any(axis=-1)
+    lse = np.where(dead, -np.inf, 1.0).astype(backend.wide("float32"))
+    dout = np.where(dead[..., None], np.float32(bad), problem.dout)
+    dlse = np.where(dead, bad, problem.dlse).astype(lse.dtype)
+    out = np.where(dead[..., None], 0.0, problem.dout).astype(lse.dtype)
+    delta_of = sys.modules[f"{backend.implementation.__name__}.block_attention"].delta_of
+    dout, delta = (host(x) for x in delta_of(*(backend.array(x) for x in (dout, out, lse, dlse))))
+    assert not dout[dead].any()
+    assert not delta[dead].any()
+    assert np.array_equal(dout[~dead], problem.dout[~dead])
+    want = (problem.dout[~dead].astype(np.float64) ** 2).sum(axis=-1) - problem.dlse[~dead]
+    assert np.allclose(delta[~dead], want, rtol=0, atol=100 * 2.0**-24)
+
+
 def test_reference_takes_heads_of_a_group_together() -> None:
     problem = Case("one key-value head", H=6, H_KV=1).make()
     grouped = solve_block(problem, REFERENCE)

@@ -257,6 +257,27 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "v: expected this rank's part as a plain tensor, got a DTensor; v.to_local() gives it",
         0,
     ),
+    "q is nested": (TypeError, "q: expected a strided tensor, got a nested tensor", 0),
+    "the last rank's rule fails": (
+        ValueError,
+        "mask: raised UnicodeDecodeError('utf-8', b'\\xff', 0, 1, 'invalid start byte')",
+        LAST,
+    ),
+    "the last rank's bias": (
+        ValueError,
+        "b_k: expected shape (2, 6) as w_k has it, got (1, 12)",
+        LAST,
+    ),
+    "the last rank's bias has another dtype": (
+        TypeError,
+        "b_v: expected x's dtype torch.float64, got torch.float32",
+        LAST,
+    ),
+    "the last rank's weight is sparse": (
+        TypeError,
+        "w_v: expected a strided tensor, got a tensor of layout torch.sparse_coo",
+        LAST,
+    ),
     "q is sparse": (
         TypeError,
         "q: expected a strided tensor, got a tensor of layout torch.sparse_coo",

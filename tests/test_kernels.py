@@ -196,6 +196,26 @@ def test_the_operators_themselves_take_the_arguments(name: str, dtype: torch.dty
     assert {x.dtype for x in (out, lse, *grads)} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["cuda_flash", "cudnn"])
+def test_kernels_for_16_bits_refuse_devices_older_than_they_are_for(name: str) -> None:
+    half = {"dtype": torch.float16, "device": "cuda"}
+    assert KERNELS[name].unsupported(job(**half)) is None
+    wrong = KERNELS[name].unsupported(job(**half, capability=(7, 5)))
+    assert wrong == "a device of compute capability 8.0 or more, got (7, 5)"
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((1, 1, 5, 33), 4 * 5), ((1, 1, 1, 33), 1), ((2, 8, 5, 33), 2 * 8 * 5)]
+)
+def test_an_aligned_bias_is_no_larger_than_its_mask_but_for_a_group(
+    shape: tuple[int, ...], rows: int
+) -> None:
+    q, k, bias = torch.empty(2, 8, 5, 4), torch.empty(2, 2, 33, 4), torch.randn(shape)
+    aligned = KERNELS["efficient"]._aligned(bias, q, k)  # type: ignore[attr-defined]
+    assert torch.equal(aligned.reshape(2, 8, 5, 33), bias.expand(2, 8, 5, 33))
+    assert aligned.untyped_storage().nbytes() == rows * 48 * 4
+
+
 # Split over keys.
 
 

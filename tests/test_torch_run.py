@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 from lvxattn.reference.run import InputError
 from lvxattn.reference.run.tensors import dtype_of
 from lvxattn.torch_impl.__main__ import main
-from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.group import Group, over_cpu
 from lvxattn.torch_impl.run import choose_device, limit_threads, processes, world
 from lvxattn.torch_impl.run.backend import Backend
 from lvxattn.torch_impl.run.processes import SIZES, lost_ranks, user_set_threads
@@ -241,3 +241,17 @@ def test_arrays_come_back_as_they_were_put(dtype: str, shape: tuple[int, int]) -
     np.testing.assert_array_equal(back, x)
     if dtype == "bfloat16":
         np.testing.assert_array_equal(there.float().numpy(), x.astype(np.float32))
+
+
+def test_a_group_s_backend_is_that_of_the_tensor_s_device(alone: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    group = Ranks("the other")
+    for config, over in (
+        ("cpu:gloo", {cpu: True, cuda: True}),
+        ("cpu:gloo,cuda:nccl", {cpu: True, cuda: False}),
+        ("cuda:nccl", {cuda: False}),
+    ):
+        alone.setattr("torch.distributed.get_backend_config", lambda _, c=config: c)
+        assert {device: over_cpu(group, device) for device in over} == over
+    with pytest.raises(ValueError, match="group: expected one with a backend for cpu tensors"):
+        over_cpu(group, cpu)

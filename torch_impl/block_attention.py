@@ -117,6 +117,30 @@ def block_attention_backward(
     return work.backward(dout, q, k, v, lse, delta, scale=float(scale), mask=view)
 
 
+def delta_of(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
+
+    Both are 0 in rows that see nothing (lse = -inf), whatever comes from above, NaN too: no
+    gradient goes through them.
+
+    Parameters
+    ----------
+    dout, out : (B, H, s_q, D_V)
+    lse : (B, H, s_q)
+        Over all keys.
+    dlse : (B, H, s_q), optional
+
+    Returns
+    -------
+    dout : (B, H, s_q, D_V)
+    delta : (B, H, s_q), accumulator dtype
+    """
+    dead = lse == -torch.inf
+    dout = dout.masked_fill(dead[..., None], 0.0)
+    delta = (dout.to(accumulator_of(dout)) * out).sum(dim=-1) - (0.0 if dlse is None else dlse)
+    return dout, delta.masked_fill(dead, 0.0)
+
+
 def _kernel(name: str, job: Job) -> Kernel:
     if name == "auto":
         return KERNELS[choose(job)]
@@ -129,5 +153,7 @@ def _kernel(name: str, job: Job) -> Kernel:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return x with rows that lie in one piece: fused kernels take that for granted, unchecked."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return x as fused kernels take it for granted: rows in one piece, on CUDA aligned to 16 B."""
+    if x.stride(-1) != 1:
+        return x.contiguous()
+    return x.clone() if x.is_cuda and x.data_ptr() % 16 else x

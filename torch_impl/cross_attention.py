@@ -3,6 +3,7 @@
 It agrees on a layout, unless it is given one, and hands over to the schedule, by way of autograd.
 """
 
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -12,7 +13,7 @@ from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.torch_impl.autograd import Attention, Backward, Forward
 from lvxattn.torch_impl.group import AnyGroup, Group
-from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.layout import Layout, Pool
 from lvxattn.torch_impl.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.torch_impl.replicated import replicated, replicated_backward
 from lvxattn.torch_impl.ring_attention import ring_attention, ring_attention_backward
@@ -133,9 +134,10 @@ def agreed(
 ) -> Layout:
     """Return the layout given, checked against this rank's arguments, or agree on one."""
     if layout is None:
-        return Layout.agree(
+        layout = Layout.agree(
             q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call
         )
+        return replace(layout, pool=Pool(keeps=False))
     layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries)
     return layout
 

@@ -144,7 +144,8 @@ class Rotation:
         what = self._kind()
         with span(f"{layout.schedule}: hop {self.hop}, wait for {what}", self.device):
             self._wait_for(self.receiving, self._coming)
-        return [x.to(self.device, non_blocking=True) for x in self._views()]
+        # Staged, the copy has to be done before the next block may come into the same memory.
+        return [x.to(self.device) for x in self._views()]
 
     def wait_sent(self) -> None:
         """Wait until the block that was sent last is gone."""

@@ -62,8 +62,7 @@ class Group:
         if isinstance(group, Group):
             return group
         if group is None:
-            there = dist.is_available() and dist.is_initialized()
-            return Group(dist.group.WORLD if there else None)
+            return Group(dist.group.WORLD if dist.is_initialized() else None)
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
                 raise ValueError(
@@ -120,7 +119,24 @@ class Group:
 
 
 def over_cpu(group: Group, device: torch.device) -> bool:
-    """Return whether tensors of this device travel through the host's memory."""
-    if group.group is None or device.type == "cpu":
+    """Return whether tensors of this device travel through the host's memory.
+
+    Raises
+    ------
+    ValueError
+        The group has no backend for them.
+    """
+    if group.group is None:
         return True
-    return "nccl" not in str(dist.get_backend(group.group))
+    backends = backends_of(str(dist.get_backend_config(group.group)))
+    if device.type not in backends and "cpu" not in backends:
+        raise ValueError(
+            f"group: expected one with a backend for {device.type} tensors, got {backends}"
+        )
+    return device.type == "cpu" or backends.get(device.type, "gloo") == "gloo"
+
+
+def backends_of(config: str) -> dict[str, str]:
+    """Return the backend by device of a configuration such as ``"cpu:gloo,cuda:nccl"``."""
+    pairs = (part.partition(":") for part in config.split(","))
+    return {device: backend for device, _, backend in pairs}

@@ -15,7 +15,7 @@ from lvxattn.reference import layout as shared
 from lvxattn.reference.agreement import agree_on
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.validation import on_rank
-from lvxattn.torch_impl.group import AnyGroup, Group
+from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Layout(shared.Layout):
         comm = Group.of(group)
         records = agree_on(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
-            check=lambda: check_tensors(q, k, v, mask),
+            check=lambda: check_tensors(q, k, v, mask, comm),
         )  # fmt: skip
         return Layout.of(records, comm.rank)
 
@@ -102,21 +102,29 @@ class Layout(shared.Layout):
             On this rank only: the others end by the group's timeout, or by their launcher.
         """
         comm = Group.of(group)
-        super().check(q, k, v, comm, scale=scale, mask=mask)
         try:
-            check_tensors(q, k, v, mask)
+            check_tensors(q, k, v, mask, comm)
             if queries != self.queries:
                 raise ValueError(
                     f"queries: expected the layout's {self.queries!r}, got {queries!r}"
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
+        super().check(q, k, v, comm, scale=scale, mask=mask)
 
 
 class Pool:
-    """Buffers at rest, by size and device; a pass takes what it needs and gives it back."""
+    """Buffers at rest, by size and device; a pass takes what it needs and gives it back.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    keeps : bool
+        Whether it keeps what it is given: not where a layout serves one call, whose graph would
+        hold the buffers until its backward.
+    """
+
+    def __init__(self, *, keeps: bool = True) -> None:
+        self.keeps = keeps
         self.at_rest: dict[tuple[int, torch.device, bool], list[Tensor]] = {}
 
     def take(self, nbytes: int, device: torch.device, *, pinned: bool) -> Tensor:
@@ -130,6 +138,8 @@ class Pool:
 
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back."""
+        if not self.keeps:
+            return
         key = buffer.numel(), buffer.device, buffer.is_pinned()
         self.at_rest.setdefault(key, []).append(buffer)
 
@@ -181,8 +191,8 @@ def unshard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
     return whole.to(x.device)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
-    """Check what only tensors can get wrong.
+def check_tensors(q: Any, k: Any, v: Any, mask: Any, group: Group) -> None:
+    """Check what only tensors can get wrong; what is no tensor is left to the shared checks.
 
     Raises
     ------
@@ -194,14 +204,16 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
         arrays["mask"] = mask
     for name, x in arrays.items():
         check_tensor(name, x, q)
-    if "mask" in arrays and mask.requires_grad:
+    if isinstance(q, Tensor):
+        over_cpu(group, q.device)
+    if getattr(mask, "requires_grad", False):
         raise ValueError("mask: expected a constant, got a tensor that requires a gradient")
 
 
-def check_tensor(name: str, x: Tensor, q: Tensor, of: str = "q") -> None:
-    """Check that `x` is a plain tensor on the device of `q`, which is argument `of`."""
+def check_tensor(name: str, x: Any, q: Any, of: str = "q") -> None:
+    """Check that `x`, if a tensor, is a plain one on the device of `q`, which is argument `of`."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        return
     if isinstance(x, DTensor):
         raise TypeError(
             f"{name}: expected this rank's part as a plain tensor, got a DTensor; "
@@ -210,5 +222,5 @@ def check_tensor(name: str, x: Tensor, q: Tensor, of: str = "q") -> None:
     if x.is_nested or x.layout != torch.strided:
         kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
         raise TypeError(f"{name}: expected a strided tensor, got {kind}")
-    if x.device != q.device:
+    if isinstance(q, Tensor) and x.device != q.device:
         raise ValueError(f"{name}: expected {of}'s device {q.device}, got {x.device}")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward
+from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
 from lvxattn.torch_impl.exchange import BLOCKS, RESULTS, Exchange, Field
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
@@ -130,7 +130,7 @@ def lv_xattn_backward(
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
     cut = layout.home_cut(blocks.nbytes, results.nbytes)
     dout = dout.to(q.dtype)  # as it is on the ranks that it visits
-    delta = (dout.to(wide) * out).sum(dim=-1) - (0.0 if dlse is None else dlse)
+    dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. Send my block on; the first part of my own block's work hides its way.
     if P > 1:

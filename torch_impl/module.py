@@ -126,7 +126,8 @@ class CrossAttention(nn.Module):
         features : (B, s_kv, E_V)
             This rank's visual features.
         mask, layout, schedule, queries, meter
-            As in `cross_attention`.
+            As in `cross_attention`.  With ``queries="replicated"`` the gradients of q_proj and
+            out_proj are whole on every rank: call `sum_gradients` for k_proj and v_proj alone.
 
         Returns
         -------

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.reference.validation import check_features
+from lvxattn.reference.validation import check_here_or_together, check_layer
 from lvxattn.torch_impl.autograd import exactly, save, saved
 from lvxattn.torch_impl.cross_attention import agreed, autocast_dtype, call_of, cast, passes
 from lvxattn.torch_impl.group import AnyGroup, Group
@@ -82,17 +82,46 @@ def cross_attention_layer(
     """
     comm = Group.of(group)
     inputs = x, y, w_q, w_k, w_v, b_q, b_k, b_v
-    check_features(x, y, w_q, w_k, w_v, comm, together=layout is None)
-    for name, given in zip(
-        ("y", "w_q", "w_k", "w_v", "b_q", "b_k", "b_v"), inputs[1:], strict=True
-    ):
-        if given is not None:
-            check_tensor(name, given, x, of="x")
+    check_here_or_together(lambda: _check_inputs(*inputs), comm, together=layout is None)
     options = {
         "schedule": schedule, "scale": scale, "mask": mask, "queries": queries,
         "call": call_of(*inputs, return_lse=False),
     }  # fmt: skip
     return Layer.apply(*inputs, comm, layout, options, meter)  # type: ignore[no-untyped-call]
+
+
+def _check_inputs(
+    x: Tensor,
+    y: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None,
+    b_k: Tensor | None,
+    b_v: Tensor | None,
+) -> None:
+    """Check features, weights and biases, in the dtypes that autocast leaves of them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what was given.
+    """
+    biases = {"b_q": (b_q, w_q), "b_k": (b_k, w_k), "b_v": (b_v, w_v)}
+    tensors = {"x": x, "y": y, "w_q": w_q, "w_k": w_k, "w_v": w_v}
+    for name, given in (tensors | {name: bias for name, (bias, _) in biases.items()}).items():
+        check_tensor(name, given, x, of="x")
+    dtype = autocast_dtype(x)
+    check_layer(*(cast(given, dtype) for given in tensors.values()))
+    for name, (bias, weight) in biases.items():
+        if bias is None:
+            continue
+        expected = tuple(weight.shape[1:])
+        if not isinstance(bias, Tensor) or tuple(bias.shape) != expected:
+            got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+            raise ValueError(f"{name}: expected shape {expected} as w{name[1:]} has it, got {got}")
+        if cast(bias, dtype).dtype != cast(x, dtype).dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {bias.dtype}")
 
 
 class Layer(torch.autograd.Function):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward
+from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
 from lvxattn.torch_impl.exchange import span
 from lvxattn.torch_impl.group import Group, over_cpu
 from lvxattn.torch_impl.layout import Layout
@@ -81,10 +81,9 @@ def replicated_backward(
     forward and their gradients; dq is whole on every rank.
     """
     meter = meter or Meter()
-    wide = getattr(torch, layout.accumulator)
     attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
     dout = dout.to(q.dtype)
-    delta = (dout.to(wide) * out).sum(dim=-1) - (0.0 if dlse is None else dlse)
+    dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. What my keys have to say; dk and dv stay here.
     view = layout.view(mask, layout.rank, layout.rank)

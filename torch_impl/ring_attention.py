@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward
+from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
 from lvxattn.torch_impl.exchange import BLOCKS, RESULTS, Exchange, Field
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
@@ -106,7 +106,7 @@ def ring_attention_backward(
     P, rank = layout.size, layout.rank
     home, cut = layout.view(mask, rank, rank), layout.home_cut(blocks.nbytes, results.nbytes)
     dout = dout.to(q.dtype)  # as it is on the ranks that it visits
-    delta = (dout.to(wide) * out).sum(dim=-1) - (0.0 if dlse is None else dlse)
+    dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. Send my keys and values on; the first part of my own block's work hides their way.
     if P > 1:

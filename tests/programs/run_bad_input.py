@@ -158,7 +158,12 @@ if TORCH:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    from lvxattn.torch_impl import CrossAttention, Layout, cross_attention
+    from lvxattn.torch_impl import (
+        CrossAttention,
+        Layout,
+        cross_attention,
+        cross_attention_layer,
+    )
 
     def tensors(**changes: Any) -> Any:
         a = {n: torch.from_numpy(x) for n, x in good().items()} | changes
@@ -169,12 +174,26 @@ if TORCH:
     def ones(*shape: int, **options: Any) -> Any:
         return torch.ones(*shape, dtype=torch.float64, **options)
 
+    def layers(**changes: Any) -> Any:
+        given = {"x": ones(B, 5, 8), "y": ones(B, 7, 9), "w_q": ones(8, H, D)}
+        given |= {"w_k": ones(9, H_KV, D), "w_v": ones(9, H_KV, D_V)} | changes
+        return cross_attention_layer(**given)
+
+    def garbled(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return b"\xff".decode()
+
     mesh = init_device_mesh("cpu", (P, 1), mesh_dim_names=("context", "data"))
     layout = Layout.agree(*(torch.from_numpy(good()[n]) for n in "qkv"))
     bad("k is on another device", tensors, k=ones(B, H_KV, 7, D, device="meta"))
     bad("the mask is on another device", tensors, mask=ones(7, device="meta"))
     bad("the mask wants a gradient", tensors, mask=ones(7, requires_grad=True))
     bad("v is a DTensor", tensors, v=distribute_tensor(ones(B, H_KV, 7, D_V), mesh["context"]))
+    nested = torch.nested.nested_tensor([ones(5, D), ones(4, D)], layout=torch.jagged)
+    bad("q is nested", tensors, q=nested)
+    bad_on_last("the last rank's rule fails", tensors, mask=garbled)
+    bad_on_last("the last rank's bias", layers, b_k=ones(1, H_KV * D))
+    bad_on_last("the last rank's bias has another dtype", layers, b_v=ones(H_KV, D_V).float())
+    bad_on_last("the last rank's weight is sparse", layers, w_v=ones(9, H_KV, D_V).to_sparse())
     bad("q is sparse", tensors, q=ones(B, H, 5, D).to_sparse())
     bad("k is an array of NumPy", tensors, k=good()["k"])
     bad("a mesh of two dimensions", tensors, group=mesh)

@@ -146,6 +146,32 @@ def a_loss_of_lse_alone(group: Group) -> Any:
 
 
 @check
+def nothing_goes_through_rows_that_see_nothing(group: Group) -> Any:
+    """Whoever joins lse with another -inf by logaddexp gets NaN from above."""
+    mine = parts(*wholes(), group=group)
+    verdicts = []
+    for schedule in SCHEDULES:
+        rule = {"mask": lambda b, h, i, j: (i > 3) & (j < 99), "schedule": schedule}
+        out, lse = cross_attention(*mine, group, return_lse=True, **rule)
+        joined = torch.logaddexp(lse, torch.full_like(lse, -torch.inf))
+        got = torch.autograd.grad(out.sum() + joined.masked_fill(lse == -torch.inf, 0).sum(), mine)
+        verdicts += [bool(x.isfinite().all()) for x in got]
+    return verdicts
+
+
+@check
+def nothing_but_what_is_saved_outlives_a_forward(group: Group) -> Any:
+    """The buffers of a layout that was agreed for one call are not kept by its graph."""
+    mine = parts(*wholes(), group=group)
+    verdicts = []
+    for schedule in SCHEDULES:
+        out = cross_attention(*mine, group, schedule=schedule)
+        node: Any = out.grad_fn
+        verdicts.append(not buffers(node.layout))
+    return verdicts
+
+
+@check
 def autocast_casts_as_sdpa_does(group: Group) -> Any:
     verdicts = []
     for dtype in (torch.float32, torch.float64):
@@ -330,6 +356,30 @@ def replicated_queries(group: Group) -> Any:
         not dead[0].any(),
         bool((dead[1] == -torch.inf).all()),
         not any(g.any() for g in grads),
+    ]
+
+
+@check
+def a_layer_under_autocast_takes_features_of_either_dtype(group: Group) -> Any:
+    """As an encoder under autocast gives them."""
+    torch.manual_seed(0)
+    module = CrossAttention(16, 4, num_kv_heads=2, kv_dim=8, bias=True)
+    x, y = torch.randn(2, 3 + group.rank, 16), torch.randn(2, 9, 8)
+    results = []
+    for narrow_x, narrow_y in ((False, False), (True, False), (False, True), (True, True)):
+        for recompute in (True, False):
+            module.recompute_kv = recompute
+            with torch.autocast("cpu", torch.bfloat16):
+                out = module(x.bfloat16() if narrow_x else x, y.bfloat16() if narrow_y else y)
+            grads = torch.autograd.grad(out.float().sum(), list(module.parameters()))
+            results.append([out.detach(), *grads])
+    # Cast before or by autocast, kept or made again: the same numbers enter the same products.
+    return [
+        all(
+            close(a, b, 2.0**-3 / torch.finfo(b.dtype).eps * b.abs().max().clamp(min=1).item())
+            for a, b in zip(result, results[0], strict=True)
+        )
+        for result in results
     ]
 
 

@@ -209,4 +209,5 @@ class _Tiles:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    there = torch.backends.mkldnn.is_available()
+    return bool(there and torch.ops.mkldnn._is_mkldnn_bf16_supported())

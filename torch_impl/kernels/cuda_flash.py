@@ -21,7 +21,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 def unsupported(job: Job) -> str | None:
     """Say why the kernel cannot do the job."""
-    wrong = job.on("cuda", torch.bfloat16, torch.float16) or job.room_for_stand_in()
+    wrong = job.on("cuda", torch.bfloat16, torch.float16) or job.since_ampere()
+    wrong = wrong or job.room_for_stand_in()
     if wrong is None and job.mask != "none":
         return f"no mask, got a mask of kind {job.mask}"
     if wrong is None and not (job.D_V == job.D <= 256 and job.D % 8 == 0):

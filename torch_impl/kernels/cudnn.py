@@ -21,7 +21,7 @@ _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 def unsupported(job: Job) -> str | None:
     """Say why the kernel cannot do the job."""
-    wrong = job.on("cuda", torch.bfloat16, torch.float16)
+    wrong = job.on("cuda", torch.bfloat16, torch.float16) or job.since_ampere()
     wrong = wrong or job.exact_bias() or job.room_for_stand_in()
     if wrong is None and not (max(job.D, job.D_V) <= 128 and job.D % 8 == 0 == job.D_V % 8):
         return f"D and D_V multiples of 8 up to 128, got D = {job.D}, D_V = {job.D_V}"

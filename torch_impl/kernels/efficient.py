@@ -73,12 +73,16 @@ def _fold(x: Tensor, k: Tensor) -> Tensor:
 
 
 def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Return the bias as (B, H_KV, G s_q, s_kv), its rows aligned; a view if it is one row."""
+    """Return the bias as (B, H_KV, G s_q, s_kv), its rows aligned.
+
+    In memory no larger than the mask is, but for the heads of a group.
+    """
     if bias is None:
         return None
-    if bias.shape[1:3] != (1, 1):
-        bias = _fold(bias.expand(-1, *q.shape[1:3], -1), k)
-    s_kv = bias.shape[3]
-    bias = torch.nn.functional.pad(bias, (0, -s_kv % 16))[..., :s_kv]
-    G = q.shape[1] // k.shape[1]
-    return bias.expand(q.shape[0], k.shape[1], G * q.shape[2], -1)
+    s_kv, G = bias.shape[3], q.shape[1] // k.shape[1]
+    bias = torch.nn.functional.pad(bias, (0, -s_kv % 16))
+    if bias.shape[1] != 1:
+        bias = _fold(bias.expand(-1, -1, q.shape[2], -1), k)
+    elif bias.shape[2] != 1:
+        bias = bias.expand(-1, G, -1, -1).reshape(bias.shape[0], 1, -1, bias.shape[3])
+    return bias[..., :s_kv].expand(q.shape[0], k.shape[1], G * q.shape[2], -1)

@@ -4,7 +4,7 @@ A `Job` holds no tensor, so that the rules for a device can be read and tested o
 none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,6 +27,8 @@ class Job:
         ``"array"``: any other.
     mask_dtype : torch.dtype, optional
         Of an array mask.
+    capability : (int, int)
+        The compute capability of a CUDA device: (8, 0) is the first with bf16.
     """
 
     device: str
@@ -41,6 +43,7 @@ class Job:
     mask: str = "none"
     mask_dtype: torch.dtype | None = None
     backward: bool = False
+    capability: tuple[int, int] = (9, 0)
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool) -> "Job":
@@ -54,9 +57,12 @@ class Job:
             shape = mask.mask.shape
             kind = "array" if len(shape) > 1 and shape[-2] != 1 else "padding"
             dtype = mask.mask.dtype
-        return Job(
+        job = Job(
             q.device.type, q.dtype, B, H, H_KV, s_q, s_kv, D, v.shape[3], kind, dtype, backward
         )  # fmt: skip
+        if q.is_cuda:
+            job = replace(job, capability=torch.cuda.get_device_capability(q.device))
+        return job
 
     def on(self, device: str, *dtypes: torch.dtype) -> str | None:
         """Say what is wrong if this is another device or none of the dtypes."""
@@ -64,6 +70,12 @@ class Job:
             return f"a {device} tensor, got {self.device}"
         if self.dtype not in dtypes:
             return f"one of {', '.join(_name(d) for d in dtypes)}, got {_name(self.dtype)}"
+        return None
+
+    def since_ampere(self) -> str | None:
+        """Say what is wrong if the device is older than the kernels for 16 bits want it."""
+        if self.capability < (8, 0):
+            return f"a device of compute capability 8.0 or more, got {self.capability}"
         return None
 
     def exact_bias(self) -> str | None:
