@@ -47,7 +47,7 @@ def finish(comm: Any) -> None:
         # A rank that leaves while another still talks to it would be reported as broken.
         dist.barrier()
         dist.destroy_process_group()
-        # What a program still holds, a mesh for one, keeps gloo's threads alive; as Python goes down
+        # What a program still holds, a mesh for one, keeps gloo's threads alive; when Python ends
         # PyTorch may then abort.  That is not what is tested here.
         sys.stdout.flush()
         sys.stderr.flush()
