@@ -2,8 +2,10 @@
 
 # ruff: noqa: E402 - what follows needs torch
 
+import copy
 import gc
 import io
+import pickle
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -16,7 +18,7 @@ torch = pytest.importorskip("torch")
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.activations import Layers, saved_bytes
-from lvxattn.torch_impl import CrossAttention, sum_gradients
+from lvxattn.torch_impl import CrossAttention, cross_attention, sum_gradients
 from lvxattn.torch_impl.group import Group
 from tests.tolerances import UNIT, summed
 from tests.torch_ranks import torch_report
@@ -217,3 +219,50 @@ def test_gradients_of_all_ranks_add_up(P: int) -> None:
     verdicts = report["sums"]
     assert verdicts == {name: [True] * P for name in verdicts}
     assert len(verdicts) == 7
+
+
+class Adapted(torch.nn.Module):
+    """A projection with something added, which shows the weight of its base as adapters do."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x.sum(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked"])
+@pytest.mark.parametrize("which", ["q_proj", "k_proj", "v_proj"])
+def test_a_projection_that_was_changed_is_called(which: str, how: str) -> None:
+    torch.manual_seed(0)
+    module = CrossAttention(16, 4)
+    x, y = torch.randn(1, 3, 16), torch.randn(1, 7, 16)
+    before = module(x, y)
+    projection = getattr(module, which)
+    if how == "replaced":
+        setattr(module, which, Adapted(projection))
+    else:
+        projection.register_forward_hook(lambda _, given, out: out + given[0].sum(-1, keepdim=True))
+    changed = module(x, y)
+    module.recompute_kv = False
+    assert torch.equal(changed, module(x, y))
+    assert (changed - before).abs().max() > 1e-3
+
+
+def test_a_module_with_a_group_says_that_it_cannot_be_pickled_but_is_copied() -> None:
+    module = CrossAttention(8, 2)
+    module.group = Group(None)
+    assert copy.deepcopy(module).group is module.group
+    with pytest.raises(TypeError, match="group: a process group cannot be pickled"):
+        pickle.dumps(module)
+
+
+def test_processes_that_attend_alone_without_meaning_to_are_warned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.warns(UserWarning, match="group: 4 processes were started, and each attends alone"):
+        cross_attention(q, q, q)

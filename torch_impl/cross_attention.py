@@ -50,7 +50,8 @@ def cross_attention(
     """Attend from this rank's queries to all ranks' keys.
 
     Collective: every rank of the group calls this.  Differentiable, once; its backward is
-    collective too, so that every rank's loss has to depend on its out, be it times 0.
+    collective too, so that every rank's loss has to depend on its out, be it times 0, and backwards
+    of several calls have to come in the same order on all ranks.
 
     Parameters
     ----------
@@ -153,7 +154,9 @@ def passes(layout: Layout, group: Group) -> tuple[Forward, Backward]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast wants on the device of x, or None where it is off."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
 

@@ -4,6 +4,8 @@ Whoever takes a `group` takes a process group, a one-dimensional DeviceMesh or N
 world, or this process alone where torch.distributed was not initialised.
 """
 
+import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +38,17 @@ class Group:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
+        """Return the same ranks: a copy of a module attends over them, too."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled, as a process group does."""
+        raise TypeError(
+            "group: a process group cannot be pickled; save the state_dict, or set the module's "
+            "group to None before"
+        )
+
     @property
     def group(self) -> Any:
         """The process group, or None: this process alone.
@@ -62,6 +75,12 @@ class Group:
         if isinstance(group, Group):
             return group
         if group is None:
+            if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                warnings.warn(
+                    f"group: {os.environ['WORLD_SIZE']} processes were started, and each attends "
+                    "alone until torch.distributed.init_process_group is called",
+                    stacklevel=3,
+                )
             return Group(dist.group.WORLD if dist.is_initialized() else None)
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
@@ -41,7 +42,8 @@ class CrossAttention(nn.Module):
         The ranks that the features are spread over; the world at the time of a call unless given.
     recompute_kv : bool
         Keep x, the features, out and lse for the backward, and make keys and values again: all
-        layers of a model keep the same features, once.  Gradients are the same.
+        layers of a model keep the same features, once.  Gradients are the same.  Where a projection
+        has been replaced or hooked, as adapters do it, it is called and keys and values are kept.
     dropout : float
         Only 0: attention over shards cannot drop out as one process would.
     device, dtype
@@ -138,7 +140,7 @@ class CrossAttention(nn.Module):
             "meter": meter,
         }  # fmt: skip
         projections = self.q_proj, self.k_proj, self.v_proj
-        if self.recompute_kv:
+        if self.recompute_kv and all(plain(p) for p in projections):
             weights = (self._by_head(p.weight).permute(2, 0, 1) for p in projections)
             biases = {
                 name: self._by_head(p.bias)
@@ -167,6 +169,17 @@ class CrossAttention(nn.Module):
         )
 
 
+def plain(projection: nn.Module) -> bool:
+    """Whether a projection is its weight and bias and nothing besides, so that these will do."""
+    hooks = projection._forward_hooks, projection._forward_pre_hooks
+    backward_hooks = projection._backward_hooks, projection._backward_pre_hooks
+    return (
+        type(projection) is nn.Linear
+        and not any((*hooks, *backward_hooks))
+        and not isinstance(projection.weight, DTensor)
+    )
+
+
 @torch.no_grad()
 def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
     """Add up the gradients of a module's parameters over the ranks, in place.
@@ -189,7 +202,8 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
     comm = Group.of(group)
     if comm.size == 1:
         return
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    # All of them, for ranks may differ in what they have frozen.
+    parameters = list(module.parameters())
     if not parameters:
         return
     device = parameters[0].device
@@ -203,9 +217,12 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
         if not part:
             continue
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
-        flat = torch.cat([g.to(wire, wide).flatten() for g in grads])
+        # A DTensor, as fully_shard makes them along another dimension of a mesh, has a part here.
+        parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        flat = torch.cat([g.to(wire, wide).flatten() for g in parts])
         with comm.waiting(lambda: "all ranks' gradients of the weights"):
             dist.all_reduce(flat, dist.ReduceOp.SUM, comm.group)
-        pieces = flat.split([p.numel() for p in part])
-        for p, grad, piece in zip(part, grads, pieces, strict=True):
-            p.grad = grad.copy_(piece.view_as(grad))
+        pieces = flat.split([g.numel() for g in parts])
+        for p, grad, local, piece in zip(part, grads, parts, pieces, strict=True):
+            local.copy_(piece.view_as(local))
+            p.grad = grad

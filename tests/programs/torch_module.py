@@ -70,6 +70,8 @@ class Mixed(nn.Module):
         self.bf16.grad = torch.full((5,), rank + 1.0, dtype=torch.bfloat16)
         if rank == 1:
             self.on_rank_1.grad = torch.full((2, 2), 5.0)
+        else:  # what another rank has frozen counts for this one's number of parameters, too
+            self.on_rank_1.requires_grad_(False)
 
 
 def sums(comm: Any) -> dict[str, bool]:
