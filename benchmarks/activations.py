@@ -57,11 +57,14 @@ def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> d
     for layer in model.layers:
         handles += [
             layer.register_forward_pre_hook(lambda _, given: name(given[0], "x")),
-            layer.q_proj.register_forward_hook(lambda _, __, q: name(q, "q")),
-            layer.k_proj.register_forward_hook(lambda _, __, k: name(k, "k")),
-            layer.v_proj.register_forward_hook(lambda _, __, v: name(v, "v")),
             layer.out_proj.register_forward_pre_hook(lambda _, given: name(given[0], "out")),
         ]
+        if not layer.recompute_kv:  # which calls no projection, unless it is hooked
+            handles += [
+                layer.q_proj.register_forward_hook(lambda _, __, q: name(q, "q")),
+                layer.k_proj.register_forward_hook(lambda _, __, k: name(k, "k")),
+                layer.v_proj.register_forward_hook(lambda _, __, v: name(v, "v")),
+            ]
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x, features, **options)
     for handle in handles:
