@@ -125,9 +125,14 @@ def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
         (
             (3, 1, "stop", "hop 1 computes", "lv-xattn", "forward"),
             {
-                0: {"rank 1 to take the results for rank 2's queries at hop 2"},
-                # What rank 1 had begun to send may have come, or not.
+                # What rank 1 had begun to send may have come, or not: then rank 2 has nothing to pass
+                # on to rank 0.
+                0: {
+                    "rank 1 to take the results for rank 2's queries at hop 2",
+                    "the queries of rank 1 at hop 2, from rank 2",
+                },
                 2: {
+                    "the queries of rank 1 at hop 1, from rank 1",
                     "the queries of rank 0 at hop 2, from rank 1",
                     "the results for rank 0's queries at hop 2, from rank 1",
                 },
@@ -136,13 +141,24 @@ def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
         (
             (3, 1, "stop", "hop 1 begins", "ring", "forward"),
             {
-                0: {"rank 1 to take the keys and values of rank 2 at hop 2"},
-                2: {"the keys and values of rank 0 at hop 2, from rank 1"},
+                0: {
+                    "rank 1 to take the keys and values of rank 2 at hop 2",
+                    "the keys and values of rank 1 at hop 2, from rank 2",
+                },
+                2: {
+                    "the keys and values of rank 1 at hop 1, from rank 1",
+                    "the keys and values of rank 0 at hop 2, from rank 1",
+                },
             },
         ),
         (
             (2, 1, "stop", "hop 1 computes", "ring", "backward"),
-            {0: {"the gradients of rank 0's keys and values at hop 2, from rank 1"}},
+            {
+                0: {
+                    "the keys and values of rank 1 at hop 1, from rank 1",
+                    "the gradients of rank 0's keys and values at hop 2, from rank 1",
+                }
+            },
         ),
     ],
 )  # fmt: skip
