@@ -125,8 +125,8 @@ def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
         (
             (3, 1, "stop", "hop 1 computes", "lv-xattn", "forward"),
             {
-                # What rank 1 had begun to send may have come, or not: then rank 2 has nothing to pass
-                # on to rank 0.
+                # What rank 1 had begun to send may have come, or not: then rank 2 has nothing to
+                # pass on to rank 0.
                 0: {
                     "rank 1 to take the results for rank 2's queries at hop 2",
                     "the queries of rank 1 at hop 2, from rank 2",
