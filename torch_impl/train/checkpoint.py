@@ -27,10 +27,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
+from lvxattn.reference.run import InputError
 from lvxattn.reference.validation import raise_together
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.train.curve import Curve
-from lvxattn.torch_impl.train.options import InputError, Settings
+from lvxattn.torch_impl.train.options import Settings
 
 _NAME = "checkpoint"
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from lvxattn.reference.run import InputError
 from lvxattn.reference.validation import raise_together
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.train import checkpoint
 from lvxattn.torch_impl.train.curve import Curve
 from lvxattn.torch_impl.train.data import TRAIN, WATCH, Clips, Images, make_clips
 from lvxattn.torch_impl.train.model import Finder
-from lvxattn.torch_impl.train.options import TARGET, InputError, Settings
+from lvxattn.torch_impl.train.options import TARGET, Settings
 from lvxattn.torch_impl.train.report import Reporter
 from lvxattn.torch_impl.train.step import look, make_optimizer, train_step
 

@@ -6,15 +6,12 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from lvxattn.reference.run import InputError
 from lvxattn.torch_impl.train.curriculum import Curriculum
 from lvxattn.torch_impl.train.data import BITS
 
 TARGET = 0.95
 """Share of right answers that a run trains for, unless told otherwise."""
-
-
-class InputError(ValueError):
-    """What the user gave cannot be done; raised on every rank alike."""
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from typing import TypeVar
 import torch
 
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.run import InputError
 from lvxattn.reference.validation import raise_together
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.train import checkpoint
 from lvxattn.torch_impl.train.data import TEST, TRAIN, Images, load_images
 from lvxattn.torch_impl.train.gaze import Needle, find_needles
 from lvxattn.torch_impl.train.loop import Run, train
-from lvxattn.torch_impl.train.options import TARGET, InputError, Settings
+from lvxattn.torch_impl.train.options import TARGET, Settings
 from lvxattn.torch_impl.train.report import Reporter, Test, Traffic, complain
 from lvxattn.torch_impl.train.step import add_up, answer, questions
 
