@@ -97,7 +97,8 @@ def launch(
     wanted: dict[str, str | None] = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),  # programs import tests.*
+        # Programs import tests.*; and this checkout, wherever lvxattn is installed from.
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src"))),
         MARK: mark,
         **(env or {}),
     }

@@ -1,0 +1,16 @@
+"""The oracle: hold anybody's attention function against the reference.
+
+    from lvxattn.reference.check import check
+
+    check(my_attention).raise_if_failed()
+
+The README beside this file tells how it judges, which cases there are and how to read a report.
+"""
+
+from lvxattn.reference.check.cases import Case, case_of, suite_of
+from lvxattn.reference.check.judge import Verdict
+from lvxattn.reference.check.problem import Problem, draw
+from lvxattn.reference.check.report import Report, Row
+from lvxattn.reference.check.suite import check
+
+__all__ = ["Case", "Problem", "Report", "Row", "Verdict", "case_of", "check", "draw", "suite_of"]

@@ -1,0 +1,95 @@
+"""Calls with a time limit.
+
+A function runs in a thread of its own.  One that does not come back in time is interrupted, as far
+as Python can: a loop ends, a wait in a library does not, and its thread is left behind.
+"""
+
+import contextvars
+import ctypes
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class TimeIsUpError(Exception):
+    """A call did not come back in time."""
+
+
+class _Interrupt(BaseException):
+    """Raised inside a call that is to end."""
+
+
+class Patience:
+    """A thread that calls functions, one at a time; a new one after one that did not come back.
+
+    Parameters
+    ----------
+    seconds : float
+        How long a call may take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.abandoned = 0  # calls that still run
+        self._thread: threading.Thread | None = None
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+
+    def call(self, fn: Callable[[], T]) -> T:
+        """Return what fn returns, or raise what it raises.
+
+        Raises
+        ------
+        TimeIsUpError
+        """
+        answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+        context = contextvars.copy_context()
+
+        def work() -> None:
+            try:
+                answers.put((True, context.run(fn)))
+            except BaseException as error:
+                answers.put((False, error))
+
+        if self._thread is None:
+            self._calls = queue.SimpleQueue()
+            self._thread = threading.Thread(target=_serve, args=(self._calls,), daemon=True)
+            self._thread.start()
+        self._calls.put(work)
+        try:
+            succeeded, answer = answers.get(timeout=self.seconds)
+        except queue.Empty:
+            self._give_up()
+            raise TimeIsUpError(f"did not come back within {self.seconds:g} s") from None
+        if not succeeded:
+            raise answer
+        result: T = answer
+        return result
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread = None
+
+    def _give_up(self) -> None:
+        assert self._thread is not None
+        thread, self._thread = self._thread, None
+        self._calls.put(None)  # if it ever comes back
+        ident = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Interrupt))
+        thread.join(timeout=1.0)
+        self.abandoned += thread.is_alive()
+
+
+def _serve(calls: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+    while True:
+        try:
+            work = calls.get()
+            if work is None:
+                return
+            work()
+        except _Interrupt:
+            return

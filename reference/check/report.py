@@ -1,0 +1,225 @@
+"""What the check found: a table to read, a JSON file for machines, an error for tests."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lvxattn
+from lvxattn.reference.check.judge import Verdict
+
+SCHEMA = 1
+_SHOWN = 12  # failures that are told in full
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case in one dtype, with one seed.
+
+    Attributes
+    ----------
+    case, group, reason : str
+    dtype : str
+    seed : int
+    status : str
+        ``"ok"``, ``"wrong"`` (numbers), ``"error"`` (it raised, did not come back, or returned
+        what is no result) or ``"unsupported"`` (NotImplementedError).
+    verdicts : tuple of Verdict
+        Of the results that there were.
+    message : str
+        What happened, unless the status is ok.
+    diagnosis : str
+        What it looks like.
+    seconds : float
+    where : str
+        Ranks and cuts, where there are any.
+    """
+
+    case: str
+    group: str
+    reason: str
+    dtype: str
+    seed: int
+    status: str
+    verdicts: tuple[Verdict, ...] = ()
+    message: str = ""
+    diagnosis: str = ""
+    seconds: float = 0.0
+    where: str = ""
+
+    @property
+    def worst(self) -> Verdict | None:
+        """The result nearest to its limit, or furthest above."""
+        return max(self.verdicts, key=lambda verdict: verdict.ratio, default=None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a check found.
+
+    Attributes
+    ----------
+    target : str
+        The function.
+    suite, framework : str
+    rows : tuple of Row
+    seconds : float
+    notes : tuple of str
+        What holds for the whole check.
+    probably : str
+        What explains most of the failures.
+    """
+
+    target: str
+    suite: str
+    framework: str
+    rows: tuple[Row, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+    probably: str = ""
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        """The rows that are wrong or ended in an error."""
+        return tuple(row for row in self.rows if row.status in ("wrong", "error"))
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was judged and nothing failed."""
+        return not self.failed and any(row.status == "ok" for row in self.rows)
+
+    @property
+    def worst_ratio(self) -> float:
+        """The largest error over its limit; 0 where nothing was judged."""
+        return max((row.worst.ratio for row in self.rows if row.worst), default=0.0)
+
+    def raise_if_failed(self) -> None:
+        """Raise an error with the whole report unless it passed.
+
+        Raises
+        ------
+        AssertionError
+        """
+        if not self.passed:
+            raise AssertionError(str(self))
+
+    def to_json(self, path: str | Path) -> None:
+        """Write everything into a file.
+
+        Parameters
+        ----------
+        path : str
+            Of the file; infinities and NaN are written as strings.
+        """
+        found = {
+            "schema": SCHEMA,
+            **{name: x for name, x in asdict(self).items() if name != "rows"},
+            "passed": self.passed,
+            "worst_ratio": self.worst_ratio,
+            "rows": [asdict(row) for row in self.rows],
+        }
+        text = json.dumps(_plain(found), indent=1, allow_nan=False)
+        Path(path).write_text(text + "\n")
+
+    def __str__(self) -> str:
+        """Return the table, the failures and a summary."""
+        parts = [self._title(), self._table(), *self._failures(), self._summary()]
+        return "\n".join(part for part in parts if part)
+
+    def _title(self) -> str:
+        return f"LV-XAttn check of {self.target}: {self.suite} suite, {self.framework}\n"
+
+    def _table(self) -> str:
+        """Return the largest error over its limit, by case and dtype."""
+        dtypes = list(dict.fromkeys(row.dtype for row in self.rows))
+        cases = dict.fromkeys(row.case for row in self.rows)
+        width = max([len(case) for case in cases] + [4])
+        lines = ["  error / limit".ljust(width + 2) + "".join(f"{d:>14}" for d in dtypes)]
+        for case in cases:
+            cells = (
+                _cell([r for r in self.rows if (r.case, r.dtype) == (case, d)]) for d in dtypes
+            )
+            lines.append(f"  {case:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+        return "\n".join(lines) + "\n"
+
+    def _failures(self) -> Iterable[str]:
+        for row in self.failed[:_SHOWN]:
+            yield f"  {_name(row)}: {row.reason}"
+            if row.message:
+                yield f"    {row.message}"
+            yield from (f"    {_said(v)}" for v in row.verdicts if not v.passed)
+            if row.diagnosis:
+                yield f"    {row.diagnosis}"
+        if len(self.failed) > _SHOWN:
+            yield f"  and {len(self.failed) - _SHOWN} more"
+        if self.failed:
+            yield ""
+
+    def _summary(self) -> str:
+        count = Counter(row.status for row in self.rows)
+        parts = [f"{count['ok']} of {len(self.rows)} passed"]
+        parts += [f"{count[s]} {s}" for s in ("wrong", "error", "unsupported") if count[s]]
+        lines = [f"  {', '.join(parts)}; worst error {_number(self.worst_ratio)} of its limit; "
+                 f"{self.seconds:.1f} s"]  # fmt: skip
+        lines += [f"  {note}" for note in self.notes]
+        if self.probably:
+            lines.append(f"  {self.probably}")
+        if not any(row.status == "ok" for row in self.rows) and not self.failed:
+            lines.append("  nothing was judged")
+        return "\n".join(lines)
+
+
+def _cell(rows: list[Row]) -> str:
+    """Return the worst of a case's rows of one dtype."""
+    if not rows:
+        return ""
+    if any(row.status == "error" for row in rows):
+        return "ERROR"
+    judged = [row.worst for row in rows if row.worst]
+    if not judged:
+        return "unsupported"
+    worst = max(judged, key=lambda verdict: verdict.ratio)
+    mark = "" if worst.passed else "WRONG "
+    return f"{mark}{worst.name} {_number(worst.ratio)}"
+
+
+def _said(verdict: Verdict) -> str:
+    at = f"at {verdict.index} got {verdict.got:.6g}, expected {verdict.expected:.6g}"
+    if verdict.what:
+        return f"{verdict.name}: {verdict.what}; {at}"
+    return (
+        f"{verdict.name}: relative error {verdict.error:.1e}, limit {verdict.limit:.1e}; worst {at}"
+    )
+
+
+def _name(row: Row) -> str:
+    seed = f", seed {row.seed}" if row.seed else ""
+    return f"{row.case}, {row.dtype}{seed}{f', {row.where}' if row.where else ''}"
+
+
+def _number(x: float) -> str:
+    return "inf" if x == inf else f"{x:.2f}" if x < 100 else f"{x:.0e}"
+
+
+def _plain(x: Any) -> Any:
+    """Return something that JSON can hold."""
+    if isinstance(x, dict):
+        return {name: _plain(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value) for value in x]
+    return str(x) if isinstance(x, float) and not isfinite(x) else x
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "lvxattn": lvxattn.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
