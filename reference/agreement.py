@@ -31,8 +31,10 @@ Array = Any
 MaskKind = tuple[tuple[int, ...], str] | None
 Backward = tuple[Array, Array, Array, Array | None]
 
-SCHEDULES = ("lv-xattn", "ring")
+SCHEDULES = ("lv-xattn", "ring", "ulysses", "gather")
 QUERIES = ("sharded", "replicated")
+# Where a rank works on other ranks' keys: array masks travel, and rules must be the same.
+MASKS_TRAVEL = ("ring", "ulysses")
 
 # What must be equal on all ranks, and the argument to name when it is not.
 EQUAL_ON_ALL_RANKS = {
@@ -207,12 +209,18 @@ def _check_equal(records: list[Record]) -> None:
                 )
             if record.mask is not None:
                 check_mask_shape_rows(record.mask[0], S_Q)
-            if record.schedule == "ring" and record.callable_mask != records[0].callable_mask:
+            travel = record.schedule in MASKS_TRAVEL
+            if travel and record.callable_mask != records[0].callable_mask:
                 kinds = ["an array or None", "a callable"]
                 raise ValueError(
-                    "mask: expected a callable on all ranks or on none with schedule 'ring', got "
-                    f"{kinds[record.callable_mask]} where rank 0 has "
+                    "mask: expected a callable on all ranks or on none with schedule "
+                    f"{record.schedule!r}, got {kinds[record.callable_mask]} where rank 0 has "
                     f"{kinds[records[0].callable_mask]}"
+                )
+            if record.schedule == "ulysses" and record.H_KV % len(records):
+                raise ValueError(
+                    "schedule: expected another one than 'ulysses', which needs H_KV to be a "
+                    f"multiple of the {len(records)} ranks, got H_KV = {record.H_KV}"
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, rank, len(records)) from None

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from lvxattn.reference.agreement import (
     EQUAL_ON_ALL_RANKS,
+    MASKS_TRAVEL,
     ONLY_OF_THE_CALL,
     Backward,
     MaskKind,
@@ -89,6 +90,7 @@ class Layout:
         schedule: str = "lv-xattn",
         scale: float | None = None,
         mask: Any = None,
+        queries: str = "sharded",
         backward: Backward | None = None,
     ) -> "Layout":
         """Check all ranks' arguments together and lay out the ring.
@@ -105,12 +107,14 @@ class Layout:
             This rank's shares; lengths may differ between ranks and may be 0.
         comm : communicator
         schedule : str
-            ``"lv-xattn"`` or ``"ring"``.
+            ``"lv-xattn"``, ``"ring"``, ``"ulysses"`` or ``"gather"``.
         scale : float, optional
             ``1 / sqrt(D)`` unless given.
         mask : None, array or callable
             What this rank's keys look like to every query.  Ranks may differ in kind, but with
-            ``"ring"`` a callable must be given on all ranks or on none.
+            ``"ring"`` and ``"ulysses"`` a callable must be given on all ranks or on none.
+        queries : str
+            ``"sharded"``, or ``"replicated"``: every rank holds all queries.
         backward : (dout, out, lse, dlse), optional
             Checked too, where a backward is to follow.
 
@@ -126,8 +130,9 @@ class Layout:
         """
         call = "forward" if backward is None else "backward"
         records = agree_on(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward, call=call
-        )
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            backward=backward, call=call,
+        )  # fmt: skip
         return Layout.of(records, comm.rank)
 
     @classmethod
@@ -157,6 +162,7 @@ class Layout:
         *,
         scale: float | None = None,
         mask: Any = None,
+        queries: str = "sharded",
         backward: Backward | None = None,
     ) -> None:
         """Check that this rank's arguments fit what was agreed.  Not collective.
@@ -176,6 +182,10 @@ class Layout:
                     "layout: expected the communicator it was agreed on, with this as rank "
                     f"{self.rank} of {self.size}, got rank {comm.rank} of {comm.size}"
                 )
+            if queries != self.queries:
+                raise ValueError(
+                    f"queries: expected the layout's {self.queries!r}, got {queries!r}"
+                )
             # 1 / sqrt(D) and D**-0.5 differ in the last bit.
             if scale is not None and not isclose(scale, self.scale, rel_tol=1e-12):
                 raise ValueError(f"scale: expected the layout's {self.scale}, got {scale}")
@@ -191,12 +201,13 @@ class Layout:
                     )
             if dtype_name(q) != self.dtype:
                 raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
-            if self.schedule == "ring" and callable(mask) != self.rules[self.rank]:
+            travels = self.schedule in MASKS_TRAVEL
+            if travels and callable(mask) != self.rules[self.rank]:
                 raise ValueError(
                     "mask: expected a callable only if the layout was agreed with one, "
                     f"got {type(mask).__name__}"
                 )
-            if self.schedule == "ring" and mask_kind(mask, self.dtype) != self.masks[self.rank]:
+            if travels and mask_kind(mask, self.dtype) != self.masks[self.rank]:
                 raise ValueError(
                     "mask: expected the layout's shape and travelling dtype "
                     f"{self.masks[self.rank]}, got {mask_kind(mask, self.dtype)}"

@@ -104,13 +104,9 @@ class Layout(shared.Layout):
         comm = Group.of(group)
         try:
             check_tensors(q, k, v, mask, comm)
-            if queries != self.queries:
-                raise ValueError(
-                    f"queries: expected the layout's {self.queries!r}, got {queries!r}"
-                )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
-        super().check(q, k, v, comm, scale=scale, mask=mask)
+        super().check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
 
 
 class Pool:
