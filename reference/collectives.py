@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.exchange import BLOCKS, RESULTS, Exchange
+from lvxattn.reference.exchange import BLOCKS, Exchange
 from lvxattn.reference.layout import share
 
 Array = npt.NDArray[Any]
@@ -32,7 +32,7 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
     *arrays : (B, H, s_q, ...)
         This rank's block.
     """
-    blocks = all_to_all(exchange, [list(arrays)] * exchange.layout.size, BLOCKS)
+    blocks = all_to_all(exchange, [list(arrays)] * exchange.layout.size)
     return [np.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)]
 
 
@@ -71,7 +71,7 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     return tuple(all_gather(exchange, *mine))
 
 
-def all_to_all(exchange: Exchange, parts: list[list[Array]], tag: int) -> list[list[Array]]:
+def all_to_all(exchange: Exchange, parts: list[list[Array]]) -> list[list[Array]]:
     """Give every rank a part, and return what all ranks gave to this one, in rank order.
 
     Collective: every rank of the exchange calls this.
@@ -81,15 +81,14 @@ def all_to_all(exchange: Exchange, parts: list[list[Array]], tag: int) -> list[l
     exchange : Exchange
     parts : list
         For each rank the arrays that it is to have.
-    tag : int
     """
     layout = exchange.layout
     received = [parts[layout.rank]] * layout.size
     for hop in range(1, layout.size):
         dest, source = layout.owner(-hop), layout.owner(hop)
         exchange.meter.sent(sum(x.nbytes for x in parts[dest]))
-        exchange.comm.send(parts[dest], dest, tag)
-        received[source] = exchange.meter.waits(exchange.comm.recv)(source, tag)
+        exchange.comm.send(parts[dest], dest, BLOCKS)
+        received[source] = exchange.meter.waits(exchange.comm.recv)(source, BLOCKS)
     return received
 
 
@@ -104,7 +103,7 @@ def _joined_rows(
 ) -> tuple[Array, ...]:
     bounds = np.cumsum(lengths)[:-1]
     pieces = zip(*(np.split(x, bounds, axis=2) for x in arrays), strict=True)
-    first, *others = all_to_all(exchange, [list(parts) for parts in pieces], RESULTS)
+    first, *others = all_to_all(exchange, [list(parts) for parts in pieces])
     result = tuple(first)
     for part in others:
         result = join(*result, *part)

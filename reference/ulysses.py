@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
 from lvxattn.reference.collectives import all_to_all
-from lvxattn.reference.exchange import BLOCKS, RESULTS, Exchange
+from lvxattn.reference.exchange import Exchange
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule, MaskView
 from lvxattn.reference.meter import Meter
@@ -59,7 +59,8 @@ def ulysses(
     q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
-    q_heads, k_heads, v_heads = to_heads(exchange, q, k_shard, v_shard)
+    (q_heads,) = to_heads(exchange, layout.s_q, q)
+    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
     view = heads_view(exchange, mask)
     # 2. My heads of all queries, over all keys.
     out, lse = attend(q_heads, k_heads, v_heads, mask=view)
@@ -96,11 +97,13 @@ def ulysses_backward(
     dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
-    q_heads, k_heads, v_heads, *rows = to_heads(exchange, q, k_shard, v_shard, dout, lse, delta)
+    q_heads, dout_heads, lse_heads, delta_heads = to_heads(
+        exchange, layout.s_q, q, dout, lse, delta
+    )
+    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
     view = heads_view(exchange, mask)
     dk_heads, dv_heads = np.zeros(k_heads.shape), np.zeros(v_heads.shape)
     # 2. My heads of all queries, over all keys.
-    dout_heads, lse_heads, delta_heads = rows
     dq_heads = attend(
         dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads, mask=view
     )
@@ -110,19 +113,23 @@ def ulysses_backward(
     return dq, dk, dv
 
 
-def to_heads(exchange: Exchange, *arrays: Array) -> list[Array]:
-    """Give every rank its heads of my arrays; return mine of all ranks', joined along axis 2."""
-    P = exchange.layout.size
-    parts = [np.split(x, P, axis=1) for x in arrays]
-    received = all_to_all(exchange, [list(part) for part in zip(*parts, strict=True)], BLOCKS)
+def to_heads(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:
+    """Give every rank its heads of my arrays; return mine of all ranks', joined along axis 2.
+
+    Collective: every rank of the exchange calls this.  `lengths` are those of all ranks' arrays.
+    """
+    parts = [np.split(x, len(lengths), axis=1) for x in arrays]
+    received = all_to_all(exchange, [list(part) for part in zip(*parts, strict=True)])
     return [np.concatenate(blocks, axis=2) for blocks in zip(*received, strict=True)]
 
 
 def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:
-    """Give every rank its lengths of my heads; return mine of all heads, joined along axis 1."""
-    bounds = np.cumsum(lengths)[:-1]
-    parts = [np.split(x, bounds, axis=2) for x in arrays]
-    received = all_to_all(exchange, [list(part) for part in zip(*parts, strict=True)], RESULTS)
+    """Give every rank its lengths of my heads; return mine of all heads, joined along axis 1.
+
+    Collective: every rank of the exchange calls this.  `lengths` are those that ranks are to have.
+    """
+    parts = [np.split(x, np.cumsum(lengths)[:-1], axis=2) for x in arrays]
+    received = all_to_all(exchange, [list(part) for part in zip(*parts, strict=True)])
     return [np.concatenate(blocks, axis=1) for blocks in zip(*received, strict=True)]
 
 
@@ -137,7 +144,7 @@ def heads_view(exchange: Exchange, mask: AnyArray | MaskRule | None) -> MaskView
         four = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         split = np.split(four, layout.size, axis=1) if four.shape[1] > 1 else [four] * layout.size
         parts = [[part] for part in split]
-    received = all_to_all(exchange, parts, BLOCKS)
+    received = all_to_all(exchange, parts)
     return MaskView(joined([block[0] if block else None for block in received], layout.s_kv))
 
 
