@@ -6,6 +6,7 @@ judges its share.
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ def judge(problem: Problem, results: dict[str, Array], again: dict[str, Array]) 
 
 judged = {}
 for number, case in enumerate((CASES + BF16)[::every]):
+    if schedule == "ulysses":  # every rank has to have heads
+        case = replace(case, H=case.H * comm.size, H_KV=case.H_KV * comm.size)
     problem = case.make()
     results = solve(problem, comm, implementation, schedule=schedule)
     again = solve(problem, comm, implementation, schedule=schedule, reuse_layout=True)
