@@ -14,7 +14,7 @@ from tests.judge import solve, worst_ratios
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_equals_naive_softmax_and_its_gradients(schedule: str, case: Case, P: int) -> None:
-    problem = case.make()
+    problem = case.on(schedule, P).make()
     for results in reference.run_ranks(
         P, lambda comm: solve(problem, comm, reference, schedule=schedule)
     ):

@@ -2,6 +2,7 @@ r"""How blocks move all at once: each rank with every other one, in the fewest b
 
     all_gather        my block to every rank                     P - 1 messages
     reduce_scatter    rows to their owner, joined there          P - 1 messages
+    all_reduce        joined rows to every rank, in two steps    2 (P - 1) messages
     all_to_all        a part of its own to each rank             P - 1 messages
 
 What joins two partial results is `merge`, or `added` for plain sums.
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lvxattn.reference.layout import share
 from lvxattn.torch_impl.exchange import Exchange, Field, Fields, cut, nbytes, span
 
 Join = Callable[..., tuple[Tensor, ...]]
@@ -30,15 +32,7 @@ def all_gather(exchange: Exchange, *tensors: Tensor) -> list[Tensor]:
     *tensors : (B, H, s_q, ...)
         This rank's block.
     """
-    layout = exchange.layout
-
-    def block(owner: int) -> list[Field]:
-        rows = layout.s_q[owner]
-        return [((*x.shape[:2], rows, *x.shape[3:]), x.dtype) for x in tensors]
-
-    # gloo refuses an all-gather of blocks that differ in length.
-    blocks = all_to_all(exchange, [list(tensors)] * layout.size, block, "all ranks' queries")
-    return [torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True)]
+    return _gathered(exchange, exchange.layout.s_q, tensors)
 
 
 def reduce_scatter(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -54,19 +48,27 @@ def reduce_scatter(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Te
     *tensors : (B, H, S_Q, ...)
         What this rank has to say to all queries.
     """
-    layout = exchange.layout
+    return _joined_rows(exchange, join, exchange.layout.s_q, tensors)
 
-    def block(_: int) -> list[Field]:
-        rows = layout.s_q[layout.rank]
-        return [((*x.shape[:2], rows, *x.shape[3:]), x.dtype) for x in tensors]
 
-    pieces = zip(*(x.split(list(layout.s_q), dim=2) for x in tensors), strict=True)
-    parts = [list(part) for part in pieces]
-    first, *others = all_to_all(exchange, parts, block, "all ranks' results")
-    result = tuple(first)
-    for part in others:
-        result = join(*result, *part)
-    return result
+def all_reduce(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return partial results, joined over all ranks, on every rank alike.
+
+    Collective: every rank of the exchange calls this.
+
+    Parameters
+    ----------
+    exchange : Exchange
+    join : callable
+        ``join(*a, *b)``: associative and commutative.
+    *tensors : (B, H, S_Q, ...)
+        What this rank has to say to all queries.
+    """
+    P, S_Q = exchange.layout.size, tensors[0].shape[2]
+    rows = [share(S_Q, rank, P) for rank in range(P)]
+    lengths = tuple(part.stop - part.start for part in rows)
+    mine = _joined_rows(exchange, join, lengths, tensors)
+    return tuple(_gathered(exchange, lengths, mine))
 
 
 def all_to_all(
@@ -113,6 +115,34 @@ def added(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Join two partial results by adding them."""
     half = len(tensors) // 2
     return tuple(a + b for a, b in zip(tensors[:half], tensors[half:], strict=True))
+
+
+def _gathered(
+    exchange: Exchange, lengths: tuple[int, ...], tensors: tuple[Tensor, ...]
+) -> list[Tensor]:
+    def block(owner: int) -> list[Field]:
+        return [((*x.shape[:2], lengths[owner], *x.shape[3:]), x.dtype) for x in tensors]
+
+    # gloo refuses an all-gather of blocks that differ in length.
+    blocks = all_to_all(exchange, [list(tensors)] * len(lengths), block, "all ranks' rows")
+    return [torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True)]
+
+
+def _joined_rows(
+    exchange: Exchange, join: Join, lengths: tuple[int, ...], tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    mine = lengths[exchange.layout.rank]
+
+    def block(_: int) -> list[Field]:
+        return [((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in tensors]
+
+    pieces = zip(*(x.split(list(lengths), dim=2) for x in tensors), strict=True)
+    parts = [list(part) for part in pieces]
+    first, *others = all_to_all(exchange, parts, block, "all ranks' results to be joined")
+    result = tuple(first)
+    for part in others:
+        result = join(*result, *part)
+    return result
 
 
 def _counts(blocks: list[list[Field]]) -> list[int]:

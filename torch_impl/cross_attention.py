@@ -49,9 +49,9 @@ def cross_attention(
     schedule: str = "lv-xattn",
     scale: float | None = None,
     mask: Tensor | MaskRule | None = None,
+    queries: str = "sharded",
     layout: Layout | None = None,
     return_lse: bool = False,
-    queries: str = "sharded",
     meter: Meter | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from this rank's queries to all ranks' keys.
@@ -85,13 +85,13 @@ def cross_attention(
         broadcastable tensors of global indices.  With ``"ring"`` and ``"ulysses"`` a callable is
         asked about the keys of all ranks, so that it must be the same rule on every rank.  What is
         hidden must be finite all the same: 0 times NaN is NaN.  A constant: it gets no gradient.
+    queries : str
+        ``"sharded"``, or ``"replicated"``: every rank holds all queries, gets out for all of them,
+        and computes the same loss from it, as where the text model is not spread.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     return_lse : bool
         Whether to return lse, too.
-    queries : str
-        ``"sharded"``, or ``"replicated"``: every rank holds all queries, gets out for all of them,
-        and computes the same loss from it, as where the text model is not spread.
     meter : Meter, optional
         Is added to: messages, bytes, seconds; of the backward, too.
 

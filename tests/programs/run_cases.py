@@ -6,7 +6,6 @@ judges its share.
 
 import json
 import sys
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,9 +42,7 @@ def judge(problem: Problem, results: dict[str, Array], again: dict[str, Array]) 
 
 judged = {}
 for number, case in enumerate((CASES + BF16)[::every]):
-    if schedule == "ulysses":  # every rank has to have heads
-        case = replace(case, H=case.H * comm.size, H_KV=case.H_KV * comm.size)
-    problem = case.make()
+    problem = case.on(schedule, comm.size).make()
     results = solve(problem, comm, implementation, schedule=schedule)
     again = solve(problem, comm, implementation, schedule=schedule, reuse_layout=True)
     if number % comm.size == comm.rank:
