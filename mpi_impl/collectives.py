@@ -22,6 +22,7 @@ from mpi4py import MPI
 from lvxattn.mpi_impl.device import buffer
 from lvxattn.mpi_impl.exchange import Exchange, Field, Fields, cut, nbytes
 from lvxattn.mpi_impl.watchdog import wait
+from lvxattn.reference.layout import share
 
 Array = Any
 Join = Callable[..., tuple[Array, ...]]
@@ -97,10 +98,13 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     with _operator(join, arrays) as (op, row):
         request = exchange.comm.Iallreduce([sent, len(sent), row], [result, len(result), row], op)
         _wait(exchange, request, "all ranks' results to be joined")
-    for other in range(layout.size):
-        if other != layout.rank:
-            exchange.meter.sent(2 * sent.nbytes // layout.size)
-    return _unpacked(result, arrays, arrays[0].shape[2], exchange.xp)
+    S_Q = arrays[0].shape[2]
+    rows = [share(S_Q, rank, layout.size) for rank in range(layout.size)]
+    for rank, part in enumerate(rows):  # there and, joined, back
+        if rank != layout.rank:
+            for owner in (part, rows[layout.rank]):
+                exchange.meter.sent(sent.nbytes // max(1, S_Q) * (owner.stop - owner.start))
+    return _unpacked(result, arrays, S_Q, exchange.xp)
 
 
 def all_to_all(
