@@ -9,7 +9,7 @@ import pytest
 
 from lvxattn import reference
 from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan.traffic import traffic
+from lvxattn.reference.plan.steps import messages
 from tests.cases import Case, random_case
 
 KINDS = [*SCHEDULES, "replicated"]
@@ -59,7 +59,7 @@ def test_every_message_is_foreseen(kind: str, seed: int) -> None:
     layout, logs, meters = passes(case_of(seed, kind, P), kind, P)
     for backward in (False, True):
         for rank in range(P):
-            planned = traffic(layout, rank, backward=backward)
+            planned = messages(layout, rank, backward=backward)
             sent = Counter((m.dest, m.nbytes) for m in logs[backward] if m.source == rank)
             assert Counter((message.dest, message.nbytes) for message in planned) == sent
             meter = meters[backward][rank]
@@ -72,5 +72,5 @@ def test_half_precision_travels_as_such_and_its_results_in_fp32() -> None:
     layouts = reference.run_ranks(
         2, lambda comm: reference.Layout.agree(q, k, k, comm, schedule="gather")
     )
-    sizes = sorted(message.nbytes for message in traffic(layouts[0], 0))
+    sizes = sorted(message.nbytes for message in messages(layouts[0], 0))
     assert sizes == [4 * 6 * 8 * 2, 4 * 6 * 9 * 4]
