@@ -7,12 +7,13 @@ launcher gave them, so that P - 1 hops cross a slow link between hosts no more o
     ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import isclose
 from typing import Any, Self
 
 from lvxattn.reference.agreement import (
+    AUTO,
     EQUAL_ON_ALL_RANKS,
     MASKS_TRAVEL,
     ONLY_OF_THE_CALL,
@@ -62,6 +63,8 @@ class Layout:
     schedule : str
     queries : str
         ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+    machine : lvxattn.reference.plan.Machine or None
+        What `explain` reckons with.
     """
 
     rank: int
@@ -79,6 +82,7 @@ class Layout:
     scale: float
     schedule: str
     queries: str = "sharded"
+    machine: Any = None
 
     @staticmethod
     def agree(
@@ -91,6 +95,7 @@ class Layout:
         scale: float | None = None,
         mask: Any = None,
         queries: str = "sharded",
+        machine: Any = None,
         backward: Backward | None = None,
     ) -> "Layout":
         """Check all ranks' arguments together and lay out the ring.
@@ -107,7 +112,8 @@ class Layout:
             This rank's shares; lengths may differ between ranks and may be 0.
         comm : communicator
         schedule : str
-            ``"lv-xattn"``, ``"ring"``, ``"ulysses"`` or ``"gather"``.
+            ``"lv-xattn"``, ``"ring"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the one that
+            sends the fewest bytes or, on a known machine, takes the least time.
         scale : float, optional
             ``1 / sqrt(D)`` unless given.
         mask : None, array or callable
@@ -115,6 +121,8 @@ class Layout:
             ``"ring"`` and ``"ulysses"`` a callable must be given on all ranks or on none.
         queries : str
             ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+        machine : lvxattn.reference.plan.Machine, optional
+            Where the ranks are; rank 0's counts.
         backward : (dout, out, lse, dlse), optional
             Checked too, where a backward is to follow.
 
@@ -131,7 +139,7 @@ class Layout:
         call = "forward" if backward is None else "backward"
         records = agree_on(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            backward=backward, call=call,
+            machine=machine, backward=backward, call=call,
         )  # fmt: skip
         return Layout.of(records, comm.rank)
 
@@ -139,7 +147,7 @@ class Layout:
     def of(cls, records: list[Record], rank: int) -> Self:
         """Return the layout that follows from all ranks' records, as `rank` sees it."""
         first, hosts = records[0], [r.host for r in records]
-        return cls(
+        layout = cls(
             rank=rank,
             order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
             s_q=tuple(r.s_q for r in records),
@@ -151,7 +159,30 @@ class Layout:
                 for name in EQUAL_ON_ALL_RANKS
                 if name not in ONLY_OF_THE_CALL
             },
+            machine=first.machine,
         )
+        return layout.resolved()
+
+    def resolved(self) -> Self:
+        """Return the layout with a schedule that has a name of its own."""
+        if self.schedule != AUTO:
+            return self
+        from lvxattn.reference.plan.choose import candidates
+
+        return replace(self, schedule=candidates(self, self.machine)[0].schedule)
+
+    def explain(self) -> str:
+        """Say what every schedule would cost on these lengths, the best first.  Not collective.
+
+        Returns
+        -------
+        str
+            A table: messages and bytes of the rank that sends most, seconds where a machine was
+            given, forward and backward together; and why a schedule cannot be taken.
+        """
+        from lvxattn.reference.plan.choose import candidates, table
+
+        return f"{self.schedule} is taken\n{table(candidates(self, self.machine))}"
 
     def check(
         self,

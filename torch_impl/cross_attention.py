@@ -74,8 +74,8 @@ def cross_attention(
     schedule : str
         What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
         once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
-        rank has all lengths of a share of the heads (P must divide H_KV).  Ignored where `layout`
-        is given, or queries are replicated.
+        rank has all lengths of a share of the heads (P must divide H_KV); ``"auto"``, whichever
+        sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
     scale : float, optional
         ``1 / sqrt(D)`` unless given.
     mask : Tensor or callable, optional
