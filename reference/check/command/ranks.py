@@ -63,6 +63,6 @@ def _torchrun() -> bool:
 def _world() -> Any:
     try:
         from mpi4py import MPI
-    except ImportError:
+    except (ImportError, RuntimeError):  # the latter: no MPI library
         return None
     return MPI.COMM_WORLD
