@@ -263,7 +263,8 @@ def test_an_entry_point_and_an_option_load_it_once(tmp_path: Path) -> None:
         "import pytest, sys; "
         "line = ['--pyargs', 'lvxattn.reference.check.conformance', '-q']; "
         "line += ['--lvx-impl', 'kernels:right', '-k', 'gaussian and float32']; "
-        "sys.exit(pytest.main([*line, '-W', 'error']) or pytest.main([*line, '-p', 'lvxattn.pytest_plugin']))"
+        "first = pytest.main([*line, '-W', 'error']); "
+        "sys.exit(first or pytest.main([*line, '-p', 'lvxattn.pytest_plugin']))"
     )
     (tmp_path / "kernels.py").write_text(SOURCE)
     done = in_a_new_process("-c", program, path=str(tmp_path), folder=tmp_path)

@@ -34,7 +34,7 @@ def check_function(options: Namespace) -> int:
         fn, arguments = _prepared(options)
     except UsageError as error:
         problem = str(error)
-    problems = [text for text in allgather(problem) if text]
+    problems = [text for text in allgather(problem, options.device) if text]
     if problems:
         raise UsageError(problems[0])
 
@@ -44,20 +44,20 @@ def check_function(options: Namespace) -> int:
     )
 
     report = check_distributed(fn, **arguments)
-    statuses: list[int] = allgather(0 if report is None else _told(report, options))
-    return max(statuses)
+    status = 0 if report is None else _told(report, options)
+    return int(max(allgather(status, options.device)))
 
 
 def _prepared(options: Namespace) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return the function and `check`'s arguments, once all that was given has been looked at."""
-    arrays = framework_in(options)
+    framework_in(options)
     look_at_file(options.json, "--json")
     fn, backward = functions_in(options)
     return fn, {
         "suite": options.suite or "quick",
         "dtypes": options.dtypes,
         "backward": backward,
-        "framework": arrays.name,
+        "framework": options.framework,
         "device": options.device,
         "seeds": options.seeds or 1,
         "time_limit": options.time_limit or 30.0,

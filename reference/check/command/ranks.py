@@ -17,21 +17,25 @@ def rank_of(argv: Sequence[str]) -> int:
     if "--distributed" not in argv:
         return 0
     if _torchrun():
-        return int(os.environ.get("RANK", "0"))
+        return int(os.environ["RANK"])
     world = _world()
     return 0 if world is None else int(world.rank)
 
 
-def allgather(x: Any) -> list[Any]:
+def allgather(x: Any, device: str | None) -> list[Any]:
     """Return what each rank has given.  Collective: every rank calls this.
 
-    Under torchrun the default process group is made, if there is none.
+    Under torchrun the default process group is made, if there is none; with NCCL for the blocks on
+    CUDA devices, if each rank of this host can have its own.
     """
     if _torchrun():
         import torch.distributed as dist
+        from torch.cuda import device_count
 
         if not dist.is_initialized():
-            dist.init_process_group()
+            enough = device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            cuda = (device or "").startswith("cuda") and enough
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, x)
         return every
@@ -57,7 +61,7 @@ def leave() -> None:
 
 
 def _torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def _world() -> Any:
