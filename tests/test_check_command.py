@@ -1,9 +1,11 @@
 """The oracle's command line: what it prints, its exit status, what it says of bad usage."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from lvxattn.pytest_plugin import OPTIONS
 from lvxattn.reference import full_attention
-from lvxattn.reference.check import case_of, draw, suite_of
+from lvxattn.reference.check import case_of, check, draw, suite_of
 from lvxattn.reference.check.command import main
 from lvxattn.reference.check.files import read_tensors
 from tests.check_kernels import SOURCE
-from tests.launch import PROGRAMS, mpiexec
+from tests.launch import PROGRAMS, ROOT, mpiexec
 from tests.torchrun import torchrun
 
 NAME = "kernels_of_command_tests"
@@ -170,6 +173,25 @@ def test_all_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         assert case.group in shown[case.name]
         assert shown[case.name].endswith(case.reason)
     assert "q 1x2x17x8 k 1x2x40x8 v 1x2x40x5" in shown["value-size"]
+
+
+def test_the_page_has_all_cases_and_their_reasons() -> None:
+    page = (ROOT / "reference" / "check" / "README.md").read_text()
+    table = page.partition("| case | group |")[2].partition("\n\n")[0].splitlines()[2:]
+    only = {True: "", False: " (full suite)"}
+    cases = [case for case in suite_of("full") if not case.name.endswith(".large")]
+    rows = [f"| {case.name} | {case.group} | {case.reason}{only[case.quick]} |" for case in cases]
+    assert table == rows, "\n".join(rows)
+
+
+def test_the_page_names_all_options_and_arguments() -> None:
+    page = (ROOT / "reference" / "check" / "README.md").read_text()
+    for name in set(OPTIONS) | {"impl", "xfails-file"}:
+        assert f"--lvx-{name}" in page
+    for name in set(signature(check).parameters) - {"fn"}:
+        assert f"`{name}=" in page
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", page):
+        assert (ROOT / "reference" / "check" / target).exists()
 
 
 def test_one_case_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
