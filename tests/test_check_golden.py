@@ -169,6 +169,10 @@ def test_a_set_is_replaced_and_nothing_else_is(
     assert f"{len(golden_names())} cases, 0." in said
     assert "left out: stride-0: its point is how" in said
     first = golden("gaussian", folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["cases"]["old"] = {**manifest["cases"]["gaussian"], "file": "old.safetensors"}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "old.safetensors").write_text("of a case that there is no more")
     assert main(["golden", "--out", str(folder), "--seed", "1"]) == 0
     assert verify_golden(folder) == []
     assert not np.array_equal(golden("gaussian", folder)["q"], first["q"])

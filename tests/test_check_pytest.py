@@ -159,6 +159,17 @@ class TestKnownFailures:
         line[1] += "::test_attention[minus-infinity-float32]"
         run(*line).assert_outcomes(xfailed=1)
 
+    def test_a_selection_among_ones_own_tests_hides_none(self, run, pytester) -> None:
+        test = "def test_{0}(xattn_case):\n    assert 0\n"
+        pytester.makepyfile(test_own=test.format("a") + test.format("b"))
+        pytester.makefile(".txt", xfails="test_b[one-key-float32]\ntest_a[one-key-float32]\n")
+        line = ["--lvx-xfails-file", "xfails.txt", *FLOAT32, "-k", "one-key"]
+        run("test_own.py", *line).assert_outcomes(xfailed=2)
+        run("test_own.py", *line[:-1], "one-key and test_a").assert_outcomes(xfailed=1)
+        run("test_own.py::test_a", *line).assert_outcomes(xfailed=1)
+        pytester.makefile(".txt", xfails="test_c[one-key-float32]\n")
+        assert run("test_own.py", *line).ret == pytest.ExitCode.USAGE_ERROR
+
     def test_other_peoples_tests_are_left_alone(self, run, pytester: pytest.Pytester) -> None:
         pytester.makepyfile(test_other="def test_other():\n    assert True\n")
         line = ["--lvx-xfails-file", "xfails.txt", "test_other.py"]
