@@ -193,7 +193,7 @@ def test_the_page_names_all_options_and_arguments() -> None:
     for name in set(OPTIONS) | {"impl", "xfails-file"}:
         assert f"--lvx-{name}" in page
     for name in set(signature(check).parameters) - {"fn"}:
-        assert f"`{name}=" in page
+        assert f"`{name}=`" in page
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", page):
         assert (ROOT / "reference" / "check" / target).exists()
 

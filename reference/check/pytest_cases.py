@@ -17,8 +17,9 @@ from lvxattn.reference.check.judge import Truth, judge, truth_of
 from lvxattn.reference.check.patience import Patience
 from lvxattn.reference.check.play import play
 from lvxattn.reference.check.problem import Problem, draw
-from lvxattn.reference.check.report import Row, said
-from lvxattn.reference.check.suite import Player, judged
+from lvxattn.reference.check.report import Row
+from lvxattn.reference.check.single import diagnosed, wrong_in
+from lvxattn.reference.check.suite import Player
 from lvxattn.reference.check.target import load
 from lvxattn.reference.validation import FLOATING, accumulator, dtype_name
 
@@ -123,7 +124,7 @@ class JudgedCase:
         """Let pytest know what comes of it: nothing, a skip or a failure."""
         __tracebackhide__ = True
         assert self.chosen.player is not None
-        row = judged(self.chosen.player, *self.choice)
+        row = diagnosed(self.chosen.player, *self.choice)
         if row.status == "unsupported":
             pytest.skip(f"unsupported: {row.message}" if row.message else "unsupported")
         if row.status != "ok":
@@ -137,7 +138,7 @@ class JudgedCase:
         lines = [
             f"{self.choice.id}: {row.reason}",
             row.message,
-            *(said(verdict) for verdict in row.verdicts if not verdict.passed),
+            *(wrong_in(verdict) for verdict in row.verdicts if not verdict.passed),
             row.diagnosis,
             f"again: python -m lvxattn.reference.check {self.chosen.target} {again}",
         ]
@@ -221,7 +222,7 @@ class XattnCase:
         if dtype_name(x) not in dtypes:
             return f"{name}: expected dtype {' or '.join(dtypes)}, got {dtype_name(x)}"
         verdict = judge(name, self._framework.get(x), self._problem, self._limits)
-        return "" if verdict.passed else said(verdict)
+        return "" if verdict.passed else wrong_in(verdict)
 
 
 def xattn_case_of(chosen: Chosen, choice: Choice) -> XattnCase:

@@ -154,7 +154,7 @@ class Report:
             yield f"  {_name(row)}: {row.reason}"
             if row.message:
                 yield f"    {row.message}"
-            yield from (f"    {said(v)}" for v in row.verdicts if not v.passed)
+            yield from (f"    {_said(v)}" for v in row.verdicts if not v.passed)
             if row.diagnosis:
                 yield f"    {row.diagnosis}"
         if len(self.failed) > _SHOWN:
@@ -190,8 +190,7 @@ def _cell(rows: list[Row]) -> str:
     return f"{mark}{worst.name} {_number(worst.ratio)}"
 
 
-def said(verdict: Verdict) -> str:
-    """Return what is wrong with one result, in a line."""
+def _said(verdict: Verdict) -> str:
     at = f"at {verdict.index} got {verdict.got:.6g}, expected {verdict.expected:.6g}"
     if verdict.what:
         return f"{verdict.name}: {verdict.what}; {at}"

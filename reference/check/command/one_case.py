@@ -16,7 +16,8 @@ from lvxattn.reference.check.judge import truth_of
 from lvxattn.reference.check.patience import Patience
 from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.check.report import Report, Row
-from lvxattn.reference.check.suite import Player, judged
+from lvxattn.reference.check.single import diagnosed
+from lvxattn.reference.check.suite import Player
 from lvxattn.reference.run.arguments import UsageError
 
 Array = npt.NDArray[Any]
@@ -30,9 +31,9 @@ class _Recorder(Player):
 
     kept: dict[str, Array] = field(default_factory=dict)
 
-    def play(self, problem: Problem) -> dict[str, Array]:
+    def play(self, problem: Problem, *args: Any, **kwargs: Any) -> dict[str, Array]:
         self.kept.clear()
-        self.kept.update(super().play(problem))
+        self.kept.update(super().play(problem, *args, **kwargs))
         return dict(self.kept)
 
 
@@ -68,7 +69,7 @@ def replay(options: Namespace) -> int:
     seed = options.seed or 0
     start, rows = perf_counter(), []
     for dtype in chosen:
-        row = judged(player, case, dtype, seed) if player else None
+        row = diagnosed(player, case, dtype, seed) if player else None
         rows += [row] if row else []
         problem = draw(case, dtype, seed)
         if not options.quiet:
