@@ -141,12 +141,12 @@ class Report:
         dtypes = list(dict.fromkeys(row.dtype for row in self.rows))
         cases = dict.fromkeys(row.case for row in self.rows)
         width = max([len(case) for case in cases] + [4])
-        lines = ["  error / limit".ljust(width + 2) + "".join(f"{d:>14}" for d in dtypes)]
+        lines = ["  error / limit".ljust(width + 2) + "".join(f"{d:>17}" for d in dtypes)]
         for case in cases:
             cells = (
                 _cell([r for r in self.rows if (r.case, r.dtype) == (case, d)]) for d in dtypes
             )
-            lines.append(f"  {case:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+            lines.append(f"  {case:{width}}" + "".join(f"{cell:>17}" for cell in cells))
         return "\n".join(lines) + "\n"
 
     def _failures(self) -> Iterable[str]:
