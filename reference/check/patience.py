@@ -1,7 +1,12 @@
 """Calls with a time limit.
 
 A function runs in a thread of its own.  One that does not come back in time is interrupted, as far
-as Python can: a loop ends, a wait in a library does not, and its thread is left behind.
+as Python can: a loop ends, a wait in a library does not, and its thread is left behind, which keeps
+no program from ending.  A library that computes without ever releasing Python's lock stops the
+clock, too.
+
+    call  --work-->  the thread          settings of contextvars, such as NumPy's error state, are
+          <-answer-  of all calls        copied for each call: what fn sets ends with it
 """
 
 import contextvars
@@ -13,9 +18,15 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_JOIN = 1.0  # seconds that an interrupted call has to end
+
 
 class TimeIsUpError(Exception):
     """A call did not come back in time."""
+
+
+class EndedError(Exception):
+    """A call raised what would end the program, such as SystemExit: the cause of this."""
 
 
 class _Interrupt(BaseException):
@@ -43,6 +54,8 @@ class Patience:
         Raises
         ------
         TimeIsUpError
+        EndedError
+            fn raised something that is no Exception.
         """
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         context = contextvars.copy_context()
@@ -59,14 +72,19 @@ class Patience:
             self._thread.start()
         self._calls.put(work)
         try:
-            succeeded, answer = answers.get(timeout=self.seconds)
+            succeeded, answer = answers.get(timeout=min(self.seconds, threading.TIMEOUT_MAX))
         except queue.Empty:
             self._give_up()
             raise TimeIsUpError(f"did not come back within {self.seconds:g} s") from None
-        if not succeeded:
+        except BaseException:  # of this thread: the user's Ctrl-C
+            self._give_up()
+            raise
+        if succeeded:
+            result: T = answer
+            return result
+        if isinstance(answer, Exception):
             raise answer
-        result: T = answer
-        return result
+        raise EndedError(f"raised {type(answer).__name__}") from answer
 
     def close(self) -> None:
         """End the thread."""
@@ -77,10 +95,11 @@ class Patience:
     def _give_up(self) -> None:
         assert self._thread is not None
         thread, self._thread = self._thread, None
+        # Before the thread is told to end: its number could be another's by then.
+        interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        interrupt(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Interrupt))
         self._calls.put(None)  # if it ever comes back
-        ident = ctypes.c_ulong(thread.ident or 0)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Interrupt))
-        thread.join(timeout=1.0)
+        thread.join(_JOIN)
         self.abandoned += thread.is_alive()
 
 
@@ -91,5 +110,6 @@ def _serve(calls: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
             if work is None:
                 return
             work()
+            del work  # and with it the call's arrays, while this waits
         except _Interrupt:
             return
