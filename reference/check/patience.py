@@ -46,6 +46,7 @@ class Patience:
         self.seconds = seconds
         self.abandoned = 0  # calls that still run
         self._thread: threading.Thread | None = None
+        self._waiting = False  # for an answer
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def call(self, fn: Callable[[], T]) -> T:
@@ -71,14 +72,13 @@ class Patience:
             self._thread = threading.Thread(target=_serve, args=(self._calls,), daemon=True)
             self._thread.start()
         self._calls.put(work)
+        self._waiting = True
         try:
             succeeded, answer = answers.get(timeout=min(self.seconds, threading.TIMEOUT_MAX))
         except queue.Empty:
             self._give_up()
             raise TimeIsUpError(f"did not come back within {self.seconds:g} s") from None
-        except BaseException:  # of this thread: the user's Ctrl-C
-            self._give_up()
-            raise
+        self._waiting = False
         if succeeded:
             result: T = answer
             return result
@@ -87,18 +87,21 @@ class Patience:
         raise EndedError(f"raised {type(answer).__name__}") from answer
 
     def close(self) -> None:
-        """End the thread."""
-        if self._thread is not None:
+        """End the thread, and the call that the user's Ctrl-C may have left in it."""
+        if self._waiting:
+            self._give_up()
+        elif self._thread is not None:
             self._calls.put(None)
-            self._thread = None
+        self._thread = None
 
     def _give_up(self) -> None:
-        assert self._thread is not None
-        thread, self._thread = self._thread, None
+        thread = self._thread
+        assert thread is not None
         # Before the thread is told to end: its number could be another's by then.
         interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
         interrupt(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Interrupt))
         self._calls.put(None)  # if it ever comes back
+        self._thread, self._waiting = None, False
         thread.join(_JOIN)
         self.abandoned += thread.is_alive()
 

@@ -2,14 +2,13 @@
 
 import json
 import platform
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import lvxattn
 from lvxattn.reference.check.judge import Verdict
@@ -258,8 +257,8 @@ def _plain(x: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "lvxattn": lvxattn.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
+    found = {"lvxattn": lvxattn.__version__, "python": platform.python_version()}
+    for name in ("numpy", "torch", "jax", "cupy"):
+        if name in sys.modules:  # nothing is imported for its version
+            found[name] = str(getattr(sys.modules[name], "__version__", "?"))
+    return found
