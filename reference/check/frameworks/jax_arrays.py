@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lvxattn.reference.check.blame import one_line
 from lvxattn.reference.check.frameworks.framework import (
     DTYPES,
     Array,
@@ -84,25 +85,36 @@ class Jax:
             return out, tuple(rest)
 
         try:
-            out, back, rest = jax.vjp(split, q, k, v, has_aux=True)
+            out, transposed, rest = jax.vjp(split, q, k, v, has_aux=True)
         except _NoArrayError:
             return fn(q, k, v), "out is no array of JAX"
         except Exception as error:
-            if not _has_no_gradient(error):
+            if not (_is_untraceable(error) or _has_no_gradient(error)):
                 raise
-            text = " ".join(str(error).split())
-            return fn(q, k, v), f"{type(error).__name__}: {text:.200}"
-        return (out, *rest) if rest else out, back
+            return fn(q, k, v), f"{type(error).__name__}: {one_line(error)}"
+
+        def pullback(dout: Any) -> tuple[Any, Any, Any]:
+            try:
+                dq, dk, dv = transposed(dout)
+            except ValueError as error:  # a loop says it only now
+                if not _has_no_gradient(error):
+                    raise
+                raise NotImplementedError(str(error)) from error
+            return dq, dk, dv
+
+        return (out, *rest) if rest else out, pullback
 
 
 class _NoArrayError(Exception):
     """A function returned something that cannot be differentiated."""
 
 
+def _is_untraceable(error: Exception) -> bool:
+    """Whether it leaves JAX, for NumPy as a rule, or has a part without a derivative."""
+    return isinstance(error, NotImplementedError | jax.errors.JAXTypeError)
+
+
 def _has_no_gradient(error: Exception) -> bool:
-    """Whether the function was not to be traced, or has something in it without a derivative."""
-    if isinstance(error, NotImplementedError | jax.errors.JAXTypeError):
-        return True
     return isinstance(error, ValueError) and any(text in str(error) for text in _NO_GRADIENT)
 
 
