@@ -35,7 +35,9 @@ def one_line(text: object) -> str:
         words = " ".join(str(text).split())
     except Exception as error:  # what is raised is the user's, too
         words = f"a message that raises {type(error).__name__}"
-    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 4]} ..."
+    if len(words) <= _LONGEST:
+        return words
+    return f"{words[: _LONGEST // 2]} ... {words[-_LONGEST // 2 :]}"  # a cause comes last, often
 
 
 _FOLDER = Path(__file__).parent

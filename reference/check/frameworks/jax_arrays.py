@@ -84,14 +84,17 @@ class Jax:
                 raise _NoArrayError
             return out, tuple(rest)
 
+        why = ""
         try:
             out, transposed, rest = jax.vjp(split, q, k, v, has_aux=True)
         except _NoArrayError:
-            return fn(q, k, v), "out is no array of JAX"
+            why = "out is no array of JAX"
         except Exception as error:
             if not (_is_untraceable(error) or _has_no_gradient(error)):
                 raise
-            return fn(q, k, v), f"{type(error).__name__}: {one_line(error)}"
+            why = f"{type(error).__name__}: {one_line(error)}"
+        if why:  # outside of the handler: what fn raises here has nothing to do with that
+            return fn(q, k, v), why
 
         def pullback(dout: Any) -> tuple[Any, Any, Any]:
             try:
