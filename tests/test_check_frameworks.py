@@ -450,10 +450,10 @@ def jax_checked(fn: Any, cases: Any = (GAUSSIAN,), dtypes: Any = ("float32",)) -
 
 
 def test_without_x64_jax_has_no_float64_and_that_is_told_once() -> None:
-    report = checked(in_jax, [GAUSSIAN] * 2, None, framework="jax", suite="full")
+    report = checked(jax.jit(in_jax), [GAUSSIAN] * 2, None, framework="jax", suite="full")
     assert {row.dtype for row in report.rows} == {"float32", "float16", "bfloat16"}
     assert report.notes == ("float64 was left out: jax_enable_x64 is off",)
-    assert checked(in_jax, [GAUSSIAN], None, framework="jax").notes == ()
+    assert checked(jax.jit(in_jax), [GAUSSIAN], None, framework="jax").notes == ()
     with pytest.raises(ValueError, match="'float64', which was left out: jax_enable_x64 is off"):
         jax_checked(in_jax, dtypes=["float64"])
 
@@ -463,7 +463,7 @@ def test_float64_that_is_on_for_one_thread_is_on_in_the_function_s() -> None:
         return plain(jnp, q, k, v, scale, mask, jnp.float64)
 
     with jax.enable_x64(True):
-        report = jax_checked(fn, dtypes=["float64", "float32"])
+        report = jax_checked(jax.jit(fn), dtypes=["float64"])
     report.raise_if_failed()
     assert all(len(row.verdicts) == 5 for row in report.rows)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_JOIN = 1.0  # seconds that an interrupted call has to end
+_JOIN = 0.5  # seconds that an interrupted call has to end
 
 
 class TimeIsUpError(Exception):
