@@ -99,9 +99,9 @@ def case_of(name: str) -> Case:
 
 
 def large(case: Case) -> Case:
-    """Return the case with longer queries and keys: lengths that powers of two do not divide."""
+    """Return the case with longer queries and keys: odd lengths, which no tile divides."""
     return replace(
-        case, name=f"{case.name}.large", S_Q=5 * case.S_Q - 1, S_KV=8 * case.S_KV, quick=False
+        case, name=f"{case.name}.large", S_Q=4 * case.S_Q + 1, S_KV=8 * case.S_KV - 3, quick=False
     )
 
 

@@ -107,6 +107,11 @@ class Verdict:
 
 def truth_of(problem: Problem) -> Truth:
     """Compute what is right and how far from it one may be."""
+    with np.errstate(all="ignore"):  # whatever the caller has set: probabilities underflow
+        return _truth_of(problem)
+
+
+def _truth_of(problem: Problem) -> Truth:
     results, sizes = _exactly(problem)
     unit = UNIT[accumulator(problem.dtype)]
     own = {name: norms(problem, name, x) for name, x in results.items()}
@@ -143,6 +148,11 @@ def judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     truth : Truth
         Of that problem.
     """
+    with np.errstate(all="ignore"):  # a wrong result may be of any size
+        return _judge(name, got, problem, truth)
+
+
+def _judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     want = truth.results[name]
     what = _pattern(got, want)
     error = _difference(got, want)

@@ -3,10 +3,12 @@
     fn(q, k, v, *, scale, mask) -> out  or  (out, lse)
     fn.backward(dout, q, k, v, out, lse, *, scale, mask) -> (dq, dk, dv)
 
-Without a backward of its own, autograd differentiates it where the framework has that.
+Without a backward of its own, autograd differentiates it where the framework has that.  lse is None
+for a backward whose function returns none.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from lvxattn.reference.check.frameworks import Framework
 from lvxattn.reference.check.problem import Problem, draw
-from lvxattn.reference.validation import accumulator, dtype_name
+from lvxattn.reference.validation import accumulator, dtype_name, library
 
 Array = npt.NDArray[Any]
 
@@ -30,6 +32,7 @@ def play(
     *,
     backward: Callable[..., Any] | None,
     gradients: bool,
+    notes: list[str] | None = None,
 ) -> dict[str, Array]:
     """Call fn on a problem, after whatever its case calls before.
 
@@ -42,6 +45,8 @@ def play(
         fn's; autograd stands in for it.
     gradients : bool
         Whether to ask for gradients.
+    notes : list of str, optional
+        Why there are no gradients is put here.
 
     Returns
     -------
@@ -63,13 +68,28 @@ def play(
         before = [draw(problem.case, dtype, problem.seed + 1) for dtype in others[:1]]
     else:
         before = [draw(problem.case, problem.dtype, problem.seed + 1)] if calls else []
-    for other in before:
-        try:
-            _once(fn, other, framework, backward, gradients and calls == "other data")
-        except NotImplementedError:
-            if calls == "other data":
-                raise  # nor can it do what is judged
-    return _once(fn, problem, framework, backward, gradients)
+    with framework.active():
+        earlier = []
+        for other in before:
+            try:
+                earlier.append(
+                    _once(fn, other, framework, backward, gradients and calls == "other data", [])
+                )
+            except NotImplementedError:
+                if calls == "other data":
+                    raise  # nor can it do what is judged
+        results = _once(fn, problem, framework, backward, gradients, notes)
+        for call in earlier:
+            _unchanged(call, framework, "was changed by the next call: its memory is used again")
+    return results.copies
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Arrays of the framework, by name, and what was in them."""
+
+    arrays: dict[str, Any]
+    copies: dict[str, Array]
 
 
 def _once(
@@ -78,43 +98,53 @@ def _once(
     framework: Framework,
     backward: Callable[..., Any] | None,
     gradients: bool,
-) -> dict[str, Array]:
+    notes: list[str] | None,
+) -> _Kept:
+    arguments = _arguments(problem, framework)
+    given = _Kept(arguments, {name: framework.get(x) for name, x in arguments.items()})
+    q, k, v, dout = (arguments[name] for name in ("q", "k", "v", "dout"))
+    mask = framework.rule(problem.mask) if callable(problem.mask) else arguments.get("mask")
+    options = {"scale": problem.scale, "mask": mask}
+    why: Any = "the function has no backward"
+    if gradients and backward is None:
+        result, why = framework.differentiate(lambda *leaves: fn(*leaves, **options), q, k, v)
+    else:
+        result = fn(q, k, v, **options)
+    kept = _Kept({}, {})
+    out, lse = _forward(result)
+    _keep(kept, "out", out, problem, framework)
+    if lse is not None:
+        _keep(kept, "lse", lse, problem, framework)
+    if gradients:
+        found = None
+        try:
+            if backward is not None:
+                found = _three(backward(dout, q, k, v, out, lse, **options))
+            elif callable(why):
+                found = why(dout)
+        except NotImplementedError as error:
+            why = f"the backward raised NotImplementedError: {error}".removesuffix(": ")
+        if found is None and notes is not None:
+            notes.append(str(why))
+        for name, x in zip(("dq", "dk", "dv"), found or (), strict=False):
+            _keep(kept, name, x, problem, framework)
+    _unchanged(given, framework, "was written into")
+    _unchanged(kept, framework, "was written into by the backward")
+    return kept
+
+
+def _arguments(problem: Problem, framework: Framework) -> dict[str, Any]:
+    """Return q, k, v, dout and a mask that is an array, as the case has them in memory."""
     memory = problem.case.memory
     arguments = {
         name: framework.put(getattr(problem, name), _memory_of(name, memory))
         for name in ("q", "k", "v", "dout")
     }
     if isinstance(problem.mask, np.ndarray):
-        arguments["mask"] = framework.put(problem.mask)
-    given = {name: framework.get(x) for name, x in arguments.items()}
-    q, k, v, dout = (arguments[name] for name in ("q", "k", "v", "dout"))
-    options = {"scale": problem.scale, "mask": arguments.get("mask", problem.mask)}
-    found: tuple[Any, Any, Any] | None = None
-    if gradients and backward is None:
-        result, found = framework.differentiate(
-            lambda *leaves: fn(*leaves, **options), q, k, v, dout
+        arguments["mask"] = framework.put(
+            problem.mask, "read-only" if memory == "read-only" else "contiguous"
         )
-    else:
-        result = fn(q, k, v, **options)
-    out, lse = _forward(result)
-    results = {"out": _checked("out", out, problem, framework)}
-    if lse is not None:
-        results["lse"] = _checked("lse", lse, problem, framework)
-    if gradients and backward is not None:
-        try:
-            found = _three(backward(dout, q, k, v, out, lse, **options))
-        except NotImplementedError:
-            found = None
-    if found is not None:
-        for name, x in zip(("dq", "dk", "dv"), found, strict=True):
-            results[name] = _checked(name, x, problem, framework)
-    for name, x in arguments.items():
-        changed = framework.get(x) != given[name]
-        if changed.any():
-            raise ComplaintError(
-                f"{name}: was written into ({changed.sum()} of {changed.size} elements)"
-            )
-    return results
+    return arguments
 
 
 def _memory_of(name: str, memory: str) -> str:
@@ -125,26 +155,22 @@ def _memory_of(name: str, memory: str) -> str:
 def _forward(result: Any) -> tuple[Any, Any]:
     if isinstance(result, tuple | list):
         if len(result) != 2:
-            raise ComplaintError(f"expected out or (out, lse), got {len(result)} results")
+            raise ComplaintError(f"expected out or (out, lse), got {_kind(result)}")
         return result[0], result[1]
     return result, None
 
 
 def _three(result: Any) -> tuple[Any, Any, Any]:
     if not isinstance(result, tuple | list) or len(result) != 3:
-        what = (
-            f"{len(result)} results" if isinstance(result, tuple | list) else type(result).__name__
-        )
-        raise ComplaintError(f"backward: expected (dq, dk, dv), got {what}")
+        raise ComplaintError(f"backward: expected (dq, dk, dv), got {_kind(result)}")
     return result[0], result[1], result[2]
 
 
-def _checked(name: str, x: Any, problem: Problem, framework: Framework) -> Array:
-    """Return a result in NumPy's float64, if it is what it should be."""
+def _keep(kept: _Kept, name: str, x: Any, problem: Problem, framework: Framework) -> None:
+    """Put a result into `kept`, if it is what it should be."""
     if not framework.owns(x):
-        kind = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}"
         raise ComplaintError(
-            f"{name}: expected an array of {framework.name} on its device, got {kind}"
+            f"{name}: expected an array of {framework.name} on {framework.device}, got {_kind(x)}"
         )
     rows = problem.q.shape[:3]
     shape = {
@@ -161,4 +187,30 @@ def _checked(name: str, x: Any, problem: Problem, framework: Framework) -> Array
         wanted = list(dict.fromkeys((accumulator(problem.dtype), "float64")))
     if dtype_name(x) not in wanted:
         raise ComplaintError(f"{name}: expected dtype {' or '.join(wanted)}, got {dtype_name(x)}")
-    return framework.get(x)
+    try:
+        kept.copies[name] = framework.get(x)
+    except Exception as error:  # a kernel that ran late, or memory that is not there any more
+        raise ComplaintError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
+    kept.arrays[name] = x
+
+
+def _unchanged(kept: _Kept, framework: Framework, what: str) -> None:
+    """Complain of an array that holds something else than it did."""
+    for name, x in kept.arrays.items():
+        try:
+            now, before = framework.get(x), kept.copies[name]
+        except Exception as error:
+            raise ComplaintError(f"{name}: {what}: {type(error).__name__}: {error}") from error
+        changed = ~((now == before) | ((now != now) & (before != before)))  # NaN is NaN
+        if changed.any():
+            raise ComplaintError(f"{name}: {what} ({changed.sum()} of {changed.size} elements)")
+
+
+def _kind(x: Any) -> str:
+    """Say what something is that should have been something else."""
+    if x is None:
+        return "None"
+    if isinstance(x, tuple | list):
+        return f"a {type(x).__name__} of {len(x)}"
+    where = getattr(x, "device", "") if hasattr(x, "dtype") else ""
+    return f"{library(x)}.{type(x).__name__}{f' on {where}' if where else ''}"

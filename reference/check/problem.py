@@ -92,6 +92,11 @@ def draw(case: Case, dtype: str, seed: int = 0) -> Problem:
     InputError
         bfloat16 is asked for and ml_dtypes is not there.
     """
+    with np.errstate(all="ignore"):  # half precision may underflow
+        return _draw(case, dtype, seed)
+
+
+def _draw(case: Case, dtype: str, seed: int) -> Problem:
     rng = np.random.default_rng([seed, *case.name.encode()])
     scale = case.D**-0.5 if case.scale is None else case.scale
     x: dict[str, Array] = {
