@@ -190,6 +190,13 @@ def test_a_table_has_a_line_for_each_case_and_a_column_for_each_dtype(count: int
     assert len({len(line) for line in (head, *table)}) == 1
 
 
+def test_cells_do_not_touch_however_wide_they_are() -> None:
+    rows = [row("a", "wrong", 1e14, dtype=dtype) for dtype in DTYPES]
+    line = str(report_of(rows)).splitlines()[3]
+    assert line.split() == ["a", *(["WRONG", "out", "1e+14"] * 4)]
+    assert "14   WRONG" in line
+
+
 def test_a_cell_is_the_worst_of_its_rows() -> None:
     rows = [row(ratio=0.2), row(ratio=0.7, seed=1), row(ratio=0.1, seed=2)]
     assert "out 0.70" in str(report_of(rows))

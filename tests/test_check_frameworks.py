@@ -588,6 +588,16 @@ def test_a_device_s_arrays_are_no_numpy_arrays() -> None:
     assert text == "out: expected an array of cupy on cuda:0, got numpy.ndarray on cpu"
 
 
+def test_an_array_on_another_device_is_told() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        out = fake_cupy.zeros(q.shape, q.dtype)
+        out.device = fake_cupy.cuda.Device(1)
+        return out
+
+    text = message(fn, framework="cupy")
+    assert text.startswith("out: expected an array of cupy on cuda:0, got fake_cupy.ndarray on ")
+
+
 def test_a_device_array_that_is_written_into_is_told() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         out, _ = block_attention(q, k, v, scale=scale, mask=mask)

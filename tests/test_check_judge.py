@@ -151,6 +151,14 @@ def test_a_truth_of_zeros_has_a_limit_of_zero_error_and_a_row_of_nothing_but_zer
     assert not wrong.passed
 
 
+def test_a_wrong_result_of_any_size_is_judged_whatever_numpy_is_set_to() -> None:
+    problem, truth = problem_and_truth("gaussian")
+    with np.errstate(all="raise"):
+        for size in (1e308, 1e-308):
+            got = np.full(truth.results["out"].shape, size)
+            assert not judge("out", got, problem, truth).passed
+
+
 # Kinds of rows.
 
 

@@ -148,28 +148,29 @@ STOP = threading.Event()
 def test_a_call_that_does_not_come_back_is_told_and_the_next_case_runs(
     hang: Callable[..., Any],
 ) -> None:
-    report = checked(first_wrong(hang), time_limit=0.3)
+    report = checked(first_wrong(hang), time_limit=0.5)
     assert [row.status for row in report.rows] == ["error", "ok"]
-    assert report.rows[0].message == "did not come back within 0.3 s"
+    assert report.rows[0].message == "did not come back within 0.5 s"
 
 
 def test_a_loop_is_ended_and_a_call_that_cannot_be_ended_is_counted() -> None:
     assert not any(
-        "could not be ended" in n for n in checked(first_wrong(loop), time_limit=0.2).notes
+        "could not be ended" in n for n in checked(first_wrong(loop), time_limit=0.5).notes
     )
-    report = checked(first_wrong(stubborn), time_limit=0.2)
+    report = checked(first_wrong(stubborn), time_limit=0.5)
     STOP.set()
     assert any(
-        n.startswith("1 calls that did not come back could not be ended") for n in report.notes
+        n.startswith("calls that did not come back and could not be ended: 1,")
+        for n in report.notes
     )
 
 
 def test_the_limit_is_for_each_case() -> None:
     def slow(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
-        time.sleep(0.3)
+        time.sleep(0.4)
         return right(q, k, v, scale=scale, mask=mask)
 
-    assert checked(slow, [GAUSSIAN] * 3, time_limit=0.7).passed
+    assert checked(slow, [GAUSSIAN] * 3, time_limit=1.0).passed
 
 
 def test_a_thread_that_is_left_behind_keeps_no_program_from_ending() -> None:

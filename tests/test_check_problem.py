@@ -145,6 +145,19 @@ def test_masks_differ_where_they_are_not_broadcast(name: str, shape: tuple[int, 
             assert (first != second).any()
 
 
+@pytest.mark.parametrize("name", ["random-mask", "mask-over-heads", "mask-over-batches"])
+def test_every_query_sees_the_first_key_of_a_random_mask(name: str) -> None:
+    """So that none is dead by chance, whatever the seed."""
+    assert all(seen(drawn(name, seed=seed))[..., 0].all() for seed in range(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cases_are_drawn_whatever_numpy_is_set_to(dtype: str) -> None:
+    small = replace(case_of("gaussian"), S_KV=10_000)  # some of its numbers are subnormal
+    with np.errstate(all="raise"):
+        draw(small, dtype)
+
+
 def test_dead_shards_are_dead_for_everyone() -> None:
     rows = seen(drawn("dead-shard"))
     assert not rows[..., :20].any()

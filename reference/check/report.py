@@ -147,14 +147,19 @@ class Report:
         if not self.rows:
             return ""
         dtypes = list(dict.fromkeys(row.dtype for row in self.rows))
-        cases = dict.fromkeys(row.case for row in self.rows)
-        width = max([len(case) for case in cases] + [4])
-        lines = ["  error / limit".ljust(width + 2) + "".join(f"{d:>17}" for d in dtypes)]
-        for case in cases:
-            cells = (
-                _cell([r for r in self.rows if (r.case, r.dtype) == (case, d)]) for d in dtypes
-            )
-            lines.append(f"  {case:{width}}" + "".join(f"{cell:>17}" for cell in cells))
+        rows: dict[str, dict[str, list[Row]]] = {}
+        for row in self.rows:
+            rows.setdefault(row.case, {}).setdefault(row.dtype, []).append(row)
+        table = [["error / limit", *dtypes]]
+        table += [
+            [case, *(_cell(by.get(dtype, [])) for dtype in dtypes)] for case, by in rows.items()
+        ]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            f"  {case:{widths[0]}}"
+            + "".join(f"   {cell:>{n}}" for cell, n in zip(cells, widths[1:], strict=True))
+            for case, *cells in table
+        ]
         return "\n".join(lines) + "\n"
 
     def _failures(self) -> Iterable[str]:

@@ -161,7 +161,9 @@ def attempt(
         return {}, "error", one_line(error)
     except EndedError as error:
         return {}, "error", raised(error.__cause__ or error)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return {}, "error", raised(error)
 
 
@@ -189,18 +191,16 @@ def _notes(player: Player, rows: Sequence[Row], wanted: Sequence[str]) -> list[s
     judged = [row for row in rows if row.verdicts]
     count = Counter(row.note for row in judged if row.note)
     for why, n in count.most_common(_SHOWN):
-        every = n == len(judged)
-        notes.append(
-            f"{'forward only' if every else f'no gradients in {n} of {len(judged)}'}: {why}"
-        )
+        part = f"no gradients in {n} of {len(judged)}"
+        notes.append(f"{'forward only' if n == len(judged) else part}: {why}")
     if len(count) > _SHOWN:
         notes.append(f"and {len(count) - _SHOWN} more reasons for no gradients")
     if judged and not any(v.name == "lse" for row in judged for v in row.verdicts):
         notes.append("no lse was returned, and none judged")
     if player.patience.abandoned:
         notes.append(
-            f"{player.patience.abandoned} calls that did not come back could not be ended: "
-            "they may have slowed down what followed"
+            f"calls that did not come back and could not be ended: {player.patience.abandoned}, "
+            "which may have slowed down what followed"
         )
     return notes
 
