@@ -7,7 +7,7 @@ Without a backward of its own, autograd differentiates it where the framework ha
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,21 @@ from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.validation import accumulator, dtype_name
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 
 class ComplaintError(Exception):
     """The function did not keep to its contract."""
+
+
+def whole(problem: Problem) -> Problem:
+    """Return the problem: what a function gets that is not distributed."""
+    return problem
+
+
+def alone(work: Callable[[], T]) -> T:
+    """Do the work: nobody else has to know how it ended."""
+    return work()
 
 
 def play(
@@ -30,6 +41,8 @@ def play(
     *,
     backward: Callable[..., Any] | None,
     gradients: bool,
+    part: Callable[[Problem], Problem] = whole,
+    together: Callable[[Callable[[], Any]], Any] = alone,
 ) -> dict[str, Array]:
     """Call fn on a problem, after whatever its case calls before.
 
@@ -42,6 +55,11 @@ def play(
         fn's; autograd stands in for it.
     gradients : bool
         Whether to ask for gradients.
+    part : callable
+        Returns what fn gets of a problem.
+    together : callable
+        Does a piece of work, and raises on every rank if it failed on one: no rank may call what
+        another one will not.
 
     Returns
     -------
@@ -65,11 +83,12 @@ def play(
         before = [draw(problem.case, problem.dtype, problem.seed + 1)] if calls else []
     for other in before:
         try:
-            _once(fn, other, framework, backward, gradients and calls == "other data")
+            asked = gradients and calls == "other data"
+            _once(fn, part(other), framework, backward, asked, together)
         except NotImplementedError:
             if calls == "other data":
                 raise  # nor can it do what is judged
-    return _once(fn, problem, framework, backward, gradients)
+    return _once(fn, part(problem), framework, backward, gradients, together)
 
 
 def _once(
@@ -78,6 +97,21 @@ def _once(
     framework: Framework,
     backward: Callable[..., Any] | None,
     gradients: bool,
+    together: Callable[[Callable[[], Any]], Any],
+) -> dict[str, Array]:
+    results: dict[str, Array] = together(
+        lambda: _held(fn, problem, framework, backward, gradients, together)
+    )
+    return results
+
+
+def _held(
+    fn: Callable[..., Any],
+    problem: Problem,
+    framework: Framework,
+    backward: Callable[..., Any] | None,
+    gradients: bool,
+    together: Callable[[Callable[[], Any]], Any],
 ) -> dict[str, Array]:
     memory = problem.case.memory
     arguments = {
@@ -89,17 +123,24 @@ def _once(
     given = {name: framework.get(x) for name, x in arguments.items()}
     q, k, v, dout = (arguments[name] for name in ("q", "k", "v", "dout"))
     options = {"scale": problem.scale, "mask": arguments.get("mask", problem.mask)}
+    results: dict[str, Array] = {}
+
+    def forward(*leaves: Any) -> Any:
+        result = fn(*leaves, **options)
+        out, lse = _forward(result)
+        results["out"] = _checked("out", out, problem, framework)
+        if lse is not None:
+            results["lse"] = _checked("lse", lse, problem, framework)
+        return result
+
     found: tuple[Any, Any, Any] | None = None
     if gradients and backward is None:
         result, found = framework.differentiate(
-            lambda *leaves: fn(*leaves, **options), q, k, v, dout
+            lambda *leaves: together(lambda: forward(*leaves)), q, k, v, dout
         )
     else:
-        result = fn(q, k, v, **options)
+        result = together(lambda: forward(q, k, v))
     out, lse = _forward(result)
-    results = {"out": _checked("out", out, problem, framework)}
-    if lse is not None:
-        results["lse"] = _checked("lse", lse, problem, framework)
     if gradients and backward is not None:
         try:
             found = _three(backward(dout, q, k, v, out, lse, **options))

@@ -192,6 +192,16 @@ def _one_hot(drawn: Drawn) -> None:
     )
 
 
+def _aligned(drawn: Drawn) -> None:
+    """Let the parts that some queries or keys contribute to a result all point the same way."""
+    for name in ("q", "dout", "v"):
+        x = drawn.x[name]
+        shift = drawn.rng.choice([-1, 1], (*x.shape[:2], 1, x.shape[3])) * drawn.rng.uniform(
+            1, 2, (*x.shape[:2], 1, x.shape[3])
+        )
+        drawn.x[name] = shift + (drawn.x["k"] if name == "v" else x / 2)
+
+
 DATA: dict[str, Callable[[Drawn], None]] = {
     "gaussian": _gaussian,
     "scores": _scores,
@@ -202,6 +212,7 @@ DATA: dict[str, Callable[[Drawn], None]] = {
     "offset": _offset,
     "uniform": _uniform,
     "one-hot": _one_hot,
+    "aligned": _aligned,
 }
 
 

@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +75,7 @@ def check(
         report instead.
     """
     arrays = framework_of(framework, device)
-    chosen = _check_arguments(fn, suite, dtypes, backward, arrays, seeds, time_limit)
+    chosen = check_arguments(fn, suite, dtypes, backward, arrays, seeds, time_limit)
     own = backward if callable(backward) else getattr(fn, "backward", None)
     player = Player(fn, arrays, own, backward is not False, Patience(time_limit))
     start = perf_counter()
@@ -110,7 +110,14 @@ class Player:
         )
 
 
-def judged(player: Player, case: Case, dtype: str, seed: int) -> Row:
+class Plays(Protocol):
+    """Whoever can solve a problem."""
+
+    def play(self, problem: Problem) -> dict[str, Array]:
+        """Return float64 arrays by name, or raise what the function did."""
+
+
+def judged(player: Plays, case: Case, dtype: str, seed: int) -> Row:
     """Run one case and judge it."""
     start = perf_counter()
     about: dict[str, Any] = {
@@ -152,7 +159,7 @@ def verdicts_of(results: dict[str, Array], problem: Problem, truth: Truth) -> tu
     )
 
 
-def _check_arguments(
+def check_arguments(
     fn: Any,
     suite: str,
     dtypes: Sequence[str] | None,
