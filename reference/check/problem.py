@@ -109,9 +109,10 @@ def draw(case: Case, dtype: str, seed: int = 0) -> Problem:
     mask = MASKS[case.mask](case, rng)
     target = dtype_of(dtype)
     if isinstance(mask, np.ndarray) and mask.dtype != bool:
-        if case.mask == "finite minimum":
+        if case.mask.startswith("finite minimum"):
             mask = np.maximum(mask, _least(dtype))
             x["q_kinds"][-1] = 1
+        if case.mask == "finite minimum":
             x["dout"][:, :, -1] = 0  # that row's lse, minimum + log n, has lost the n
         mask = mask.astype(target)
     kinds = {"q_kinds": x.pop("q_kinds"), "kv_kinds": x.pop("kv_kinds")}
