@@ -166,4 +166,5 @@ def _repeated(x: Array, q: Array, wide: Any) -> Array:
 
 def _grouped(x: Array, k: Array) -> Array:
     """Sum over the query heads that share keys."""
-    return x.reshape(k.shape[0], k.shape[1], -1, *x.shape[2:]).sum(axis=2)
+    group = x.shape[1] // k.shape[1]
+    return x.reshape(k.shape[0], k.shape[1], group, *x.shape[2:]).sum(axis=2)

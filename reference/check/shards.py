@@ -103,8 +103,8 @@ def sweep_of(cases: Sequence[Case], size: int, suite: str, turn: int = 0) -> dic
         kinds_of_each = len(uneven) if suite == "full" else -(-len(uneven) // len(names))
         for name in names:
             for _ in range(kinds_of_each):
-                # Both go round; where they would go in step, one waits every round.
-                P = several[(n + n // len(several)) % len(several)]
-                found[name].append(Cut(P, uneven[n % len(uneven)]))
+                turns, kind = divmod(n, len(uneven))
+                P = several[(turns + kind) % len(several)]
+                found[name].append(Cut(P, uneven[kind]))
                 n += 1
     return found

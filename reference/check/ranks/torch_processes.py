@@ -5,6 +5,7 @@ The channel is a store of its own, held by rank 0: it answers whatever a process
 
 import os
 import pickle
+import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from lvxattn.reference.check.ranks.processes import JUDGING, Processes
+from lvxattn.reference.check.ranks.processes import JUDGING, Processes, SilentError
 
 
 class TorchProcesses(Processes):
@@ -57,7 +58,10 @@ class TorchProcesses(Processes):
         self._store.set(f"{self.rank}>{dest}/{tag}/{number}", pickle.dumps(message))  # type: ignore[arg-type]
 
     def _arrived(self, source: int, tag: int) -> bool:
-        return self._store.check([self._next(source, tag)])
+        try:
+            return self._store.check([self._next(source, tag)])
+        except dist.DistError as error:  # rank 0, which holds the store, has ended
+            raise SilentError(f"rank 0 has ended: {error}") from None
 
     def _take(self, source: int, tag: int) -> Any:
         key = self._next(source, tag)
@@ -77,7 +81,8 @@ class TorchProcesses(Processes):
             dist.destroy_process_group(comm)
 
     def _abort(self) -> None:
-        """Do nothing: torchrun ends all processes when one has ended with status 1."""
+        """Let the others hear of it: torchrun ends all when one has ended with status 1."""
+        time.sleep(0.5)
 
 
 def _own_device(device: str | None) -> str | None:
