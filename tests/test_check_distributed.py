@@ -1,16 +1,26 @@
 """Distributed functions are checked: right ones pass, on whatever ranks; wrong ones do not."""
 
 import json
+import sys
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lvxattn.reference import cross_attention, cross_attention_backward
-from lvxattn.reference.check import Report, Row, case_of, distributed, draw, suite_of
+from lvxattn.reference.check import (
+    Report,
+    Row,
+    case_of,
+    check,
+    distributed,
+    draw,
+    suite_of,
+)
 from lvxattn.reference.check.distributed import check_distributed
 from lvxattn.reference.check.growth import GROWTH, LIMIT, judged_growth
-from lvxattn.reference.check.judge import Verdict
+from lvxattn.reference.check.judge import RESULTS, Verdict
 from lvxattn.reference.check.play import ComplaintError
 from lvxattn.reference.check.ranks.outcome import (
     ElsewhereError,
@@ -39,6 +49,33 @@ class Ours:
         return tuple(
             x.astype(q.dtype) for x in cross_attention_backward(dout, q, *others, **options)
         )
+
+
+class ProductsInHalf:
+    """Attention by a library whose products of matrices come in the dtype of the factors."""
+
+    def __call__(self, q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        assert mask is None
+        s = scale * q.astype("f4") @ k.astype("f4").swapaxes(-1, -2)
+        p = np.exp(s - s.max(axis=-1, keepdims=True))
+        total = p.sum(axis=-1, keepdims=True)
+        out = self._product(p, v, q.dtype) / total
+        return out.astype(q.dtype), (s.max(axis=-1, keepdims=True) + np.log(total))[..., 0]
+
+    def backward(
+        self, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, **options: Any
+    ) -> Any:
+        wide = [x.astype("f4") for x in (dout, q, k, v, out)]
+        p = np.exp(options["scale"] * wide[1] @ wide[2].swapaxes(-1, -2) - lse[..., None])
+        delta = (wide[0] * wide[4]).sum(axis=-1)
+        ds = p * (wide[0] @ wide[3].swapaxes(-1, -2) - delta[..., None])
+        dq = options["scale"] * self._product(ds, k, q.dtype)
+        dk = options["scale"] * self._product(ds.swapaxes(-1, -2), q, q.dtype)
+        dv = self._product(p.swapaxes(-1, -2), dout, q.dtype)
+        return tuple(x.astype(q.dtype) for x in (dq, dk, dv))
+
+    def _product(self, x: Any, y: Any, dtype: Any) -> Any:
+        return (x.astype(dtype).astype("f4") @ y.astype("f4")).astype(dtype).astype("f4")
 
 
 @pytest.fixture
@@ -113,6 +150,8 @@ class TestVirtualRanks:
         report = checked(Ours(), 3, dtypes=["float64"])
         assert report.passed, str(report)
         assert {row.where for row in report.rows} >= {"P=1, even", "P=2, ragged", "P=3, last"}
+        judged = {tuple(verdict.name for verdict in row.verdicts) for row in report.rows}
+        assert judged == {RESULTS}
 
     def test_a_right_function_passes_on_64_ranks(self, few: None) -> None:
         report = checked(Planted(blocks_in_half=True, round_p=True), 64, dtypes=["bfloat16"])
@@ -162,9 +201,20 @@ class TestVirtualRanks:
         assert all("deadlock" in row.message for row in report.failed)
         assert report.failed
 
+    def test_a_rank_that_wants_to_exit_is_an_error(self, few: None) -> None:
+        def fn(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
+            return Planted()(q, k, v, comm, **options) if comm.rank == 0 else sys.exit(3)
+
+        report = checked(fn, 2, dtypes=["float64"], backward=False)
+        assert report.failed
+        assert all("rank 1 of 2: SystemExit: 3" in row.message for row in report.failed)
+
     def test_what_no_rank_supports_is_no_failure(self, few: None) -> None:
         def fn(q: Any, k: Any, v: Any, comm: Any, *, scale: float, mask: Any) -> Any:
             if mask is not None:
+                if comm.rank:  # rank 0 has said so by the time that this one sends
+                    time.sleep(0.02)
+                    comm.send([], comm.rank)
                 raise NotImplementedError("masks")
             return Planted()(q, k, v, comm, scale=scale, mask=mask)
 
@@ -212,6 +262,13 @@ class TestGrowth:
     def test_says_when_it_cannot_be_judged(self, few: None) -> None:
         assert "needs 4 ranks" in str(checked(Planted(), 3, dtypes=["float16"]))
         assert "needs float16 or bfloat16" in str(checked(Planted(), 4, dtypes=["float64"]))
+
+
+class TestLimit:
+    def test_lets_products_come_in_half_precision(self) -> None:
+        case = case_of("offset-values")
+        report = check(ProductsInHalf(), dtypes=["bfloat16"], seeds=60, cases=[case])
+        assert report.passed, str(report)
 
 
 class TestOutcomes:
@@ -274,6 +331,7 @@ class TestRealRanks:
         assert not ended.err
         report = json.loads(ended.out)
         assert report["passed"], report["text"]
+        assert set(report["results"]) == set(RESULTS)
         assert (f"P={P}, ragged" in report["where"]) == (P > 1)
         assert ("growth of the error from P=1 to P=4, bfloat16" in report["text"]) == (P == 4)
 
@@ -288,6 +346,7 @@ class TestRealRanks:
         assert ended.status == 0, ended.err
         report = json.loads(ended.out)
         assert report["passed"], report["text"]
+        assert set(report["results"]) == set(RESULTS)
         assert "P=3, ragged" in report["where"]
 
     def test_what_goes_wrong_on_a_rank_is_told_and_the_rest_goes_on(self) -> None:

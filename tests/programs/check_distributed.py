@@ -52,6 +52,7 @@ if report is not None:
         "failed": sorted({row.case for row in report.failed}),
         "statuses": sorted({row.status for row in report.rows}),
         "where": sorted({row.where for row in report.rows}),
+        "results": sorted({verdict.name for row in report.rows for verdict in row.verdicts}),
         "rows": len(report.rows),
         "worst": report.worst_ratio,
         "seconds": report.seconds,
