@@ -231,7 +231,7 @@ def test_the_needle_is_last_and_far_above_for_the_rows_that_look_for_it() -> Non
 def test_values_near_1000_keep_what_differs_between_them() -> None:
     v = drawn("offset-values", "float32").v
     assert abs(v.mean() - 1000) < 1
-    assert 0.5 < v.std() < 1.5
+    assert 8 < v.std() < 32  # over a few of bfloat16's steps of 4
 
 
 # Lengths, heads, memory.

@@ -131,7 +131,8 @@ CASES: list[Case] = [
     Case("lse-low", "scores", "lse near -800: a maximum that starts at 0, an lse that starts at 0",
          data="low"),
     Case("lse-high", "scores", "lse near 800: exp overflows even in fp64", data="high"),
-    Case("offset-values", "scores", "values near 1,000: dp and delta cancel", data="offset"),
+    Case("offset-values", "scores", "values near 1,000: dp and delta cancel", data="offset",
+         S_Q=64),
     # Masks, by kind.
     Case("random-mask", "mask kinds", "bool, another for every batch entry, head and query",
          mask="random", B=2, S_Q=9),

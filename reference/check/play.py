@@ -9,7 +9,7 @@ for a backward whose function returns none.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,21 @@ from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.validation import accumulator, dtype_name, library
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 
 class ComplaintError(Exception):
     """The function did not keep to its contract."""
+
+
+def whole(problem: Problem) -> Problem:
+    """Return the problem: what a function gets that is not distributed."""
+    return problem
+
+
+def alone(work: Callable[[], T]) -> T:
+    """Do the work: nobody else has to know how it ended."""
+    return work()
 
 
 def play(
@@ -33,6 +44,8 @@ def play(
     backward: Callable[..., Any] | None,
     gradients: bool,
     notes: list[str] | None = None,
+    part: Callable[[Problem], Problem] = whole,
+    together: Callable[[Callable[[], Any]], Any] = alone,
 ) -> dict[str, Array]:
     """Call fn on a problem, after whatever its case calls before.
 
@@ -47,6 +60,11 @@ def play(
         Whether to ask for gradients.
     notes : list of str, optional
         Why there are no gradients is put here.
+    part : callable
+        Returns what fn gets of a problem.
+    together : callable
+        Does a piece of work, and raises on every rank if it failed on one: no rank may call what
+        another one will not.
 
     Returns
     -------
@@ -68,17 +86,21 @@ def play(
         before = [draw(problem.case, dtype, problem.seed + 1) for dtype in others[:1]]
     else:
         before = [draw(problem.case, problem.dtype, problem.seed + 1)] if calls else []
+
+    def once(problem: Problem, gradients: bool, notes: list[str] | None) -> _Kept:
+        call = _Call(fn, backward if gradients else None, gradients, framework, notes, together)
+        kept: _Kept = together(lambda: call.once(part(problem)))
+        return kept
+
     with framework.active():
         earlier = []
         for other in before:
             try:
-                earlier.append(
-                    _once(fn, other, framework, backward, gradients and calls == "other data", [])
-                )
+                earlier.append(once(other, gradients and calls == "other data", None))
             except NotImplementedError:
                 if calls == "other data":
                     raise  # nor can it do what is judged
-        results = _once(fn, problem, framework, backward, gradients, notes)
+        results = once(problem, gradients, notes)
         for call in earlier:
             _unchanged(call, framework, "was changed by the next call: its memory is used again")
     return results.copies
@@ -92,45 +114,61 @@ class _Kept:
     copies: dict[str, Array]
 
 
-def _once(
-    fn: Callable[..., Any],
-    problem: Problem,
-    framework: Framework,
-    backward: Callable[..., Any] | None,
-    gradients: bool,
-    notes: list[str] | None,
-) -> _Kept:
-    arguments = _arguments(problem, framework)
-    given = _Kept(arguments, {name: framework.get(x) for name, x in arguments.items()})
-    q, k, v, dout = (arguments[name] for name in ("q", "k", "v", "dout"))
-    mask = framework.rule(problem.mask) if callable(problem.mask) else arguments.get("mask")
-    options = {"scale": problem.scale, "mask": mask}
-    why: Any = "the function has no backward"
-    if gradients and backward is None:
-        result, why = framework.differentiate(lambda *leaves: fn(*leaves, **options), q, k, v)
-    else:
-        result = fn(q, k, v, **options)
-    kept = _Kept({}, {})
-    out, lse = _forward(result)
-    _keep(kept, "out", out, problem, framework)
-    if lse is not None:
-        _keep(kept, "lse", lse, problem, framework)
-    if gradients:
-        found = None
-        try:
-            if backward is not None:
-                found = _three(backward(dout, q, k, v, out, lse, **options))
-            elif callable(why):
-                found = why(dout)
-        except NotImplementedError as error:
-            why = f"the backward raised NotImplementedError: {error}".removesuffix(": ")
-        if found is None and notes is not None:
-            notes.append(str(why))
-        for name, x in zip(("dq", "dk", "dv"), found or (), strict=False):
-            _keep(kept, name, x, problem, framework)
-    _unchanged(given, framework, "was written into")
-    _unchanged(kept, framework, "was written into by the backward")
-    return kept
+@dataclass(frozen=True)
+class _Call:
+    """How the function is called."""
+
+    fn: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    gradients: bool
+    framework: Framework
+    notes: list[str] | None
+    together: Callable[[Callable[[], Any]], Any]
+
+    def once(self, problem: Problem) -> _Kept:
+        """Call it forward and backward, and check what comes back."""
+        framework = self.framework
+        arguments = _arguments(problem, framework)
+        given = _Kept(arguments, {name: framework.get(x) for name, x in arguments.items()})
+        mask = framework.rule(problem.mask) if callable(problem.mask) else arguments.get("mask")
+        options = {"scale": problem.scale, "mask": mask}
+        kept = _Kept({}, {})
+        out, lse, why = self.together(lambda: self._forward(problem, arguments, options, kept))
+        if self.gradients:
+            q, k, v, dout = (arguments[name] for name in ("q", "k", "v", "dout"))
+            found = None
+            try:
+                if self.backward is not None:
+                    found = _three(self.backward(dout, q, k, v, out, lse, **options))
+                elif callable(why):
+                    found = why(dout)
+            except NotImplementedError as error:
+                why = f"the backward raised NotImplementedError: {error}".removesuffix(": ")
+            if found is None and self.notes is not None:
+                self.notes.append(str(why))
+            for name, x in zip(("dq", "dk", "dv"), found or (), strict=False):
+                _keep(kept, name, x, problem, framework)
+        _unchanged(given, framework, "was written into")
+        _unchanged(kept, framework, "was written into by the backward")
+        return kept
+
+    def _forward(
+        self, problem: Problem, arguments: dict[str, Any], options: dict[str, Any], kept: _Kept
+    ) -> tuple[Any, Any, Any]:
+        """Return out, lse, and what goes backward, or why nothing does."""
+        q, k, v = (arguments[name] for name in ("q", "k", "v"))
+        why: Any = "the function has no backward"
+        if self.gradients and self.backward is None:
+            result, why = self.framework.differentiate(
+                lambda *leaves: self.fn(*leaves, **options), q, k, v
+            )
+        else:
+            result = self.fn(q, k, v, **options)
+        out, lse = _forward(result)
+        _keep(kept, "out", out, problem, self.framework)
+        if lse is not None:
+            _keep(kept, "lse", lse, problem, self.framework)
+        return out, lse, why
 
 
 def _arguments(problem: Problem, framework: Framework) -> dict[str, Any]:

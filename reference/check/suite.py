@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -80,11 +80,8 @@ def check(
         The framework is not installed.
     """
     arrays = framework_of(framework, device)
-    _check_arguments(fn, suite, backward, seeds, time_limit, cases)
-    if dtypes is None:
-        wanted = arrays.usual if suite == "quick" else DTYPES
-    else:
-        wanted = _check_dtypes(dtypes, arrays)
+    check_arguments(fn, suite, backward, seeds, time_limit, cases)
+    wanted = wanted_dtypes(dtypes, suite, arrays)
     chosen = [dtype for dtype in wanted if dtype in arrays.dtypes]
     own = backward if callable(backward) else getattr(fn, "backward", None)
     player = Player(fn, arrays, own, backward is not False, Patience(time_limit))
@@ -104,7 +101,7 @@ def check(
         arrays.name,
         tuple(rows),
         perf_counter() - start,
-        notes=tuple(_notes(player, rows, wanted)),
+        notes=tuple(notes_of(arrays, rows, wanted, player.patience.abandoned)),
     )
 
 
@@ -132,7 +129,14 @@ class Player:
         )
 
 
-def judged(player: Player, case: Case, dtype: str, seed: int) -> Row:
+class Plays(Protocol):
+    """Whoever can solve a problem."""
+
+    def play(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
+        """Return float64 arrays by name, or raise what the function did."""
+
+
+def judged(player: Plays, case: Case, dtype: str, seed: int) -> Row:
     """Run one case and judge it."""
     start = perf_counter()
     about: dict[str, Any] = {
@@ -184,9 +188,21 @@ def name_of(fn: Any) -> str:
     return f"{getattr(fn, '__module__', None) or '?'}:{name}"
 
 
-def _notes(player: Player, rows: Sequence[Row], wanted: Sequence[str]) -> list[str]:
-    """Return what is to be said of the whole check, every thing once."""
-    missing = player.framework.missing
+def notes_of(
+    framework: Framework, rows: Sequence[Row], wanted: Sequence[str], abandoned: int = 0
+) -> list[str]:
+    """Return what is to be said of the whole check, every thing once.
+
+    Parameters
+    ----------
+    framework : Framework
+    rows : sequence of Row
+    wanted : sequence of str
+        The dtypes that were asked for.
+    abandoned : int
+        How many calls could not be ended.
+    """
+    missing = framework.missing
     notes = [f"{dtype} was left out: {missing[dtype]}" for dtype in wanted if dtype in missing]
     judged = [row for row in rows if row.verdicts]
     count = Counter(row.note for row in judged if row.note)
@@ -197,17 +213,24 @@ def _notes(player: Player, rows: Sequence[Row], wanted: Sequence[str]) -> list[s
         notes.append(f"and {len(count) - _SHOWN} more reasons for no gradients")
     if judged and not any(v.name == "lse" for row in judged for v in row.verdicts):
         notes.append("no lse was returned, and none judged")
-    if player.patience.abandoned:
+    if abandoned:
         notes.append(
-            f"calls that did not come back and could not be ended: {player.patience.abandoned}, "
+            f"calls that did not come back and could not be ended: {abandoned}, "
             "which may have slowed down what followed"
         )
     return notes
 
 
-def _check_arguments(
-    fn: Any, suite: str, backward: Any, seeds: Any, time_limit: Any, cases: Any
+def check_arguments(
+    fn: Any, suite: str, backward: Any, seeds: Any, time_limit: Any, cases: Any = None
 ) -> None:
+    """Refuse what `check` cannot work with.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what was given.
+    """
     if not callable(fn):
         raise TypeError(f"fn: expected a function, got {type(fn).__name__} {fn!r:.40}")
     suite_of(suite)
@@ -229,7 +252,16 @@ def _check_arguments(
             raise TypeError(f"cases: expected Case objects, as of case_of(name), got {case!r:.40}")
 
 
-def _check_dtypes(dtypes: Any, framework: Framework) -> tuple[str, ...]:
+def wanted_dtypes(dtypes: Any, suite: str, framework: Framework) -> tuple[str, ...]:
+    """Return the dtypes to check, as far as the framework has them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        They are named, and the framework does not have one of them.
+    """
+    if dtypes is None:
+        return tuple(framework.usual if suite == "quick" else DTYPES)
     if isinstance(dtypes, str) or not isinstance(dtypes, Iterable):
         raise TypeError(f"dtypes: expected a sequence of names, got {dtypes!r:.40}")
     known, found = ", ".join(framework.dtypes), tuple(dtypes)
