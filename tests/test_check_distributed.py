@@ -14,11 +14,11 @@ from lvxattn.reference.check import (
     Row,
     case_of,
     check,
+    check_distributed,
     distributed,
     draw,
     suite_of,
 )
-from lvxattn.reference.check.distributed import check_distributed
 from lvxattn.reference.check.growth import GROWTH, LIMIT, judged_growth
 from lvxattn.reference.check.judge import RESULTS, Verdict
 from lvxattn.reference.check.play import ComplaintError

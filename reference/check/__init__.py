@@ -8,6 +8,7 @@ The README beside this file tells how it judges, which cases there are and how t
 """
 
 from lvxattn.reference.check.cases import Case, case_of, suite_of
+from lvxattn.reference.check.distributed import check_distributed
 from lvxattn.reference.check.golden_data import golden, golden_names
 from lvxattn.reference.check.judge import Verdict
 from lvxattn.reference.check.problem import Problem, draw
@@ -22,6 +23,7 @@ __all__ = [
     "Verdict",
     "case_of",
     "check",
+    "check_distributed",
     "draw",
     "golden",
     "golden_names",
