@@ -9,7 +9,8 @@ largest of several ways to do it; u the unit roundoff of the dtype in which the 
 a that of the accumulator; size what the result would be if nothing in its sums cancelled and every
 probability were larger by the size of its score: p (1 + scale |q| |k|) |v| for out.  The last two
 are floors, for where E happens to be small: a result is rounded once when it is stored, its terms
-a few times on the way, and an absolute error in a score is a relative one in its probability.
+a few times on the way, and an absolute error in a score is a relative one in its probability.  The
+size of lse is 1 + scale |q| |k| + |lse|, since every merge rounds it to its own.
 
 In fp64 there is nothing more exact to compare with: E is measured in fp32, to whose unit roundoff
 every rounding is proportional, and divided by 2**29.
@@ -227,7 +228,9 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
     bias: Any = 0.0
     if mask is not None and mask.dtype != bool:
         bias = np.where(np.isfinite(mask), abs(mask), 0.0)
+    # A merge rounds lse to its own size, which is more than a score's where keys are many.
     lse_size = 1 + np.where(p > 0, score + bias, 0.0).max(axis=-1, initial=0.0)
+    lse_size = lse_size + np.where(np.isfinite(lse), abs(lse), 0.0)
     p = p * (1 + score)
     out_size = p @ abs(v_all)
     delta = (abs(dout) * out_size).sum(axis=-1)

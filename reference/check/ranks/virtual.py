@@ -6,7 +6,7 @@ nobody sends is noticed, so that nothing that a function does is the end of the 
 
 from typing import Any
 
-from lvxattn.reference.check.patience import Patience
+from lvxattn.reference.check.patience import EndedError, Patience
 from lvxattn.reference.check.play import alone
 from lvxattn.reference.check.ranks.outcome import Outcome, outcome_of, raising
 from lvxattn.reference.check.ranks.ranks import Task
@@ -41,6 +41,12 @@ class VirtualRanks:
                 outcomes[comm.rank] = Outcome("ok", results=results)
             except NotImplementedError as error:  # the others may be about to say the same
                 outcomes[comm.rank] = Outcome("unsupported", str(error))
+            except EndedError as error:
+                cause = error.__cause__
+                if cause is not None and not isinstance(cause, SystemExit | KeyboardInterrupt):
+                    raise cause from None  # run_ranks ends this rank because of another one
+                failures[comm.rank] = error
+                raise
             except BaseException as error:
                 failures[comm.rank] = error
                 raise
