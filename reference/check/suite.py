@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvxattn.reference.check.cases import Case, suite_of
+from lvxattn.reference.check.diagnosis import Suspects
 from lvxattn.reference.check.frameworks import Framework, framework_of
 from lvxattn.reference.check.judge import RESULTS, Truth, Verdict, judge, truth_of
 from lvxattn.reference.check.patience import Patience, TimeIsUpError
@@ -78,17 +79,20 @@ def check(
     chosen = _check_arguments(fn, suite, dtypes, backward, arrays, seeds, time_limit)
     own = backward if callable(backward) else getattr(fn, "backward", None)
     player = Player(fn, arrays, own, backward is not False, Patience(time_limit))
-    start = perf_counter()
-    rows = [
-        judged(player, case, dtype, seed)
-        for case in (suite_of(suite) if cases is None else cases)
+    start, suspects = perf_counter(), Suspects()
+    played = suite_of(suite) if cases is None else cases
+    judged_rows = [
+        judged(player, case, dtype, seed, suspects)
+        for case in played
         for dtype in chosen
         for seed in range(seeds)
     ]
     player.patience.close()
+    rows, probably = suspects.conclude(judged_rows, {case.name: case for case in played})
     name = getattr(fn, "__qualname__", type(fn).__qualname__)
     target = f"{getattr(fn, '__module__', '?')}:{name}"
-    return Report(target, suite, arrays.name, tuple(rows), perf_counter() - start)
+    seconds = perf_counter() - start
+    return Report(target, suite, arrays.name, rows, seconds, probably=probably)
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,10 @@ class Player:
         )
 
 
-def judged(player: Player, case: Case, dtype: str, seed: int) -> Row:
-    """Run one case and judge it."""
+def judged(
+    player: Player, case: Case, dtype: str, seed: int, suspects: Suspects | None = None
+) -> Row:
+    """Run one case and judge it, and tell `suspects` if it fails."""
     start = perf_counter()
     about: dict[str, Any] = {
         "case": case.name, "group": case.group, "reason": case.reason, "dtype": dtype, "seed": seed
@@ -119,10 +125,17 @@ def judged(player: Player, case: Case, dtype: str, seed: int) -> Row:
     problem = draw(case, dtype, seed)
     results, status, message = attempt(lambda: player.play(problem))
     if status:
-        return Row(**about, status=status, message=message, seconds=perf_counter() - start)
-    verdicts = verdicts_of(results, problem, truth_of(problem))
+        row = Row(**about, status=status, message=message, seconds=perf_counter() - start)
+        if suspects and status == "error":
+            suspects.examine(row, problem)
+        return row
+    truth = truth_of(problem)
+    verdicts = verdicts_of(results, problem, truth)
     status = "ok" if all(verdict.passed for verdict in verdicts) else "wrong"
-    return Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)
+    row = Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)
+    if suspects and status == "wrong":
+        suspects.examine(row, problem, results, truth)
+    return row
 
 
 def attempt(

@@ -1,0 +1,202 @@
+"""Which wrong kernels behave like a function that failed, on one problem.
+
+A wrong kernel matches if its results are those of the function up to a tenth of the error, and NaN
+and infinities are where the function has them.  It is played in fp64, so that what remains is the
+function's own rounding.  Where out or lse is wrong they decide alone: autograd and a backward of
+one's own follow a wrong forward in different ways.  A kernel that rounds too much cannot match in
+its bits; it is compared by the size of its error, where nothing else matches.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lvxattn.reference.check.frameworks.numpy_arrays import NumPy
+from lvxattn.reference.check.judge import RESULTS, Truth, difference, disagree, norms
+from lvxattn.reference.check.play import ComplaintError, play
+from lvxattn.reference.check.problem import Problem
+from lvxattn.reference.check.wrong import WRONG, Right
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A wrong kernel that behaves like the function.
+
+    Attributes
+    ----------
+    name : str
+    arguments : dict
+        The kernel's, of those in its `variants`.
+    distance : float
+        From its results to the function's, relative L2.
+    limits : float
+        The same in units of the limit; of errors that are compared by size, the larger over the
+        smaller.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    distance: float = 0.0
+    limits: float = 0.0
+
+    def __str__(self) -> str:
+        """Return what is said of the failure."""
+        options = ", ".join(f"{name} = {x}" for name, x in self.arguments.items())
+        name = f"*{self.name}*" + (f" ({options})" if options else "")
+        if self.compare == "size":
+            return f"error as large as that of {name}"
+        to = "" if self.compare == "complaint" else f" to {self.distance:.0e}"
+        return f"matches {name}{to}"
+
+    @property
+    def compare(self) -> str:
+        """What was compared: `Right.compare`."""
+        return WRONG[self.name].compare
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A problem that the function got wrong.
+
+    Attributes
+    ----------
+    problem : Problem
+    results : dict
+        The function's, float64 by name.
+    truth : Truth
+        Of the problem.
+    """
+
+    problem: Problem
+    results: dict[str, Array]
+    truth: Truth
+
+    def errors(self, name: str) -> Array:
+        """Return the error of a result, for each kind of row."""
+        apart = difference(self.results[name], self.truth.results[name])
+        return norms(self.problem, name, apart)
+
+    def astray(self, name: str) -> bool:
+        """Whether NaN or infinities of a result are not the truth's."""
+        return bool(disagree(self.results[name], self.truth.results[name]).any())
+
+    def is_wrong(self, name: str) -> bool:
+        """Whether a result is."""
+        return self.astray(name) or bool((self.errors(name) > self.truth.limits[name]).any())
+
+
+def matches(names: Collection[str], failure: Failure) -> list[Match]:
+    """Return the wrong kernels that match: the nearest, and those that are about as near.
+
+    Parameters
+    ----------
+    names : collection of str
+        Keys of `WRONG`, in whose order they are tried.
+    failure : Failure
+    """
+    forward = [name for name in ("out", "lse") if name in failure.results]
+    decide = forward if any(map(failure.is_wrong, forward)) else list(failure.results)
+    for by_size in (False, True):
+        found = [
+            match
+            for name, kernel in WRONG.items()
+            if name in names
+            and kernel.compare != "complaint"
+            and (kernel.compare == "size") == by_size
+            for match in _nearest(name, failure, list(failure.results) if by_size else decide)
+        ]
+        if found:
+            best = min(match.limits for match in found)
+            return [match for match in found if match.limits <= max(1.0, 2 * best)]
+    return []
+
+
+def complaints(names: Collection[str], problem: Problem, message: str) -> list[Match]:
+    """Return the wrong kernels that draw the same complaint.
+
+    Parameters
+    ----------
+    names : collection of str
+    problem : Problem
+    message : str
+        What was said against the function.
+    """
+    return [
+        Match(name, {})
+        for name, kernel in WRONG.items()
+        if name in names
+        and kernel.compare == "complaint"
+        and played(kernel(), problem, RESULTS) == message
+    ]
+
+
+def played(kernel: Right, problem: Problem, names: Collection[str]) -> dict[str, Array] | str:
+    """Return results of a wrong kernel, as far as they are asked for, or what is said against it.
+
+    Parameters
+    ----------
+    kernel : Right
+    problem : Problem
+    names : collection of str
+        Of results.
+    """
+    gradients = bool({"dq", "dk", "dv"} & set(names))
+    try:
+        return play(kernel, problem, NumPy(), backward=kernel.backward, gradients=gradients)
+    except (ComplaintError, ValueError) as error:  # ValueError: it wrote into what is read-only
+        return str(error)
+
+
+def _nearest(name: str, failure: Failure, decide: Collection[str]) -> list[Match]:
+    """Return the nearest match of one kernel's variants, if there is one."""
+    kernel, problem = WRONG[name], failure.problem
+    if kernel.compare == "values":
+        problem = replace(problem.astype(np.float64), dtype="float64")
+    found = []
+    for arguments in kernel.variants:
+        results = played(kernel(**arguments), problem, decide)
+        if isinstance(results, str):
+            continue
+        compare = _sizes if kernel.compare == "size" else _values
+        near = compare(failure, {name: results[name] for name in decide})
+        if near is not None:
+            found.append(Match(name, arguments, *near))
+    return sorted(found, key=lambda match: match.limits)[:1]
+
+
+def _values(failure: Failure, results: dict[str, Array]) -> tuple[float, float] | None:
+    """Return how far results are from the function's, relative and in limits, if that is near."""
+    distance = limits = 0.0
+    for name, x in results.items():
+        own, limit, error = failure.results[name], failure.truth.limits[name], failure.errors(name)
+        if disagree(own, x).any():
+            return None
+        apart = norms(failure.problem, name, difference(own, x))
+        # A small error is drowned in the function's own rounding, which the limit bounds.
+        near = np.maximum(error / 10, np.minimum(error / 3, limit))
+        if (apart > np.where(error > limit, near, 2 * limit)).any():
+            return None
+        distance = max(distance, _ratio(apart, norms(failure.problem, name, own)))
+        limits = max(limits, _ratio(apart, limit))
+    return distance, limits
+
+
+def _sizes(failure: Failure, results: dict[str, Array]) -> tuple[float, float] | None:
+    """Return no distance, and how far the errors are apart in size, if that is near."""
+    worst, other = 1.0, replace(failure, results=results)
+    for name in results:
+        if failure.astray(name) or other.astray(name):
+            return None
+        limit, ours, theirs = failure.truth.limits[name], failure.errors(name), other.errors(name)
+        ours, theirs = np.maximum(ours, limit), np.maximum(theirs, limit)  # what passes is alike
+        worst = max(worst, _ratio(ours, theirs), _ratio(theirs, ours))
+    return (0.0, worst) if worst <= 3 else None
+
+
+def _ratio(x: Array, y: Array) -> float:
+    return float(np.where(x == 0, 0.0, x / np.where(y == 0, 1.0, y)).max())
