@@ -15,8 +15,8 @@ from typing import Any
 import numpy.typing as npt
 
 from lvxattn.reference.check.cases import Case
-from lvxattn.reference.check.judge import Truth, judge, truth_of
-from lvxattn.reference.check.matching import Failure, Match, complaints, matches, played
+from lvxattn.reference.check.judge import RESULTS, Truth, judge, truth_of
+from lvxattn.reference.check.matching import Failure, Match, compared, complaints, matches, played
 from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.check.report import Row
 from lvxattn.reference.check.wrong import WRONG
@@ -25,6 +25,7 @@ Array = npt.NDArray[Any]
 Key = tuple[str, str, int, str]
 
 _SEARCHES = 12  # through the whole library; afterwards only what was found before is tried
+_REPLAYED = 200  # rows of a check that are played again for kernels that remember
 _CANDIDATES = 8  # that are held against the rows that passed
 _ALIKE = 3  # names that may be said in one breath
 
@@ -37,11 +38,14 @@ class Suspects:
     ----------
     matches : dict
         Of a failing row, those that are about equally near.
+    unexplained : dict
+        Failures that match nothing so far, or messages.
     searches : int
         How often the whole library was tried.
     """
 
     matches: dict[Key, list[Match]] = field(default_factory=dict)
+    unexplained: dict[Key, Failure | str] = field(default_factory=dict)
     searches: int = 0
 
     def examine(
@@ -62,11 +66,12 @@ class Suspects:
         truth : Truth, optional
             Of the problem, if there are results.
         """
+        failure = row.message if truth is None else Failure(problem, results or {}, truth)
 
         def look(names: set[str]) -> list[Match]:
-            if results is None or truth is None:
-                return complaints(names, problem, row.message)
-            return matches(names, Failure(problem, results, truth))
+            if isinstance(failure, str):
+                return complaints(names, problem, failure)
+            return matches(names, failure)
 
         known = {match.name for found in self.matches.values() for match in found}
         found = look(known)
@@ -75,6 +80,8 @@ class Suspects:
             found = look(WRONG.keys() - known)
         if found:
             self.matches[_key(row)] = found
+        elif len(self.unexplained) < _REPLAYED:
+            self.unexplained[_key(row)] = failure
 
     def conclude(
         self, rows: Sequence[Row], cases: Mapping[str, Case]
@@ -88,6 +95,8 @@ class Suspects:
         cases : mapping
             Theirs, by name.
         """
+        if self.unexplained:
+            self._replay(rows, cases)
         failed = [_key(row) for row in rows if row.status in ("wrong", "error")]
         against = self._against(rows, cases)
         left = {key: {match.name: match for match in found} for key, found in self.matches.items()}
@@ -110,6 +119,22 @@ class Suspects:
             left = {key: found for key, found in left.items() if key not in covers[best]}
         probably = f"probably {'; '.join(parts)}" if 2 * len(said) >= len(failed) > 0 else ""
         return tuple(replace(row, diagnosis=said.get(_key(row), "")) for row in rows), probably
+
+    def _replay(self, rows: Sequence[Row], cases: Mapping[str, Case]) -> None:
+        """Look among the kernels that remember earlier calls: play the whole check again."""
+        for name in (name for name in WRONG if WRONG[name].remembers):
+            kernel = WRONG[name]()
+            for row in rows[:_REPLAYED]:
+                results = played(kernel, draw(cases[row.case], row.dtype, row.seed), RESULTS)
+                failure = self.unexplained.get(_key(row))
+                found = []
+                if isinstance(failure, Failure) and not isinstance(results, str):
+                    asked = {x: results[x] for x in failure.deciding()}
+                    found = compared(name, {}, failure, asked)
+                elif isinstance(failure, str) and failure == results:
+                    found = [Match(name, {})]
+                if found:
+                    self.matches.setdefault(_key(row), []).extend(found)
 
     def _against(self, rows: Sequence[Row], cases: Mapping[str, Case]) -> dict[str, int]:
         """Return for the best names how many rows passed where they would have failed."""

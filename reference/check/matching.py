@@ -2,12 +2,13 @@
 
 A wrong kernel matches if its results are those of the function up to a tenth of the error, and NaN
 and infinities are where the function has them.  It is played in fp64, so that what remains is the
-function's own rounding.  Where out or lse is wrong they decide alone: autograd and a backward of
-one's own follow a wrong forward in different ways.  A kernel that rounds too much cannot match in
-its bits; it is compared by the size of its error, where nothing else matches.
+function's own rounding, and in the dtype, for what only its range brings about.  Where out or lse
+is wrong they decide alone: autograd and a backward of one's own follow a wrong forward in different
+ways.  A kernel that rounds too much cannot match in its bits; it is compared by the size of its
+error, where nothing else matches.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,9 +86,14 @@ class Failure:
         """Whether NaN or infinities of a result are not the truth's."""
         return bool(disagree(self.results[name], self.truth.results[name]).any())
 
-    def is_wrong(self, name: str) -> bool:
-        """Whether a result is."""
-        return self.astray(name) or bool((self.errors(name) > self.truth.limits[name]).any())
+    def deciding(self) -> list[str]:
+        """Return the results to be compared: out and lse if one of them is wrong, otherwise all."""
+        forward: list[str] = [name for name in ("out", "lse") if name in self.results]
+        wrong = any(
+            self.astray(name) or (self.errors(name) > self.truth.limits[name]).any()
+            for name in forward
+        )
+        return forward if wrong else list(self.results)
 
 
 def matches(names: Collection[str], failure: Failure) -> list[Match]:
@@ -99,16 +105,16 @@ def matches(names: Collection[str], failure: Failure) -> list[Match]:
         Keys of `WRONG`, in whose order they are tried.
     failure : Failure
     """
-    forward = [name for name in ("out", "lse") if name in failure.results]
-    decide = forward if any(map(failure.is_wrong, forward)) else list(failure.results)
-    for by_size in (False, True):
+    wide = replace(failure.problem.astype(np.float64), dtype="float64")
+    for compare, problems, among in (
+        ("values", (wide, failure.problem), failure.deciding()),
+        ("size", (failure.problem,), list(failure.results)),
+    ):
         found = [
             match
             for name, kernel in WRONG.items()
-            if name in names
-            and kernel.compare != "complaint"
-            and (kernel.compare == "size") == by_size
-            for match in _nearest(name, failure, list(failure.results) if by_size else decide)
+            if name in names and kernel.compare == compare
+            for match in _nearest(name, failure, problems, among)
         ]
         if found:
             best = min(match.limits for match in found)
@@ -152,21 +158,28 @@ def played(kernel: Right, problem: Problem, names: Collection[str]) -> dict[str,
         return str(error)
 
 
-def _nearest(name: str, failure: Failure, decide: Collection[str]) -> list[Match]:
+def compared(
+    name: str, arguments: dict[str, Any], failure: Failure, results: dict[str, Array]
+) -> list[Match]:
+    """Return a match if the results of a wrong kernel are near those of the function."""
+    compare = _sizes if WRONG[name].compare == "size" else _values
+    near = compare(failure, results)
+    return [] if near is None else [Match(name, arguments, *near)]
+
+
+def _nearest(
+    name: str, failure: Failure, problems: Iterable[Problem], among: Collection[str]
+) -> list[Match]:
     """Return the nearest match of one kernel's variants, if there is one."""
-    kernel, problem = WRONG[name], failure.problem
-    if kernel.compare == "values":
-        problem = replace(problem.astype(np.float64), dtype="float64")
-    found = []
-    for arguments in kernel.variants:
-        results = played(kernel(**arguments), problem, decide)
-        if isinstance(results, str):
-            continue
-        compare = _sizes if kernel.compare == "size" else _values
-        near = compare(failure, {name: results[name] for name in decide})
-        if near is not None:
-            found.append(Match(name, arguments, *near))
-    return sorted(found, key=lambda match: match.limits)[:1]
+    for problem in problems:
+        found = []
+        for arguments in WRONG[name].variants:
+            results = played(WRONG[name](**arguments), problem, among)
+            if not isinstance(results, str):
+                found += compared(name, arguments, failure, {x: results[x] for x in among})
+        if found:
+            return sorted(found, key=lambda match: match.limits)[:1]
+    return []
 
 
 def _values(failure: Failure, results: dict[str, Array]) -> tuple[float, float] | None:

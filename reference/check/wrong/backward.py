@@ -101,8 +101,6 @@ class LastShardOfDq(Right):
 class DpOverflows(Right):
     """In float16, dout v^T is stored 256 times as large, and overflows where the values are."""
 
-    compare = "values in dtype"
-
     def _score_gradients(self, p: Array, dp: Array, delta: Array) -> Array:
         if self.dtype == np.float16:
             dp = (256 * dp).astype(np.float16).astype(dp.dtype) / 256

@@ -56,6 +56,8 @@ class ScalesQ(Right):
 class _Remembers(Right):
     """Keeps something from call to call."""
 
+    remembers = True
+
     def __init__(self) -> None:
         super().__init__()
         self.kept: dict[Any, Any] = {}

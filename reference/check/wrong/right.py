@@ -37,13 +37,15 @@ class Right:
     variants : tuple of dict
         Arguments with which the diagnosis tries the class; the first are the defaults.
     compare : str
-        What the diagnosis compares: ``"values"``, in fp64; ``"values in dtype"``, where the defect
-        shows in the dtype's own range alone; ``"size"``, the size of the error in the dtype, for
-        what only rounds differently; or ``"complaint"``, for what returns no result at all.
+        What the diagnosis compares: ``"values"``; ``"size"``, that of the error, for what only
+        rounds differently; or ``"complaint"``, for what returns no result at all.
+    remembers : bool
+        Whether a call depends on those before.
     """
 
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     compare: ClassVar[str] = "values"
+    remembers: ClassVar[bool] = False
 
     def __init__(self, shards: int = 4) -> None:
         self.shards = shards

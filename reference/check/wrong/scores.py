@@ -51,8 +51,6 @@ class WrappingExp(Right):
 class MeanForMaximum(Right):
     """The mean of the scores is subtracted from them instead of the maximum."""
 
-    compare = "values in dtype"
-
     def _top(self, s: Array) -> Array:
         total: Array = np.where(np.isfinite(s), s, 0).sum(axis=-1, keepdims=True)
         return np.asarray(total / max(1, s.shape[3]), s.dtype)
@@ -60,8 +58,6 @@ class MeanForMaximum(Right):
 
 class MaximumFromZero(Right):
     """The running maximum starts at 0 instead of -inf: exp underflows where all scores are low."""
-
-    compare = "values in dtype"
 
     def _top(self, s: Array) -> Array:
         return np.maximum(super()._top(s), 0)
@@ -77,8 +73,6 @@ class CappedScores(Right):
 class NoMaximum(Right):
     """Scores are exponentiated without subtracting their maximum."""
 
-    compare = "values in dtype"
-
     def _top(self, s: Array) -> Array:
         return np.zeros_like(super()._top(s))
 
@@ -86,13 +80,10 @@ class NoMaximum(Right):
 class FirstMaximum(Right):
     """The first shard's maximum is subtracted from the scores of every shard."""
 
-    compare = "values in dtype"
-    first: Array | None
-
     def _forward(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
     ) -> tuple[Array, Array]:
-        self.first = None
+        self.first: Array | None = None
         return super()._forward(q, k, v, scale=scale, mask=mask)
 
     def _top(self, s: Array) -> Array:

@@ -94,8 +94,6 @@ class UnweightedMerge(Right):
 class MergeWithoutMaximum(Right):
     """Shards are merged with weights exp(lse), which overflow and underflow."""
 
-    compare = "values in dtype"
-
     def _join(self, parts: list[tuple[Array, Array]], _out: Array) -> tuple[Array, Array]:
         weights = [np.exp(lse)[..., None] for _, lse in parts]
         total = np.sum(weights, axis=0)
