@@ -51,8 +51,9 @@ class Match:
         name = f"*{self.name}*" + (f" ({options})" if options else "")
         if self.compare == "size":
             return f"error as large as that of {name}"
-        to = "" if self.compare == "complaint" else f" to {self.distance:.0e}"
-        return f"matches {name}{to}"
+        if self.compare == "complaint":
+            return f"matches {name}"
+        return f"matches {name} {f'to {self.distance:.0e}' if self.distance else 'exactly'}"
 
     @property
     def compare(self) -> str:
@@ -105,10 +106,11 @@ def matches(names: Collection[str], failure: Failure) -> list[Match]:
         Keys of `WRONG`, in whose order they are tried.
     failure : Failure
     """
-    wide = replace(failure.problem.astype(np.float64), dtype="float64")
+    given = failure.problem
+    wide = replace(given.astype(np.float64), dtype="float64")
     for compare, problems, among in (
-        ("values", (wide, failure.problem), failure.deciding()),
-        ("size", (failure.problem,), list(failure.results)),
+        ("values", [wide, given] if given.dtype != "float64" else [given], failure.deciding()),
+        ("size", [given], list(failure.results)),
     ):
         found = [
             match
