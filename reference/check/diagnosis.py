@@ -16,7 +16,15 @@ import numpy.typing as npt
 
 from lvxattn.reference.check.cases import Case
 from lvxattn.reference.check.judge import RESULTS, Truth, judge, truth_of
-from lvxattn.reference.check.matching import Failure, Match, compared, complaints, matches, played
+from lvxattn.reference.check.matching import (
+    Failure,
+    Match,
+    compared,
+    complaints,
+    matches,
+    played,
+    says,
+)
 from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.check.report import Row
 from lvxattn.reference.check.wrong import WRONG
@@ -104,7 +112,9 @@ class Suspects:
         parts: list[str] = []
         while left:
             covers = {name: {key for key in left if name in left[key]} for name in against}
-            worth = {name: len(covers[name]) - against[name] for name in against}
+            worth = {
+                name: len({key[0] for key in covers[name]}) - against[name] for name in against
+            }
             far = {n: sum(left[key][n].limits for key in covers[n]) for n in against}
             best = max(worth, key=lambda name: (worth[name], -far[name]))
             rounds = WRONG[best].compare == "size"
@@ -131,7 +141,7 @@ class Suspects:
                 if isinstance(failure, Failure) and not isinstance(results, str):
                     asked = {x: results[x] for x in failure.deciding()}
                     found = compared(name, {}, failure, asked)
-                elif isinstance(failure, str) and failure == results:
+                elif isinstance(failure, str) and says(results, failure):
                     found = [Match(name, {})]
                 if found:
                     self.matches.setdefault(_key(row), []).extend(found)

@@ -31,6 +31,8 @@ class Dense(Right):
 class ScalesInPlace(Right):
     """The scale is multiplied into q itself, and taken back in the end."""
 
+    compare = "complaint"
+
     def _forward(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
     ) -> tuple[Array, Array]:
