@@ -113,9 +113,23 @@ def test_a_name_comes_with_how_many_shards_there_are(shards: int) -> None:
     assert f"*unweighted merge* (shards = {shards}) to " in report.rows[1].diagnosis
 
 
+class ElevenBits(Right):
+    """Rounds mantissas to 11 bits where TF32 rounds them to 10."""
+
+    def _dot(self, x: Array, y: Array) -> Array:
+        x, y = (np.ascontiguousarray(z).view(np.int32) + 0x800 & ~0xFFF for z in (x, y))
+        return super()._dot(x.view(np.float32), y.view(np.float32))
+
+
 def test_what_only_rounds_is_named_by_the_size_of_its_error() -> None:
-    report = check(WRONG["TF32 products"](), cases=CASES, dtypes=("float32",))
+    report = check(ElevenBits(), cases=CASES, dtypes=("float32",))
     assert {row.diagnosis for row in report.rows} == {"error as large as that of *TF32 products*"}
+
+
+def test_what_is_as_large_as_the_dtype_goes_is_judged() -> None:
+    report = check(WRONG["neighbour's block returned"](), cases=[case_of("finite-minimum")])
+    assert {row.status for row in report.rows} == {"wrong"}
+    assert diagnoses(report) == {"neighbour's block returned"}
 
 
 def test_a_complaint_is_named() -> None:

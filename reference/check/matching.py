@@ -83,6 +83,13 @@ class Failure:
         apart = difference(self.results[name], self.truth.results[name])
         return norms(self.problem, name, apart)
 
+    def along(self, name: str) -> float:
+        """Return the cosine of a result's error and the truth: near 0 if it is only rounded."""
+        want, own = self.truth.results[name], self.results[name]
+        finite = np.isfinite(want) & np.isfinite(own)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(_direction(own[finite] - want[finite]) @ _direction(want[finite]))
+
     def astray(self, name: str) -> bool:
         """Whether NaN or infinities of a result are not the truth's."""
         return bool(disagree(self.results[name], self.truth.results[name]).any())
@@ -214,9 +221,17 @@ def _sizes(failure: Failure, results: dict[str, Array]) -> tuple[float, float] |
             return None
         limit, ours, theirs = failure.truth.limits[name], failure.errors(name), other.errors(name)
         fails = fails or bool((theirs > limit).any())
+        if (ours > limit).any() and abs(failure.along(name) - other.along(name)) > 0.8:
+            return None
         ours, theirs = np.maximum(ours, limit), np.maximum(theirs, limit)  # what passes is alike
         worst = max(worst, _ratio(ours, theirs), _ratio(theirs, ours))
     return (0.0, worst) if fails and worst <= 3 else None
+
+
+def _direction(x: Array) -> Array:
+    """Return x at length 1, or 0; the square of a float64's largest number is none."""
+    x = x / (abs(x).max(initial=0.0) or 1.0)
+    return np.asarray(x / (np.linalg.norm(x) or 1.0))
 
 
 def _ratio(x: Array, y: Array) -> float:
