@@ -16,6 +16,7 @@ from typing import Any
 import numpy.typing as npt
 
 from lvxattn.reference.check.cases import Case, suite_of
+from lvxattn.reference.check.diagnosis import Suspects
 from lvxattn.reference.check.frameworks import Framework, framework_of
 from lvxattn.reference.check.growth import GROWTH, growth_cuts, judged_growth
 from lvxattn.reference.check.play import play
@@ -109,12 +110,15 @@ def check_distributed(
 
     own = backward if callable(backward) else getattr(fn, "backward", None)
     rows: list[Row] = []
-    start = perf_counter()
+    cases: dict[str, Case] = {}
+    start, suspects = perf_counter(), Suspects()
 
     def report(*notes: str) -> Report:
+        told, probably = suspects.conclude(rows, cases)
         ranked = f"{team.size} {'rank' if team.size == 1 else 'ranks'}"
         said = (ranked, *notes_of(arrays, rows, wanted), *notes)
-        return Report(target, suite, arrays.name, tuple(rows), perf_counter() - start, notes=said)
+        seconds = perf_counter() - start
+        return Report(target, suite, arrays.name, told, seconds, notes=said, probably=probably)
 
     for case, dtype, seed, cut in _trials(suite, chosen, seeds, team.size):
         player = DistributedPlayer(
@@ -123,7 +127,8 @@ def check_distributed(
         if team.rank:
             player.play(draw(case, dtype, seed))
             continue
-        rows.append(replace(judged(player, case, dtype, seed), where=str(cut)))
+        cases[case.name] = case
+        rows.append(judged(player, case, dtype, seed, suspects, str(cut)))
         if team.stuck:
             sys.stdout.write(f"{report('the rest was not run: ranks did not come back')}\n")
             team.end()
@@ -131,8 +136,8 @@ def check_distributed(
     if team.rank:
         return None
     found, notes = judged_growth(rows, chosen, team.size)
-    rows += found
-    return report(*notes)
+    finished = report(*notes)
+    return replace(finished, rows=(*finished.rows, *found))
 
 
 def _trials(

@@ -1,6 +1,7 @@
 """One case by itself, without a report around it."""
 
 from lvxattn.reference.check.cases import Case
+from lvxattn.reference.check.diagnosis import Suspects
 from lvxattn.reference.check.judge import Verdict
 from lvxattn.reference.check.report import Row
 from lvxattn.reference.check.suite import Player, judged
@@ -8,7 +9,10 @@ from lvxattn.reference.check.suite import Player, judged
 
 def diagnosed(player: Player, case: Case, dtype: str, seed: int) -> Row:
     """Run one case, judge it, and say what it looks like."""
-    return judged(player, case, dtype, seed)
+    suspects = Suspects()
+    row = judged(player, case, dtype, seed, suspects)
+    (row,), _ = suspects.conclude([row], {case.name: case})
+    return row
 
 
 def wrong_in(verdict: Verdict) -> str:

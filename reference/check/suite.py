@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lvxattn.reference.check.blame import one_line, raised
 from lvxattn.reference.check.cases import Case, suite_of
+from lvxattn.reference.check.diagnosis import Suspects
 from lvxattn.reference.check.frameworks import DTYPES, Framework, framework_of
 from lvxattn.reference.check.judge import RESULTS, Truth, Verdict, judge, truth_of
 from lvxattn.reference.check.patience import EndedError, Patience, TimeIsUpError
@@ -85,24 +86,21 @@ def check(
     chosen = [dtype for dtype in wanted if dtype in arrays.dtypes]
     own = backward if callable(backward) else getattr(fn, "backward", None)
     player = Player(fn, arrays, own, backward is not False, Patience(time_limit))
-    start = perf_counter()
+    start, suspects = perf_counter(), Suspects()
+    played = suite_of(suite) if cases is None else cases
     try:
-        rows = [
-            judged(player, case, dtype, seed)
-            for case in (suite_of(suite) if cases is None else cases)
+        found = [
+            judged(player, case, dtype, seed, suspects)
+            for case in played
             for dtype in chosen
             for seed in range(seeds)
         ]
     finally:
         player.patience.close()
-    return Report(
-        name_of(fn),
-        suite,
-        arrays.name,
-        tuple(rows),
-        perf_counter() - start,
-        notes=tuple(notes_of(arrays, rows, wanted, player.patience.abandoned)),
-    )
+    rows, probably = suspects.conclude(found, {case.name: case for case in played})
+    notes = tuple(notes_of(arrays, rows, wanted, player.patience.abandoned))
+    seconds = perf_counter() - start
+    return Report(name_of(fn), suite, arrays.name, rows, seconds, notes=notes, probably=probably)
 
 
 @dataclass(frozen=True)
@@ -136,21 +134,36 @@ class Plays(Protocol):
         """Return float64 arrays by name, or raise what the function did."""
 
 
-def judged(player: Plays, case: Case, dtype: str, seed: int) -> Row:
-    """Run one case and judge it."""
+def judged(
+    player: Plays,
+    case: Case,
+    dtype: str,
+    seed: int,
+    suspects: Suspects | None = None,
+    where: str = "",
+) -> Row:
+    """Run one case and judge it, and tell `suspects` if it fails."""
     start = perf_counter()
     about: dict[str, Any] = {
         "case": case.name, "group": case.group, "reason": case.reason, "dtype": dtype, "seed": seed
     }  # fmt: skip
+    about["where"] = where
     problem = draw(case, dtype, seed)
     notes: list[str] = []
     results, status, message = attempt(lambda: player.play(problem, notes))
     about["note"] = one_line("; ".join(notes))
     if status:
-        return Row(**about, status=status, message=message, seconds=perf_counter() - start)
-    verdicts = verdicts_of(results, problem, truth_of(problem))
+        row = Row(**about, status=status, message=message, seconds=perf_counter() - start)
+        if suspects and status == "error":
+            suspects.examine(row, problem)
+        return row
+    truth = truth_of(problem)
+    verdicts = verdicts_of(results, problem, truth)
     status = "ok" if all(verdict.passed for verdict in verdicts) else "wrong"
-    return Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)
+    row = Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)
+    if suspects and status == "wrong":
+        suspects.examine(row, problem, results, truth)
+    return row
 
 
 def attempt(

@@ -39,7 +39,7 @@ def check_function(options: Namespace) -> int:
         raise UsageError(problems[0])
 
     # Needs mpi4py or torch.distributed; not for everybody.
-    from lvxattn.reference.check.distributed import (  # type: ignore[import-not-found,unused-ignore]
+    from lvxattn.reference.check.distributed import (
         check_distributed,
     )
 

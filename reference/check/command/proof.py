@@ -23,7 +23,7 @@ def add_self_test(commands: Any) -> None:
 def _self_test(options: Namespace) -> int:
     look_at_file(options.out, "--out")
     # The wrong kernels are for nobody else.
-    from lvxattn.reference.check.self_test import (  # type: ignore[import-not-found,unused-ignore]
+    from lvxattn.reference.check.self_test import (
         self_test,
     )
 
