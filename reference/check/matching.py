@@ -47,7 +47,8 @@ class Match:
 
     def __str__(self) -> str:
         """Return what is said of the failure."""
-        options = ", ".join(f"{name} = {x}" for name, x in self.arguments.items())
+        told = {name: x for name, x in self.arguments.items() if (name, x) != ("shards", 1)}
+        options = ", ".join(f"{name} = {x}" for name, x in told.items())
         name = f"*{self.name}*" + (f" ({options})" if options else "")
         if self.compare == "size":
             return f"error as large as that of {name}"

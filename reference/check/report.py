@@ -14,6 +14,7 @@ import lvxattn
 from lvxattn.reference.check.judge import Verdict
 
 SCHEMA = 1
+_FEW = 1e5  # ulps; more say nothing
 _SHOWN = 12  # failures that are told in full
 
 
@@ -236,10 +237,10 @@ def _said(verdict: Verdict, dtype: str) -> Iterable[str]:
     """Yield the lines of a result that is wrong."""
     far = f"relative error {verdict.error:.1e}, limit {verdict.limit:.1e}"
     yield f"{verdict.name}: {verdict.what or far}"
+    near = f", {verdict.ulps:.0f} ulps, {verdict.flash:.2g} times that of plain {dtype}"
     yield (
         f"  at {verdict.index} got {verdict.got:.6g}, expected {verdict.expected:.6g}; "
-        f"largest error {verdict.max_abs:.1e}, {verdict.ulps:.1e} ulps, "
-        f"{verdict.flash:.2g} times that of plain {dtype}"
+        f"largest error {verdict.max_abs:.1e}{near if verdict.ulps < _FEW else ''}"
     )
 
 

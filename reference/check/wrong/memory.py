@@ -60,8 +60,8 @@ class _Remembers(Right):
 
     remembers = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, shards: int = 4) -> None:
+        super().__init__(shards)
         self.kept: dict[Any, Any] = {}
 
 

@@ -43,7 +43,7 @@ class Right:
         Whether a call depends on those before.
     """
 
-    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"shards": 1})
     compare: ClassVar[str] = "values"
     remembers: ClassVar[bool] = False
 
