@@ -19,6 +19,7 @@ import numpy as np
 from numpy import float32, float64, inf, uint8  # noqa: F401  (CuPy has NumPy's)
 
 sys.modules["fake_cupy"] = sys.modules[__name__]
+__version__ = "14"
 
 
 class Stream:
@@ -66,8 +67,26 @@ def _alloc_pinned_memory(size: int) -> memoryview:
     return memoryview(np.full(size, 0xFF, np.uint8))
 
 
+class Device:
+    """The only device there is: number 0."""
+
+    def __init__(self, device: int = 0) -> None:
+        self.id = device
+
+    def __enter__(self) -> "Device":
+        if self.id != 0:
+            raise RuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
 cuda = SimpleNamespace(
-    Event=Event, alloc_pinned_memory=_alloc_pinned_memory, get_current_stream=lambda: stream
+    Event=Event,
+    Device=Device,
+    alloc_pinned_memory=_alloc_pinned_memory,
+    get_current_stream=lambda: stream,
 )
 
 
@@ -81,7 +100,7 @@ class ndarray:  # noqa: N801
         self.memory = memory
         self.shape, self.dtype, self.strides = memory.shape, memory.dtype, memory.strides
         self.ndim, self.size, self.nbytes = memory.ndim, memory.size, memory.nbytes
-        self.itemsize = memory.itemsize
+        self.itemsize, self.device = memory.itemsize, Device()
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -227,6 +246,10 @@ def tensordot(a: ndarray, b: ndarray, axes: Any = 2) -> ndarray:
 
 def moveaxis(a: ndarray, source: int, destination: int) -> ndarray:
     return ndarray(np.moveaxis(a.memory, source, destination))
+
+
+def broadcast_to(array: ndarray, shape: Any) -> ndarray:
+    return ndarray(np.broadcast_to(array.memory, shape))
 
 
 def concatenate(tup: Any, axis: int = 0) -> ndarray:

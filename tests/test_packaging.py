@@ -56,7 +56,7 @@ def run(*command: object, cwd: Path) -> str:
 
 def module_paths(tree: Path) -> set[str]:
     """Every module of the package under tree, as a wheel would name it."""
-    paths = {"lvxattn/__init__.py"}
+    paths = {f"lvxattn/{path.name}" for path in (tree / "src" / "lvxattn").glob("*.py")}
     for folder in FOLDERS:
         found = (path.relative_to(tree) for path in (tree / folder).rglob("*.py"))
         paths |= {f"lvxattn/{path.as_posix()}" for path in found}
@@ -88,6 +88,19 @@ def test_wheel_holds_every_module_and_the_typing_marker(wheel: Path) -> None:
     names = members(wheel)
     assert {name for name in names if name.endswith(".py")} == module_paths(ROOT)
     assert "lvxattn/py.typed" in names
+
+
+def test_wheel_holds_the_golden_files_and_pytest_finds_the_plugin(wheel: Path) -> None:
+    folder = Path("reference/check/golden_files")
+    shipped = {f"lvxattn/{folder.as_posix()}/{file.name}" for file in (ROOT / folder).iterdir()}
+    assert f"lvxattn/{folder.as_posix()}/manifest.json" in shipped
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        for name in shipped | {"lvxattn/reference/check/README.md"}:
+            assert archive.read(name) == (ROOT / name.removeprefix("lvxattn/")).read_bytes()
+        (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
+        assert b"[pytest11]" in archive.read(entry_points)
+    assert {name for name in names if "golden_files" in name} == shipped
 
 
 def test_wheel_installs_nothing_but_lvxattn(wheel: Path) -> None:

@@ -61,6 +61,28 @@ def test_the_oracle_runs_as_shown(tmp_path: Path) -> None:
     subprocess.run([sys.executable, tmp_path / "oracle.py"], check=True, timeout=60)
 
 
+def test_the_report_is_what_the_kernel_gets(tmp_path: Path) -> None:
+    (program,) = [block for block in BLOCKS if "import check" in block]
+    (shown,) = re.findall(r"```text\n(LV-XAttn check.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "mine.py"],
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+
+    def two_digits(line: str) -> str:  # the others are this machine's, and all of those that pass
+        line = re.sub(r" 0\.\d\d$", "", line)
+        return re.sub(r"\d+\.\d+(e[-+]\d+)?", lambda x: f"{float(x[0]):.2g}", line)
+
+    printed = [two_digits(line) for line in done.stdout.splitlines()]
+    for line in shown.splitlines():
+        found = any(text.startswith(two_digits(line)) for text in printed)
+        assert found or line == "  ...", f"{line}\n{done.stdout}"
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
 def test_links_lead_somewhere(target: str) -> None:
     assert (ROOT / target).exists()

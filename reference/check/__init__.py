@@ -8,9 +8,24 @@ The README beside this file tells how it judges, which cases there are and how t
 """
 
 from lvxattn.reference.check.cases import Case, case_of, suite_of
+from lvxattn.reference.check.distributed import check_distributed
+from lvxattn.reference.check.golden_data import golden, golden_names
 from lvxattn.reference.check.judge import Verdict
 from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.check.report import Report, Row
 from lvxattn.reference.check.suite import check
 
-__all__ = ["Case", "Problem", "Report", "Row", "Verdict", "case_of", "check", "draw", "suite_of"]
+__all__ = [
+    "Case",
+    "Problem",
+    "Report",
+    "Row",
+    "Verdict",
+    "case_of",
+    "check",
+    "check_distributed",
+    "draw",
+    "golden",
+    "golden_names",
+    "suite_of",
+]

@@ -9,7 +9,8 @@ largest of several ways to do it; u the unit roundoff of the dtype in which the 
 a that of the accumulator; size what the result would be if nothing in its sums cancelled and every
 probability were larger by the size of its score: p (1 + scale |q| |k|) |v| for out.  The last two
 are floors, for where E happens to be small: a result is rounded once when it is stored, its terms
-a few times on the way, and an absolute error in a score is a relative one in its probability.
+a few times on the way, and an absolute error in a score is a relative one in its probability.  The
+size of lse is 1 + scale |q| |k| + |lse|, since every merge rounds it to its own.
 
 In fp64 there is nothing more exact to compare with: E is measured in fp32, to whose unit roundoff
 every rounding is proportional, and divided by 2**29.
@@ -107,6 +108,11 @@ class Verdict:
 
 def truth_of(problem: Problem) -> Truth:
     """Compute what is right and how far from it one may be."""
+    with np.errstate(all="ignore"):  # whatever the caller has set: probabilities underflow
+        return _truth_of(problem)
+
+
+def _truth_of(problem: Problem) -> Truth:
     results, sizes = _exactly(problem)
     unit = UNIT[accumulator(problem.dtype)]
     own = {name: norms(problem, name, x) for name, x in results.items()}
@@ -117,8 +123,11 @@ def truth_of(problem: Problem) -> Truth:
         twin_results, twin_sizes = _exactly(twin)
         errors, plain = _errors(twin, twin_results)
         for name in RESULTS:
-            grown = _over(size[name], norms(twin, name, twin_sizes[name])) * 2.0**-29
-            errors[name] = grown * errors[name]
+            twin_size = norms(twin, name, twin_sizes[name])
+            # An error of this size is no rounding: merging shards of a row that has nothing but
+            # the finite minimum loses its lse, in fp64 as in fp32.
+            finer = np.where(errors[name] > 1e-3 * twin_size, 1.0, 2.0**-29)
+            errors[name] = finer * _over(size[name], twin_size) * errors[name]
             plain[name] *= 2.0**-29
     limits = {
         name: 2 * errors[name]
@@ -130,6 +139,7 @@ def truth_of(problem: Problem) -> Truth:
     return Truth(results, limits, scales, plain)
 
 
+@np.errstate(over="ignore")  # what is judged may be as large as the dtype goes
 def judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     """Judge one result.
 
@@ -143,16 +153,21 @@ def judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     truth : Truth
         Of that problem.
     """
+    with np.errstate(all="ignore"):  # a wrong result may be of any size
+        return _judge(name, got, problem, truth)
+
+
+def _judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     want = truth.results[name]
     what = _pattern(got, want)
-    error = _difference(got, want)
+    error = difference(got, want)
     by_kind = norms(problem, name, error)
     limit = truth.limits[name]
     ratios = np.where(by_kind == 0, 0.0, np.where(limit > 0, by_kind / _safe(limit), np.inf))
     kind = int(np.argmax(ratios))
     index = tuple(int(i) for i in np.unravel_index(np.argmax(error), error.shape))
     if what:  # point at an element where the patterns differ
-        index = tuple(int(i) for i in np.argwhere(_disagree(got, want))[0])
+        index = tuple(int(i) for i in np.argwhere(disagree(got, want))[0])
     dtype = accumulator(problem.dtype) if name == "lse" else problem.dtype
     usual = float(truth.scales[name][kind])
     largest, plain = float(error.max(initial=0.0)), truth.plain[name]
@@ -217,7 +232,9 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
     bias: Any = 0.0
     if mask is not None and mask.dtype != bool:
         bias = np.where(np.isfinite(mask), abs(mask), 0.0)
+    # A merge rounds lse to its own size, which is more than a score's where keys are many.
     lse_size = 1 + np.where(p > 0, score + bias, 0.0).max(axis=-1, initial=0.0)
+    lse_size = lse_size + np.where(np.isfinite(lse), abs(lse), 0.0)
     p = p * (1 + score)
     out_size = p @ abs(v_all)
     delta = (abs(dout) * out_size).sum(axis=-1)
@@ -244,23 +261,23 @@ def _errors(
     errors = {name: norms(problem, name, np.zeros_like(results[name])) for name in RESULTS}
     for way in WAYS:
         for name, low in rounded_attention(problem, way).items():
-            error = norms(problem, name, _difference(low, results[name]))
+            error = norms(problem, name, difference(low, results[name]))
             errors[name] = np.maximum(errors[name], error)
     plain = rounded_attention(problem, PLAIN)
     largest = {
-        name: float(_difference(plain[name], results[name]).max(initial=0.0)) for name in RESULTS
+        name: float(difference(plain[name], results[name]).max(initial=0.0)) for name in RESULTS
     }
     return errors, largest
 
 
-def _difference(got: Array, want: Array) -> Array:
+def difference(got: Array, want: Array) -> Array:
     """Return |got - want|; 0 where either is not finite."""
     finite = np.isfinite(got) & np.isfinite(want)
     difference: Array = abs(np.where(finite, got, 0.0) - np.where(finite, want, 0.0))
     return difference
 
 
-def _disagree(got: Array, want: Array) -> Array:
+def disagree(got: Array, want: Array) -> Array:
     """Return where one is NaN or infinite and the other is not the same."""
     finite = np.isfinite(got) & np.isfinite(want)
     agree: Array = finite | (got == want) | (np.isnan(got) & np.isnan(want))
@@ -269,7 +286,7 @@ def _disagree(got: Array, want: Array) -> Array:
 
 def _pattern(got: Array, want: Array) -> str:
     """Say where NaN and infinities are that should not be, or are missing."""
-    wrong = _disagree(got, want)
+    wrong = disagree(got, want)
     if not wrong.any():
         return ""
     parts = {

@@ -38,6 +38,13 @@ def _finite_minimum(case: Case, rng: np.random.Generator) -> Array:
     return bias
 
 
+def _finite_minimum_but_one(case: Case, rng: np.random.Generator) -> Array:
+    """Return the same, but the last row sees the first key."""
+    bias = _finite_minimum(case, rng)
+    bias[:, :, -1, 0] = 0.0
+    return bias
+
+
 def _minus_infinity(case: Case, rng: np.random.Generator) -> Array:
     hidden = np.where(_random(case, rng, 1), 0.0, -np.inf)
     hidden[:, :, 1::4] = -np.inf
@@ -79,6 +86,7 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], Mask]] = {
     "over batches": lambda case, rng: _random(case, rng, 0),
     "padding": _padding,
     "finite minimum": _finite_minimum,
+    "finite minimum but one": _finite_minimum_but_one,
     "minus infinity": _minus_infinity,
     "callable": _callable,
     "dead rows": _dead_rows,

@@ -1,7 +1,12 @@
 """Calls with a time limit.
 
 A function runs in a thread of its own.  One that does not come back in time is interrupted, as far
-as Python can: a loop ends, a wait in a library does not, and its thread is left behind.
+as Python can: a loop ends, a wait in a library does not, and its thread is left behind, which keeps
+no program from ending.  A library that computes without ever releasing Python's lock stops the
+clock, too.
+
+    call  --work-->  the thread          settings of contextvars, such as NumPy's error state, are
+          <-answer-  of all calls        copied for each call: what fn sets ends with it
 """
 
 import contextvars
@@ -13,9 +18,15 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_JOIN = 0.5  # seconds that an interrupted call has to end
+
 
 class TimeIsUpError(Exception):
     """A call did not come back in time."""
+
+
+class EndedError(Exception):
+    """A call raised what would end the program, such as SystemExit: the cause of this."""
 
 
 class _Interrupt(BaseException):
@@ -35,6 +46,7 @@ class Patience:
         self.seconds = seconds
         self.abandoned = 0  # calls that still run
         self._thread: threading.Thread | None = None
+        self._waiting = False  # for an answer
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def call(self, fn: Callable[[], T]) -> T:
@@ -43,6 +55,8 @@ class Patience:
         Raises
         ------
         TimeIsUpError
+        EndedError
+            fn raised something that is no Exception.
         """
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         context = contextvars.copy_context()
@@ -58,29 +72,37 @@ class Patience:
             self._thread = threading.Thread(target=_serve, args=(self._calls,), daemon=True)
             self._thread.start()
         self._calls.put(work)
+        self._waiting = True
         try:
-            succeeded, answer = answers.get(timeout=self.seconds)
+            succeeded, answer = answers.get(timeout=min(self.seconds, threading.TIMEOUT_MAX))
         except queue.Empty:
             self._give_up()
             raise TimeIsUpError(f"did not come back within {self.seconds:g} s") from None
-        if not succeeded:
+        self._waiting = False
+        if succeeded:
+            result: T = answer
+            return result
+        if isinstance(answer, Exception):
             raise answer
-        result: T = answer
-        return result
+        raise EndedError(f"raised {type(answer).__name__}") from answer
 
     def close(self) -> None:
-        """End the thread."""
-        if self._thread is not None:
+        """End the thread, and the call that the user's Ctrl-C may have left in it."""
+        if self._waiting:
+            self._give_up()
+        elif self._thread is not None:
             self._calls.put(None)
-            self._thread = None
+        self._thread = None
 
     def _give_up(self) -> None:
-        assert self._thread is not None
-        thread, self._thread = self._thread, None
+        thread = self._thread
+        assert thread is not None
+        # Before the thread is told to end: its number could be another's by then.
+        interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        interrupt(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Interrupt))
         self._calls.put(None)  # if it ever comes back
-        ident = ctypes.c_ulong(thread.ident or 0)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Interrupt))
-        thread.join(timeout=1.0)
+        self._thread, self._waiting = None, False
+        thread.join(_JOIN)
         self.abandoned += thread.is_alive()
 
 
@@ -91,5 +113,6 @@ def _serve(calls: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
             if work is None:
                 return
             work()
+            del work  # and with it the call's arrays, while this waits
         except _Interrupt:
             return

@@ -92,6 +92,11 @@ def draw(case: Case, dtype: str, seed: int = 0) -> Problem:
     InputError
         bfloat16 is asked for and ml_dtypes is not there.
     """
+    with np.errstate(all="ignore"):  # half precision may underflow
+        return _draw(case, dtype, seed)
+
+
+def _draw(case: Case, dtype: str, seed: int) -> Problem:
     rng = np.random.default_rng([seed, *case.name.encode()])
     scale = case.D**-0.5 if case.scale is None else case.scale
     x: dict[str, Array] = {
@@ -109,9 +114,10 @@ def draw(case: Case, dtype: str, seed: int = 0) -> Problem:
     mask = MASKS[case.mask](case, rng)
     target = dtype_of(dtype)
     if isinstance(mask, np.ndarray) and mask.dtype != bool:
-        if case.mask == "finite minimum":
+        if case.mask.startswith("finite minimum"):
             mask = np.maximum(mask, _least(dtype))
             x["q_kinds"][-1] = 1
+        if case.mask == "finite minimum":
             x["dout"][:, :, -1] = 0  # that row's lse, minimum + log n, has lost the n
         mask = mask.astype(target)
     kinds = {"q_kinds": x.pop("q_kinds"), "kv_kinds": x.pop("kv_kinds")}
@@ -158,7 +164,8 @@ def _needle(drawn: Drawn) -> None:
 
 
 def _offset(drawn: Drawn) -> None:
-    drawn.x["v"] += 1000
+    """Put values near 1,000, over a few of bfloat16's steps: on one of them out would be exact."""
+    drawn.x["v"] = 1000 + 16 * drawn.x["v"]
 
 
 def _uniform(drawn: Drawn) -> None:
@@ -192,6 +199,16 @@ def _one_hot(drawn: Drawn) -> None:
     )
 
 
+def _aligned(drawn: Drawn) -> None:
+    """Let the parts that some queries or keys contribute to a result all point the same way."""
+    for name in ("q", "dout", "v"):
+        x = drawn.x[name]
+        shift = drawn.rng.choice([-1, 1], (*x.shape[:2], 1, x.shape[3])) * drawn.rng.uniform(
+            1, 2, (*x.shape[:2], 1, x.shape[3])
+        )
+        drawn.x[name] = shift + (drawn.x["k"] if name == "v" else x / 2)
+
+
 DATA: dict[str, Callable[[Drawn], None]] = {
     "gaussian": _gaussian,
     "scores": _scores,
@@ -202,6 +219,7 @@ DATA: dict[str, Callable[[Drawn], None]] = {
     "offset": _offset,
     "uniform": _uniform,
     "one-hot": _one_hot,
+    "aligned": _aligned,
 }
 
 

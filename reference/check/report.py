@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -9,12 +10,11 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import lvxattn
 from lvxattn.reference.check.judge import Verdict
 
 SCHEMA = 1
+_FEW = 1e5  # ulps; more say nothing
 _SHOWN = 12  # failures that are told in full
 
 
@@ -39,6 +39,8 @@ class Row:
     seconds : float
     where : str
         Ranks and cuts, where there are any.
+    note : str
+        Why there were no gradients, where they were asked for.
     """
 
     case: str
@@ -52,6 +54,7 @@ class Row:
     diagnosis: str = ""
     seconds: float = 0.0
     where: str = ""
+    note: str = ""
 
     @property
     def worst(self) -> Verdict | None:
@@ -59,7 +62,7 @@ class Row:
         return max(self.verdicts, key=lambda verdict: verdict.ratio, default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """All that a check found.
 
@@ -123,10 +126,14 @@ class Report:
             **{name: x for name, x in asdict(self).items() if name != "rows"},
             "passed": self.passed,
             "worst_ratio": self.worst_ratio,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [_row(row) for row in self.rows],
         }
         text = json.dumps(_plain(found), indent=1, allow_nan=False)
-        Path(path).write_text(text + "\n")
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<Report of {self.target}: {self._count()}>"
 
     def __str__(self) -> str:
         """Return the table, the failures and a summary."""
@@ -138,42 +145,78 @@ class Report:
 
     def _table(self) -> str:
         """Return the largest error over its limit, by case and dtype."""
+        if not self.rows:
+            return ""
         dtypes = list(dict.fromkeys(row.dtype for row in self.rows))
-        cases = dict.fromkeys(row.case for row in self.rows)
-        width = max([len(case) for case in cases] + [4])
-        lines = ["  error / limit".ljust(width + 2) + "".join(f"{d:>14}" for d in dtypes)]
-        for case in cases:
-            cells = (
-                _cell([r for r in self.rows if (r.case, r.dtype) == (case, d)]) for d in dtypes
-            )
-            lines.append(f"  {case:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+        rows: dict[str, dict[str, list[Row]]] = {}
+        for row in self.rows:
+            rows.setdefault(row.case, {}).setdefault(row.dtype, []).append(row)
+        table = [["error / limit", *dtypes]]
+        table += [
+            [case, *(_cell(by.get(dtype, [])) for dtype in dtypes)] for case, by in rows.items()
+        ]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            f"  {case:{widths[0]}}"
+            + "".join(f"   {cell:>{n}}" for cell, n in zip(cells, widths[1:], strict=True))
+            for case, *cells in table
+        ]
         return "\n".join(lines) + "\n"
 
     def _failures(self) -> Iterable[str]:
-        for row in self.failed[:_SHOWN]:
-            yield f"  {_name(row)}: {row.reason}"
-            if row.message:
-                yield f"    {row.message}"
-            yield from (f"    {_said(v)}" for v in row.verdicts if not v.passed)
-            if row.diagnosis:
-                yield f"    {row.diagnosis}"
-        if len(self.failed) > _SHOWN:
-            yield f"  and {len(self.failed) - _SHOWN} more"
+        """Yield the lines of what failed, what ended with the same message as one."""
+        alike: dict[Any, list[Row]] = {}
+        for n, row in enumerate(self.failed):
+            alike.setdefault(row.message or n, []).append(row)
+        groups = list(alike.values())
+        for first, *others in groups[:_SHOWN]:
+            yield f"  {_name(first)}: {first.reason}"
+            if first.message:
+                yield f"    {first.message}"
+            for verdict in first.verdicts:
+                if not verdict.passed:
+                    yield from (f"    {line}" for line in _said(verdict, first.dtype))
+            if first.diagnosis:
+                yield f"    {first.diagnosis}"
+            if others:
+                names = ", ".join(dict.fromkeys(row.case for row in others[:_SHOWN]))
+                yield f"    and {len(others)} more alike: {names}{', ...' * (len(others) > _SHOWN)}"
+        if len(groups) > _SHOWN:
+            yield f"  and {sum(map(len, groups[_SHOWN:]))} more failures"
         if self.failed:
             yield ""
 
-    def _summary(self) -> str:
+    def _count(self) -> str:
         count = Counter(row.status for row in self.rows)
         parts = [f"{count['ok']} of {len(self.rows)} passed"]
         parts += [f"{count[s]} {s}" for s in ("wrong", "error", "unsupported") if count[s]]
-        lines = [f"  {', '.join(parts)}; worst error {_number(self.worst_ratio)} of its limit; "
-                 f"{self.seconds:.1f} s"]  # fmt: skip
+        return ", ".join(parts)
+
+    def _summary(self) -> str:
+        worst = max((row for row in self.rows if row.worst), key=_ratio, default=None)
+        far = f"largest error {_number(self.worst_ratio)} of its limit" if worst else ""
+        where = f" ({_name(worst)})" if worst else ""
+        seconds = f"{self.seconds:.1f} s"
+        lines = [f"  {'; '.join(part for part in (self._count(), far + where, seconds) if part)}"]
+        reasons = Counter(row.message for row in self.rows if row.status == "unsupported")
+        lines += [f"  {n} unsupported: {text}" for text, n in reasons.most_common(_SHOWN)]
+        if len(reasons) > _SHOWN:
+            lines.append(f"  and {len(reasons) - _SHOWN} more reasons for unsupported cases")
         lines += [f"  {note}" for note in self.notes]
         if self.probably:
             lines.append(f"  {self.probably}")
-        if not any(row.status == "ok" for row in self.rows) and not self.failed:
+        if not self.failed and not self.passed:
             lines.append("  nothing was judged")
         return "\n".join(lines)
+
+
+def _row(row: Row) -> dict[str, Any]:
+    verdicts = [asdict(v) | {"passed": v.passed} for v in row.verdicts]
+    return asdict(row) | {"verdicts": verdicts}
+
+
+def _ratio(row: Row) -> float:
+    return row.worst.ratio if row.worst else 0.0
 
 
 def _cell(rows: list[Row]) -> str:
@@ -190,12 +233,14 @@ def _cell(rows: list[Row]) -> str:
     return f"{mark}{worst.name} {_number(worst.ratio)}"
 
 
-def _said(verdict: Verdict) -> str:
-    at = f"at {verdict.index} got {verdict.got:.6g}, expected {verdict.expected:.6g}"
-    if verdict.what:
-        return f"{verdict.name}: {verdict.what}; {at}"
-    return (
-        f"{verdict.name}: relative error {verdict.error:.1e}, limit {verdict.limit:.1e}; worst {at}"
+def _said(verdict: Verdict, dtype: str) -> Iterable[str]:
+    """Yield the lines of a result that is wrong."""
+    far = f"relative error {verdict.error:.1e}, limit {verdict.limit:.1e}"
+    yield f"{verdict.name}: {verdict.what or far}"
+    near = f", {verdict.ulps:.0f} ulps, {verdict.flash:.2g} times that of plain {dtype}"
+    yield (
+        f"  at {verdict.index} got {verdict.got:.6g}, expected {verdict.expected:.6g}; "
+        f"largest error {verdict.max_abs:.1e}{near if verdict.ulps < _FEW else ''}"
     )
 
 
@@ -218,8 +263,8 @@ def _plain(x: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "lvxattn": lvxattn.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
+    found = {"lvxattn": lvxattn.__version__, "python": platform.python_version()}
+    for name in ("numpy", "torch", "jax", "cupy"):
+        if name in sys.modules:  # nothing is imported for its version
+            found[name] = str(getattr(sys.modules[name], "__version__", "?"))
+    return found

@@ -35,6 +35,9 @@ class Way:
         In how many pieces the keys are taken; the pieces' results are merged.
     one_by_one : bool
         Sums are taken term by term, in order, as a plain loop does.
+    round_products : bool
+        Every product of matrices comes in the dtype before it is used, as from a library that has
+        no other: the sums of a piece are rounded once more.
     round_scores : bool
         Scores and probabilities are rounded as well: not right, but what
         ``softmax(q @ k.T) @ v`` does in half precision.
@@ -42,10 +45,16 @@ class Way:
 
     pieces: int = 1
     one_by_one: bool = False
+    round_products: bool = False
     round_scores: bool = False
 
 
-WAYS = (Way(), Way(pieces=64), Way(pieces=8, one_by_one=True))
+WAYS = (
+    Way(),
+    Way(pieces=64),
+    Way(pieces=8, one_by_one=True),
+    Way(round_products=True),
+)
 PLAIN = Way(round_scores=True)
 
 
@@ -78,6 +87,9 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
     def rounded(x: Array) -> Array:
         return x.astype(dtype_of(dtype)).astype(np.float32)
 
+    def product(x: Array, y: Array) -> Array:
+        return rounded(matmul(x, y)) if way.round_products else matmul(x, y)
+
     def grouped(x: Array) -> Array:  # the rows of all heads that share keys: (B, H_KV, rows, ...)
         return x.reshape(x.shape[0], x.shape[1] // group, group * x.shape[2], *x.shape[3:])
 
@@ -93,7 +105,7 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
         top = np.where(top == -np.inf, np.float32(0), top)
         p = np.exp(s[..., keys] - top[..., None])
         total = _total(p, way)
-        part_out = ungrouped(matmul(grouped(rounded(p)), v[:, :, keys]))
+        part_out = ungrouped(product(grouped(rounded(p)), v[:, :, keys]))
         part_out /= np.where(total > 0, total, 1)[..., None]
         out, lse = _merge(out, lse, part_out, top + np.log(total))
     out = rounded(out)
@@ -105,8 +117,8 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
     return {
         "out": out,
         "lse": lse,
-        "dq": rounded(scale * ungrouped(matmul(grouped(ds), k))),
-        "dk": rounded(scale * matmul(grouped(ds).swapaxes(-1, -2), grouped(q))),
+        "dq": rounded(scale * ungrouped(product(grouped(ds), k))),
+        "dk": rounded(scale * product(grouped(ds).swapaxes(-1, -2), grouped(q))),
         "dv": rounded(matmul(grouped(rounded(p)).swapaxes(-1, -2), grouped(dout))),
     }
 

@@ -1,23 +1,27 @@
 """Run a suite of cases on a function: the front door of the oracle."""
 
-import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.reference.check.blame import one_line, raised
 from lvxattn.reference.check.cases import Case, suite_of
-from lvxattn.reference.check.frameworks import Framework, framework_of
+from lvxattn.reference.check.diagnosis import Suspects
+from lvxattn.reference.check.frameworks import DTYPES, Framework, framework_of
 from lvxattn.reference.check.judge import RESULTS, Truth, Verdict, judge, truth_of
-from lvxattn.reference.check.patience import Patience, TimeIsUpError
+from lvxattn.reference.check.patience import EndedError, Patience, TimeIsUpError
 from lvxattn.reference.check.play import ComplaintError, play
 from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.check.report import Report, Row
 
 Array = npt.NDArray[Any]
+
+_SHOWN = 5  # different reasons for no gradients
 
 
 def check(
@@ -27,7 +31,7 @@ def check(
     dtypes: Sequence[str] | None = None,
     backward: bool | Callable[..., Any] = True,
     framework: str | None = None,
-    device: str | None = None,
+    device: str | int | None = None,
     seeds: int = 1,
     time_limit: float = 30.0,
     cases: Sequence[Case] | None = None,
@@ -55,8 +59,8 @@ def check(
         (dq, dk, dv)``, or this function of the same arguments, or else by autograd.
     framework : str, optional
         Whose arrays fn gets: ``"numpy"``, unless given, ``"torch"``, ``"jax"`` or ``"cupy"``.
-    device : str, optional
-        Where they are, such as ``"cuda"``.
+    device : str or int, optional
+        Where they are, such as ``"cuda:1"``.
     seeds : int
         How many problems of each case.
     time_limit : float
@@ -73,22 +77,30 @@ def check(
     TypeError, ValueError
         Naming the argument, what was expected and what was given; what fn does wrong is in the
         report instead.
+    ModuleNotFoundError
+        The framework is not installed.
     """
     arrays = framework_of(framework, device)
-    chosen = _check_arguments(fn, suite, dtypes, backward, arrays, seeds, time_limit)
+    check_arguments(fn, suite, backward, seeds, time_limit, cases)
+    wanted = wanted_dtypes(dtypes, suite, arrays)
+    chosen = [dtype for dtype in wanted if dtype in arrays.dtypes]
     own = backward if callable(backward) else getattr(fn, "backward", None)
     player = Player(fn, arrays, own, backward is not False, Patience(time_limit))
-    start = perf_counter()
-    rows = [
-        judged(player, case, dtype, seed)
-        for case in (suite_of(suite) if cases is None else cases)
-        for dtype in chosen
-        for seed in range(seeds)
-    ]
-    player.patience.close()
-    name = getattr(fn, "__qualname__", type(fn).__qualname__)
-    target = f"{getattr(fn, '__module__', '?')}:{name}"
-    return Report(target, suite, arrays.name, tuple(rows), perf_counter() - start)
+    start, suspects = perf_counter(), Suspects()
+    played = suite_of(suite) if cases is None else cases
+    try:
+        found = [
+            judged(player, case, dtype, seed, suspects)
+            for case in played
+            for dtype in chosen
+            for seed in range(seeds)
+        ]
+    finally:
+        player.patience.close()
+    rows, probably = suspects.conclude(found, {case.name: case for case in played})
+    notes = tuple(notes_of(arrays, rows, wanted, player.patience.abandoned))
+    seconds = perf_counter() - start
+    return Report(name_of(fn), suite, arrays.name, rows, seconds, notes=notes, probably=probably)
 
 
 @dataclass(frozen=True)
@@ -101,46 +113,75 @@ class Player:
     gradients: bool
     patience: Patience
 
-    def play(self, problem: Problem) -> dict[str, Array]:
+    def play(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
         """Call the function; `play.play` says what comes back and what is raised."""
         return self.patience.call(
             lambda: play(
-                self.fn, problem, self.framework, backward=self.backward, gradients=self.gradients
+                self.fn,
+                problem,
+                self.framework,
+                backward=self.backward,
+                gradients=self.gradients,
+                notes=notes,
             )
         )
 
 
-def judged(player: Player, case: Case, dtype: str, seed: int) -> Row:
-    """Run one case and judge it."""
+class Plays(Protocol):
+    """Whoever can solve a problem."""
+
+    def play(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
+        """Return float64 arrays by name, or raise what the function did."""
+
+
+def judged(
+    player: Plays,
+    case: Case,
+    dtype: str,
+    seed: int,
+    suspects: Suspects | None = None,
+    where: str = "",
+) -> Row:
+    """Run one case and judge it, and tell `suspects` if it fails."""
     start = perf_counter()
     about: dict[str, Any] = {
         "case": case.name, "group": case.group, "reason": case.reason, "dtype": dtype, "seed": seed
     }  # fmt: skip
+    about["where"] = where
     problem = draw(case, dtype, seed)
-    results, status, message = attempt(lambda: player.play(problem))
+    notes: list[str] = []
+    results, status, message = attempt(lambda: player.play(problem, notes))
+    about["note"] = one_line("; ".join(notes))
     if status:
-        return Row(**about, status=status, message=message, seconds=perf_counter() - start)
-    verdicts = verdicts_of(results, problem, truth_of(problem))
+        row = Row(**about, status=status, message=message, seconds=perf_counter() - start)
+        if suspects and status == "error":
+            suspects.examine(row, problem)
+        return row
+    truth = truth_of(problem)
+    verdicts = verdicts_of(results, problem, truth)
     status = "ok" if all(verdict.passed for verdict in verdicts) else "wrong"
-    return Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)
+    row = Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)
+    if suspects and status == "wrong":
+        suspects.examine(row, problem, results, truth)
+    return row
 
 
 def attempt(
     work: Callable[[], dict[str, Array]],
 ) -> tuple[dict[str, Array], str, str]:
-    """Return results, a status that is empty if there are any, and a message."""
+    """Return results, a status that is empty if there are any, and a message of one line."""
     try:
         return work(), "", ""
+    except NotImplementedError as error:
+        return {}, "unsupported", one_line(error) or "NotImplementedError"
+    except (ComplaintError, TimeIsUpError) as error:
+        return {}, "error", one_line(error)
+    except EndedError as error:
+        return {}, "error", raised(error.__cause__ or error)
     except KeyboardInterrupt:
         raise
-    except NotImplementedError as error:
-        return {}, "unsupported", str(error)
-    except (ComplaintError, TimeIsUpError) as error:
-        return {}, "error", str(error)
     except BaseException as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())
-        return {}, "error", f"{type(error).__name__}: {text:.300} ({last.filename}:{last.lineno})"
+        return {}, "error", raised(error)
 
 
 def verdicts_of(results: dict[str, Array], problem: Problem, truth: Truth) -> tuple[Verdict, ...]:
@@ -152,33 +193,98 @@ def verdicts_of(results: dict[str, Array], problem: Problem, truth: Truth) -> tu
     )
 
 
-def _check_arguments(
-    fn: Any,
-    suite: str,
-    dtypes: Sequence[str] | None,
-    backward: Any,
-    framework: Framework,
-    seeds: int,
-    time_limit: float,
-) -> tuple[str, ...]:
-    """Return the dtypes to check."""
+def name_of(fn: Any) -> str:
+    """Return a function's ``module:name``."""
+    while not hasattr(fn, "__qualname__") and callable(getattr(fn, "func", None)):
+        fn = fn.func  # functools.partial
+    name = getattr(fn, "__qualname__", type(fn).__qualname__)
+    return f"{getattr(fn, '__module__', None) or '?'}:{name}"
+
+
+def notes_of(
+    framework: Framework, rows: Sequence[Row], wanted: Sequence[str], abandoned: int = 0
+) -> list[str]:
+    """Return what is to be said of the whole check, every thing once.
+
+    Parameters
+    ----------
+    framework : Framework
+    rows : sequence of Row
+    wanted : sequence of str
+        The dtypes that were asked for.
+    abandoned : int
+        How many calls could not be ended.
+    """
+    missing = framework.missing
+    notes = [f"{dtype} was left out: {missing[dtype]}" for dtype in wanted if dtype in missing]
+    judged = [row for row in rows if row.verdicts]
+    count = Counter(row.note for row in judged if row.note)
+    for why, n in count.most_common(_SHOWN):
+        part = f"no gradients in {n} of {len(judged)}"
+        notes.append(f"{'forward only' if n == len(judged) else part}: {why}")
+    if len(count) > _SHOWN:
+        notes.append(f"and {len(count) - _SHOWN} more reasons for no gradients")
+    if judged and not any(v.name == "lse" for row in judged for v in row.verdicts):
+        notes.append("no lse was returned, and none judged")
+    if abandoned:
+        notes.append(
+            f"calls that did not come back and could not be ended: {abandoned}, "
+            "which may have slowed down what followed"
+        )
+    return notes
+
+
+def check_arguments(
+    fn: Any, suite: str, backward: Any, seeds: Any, time_limit: Any, cases: Any = None
+) -> None:
+    """Refuse what `check` cannot work with.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what was given.
+    """
     if not callable(fn):
         raise TypeError(f"fn: expected a function, got {type(fn).__name__} {fn!r:.40}")
     suite_of(suite)
     if not isinstance(backward, bool) and not callable(backward):
         raise TypeError(f"backward: expected True, False or a function, got {backward!r:.40}")
-    if seeds < 1:
-        raise ValueError(f"seeds: expected at least 1, got {seeds}")
-    if not time_limit > 0:
-        raise ValueError(f"time_limit: expected a number of seconds above 0, got {time_limit}")
+    own = getattr(fn, "backward", None)
+    if backward is True and own is not None and not callable(own):
+        raise TypeError(f"fn.backward: expected a function, got {type(own).__name__} {own!r:.40}")
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        raise ValueError(f"seeds: expected a whole number, at least 1, got {seeds!r:.40}")
+    if (
+        isinstance(time_limit, bool)
+        or not isinstance(time_limit, int | float)
+        or not (time_limit > 0)
+    ):
+        raise ValueError(f"time_limit: expected seconds, more than 0, got {time_limit!r:.40}")
+    for case in cases or ():
+        if not isinstance(case, Case):
+            raise TypeError(f"cases: expected Case objects, as of case_of(name), got {case!r:.40}")
+
+
+def wanted_dtypes(dtypes: Any, suite: str, framework: Framework) -> tuple[str, ...]:
+    """Return the dtypes to check, as far as the framework has them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        They are named, and the framework does not have one of them.
+    """
     if dtypes is None:
-        return framework.usual if suite == "quick" else framework.dtypes
-    if isinstance(dtypes, str):
-        raise TypeError(f"dtypes: expected a sequence of names, got the string {dtypes!r}")
-    for dtype in dtypes:
+        return tuple(framework.usual if suite == "quick" else DTYPES)
+    if isinstance(dtypes, str) or not isinstance(dtypes, Iterable):
+        raise TypeError(f"dtypes: expected a sequence of names, got {dtypes!r:.40}")
+    known, found = ", ".join(framework.dtypes), tuple(dtypes)
+    if not found:
+        raise ValueError(f"dtypes: expected at least one of {known}, got none")
+    for dtype in found:
         if dtype not in framework.dtypes:
-            known = ", ".join(framework.dtypes)
+            why = framework.missing.get(str(dtype))
             raise ValueError(
-                f"dtypes: expected some of {known} with {framework.name}, got {dtype!r}"
+                f"dtypes: expected some of {known} with {framework.name}, got {dtype!r:.40}"
+                + (f", which was left out: {why}" if why else "")
             )
-    return tuple(dtypes)
+    return found

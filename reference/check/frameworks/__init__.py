@@ -1,21 +1,31 @@
 """Arrays of the library that a function to be checked is written for."""
 
-from typing import Any
+from importlib import import_module
 
-from lvxattn.reference.check.frameworks.framework import Framework
+from lvxattn.reference.check.frameworks.framework import DTYPES, Framework
 
 NAMES = ("numpy", "torch", "jax", "cupy")
 
+_CLASSES = {"numpy": "NumPy", "torch": "Torch", "jax": "Jax", "cupy": "CuPy"}
+_INSTALL = {
+    "torch": "pip install torch",
+    "jax": "pip install jax",
+    "cupy": "pip install cupy-cuda12x, or cupy-cuda13x, as the driver's CUDA is",
+}
 
-def framework_of(name: str | None, device: str | None = None) -> Framework:
+
+def framework_of(name: str | None, device: str | int | None = None) -> Framework:
     """Return the framework of a name, NumPy unless given.
+
+    Its library is imported here and not before.
 
     Parameters
     ----------
     name : str, optional
         ``"numpy"``, ``"torch"``, ``"jax"`` or ``"cupy"``.
-    device : str, optional
-        As PyTorch names it, such as ``"cuda:1"``; with the others a number or nothing.
+    device : str or int, optional
+        As the library names it: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``1``.  Unless given, the CPU
+        with NumPy and PyTorch, with the others where their arrays are by default.
 
     Raises
     ------
@@ -24,16 +34,19 @@ def framework_of(name: str | None, device: str | None = None) -> Framework:
     ModuleNotFoundError
         It is not installed.
     """
-    options: dict[str, Any] = {} if device is None else {"device": device}
-    if name in (None, "numpy"):
-        from lvxattn.reference.check.frameworks.numpy_arrays import NumPy
+    name = "numpy" if name is None else name
+    if name not in NAMES:
+        raise ValueError(f"framework: expected one of {', '.join(NAMES)}, got {name!r:.40}")
+    try:
+        module = import_module(f"lvxattn.reference.check.frameworks.{name}_arrays")
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ModuleNotFoundError(
+            f"framework: {name} is not installed: {_INSTALL[name]}", name=name
+        ) from None
+    framework: Framework = getattr(module, _CLASSES[name])(device)
+    return framework
 
-        return NumPy(**options)
-    if name == "torch":
-        from lvxattn.reference.check.frameworks.torch_arrays import Torch
 
-        return Torch(**options)
-    raise ValueError(f"framework: expected one of {', '.join(NAMES)}, got {name!r}")
-
-
-__all__ = ["NAMES", "Framework", "framework_of"]
+__all__ = ["DTYPES", "NAMES", "Framework", "framework_of"]

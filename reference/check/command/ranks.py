@@ -1,0 +1,72 @@
+"""The processes of a check with ``--distributed``: who speaks, and how all end alike."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def rank_of(argv: Sequence[str]) -> int:
+    """Return the number of this process among those that were started together.
+
+    Parameters
+    ----------
+    argv : sequence of str
+        Without ``--distributed`` among them every process is alone, and 0.
+    """
+    if "--distributed" not in argv:
+        return 0
+    if _torchrun():
+        return int(os.environ["RANK"])
+    world = _world()
+    return 0 if world is None else int(world.rank)
+
+
+def allgather(x: Any, device: str | None) -> list[Any]:
+    """Return what each rank has given.  Collective: every rank calls this.
+
+    Under torchrun the default process group is made, if there is none; with NCCL for the blocks on
+    CUDA devices, if each rank of this host can have its own.
+    """
+    if _torchrun():
+        import torch.distributed as dist
+        from torch.cuda import device_count
+
+        if not dist.is_initialized():
+            enough = device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            cuda = (device or "").startswith("cuda") and enough
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, x)
+        return every
+    world = _world()
+    return [x] if world is None else list(world.allgather(x))
+
+
+def leave() -> None:
+    """End MPI and PyTorch's process group, if they were begun.
+
+    ``python -m mpi4py`` ends the other ranks by force if a rank's exit status is not 0 and MPI has
+    not ended by then; that is for the rank that fails alone.
+    """
+    sys.stdout.flush()
+    if "mpi4py.MPI" in sys.modules:
+        MPI = sys.modules["mpi4py.MPI"]
+        if MPI.Is_initialized() and not MPI.Is_finalized():
+            MPI.Finalize()
+    if _torchrun() and "torch.distributed" in sys.modules:
+        dist = sys.modules["torch.distributed"]
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _torchrun() -> bool:
+    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def _world() -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):  # the latter: no MPI library
+        return None
+    return MPI.COMM_WORLD

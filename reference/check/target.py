@@ -1,0 +1,91 @@
+"""Find the function that a user names: ``package.module:function``."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any
+
+
+def load(text: str, argument: str) -> Callable[..., Any]:
+    """Import the module and return what is named in it.
+
+    Modules of the current folder are found as well, after all others.
+
+    Parameters
+    ----------
+    text : str
+        ``"package.module:function"``, or ``"module:Class.method"``.
+    argument : str
+        What the user knows it by.
+
+    Raises
+    ------
+    ValueError
+        In one line: no such module, it cannot be imported, there is nothing of that name in it, or
+        that cannot be called.
+    """
+    module_name, colon, path = text.partition(":")
+    wrong = _misspelt(module_name, colon, path)
+    if wrong:
+        raise ValueError(f"{argument}: expected package.module:function, got {text!r}{wrong}")
+    found: Any = _imported(module_name, argument)
+    at = module_name
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise ValueError(f"{argument}: {at} has no {name!r}{_near(name, found)}")
+        found, at = getattr(found, name), f"{at}{'.' if ':' in at else ':'}{name}"
+    if not callable(found):
+        raise ValueError(f"{argument}: expected a function, and {at} is {found!r:.60}")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _misspelt(module: str, colon: str, path: str) -> str:
+    """Return an empty text, or what to write instead."""
+    stem, ending = os.path.splitext(module)
+    if ending == ".py" or os.sep in module:
+        folder, name = os.path.split(stem if ending == ".py" else module)
+        start = f"in {folder}, " if folder else ""
+        return f": {start}write {name}:{path or 'FUNCTION'}"
+    if not colon and "." in module:
+        package, _, name = module.rpartition(".")
+        return f": write {package}:{name}"
+    names = [*module.split("."), *path.split(".")]
+    return "" if all(name.isidentifier() for name in names) else ": it is no such name"
+
+
+def _imported(name: str, argument: str) -> ModuleType:
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may even exit
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
+            where = f" (looked in {os.getcwd()} too)" if missing == name.partition(".")[0] else ""
+            raise ValueError(f"{argument}: no module {missing!r}{where}") from None
+        text = " ".join(str(error).split())
+        text = f"{type(error).__name__}: {text:.200} ({_where(error)})"
+        raise ValueError(f"{argument}: {name} cannot be imported: {text}") from None
+
+
+def _where(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith("<frozen")]
+    return f"{own[-1].filename}:{own[-1].lineno}"
+
+
+def _near(name: str, owner: Any) -> str:
+    """Return a question after a name like this one, or nothing."""
+    names = [x for x in dir(owner) if not x.startswith("_") and callable(getattr(owner, x, None))]
+    near = get_close_matches(name, names, 3)
+    return f": did you mean {' or '.join(near)}?" if near else ""

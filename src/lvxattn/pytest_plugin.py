@@ -1,0 +1,159 @@
+"""pytest's way to the oracle: options, the fixture ``xattn_case``, and a list of known failures.
+
+pytest imports this in every run of an environment where lvxattn is, before any conftest.py.  So it
+imports nothing that a run could notice, NumPy neither, until options or tests ask for it.
+"""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from lvxattn.reference.check.pytest_cases import Choice, Chosen, JudgedCase, XattnCase
+
+CONFORMANCE = "lvxattn.reference.check.conformance"
+FUNCTION = "package.module:function"
+OPTIONS = {
+    "impl": (FUNCTION, "the attention function to be checked"),
+    "backward": (FUNCTION, "its gradients, unless they are its attribute or autograd's"),
+    "suite": ("NAME", "quick (default) or full"),
+    "dtypes": ("NAME,...", "of float64, float32, float16, bfloat16"),
+    "framework": ("NAME", "whose arrays it gets: numpy (default), torch, jax, cupy"),
+    "device": ("NAME", "where they are, such as cuda"),
+    "seeds": ("N", "problems of each case (default: 1)"),
+    "xfails-file": ("FILE", "tests that are known to fail: an id, case-dtype or a glob a line"),
+}
+_CHOSEN = pytest.StashKey["Chosen"]()
+_NO_FUNCTION = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("lvxattn", "attention kernels (lvxattn)")
+    for name, (metavar, text) in OPTIONS.items():
+        group.addoption(f"--lvx-{name}", metavar=metavar, help=text)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Look at the options, if there are any, before anything is collected."""
+    if any(_option(session.config, name) is not None for name in OPTIONS if name != "xfails-file"):
+        _chosen(session.config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make a test of every problem."""
+    if "xattn_judged" in metafunc.fixturenames:
+        chosen = _chosen(metafunc.config)
+        if chosen.player is None:
+            metafunc.config.stash[_NO_FUNCTION] = True
+        choices: list[Choice] = list(chosen.choices)
+        metafunc.parametrize("xattn_judged", choices, indirect=True, ids=lambda choice: choice.id)
+    if "xattn_case" in metafunc.fixturenames:
+        # What is called before is the check's business, not that of a test of one's own.
+        choices = [choice for choice in _chosen(metafunc.config).choices if not choice.case.calls]
+        metafunc.parametrize("xattn_case", choices, indirect=True, ids=lambda choice: choice.id)
+
+
+@pytest.fixture
+def xattn_case(request: pytest.FixtureRequest) -> "XattnCase":
+    """Give a problem that breaks kernels, what is right, and ``check(out=..., dq=...)``."""
+    from lvxattn.reference.check.pytest_cases import xattn_case_of
+
+    return xattn_case_of(_chosen(request.config), request.param)
+
+
+@pytest.fixture
+def xattn_judged(request: pytest.FixtureRequest) -> "JudgedCase":
+    """Give a problem for the function of ``--lvx-impl``."""
+    from lvxattn.reference.check.pytest_cases import JudgedCase
+
+    return JudgedCase(_chosen(request.config), request.param)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the known failures, before -k and -m leave tests out."""
+    if config.stash.get(_NO_FUNCTION, False):
+        raise pytest.UsageError(f"{CONFORMANCE} needs --lvx-impl {FUNCTION}")
+    path = _option(config, "xfails-file")
+    if path is None:
+        return
+    ours = [item for item in items if _CASES & set(getattr(item, "fixturenames", ()))]
+    narrowed = any("::" in arg for arg in config.args)
+    for number, line in _lines(path):
+        known = [item for item in ours if _names(line, item)]
+        for item in known:
+            item.add_marker(pytest.mark.xfail(reason=f"{path}:{number}"))
+        if not known and not _elsewhere(line, ours, narrowed):
+            raise pytest.UsageError(f"{path}:{number}: no test is called {line!r}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the thread in which the function ran."""
+    chosen = config.stash.get(_CHOSEN, None)
+    if chosen is not None and chosen.player is not None:
+        chosen.player.patience.close()
+
+
+_CASES = {"xattn_case", "xattn_judged"}
+
+
+def _option(config: pytest.Config, name: str) -> str | None:
+    value: str | None = config.getoption(f"--lvx-{name}")
+    return value
+
+
+def _chosen(config: pytest.Config) -> "Chosen":
+    if _CHOSEN not in config.stash:
+        from lvxattn.reference.check.pytest_cases import chosen_by
+
+        options = {name: _option(config, name) for name in OPTIONS}
+        try:
+            config.stash[_CHOSEN] = chosen_by(options)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+    return config.stash[_CHOSEN]
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield what is neither empty nor a comment, with its number."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise pytest.UsageError(f"--lvx-xfails-file: {path} cannot be read: {what}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.partition("#")[0].strip()
+        if line:
+            yield number, line
+
+
+def _names(line: str, item: pytest.Item) -> bool:
+    """Whether a line means a test: all of its id, what follows the file, or what is in brackets."""
+    names = (item.nodeid, item.nodeid.partition("::")[2], item.name, _bracketed(item.name))
+    return any(_fits(line, name) for name in names)
+
+
+def _elsewhere(line: str, ours: list[pytest.Item], narrowed: bool) -> bool:
+    """Whether a line means a test that there is, and that this run was not asked to collect."""
+    from lvxattn.reference.check.pytest_cases import possible_ids
+
+    start, _, _ = line.partition("[")
+    tests = {name.partition("[")[0] for item in ours for name in (item.nodeid, item.name)}
+    if "[" in line and ours and not narrowed and start not in tests:
+        return False
+    wanted = _bracketed(line) if "[" in line else line
+    wanted, _, seed = wanted.partition("-seed")
+    return any(_fits(wanted, name) for name in possible_ids()) and (seed or "0").isdecimal()
+
+
+def _bracketed(name: str) -> str:
+    return name.partition("[")[2].removesuffix("]")
+
+
+def _fits(line: str, name: str) -> bool:
+    """Whether a name is the line, in which only * and ? stand for others."""
+    return fnmatchcase(name, line.replace("[", "[[]"))

@@ -1,0 +1,47 @@
+"""Attention functions to be checked by name, as users write them in a file of their own."""
+
+SOURCE = '''
+"""Kernels."""
+
+import numpy as np
+
+from lvxattn.reference import full_attention, full_attention_backward
+
+calls = []
+number = 3
+
+
+def right(q, k, v, *, scale, mask):
+    calls.append(q.dtype.name)
+    out, lse = full_attention(q, k, v, scale=scale, mask=mask)
+    return out.astype(q.dtype), lse
+
+
+def back(dout, q, k, v, out, lse, *, scale, mask):
+    found = full_attention_backward(dout, q, k, v, out, lse, scale=scale, mask=mask)
+    return tuple(x.astype(q.dtype) for x in found)
+
+
+def wrong_back(*args, **options):
+    dq, dk, dv = back(*args, **options)
+    return dq, dk, dv * 2
+
+
+def nan(q, k, v, *, scale, mask):
+    """Dead rows come out as NaN."""
+    if callable(mask):
+        raise NotImplementedError("no callable masks")
+    out, lse = right(q, k, v, scale=scale, mask=mask)
+    return np.where(lse[..., None] == -np.inf, np.nan, out).astype(q.dtype)
+
+
+class Kernels:
+    """Functions in a class."""
+
+    @staticmethod
+    def right(q, k, v, *, scale, mask):
+        return right(q, k, v, scale=scale, mask=mask)
+
+
+right.backward = back
+'''

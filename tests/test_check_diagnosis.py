@@ -1,0 +1,214 @@
+"""What a failure is called: the right name where there is one, none where there is not."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn.reference.check import Report, case_of, check
+from lvxattn.reference.check.diagnosis import Suspects
+from lvxattn.reference.check.masks import Mask
+from lvxattn.reference.check.wrong import WRONG, Right
+from lvxattn.reference.check.wrong.right import Array, Shape
+
+CASES = [
+    case_of(name) for name in ("gaussian", "one-query", "random-mask", "dead-rows", "grouped-heads")
+]
+
+
+def diagnoses(report: Report) -> set[str]:
+    """Return what stands between the asterisks."""
+    assert report.failed
+    return {name for row in report.failed for name in row.diagnosis.split("*")[1::2]}
+
+
+class Shrunk(Right):
+    def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
+        out, lse = super()._join(parts, out)
+        return np.asarray(out * 0.99, out.dtype), lse
+
+
+class OtherScale(Right):
+    def _scale(self, scale: float, _D: int) -> Any:
+        return 1.05 * scale
+
+
+class SoftCap(Right):
+    def _scores(self, q: Array, k: Array) -> Array:
+        return np.asarray(5 * np.tanh(super()._scores(q, k) / 5), q.dtype)
+
+
+class ReversedKeys(Right):
+    def _arguments(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        q, k, v = super()._arguments(q, k, v)
+        return q, k[:, :, ::-1], v
+
+
+class Window(Right):
+    def _tile(self, mask: Mask, shape: Shape, keys: slice) -> Array | None:
+        seen = np.arange(shape[3])[keys] < np.arange(shape[2])[:, None] + 20
+        tile = super()._tile(mask, shape, keys)
+        return seen[None, None] if tile is None else tile & seen
+
+
+class ReversedDv(Right):
+    def _sum_heads(self, dx: Array, H_KV: int) -> Array:
+        return super()._sum_heads(dx, H_KV)[:, :, ::-1]
+
+
+class Noisy(Right):
+    def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
+        out, lse = super()._join(parts, out)
+        noise = np.random.default_rng(0).standard_normal(out.shape)
+        return np.asarray(out + 0.03 * noise, out.dtype), lse
+
+
+@pytest.mark.parametrize(
+    "kernel", [Shrunk, OtherScale, SoftCap, ReversedKeys, Window, ReversedDv, Noisy]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_defect_that_is_not_in_the_library_gets_no_name(kernel: type[Right], dtype: str) -> None:
+    report = check(kernel(), cases=CASES[:3], dtypes=(dtype,))
+    assert diagnoses(report) == set()
+    assert report.probably == ""
+
+
+class PhantomAndTiled(WRONG["phantom key"], WRONG["heads tiled"]):  # type: ignore[misc]
+    pass
+
+
+class PhantomAndScaled(WRONG["phantom key"], WRONG["no scale"]):  # type: ignore[misc]
+    pass
+
+
+class DeadAndTiled(WRONG["dead rows NaN"], WRONG["heads tiled"]):  # type: ignore[misc]
+    pass
+
+
+@pytest.mark.parametrize("kernel", [PhantomAndTiled, PhantomAndScaled, DeadAndTiled])
+def test_of_two_defects_no_third_is_named(kernel: type[Right]) -> None:
+    own = {name for name, wrong in WRONG.items() if issubclass(kernel, wrong)}
+    assert len(own) == 2
+    assert diagnoses(check(kernel(), cases=CASES)) <= own
+
+
+def test_two_defects_that_show_in_different_cases_are_both_named() -> None:
+    report = check(DeadAndTiled(), cases=CASES)
+    assert diagnoses(report) == {"dead rows NaN", "heads tiled"}
+    assert report.probably.count("of 6 failures") == 2
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_a_name_comes_with_how_near_it_is(dtype: str) -> None:
+    row = check(WRONG["phantom key"](), cases=CASES[:1], dtypes=(dtype,)).rows[0]
+    limit = max(verdict.limit for verdict in row.verdicts)
+    assert row.diagnosis.startswith("matches *phantom key* ")
+    to = row.diagnosis.removeprefix("matches *phantom key* ")
+    assert (0 if to == "exactly" else float(to.removeprefix("to "))) <= limit
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_a_name_comes_with_how_many_shards_there_are(shards: int) -> None:
+    report = check(WRONG["unweighted merge"](shards), cases=CASES[:1])
+    assert f"*unweighted merge* (shards = {shards}) to " in report.rows[1].diagnosis
+
+
+class ElevenBits(Right):
+    """Rounds mantissas to 11 bits where TF32 rounds them to 10."""
+
+    def _dot(self, x: Array, y: Array) -> Array:
+        x, y = (np.ascontiguousarray(z).view(np.int32) + 0x800 & ~0xFFF for z in (x, y))
+        return super()._dot(x.view(np.float32), y.view(np.float32))
+
+
+def test_what_only_rounds_is_named_by_the_size_of_its_error() -> None:
+    report = check(ElevenBits(), cases=CASES, dtypes=("float32",))
+    assert {row.diagnosis for row in report.rows} == {"error as large as that of *TF32 products*"}
+
+
+def test_what_is_as_large_as_the_dtype_goes_is_judged() -> None:
+    report = check(WRONG["neighbour's block returned"](), cases=[case_of("finite-minimum")])
+    assert {row.status for row in report.rows} == {"wrong"}
+    assert diagnoses(report) == {"neighbour's block returned"}
+
+
+def test_a_complaint_is_named() -> None:
+    report = check(WRONG["out allocated like q"](), cases=[case_of("value-size")])
+    assert {row.status for row in report.rows} == {"error"}
+    assert {row.diagnosis for row in report.rows} == {"matches *out allocated like q*"}
+
+
+class TestWhatPassedIsHeldAgainstAName:
+    """With D = 1, a scale of 1 in place of 0.5 may be none, or one's own 1 / sqrt(D)."""
+
+    def test_nothing_tells_them_apart(self) -> None:
+        report = check(WRONG["scale argument ignored"](), cases=[case_of("head-size-1")])
+        assert diagnoses(report) == {"no scale", "scale argument ignored"}
+
+    def test_another_case_passed(self) -> None:
+        report = check(WRONG["scale argument ignored"](), cases=[case_of("head-size-1"), CASES[0]])
+        assert diagnoses(report) == {"scale argument ignored"}
+
+    def test_neither_is_left(self) -> None:
+        class Other(Right):
+            def _scale(self, scale: float, D: int) -> Any:
+                return 1.0 if D == 1 else scale
+
+        cases = [case_of(name) for name in ("head-size-1", "gaussian", "one-hot-table")]
+        assert "no scale" not in diagnoses(check(Other(), cases=cases))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stale buffer",
+        "gradients not zeroed between calls",
+        "out's buffer has the last call's dtype",
+    ],
+)
+def test_what_an_earlier_case_left_behind_is_named(name: str) -> None:
+    cases = [case_of(name) for name in ("value-size", "non-contiguous", "read-only")]
+    report = check(WRONG[name](), cases=cases)
+    assert len(report.failed) > 2
+    assert {row.diagnosis.split("*")[1] for row in report.failed} == {name}
+
+
+def test_a_right_kernel_is_not_diagnosed() -> None:
+    report = check(Right(), cases=CASES)
+    assert report.probably == ""
+    assert {row.diagnosis for row in report.rows} == {""}
+
+
+def test_the_report_shows_both() -> None:
+    text = str(check(WRONG["no scale"](), cases=CASES[:2]))
+    assert "matches *no scale* exactly" in text
+    assert "probably *no scale*: explains 4 of 4 failures" in text
+
+
+def test_gradients_by_autograd_are_judged_by_the_forward() -> None:
+    torch = pytest.importorskip("torch")
+
+    def summed(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        if mask is not None or q.shape[1] != k.shape[1]:
+            raise NotImplementedError
+        quarters = zip(k.chunk(4, dim=2), v.chunk(4, dim=2), strict=True)
+        return sum(torch.softmax(scale * q @ x.mT, dim=-1) @ y for x, y in quarters) / 4
+
+    report = check(summed, cases=CASES, framework="torch")
+    assert report.probably == "probably *unweighted merge*: explains 2 of 2 failures"
+
+
+def test_the_library_is_searched_once_for_what_is_found_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Suspects] = []
+
+    class Watched(Suspects):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr("lvxattn.reference.check.suite.Suspects", Watched)
+    check(WRONG["no scale"](), cases=CASES)
+    check(Shrunk(), cases=CASES[:1], dtypes=("float64",), seeds=14)
+    assert [suspects.searches for suspects in made] == [1, 12]

@@ -1,0 +1,371 @@
+"""Distributed functions are checked: right ones pass, on whatever ranks; wrong ones do not."""
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn.reference import cross_attention, cross_attention_backward
+from lvxattn.reference.check import (
+    Report,
+    Row,
+    case_of,
+    check,
+    check_distributed,
+    distributed,
+    draw,
+    suite_of,
+)
+from lvxattn.reference.check.growth import GROWTH, LIMIT, judged_growth
+from lvxattn.reference.check.judge import RESULTS, Verdict
+from lvxattn.reference.check.play import ComplaintError
+from lvxattn.reference.check.ranks.outcome import (
+    ElsewhereError,
+    Outcome,
+    UnsupportedElsewhereError,
+    joined,
+    verdict_on,
+)
+from lvxattn.reference.check.shards import CUTS, Cut, sweep_of, whole_of
+from tests.launch import PROGRAMS, Ended, mpiexec
+from tests.planted_ranks import Planted
+from tests.torchrun import torchrun
+
+PROGRAM = PROGRAMS / "check_distributed.py"
+FEW = ("gaussian", "random-mask", "ragged-lengths")
+
+
+class Ours:
+    """The reference on virtual ranks; its fp64 results are cast."""
+
+    def __call__(self, q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
+        out, lse = cross_attention(q, k, v, comm, **options)
+        return out.astype(q.dtype), lse.astype(np.result_type(q.dtype, np.float32))
+
+    def backward(self, dout: Any, q: Any, *others: Any, **options: Any) -> Any:
+        return tuple(
+            x.astype(q.dtype) for x in cross_attention_backward(dout, q, *others, **options)
+        )
+
+
+class ProductsInHalf:
+    """Attention by a library whose products of matrices come in the dtype of the factors."""
+
+    def __call__(self, q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        assert mask is None
+        s = scale * q.astype("f4") @ k.astype("f4").swapaxes(-1, -2)
+        p = np.exp(s - s.max(axis=-1, keepdims=True))
+        total = p.sum(axis=-1, keepdims=True)
+        out = self._product(p, v, q.dtype) / total
+        return out.astype(q.dtype), (s.max(axis=-1, keepdims=True) + np.log(total))[..., 0]
+
+    def backward(
+        self, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, **options: Any
+    ) -> Any:
+        wide = [x.astype("f4") for x in (dout, q, k, v, out)]
+        p = np.exp(options["scale"] * wide[1] @ wide[2].swapaxes(-1, -2) - lse[..., None])
+        delta = (wide[0] * wide[4]).sum(axis=-1)
+        ds = p * (wide[0] @ wide[3].swapaxes(-1, -2) - delta[..., None])
+        dq = options["scale"] * self._product(ds, k, q.dtype)
+        dk = options["scale"] * self._product(ds.swapaxes(-1, -2), q, q.dtype)
+        dv = self._product(p.swapaxes(-1, -2), dout, q.dtype)
+        return tuple(x.astype(q.dtype) for x in (dq, dk, dv))
+
+    def _product(self, x: Any, y: Any, dtype: Any) -> Any:
+        return (x.astype(dtype).astype("f4") @ y.astype("f4")).astype(dtype).astype("f4")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "suite_of", lambda _: [case_of(name) for name in FEW])
+
+
+def checked(fn: Any, ranks: int, **options: Any) -> Report:
+    report = check_distributed(fn, ranks=ranks, **options)
+    assert report is not None
+    return report
+
+
+def launched(start: Any, P: int, **wishes: Any) -> Ended:
+    ended: Ended = start(P, PROGRAM, json.dumps(wishes), timeout=60)
+    assert not ended.timed_out, ended.err
+    assert not ended.left
+    return ended
+
+
+class TestSweep:
+    @pytest.mark.parametrize("suite", ["quick", "full"])
+    @pytest.mark.parametrize("size", [2, 3, 4, 64])
+    def test_every_case_sees_all_ranks_and_an_uneven_cut_and_every_group_all_cuts(
+        self, suite: str, size: int
+    ) -> None:
+        cases = suite_of(suite)
+        sweep = sweep_of(cases, size, suite)
+        kinds: dict[str, set[str]] = {}
+        for case in cases:
+            cuts = sweep[case.name]
+            assert Cut(size, "even") in cuts
+            assert {cut.kind for cut in cuts} > {"even"}
+            kinds.setdefault(case.group, set()).update(cut.kind for cut in cuts)
+        assert all(found == set(CUTS) for found in kinds.values())
+        numbers = {(cut.kind, cut.P) for cuts in sweep.values() for cut in cuts}
+        smaller = {P for P in range(1, size + 1) if P <= 8 or P in (16, 32, 64)}
+        assert {P for kind, P in numbers if kind == "even"} == smaller
+        assert {P for kind, P in numbers if kind != "even"} == smaller - {1}
+        for kind in CUTS[1:]:
+            assert {P for other, P in numbers if other == kind} == smaller - {1}
+
+    def test_one_rank_sees_every_case_once(self) -> None:
+        assert set(map(tuple, sweep_of(suite_of("quick"), 1, "quick").values())) == {
+            (Cut(1, "even"),)
+        }
+
+    @pytest.mark.parametrize("kind", CUTS)
+    @pytest.mark.parametrize("P", [1, 2, 3, 7])
+    @pytest.mark.parametrize("case", ["random-mask", "padding-mask", "grouped-heads"])
+    def test_the_parts_are_the_whole(self, kind: str, P: int, case: str) -> None:
+        problem, cut = draw(case_of(case), "float64", 3), Cut(P, kind)
+        parts = [cut.part(problem, rank) for rank in range(P)]
+        for name in ("q", "k", "v", "dout"):
+            whole = whole_of([{name: getattr(part, name)} for part in parts])[name]
+            assert np.array_equal(whole, getattr(problem, name))
+        if isinstance(problem.mask, np.ndarray):
+            columns = np.concatenate([part.mask for part in parts], axis=-1)
+            assert np.array_equal(columns, problem.mask)
+        lengths = {(part.q.shape[2], part.k.shape[2]) for part in parts}
+        if kind == "ragged" and P > 1:
+            assert any(s_q == 0 for s_q, _ in lengths)
+            assert any(s_kv == 0 for _, s_kv in lengths)
+        if kind == "first":
+            assert [part.k.shape[2] > 0 for part in parts] == [True, *[False] * (P - 1)]
+        if kind == "last":
+            assert [part.q.shape[2] > 0 for part in parts] == [*[False] * (P - 1), True]
+
+
+class TestVirtualRanks:
+    def test_the_reference_passes(self) -> None:
+        report = checked(Ours(), 3, dtypes=["float64"])
+        assert report.passed, str(report)
+        assert {row.where for row in report.rows} >= {"P=1, even", "P=2, ragged", "P=3, last"}
+        judged = {tuple(verdict.name for verdict in row.verdicts) for row in report.rows}
+        assert judged == {RESULTS}
+
+    def test_a_right_function_passes_on_64_ranks(self, few: None) -> None:
+        report = checked(Planted(blocks_in_half=True, round_p=True), 64, dtypes=["bfloat16"])
+        assert report.passed, str(report)
+        assert any("growth of the error from P=1 to P=64" in note for note in report.notes)
+
+    def test_a_right_function_passes_the_quick_suite(self) -> None:
+        report = checked(Planted(), 3, dtypes=["float32"])
+        assert report.passed, str(report)
+
+    @pytest.mark.parametrize(
+        "fault", ["last rank dropped", "unweighted merge", "mask of rank 0", "neighbour at odd P"]
+    )
+    def test_a_wrong_function_fails(self, few: None, fault: str) -> None:
+        report = checked(Planted(fault), 3, dtypes=["float32"])
+        assert not report.passed
+        assert all(not row.where.startswith("P=1") for row in report.failed)
+        if fault == "neighbour at odd P":
+            assert {row.where[:3] for row in report.failed} == {"P=3"}
+        if fault == "mask of rank 0":
+            assert {row.case for row in report.failed} == {"random-mask"}
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("raises", "rank 1 of 3: ValueError: no such thing"),
+            ("hangs", "did not come back within 0.1 s"),
+            ("another rank's shape", "out: expected shape"),
+            ("unsupported on one rank", "rank 1 of 3: unsupported there, not everywhere: not here"),
+        ],
+    )
+    def test_what_goes_wrong_on_a_rank_is_told_and_the_rest_goes_on(
+        self, few: None, fault: str, message: str
+    ) -> None:
+        report = checked(Planted(fault), 3, dtypes=["float64"], time_limit=0.1)
+        on_3 = [row for row in report.rows if row.where.startswith("P=3")]
+        assert {row.status for row in on_3} == {"error"}
+        assert message in str(report)
+        if fault != "another rank's shape":
+            assert [row.status for row in report.rows if row.where == "P=1, even"] == ["ok"] * 2
+
+    def test_a_deadlock_is_an_error(self, few: None) -> None:
+        def fn(q: Any, k: Any, v: Any, comm: Any, **_: Any) -> Any:
+            return Planted()(q, k, v, comm, **_) if comm.size == 1 else comm.recv(comm.rank)
+
+        report = checked(fn, 2, dtypes=["float64"], backward=False)
+        assert all("deadlock" in row.message for row in report.failed)
+        assert report.failed
+
+    def test_a_rank_that_wants_to_exit_is_an_error(self, few: None) -> None:
+        def fn(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
+            return Planted()(q, k, v, comm, **options) if comm.rank == 0 else sys.exit(3)
+
+        report = checked(fn, 2, dtypes=["float64"], backward=False)
+        assert report.failed
+        assert all("rank 1 of 2: SystemExit: 3" in row.message for row in report.failed)
+
+    def test_what_no_rank_supports_is_no_failure(self, few: None) -> None:
+        def fn(q: Any, k: Any, v: Any, comm: Any, *, scale: float, mask: Any) -> Any:
+            if mask is not None:
+                if comm.rank:  # rank 0 has said so by the time that this one sends
+                    time.sleep(0.02)
+                    comm.send([], comm.rank)
+                raise NotImplementedError("masks")
+            return Planted()(q, k, v, comm, scale=scale, mask=mask)
+
+        report = checked(fn, 3, dtypes=["float64"], backward=Planted().backward)
+        assert report.passed
+        assert {row.case for row in report.rows if row.status == "unsupported"} == {"random-mask"}
+
+
+class TestGrowth:
+    @pytest.mark.parametrize(
+        ("fault", "grown"),
+        [("merge in half", "out"), ("dq in half", "dq"), ("dkv in half", "dk")],
+    )
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_sums_in_half_precision_are_caught_on_four_ranks(
+        self, monkeypatch: pytest.MonkeyPatch, fault: str, grown: str, dtype: str
+    ) -> None:
+        monkeypatch.setattr(distributed, "suite_of", lambda _: [])
+        report = checked(Planted(fault, round_p=True), 4, dtypes=[dtype])
+        (row,) = report.failed
+        assert row.case == "growth-with-ranks"
+        assert grown in {verdict.name for verdict in row.verdicts if not verdict.passed}
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_blocks_in_half_precision_are_not(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: str
+    ) -> None:
+        monkeypatch.setattr(distributed, "suite_of", lambda _: [])
+        assert checked(Planted(blocks_in_half=True), 4, dtypes=[dtype]).passed
+
+    @pytest.mark.parametrize(("growth", "status"), [(1.23, "ok"), (1.25, "wrong"), (0.8, "ok")])
+    def test_errors_are_pooled_over_seeds(self, growth: float, status: str) -> None:
+        def row(where: str, seed: int, error: float) -> Row:
+            verdict = Verdict("dq", error, 1.0, error, "", (), 0.0, 0.0, 0.0, 0.0, 0.0)
+            return Row(
+                "growth", "growth", GROWTH.reason, "float16", seed, "ok", (verdict,), where=where
+            )
+
+        rows = [row("P=1, even", seed, 1e-3) for seed in range(2)]
+        rows += [row("P=5, even", 0, 0.0), row("P=5, even", 1, 2**0.5 * growth * 1e-3)]
+        (found,), (note,) = judged_growth(rows, ["float32", "float16"], 5)
+        assert found.status == status
+        assert f"dq {growth:.2f}; limit {LIMIT}" in note
+
+    def test_says_when_it_cannot_be_judged(self, few: None) -> None:
+        assert "needs 4 ranks" in str(checked(Planted(), 3, dtypes=["float16"]))
+        assert "needs float16 or bfloat16" in str(checked(Planted(), 4, dtypes=["float64"]))
+
+
+class TestLimit:
+    def test_lets_products_come_in_half_precision(self) -> None:
+        case = case_of("offset-values")
+        report = check(ProductsInHalf(), dtypes=["bfloat16"], seeds=60, cases=[case])
+        assert report.passed, str(report)
+
+
+class TestOutcomes:
+    def test_one_rank_without_a_result_that_others_return_is_an_error(self) -> None:
+        x = np.zeros((1, 1, 2, 3))
+        both, one = Outcome("ok", results={"out": x, "lse": x}), Outcome("ok", results={"out": x})
+        with pytest.raises(ComplaintError, match=r"lse: .* not returned by rank 1 of 3"):
+            joined([both, one, both], 30.0)
+
+    def test_the_culprit_comes_before_those_who_waited_for_it(self) -> None:
+        outcomes = [Outcome("late"), Outcome("error", "broken"), Outcome("ok"), Outcome("silent")]
+        with pytest.raises(
+            ComplaintError,
+            match=r"^rank 1 of 4: broken; ranks 0 and 3 of 4 did not come back within 30 s "
+            r"\(rank 2 of 4 did\)$",
+        ):
+            joined(outcomes, 30.0)
+
+    @pytest.mark.parametrize(
+        ("statuses", "raised"),
+        [
+            (["ok", "ok"], [None, None]),
+            (["error", "ok"], [ValueError, ElsewhereError]),
+            (["ok", "unsupported"], [UnsupportedElsewhereError, NotImplementedError]),
+            (["unsupported", "unsupported"], [NotImplementedError, NotImplementedError]),
+            (["unsupported", "error"], [ElsewhereError, ValueError]),
+        ],
+    )
+    def test_all_ranks_go_on_or_none(self, statuses: list[str], raised: list[Any]) -> None:
+        errors = {"ok": None, "error": ValueError(), "unsupported": NotImplementedError()}
+        found = [verdict_on(errors[status], statuses) for status in statuses]
+        assert [error and type(error) for error in found] == raised
+
+
+class TestArguments:
+    @pytest.mark.parametrize("ranks", [0, -1])
+    def test_too_few_ranks_are_refused(self, ranks: int) -> None:
+        with pytest.raises(ValueError, match="ranks: expected at least 1, got"):
+            check_distributed(Planted(), ranks=ranks)
+
+    @pytest.mark.parametrize("ranks", [True, "4", 2.0])
+    def test_ranks_that_are_no_number_are_refused(self, ranks: Any) -> None:
+        with pytest.raises(TypeError, match="ranks: expected a number of virtual ranks"):
+            check_distributed(Planted(), ranks=ranks)
+
+
+@pytest.mark.mpi
+class TestRealRanks:
+    @pytest.mark.parametrize(("P", "schedule"), [(1, "lv-xattn"), (3, "ring"), (4, "lv-xattn")])
+    def test_mpi_impl_passes(self, P: int, schedule: str) -> None:
+        ended = launched(
+            mpiexec,
+            P,
+            fn="lvxattn.mpi_impl:cross_attention",
+            backward="lvxattn.mpi_impl:cross_attention_backward",
+            options={"schedule": schedule},
+            dtypes=["bfloat16"] if P == 4 else ["float64"],
+        )
+        assert ended.status == 0, ended.err
+        assert not ended.err
+        report = json.loads(ended.out)
+        assert report["passed"], report["text"]
+        assert set(report["results"]) == set(RESULTS)
+        assert (f"P={P}, ragged" in report["where"]) == (P > 1)
+        assert ("growth of the error from P=1 to P=4, bfloat16" in report["text"]) == (P == 4)
+
+    def test_torch_impl_passes(self) -> None:
+        ended = launched(
+            torchrun,
+            3,
+            fn="lvxattn.torch_impl:cross_attention",
+            options={"return_lse": True},
+            dtypes=["bfloat16"],
+        )
+        assert ended.status == 0, ended.err
+        report = json.loads(ended.out)
+        assert report["passed"], report["text"]
+        assert set(report["results"]) == set(RESULTS)
+        assert "P=3, ragged" in report["where"]
+
+    def test_what_goes_wrong_on_a_rank_is_told_and_the_rest_goes_on(self) -> None:
+        fault = {"fault": "another rank's shape"}
+        ended = launched(mpiexec, 3, planted=fault, cases=FEW, dtypes=["float64"])
+        assert ended.status == 0, ended.err
+        report = json.loads(ended.out)
+        assert report["statuses"] == ["error", "ok"]
+        assert "of 3: out: expected shape" in report["text"]
+
+    def test_ranks_that_wait_in_vain_are_ended_when_the_report_is_printed(self) -> None:
+        ended = launched(mpiexec, 3, planted={"fault": "raises"}, cases=FEW, time_limit=0.5)
+        assert ended.status == 1
+        assert "ranks 0 and 2 of 3 did not come back within 0.5 s" in ended.out
+        assert "the rest was not run" in ended.out
+        assert "rank 1 of 3: ValueError: no such thing" in ended.out
+
+    def test_ranks_of_torchrun_too(self) -> None:
+        ended = launched(torchrun, 2, waits=True, cases=FEW, time_limit=0.5)
+        assert ended.status == 1
+        assert "rank 1 of 2: ValueError: no such thing" in ended.out
+        assert "the rest was not run" in ended.out

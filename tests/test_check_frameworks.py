@@ -1,0 +1,620 @@
+"""Arrays of other libraries: nothing changes on the way, and gradients by whatever autograd."""
+
+import builtins
+import subprocess
+import sys
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from lvxattn.mpi_impl import block_attention, block_attention_backward
+from lvxattn.reference.check import Case, case_of
+from lvxattn.reference.check.frameworks import Framework, framework_of
+from tests import fake_cupy
+from tests.oracle import GAUSSIAN, checked, message, plain, right
+
+HALF = np.dtype(ml_dtypes.bfloat16)
+NAMES = ("numpy", "torch", "jax", "cupy")
+SIX = tuple(
+    case_of(name)
+    for name in (
+        "gaussian",
+        "callable-mask",
+        "finite-minimum",
+        "everything-dead",
+        "grouped-heads",
+        "backward-before",
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the stand-in be CuPy, and be found anew."""
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    monkeypatch.delitem(
+        sys.modules, "lvxattn.reference.check.frameworks.cupy_arrays", raising=False
+    )
+
+
+@pytest.fixture(params=NAMES)
+def framework(request: pytest.FixtureRequest) -> Framework:
+    return framework_of(request.param)
+
+
+def in_torch(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+    return plain(torch, q, k, v, scale, mask, torch.float64)
+
+
+def in_jax(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+    return plain(jnp, q, k, v, scale, mask, jnp.float32)
+
+
+# Conversions.
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "transposed", "broadcast", "read-only"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "bool"])
+def test_arrays_come_back_as_they_went(framework: Framework, dtype: str, memory: str) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 1, 3, 5))
+    x[0, 0, 0, :3] = np.nan, np.inf, -np.inf
+    x = np.broadcast_to(x, (2, 4, 3, 5)) if memory == "broadcast" else x
+    x = x.astype(HALF if dtype == "bfloat16" else dtype)
+    if dtype in framework.missing:
+        return
+    before = x.copy()
+    with framework.active():
+        there = framework.put(x, memory)
+        assert framework.owns(there)
+        assert tuple(there.shape) == x.shape
+        assert str(there.dtype).removeprefix("torch.") == dtype
+        back = framework.get(there)
+    assert back.dtype == (bool if dtype == "bool" else np.float64)
+    np.testing.assert_array_equal(back, x.astype(back.dtype))
+    back[...] = 0  # a copy
+    with framework.active():
+        np.testing.assert_array_equal(framework.get(there), before.astype(back.dtype))
+
+
+def strides(x: Any) -> tuple[int, ...]:
+    return x.stride() if isinstance(x, torch.Tensor) else tuple(n // x.itemsize for n in x.strides)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "cupy"])
+def test_strides_are_what_the_case_says(name: str) -> None:
+    framework = framework_of(name)
+    x = np.random.default_rng(0).standard_normal((2, 4, 3, 5))
+    same = np.broadcast_to(x[:, :1], x.shape)
+    assert strides(framework.put(x)) == (60, 15, 5, 1)
+    assert strides(framework.put(x, "transposed")) == (60, 15, 1, 3)
+    assert strides(framework.put(same, "broadcast"))[1] == 0
+    assert strides(framework.put(x, "broadcast"))[1] == 15  # not the same: nothing to share
+    if name == "numpy":
+        assert not framework.put(x, "read-only").flags.writeable
+        assert framework.put(x).flags.writeable
+
+
+def test_nothing_is_shared_with_what_was_put(framework: Framework) -> None:
+    x = np.zeros((1, 1, 2, 2), np.float32)
+    there = framework.put(x)
+    x[...] = 1
+    assert not framework.get(there).any()
+
+
+def test_an_array_of_another_library_is_not_its_own(framework: Framework) -> None:
+    for name in NAMES:
+        other = framework_of(name).put(np.zeros(2, np.float32))
+        assert framework.owns(other) == (name == framework.name)
+    for x in (None, 1.5, [1.0], np.float32(1)):
+        assert not framework.owns(x)
+
+
+# Right functions in every library.
+
+
+def test_right_functions_of_torch_pass_in_every_dtype() -> None:
+    report = checked(
+        in_torch, SIX, ["float64", "float32", "float16", "bfloat16"], framework="torch"
+    )
+    report.raise_if_failed()
+    # Without a term in it that needs one, nothing gives a gradient: a row of -inf has one of 0.
+    assert report.notes == ()
+    assert all(len(row.verdicts) == 5 for row in report.rows)
+
+
+def test_right_functions_of_jax_pass_jitted_masks_included() -> None:
+    # Every case is compiled anew, so there are few; other tests have some that are not jitted.
+    report = checked(jax.jit(in_jax), SIX[1:5], ["bfloat16"], framework="jax")
+    report.raise_if_failed()
+    assert report.notes == ()
+    assert all(len(row.verdicts) == 5 for row in report.rows)
+
+
+def test_right_functions_of_a_device_that_works_late_pass() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        out, lse = block_attention(q, k, v, scale=scale, mask=mask)
+        return out.astype(q.dtype), lse
+
+    def backward(
+        dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, scale: float, mask: Any
+    ) -> Any:
+        delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1)
+        dk, dv = (fake_cupy.zeros(x.shape, lse.dtype) for x in (k, v))
+        dq = block_attention_backward(dout, q, k, v, lse, delta, dk, dv, scale=scale, mask=mask)
+        return tuple(x.astype(q.dtype) for x in (dq, dk, dv))
+
+    report = checked(
+        fn, SIX, ["float64", "float32", "bfloat16"], framework="cupy", backward=backward
+    )
+    report.raise_if_failed()
+    assert all(len(row.verdicts) == 5 for row in report.rows)
+    report = checked(fn, framework="cupy")
+    assert report.notes == ("forward only: CuPy has no autograd, and the function no backward",)
+
+
+# Libraries and devices that are not there.
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "cupy"])
+def test_a_library_that_is_missing_is_named_with_how_to_install_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(
+        sys.modules, f"lvxattn.reference.check.frameworks.{name}_arrays", raising=False
+    )
+    with pytest.raises(
+        ModuleNotFoundError, match=f"^framework: {name} is not installed: pip install {name}"
+    ):
+        checked(right, framework=name)
+
+
+def test_an_import_that_fails_inside_a_library_is_not_taken_for_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = builtins.__import__
+
+    def fail(name: str, *rest: Any) -> ModuleType:
+        if name == "cupy":
+            raise ModuleNotFoundError("No module named 'fastrlock'", name="fastrlock")
+        return found(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(ModuleNotFoundError, match="fastrlock"):
+        framework_of("cupy")
+
+
+def test_no_library_is_imported_for_another() -> None:
+    program = (
+        "import sys\n"
+        "from lvxattn.reference.check import check, case_of\n"
+        "check(lambda q, k, v, *, scale, mask: q, cases=[case_of('one-key')])\n"
+        "print([name for name in ('torch', 'jax', 'cupy') if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("numpy", "cuda"),
+        ("numpy", 0),
+        ("torch", "cuda:99"),
+        ("torch", 99),
+        ("torch", "nowhere"),
+        ("torch", "meta"),
+        ("torch", 1.5),
+        ("jax", "tpu"),
+        ("jax", "cpu:99"),
+        ("jax", 99),
+        ("cupy", "cpu"),
+        ("cupy", "cuda:x"),
+        ("cupy", 1),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(name: str, device: Any) -> None:
+    with pytest.raises(ValueError, match=r"^device: expected .*got '?" + str(device)):
+        framework_of(name, device)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("numpy", ["cpu"]),
+        ("torch", ["cpu"]),
+        ("jax", ["cpu", "cpu:0", 0, "0"]),
+        ("cupy", ["cuda", "cuda:0", 0, "0"]),
+    ],
+)
+def test_a_device_has_several_names(name: str, devices: list[Any]) -> None:
+    default = framework_of(name)
+    for device in devices:
+        framework = framework_of(name, device)
+        assert framework.device == default.device
+        assert framework.owns(framework.put(np.zeros(1, np.float32)))
+
+
+def test_a_framework_that_is_none_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^framework: expected one of numpy, torch, jax, cupy, got"
+    ):
+        framework_of("tensorflow")
+
+
+def test_without_ml_dtypes_bfloat16_is_left_out_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["lvxattn.reference.check.frameworks.framework"]
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    report = checked(in_torch, [GAUSSIAN], None, framework="torch")
+    assert [row.dtype for row in report.rows] == ["float32"]
+    assert "bfloat16 was left out: it needs ml_dtypes: pip install ml_dtypes" in report.notes
+    with pytest.raises(
+        ValueError, match=r"^dtypes: .* got 'bfloat16', which was left out: it needs"
+    ):
+        checked(in_torch, [GAUSSIAN], ["bfloat16"], framework="torch")
+
+
+def test_a_cupy_without_bfloat16_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = fake_cupy.asarray
+
+    def refuse(x: Any) -> Any:
+        if str(x.dtype) == "bfloat16":
+            raise ValueError("Unsupported dtype bfloat16")
+        return taken(x)
+
+    monkeypatch.setattr(fake_cupy, "asarray", refuse)
+    framework = framework_of("cupy")
+    assert framework.dtypes == ("float64", "float32", "float16")
+    assert framework.missing == {"bfloat16": "CuPy 14: ValueError: Unsupported dtype bfloat16"}
+
+
+# PyTorch.
+
+
+def torch_message(fn: Any, **options: Any) -> str:
+    return message(fn, framework="torch", **options)
+
+
+def torch_notes(fn: Any) -> tuple[str, ...]:
+    report = checked(fn, [GAUSSIAN], framework="torch")
+    assert report.passed
+    return report.notes
+
+
+class Attention(torch.autograd.Function):
+    """Attention with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, change: Any) -> Any:
+        ctx.save_for_backward(q, k, v)
+        ctx.change = change
+        return in_torch(q, k, v, scale=q.shape[-1] ** -0.5, mask=None)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any) -> Any:
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = in_torch(*leaves, scale=leaves[0].shape[-1] ** -0.5, mask=None)[0]
+        return *ctx.change(*torch.autograd.grad(out, leaves, dout)), None
+
+
+def own(change: Any) -> Any:
+    return lambda q, k, v, *, scale, mask: Attention.apply(q, k, v, change)
+
+
+def test_gradients_of_an_autograd_function_are_judged_however_they_lie_in_memory() -> None:
+    def transposed(*found: Any) -> Any:
+        return tuple(x.mT.contiguous().mT for x in found)
+
+    for change in (lambda *found: found, transposed):
+        for case in (GAUSSIAN, case_of("stride-0"), case_of("non-contiguous")):
+            (row,) = checked(own(change), [case], framework="torch").rows
+            assert row.status == "ok"
+            assert [v.name for v in row.verdicts] == ["out", "dq", "dk", "dv"]
+    report = checked(own(lambda dq, dk, dv: (dq, 2 * dk, dv)), [GAUSSIAN], framework="torch")
+    assert [v.name for v in report.rows[0].verdicts if not v.passed] == ["dk"]
+
+
+def test_a_gradient_that_is_missing_counts_as_zero() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        return in_torch(q, k.detach(), v, scale=scale, mask=mask)
+
+    (row,) = checked(fn, [GAUSSIAN], framework="torch").rows
+    assert [v.name for v in row.verdicts if not v.passed] == ["dk"]
+    report = checked(own(lambda dq, dk, dv: (dq, None, dv)), [GAUSSIAN], framework="torch")
+    assert [v.name for v in report.rows[0].verdicts if not v.passed] == ["dk"]
+
+
+def test_a_backward_of_an_autograd_function_that_goes_wrong_is_told() -> None:
+    def fail(*found: Any) -> Any:
+        raise ZeroDivisionError("in it")
+
+    def refuse(*found: Any) -> Any:
+        raise NotImplementedError("no backward yet")
+
+    assert torch_message(own(fail)).startswith(f"ZeroDivisionError: in it ({__file__}:")
+    assert "invalid gradient" in torch_message(own(lambda dq, dk, dv: (dq[..., :1], dk, dv)))
+    why = "the backward raised NotImplementedError: no backward yet"
+    assert torch_notes(own(refuse)) == (
+        f"forward only: {why}",
+        "no lse was returned, and none judged",
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_what_runs_without_gradients_is_checked_forward(mode: Any) -> None:
+    assert torch_notes(mode()(in_torch)) == ("forward only: out does not require grad",)
+
+
+def test_the_caller_s_mode_is_neither_taken_nor_changed() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        result = in_torch(q, k, v, scale=scale, mask=mask)
+        torch.set_grad_enabled(False)
+        return result
+
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert checked(in_torch, [GAUSSIAN], framework="torch").notes == ()
+    report = checked(fn, [GAUSSIAN] * 2, framework="torch")
+    assert report.passed
+    assert report.notes == ()
+    assert torch.is_grad_enabled()
+
+
+def test_compiled_functions_and_modules_are_checked() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+            return in_torch(q, k, v, scale=scale, mask=mask)
+
+    compiled = torch.compile(
+        lambda q, k, v, *, scale, mask: in_torch(q, k, v, scale=scale, mask=mask), backend="eager"
+    )
+    for fn in (Module(), compiled):
+        report = checked(fn, [GAUSSIAN, case_of("dead-rows")], framework="torch")
+        report.raise_if_failed()
+        assert report.notes == ()
+
+
+def test_results_of_torch_that_are_not_what_they_should_be_are_told() -> None:
+    with_lse = partial(in_torch)
+    assert torch_message(lambda q, k, v, *, scale, mask: q.numpy(force=True)) == (
+        "out: expected an array of torch on cpu, got numpy.ndarray on cpu"
+    )
+    assert torch_message(lambda q, k, v, *, scale, mask: q.to("meta")) == (
+        "out: expected an array of torch on cpu, got torch.Tensor on meta"
+    )
+    assert torch_message(lambda q, k, v, *, scale, mask: q.float()) == (
+        "out: expected dtype float64, got float32"
+    )
+    assert torch_message(lambda q, k, v, *, scale, mask: q[0]).startswith("out: expected shape")
+    assert torch_message(lambda q, k, v, *, scale, mask: ()) == (
+        "expected out or (out, lse), got a tuple of 0"
+    )
+    sparse = torch_message(lambda q, k, v, *, scale, mask: q.to_sparse())
+    assert sparse.startswith("out: cannot be read: ")
+    assert checked(with_lse, [GAUSSIAN], framework="torch").passed
+
+
+def test_tensors_that_are_written_into_are_told() -> None:
+    def into(name: str) -> Any:
+        def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+            result = in_torch(q, k, v, scale=scale, mask=mask)
+            {"q": q, "v": v}[name].data[0, 0, 0, 0] += 1
+            return result
+
+        return fn
+
+    def into_dout(dq: Any, dk: Any, dv: Any) -> Any:
+        return dq, dk, dv
+
+    for name in ("q", "v"):
+        assert torch_message(into(name)).startswith(f"{name}: was written into (1 of ")
+
+    class Writer(Attention):
+        @staticmethod
+        def backward(ctx: Any, dout: Any) -> Any:
+            found = Attention.backward(ctx, dout)
+            dout.zero_()
+            return found
+
+    wrong = torch_message(lambda q, k, v, *, scale, mask: Writer.apply(q, k, v, into_dout))
+    assert wrong.startswith("dout: was written into (")
+
+
+def test_everything_dead_by_zeros_is_judged_forward() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        return torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)
+
+    report = checked(fn, [case_of("everything-dead")], framework="torch")
+    assert report.passed
+    assert report.notes == ("forward only: out does not require grad",)
+
+
+# JAX.
+
+
+def jax_checked(fn: Any, cases: Any = (GAUSSIAN,), dtypes: Any = ("float32",)) -> Any:
+    return checked(fn, cases, dtypes, framework="jax")
+
+
+def test_without_x64_jax_has_no_float64_and_that_is_told_once() -> None:
+    report = checked(jax.jit(in_jax), [GAUSSIAN] * 2, None, framework="jax", suite="full")
+    assert {row.dtype for row in report.rows} == {"float32", "float16", "bfloat16"}
+    assert report.notes == ("float64 was left out: jax_enable_x64 is off",)
+    assert checked(jax.jit(in_jax), [GAUSSIAN], None, framework="jax").notes == ()
+    with pytest.raises(ValueError, match="'float64', which was left out: jax_enable_x64 is off"):
+        jax_checked(in_jax, dtypes=["float64"])
+
+
+def test_float64_that_is_on_for_one_thread_is_on_in_the_function_s() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        return plain(jnp, q, k, v, scale, mask, jnp.float64)
+
+    with jax.enable_x64(True):
+        report = jax_checked(jax.jit(fn), dtypes=["float64"])
+    report.raise_if_failed()
+    assert all(len(row.verdicts) == 5 for row in report.rows)
+
+
+def test_jax_functions_that_cannot_be_differentiated_are_checked_forward() -> None:
+    def to_host(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        return tuple(
+            jnp.asarray(x, jnp.float32)
+            for x in right(*map(np.asarray, (q, k, v)), scale=scale, mask=mask)
+        )
+
+    def callback(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        def host(*x: Any) -> Any:
+            return right(*map(np.asarray, x), scale=scale, mask=None)[0]
+
+        return jax.pure_callback(host, jax.ShapeDtypeStruct(q.shape, q.dtype), q, k, v)
+
+    def loop(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        out, lse = in_jax(q, k, v, scale=scale, mask=mask)
+        return jax.lax.while_loop(lambda x: x[0] < 1, lambda x: (x[0] + 1, 2 * x[1]), (0, out / 2))[
+            1
+        ], lse
+
+    for fn, why in (
+        (to_host, "TracerArrayConversionError"),
+        (callback, "ValueError: Pure callbacks do not support JVP"),
+        (loop, "the backward raised NotImplementedError: Reverse-mode differentiation"),
+    ):
+        report = jax_checked(fn)
+        report.raise_if_failed()
+        assert report.notes[0].startswith(f"forward only: {why}")
+
+
+def test_gradients_of_a_custom_vjp_are_judged() -> None:
+    def with_vjp(backward: Any) -> Any:
+        @jax.custom_vjp
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return in_jax(q, k, v, scale=q.shape[-1] ** -0.5, mask=None)[0]
+
+        def forward(q: Any, k: Any, v: Any) -> Any:
+            return jax.vjp(lambda *x: in_jax(*x, scale=q.shape[-1] ** -0.5, mask=None)[0], q, k, v)
+
+        attend.defvjp(forward, lambda pull, dout: backward(*pull(dout)))
+        return lambda q, k, v, *, scale, mask: attend(q, k, v)
+
+    def fail(*found: Any) -> Any:
+        raise ZeroDivisionError("in it")
+
+    def refuse(*found: Any) -> Any:
+        raise NotImplementedError("no backward yet")
+
+    (row,) = jax_checked(with_vjp(lambda *found: found)).rows
+    assert row.status == "ok"
+    (row,) = jax_checked(with_vjp(lambda dq, dk, dv: (dq, 2 * dk, dv))).rows
+    assert [v.name for v in row.verdicts if not v.passed] == ["dk"]
+    (row,) = jax_checked(with_vjp(fail)).rows
+    assert row.message.startswith(f"ZeroDivisionError: in it ({__file__}:")
+    report = jax_checked(with_vjp(refuse))
+    assert report.passed
+    assert report.notes[0].endswith("NotImplementedError: no backward yet")
+
+
+def test_results_of_jax_that_are_not_what_they_should_be_are_told() -> None:
+    leaked: list[Any] = []
+
+    def leak(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        jax.jit(lambda x: leaked.append(x))(q)
+        return leaked.pop()
+
+    def late(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        def host(x: Any) -> Any:
+            raise ZeroDivisionError("in it")
+
+        return jax.pure_callback(host, jax.ShapeDtypeStruct(q.shape, q.dtype), q)
+
+    donating = jax.jit(lambda q: q + 1, donate_argnums=0)
+    for fn, expected in (
+        (
+            lambda q, k, v, *, scale, mask: np.asarray(jnp.ones(3)),
+            "out: expected an array of jax on",
+        ),
+        (
+            lambda q, k, v, *, scale, mask: None,
+            "out: expected an array of jax on cpu:0, got None",
+        ),
+        (
+            lambda q, k, v, *, scale, mask: (q, None, q),
+            "expected out or (out, lse), got a tuple of 3",
+        ),
+        (lambda q, k, v, *, scale, mask: q[0], "out: expected shape (1, 2, 32, 8), got (2, 32, 8)"),
+        (
+            lambda q, k, v, *, scale, mask: q.astype(jnp.bfloat16),
+            "out: expected dtype float32, got",
+        ),
+        (leak, "out: expected an array of jax on cpu:0, got jax"),
+    ):
+        (row,) = jax_checked(fn).rows
+        assert row.status == "error"
+        assert row.message.startswith(expected)
+    (row,) = jax_checked(late).rows  # raised in the call or when out is read: JAX decides
+    assert "ZeroDivisionError: in it" in row.message
+    (row,) = checked(
+        lambda q, k, v, *, scale, mask: donating(q),
+        [GAUSSIAN],
+        ["float32"],
+        framework="jax",
+        backward=False,
+    ).rows
+    assert row.message.startswith("q: was written into: RuntimeError: Array has been deleted")
+
+
+# CuPy.
+
+
+def test_what_a_device_has_not_computed_yet_is_waited_for() -> None:
+    framework = framework_of("cupy")
+    x = framework.put(np.arange(4.0))
+    assert framework.get(x + 1).tolist() == [1, 2, 3, 4]
+
+
+def test_a_device_s_arrays_are_no_numpy_arrays() -> None:
+    text = message(lambda q, k, v, *, scale, mask: fake_cupy.asnumpy(q), framework="cupy")
+    assert text == "out: expected an array of cupy on cuda:0, got numpy.ndarray on cpu"
+
+
+def test_an_array_on_another_device_is_told() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        out = fake_cupy.zeros(q.shape, q.dtype)
+        out.device = fake_cupy.cuda.Device(1)
+        return out
+
+    text = message(fn, framework="cupy")
+    assert text.startswith("out: expected an array of cupy on cuda:0, got fake_cupy.ndarray on ")
+
+
+def test_a_device_array_that_is_written_into_is_told() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        out, _ = block_attention(q, k, v, scale=scale, mask=mask)
+        k[0] = 0
+        return out
+
+    assert message(fn, framework="cupy").startswith("k: was written into (")
+
+
+def test_stride_0_reaches_the_function(framework: Framework) -> None:
+    case = Case("s", "", "", memory="broadcast")
+    seen: list[Any] = []
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        seen.extend((q, k, v))
+        raise NotImplementedError
+
+    checked(fn, [case], ["float32"], framework=framework.name, backward=False)
+    if framework.name != "jax":  # its arrays have no strides
+        assert [strides(x)[1] == 0 for x in seen] == [False, True, True]

@@ -1,0 +1,201 @@
+"""Golden files: what ships is right and whole, and what is wrong with files is found."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lvxattn.reference import full_attention
+from lvxattn.reference.check import case_of, draw, golden, golden_names, suite_of
+from lvxattn.reference.check.command import main
+from lvxattn.reference.check.files import inputs_of, read_tensors
+from lvxattn.reference.check.golden_data import (
+    MANIFEST,
+    SHIPPED,
+    verify_golden,
+    write_golden,
+)
+from lvxattn.reference.run.tensors import InputError
+
+AGAIN = "python -m lvxattn.reference.check golden --out reference/check/golden_files"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the shipped files."""
+    return Path(shutil.copytree(SHIPPED, tmp_path / "golden"))
+
+
+def test_what_ships_is_right_and_below_a_megabyte(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_golden() == []
+    assert main(["golden", "--verify"]) == 0
+    assert f"{len(golden_names())} cases" in capsys.readouterr().out
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 1_000_000
+
+
+def test_what_ships_is_the_quick_suite_of_today() -> None:
+    manifest = json.loads((SHIPPED / MANIFEST).read_text())
+    listed = set(manifest["cases"]) | set(manifest["left_out"])
+    assert listed == {case.name for case in suite_of("quick")}, AGAIN
+    for name, entry in manifest["cases"].items():
+        today = draw(case_of(name), "float32")
+        inputs, stored = inputs_of(today), golden(name)
+        assert (entry["reason"], entry["group"]) == (today.case.reason, today.case.group), AGAIN
+        assert set(inputs) | {"scale", "out", "lse", "dq", "dk", "dv"} == set(stored), AGAIN
+        assert entry["scale"] == stored["scale"] == today.scale, AGAIN
+        for key, x in inputs.items():
+            assert x.dtype == stored[key].dtype
+            # A library's sqrt, log and exp are behind these numbers: a rounding may differ.
+            assert np.allclose(x, stored[key], rtol=1e-6, atol=1e-6), f"{name} {key}: {AGAIN}"
+
+
+def test_other_libraries_read_them() -> None:
+    for name in golden_names():
+        x = golden(name)
+        scale = x.pop("scale")
+        read = load_file(SHIPPED / f"{name}.safetensors")
+        assert set(read) == set(x)
+        assert all(np.array_equal(read[key], x[key]) for key in x)
+        entry = json.loads((SHIPPED / MANIFEST).read_text())["cases"][name]
+        for key, tensor in entry["tensors"].items():
+            assert (list(x[key].shape), x[key].dtype.name) == (tensor["shape"], tensor["dtype"])
+        q, k, v = (x[key].astype(np.float64) for key in "qkv")
+        out, lse = full_attention(q, k, v, scale=scale, mask=x.get("mask"))
+        # Another machine's sums: a few of float64's steps, for scores up to 800.
+        assert np.allclose(out, x["out"], rtol=1e-12, atol=1e-12)
+        assert np.allclose(lse, x["lse"], rtol=1e-12, atol=1e-12)
+
+
+def test_a_name_that_is_not_there_is_told_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"name: expected one of gaussian, .*, got 'easy'"):
+        golden("easy")
+
+
+def test_damaged_missing_and_extra_files_are_named(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = copy / "gaussian.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    (copy / "one-key.safetensors").unlink()
+    (copy / "more.txt").write_text("")
+    assert main(["golden", "--verify", str(copy)]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = [line.removeprefix("lvxattn check golden: ") for line in said.err.splitlines()]
+    assert lines[0] == "more.txt: not in the manifest"
+    assert lines[1].startswith("gaussian.safetensors: damaged: ")
+    assert lines[2] == "one-key.safetensors: is not there"
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"format": 1}', "damaged: KeyError 'cases'"),
+        ('{"format": 99, "cases": {}}', "expected format 1, got 99"),
+        ('{"format": 1, "cases": {"x": {"file": "../x"}}}', "expected a file's name"),
+    ],
+)
+def test_a_bad_manifest_is_told(copy: Path, text: str, words: str) -> None:
+    (copy / MANIFEST).write_text(text)
+    with pytest.raises(InputError, match=MANIFEST) as told:
+        verify_golden(copy)
+    assert words in str(told.value)
+
+
+@pytest.mark.parametrize("key", ["out", "lse", "dq", "dk", "dv"])
+@pytest.mark.parametrize("name", ["gaussian", "dead-rows", "lse-high", "offset-values"])
+def test_results_are_computed_again_and_not_compared_by_their_bits(
+    tmp_path: Path, name: str, key: str
+) -> None:
+    def verify(change: Any) -> list[str]:
+        x = read_tensors(SHIPPED / f"{name}.safetensors")
+        change(x[key])
+        rewrite(tmp_path, name, key, x[key])
+        return verify_golden(tmp_path)
+
+    def step(x: Any) -> None:
+        x[...] = np.where(np.isfinite(x), np.nextafter(x, 1.0), x)
+
+    def spoil(x: Any) -> None:
+        x[...] = np.where(np.isfinite(x), x * (1 + 1e-7), x)  # dq of lse-high may be 4e-8 off
+
+    def hole(x: Any) -> None:
+        x.flat[5] = np.nan
+
+    assert verify(step) == []
+    (line,) = verify(spoil)
+    assert line.startswith(f"{name}.safetensors: {key}: relative error ")
+    (line,) = verify(hole)
+    assert line.startswith(f"{name}.safetensors: {key}: 1 NaN of")
+
+
+def rewrite(folder: Path, name: str, key: str, x: Any) -> None:
+    """Write the files of one case, with another tensor and the checksum that belongs to that."""
+    manifest = json.loads((SHIPPED / MANIFEST).read_text())
+    content = bytearray((SHIPPED / f"{name}.safetensors").read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    start, end = json.loads(content[8 : 8 + length])[key]["data_offsets"]
+    content[8 + length + start : 8 + length + end] = x.tobytes()
+    (folder / f"{name}.safetensors").write_bytes(content)
+    entry = {**manifest["cases"][name], "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "cases": {name: entry}}))
+
+
+def test_rows_of_another_kind_are_judged_by_themselves(tmp_path: Path) -> None:
+    """Gradients of the last keys are e^-24 times as large as those of the first."""
+    x = read_tensors(SHIPPED / "gaps-between-shards.safetensors")["dv"]
+    x[:, :, -5:] *= 1 + 1e-7
+    rewrite(tmp_path, "gaps-between-shards", "dv", x)
+    (line,) = verify_golden(tmp_path)
+    assert line.startswith("gaps-between-shards.safetensors: dv: relative error")
+
+
+def test_a_set_is_replaced_and_nothing_else_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "new" / "golden"
+    assert main(["golden", "--out", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(golden_names())} cases, 0." in said
+    assert "left out: stride-0: its point is how" in said
+    first = golden("gaussian", folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["cases"]["old"] = {**manifest["cases"]["gaussian"], "file": "old.safetensors"}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "old.safetensors").write_text("of a case that there is no more")
+    assert main(["golden", "--out", str(folder), "--seed", "1"]) == 0
+    assert verify_golden(folder) == []
+    assert not np.array_equal(golden("gaussian", folder)["q"], first["q"])
+
+    (folder / "mine.txt").write_text("keep me")
+    assert main(["golden", "--out", str(folder)]) == 2
+    assert "mine.txt" in capsys.readouterr().err
+    assert (folder / "mine.txt").read_text() == "keep me"
+    assert (folder / "gaussian.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["golden", "--out", str(tmp_path / "file" / "golden")]) == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_a_file_is_verified_whatever_its_case_is_today(tmp_path: Path) -> None:
+    folder = tmp_path / "golden"
+    write_golden(folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["cases"]["of-yesterday"] = manifest["cases"].pop("value-size")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert verify_golden(folder) == []

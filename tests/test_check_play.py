@@ -1,0 +1,373 @@
+"""Functions that do not keep the oracle's contract: a clear line each, and the rest goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn.reference.check import Case, case_of, check
+from lvxattn.reference.check.patience import Patience, TimeIsUpError
+from tests.oracle import GAUSSIAN, TWO, checked, message, right, right_backward
+
+HERE = __file__
+
+
+def first_wrong(what: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose first call is `what`; after that it is right."""
+    calls = []
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            return what(q, k, v, mask)
+        return right(q, k, v, scale=scale, mask=mask)
+
+    return fn
+
+
+def with_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a right function with this backward."""
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        return right(q, k, v, scale=scale, mask=mask)
+
+    fn.backward = backward  # type: ignore[attr-defined]
+    return fn
+
+
+def raiser(error: BaseException) -> Callable[..., Any]:
+    def what(*_: Any, **options: Any) -> Any:
+        raise error
+
+    return what
+
+
+class SilentError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+WRONG: dict[str, tuple[Callable[..., Any], str]] = {
+    "None": (lambda q, k, v, mask: None, "out: expected an array of numpy on cpu, got None"),
+    "a list": (lambda q, k, v, mask: [1, 2, 3], "expected out or (out, lse), got a list of 3"),
+    "an empty tuple": (lambda q, k, v, mask: (), "expected out or (out, lse), got a tuple of 0"),
+    "a number": (lambda q, k, v, mask: 1.5, "out: expected an array of numpy on cpu, got builtins"),
+    "numbers": (lambda q, k, v, mask: q.tolist(), "expected out or (out, lse), got a list of 1"),
+    "a shape": (lambda q, k, v, mask: q[0], "out: expected shape (1, 2, 64, 8), got (2, 64, 8)"),
+    "a dtype": (
+        lambda q, k, v, mask: q.astype(np.float32),
+        "out: expected dtype float64, got float32",
+    ),
+    "lse's shape": (
+        lambda q, k, v, mask: (q, q[..., :1]),
+        "lse: expected shape (1, 2, 64), got (1, 2, 64, 1)",
+    ),
+    "lse's dtype": (
+        lambda q, k, v, mask: (q, q[..., 0].astype(np.float16)),
+        "lse: expected dtype float64, got float16",
+    ),
+    "sys.exit": (lambda q, k, v, mask: sys.exit(3), f"SystemExit: 3 ({HERE}:"),
+    "Ctrl-C of its own": (raiser(KeyboardInterrupt()), f"KeyboardInterrupt ({HERE}:"),
+    "not an Exception": (raiser(GeneratorExit("over")), f"GeneratorExit: over ({HERE}:"),
+    "lines": (raiser(ValueError("one\n  two\tthree\n")), f"ValueError: one two three ({HERE}:"),
+    "no text": (raiser(SilentError()), f"SilentError: a message that raises RuntimeError ({HERE}:"),
+    "a warning": (lambda q, k, v, mask: warnings.warn("w", stacklevel=1), "UserWarning: w ("),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_first_case_that_goes_wrong_is_told_and_the_rest_goes_on(name: str) -> None:
+    what, expected = WRONG[name]
+    report = checked(first_wrong(what))
+    assert [row.status for row in report.rows] == ["error", "ok"]
+    assert expected in report.rows[0].message
+    assert report.rows[0].message in str(report)
+    assert not report.passed
+
+
+def test_a_place_is_the_user_s_own_line_not_the_library_s() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        return np.linalg.inv(q[0, 0])  # 64 x 8
+
+    line = fn.__code__.co_firstlineno + 1
+    assert (
+        message(fn) == f"LinAlgError: Last 2 dimensions of the array must be square ({HERE}:{line})"
+    )
+
+
+def test_a_message_of_any_length_is_one_short_line() -> None:
+    text = message(raiser(RuntimeError("first\n" + "words\n" * 10_000 + "last")))
+    assert "\n" not in text
+    assert len(text) < 500
+    assert text.startswith("RuntimeError: first words")
+    assert " words last (" in text
+
+
+def test_a_function_of_other_arguments_is_told_which_it_gets() -> None:
+    text = message(lambda q, k, v: q)
+    assert "unexpected keyword argument" in text
+    assert "fn(q, k, v, *, scale, mask)" in text
+    text = message(with_backward(lambda dout, q, k, v, out, *, scale, mask: (q, k, v)))
+    assert "takes 5 positional arguments but 6" in text
+    assert "backward(dout, q, k, v, out, lse, *, scale, mask)" in text
+
+
+# Hangs.
+
+
+def loop(*_: Any) -> None:
+    while True:
+        pass
+
+
+def stubborn(*_: Any) -> None:
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            if STOP.is_set():
+                return
+        if STOP.is_set():
+            return
+
+
+STOP = threading.Event()
+
+
+@pytest.mark.parametrize("hang", [loop, lambda *_: time.sleep(2.5), lambda *_: STOP.wait(2.5)])
+def test_a_call_that_does_not_come_back_is_told_and_the_next_case_runs(
+    hang: Callable[..., Any],
+) -> None:
+    report = checked(first_wrong(hang), time_limit=0.5)
+    assert [row.status for row in report.rows] == ["error", "ok"]
+    assert report.rows[0].message == "did not come back within 0.5 s"
+
+
+def test_a_loop_is_ended_and_a_call_that_cannot_be_ended_is_counted() -> None:
+    assert not any(
+        "could not be ended" in n for n in checked(first_wrong(loop), time_limit=0.5).notes
+    )
+    report = checked(first_wrong(stubborn), time_limit=0.5)
+    STOP.set()
+    assert any(
+        n.startswith("calls that did not come back and could not be ended: 1,")
+        for n in report.notes
+    )
+
+
+def test_the_limit_is_for_each_case() -> None:
+    def slow(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        time.sleep(0.4)
+        return right(q, k, v, scale=scale, mask=mask)
+
+    assert checked(slow, [GAUSSIAN] * 3, time_limit=1.0).passed
+
+
+def test_a_thread_that_is_left_behind_keeps_no_program_from_ending() -> None:
+    program = (
+        "import time\n"
+        "from lvxattn.reference.check import check, case_of\n"
+        "def fn(q, k, v, *, scale, mask): time.sleep(1000)\n"
+        "r = check(fn, cases=[case_of('one-key')], dtypes=['float64'], time_limit=0.1)\n"
+        "print(r.rows[0].message)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        "did not come back within 0.1 s\n",
+        "",
+    )
+
+
+def test_an_interrupted_call_is_in_nobody_else_s_thread() -> None:
+    patience = Patience(0.001)
+    for n in range(30):  # calls that end just when their time is up
+        patience.seconds = 0.0005 * (n % 4)
+        with suppress(TimeIsUpError):
+            assert patience.call(lambda: time.sleep(0.0005) or "came back") == "came back"
+    patience.seconds = 30
+    assert patience.call(lambda: "came back") == "came back"
+    patience.close()
+
+
+def test_ctrl_c_ends_the_check_and_the_call() -> None:
+    ended = threading.Event()
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            loop()
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        checked(fn, time_limit=20)
+    assert ended.wait(5)
+
+
+# Arguments that are written into, memory that is used again.
+
+
+def writes(name: str) -> Callable[..., Any]:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        results = right(q, k, v, scale=scale, mask=mask)
+        x = {"q": q, "k": k, "v": v, "mask": mask}.get(name)
+        if x is not None:
+            x[0, 0, 0, 0] = ~x[0, 0, 0, 0] if x.dtype == bool else np.nan
+        return results
+
+    def backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, **options: Any) -> Any:
+        results = right_backward(dout, q, k, v, out, lse, **options)
+        x = {"dout": dout, "out": out, "lse": lse}.get(name)
+        if x is not None:
+            x[0, 0, 0] = np.nan
+        return results
+
+    fn.backward = backward  # type: ignore[attr-defined]
+    return fn
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "dout"])
+def test_no_argument_may_be_written_into(name: str) -> None:
+    case = case_of("random-mask")
+    text = message(writes(name), case)
+    assert text.startswith(f"{name}: was written into (")
+    read_only = Case("read-only", "", "", B=2, S_Q=9, mask="random", memory="read-only")
+    assert "ValueError: assignment destination is read-only" in message(writes(name), read_only)
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_the_backward_may_not_write_into_the_forward_s_results(name: str) -> None:
+    assert message(writes(name)).startswith(f"{name}: was written into by the backward (")
+
+
+def test_a_result_that_the_next_call_changes_is_told() -> None:
+    kept: dict[Any, Any] = {}
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        out, _ = right(q, k, v, scale=scale, mask=mask)
+        buffer = kept.setdefault((q.shape, q.dtype), np.empty_like(out))
+        buffer[...] = out
+        return buffer[:]
+
+    assert checked(fn, [GAUSSIAN]).passed
+    text = message(fn, case_of("backward-before"))
+    assert text.startswith("out: was changed by the next call: its memory is used again (272 of")
+
+
+def test_an_argument_that_is_returned_is_judged_as_any_result() -> None:
+    (row,) = checked(lambda q, k, v, *, scale, mask: q, [GAUSSIAN]).rows
+    assert row.status == "wrong"
+
+
+# Backwards.
+
+
+BACKWARDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "None": (lambda *a, **o: None, "backward: expected (dq, dk, dv), got None"),
+    "two": (lambda *a, **o: a[1:3], "backward: expected (dq, dk, dv), got a tuple of 2"),
+    "None for k": (lambda dout, q, *a, **o: (q, None, q), "dk: expected an array of numpy on cpu"),
+    "one shape": (lambda dout, q, *a, **o: (q, q, q), "dk: expected shape (1, 2, 128, 8), got"),
+    "raises": (raiser(ZeroDivisionError("in it")), f"ZeroDivisionError: in it ({HERE}:"),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_a_backward_that_goes_wrong_is_told(name: str) -> None:
+    backward, expected = BACKWARDS[name]
+    large = Case("large", "", "", S_Q=64, S_KV=128)
+    assert message(with_backward(backward), large).startswith(expected)
+
+
+def test_a_backward_for_some_cases_leaves_the_forward_of_the_others_judged() -> None:
+    def backward(dout: Any, q: Any, *rest: Any, **options: Any) -> Any:
+        if options["mask"] is not None:
+            raise NotImplementedError("no masks\nyet")
+        return right_backward(dout, q, *rest, **options)
+
+    report = checked(with_backward(backward), [GAUSSIAN, case_of("dead-rows")])
+    assert report.passed
+    assert [[v.name for v in row.verdicts] for row in report.rows] == [
+        ["out", "lse", "dq", "dk", "dv"],
+        ["out", "lse"],
+    ]
+    why = "the backward raised NotImplementedError: no masks yet"
+    assert report.notes == (f"no gradients in 1 of 2: {why}",)
+    report = checked(with_backward(raiser(NotImplementedError())), TWO)
+    assert report.notes == ("forward only: the backward raised NotImplementedError",)
+
+
+def test_a_backward_is_given_what_the_forward_returned() -> None:
+    given: list[Any] = []
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        given[:] = right(q, k, v, scale=scale, mask=mask)
+        return tuple(given)
+
+    def backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, **options: Any) -> Any:
+        assert out is given[0]
+        assert lse is given[1]
+        return right_backward(dout, q, k, v, out, lse, **options)
+
+    assert checked(fn, [GAUSSIAN], backward=backward).passed
+
+
+def test_gradients_that_are_not_asked_for_are_not_computed() -> None:
+    report = checked(with_backward(raiser(AssertionError())), backward=False)
+    assert report.passed
+    assert report.notes == ()
+
+
+def test_unsupported_cases_fail_nothing_and_a_function_that_supports_none_passes_nothing() -> None:
+    report = checked(first_wrong(raiser(NotImplementedError("not\nthis"))))
+    assert [row.status for row in report.rows] == ["unsupported", "ok"]
+    assert report.rows[0].message == "not this"
+    assert report.passed
+    report = checked(raiser(NotImplementedError()))
+    assert not report.passed
+    assert "nothing was judged" in str(report)
+    with pytest.raises(AssertionError, match="nothing was judged"):
+        report.raise_if_failed()
+
+
+# What is set outside and inside of a call.
+
+
+def test_numpy_s_error_state_is_the_caller_s_inside_and_stays_so_outside() -> None:
+    seen = []
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        seen.append(np.geterr()["over"])
+        np.seterr(over="print")
+        with np.errstate(all="ignore"):
+            return right(q, k, v, scale=scale, mask=mask)
+
+    with np.errstate(all="raise"):  # nor does the check itself stumble over it
+        half = ["float16", "bfloat16", "float64"]
+        assert checked(fn, [case_of("scores-600"), case_of("lse-low")], half).passed
+        assert np.geterr()["over"] == "raise"
+    assert set(seen) == {"raise"}
+
+
+def test_floating_point_errors_are_the_function_s() -> None:
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        return np.exp(1000 * abs(q)), None
+
+    with np.errstate(over="raise"):
+        assert message(fn).startswith("FloatingPointError: overflow encountered in exp")
+
+
+def test_a_partial_function_keeps_its_name() -> None:
+    assert check(partial(right), cases=[GAUSSIAN]).target == "tests.oracle:right"

@@ -1,0 +1,301 @@
+"""The oracle's cases are what their reasons say, and the same everywhere."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn.reference import full_attention
+from lvxattn.reference.check import Case, Problem, case_of, draw, suite_of
+from lvxattn.reference.check.cases import CASES, large
+from lvxattn.reference.check.rounded import visible
+from lvxattn.reference.run.tensors import InputError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+NAMES = [case.name for case in CASES if case.name != "long-keys"]
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+DEAD = {"minus-infinity": slice(1, None, 4), "dead-rows": slice(1, None, 4)}
+DEAD["everything-dead"] = slice(None)
+
+DIGEST = """
+import hashlib
+from lvxattn.reference.check import draw, suite_of
+digest = hashlib.sha256()
+for case in suite_of("quick"):
+    problem = draw(case, "float32", 3)
+    for x in (problem.q, problem.k, problem.v, problem.dout, problem.q_kinds, problem.kv_kinds):
+        digest.update(x.tobytes())
+    if problem.mask is not None and not callable(problem.mask):
+        digest.update(problem.mask.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def drawn(name: str, dtype: str = "float64", seed: int = 0) -> Problem:
+    return draw(case_of(name), dtype, seed)
+
+
+def scores(problem: Problem) -> Array:
+    """Return the scores, without the mask."""
+    k = np.repeat(problem.k, problem.case.H // problem.case.H_KV, axis=1)
+    s: Array = problem.scale * np.einsum("bhid,bhjd->bhij", problem.q, k)
+    return s
+
+
+def seen(problem: Problem) -> Array:
+    """Return which query sees which key: (B, H, S_Q, S_KV)."""
+    mask = visible(problem)
+    shape = (*problem.q.shape[:3], problem.k.shape[2])
+    if mask is None:
+        return np.ones(shape, bool)
+    return np.broadcast_to(mask if mask.dtype == bool else mask > -np.inf, shape)
+
+
+def test_the_same_seed_gives_the_same_arrays_in_any_process() -> None:
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": number},
+        ).stdout.strip()
+        for number in ("1", "2")
+    ]
+    out: list[Any] = []
+    exec(DIGEST.replace("print", "out.append"), {"out": out})
+    assert found == out * 2
+
+
+def test_another_seed_another_name_other_arrays() -> None:
+    one = drawn("gaussian")
+    others = [drawn("gaussian", seed=1), draw(replace(one.case, name="another"), "float64")]
+    assert not any((one.q == other.q).any() for other in others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_arrays_have_the_case_s_sizes_and_the_dtype(name: str, dtype: str) -> None:
+    case, problem = case_of(name), drawn(name, dtype)
+    shapes = {
+        "q": (case.B, case.H, case.S_Q, case.D),
+        "k": (case.B, case.H_KV, case.S_KV, case.D),
+        "v": (case.B, case.H_KV, case.S_KV, case.D_V),
+        "dout": (case.B, case.H, case.S_Q, case.D_V),
+    }
+    wide = drawn(name)
+    for array, shape in shapes.items():
+        x = getattr(problem, array)
+        assert x.shape == shape
+        assert x.dtype.name == dtype
+        assert np.isfinite(x.astype(np.float64)).all()
+        # The same numbers in every dtype, rounded once.
+        assert (x == getattr(wide, array).astype(x.dtype)).all()
+    assert problem.q_kinds.shape == (case.S_Q,)
+    assert problem.kv_kinds.shape == (case.S_KV,)
+    if isinstance(problem.mask, np.ndarray):
+        assert problem.mask.dtype.name in ("bool", dtype)
+        np.broadcast_shapes(problem.mask.shape, (case.B, case.H, case.S_Q, case.S_KV))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_sees_something_unless_the_case_is_about_rows_that_see_nothing(name: str) -> None:
+    for case in (case_of(name), large(case_of(name))):
+        alive = seen(draw(case, "float64")).any(axis=-1)
+        expected = np.ones_like(alive)
+        if name in DEAD:
+            expected[:, :, DEAD[name]] = False
+        assert (alive == expected).all()
+
+
+@pytest.mark.parametrize(
+    "name", sorted({case.name for case in CASES if case.mask not in ("none", "all dead")})
+)
+def test_a_mask_hides_something_from_a_row_that_sees_something(name: str) -> None:
+    rows = seen(drawn(name, "float32"))
+    if name == "finite-minimum":
+        problem = drawn(name, "float32")
+        assert isinstance(problem.mask, np.ndarray)
+        rows = np.broadcast_to(problem.mask > np.finfo(np.float32).min, rows.shape)
+    some = rows.any(axis=-1)
+    assert (some & ~rows.all(axis=-1)).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("random-mask", (2, 2, 9, 40)),
+        ("mask-over-heads", (2, 1, 9, 40)),
+        ("mask-over-batches", (1, 2, 9, 40)),
+        ("padding-mask", (2, 1, 1, 40)),
+    ],
+)
+def test_masks_differ_where_they_are_not_broadcast(name: str, shape: tuple[int, ...]) -> None:
+    mask = drawn(name).mask
+    assert isinstance(mask, np.ndarray)
+    assert mask.dtype == bool
+    assert mask.shape == shape
+    for axis, n in enumerate(shape[:3]):
+        if n > 1:
+            first, second = np.take(mask, 0, axis), np.take(mask, 1, axis)
+            assert (first != second).any()
+
+
+@pytest.mark.parametrize("name", ["random-mask", "mask-over-heads", "mask-over-batches"])
+def test_every_query_sees_the_first_key_of_a_random_mask(name: str) -> None:
+    """So that none is dead by chance, whatever the seed."""
+    assert all(seen(drawn(name, seed=seed))[..., 0].all() for seed in range(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cases_are_drawn_whatever_numpy_is_set_to(dtype: str) -> None:
+    small = replace(case_of("gaussian"), S_KV=10_000)  # some of its numbers are subnormal
+    with np.errstate(all="raise"):
+        draw(small, dtype)
+
+
+def test_dead_shards_are_dead_for_everyone() -> None:
+    rows = seen(drawn("dead-shard"))
+    assert not rows[..., :20].any()
+    assert rows[..., 20].all()
+    assert rows[..., 20:].any(axis=(0, 1, 2)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_finite_minimum_is_the_dtype_s_and_its_row_has_one_value_everywhere(dtype: str) -> None:
+    mask = drawn("finite-minimum", dtype).mask
+    assert isinstance(mask, np.ndarray)
+    wide = mask.astype(np.float64)
+    least = {"float32": -(2.0**128) + 2.0**104, "float16": -65504.0, "bfloat16": -255 * 2.0**120}
+    assert np.isfinite(wide).all()
+    assert wide.min() == least[dtype]
+    assert (wide[:, :, -1] == least[dtype]).all()
+    assert drawn("finite-minimum", dtype).q_kinds.tolist() == [0] * 8 + [1]
+
+
+def test_minus_infinity_is_the_only_thing_but_0() -> None:
+    mask = drawn("minus-infinity").mask
+    assert isinstance(mask, np.ndarray)
+    assert set(np.unique(mask)) == {-np.inf, 0.0}
+
+
+def test_the_callable_mask_is_one_rule_whatever_indices_it_gets() -> None:
+    problem = drawn("callable-mask")
+    assert callable(problem.mask)
+    whole = seen(problem)
+    for b, h, i, j in ((0, 0, 0, 0), (1, 1, 8, 39), (0, 1, 3, 17)):
+        one = problem.mask(*(np.array(n) for n in (b, h, i, j)))
+        assert one == whole[b, h, i, j]
+    assert all((whole.take(0, n) != whole.take(1, n)).any() for n in range(3))
+
+
+# Scores.
+
+
+def test_scores_reach_600_both_ways_in_every_row() -> None:
+    s = scores(drawn("scores-600"))
+    assert (s.max(axis=-1) > 590).all()
+    assert (s.min(axis=-1) < -590).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lse_is_as_low_and_as_high_as_it_is_said_to_be(dtype: str) -> None:
+    for name in ("lse-low", "lse-high"):
+        p = drawn(name, dtype).astype(np.float64)
+        lse = full_attention(p.q, p.k, p.v, scale=p.scale)[1]
+        assert (lse < -750).all() if name == "lse-low" else (lse > 750).all()
+
+
+def test_a_quarter_of_the_keys_weighs_e_8_times_less_than_the_one_before() -> None:
+    problem = drawn("gaps-between-shards")
+    s = scores(problem).reshape(2, 17, 4, 10)
+    assert problem.kv_kinds.tolist() == [n for n in range(4) for _ in range(10)]
+    weight = np.log(np.exp(s).sum(axis=-1)).mean(axis=(0, 1))  # each with a spread of about 0.05
+    np.testing.assert_allclose(-np.diff(weight), 8, atol=0.5)
+
+
+def test_the_needle_is_last_and_far_above_for_the_rows_that_look_for_it() -> None:
+    problem = drawn("needle-in-the-last-shard")
+    s = scores(problem)
+    above = s[..., -1] - s[..., :-1].max(axis=-1)
+    looks = problem.q_kinds == 1
+    assert looks.tolist() == [bool(n % 2) for n in range(17)]
+    assert (above[:, :, looks] > 100).all()
+    assert (above[:, :, ~looks] < 20).all()
+
+
+def test_values_near_1000_keep_what_differs_between_them() -> None:
+    v = drawn("offset-values", "float32").v
+    assert abs(v.mean() - 1000) < 1
+    assert 8 < v.std() < 32  # over a few of bfloat16's steps of 4
+
+
+# Lengths, heads, memory.
+
+
+def test_lengths_are_what_the_reasons_say() -> None:
+    ragged = case_of("ragged-lengths")
+    assert ragged.S_Q % 2
+    assert ragged.S_KV % 2
+    assert case_of("one-query").S_Q == case_of("one-key").S_KV == 1
+    assert case_of("fewer-keys-than-shards").S_KV < 4
+    assert case_of("long-keys").S_KV == 16000
+    assert case_of("grouped-heads").H // case_of("grouped-heads").H_KV == 4
+    assert case_of("one-kv-head").H_KV == 1 < case_of("one-kv-head").H
+    assert case_of("head-size-1").D == 1
+    assert case_of("head-size-1").scale != 1
+    assert case_of("odd-head-size").D % 2
+    assert case_of("value-size").D_V != case_of("value-size").D
+
+
+def test_what_stride_0_stands_for_is_the_same_over_the_heads() -> None:
+    problem = drawn("stride-0", "bfloat16")
+    for x in (problem.k, problem.v, problem.dout):
+        assert (x == x[:, :1]).all()
+    assert (problem.q != problem.q[:, :1]).any()
+
+
+# Suites.
+
+
+def test_names_are_unique_and_find_their_case() -> None:
+    full = suite_of("full")
+    names = [case.name for case in full]
+    assert len(set(names)) == len(names)
+    assert all(case_of(case.name) == case for case in full)
+    assert set(suite_of("quick")) < set(full)
+    for bad in ("nothing", "", "gaussian.larger"):
+        with pytest.raises(ValueError, match=r"^case: expected one that --list shows, got"):
+            case_of(bad)
+    for suite in ("fast", None, ["quick"]):
+        with pytest.raises(ValueError, match=r"^suite: expected one of quick, full, got"):
+            suite_of(suite)  # type: ignore[arg-type]
+
+
+def test_every_case_of_the_quick_suite_is_small_and_large_ones_need_several_tiles() -> None:
+    for case in suite_of("quick"):
+        assert case.B * case.H * case.S_Q * case.S_KV <= 10_000
+        if case.grows:
+            assert large(case).S_KV > 256
+            assert large(case).S_KV % 2
+            assert large(case).S_Q % 2
+            assert large(case) in suite_of("full")
+
+
+def test_bfloat16_without_ml_dtypes_is_an_error_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(InputError, match=r"^bfloat16: needs ml_dtypes: pip install ml_dtypes"):
+        draw(Case("any", "", ""), "bfloat16")
+
+
+def test_astype_takes_an_additive_mask_along_and_no_bool_one() -> None:
+    for name, dtype in (("finite-minimum", np.float64), ("random-mask", bool)):
+        mask = drawn(name, "bfloat16").astype(np.float64).mask
+        assert isinstance(mask, np.ndarray)
+        assert mask.dtype == dtype

@@ -1,0 +1,145 @@
+"""The oracle on kernels that are known to be wrong, all to be caught and named, or right."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lvxattn.reference.check import Case, case_of, check
+from lvxattn.reference.check.cases import CASES
+from lvxattn.reference.check.matrix import SelfTest
+from lvxattn.reference.check.self_test import play_right, play_wrong, self_test
+from lvxattn.reference.check.wrong import WRONG, Right
+
+Caught = dict[str, dict[str, list[str]]]
+
+COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "oracle.md"
+
+every_wrong_kernel = pytest.mark.parametrize("name", WRONG)
+
+
+@pytest.fixture(scope="module")
+def found() -> SelfTest:
+    """What the cases catch in fp32, and in other dtypes what they do not catch there."""
+    caught = play_wrong(("float32",))
+    for dtype in ("float16", "float64"):
+        caught |= play_wrong((dtype,), [name for name in WRONG if not caught[name]])
+    return SelfTest(caught, {}, (), seeds=1)
+
+
+@every_wrong_kernel
+def test_a_case_catches_it(name: str, found: SelfTest) -> None:
+    assert found.caught[name]
+
+
+@every_wrong_kernel
+def test_the_diagnosis_names_it(name: str, found: SelfTest) -> None:
+    caught = found.caught[name]
+    by_effort = sorted(caught, key=lambda case: case_of(case).S_KV)
+    names = dict.fromkeys([*by_effort[:2], "gaussian", "lse-low", "one-hot-table", "padding-mask"])
+    dtype = next(iter(caught.values()))[0]
+    report = check(WRONG[name](), cases=[case_of(name) for name in names], dtypes=(dtype,))
+    assert report.failed
+    assert f"*{name}*" in report.probably.partition(":")[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_case_is_alone_in_its_group_to_catch_a_wrong_kernel(
+    case: Case, found: SelfTest
+) -> None:
+    assert found.alone()[case.name]
+
+
+def test_right_kernels_raise_no_alarm() -> None:
+    ratios, alarms = play_right(seeds=1)
+    assert alarms == ()
+    assert {"naive", "4 shards", "64 shards", "PyTorch's SDPA on the CPU"} <= ratios.keys()
+    assert all(0 < ratio <= 1 for by_dtype in ratios.values() for ratio in by_dtype.values())
+
+
+def test_an_alarm_for_a_right_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lvxattn.reference.check.self_test.CASES", [case_of("one-query")])
+    monkeypatch.setattr(Right, "_kv_head", WRONG["heads tiled"]._kv_head)
+    ratios, alarms = play_right(seeds=1)
+    assert ratios["4 shards"]["float32"] > 1
+    assert any(alarm.startswith("4 shards: one-query, float32, seed 0") for alarm in alarms)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 7, 64])
+def test_right_is_right_however_the_keys_are_cut(shards: int) -> None:
+    cases = [case_of("fewer-keys-than-shards"), case_of("dead-shard"), case_of("grouped-heads")]
+    check(Right(shards), cases=cases).raise_if_failed()
+
+
+class TestWhatASelfTestSays:
+    """It passes when nothing is missing, and names what is."""
+
+    @pytest.fixture
+    def passed(self, found: SelfTest) -> SelfTest:
+        return SelfTest(found.caught, {"naive": {"float32": 0.5}}, (), seeds=1)
+
+    def test_it_passes(self, passed: SelfTest) -> None:
+        assert passed.passed
+        assert str(passed).endswith("passed")
+
+    def test_a_kernel_that_nobody_catches(self, passed: SelfTest) -> None:
+        missing = replace(passed, caught={**passed.caught, "no scale": {}})
+        assert not missing.passed
+        assert "not caught: no scale" in str(missing)
+
+    def test_a_case_that_is_never_alone(self, passed: SelfTest) -> None:
+        caught = {n: c for n, c in passed.caught.items() if n != "scores capped at 700"}
+        missing = replace(passed, caught=caught)
+        assert not missing.passed
+        assert "never alone: lse-high" in str(missing)
+
+    def test_a_false_alarm(self, passed: SelfTest) -> None:
+        missing = replace(passed, alarms=("naive: gaussian, float32, seed 0: 1.20 of the limit",))
+        assert not missing.passed
+        assert "naive: gaussian, float32" in str(missing)
+
+    def test_what_the_quick_suite_misses(self, passed: SelfTest) -> None:
+        assert "keys beyond 4,096 dropped" in passed.missed(("float32", "float16", "float64"))
+        assert "half-precision lse" in passed.missed(("float32",))
+        assert "half-precision lse" not in passed.missed(("float32", "float16"))
+
+    def test_the_matrix_marks_who_is_alone(self, passed: SelfTest) -> None:
+        lines = str(passed).splitlines()
+        header = next(line for line in lines if line.split() == _LETTERS)
+        tiled = next(line for line in lines if line.startswith("heads tiled "))
+        letters = {case.name: letter for case, letter in zip(CASES, "".join(_LETTERS), strict=True)}
+        marks = {case: tiled[header.index(letter)] for case, letter in letters.items()}
+        assert marks.pop("grouped-heads") == marks.pop("one-query") == "#"
+        assert set(marks.values()) == {"."}
+
+
+_LETTERS = ["a", "bcde", "fghi", "jklm", "nopq", "rst", "uv", "wx", "yzA", "BCD", "EF", "GH"]
+
+
+def test_the_outcome_is_written_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: SelfTest
+) -> None:
+    monkeypatch.setattr("lvxattn.reference.check.self_test.play_wrong", lambda: found.caught)
+    monkeypatch.setattr(
+        "lvxattn.reference.check.self_test.play_right",
+        lambda seeds: ({"naive": {"float32": seeds / 10}}, ()),
+    )
+    outcome = self_test(seeds=3, path=str(tmp_path / "oracle.md"))
+    assert outcome.seeds == 3
+    assert outcome.ratios == {"naive": {"float32": 0.3}}
+    assert str(outcome) in (tmp_path / "oracle.md").read_text()
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_no_seeds_are_refused(seeds: int) -> None:
+    with pytest.raises(ValueError, match=f"seeds: expected at least 1, got {seeds}"):
+        self_test(seeds=seeds)
+
+
+def test_the_recorded_outcome_is_about_these_kernels_and_cases(found: SelfTest) -> None:
+    recorded = COMMITTED.read_text().splitlines()
+    assert "passed" in recorded
+    width = max(map(len, WRONG))
+    rows = {line[:width].strip() for line in recorded[recorded.index("```text") :]}
+    assert set(WRONG) <= rows
+    assert all(any(case.name in line.split() for line in recorded) for case in CASES)
