@@ -5,7 +5,7 @@ reach; `lvxattn.reference.plan.measure` measures the machine at hand.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 
@@ -47,7 +47,8 @@ class Machine:
         From a rank to another one of its host.
     between : Link
         From a host to another one; the host's ranks share it.
-    ranks_per_host : int
+    ranks_per_host, ranks : int
+        How many there are.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Machine:
     inside: Link
     between: Link
     ranks_per_host: int
+    ranks: int
 
     def save(self, path: str | Path) -> None:
         """Write the figures as JSON.
@@ -120,7 +122,7 @@ class Machine:
         times = {"start": self.start}
         for name, link in (("inside", self.inside), ("between", self.between)):
             rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
-        rates["ranks_per_host"] = self.ranks_per_host
+        rates |= {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
         for name, x in (rates | times).items():
             number = isinstance(x, int | float) and not isinstance(x, bool) and isfinite(x)
             if not number or x < 0 or (name in rates and x == 0):
@@ -130,18 +132,17 @@ class Machine:
                 )
 
 
-FIELDS = tuple(field.name for field in fields(Machine))
 _NVLINK3, _NVLINK4 = Link(250e9, 5e-6), Link(400e9, 5e-6)
 
 MACHINES = {
     machine.name: machine
     for machine in (
         # The paper's clusters: 16 A100 80 GB on 4 nodes; 8 A30 on 8; 12 A100 40 GB.
-        Machine("a100-16", 187e12, 1.6e12, 2e-5, 80e9, _NVLINK3, Link(25e9, 1e-5), 4),
-        Machine("a30-8", 99e12, 0.75e12, 2e-5, 24e9, Link(25e9, 1e-5), Link(1.25e9, 3e-5), 1),
-        Machine("a100-12", 187e12, 1.2e12, 2e-5, 40e9, _NVLINK3, Link(25e9, 1e-5), 4),
+        Machine("a100-16", 187e12, 1.6e12, 2e-5, 80e9, _NVLINK3, Link(25e9, 1e-5), 4, 16),
+        Machine("a30-8", 99e12, 0.75e12, 2e-5, 24e9, Link(25e9, 1e-5), Link(1.25e9, 3e-5), 1, 8),
+        Machine("a100-12", 187e12, 1.2e12, 2e-5, 40e9, _NVLINK3, Link(25e9, 1e-5), 4, 12),
         # DGX-like hosts of 8, one 400 Gbit/s InfiniBand port a GPU.
-        Machine("h100", 590e12, 2.7e12, 2e-5, 80e9, _NVLINK4, Link(8 * 48e9, 5e-6), 8),
-        Machine("h200", 590e12, 3.8e12, 2e-5, 141e9, _NVLINK4, Link(8 * 48e9, 5e-6), 8),
+        Machine("h100", 590e12, 2.7e12, 2e-5, 80e9, _NVLINK4, Link(8 * 48e9, 5e-6), 8, 16),
+        Machine("h200", 590e12, 3.8e12, 2e-5, 141e9, _NVLINK4, Link(8 * 48e9, 5e-6), 8, 16),
     )
 }
