@@ -143,7 +143,7 @@ def check_distributed(
 def _trials(
     suite: str, dtypes: Sequence[str], seeds: int, size: int
 ) -> Iterator[tuple[Case, str, int, Cut]]:
-    cases = [_for_ranks(case) for case in suite_of(suite)]
+    cases = suite_of(suite)
     variants = [(dtype, seed) for dtype in dtypes for seed in range(seeds)]
     sweeps = [sweep_of(cases, size, suite, turn) for turn in range(len(variants))]
     for case in cases:
@@ -153,17 +153,6 @@ def _trials(
     for dtype, seed in variants:
         for cut in growth_cuts(dtype, size):
             yield GROWTH, dtype, seed, cut
-
-
-def _for_ranks(case: Case) -> Case:
-    """Return the case without what no function can do that joins its ranks' results by their lse.
-
-    Where all scores of a row are the smallest number, lse is that number too, whatever the number
-    of keys: the shares of the ranks are lost.
-    """
-    if case.mask == "finite minimum":
-        return replace(case, mask="finite minimum but one")
-    return case
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,11 @@ class BoolAdded(Right):
 
 
 class FiniteIsInfinite(Right):
-    """Keys with the smallest finite number added are taken for hidden."""
+    """Keys with a number like -10,000 added are taken for hidden."""
 
     def _hide(self, s: Array, mask: Array | None) -> Array:
         s = super()._hide(s, mask)
-        return np.where(s < -6e4, -np.inf, s).astype(s.dtype)
+        return np.where(s < -9000, -np.inf, s).astype(s.dtype)
 
 
 class InfiniteIsFinite(Right):
