@@ -190,7 +190,7 @@ def test_a_folder_that_cannot_be_made_is_told(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert main(["golden", "--out", str(tmp_path / "file" / "golden")]) == 2
-    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    assert ": Not a directory" in capsys.readouterr().err
 
 
 def test_a_file_is_verified_whatever_its_case_is_today(tmp_path: Path) -> None:

@@ -158,6 +158,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise InputError(f"{file}: expected format {FORMAT}, got {manifest['format']!r}")
         for entry in manifest["cases"].values():
+            missing = {"sha256", "bytes", "scale"} - set(entry)
+            if missing:
+                raise InputError(f"{file}: damaged: {entry['file']} has no {min(missing)}")
             if Path(entry["file"]).name != entry["file"]:
                 raise InputError(f"{file}: expected a file's name, got {entry['file']!r}")
     except FileNotFoundError:

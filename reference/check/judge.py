@@ -137,7 +137,6 @@ def _truth_of(problem: Problem) -> Truth:
     return Truth(results, limits, scales, plain)
 
 
-@np.errstate(over="ignore")  # what is judged may be as large as the dtype goes
 def judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     """Judge one result.
 

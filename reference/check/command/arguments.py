@@ -99,6 +99,6 @@ def look_at_file(path: str | None, argument: str) -> None:
         with file.open("ab"):
             pass
         if not there:
-            file.unlink()
+            file.unlink(missing_ok=True)  # another rank may have looked, too
     except OSError as error:
         raise UsageError(f"{argument}: {path} cannot be written: {error.strerror}") from None
