@@ -309,3 +309,30 @@ def test_astype_takes_an_additive_mask_along_and_no_bool_one() -> None:
         mask = drawn(name, "bfloat16").astype(np.float64).mask
         assert isinstance(mask, np.ndarray)
         assert mask.dtype == dtype
+
+
+# Cases that somebody makes.
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"data": "foo"}, "case.data: expected one of 'gaussian', .*, got 'foo'"),
+        ({"mask": "foo"}, "case.mask: expected one of 'none', .*, got 'foo'"),
+        ({"memory": "foo"}, "case.memory: expected one of 'contiguous', .*, got 'foo'"),
+        ({"calls": "foo"}, "case.calls: expected one of '', .*, got 'foo'"),
+        ({"D": 0}, "case.D: expected at least 1, got 0"),
+        ({"S_Q": 2.5}, "case.S_Q: expected at least 1, got 2.5"),
+        ({"H": 5, "H_KV": 2}, "case.H_KV: expected a divisor of H = 5, got 2"),
+    ],
+)
+def test_a_case_that_is_none_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        draw(replace(case_of("gaussian"), **change), "float32")
+
+
+def test_what_is_no_case_and_no_dtype_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"case: expected a Case, as of case_of.name., got 'gaus"):
+        draw("gaussian", "float32")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype: expected one of float64, .*, got 'float33'"):
+        draw(case_of("gaussian"), "float33")

@@ -63,8 +63,10 @@ def _prepared(options: Namespace) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 
 def _told(report: Report, options: Namespace) -> int:
-    if options.json:
+    if options.json == "-":
+        print(report.as_json(), flush=True)
+    elif options.json:
         report.to_json(options.json)
-    if not options.quiet:
+    if not options.quiet and options.json != "-":
         print(report, flush=True)
     return 0 if report.passed else 1
