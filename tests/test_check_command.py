@@ -68,6 +68,23 @@ def test_a_wrong_function_fails_and_the_file_has_it_all(
     assert said == "no callable masks"
 
 
+def test_minus_is_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"{NAME}:right", "--dtypes", "float32", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert not (folder / "-").exists()
+
+
+def test_an_interrupt_ends_it_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lvxattn.reference.check.command.checking.check", interrupt)
+    assert main([f"{NAME}:right"]) == 130
+    assert capsys.readouterr().err == "lvxattn check: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("options", "judged"),
     [

@@ -97,7 +97,11 @@ def test_the_limit_is_its_formula(name: str, dtype: str) -> None:
     larger = p * (1 + score)
     out_size = np.einsum("bhij,bhjd->bhid", larger, abs(x.v))
     dp_size = np.einsum("bhid,bhjd->bhij", abs(x.dout), abs(x.v))
-    ds_size = larger * (dp_size + np.einsum("bhid,bhid->bhi", abs(x.dout), out_size)[..., None])
+    plain = np.einsum("bhij,bhjd->bhid", p, abs(x.v))
+    delta, larger_delta = (
+        np.einsum("bhid,bhid->bhi", abs(x.dout), size)[..., None] for size in (plain, out_size)
+    )
+    ds_size = larger * (dp_size + delta) + p * larger_delta
     sizes = {
         "out": out_size,
         "lse": 1 + np.where(p > 0, score, 0).max(axis=-1) + abs(naive.results["lse"]),
@@ -211,13 +215,29 @@ def test_one_wrong_row_is_caught_and_pointed_at(key: str, dtype: str) -> None:
     assert verdict.expected == truth.results[key][verdict.index]
 
 
-def test_a_row_of_finite_minima_may_have_any_lse_of_that_size_and_the_others_not() -> None:
-    problem, truth = problem_and_truth("finite-minimum")
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_a_row_that_is_all_minus_10000_is_judged_by_itself(dtype: str) -> None:
+    problem, truth = problem_and_truth("finite-minimum", dtype)
+    for key in ("out", "dq"):
+        got = truth.results[key].copy()
+        got[:, :, -1] = 0
+        assert not judge(key, got, problem, truth).passed
     got = truth.results["lse"].copy()
-    got[:, :, -1] *= 1 + 2.0**-24
-    assert judge("lse", got, problem, truth).passed
-    got[:, :, 0] += 1e-3
+    got[:, :, 0] += 0.1
     assert not judge("lse", got, problem, truth).passed
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", ["dead-rows", "minus-infinity"])
+def test_out_and_dq_of_rows_that_see_nothing_are_exactly_0(case: str, dtype: str) -> None:
+    problem, truth = problem_and_truth(case, dtype)
+    for key in ("out", "dq"):
+        got = truth.results[key].copy()
+        assert (got[:, :, 1::4] == 0).all()
+        got[0, 1, 5] = 1e-30
+        verdict = judge(key, got, problem, truth)
+        assert not verdict.passed
+        assert verdict.index[:3] == (0, 1, 5)
 
 
 # NaN and infinities.

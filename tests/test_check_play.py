@@ -173,6 +173,17 @@ def test_the_limit_is_for_each_case() -> None:
     assert checked(slow, [GAUSSIAN] * 3, time_limit=1.0).passed
 
 
+def test_after_three_late_calls_the_others_get_a_tenth_of_the_time() -> None:
+    def late(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        time.sleep(0.3)
+        return right(q, k, v, scale=scale, mask=mask)
+
+    messages = [row.message for row in checked(late, [GAUSSIAN] * 5, time_limit=0.2).rows]
+    assert (
+        messages == ["did not come back within 0.2 s"] * 3 + ["did not come back within 0.02 s"] * 2
+    )
+
+
 def test_a_thread_that_is_left_behind_keeps_no_program_from_ending() -> None:
     program = (
         "import time\n"

@@ -166,15 +166,25 @@ def test_dead_shards_are_dead_for_everyone() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_finite_minimum_is_the_dtype_s_and_its_row_has_one_value_everywhere(dtype: str) -> None:
+def test_the_finite_minimum_is_the_dtype_s_and_the_last_row_is_near_minus_10000(dtype: str) -> None:
     mask = drawn("finite-minimum", dtype).mask
     assert isinstance(mask, np.ndarray)
     wide = mask.astype(np.float64)
     least = {"float32": -(2.0**128) + 2.0**104, "float16": -65504.0, "bfloat16": -255 * 2.0**120}
     assert np.isfinite(wide).all()
     assert wide.min() == least[dtype]
-    assert (wide[:, :, -1] == least[dtype]).all()
+    assert (wide[:, :, -1] == {"bfloat16": -9984.0}.get(dtype, -10000.0)).all()
     assert drawn("finite-minimum", dtype).q_kinds.tolist() == [0] * 8 + [1]
+
+
+@pytest.mark.parametrize("case", ["dead-rows", "minus-infinity"])
+def test_rows_that_see_nothing_are_a_kind_of_their_own(case: str) -> None:
+    assert drawn(case).q_kinds.tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("case", ["random-mask", "callable-mask", "padding-mask", "gaussian"])
+def test_other_rows_are_of_one_kind(case: str) -> None:
+    assert set(drawn(case).q_kinds) == {0}
 
 
 def test_minus_infinity_is_the_only_thing_but_0() -> None:
@@ -299,3 +309,30 @@ def test_astype_takes_an_additive_mask_along_and_no_bool_one() -> None:
         mask = drawn(name, "bfloat16").astype(np.float64).mask
         assert isinstance(mask, np.ndarray)
         assert mask.dtype == dtype
+
+
+# Cases that somebody makes.
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"data": "foo"}, "case.data: expected one of 'gaussian', .*, got 'foo'"),
+        ({"mask": "foo"}, "case.mask: expected one of 'none', .*, got 'foo'"),
+        ({"memory": "foo"}, "case.memory: expected one of 'contiguous', .*, got 'foo'"),
+        ({"calls": "foo"}, "case.calls: expected one of '', .*, got 'foo'"),
+        ({"D": 0}, "case.D: expected at least 1, got 0"),
+        ({"S_Q": 2.5}, "case.S_Q: expected at least 1, got 2.5"),
+        ({"H": 5, "H_KV": 2}, "case.H_KV: expected a divisor of H = 5, got 2"),
+    ],
+)
+def test_a_case_that_is_none_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        draw(replace(case_of("gaussian"), **change), "float32")
+
+
+def test_what_is_no_case_and_no_dtype_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"case: expected a Case, as of case_of.name., got 'gaus"):
+        draw("gaussian", "float32")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype: expected one of float64, .*, got 'float33'"):
+        draw(case_of("gaussian"), "float33")

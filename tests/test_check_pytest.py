@@ -39,8 +39,14 @@ def run(pytester: pytest.Pytester):  # type: ignore[no-untyped-def]
 
 def test_a_right_function_conforms(run) -> None:
     done = run(*CONFORMANCE, "--lvx-impl", "kernels:right", *FLOAT32, "--lvx-seeds", "2")
-    done.assert_outcomes(passed=2 * COUNT)
+    done.assert_outcomes(passed=2 * COUNT + 1)  # and that something was judged
     assert done.ret == 0
+
+
+def test_a_function_that_does_nothing_fails(run) -> None:
+    done = run(*CONFORMANCE, "--lvx-impl", "kernels:refuses", *FLOAT32)
+    done.assert_outcomes(skipped=COUNT, failed=1)
+    done.stdout.fnmatch_lines([f"nothing was judged: {COUNT} unsupported"])
 
 
 def test_tests_are_called_by_case_dtype_and_seed(run) -> None:
@@ -125,7 +131,7 @@ class TestKnownFailures:
 
     def test_they_are_expected(self, run, pytester: pytest.Pytester) -> None:
         done = run(*self.line(pytester, self.FAILING), "-rx")
-        done.assert_outcomes(xfailed=3, skipped=1, passed=COUNT - 4)
+        done.assert_outcomes(xfailed=3, skipped=1, passed=COUNT - 3)
         assert done.ret == 0
         assert "xfails.txt:1" in str(done.stdout)
 

@@ -113,9 +113,12 @@ def test_sums_are_taken_in_the_accumulator() -> None:
 
 
 def test_the_ways_are_different_ways() -> None:
-    problem = draw(case_of("gaussian"), "float32")
-    found = [rounded_attention(problem, way)["out"] for way in WAYS]
-    assert all((found[m] != found[n]).any() for m in range(3) for n in range(m))
+    problem = draw(case_of("gaussian"), "bfloat16")
+    found = [rounded_attention(problem, way)["dq"] for way in WAYS]
+    found_out = [rounded_attention(problem, way)["out"] for way in WAYS]
+    for m in range(len(WAYS)):
+        for n in range(m):
+            assert (found[m] != found[n]).any() or (found_out[m] != found_out[n]).any()
 
 
 def test_fp64_is_rounded_as_fp32() -> None:

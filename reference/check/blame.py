@@ -21,8 +21,9 @@ def raised(error: BaseException) -> str:
     ]
     if not places:  # the call itself failed
         return (
-            f"{text}; it was called as fn(q, k, v, *, scale, mask), "
-            "or its backward as backward(dout, q, k, v, out, lse, *, scale, mask)"
+            f"{text}; it was called as fn(q, k, v, *, scale, mask), or its backward as "
+            "backward(dout, q, k, v, out, lse, *, scale, mask), distributed ones with comm after "
+            "the arrays"
         )
     own = [place for place in places if not place[0].startswith(_INSTALLED)]
     filename, line = (own or places)[-1]
@@ -43,6 +44,15 @@ def one_line(text: object) -> str:
 _FOLDER = Path(__file__).parent
 _OURS = tuple(
     str(_FOLDER / name)
-    for name in ("suite.py", "play.py", "patience.py", "problem.py", "masks.py", "frameworks")
+    for name in (
+        "suite.py",
+        "distributed.py",
+        "ranks",
+        "play.py",
+        "patience.py",
+        "problem.py",
+        "masks.py",
+        "frameworks",
+    )
 )
 _INSTALLED = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<frozen ")

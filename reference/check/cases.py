@@ -136,8 +136,8 @@ CASES: list[Case] = [
     # Masks, by kind.
     Case("random-mask", "mask kinds", "bool, another for every batch entry, head and query",
          mask="random", B=2, S_Q=9),
-    Case("finite-minimum", "mask kinds", "additive; what is hidden gets the smallest finite number,"
-         " a row of nothing else is uniform", mask="finite minimum", B=2, S_Q=9),
+    Case("finite-minimum", "mask kinds", "additive; what is hidden gets the smallest finite number;"
+         " one row is all -10,000, which hides nothing", mask="finite minimum", B=2, S_Q=9),
     Case("minus-infinity", "mask kinds", "additive with -inf, some rows dead",
          mask="minus infinity", B=2, S_Q=9),
     Case("callable-mask", "mask kinds", "a rule of global indices", mask="callable", B=2, S_Q=9),

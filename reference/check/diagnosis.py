@@ -157,6 +157,8 @@ class Suspects:
         dtypes = [key[1] for key in self.matches]
         passed = sorted((r for r in rows if r.status == "ok"), key=lambda r: r.dtype not in dtypes)
         against = dict.fromkeys(names, 0)
+        if not names:
+            return against
         for row in {row.case: row for row in reversed(passed)}.values():
             problem = draw(cases[row.case], row.dtype, row.seed)
             truth = truth_of(problem)

@@ -7,7 +7,6 @@
 The truth and the limit are those of the whole problem: neither knows of ranks.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -46,6 +45,7 @@ def check_distributed(
     seeds: int = 1,
     time_limit: float = 30.0,
     ranks: int | None = None,
+    told: Callable[[Report], Any] | None = None,
 ) -> Report | None:
     """Hold a distributed attention function against the reference.
 
@@ -82,6 +82,9 @@ def check_distributed(
         Seconds that a case may take.
     ranks : int, optional
         Check on that many virtual ranks, threads of this process, instead of the launcher's.
+    told : callable, optional
+        What rank 0 does with the report so far before all processes end because ranks did not come
+        back; it is printed unless given.
 
     Returns
     -------
@@ -113,12 +116,14 @@ def check_distributed(
     cases: dict[str, Case] = {}
     start, suspects = perf_counter(), Suspects()
 
-    def report(*notes: str) -> Report:
-        told, probably = suspects.conclude(rows, cases)
+    def report(*notes: str, diagnosed: bool = True) -> Report:
+        found, probably = tuple(rows), ""
+        if diagnosed:
+            found, probably = suspects.conclude(rows, cases)
         ranked = f"{team.size} {'rank' if team.size == 1 else 'ranks'}"
         said = (ranked, *notes_of(arrays, rows, wanted), *notes)
         seconds = perf_counter() - start
-        return Report(target, suite, arrays.name, told, seconds, notes=said, probably=probably)
+        return Report(target, suite, arrays.name, found, seconds, notes=said, probably=probably)
 
     for case, dtype, seed, cut in _trials(suite, chosen, seeds, team.size):
         player = DistributedPlayer(
@@ -130,7 +135,9 @@ def check_distributed(
         cases[case.name] = case
         rows.append(judged(player, case, dtype, seed, suspects, str(cut)))
         if team.stuck:
-            sys.stdout.write(f"{report('the rest was not run: ranks did not come back')}\n")
+            # Without a diagnosis, which takes its time: the others are about to end.
+            so_far = report("the rest was not run: ranks did not come back", diagnosed=False)
+            (told or print)(so_far)
             team.end()
     team.close()
     if team.rank:
@@ -143,7 +150,7 @@ def check_distributed(
 def _trials(
     suite: str, dtypes: Sequence[str], seeds: int, size: int
 ) -> Iterator[tuple[Case, str, int, Cut]]:
-    cases = [_for_ranks(case) for case in suite_of(suite)]
+    cases = suite_of(suite)
     variants = [(dtype, seed) for dtype in dtypes for seed in range(seeds)]
     sweeps = [sweep_of(cases, size, suite, turn) for turn in range(len(variants))]
     for case in cases:
@@ -153,17 +160,6 @@ def _trials(
     for dtype, seed in variants:
         for cut in growth_cuts(dtype, size):
             yield GROWTH, dtype, seed, cut
-
-
-def _for_ranks(case: Case) -> Case:
-    """Return the case without what no function can do that joins its ranks' results by their lse.
-
-    Where all scores of a row are the smallest number, lse is that number too, whatever the number
-    of keys: the shares of the ranks are lost.
-    """
-    if case.mask == "finite minimum":
-        return replace(case, mask="finite minimum but one")
-    return case
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         for entry in manifest["cases"].values():
             if Path(entry["file"]).name != entry["file"]:
                 raise InputError(f"{file}: expected a file's name, got {entry['file']!r}")
+            missing = {"sha256", "bytes", "scale", "tensors"} - set(entry)
+            if missing:
+                raise InputError(f"{file}: damaged: {entry['file']} has no {min(missing)}")
     except FileNotFoundError:
         raise InputError(f"{path}: no golden files: there is no {MANIFEST}") from None
     except OSError as error:
@@ -200,10 +203,12 @@ def _write(path: Path, problem: Problem) -> dict[str, Any]:
         "mask": case.mask,
         "q_kinds": _shortest(problem.q_kinds),
         "kv_kinds": _shortest(problem.kv_kinds),
-        "tensors": {
-            key: {"dtype": x.dtype.name, "shape": list(x.shape)} for key, x in arrays.items()
-        },
+        "tensors": _table(arrays),
     }
+
+
+def _table(arrays: dict[str, Array]) -> dict[str, Any]:
+    return {key: {"dtype": x.dtype.name, "shape": list(x.shape)} for key, x in arrays.items()}
 
 
 def _shortest(kinds: Array) -> list[int]:
@@ -229,6 +234,10 @@ def _wrong(file: Path, name: str, entry: dict[str, Any]) -> str:
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         return f"damaged: {len(content):,} bytes of another checksum; {entry['bytes']:,} expected"
     arrays = read_tensors(file)
+    there, told = _table(arrays), entry["tensors"]
+    for key in sorted(there.keys() | told.keys()):
+        if there.get(key) != told.get(key):
+            return f"{key}: expected {told.get(key)} as in the manifest, got {there.get(key)}"
     problem = _problem(name, entry, arrays)
     truth = truth_of(problem)
     # All parts of the limit are proportional to unit roundoffs: float32's, 2**29 times float64's.

@@ -7,10 +7,11 @@ For every result, and for every kind of row in it, in the L2 norm over those row
 E is the error that the reference itself makes with the dtype's roundings (`rounded.py`), the
 largest of several ways to do it; u the unit roundoff of the dtype in which the result is returned;
 a that of the accumulator; size what the result would be if nothing in its sums cancelled and every
-probability were larger by the size of its score: p (1 + scale |q| |k|) |v| for out.  The last two
-are floors, for where E happens to be small: a result is rounded once when it is stored, its terms
-a few times on the way, and an absolute error in a score is a relative one in its probability.  The
-size of lse is 1 + scale |q| |k| + |lse|, since every merge rounds it to its own.
+probability were larger by the size of its score: p (1 + scale |q| |k| + |mask|) |v| for out.  The
+last two are floors, for where E happens to be small: a result is rounded once when it is stored,
+its terms a few times on the way, and an absolute error in a score is a relative one in its
+probability.  The size of lse is 1 + scale |q| |k| + |mask| + |lse|: every merge rounds it to its
+own.
 
 In fp64 there is nothing more exact to compare with: E is measured in fp32, to whose unit roundoff
 every rounding is proportional, and divided by 2**29.
@@ -123,11 +124,8 @@ def _truth_of(problem: Problem) -> Truth:
         twin_results, twin_sizes = _exactly(twin)
         errors, plain = _errors(twin, twin_results)
         for name in RESULTS:
-            twin_size = norms(twin, name, twin_sizes[name])
-            # An error of this size is no rounding: merging shards of a row that has nothing but
-            # the finite minimum loses its lse, in fp64 as in fp32.
-            finer = np.where(errors[name] > 1e-3 * twin_size, 1.0, 2.0**-29)
-            errors[name] = finer * _over(size[name], twin_size) * errors[name]
+            grown = _over(size[name], norms(twin, name, twin_sizes[name])) * 2.0**-29
+            errors[name] = grown * errors[name]
             plain[name] *= 2.0**-29
     limits = {
         name: 2 * errors[name]
@@ -139,7 +137,6 @@ def _truth_of(problem: Problem) -> Truth:
     return Truth(results, limits, scales, plain)
 
 
-@np.errstate(over="ignore")  # what is judged may be as large as the dtype goes
 def judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     """Judge one result.
 
@@ -235,10 +232,12 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
     # A merge rounds lse to its own size, which is more than a score's where keys are many.
     lse_size = 1 + np.where(p > 0, score + bias, 0.0).max(axis=-1, initial=0.0)
     lse_size = lse_size + np.where(np.isfinite(lse), abs(lse), 0.0)
-    p = p * (1 + score)
-    out_size = p @ abs(v_all)
-    delta = (abs(dout) * out_size).sum(axis=-1)
-    ds = p * (abs(dout) @ abs(v_all).swapaxes(-1, -2) + delta[..., None])
+    larger = p * (1 + score + bias)
+    out_size = larger @ abs(v_all)
+    # ds = p (dp - delta): off by what p is off by, and by what out in delta is.
+    dp = abs(dout) @ abs(v_all).swapaxes(-1, -2)
+    delta, larger_delta = ((abs(dout) * (x @ abs(v_all))).sum(axis=-1) for x in (p, larger))
+    ds = larger * (dp + delta[..., None]) + p * larger_delta[..., None]
 
     def summed(x: Array) -> Array:  # over the query heads that share keys
         heads: Array = x.reshape(k.shape[0], k.shape[1], group, *x.shape[2:]).sum(axis=2)
@@ -249,7 +248,7 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
         "lse": lse_size,
         "dq": scale * ds @ abs(k_all),
         "dk": scale * summed(ds.swapaxes(-1, -2) @ abs(q)),
-        "dv": summed(p.swapaxes(-1, -2) @ abs(dout)),
+        "dv": summed(larger.swapaxes(-1, -2) @ abs(dout)),
     }
     return results, sizes
 

@@ -30,18 +30,11 @@ def _padding(case: Case, rng: np.random.Generator) -> Array:
 def _finite_minimum(case: Case, rng: np.random.Generator) -> Array:
     """Return a bias whose hidden entries are -inf: `problem.draw` puts the dtype's minimum there.
 
-    The last row is hidden as a whole.
+    The last row is hidden as a whole, by a number that lse can hold beside the scores.
     """
     bias = rng.standard_normal((1, 1, case.S_Q, case.S_KV))
     bias[~_random(case, rng)[:1, :1]] = -np.inf
-    bias[:, :, -1] = -np.inf
-    return bias
-
-
-def _finite_minimum_but_one(case: Case, rng: np.random.Generator) -> Array:
-    """Return the same, but the last row sees the first key."""
-    bias = _finite_minimum(case, rng)
-    bias[:, :, -1, 0] = 0.0
+    bias[:, :, -1] = -10000
     return bias
 
 
@@ -86,10 +79,25 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], Mask]] = {
     "over batches": lambda case, rng: _random(case, rng, 0),
     "padding": _padding,
     "finite minimum": _finite_minimum,
-    "finite minimum but one": _finite_minimum_but_one,
     "minus infinity": _minus_infinity,
     "callable": _callable,
     "dead rows": _dead_rows,
     "dead shard": _dead_shard,
     "all dead": _all_dead,
 }
+
+
+def seeing(mask: Mask, case: Case) -> Array:
+    """Return which queries see a key in any batch entry and head: (S_Q,), bool.
+
+    Parameters
+    ----------
+    mask : Mask
+    case : Case
+    """
+    if mask is None:
+        return np.ones(case.S_Q, bool)
+    if callable(mask):
+        mask = np.asarray(mask(*np.ix_(*map(np.arange, (case.B, case.H, case.S_Q, case.S_KV)))))
+    visible = mask if mask.dtype == bool else mask > -np.inf
+    return np.broadcast_to(visible.any(axis=(0, 1, 3)), case.S_Q)

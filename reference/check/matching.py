@@ -209,7 +209,8 @@ def _values(failure: Failure, results: dict[str, Array]) -> tuple[float, float] 
         near = np.maximum(error / 10, np.minimum(error / 3, limit))
         if (apart > np.where(error > limit, near, 2 * limit)).any():
             return None
-        distance = max(distance, _ratio(apart, norms(failure.problem, name, own)))
+        size = np.maximum(norms(failure.problem, name, own), failure.truth.scales[name])
+        distance = max(distance, _ratio(apart, size))
         limits = max(limits, _ratio(apart, limit))
     return distance, limits
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_PATIENT = 3  # late calls
 _JOIN = 0.5  # seconds that an interrupted call has to end
 
 
@@ -39,11 +40,12 @@ class Patience:
     Parameters
     ----------
     seconds : float
-        How long a call may take.
+        How long a call may take; after three that took longer, a tenth of that.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.late = 0  # calls that did not come back in time
         self.abandoned = 0  # calls that still run
         self._thread: threading.Thread | None = None
         self._waiting = False  # for an answer
@@ -58,6 +60,7 @@ class Patience:
         EndedError
             fn raised something that is no Exception.
         """
+        seconds = self.seconds if self.late < _PATIENT else self.seconds / 10
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         context = contextvars.copy_context()
 
@@ -74,10 +77,11 @@ class Patience:
         self._calls.put(work)
         self._waiting = True
         try:
-            succeeded, answer = answers.get(timeout=min(self.seconds, threading.TIMEOUT_MAX))
+            succeeded, answer = answers.get(timeout=min(seconds, threading.TIMEOUT_MAX))
         except queue.Empty:
+            self.late += 1
             self._give_up()
-            raise TimeIsUpError(f"did not come back within {self.seconds:g} s") from None
+            raise TimeIsUpError(f"did not come back within {seconds:g} s") from None
         self._waiting = False
         if succeeded:
             result: T = answer

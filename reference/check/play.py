@@ -128,14 +128,11 @@ class _Call:
     def once(self, problem: Problem) -> _Kept:
         """Call it forward and backward, and check what comes back."""
         framework = self.framework
-        arguments = _arguments(problem, framework)
-        given = _Kept(arguments, {name: framework.get(x) for name, x in arguments.items()})
-        mask = framework.rule(problem.mask) if callable(problem.mask) else arguments.get("mask")
-        options = {"scale": problem.scale, "mask": mask}
-        kept = _Kept({}, {})
-        out, lse, why = self.together(lambda: self._forward(problem, arguments, options, kept))
+        given, kept = _Kept({}, {}), _Kept({}, {})
+        options: dict[str, Any] = {"scale": problem.scale}
+        out, lse, why = self.together(lambda: self._forward(problem, given, options, kept))
         if self.gradients:
-            q, k, v, dout = (arguments[name] for name in ("q", "k", "v", "dout"))
+            q, k, v, dout = (given.arrays[name] for name in ("q", "k", "v", "dout"))
             found = None
             try:
                 if self.backward is not None:
@@ -153,9 +150,14 @@ class _Call:
         return kept
 
     def _forward(
-        self, problem: Problem, arguments: dict[str, Any], options: dict[str, Any], kept: _Kept
+        self, problem: Problem, given: _Kept, options: dict[str, Any], kept: _Kept
     ) -> tuple[Any, Any, Any]:
-        """Return out, lse, and what goes backward, or why nothing does."""
+        """Return out, lse, and what goes backward, or why nothing does; fill in all the rest."""
+        arguments = _arguments(problem, self.framework)
+        given.arrays.update(arguments)
+        given.copies.update({name: self.framework.get(x) for name, x in arguments.items()})
+        mask = arguments.get("mask")
+        options["mask"] = self.framework.rule(problem.mask) if callable(problem.mask) else mask
         q, k, v = (arguments[name] for name in ("q", "k", "v"))
         why: Any = "the function has no backward"
         if self.gradients and self.backward is None:

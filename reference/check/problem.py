@@ -12,10 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lvxattn.reference.check.cases import Case
-from lvxattn.reference.check.masks import MASKS, Mask
+from lvxattn.reference.check.masks import MASKS, Mask, seeing
 from lvxattn.reference.run.tensors import dtype_of
 
 Array = npt.NDArray[Any]
+
+
+MEMORY = ("contiguous", "transposed", "broadcast", "read-only")
+CALLS = ("", "other dtype", "other data")
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ def draw(case: Case, dtype: str, seed: int = 0) -> Problem:
 
 
 def _draw(case: Case, dtype: str, seed: int) -> Problem:
+    _check(case, dtype)
     rng = np.random.default_rng([seed, *case.name.encode()])
     scale = case.D**-0.5 if case.scale is None else case.scale
     x: dict[str, Array] = {
@@ -114,16 +120,36 @@ def _draw(case: Case, dtype: str, seed: int) -> Problem:
     mask = MASKS[case.mask](case, rng)
     target = dtype_of(dtype)
     if isinstance(mask, np.ndarray) and mask.dtype != bool:
-        if case.mask.startswith("finite minimum"):
-            mask = np.maximum(mask, _least(dtype))
-            x["q_kinds"][-1] = 1
         if case.mask == "finite minimum":
-            x["dout"][:, :, -1] = 0  # that row's lse, minimum + log n, has lost the n
+            mask = np.maximum(mask, _least(dtype))
+            x["q_kinds"][-1] = 1  # its lse is near -10,000
         mask = mask.astype(target)
+    # Their results are exactly 0: errors there must not hide among those of the others.
+    x["q_kinds"][~seeing(mask, case)] = x["q_kinds"].max(initial=0) + 1
     kinds = {"q_kinds": x.pop("q_kinds"), "kv_kinds": x.pop("kv_kinds")}
     known = {name.partition(" ")[2]: x.pop(name) for name in list(x) if name.startswith("known ")}
     arrays = {name: array.astype(target) for name, array in x.items()}
     return Problem(case, seed, dtype, **arrays, scale=scale, mask=mask, **kinds, known=known)
+
+
+def _check(case: Any, dtype: str) -> None:
+    """Refuse a case that somebody made and that is none."""
+    if not isinstance(case, Case):
+        raise TypeError(f"case: expected a Case, as of case_of(name), got {case!r:.40}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r:.40}")
+    kinds: dict[str, Any] = {"data": DATA, "mask": MASKS, "memory": MEMORY, "calls": CALLS}
+    for name, known in kinds.items():
+        if getattr(case, name) not in known:
+            raise ValueError(
+                f"case.{name}: expected one of {', '.join(repr(x) for x in known)}, "
+                f"got {getattr(case, name)!r:.40}"
+            )
+    for name in ("B", "H", "H_KV", "S_Q", "S_KV", "D", "D_V"):
+        if not isinstance(getattr(case, name), int) or getattr(case, name) < 1:
+            raise ValueError(f"case.{name}: expected at least 1, got {getattr(case, name)!r:.40}")
+    if case.H % case.H_KV:
+        raise ValueError(f"case.H_KV: expected a divisor of H = {case.H}, got {case.H_KV}")
 
 
 def _gaussian(drawn: Drawn) -> None:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from lvxattn.reference.check.play import play
 from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.check.report import Row
 from lvxattn.reference.check.single import diagnosed, wrong_in
-from lvxattn.reference.check.suite import Player
+from lvxattn.reference.check.suite import Player, ungraded
 from lvxattn.reference.check.target import load
 from lvxattn.reference.validation import FLOATING, accumulator, dtype_name
 
@@ -52,12 +52,26 @@ class Chosen:
     player : Player, optional
         The function.
     choices : tuple of Choice
+    rows : list of Row
+        What has come of them so far.
     """
 
     target: str
     framework: Framework
     player: Player | None
     choices: tuple[Choice, ...]
+    rows: list[Row] = field(default_factory=list)
+
+    def hold(self) -> None:
+        """Fail if all cases were skipped, or none gave gradients: skipped is not passed."""
+        __tracebackhide__ = True
+        assert self.player is not None
+        if not self.rows:
+            pytest.skip("no case was run")
+        if all(row.status == "unsupported" for row in self.rows):
+            pytest.fail(f"nothing was judged: {len(self.rows)} unsupported", pytrace=False)
+        for row in ungraded(self.player, self.rows):
+            pytest.fail(f"gradients: {row.message}", pytrace=False)
 
 
 def chosen_by(options: dict[str, Any]) -> Chosen:
@@ -125,6 +139,7 @@ class JudgedCase:
         __tracebackhide__ = True
         assert self.chosen.player is not None
         row = diagnosed(self.chosen.player, *self.choice)
+        self.chosen.rows.append(row)
         if row.status == "unsupported":
             pytest.skip(f"unsupported: {row.message}" if row.message else "unsupported")
         if row.status != "ok":

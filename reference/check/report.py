@@ -121,6 +121,10 @@ class Report:
         path : str
             Of the file; infinities and NaN are written as strings.
         """
+        Path(path).write_text(self.as_json() + "\n", encoding="utf-8")
+
+    def as_json(self) -> str:
+        """Return what `to_json` writes."""
         found = {
             "schema": SCHEMA,
             **{name: x for name, x in asdict(self).items() if name != "rows"},
@@ -128,8 +132,7 @@ class Report:
             "worst_ratio": self.worst_ratio,
             "rows": [_row(row) for row in self.rows],
         }
-        text = json.dumps(_plain(found), indent=1, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        return json.dumps(_plain(found), indent=1, allow_nan=False)
 
     def __repr__(self) -> str:
         """Return one line."""
@@ -235,13 +238,14 @@ def _cell(rows: list[Row]) -> str:
 
 def _said(verdict: Verdict, dtype: str) -> Iterable[str]:
     """Yield the lines of a result that is wrong."""
-    far = f"relative error {verdict.error:.1e}, limit {verdict.limit:.1e}"
-    yield f"{verdict.name}: {verdict.what or far}"
+    at = f"  at {verdict.index} got {verdict.got:.6g}, expected {verdict.expected:.6g}"
+    if verdict.what:  # the rest would be about what is finite
+        yield f"{verdict.name}: {verdict.what}"
+        yield at
+        return
+    yield f"{verdict.name}: relative error {verdict.error:.1e}, limit {verdict.limit:.1e}"
     near = f", {verdict.ulps:.0f} ulps, {verdict.flash:.2g} times that of plain {dtype}"
-    yield (
-        f"  at {verdict.index} got {verdict.got:.6g}, expected {verdict.expected:.6g}; "
-        f"largest error {verdict.max_abs:.1e}{near if verdict.ulps < _FEW else ''}"
-    )
+    yield (f"{at}; largest error {verdict.max_abs:.1e}{near if verdict.ulps < _FEW else ''}")
 
 
 def _name(row: Row) -> str:

@@ -36,8 +36,8 @@ class Way:
     one_by_one : bool
         Sums are taken term by term, in order, as a plain loop does.
     round_products : bool
-        Every product of matrices comes in the dtype before it is used, as from a library that has
-        no other: the sums of a piece are rounded once more.
+        Products of matrices that a result is made of come in the dtype before they are divided,
+        scaled or added up, as from a library that has no other.
     round_scores : bool
         Scores and probabilities are rounded as well: not right, but what
         ``softmax(q @ k.T) @ v`` does in half precision.

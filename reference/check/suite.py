@@ -98,6 +98,7 @@ def check(
     finally:
         player.patience.close()
     rows, probably = suspects.conclude(found, {case.name: case for case in played})
+    rows += tuple(ungraded(player, found))
     notes = tuple(notes_of(arrays, rows, wanted, player.patience.abandoned))
     seconds = perf_counter() - start
     return Report(name_of(fn), suite, arrays.name, rows, seconds, notes=notes, probably=probably)
@@ -164,6 +165,20 @@ def judged(
     if suspects and status == "wrong":
         suspects.examine(row, problem, results, truth)
     return row
+
+
+def ungraded(player: Player, rows: Sequence[Row]) -> list[Row]:
+    """Return a row that fails where autograd could give gradients, and gave none in any case."""
+    judged = [row for row in rows if row.verdicts]
+    asked = player.gradients and player.backward is None and player.framework.autograd
+    given = any(v.name == "dq" for row in judged for v in row.verdicts)
+    refused = any("NotImplementedError" in row.note for row in judged)
+    if not asked or given or refused or not judged:
+        return []
+    why = judged[0].note
+    message = f"none in any case: {why}; backward=False, --no-backward, if there are to be none"
+    about = judged[0]
+    return [Row("gradients", "contract", "autograd", about.dtype, 0, "error", message=message)]
 
 
 def attempt(
@@ -260,6 +275,8 @@ def check_arguments(
         or not (time_limit > 0)
     ):
         raise ValueError(f"time_limit: expected seconds, more than 0, got {time_limit!r:.40}")
+    if isinstance(cases, Case):
+        raise TypeError(f"cases: expected a sequence of Case objects, got {cases.name} alone")
     for case in cases or ():
         if not isinstance(case, Case):
             raise TypeError(f"cases: expected Case objects, as of case_of(name), got {case!r:.40}")

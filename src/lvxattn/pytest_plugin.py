@@ -73,6 +73,12 @@ def xattn_judged(request: pytest.FixtureRequest) -> "JudgedCase":
     return JudgedCase(_chosen(request.config), request.param)
 
 
+@pytest.fixture
+def xattn_chosen(request: pytest.FixtureRequest) -> "Chosen":
+    """Give what the options choose, and what has come of it so far."""
+    return _chosen(request.config)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the known failures, before -k and -m leave tests out."""

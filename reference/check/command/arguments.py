@@ -56,7 +56,7 @@ def framework_in(options: Namespace) -> Framework:
     except ValueError as error:
         raise UsageError(f"--{error}") from None  # it begins with framework: or device:
     except ImportError as error:
-        raise UsageError(f"--framework: {options.framework} is not installed: {error}") from None
+        raise UsageError(f"--{error}") from None
     for dtype in options.dtypes or ():
         if dtype not in arrays.dtypes:
             known = ", ".join(arrays.dtypes)
@@ -91,7 +91,7 @@ def look_at_file(path: str | None, argument: str) -> None:
     ------
     UsageError
     """
-    if path is None:
+    if path is None or path == "-":
         return
     file = Path(path)
     there = file.exists()
@@ -99,6 +99,6 @@ def look_at_file(path: str | None, argument: str) -> None:
         with file.open("ab"):
             pass
         if not there:
-            file.unlink()
+            file.unlink(missing_ok=True)  # another rank may have looked, too
     except OSError as error:
         raise UsageError(f"{argument}: {path} cannot be written: {error.strerror}") from None

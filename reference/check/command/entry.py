@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = text if text.startswith(PROG) else f"{PROG}: error: {text}"
             print(text, file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr, flush=True)
+        return 130
 
 
 def _parser(argv: Sequence[str], rank: int) -> Parser:

@@ -38,7 +38,8 @@ def _golden(options: Namespace) -> int:
     except InputError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
-        raise UsageError(f"--out: {error.filename} cannot be written: {error.strerror}") from None
+        argument = "--verify" if options.out is None else "--out"
+        raise UsageError(f"{argument}: {error.filename}: {error.strerror}") from None
 
 
 def _write(options: Namespace) -> int:

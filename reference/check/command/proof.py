@@ -22,7 +22,7 @@ def add_self_test(commands: Any) -> None:
 
 def _self_test(options: Namespace) -> int:
     look_at_file(options.out, "--out")
-    # The wrong kernels are for nobody else.
+    # Looked up now, so that a test can put another in its place.
     from lvxattn.reference.check.self_test import (
         self_test,
     )

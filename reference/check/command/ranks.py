@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lvxattn.reference.check.ranks import launched_by_torchrun
+
 
 def rank_of(argv: Sequence[str]) -> int:
     """Return the number of this process among those that were started together.
@@ -16,7 +18,7 @@ def rank_of(argv: Sequence[str]) -> int:
     """
     if "--distributed" not in argv:
         return 0
-    if _torchrun():
+    if launched_by_torchrun():
         return int(os.environ["RANK"])
     world = _world()
     return 0 if world is None else int(world.rank)
@@ -28,7 +30,7 @@ def allgather(x: Any, device: str | None) -> list[Any]:
     Under torchrun the default process group is made, if there is none; with NCCL for the blocks on
     CUDA devices, if each rank of this host can have its own.
     """
-    if _torchrun():
+    if launched_by_torchrun():
         import torch.distributed as dist
         from torch.cuda import device_count
 
@@ -54,14 +56,10 @@ def leave() -> None:
         MPI = sys.modules["mpi4py.MPI"]
         if MPI.Is_initialized() and not MPI.Is_finalized():
             MPI.Finalize()
-    if _torchrun() and "torch.distributed" in sys.modules:
+    if launched_by_torchrun() and "torch.distributed" in sys.modules:
         dist = sys.modules["torch.distributed"]
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _torchrun() -> bool:
-    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def _world() -> Any:

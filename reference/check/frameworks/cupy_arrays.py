@@ -26,6 +26,7 @@ class CuPy:
     """CuPy's arrays on one device."""
 
     name = "cupy"
+    autograd = False
     usual = ("float32", "bfloat16")
 
     def __init__(self, device: str | int | None = None) -> None:

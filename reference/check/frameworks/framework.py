@@ -43,6 +43,10 @@ class Framework(Protocol):
     def active(self) -> AbstractContextManager[Any]:
         """Return a context in which a thread works on the device, and as the library was set."""
 
+    @property
+    def autograd(self) -> bool:
+        """Whether it differentiates functions by itself."""
+
     def put(self, x: Array, memory: str = "contiguous") -> Any:
         """Return a copy of a NumPy array.
 

@@ -32,6 +32,7 @@ class Jax:
     """JAX's arrays on one device."""
 
     name = "jax"
+    autograd = True
     usual = ("float32", "bfloat16")
 
     def __init__(self, device: str | int | None = None) -> None:

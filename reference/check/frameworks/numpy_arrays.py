@@ -20,6 +20,7 @@ class NumPy:
     """NumPy's arrays."""
 
     name = "numpy"
+    autograd = False
     device = "cpu"
     usual = ("float64", "float32")
 

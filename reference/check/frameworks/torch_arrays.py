@@ -1,5 +1,6 @@
 """PyTorch: autograd; its bfloat16 goes through 16-bit integers, which NumPy knows."""
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +23,7 @@ class Torch:
     """PyTorch's tensors on one device."""
 
     name = "torch"
+    autograd = True
     usual = ("float32", "bfloat16")
 
     def __init__(self, device: str | int | None = None) -> None:
@@ -41,7 +43,13 @@ class Torch:
         self.dtypes = there(DTYPES, self.missing)
 
     def active(self) -> AbstractContextManager[Any]:
-        """Make a CUDA device the thread's own, for kernels that are launched on that."""
+        """Make a CUDA device the thread's own, for kernels that are launched on that.
+
+        What is compiled is compiled anew for every case: after a few shapes a compiled function
+        would run as it is written, and that would be checked instead.
+        """
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def put(self, x: Array, memory: str = "contiguous") -> torch.Tensor:

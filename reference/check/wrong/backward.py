@@ -103,7 +103,7 @@ class DpOverflows(Right):
 
     def _score_gradients(self, p: Array, dp: Array, delta: Array) -> Array:
         if self.dtype == np.float16:
-            dp = (256 * dp).astype(np.float16).astype(dp.dtype) / 256
+            dp = np.where(abs(256 * dp) < 65520, dp, np.inf).astype(dp.dtype)
         return super()._score_gradients(p, dp, delta)
 
 

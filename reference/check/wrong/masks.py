@@ -84,11 +84,11 @@ class BoolAdded(Right):
 
 
 class FiniteIsInfinite(Right):
-    """Keys with the smallest finite number added are taken for hidden."""
+    """Keys with a number like -10,000 added are taken for hidden."""
 
     def _hide(self, s: Array, mask: Array | None) -> Array:
         s = super()._hide(s, mask)
-        return np.where(s < -6e4, -np.inf, s).astype(s.dtype)
+        return np.where(s < -9000, -np.inf, s).astype(s.dtype)
 
 
 class InfiniteIsFinite(Right):
@@ -150,7 +150,7 @@ class DeadUniform(Right):
 
 
 class DeadLse(Right):
-    """A query that sees nothing gets lse 0."""
+    """A query that sees nothing gets an lse that is not -inf."""
 
     variants = ({"lse": 0.0}, {"lse": np.inf}, {"lse": -1e30}, {"lse": -10000.0})
 
@@ -209,7 +209,7 @@ MASKS: dict[str, type[Right]] = {
     "callable asked with a shard's own indices": OwnIndices,
     "dead rows NaN": DeadNaN,
     "dead rows uniform": DeadUniform,
-    "dead rows have lse 0": DeadLse,
+    "dead rows have an lse": DeadLse,
     "dead rows NaN in the backward": DeadBackward,
     "tile with a dead row skipped": DeadTile,
     "mask that hides all taken for none": AllHiddenIsNone,
