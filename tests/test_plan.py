@@ -1,6 +1,7 @@
 """Machines, the clock on which schedules are played, and the choice among them."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from lvxattn import reference
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.choose import candidates, table
+from lvxattn.reference.plan.command import main
 from lvxattn.reference.plan.machine import MACHINES, Link, Machine
+from lvxattn.reference.plan.memory import memory, most_frames
+from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.plan.simulate import play
 from lvxattn.reference.plan.steps import messages
 
@@ -175,3 +179,68 @@ class TestMachine:
             reference.run_ranks(
                 2, lambda comm: Layout.agree(x, x, x, comm, schedule="auto", machine="h100")
             )
+
+
+class TestMemory:
+    def test_the_paper_s_example_needs_234_gib_of_keys_and_values(self) -> None:
+        found = memory(MODELS["llama3v"], 2048, 1200, 1, dtype="bfloat16", recompute=False)
+        assert found.keys == 2 * 8 * 1200 * 6404 * 8 * 128 * 2
+        assert round(found.keys / 2**30) == 235  # "over 234 GB"
+
+    def test_made_again_they_take_one_layer_s_room(self) -> None:
+        model = MODELS["mplug-owl3-7b"]
+        kept, again = (
+            memory(model, 512, 100, 8, dtype="float16", recompute=x) for x in (False, True)
+        )
+        assert kept.keys == model.cross_layers * again.keys
+        assert (kept.features, kept.text, kept.blocks) == (again.features, again.text, again.blocks)
+        assert kept.total == kept.features + kept.keys + kept.text + kept.blocks
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_one_frame_more_than_fits_does_not(self, recompute: bool) -> None:
+        model, given = MODELS["llama3v"], {"dtype": "bfloat16", "recompute": recompute}
+        most = most_frames(model, 2048, 16, 80e9, **given)
+        assert memory(model, 2048, most, 16, **given).total <= 80e9
+        assert memory(model, 2048, most + 1, 16, **given).total > 80e9
+
+    def test_where_not_even_the_text_fits_no_frame_does(self) -> None:
+        given = {"dtype": "bfloat16", "recompute": True}
+        assert most_frames(MODELS["llama3v"], 2048, 1, 1e6, **given) == 0
+
+
+class TestCommand:
+    def test_it_prints_what_the_readme_shows(self, capsys: pytest.CaptureFixture[str]) -> None:
+        readme = (Path(__file__).parents[1] / "README.md").read_text()
+        (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", readme, re.DOTALL)
+        line = "--model llama3v --frames 1200 --text-tokens 2048 --machine a100-16"
+        assert main(line.split()) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(shown.lstrip("\n"))
+        assert "16,260" in said
+
+    def test_it_draws(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        file = tmp_path / "plan.png"
+        assert main(["--machine", "a30-8", "--ranks", "2", "--plot", str(file)]) == 0
+        assert file.stat().st_size > 10_000
+
+    @pytest.mark.parametrize(
+        ("line", "says"),
+        [
+            ("--machine h1000", "--machine: expected one of a100-16, "),
+            ("--machine {bad}", "--machine: machine: expected version 1 in "),
+            ("--plot {none}/x.png", "--plot: there is no folder "),
+            ("--frames -1", "argument --frames: expected a whole number from 0 up, got '-1'"),
+            ("--model gpt", "argument --model: invalid choice: 'gpt'"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused_in_a_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, says: str
+    ) -> None:
+        (tmp_path / "bad.json").write_text("{}")
+        words = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
+        assert main(words) == 2
+        said = capsys.readouterr()
+        assert says in said.err
+        assert said.err.count("\n") == 1
+        assert said.out == ""
