@@ -3,13 +3,17 @@
 Both functions agree on a layout, unless they are given one, and hand over to the schedule.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from mpi4py import MPI
 
+from lvxattn.mpi_impl.gather import gather, gather_backward
 from lvxattn.mpi_impl.last_words import named
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
+from lvxattn.mpi_impl.replicated import replicated, replicated_backward
 from lvxattn.mpi_impl.ring_attention import ring_attention, ring_attention_backward
+from lvxattn.mpi_impl.ulysses import ulysses, ulysses_backward
 from lvxattn.mpi_impl.watchdog import watching
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
@@ -17,8 +21,16 @@ from lvxattn.reference.meter import Meter
 
 Array = Any  # NumPy or CuPy
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention}
-BACKWARD = {"lv-xattn": lv_xattn_backward, "ring": ring_attention_backward}
+Forward = Callable[..., tuple[Array, Array]]
+Backward = Callable[..., tuple[Array, Array, Array]]
+
+FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
+BACKWARD = {
+    "lv-xattn": lv_xattn_backward,
+    "ring": ring_attention_backward,
+    "ulysses": ulysses_backward,
+    "gather": gather_backward,
+}
 
 
 def cross_attention(
@@ -30,6 +42,7 @@ def cross_attention(
     schedule: str = "lv-xattn",
     scale: float | None = None,
     mask: Array | MaskRule | None = None,
+    queries: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array]:
@@ -48,17 +61,22 @@ def cross_attention(
     comm : MPI.Intracomm
         Messages use tags 7001 and 7002 of it.
     schedule : str
-        What travels: ``"lv-xattn"``, the queries; ``"ring"``, the keys and values.  Ignored where
-        `layout` is given.
+        What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
+        once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
+        rank has all lengths of a share of the heads (P must divide H_KV); ``"auto"``, whichever
+        sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
     scale : float, optional
         ``1 / sqrt(D)`` unless given.
     mask : array or callable, optional
         What this rank's keys look like to every query: bool (True = may attend) or additive float,
         broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
         its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable arrays of global indices.  With ``"ring"`` a callable is asked about the keys
-        of all ranks, so that it must be the same rule on every rank.  What is hidden must be finite
-        all the same: 0 times NaN is NaN.
+        broadcastable arrays of global indices.  With ``"ring"`` and ``"ulysses"`` a callable is
+        asked about the keys of all ranks, so that it must be the same rule on every rank.  What is
+        hidden must be finite all the same: 0 times NaN is NaN.
+    queries : str
+        ``"sharded"``, or ``"replicated"``: every rank holds all queries, the same ones, and gets
+        out for all of them.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional
@@ -81,11 +99,14 @@ def cross_attention(
     check_comm(comm)
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
-            layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
+            layout = Layout.agree(
+                q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries
+            )
     else:
-        layout.check(q, k, v, comm, scale=scale, mask=mask)
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
+    forward, _ = passes(layout)
     with named(comm):
-        return FORWARD[layout.schedule](q, k, v, comm, layout, mask=mask, meter=meter)
+        return forward(q, k, v, comm, layout, mask=mask, meter=meter)
 
 
 def cross_attention_backward(
@@ -101,6 +122,7 @@ def cross_attention_backward(
     scale: float | None = None,
     mask: Array | MaskRule | None = None,
     dlse: Array | None = None,
+    queries: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -112,7 +134,7 @@ def cross_attention_backward(
     ----------
     dout : (B, H, s_q, D_V)
         Gradient of the loss with respect to this rank's out; is cast to q's dtype.
-    q, k, v, comm, schedule, scale, mask, layout, meter
+    q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
         As returned by it.
@@ -136,14 +158,23 @@ def cross_attention_backward(
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
-                q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward
-            )
+                q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+                backward=backward,
+            )  # fmt: skip
     else:
-        layout.check(q, k, v, comm, scale=scale, mask=mask, backward=backward)
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
+    _, backward_pass = passes(layout)
     with named(comm):
-        return BACKWARD[layout.schedule](
+        return backward_pass(
             dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
         )
+
+
+def passes(layout: Layout) -> tuple[Forward, Backward]:
+    """Return forward and backward of what the layout says."""
+    if layout.queries == "replicated":
+        return replicated, replicated_backward
+    return FORWARD[layout.schedule], BACKWARD[layout.schedule]
 
 
 def check_comm(comm: MPI.Intracomm) -> None:

@@ -150,16 +150,25 @@ class Rotation:
         return f"rank {layout.right} to take {kind} at hop {self.hop}"
 
     def _views(self) -> list[Array]:
-        fields = self.fields(self.exchange.layout.owner(self.hop))
-        views: dict[int, Array] = {}
-        start = 0
-        # Wide dtypes first, so that every array is aligned without gaps.
-        for i in sorted(range(len(fields)), key=lambda i: -fields[i][1].itemsize):
-            shape, dtype = fields[i]
-            stop = start + prod(shape) * dtype.itemsize
-            views[i] = self.buffers[0].array[start:stop].view(dtype).reshape(shape)
-            start = stop
-        return [views[i] for i in range(len(fields))]
+        return cut(self.buffers[0].array, self.fields(self.exchange.layout.owner(self.hop)))
 
     def _nbytes(self, owner: int) -> int:
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.fields(owner))
+        return nbytes(self.fields(owner))
+
+
+def cut(array: Array, fields: list[Field]) -> list[Array]:
+    """Return the arrays of a block that lies in a buffer of bytes, as views."""
+    views: dict[int, Array] = {}
+    start = 0
+    # Wide dtypes first, so that every array is aligned without gaps.
+    for i in sorted(range(len(fields)), key=lambda i: -fields[i][1].itemsize):
+        shape, dtype = fields[i]
+        stop = start + prod(shape) * dtype.itemsize
+        views[i] = array[start:stop].view(dtype).reshape(shape)
+        start = stop
+    return [views[i] for i in range(len(fields))]
+
+
+def nbytes(fields: list[Field]) -> int:
+    """Return how many bytes a block has."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in fields)

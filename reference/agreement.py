@@ -31,8 +31,11 @@ Array = Any
 MaskKind = tuple[tuple[int, ...], str] | None
 Backward = tuple[Array, Array, Array, Array | None]
 
-SCHEDULES = ("lv-xattn", "ring")
+SCHEDULES = ("lv-xattn", "ring", "ulysses", "gather")
+AUTO = "auto"
 QUERIES = ("sharded", "replicated")
+# Where a rank works on other ranks' keys: array masks travel, and rules must be the same.
+MASKS_TRAVEL = ("ring", "ulysses")
 
 # What must be equal on all ranks, and the argument to name when it is not.
 EQUAL_ON_ALL_RANKS = {
@@ -64,6 +67,7 @@ def agree_on(
     backward: Backward | None = None,
     queries: str = "sharded",
     call: str = "forward",
+    machine: Any = None,
     check: Callable[[], None] | None = None,
 ) -> list["Record"]:
     """Return the records of all ranks, in rank order.
@@ -78,6 +82,8 @@ def agree_on(
         ``"replicated"``: all ranks hold the same queries, all of them.
     call : str
         What is called, in words; must be equal on all ranks.
+    machine : Machine, optional
+        Rank 0's says what schedule ``"auto"`` is.
     check : callable, optional
         What an implementation has to check besides: it raises what is wrong on this rank.
 
@@ -93,11 +99,13 @@ def agree_on(
         check_attention(q, k, v, scale=scale, mask=mask)
         if backward is not None:
             check_backward(q, v, *backward)
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+        if schedule not in (*SCHEDULES, AUTO):
+            raise ValueError(f"schedule: expected one of {(*SCHEDULES, AUTO)}, got {schedule!r}")
+        if machine is not None:
+            check_machine(machine)
         if queries not in QUERIES:
             raise ValueError(f"queries: expected one of {QUERIES}, got {queries!r}")
-        mine = Record.of(q, k, v, schedule, scale, mask, queries, call, comm)
+        mine = Record.of(q, k, v, schedule, scale, mask, queries, call, machine, comm)
     except (TypeError, ValueError) as error:
         mine = error
     gathered = comm.allgather(mine)
@@ -145,6 +153,7 @@ class Record:
     queries: str
     device: str
     call: str
+    machine: Any
 
     @staticmethod
     def of(
@@ -156,6 +165,7 @@ class Record:
         mask: Any,
         queries: str,
         call: str,
+        machine: Any,
         comm: Communicator,
     ) -> "Record":
         """Return the record of arguments that this rank has found no fault with."""
@@ -177,7 +187,15 @@ class Record:
             queries=queries,
             device=device_kind(q),
             call=call,
+            machine=machine,
         )
+
+
+def check_machine(machine: Any) -> None:
+    """Refuse what `lvxattn.reference.plan` cannot reckon with."""
+    if not hasattr(machine, "matmul"):
+        raise TypeError(f"machine: expected a Machine or None, got {type(machine).__name__}")
+    machine.check()
 
 
 def mask_kind(mask: Any, dtype: str) -> MaskKind:
@@ -207,12 +225,18 @@ def _check_equal(records: list[Record]) -> None:
                 )
             if record.mask is not None:
                 check_mask_shape_rows(record.mask[0], S_Q)
-            if record.schedule == "ring" and record.callable_mask != records[0].callable_mask:
+            travel = record.schedule in MASKS_TRAVEL
+            if travel and record.callable_mask != records[0].callable_mask:
                 kinds = ["an array or None", "a callable"]
                 raise ValueError(
-                    "mask: expected a callable on all ranks or on none with schedule 'ring', got "
-                    f"{kinds[record.callable_mask]} where rank 0 has "
+                    "mask: expected a callable on all ranks or on none with schedule "
+                    f"{record.schedule!r}, got {kinds[record.callable_mask]} where rank 0 has "
                     f"{kinds[records[0].callable_mask]}"
+                )
+            if record.schedule == "ulysses" and record.H_KV % len(records):
+                raise ValueError(
+                    "schedule: expected another one than 'ulysses', which needs H_KV to be a "
+                    f"multiple of the {len(records)} ranks, got H_KV = {record.H_KV}"
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, rank, len(records)) from None

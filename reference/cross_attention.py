@@ -3,24 +3,36 @@
 Both functions agree on a layout, unless they are given one, and hand over to the schedule.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.reference.gather import gather, gather_backward
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.replicated import replicated, replicated_backward
 from lvxattn.reference.ring_attention import ring_attention, ring_attention_backward
+from lvxattn.reference.ulysses import ulysses, ulysses_backward
 from lvxattn.reference.validation import check_numpy
 from lvxattn.reference.virtual_ranks import VirtualComm
 
 Array = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention}
-BACKWARD = {"lv-xattn": lv_xattn_backward, "ring": ring_attention_backward}
+Forward = Callable[..., tuple[Array, Array]]
+Backward = Callable[..., tuple[Array, Array, Array]]
+
+FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
+BACKWARD = {
+    "lv-xattn": lv_xattn_backward,
+    "ring": ring_attention_backward,
+    "ulysses": ulysses_backward,
+    "gather": gather_backward,
+}
 
 
 def cross_attention(
@@ -32,6 +44,7 @@ def cross_attention(
     schedule: str = "lv-xattn",
     scale: float | None = None,
     mask: AnyArray | MaskRule | None = None,
+    queries: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array]:
@@ -49,17 +62,22 @@ def cross_attention(
         ``h // (H // H_KV)``.  Lengths may differ between ranks and may be 0.
     comm : VirtualComm
     schedule : str
-        What travels: ``"lv-xattn"``, the queries; ``"ring"``, the keys and values.  Ignored where
-        `layout` is given.
+        What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
+        once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
+        rank has all lengths of a share of the heads (P must divide H_KV); ``"auto"``, whichever
+        sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
     scale : float, optional
         ``1 / sqrt(D)`` unless given.
     mask : array or callable, optional
         What this rank's keys look like to every query: bool (True = may attend) or additive float,
         broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
         its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable arrays of global indices.  With ``"ring"`` a callable is asked about the keys
-        of all ranks, so that it must be the same rule on every rank.  What is hidden must be finite
-        all the same: 0 times NaN is NaN.
+        broadcastable arrays of global indices.  With ``"ring"`` and ``"ulysses"`` a callable is
+        asked about the keys of all ranks, so that it must be the same rule on every rank.  What is
+        hidden must be finite all the same: 0 times NaN is NaN.
+    queries : str
+        ``"sharded"``, or ``"replicated"``: every rank holds all queries, the same ones, and gets
+        out for all of them.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional
@@ -79,10 +97,13 @@ def cross_attention(
     """
     check_numpy(q)
     if layout is None:
-        layout = Layout.agree(q, k, v, comm, schedule=schedule, scale=scale, mask=mask)
+        layout = Layout.agree(
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries
+        )
     else:
-        layout.check(q, k, v, comm, scale=scale, mask=mask)
-    return FORWARD[layout.schedule](q, k, v, comm, layout, mask=mask, meter=meter)
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
+    forward, _ = passes(layout)
+    return forward(q, k, v, comm, layout, mask=mask, meter=meter)
 
 
 def cross_attention_backward(
@@ -98,6 +119,7 @@ def cross_attention_backward(
     scale: float | None = None,
     mask: AnyArray | MaskRule | None = None,
     dlse: AnyArray | None = None,
+    queries: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -109,7 +131,7 @@ def cross_attention_backward(
     ----------
     dout : (B, H, s_q, D_V)
         Gradient of the loss with respect to this rank's out.
-    q, k, v, comm, schedule, scale, mask, layout, meter
+    q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
         As returned by it.
@@ -132,10 +154,17 @@ def cross_attention_backward(
     check_numpy(q)
     if layout is None:
         layout = Layout.agree(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward
-        )
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            backward=backward,
+        )  # fmt: skip
     else:
-        layout.check(q, k, v, comm, scale=scale, mask=mask, backward=backward)
-    return BACKWARD[layout.schedule](
-        dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
-    )
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
+    _, backward_pass = passes(layout)
+    return backward_pass(dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter)
+
+
+def passes(layout: Layout) -> tuple[Forward, Backward]:
+    """Return forward and backward of what the layout says."""
+    if layout.queries == "replicated":
+        return replicated, replicated_backward
+    return FORWARD[layout.schedule], BACKWARD[layout.schedule]

@@ -7,13 +7,15 @@ launcher gave them, so that P - 1 hops cross a slow link between hosts no more o
     ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import isclose
 from typing import Any, Self
 
 from lvxattn.reference.agreement import (
+    AUTO,
     EQUAL_ON_ALL_RANKS,
+    MASKS_TRAVEL,
     ONLY_OF_THE_CALL,
     Backward,
     MaskKind,
@@ -61,6 +63,8 @@ class Layout:
     schedule : str
     queries : str
         ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+    machine : lvxattn.reference.plan.Machine or None
+        What `explain` reckons with.
     """
 
     rank: int
@@ -78,6 +82,7 @@ class Layout:
     scale: float
     schedule: str
     queries: str = "sharded"
+    machine: Any = None
 
     @staticmethod
     def agree(
@@ -89,6 +94,8 @@ class Layout:
         schedule: str = "lv-xattn",
         scale: float | None = None,
         mask: Any = None,
+        queries: str = "sharded",
+        machine: Any = None,
         backward: Backward | None = None,
     ) -> "Layout":
         """Check all ranks' arguments together and lay out the ring.
@@ -105,12 +112,17 @@ class Layout:
             This rank's shares; lengths may differ between ranks and may be 0.
         comm : communicator
         schedule : str
-            ``"lv-xattn"`` or ``"ring"``.
+            ``"lv-xattn"``, ``"ring"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the one that
+            sends the fewest bytes or, on a known machine, takes the least time.
         scale : float, optional
             ``1 / sqrt(D)`` unless given.
         mask : None, array or callable
             What this rank's keys look like to every query.  Ranks may differ in kind, but with
-            ``"ring"`` a callable must be given on all ranks or on none.
+            ``"ring"`` and ``"ulysses"`` a callable must be given on all ranks or on none.
+        queries : str
+            ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+        machine : lvxattn.reference.plan.Machine, optional
+            Where the ranks are; rank 0's counts.
         backward : (dout, out, lse, dlse), optional
             Checked too, where a backward is to follow.
 
@@ -126,15 +138,16 @@ class Layout:
         """
         call = "forward" if backward is None else "backward"
         records = agree_on(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, backward=backward, call=call
-        )
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            machine=machine, backward=backward, call=call,
+        )  # fmt: skip
         return Layout.of(records, comm.rank)
 
     @classmethod
     def of(cls, records: list[Record], rank: int) -> Self:
         """Return the layout that follows from all ranks' records, as `rank` sees it."""
         first, hosts = records[0], [r.host for r in records]
-        return cls(
+        layout = cls(
             rank=rank,
             order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
             s_q=tuple(r.s_q for r in records),
@@ -146,7 +159,30 @@ class Layout:
                 for name in EQUAL_ON_ALL_RANKS
                 if name not in ONLY_OF_THE_CALL
             },
+            machine=first.machine,
         )
+        return layout.resolved()
+
+    def resolved(self) -> Self:
+        """Return the layout with a schedule that has a name of its own."""
+        if self.schedule != AUTO:
+            return self
+        from lvxattn.reference.plan.choose import candidates
+
+        return replace(self, schedule=candidates(self, self.machine)[0].schedule)
+
+    def explain(self) -> str:
+        """Say what every schedule would cost on these lengths, the best first.  Not collective.
+
+        Returns
+        -------
+        str
+            A table: messages and bytes of the rank that sends most, seconds where a machine was
+            given, forward and backward together; and why a schedule cannot be taken.
+        """
+        from lvxattn.reference.plan.choose import candidates, table
+
+        return f"{self.schedule} is taken\n{table(candidates(self, self.machine))}"
 
     def check(
         self,
@@ -157,6 +193,7 @@ class Layout:
         *,
         scale: float | None = None,
         mask: Any = None,
+        queries: str = "sharded",
         backward: Backward | None = None,
     ) -> None:
         """Check that this rank's arguments fit what was agreed.  Not collective.
@@ -176,6 +213,10 @@ class Layout:
                     "layout: expected the communicator it was agreed on, with this as rank "
                     f"{self.rank} of {self.size}, got rank {comm.rank} of {comm.size}"
                 )
+            if queries != self.queries:
+                raise ValueError(
+                    f"queries: expected the layout's {self.queries!r}, got {queries!r}"
+                )
             # 1 / sqrt(D) and D**-0.5 differ in the last bit.
             if scale is not None and not isclose(scale, self.scale, rel_tol=1e-12):
                 raise ValueError(f"scale: expected the layout's {self.scale}, got {scale}")
@@ -191,12 +232,13 @@ class Layout:
                     )
             if dtype_name(q) != self.dtype:
                 raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
-            if self.schedule == "ring" and callable(mask) != self.rules[self.rank]:
+            travels = self.schedule in MASKS_TRAVEL
+            if travels and callable(mask) != self.rules[self.rank]:
                 raise ValueError(
                     "mask: expected a callable only if the layout was agreed with one, "
                     f"got {type(mask).__name__}"
                 )
-            if self.schedule == "ring" and mask_kind(mask, self.dtype) != self.masks[self.rank]:
+            if travels and mask_kind(mask, self.dtype) != self.masks[self.rank]:
                 raise ValueError(
                     "mask: expected the layout's shape and travelling dtype "
                     f"{self.masks[self.rank]}, got {mask_kind(mask, self.dtype)}"

@@ -27,12 +27,15 @@ class MaskView:
         Global index of the block's first query and of its first key.
     column : int
         Where the block's first key lies along the array mask's last axis.
+    h_start : int
+        Global index of the block's first head, for a rule; an array has the block's heads only.
     """
 
     mask: Array | MaskRule | None
     q_start: int = 0
     kv_start: int = 0
     column: int = 0
+    h_start: int = 0
 
     @staticmethod
     def of(mask: "MaskView | Array | MaskRule | None") -> "MaskView":
@@ -70,7 +73,7 @@ class MaskView:
         if callable(self.mask):
             visible = self.mask(
                 arange(batches.start, batches.stop)[:, None, None, None],
-                arange(heads.start, heads.stop)[:, None, None],
+                arange(self.h_start + heads.start, self.h_start + heads.stop)[:, None, None],
                 arange(self.q_start + rows.start, self.q_start + rows.stop)[:, None],
                 arange(self.kv_start + keys.start, self.kv_start + keys.stop),
             )

@@ -54,6 +54,11 @@ class Case:
         mask = MASKS[self.mask](self, rng)
         return Problem(self, q, k, v, dout, dlse, scale, mask)
 
+    def on(self, schedule: str, P: int) -> "Case":
+        """Return the case with heads for every rank, where the schedule deals them out."""
+        heads = P if schedule == "ulysses" else 1
+        return replace(self, H=self.H * heads, H_KV=self.H_KV * heads)
+
     def cuts(self, P: int) -> tuple[list[int], list[int]]:
         """Return where queries and keys are cut: P + 1 bounds each."""
         return _cuts(self.cut, self.S_Q, P, 1), _cuts(self.cut, self.S_KV, P, 2)

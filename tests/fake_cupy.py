@@ -252,6 +252,14 @@ def broadcast_to(array: ndarray, shape: Any) -> ndarray:
     return ndarray(np.broadcast_to(array.memory, shape))
 
 
+def split(ary: ndarray, indices_or_sections: Any, axis: int = 0) -> list[ndarray]:
+    return [ndarray(x) for x in np.split(ary.memory, indices_or_sections, axis)]
+
+
+def ones(shape: Any, dtype: Any = float) -> ndarray:
+    return full(shape, 1, dtype)
+
+
 def concatenate(tup: Any, axis: int = 0) -> ndarray:
     return _kernel(lambda *parts: np.concatenate(parts, axis), *tup)
 

@@ -57,10 +57,17 @@ def solve(
     schedule: str = "lv-xattn",
     reuse_layout: bool = False,
 ) -> dict[str, Array]:
-    """Return whole out, lse, dq, dk and dv, computed by all ranks of comm, each with its part."""
+    """Return whole out, lse, dq, dk and dv, computed by all ranks of comm, each with its part.
+
+    Schedule ``"replicated"`` stands for replicated queries: every rank has all of them.
+    """
     part = problem.part(comm.rank, comm.size)
+    replicated = schedule == "replicated"
+    if replicated:
+        part |= {name: getattr(problem, name) for name in ("q", "dout", "dlse")}
     q, k, v, mask = part["q"], part["k"], part["v"], part["mask"]
-    options: dict[str, Any] = {"schedule": schedule, "scale": problem.scale, "mask": mask}
+    options: dict[str, Any] = {"scale": problem.scale, "mask": mask}
+    options |= {"queries": "replicated"} if replicated else {"schedule": schedule}
     if reuse_layout:
         options["layout"] = implementation.Layout.agree(q, k, v, comm, **options)
     out, lse = implementation.cross_attention(q, k, v, comm, **options)
@@ -68,4 +75,5 @@ def solve(
         part["dout"], q, k, v, out, lse, comm, dlse=part["dlse"], **options
     )
     parts = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    return {name: implementation.unshard(x, comm) for name, x in parts.items()}
+    whole = ("out", "lse", "dq") if replicated else ()
+    return {n: x if n in whole else implementation.unshard(x, comm) for n, x in parts.items()}

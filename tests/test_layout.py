@@ -313,7 +313,8 @@ def test_an_unknown_schedule_is_refused() -> None:
         run_ranks(1, lambda comm: Layout.agree(*arrays(), comm, schedule="star"))
     assert (
         str(raised.value)
-        == "schedule: expected one of ('lv-xattn', 'ring'), got 'star' (on rank 0 of 1)"
+        == "schedule: expected one of ('lv-xattn', 'ring', 'ulysses', 'gather', 'auto'), "
+        "got 'star' (on rank 0 of 1)"
     )
 
 

@@ -15,6 +15,10 @@ MIRRORED = [
     "exchange",
     "lv_xattn",
     "ring_attention",
+    "ulysses",
+    "gather",
+    "replicated",
+    "collectives",
     "cross_attention",
     "recompute",
 ]
@@ -29,6 +33,8 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
             "Exchange.finish": "a send over MPI is a request, and none may outlive the pass",
             "Rotation.requests": "what `progress` tests",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
+            "cut": "blocks lie in buffers of bytes",
+            "nbytes": "blocks lie in buffers of bytes",
             "Field": _AWAITED,
             "Fields": _AWAITED,
         },
@@ -45,6 +51,8 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
             "Exchange.finish": "buffers go back to the layout when nothing of them is under way",
             "Rotation.device": "blocks may travel through the host's memory",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
+            "cut": "blocks lie in buffers of bytes",
+            "nbytes": "blocks lie in buffers of bytes",
             "Field": _AWAITED,
             "Fields": _AWAITED,
             "span": "names hop and block for the profiler",
@@ -53,7 +61,6 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
         "ring_attention": {"block_fields": _AWAITED},
         "cross_attention": {
             "agreed": "a layer that recomputes agrees, too",
-            "passes": "autograd is handed forward and backward",
             "autocast_dtype": "autocast is PyTorch's",
             "cast": "autocast is PyTorch's",
             "call_of": "whether a backward follows must be agreed on",
@@ -68,6 +75,7 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
 # Parameters that its functions have beside the reference's, and why.
 _PROGRESS = {"progress": "lets MPI work between tiles"}
 _ROTATION = {"fields": _AWAITED, "hop": "whose it will be"}
+_ALL_TO_ALL = {"fields": _AWAITED, "what": "errors say what was waited for"}
 _KERNEL = {"kernel": "there are several"}
 _LAYER = {
     **dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases"),
@@ -80,6 +88,8 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "Exchange.__init__": {"xp": "NumPy or CuPy decides about the buffers"},
         "Exchange.rotation": _ROTATION,
         "Rotation.__init__": _ROTATION,
+        "all_to_all": _ALL_TO_ALL,
+        "joined": {"xp": "NumPy or CuPy makes the mask"},
     },
     "torch_impl": {
         "block_attention": _KERNEL,
@@ -87,10 +97,10 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "Exchange.__init__": {"device": "where the buffers are"},
         "Exchange.rotation": _ROTATION,
         "Rotation.__init__": _ROTATION,
-        "cross_attention": {
-            "return_lse": "most callers want out alone",
-            "queries": "they may be replicated",
-        },
+        "all_to_all": _ALL_TO_ALL,
+        "joined": {"device": "where the mask is made"},
+        "cross_attention": {"return_lse": "most callers want out alone"},
+        "passes": {"group": "errors name the rank"},
         "cross_attention_layer": _LAYER,
         "project": {"bias": "linear layers may have biases"},
         "project_backward": {
@@ -109,17 +119,21 @@ FEWER_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     },
 }
 # What the reference has and an implementation has not, and why.
+_SCHEDULES = "lv_xattn", "ring_attention", "ulysses", "gather", "replicated"
 _FP64 = {"AnyArray": "the reference turns any dtype into fp64"}
 _AUTOGRAD = "autograd saves, and calls the backward"
 ONLY_IN_REFERENCE: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "block_attention": {"TILE_SCORES": "mpi_impl's tiles depend on the kind of array"},
-        **dict.fromkeys(("lv_xattn", "ring_attention", "cross_attention", "recompute"), _FP64),
+        **dict.fromkeys((*_SCHEDULES, "cross_attention", "recompute"), _FP64),
     },
     "torch_impl": {
         "block_attention": {"TILE_SCORES": "tiles are the kernels'"},
-        **dict.fromkeys(("lv_xattn", "ring_attention"), _FP64),
-        "cross_attention": {**_FP64, "cross_attention_backward": _AUTOGRAD},
+        **dict.fromkeys(_SCHEDULES, _FP64),
+        "cross_attention": {
+            **_FP64,
+            **dict.fromkeys(("cross_attention_backward", "Forward", "Backward"), _AUTOGRAD),
+        },
         "recompute": {
             **_FP64,
             "Saved": _AUTOGRAD,
@@ -278,7 +292,7 @@ def test_equations_and_schedules_agree(module: str, package: str) -> None:
 
 OWN = {
     "mpi_impl": {"device", "jupyter", "launcher", "last_words", "watchdog"},
-    "torch_impl": {"autograd", "group", "module", "replicated"},
+    "torch_impl": {"autograd", "group", "module"},
 }
 
 

@@ -14,8 +14,14 @@ pytestmark = pytest.mark.mpi
 EVERY = {
     ("mpi", "lv-xattn"): {1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 7: 4},
     ("mpi", "ring"): {1: 4, 2: 1, 3: 1, 4: 4, 5: 4},
+    ("mpi", "gather"): {1: 4, 2: 2, 3: 1, 5: 4},
+    ("mpi", "ulysses"): {2: 2, 3: 1, 4: 4},
+    ("mpi", "replicated"): {2: 4, 3: 1, 4: 4},
     ("torch", "lv-xattn"): {1: 1, 2: 1, 3: 1, 4: 3},
     ("torch", "ring"): {1: 4, 2: 1, 3: 2},
+    ("torch", "gather"): {1: 4, 2: 4, 3: 1},
+    ("torch", "ulysses"): {2: 4, 3: 1},
+    ("torch", "replicated"): {3: 1},
 }
 REPORTS = {"mpi": report, "torch": torch_report}
 ALL = [

@@ -1,7 +1,10 @@
 """The reference, on virtual ranks, against the naive softmax."""
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 
 from lvxattn import reference
@@ -12,9 +15,9 @@ from tests.judge import solve, worst_ratios
 
 @pytest.mark.parametrize("P", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "replicated"])
 def test_equals_naive_softmax_and_its_gradients(schedule: str, case: Case, P: int) -> None:
-    problem = case.make()
+    problem = case.on(schedule, P).make()
     for results in reference.run_ranks(
         P, lambda comm: solve(problem, comm, reference, schedule=schedule)
     ):
@@ -51,3 +54,47 @@ def test_ring_sends_keys_values_and_masks_p_minus_1_times_and_heads_unrepeated(
         assert (forward.messages, forward.bytes) == (P - 1, blocks if P > 1 else 0)
         assert backward.messages == 2 * (P - 1)
         assert backward.bytes == (blocks + gradients if P > 1 else 0)
+
+
+def test_ulysses_needs_a_key_value_head_for_every_rank() -> None:
+    problem = Case("too few heads", H=4, H_KV=2).make()
+    with pytest.raises(ValueError, match=r"H_KV to be a multiple of the 4 ranks, got H_KV = 2"):
+        reference.run_ranks(4, lambda comm: solve(problem, comm, reference, schedule="ulysses"))
+
+
+@pytest.mark.parametrize("kinds", ["FTN", "TTA", "NNA", "AAA", "NTN"])
+def test_ulysses_joins_masks_of_every_kind(kinds: str) -> None:
+    """F is one of all heads, T of one, A additive, N none."""
+    P = len(kinds)
+    case = Case("mixed masks", B=2, H=6, H_KV=3, S_Q=11, S_KV=21)
+    problem = case.make()
+    rng = np.random.default_rng(1)
+    full = rng.random((2, 6, 11, 21)) < 0.7
+    full[:, :, :, 0] = True
+    bias = np.where(full, 0.5, -np.inf)
+    whole = np.zeros((2, 6, 11, 21))
+    bounds = case.cuts(P)[1]
+    masks: list[Any] = []
+    for rank, kind in enumerate(kinds):
+        keys = slice(*bounds[rank : rank + 2])
+        mask = {"F": full, "T": full[:, :1], "A": bias, "N": None}[kind]
+        masks.append(None if mask is None else mask[..., keys])
+        if kind in "FT":
+            whole[..., keys] = np.where(masks[-1], 0.0, -np.inf)
+        if kind == "A":
+            whole[..., keys] = masks[-1]
+    want = replace(problem, mask=whole)
+
+    def fn(comm: reference.VirtualComm) -> Any:
+        part = problem.part(comm.rank, P)
+        options = {"mask": masks[comm.rank], "scale": problem.scale, "schedule": "ulysses"}
+        given = part["q"], part["k"], part["v"]
+        out, lse = reference.cross_attention(*given, comm, **options)
+        found = reference.cross_attention_backward(
+            part["dout"], *given, out, lse, comm, dlse=part["dlse"], **options
+        )
+        parts = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *found), strict=True))
+        return {name: reference.unshard(x, comm) for name, x in parts.items()}
+
+    for results in reference.run_ranks(P, fn):
+        assert max(worst_ratios(want, results, fp64=True).values()) <= 1

@@ -12,14 +12,21 @@ from torch import Tensor
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.torch_impl.autograd import Attention, Backward, Forward
+from lvxattn.torch_impl.gather import gather, gather_backward
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.layout import Layout, Pool
 from lvxattn.torch_impl.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.torch_impl.replicated import replicated, replicated_backward
 from lvxattn.torch_impl.ring_attention import ring_attention, ring_attention_backward
+from lvxattn.torch_impl.ulysses import ulysses, ulysses_backward
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention}
-BACKWARD = {"lv-xattn": lv_xattn_backward, "ring": ring_attention_backward}
+FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
+BACKWARD = {
+    "lv-xattn": lv_xattn_backward,
+    "ring": ring_attention_backward,
+    "ulysses": ulysses_backward,
+    "gather": gather_backward,
+}
 
 
 @overload
@@ -42,9 +49,9 @@ def cross_attention(
     schedule: str = "lv-xattn",
     scale: float | None = None,
     mask: Tensor | MaskRule | None = None,
+    queries: str = "sharded",
     layout: Layout | None = None,
     return_lse: bool = False,
-    queries: str = "sharded",
     meter: Meter | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from this rank's queries to all ranks' keys.
@@ -65,24 +72,26 @@ def cross_attention(
         The world unless given; this process alone where torch.distributed was not initialised.
         Messages use tags 7001 and 7002 of it.
     schedule : str
-        What travels: ``"lv-xattn"``, the queries; ``"ring"``, the keys and values.  Ignored where
-        `layout` is given, or queries are replicated.
+        What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
+        once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
+        rank has all lengths of a share of the heads (P must divide H_KV); ``"auto"``, whichever
+        sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
     scale : float, optional
         ``1 / sqrt(D)`` unless given.
     mask : Tensor or callable, optional
         What this rank's keys look like to every query: bool (True = may attend) or additive float,
         broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
         its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable tensors of global indices.  With ``"ring"`` a callable is asked about the keys
-        of all ranks, so that it must be the same rule on every rank.  What is hidden must be finite
-        all the same: 0 times NaN is NaN.  A constant: it gets no gradient.
+        broadcastable tensors of global indices.  With ``"ring"`` and ``"ulysses"`` a callable is
+        asked about the keys of all ranks, so that it must be the same rule on every rank.  What is
+        hidden must be finite all the same: 0 times NaN is NaN.  A constant: it gets no gradient.
+    queries : str
+        ``"sharded"``, or ``"replicated"``: every rank holds all queries, gets out for all of them,
+        and computes the same loss from it, as where the text model is not spread.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     return_lse : bool
         Whether to return lse, too.
-    queries : str
-        ``"sharded"``, or ``"replicated"``: every rank holds all queries, gets out for all of them,
-        and computes the same loss from it, as where the text model is not spread.
     meter : Meter, optional
         Is added to: messages, bytes, seconds; of the backward, too.
 

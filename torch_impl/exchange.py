@@ -200,19 +200,28 @@ class Rotation:
         return _KINDS[layout.schedule, self.tag].format(layout.owner(self.hop + ahead))
 
     def _views(self) -> list[Tensor]:
-        fields = self.fields(self.exchange.layout.owner(self.hop))
-        views: dict[int, Tensor] = {}
-        start = 0
-        # Wide dtypes first, so that every tensor is aligned without gaps.
-        for i in sorted(range(len(fields)), key=lambda i: -fields[i][1].itemsize):
-            shape, dtype = fields[i]
-            stop = start + prod(shape) * dtype.itemsize
-            views[i] = self.buffers[0][start:stop].view(dtype).view(shape)
-            start = stop
-        return [views[i] for i in range(len(fields))]
+        return cut(self.buffers[0], self.fields(self.exchange.layout.owner(self.hop)))
 
     def _nbytes(self, owner: int) -> int:
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.fields(owner))
+        return nbytes(self.fields(owner))
+
+
+def cut(buffer: Tensor, fields: list[Field]) -> list[Tensor]:
+    """Return the tensors of a block that lies in a buffer of bytes, as views."""
+    views: dict[int, Tensor] = {}
+    start = 0
+    # Wide dtypes first, so that every tensor is aligned without gaps.
+    for i in sorted(range(len(fields)), key=lambda i: -fields[i][1].itemsize):
+        shape, dtype = fields[i]
+        stop = start + prod(shape) * dtype.itemsize
+        views[i] = buffer[start:stop].view(dtype).view(shape)
+        start = stop
+    return [views[i] for i in range(len(fields))]
+
+
+def nbytes(fields: list[Field]) -> int:
+    """Return how many bytes a block has."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in fields)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class Layout(shared.Layout):
         scale: float | None = None,
         mask: Tensor | MaskRule | None = None,
         queries: str = "sharded",
+        machine: Any = None,
         call: str = "forward",
     ) -> "Layout":
         """Check all ranks' arguments together and lay out the ring.
@@ -56,13 +57,16 @@ class Layout(shared.Layout):
         group : ProcessGroup or DeviceMesh, optional
             The world unless given.
         schedule : str
-            ``"lv-xattn"`` or ``"ring"``.
+            ``"lv-xattn"``, ``"ring"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the one that
+            sends the fewest bytes or, on a known machine, takes the least time.
         scale : float, optional
             ``1 / sqrt(D)`` unless given.
         mask : None, tensor or callable
             What this rank's keys look like to every query.
         queries : str
             ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+        machine : lvxattn.reference.plan.Machine, optional
+            Where the ranks are; rank 0's counts.
         call : str
             What the layout is for, in words; must be equal on all ranks.
 
@@ -79,7 +83,7 @@ class Layout(shared.Layout):
         comm = Group.of(group)
         records = agree_on(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
-            check=lambda: check_tensors(q, k, v, mask, comm),
+            machine=machine, check=lambda: check_tensors(q, k, v, mask, comm),
         )  # fmt: skip
         return Layout.of(records, comm.rank)
 
@@ -104,13 +108,9 @@ class Layout(shared.Layout):
         comm = Group.of(group)
         try:
             check_tensors(q, k, v, mask, comm)
-            if queries != self.queries:
-                raise ValueError(
-                    f"queries: expected the layout's {self.queries!r}, got {queries!r}"
-                )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
-        super().check(q, k, v, comm, scale=scale, mask=mask)
+        super().check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
 
 
 class Pool:

@@ -3,7 +3,7 @@
 import argparse
 from math import isfinite
 
-from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.agreement import AUTO, SCHEDULES
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.run.arguments import natural, positive
 from lvxattn.reference.validation import FLOATING
@@ -51,7 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("what is done")
     work.add_argument("--backward", action="store_true", help="compute gradients, too")
     work.add_argument(
-        "--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="(default: %(default)s)"
+        "--schedule",
+        choices=(*SCHEDULES, AUTO),
+        default=SCHEDULES[0],
+        help="auto takes the one that sends the fewest bytes (default: %(default)s)",
     )
     work.add_argument("--scale", type=_finite, metavar="X", help="(default: 1 / sqrt(D))")
     work.add_argument(

@@ -42,7 +42,7 @@ def judge(problem: Problem, results: dict[str, Array], again: dict[str, Array]) 
 
 judged = {}
 for number, case in enumerate((CASES + BF16)[::every]):
-    problem = case.make()
+    problem = case.on(schedule, comm.size).make()
     results = solve(problem, comm, implementation, schedule=schedule)
     again = solve(problem, comm, implementation, schedule=schedule, reuse_layout=True)
     if number % comm.size == comm.rank:

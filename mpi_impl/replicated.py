@@ -1,0 +1,93 @@
+r"""Replicated queries: every rank holds all of them, and attends to its own keys only.
+
+Nothing goes round.  Where the text model is not spread over the ranks, each has all queries and is
+to have all of out; the ranks' results, over disjoint keys, are joined by one all-reduce whose
+operator is the merge.
+
+Backward.  All ranks compute the same loss from the same out, so that every rank has dout; dk and dv
+are those of its own keys, and dq is the sum of what each rank's keys have to say.
+
+Equation: the merge of arXiv:2502.02406, section 3.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.mpi_impl.collectives import added, all_reduce
+from lvxattn.mpi_impl.device import array_module
+from lvxattn.mpi_impl.exchange import Exchange
+from lvxattn.mpi_impl.merge import merge
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.meter import Meter
+
+Array = Any  # NumPy or CuPy
+
+
+def replicated(
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    comm: MPI.Intracomm,
+    layout: Layout,
+    *,
+    mask: Array | MaskRule | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array]:
+    """Attend from all queries to all ranks' keys; the result is on every rank.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    exchange = Exchange(comm, layout, meter, array_module(q))
+    attend = meter.computes(partial(block_attention, scale=layout.scale))
+
+    # 1. What my keys have to say to all queries.
+    out, lse = attend(q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
+    # 2. Join that with what the others' have to say.
+    out, lse = all_reduce(exchange, merge, out, lse)
+    return out.astype(q.dtype, copy=False), lse
+
+
+def replicated_backward(
+    dout: Array,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    out: Array,
+    lse: Array,
+    comm: MPI.Intracomm,
+    layout: Layout,
+    *,
+    mask: Array | MaskRule | None = None,
+    dlse: Array | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array, Array]:
+    """Differentiate `replicated`.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention_backward`, already checked against the layout; dq is whole on every rank.
+    """
+    meter = meter or Meter()
+    xp, wide = array_module(q), np.dtype(layout.accumulator)
+    exchange = Exchange(comm, layout, meter, xp)
+    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
+    dout, delta = delta_of(dout, out, lse, dlse)
+    dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
+
+    # 1. What my keys have to say; dk and dv stay here.
+    view = layout.view(mask, layout.rank, layout.rank)
+    dq = attend(dout, q, k_shard, v_shard, lse, delta, dk, dv, mask=view)
+    # 2. Add that to what the others' have to say.
+    (dq,) = all_reduce(exchange, added, dq)
+    return (
+        dq.astype(q.dtype, copy=False),
+        dk.astype(k_shard.dtype, copy=False),
+        dv.astype(v_shard.dtype, copy=False),
+    )

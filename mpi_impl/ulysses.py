@@ -1,0 +1,188 @@
+r"""Ulysses: ranks trade lengths for heads, and attend to all keys with a share of the heads.
+
+The way of DeepSpeed-Ulysses.  Rank r of P, before and after the trade:
+
+    q (B, H, s_q, D)           ->    (B, H / P, S_Q, D)
+    k (B, H_KV, s_kv, D)       ->    (B, H_KV / P, S_KV, D)
+
+    1  all-to-all    q, k, v: of each rank's heads, my part    all lengths of my heads
+    2  attend        nothing is merged: all keys are here
+    3  all-to-all    out, lse: each rank's rows                all heads of my queries
+
+P has to divide H_KV, and the long keys travel: 1 / P of them to each rank.  A rank's share of the
+results is whole, so that nothing has to be merged.
+
+Backward.  Everything is traded again, with dout, lse and delta; dq, dk and dv are traded back.
+
+An array mask's columns travel with the keys, of its heads only the receiver's.  A callable stays:
+it is asked about the keys of every rank, and must be the same rule on all.
+
+Source: arXiv:2309.14509, section 3.
+"""
+
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.mpi_impl.collectives import all_to_all
+from lvxattn.mpi_impl.device import array_module
+from lvxattn.mpi_impl.exchange import Exchange, Field
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.masks import MaskRule, MaskView
+from lvxattn.reference.meter import Meter
+
+Array = Any  # NumPy or CuPy
+
+
+def ulysses(
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    comm: MPI.Intracomm,
+    layout: Layout,
+    *,
+    mask: Array | MaskRule | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array]:
+    """Attend from this rank's queries to all ranks' keys.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    exchange = Exchange(comm, layout, meter, array_module(q))
+    attend = meter.computes(partial(block_attention, scale=layout.scale))
+
+    # 1. Trade: all lengths of my heads for all heads of my lengths.
+    (q_heads,) = to_heads(exchange, layout.s_q, q)
+    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
+    view = heads_view(exchange, mask)
+    # 2. My heads of all queries, over all keys.
+    out, lse = attend(q_heads, k_heads, v_heads, mask=view)
+    # 3. Trade back.
+    out, lse = to_lengths(exchange, layout.s_q, out, lse)
+    return out.astype(q.dtype, copy=False), lse
+
+
+def ulysses_backward(
+    dout: Array,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    out: Array,
+    lse: Array,
+    comm: MPI.Intracomm,
+    layout: Layout,
+    *,
+    mask: Array | MaskRule | None = None,
+    dlse: Array | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array, Array]:
+    """Differentiate `ulysses`.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention_backward`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    xp, wide = array_module(q), np.dtype(layout.accumulator)
+    exchange = Exchange(comm, layout, meter, xp)
+    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
+    dout, delta = delta_of(dout, out, lse, dlse)
+
+    # 1. Trade: all lengths of my heads for all heads of my lengths.
+    q_heads, dout_heads, lse_heads, delta_heads = to_heads(
+        exchange, layout.s_q, q, dout, lse, delta
+    )
+    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
+    view = heads_view(exchange, mask)
+    dk_heads, dv_heads = xp.zeros(k_heads.shape, wide), xp.zeros(v_heads.shape, wide)
+    # 2. My heads of all queries, over all keys.
+    dq_heads = attend(
+        dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads, mask=view
+    )
+    # 3. Trade back.
+    (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
+    dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)
+    return (
+        dq.astype(q.dtype, copy=False),
+        dk.astype(k_shard.dtype, copy=False),
+        dv.astype(v_shard.dtype, copy=False),
+    )
+
+
+def to_heads(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:
+    """Give every rank its heads of my arrays; return mine of all ranks', joined along axis 2.
+
+    Collective: every rank of the exchange calls this.  `lengths` are those of all ranks' arrays.
+    """
+    xp, P = exchange.xp, len(lengths)
+
+    def block(owner: int) -> list[Field]:
+        return [
+            ((x.shape[0], x.shape[1] // P, lengths[owner], *x.shape[3:]), x.dtype) for x in arrays
+        ]
+
+    parts = zip(*(xp.split(x, P, axis=1) for x in arrays), strict=True)
+    received = all_to_all(exchange, list(map(list, parts)), block, "all ranks' heads to be traded")
+    return [xp.concatenate(blocks, axis=2) for blocks in zip(*received, strict=True)]
+
+
+def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:
+    """Give every rank its lengths of my heads; return mine of all heads, joined along axis 1.
+
+    Collective: every rank of the exchange calls this.  `lengths` are those that ranks are to have.
+    """
+    xp, mine = exchange.xp, lengths[exchange.layout.rank]
+
+    def block(_: int) -> list[Field]:
+        return [((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in arrays]
+
+    bounds = list(accumulate(lengths))[:-1]
+    parts = zip(*(xp.split(x, bounds, axis=2) for x in arrays), strict=True)
+    received = all_to_all(
+        exchange, list(map(list, parts)), block, "all ranks' results to be traded"
+    )
+    return [xp.concatenate(blocks, axis=1) for blocks in zip(*received, strict=True)]
+
+
+def heads_view(exchange: Exchange, mask: Array | MaskRule | None) -> MaskView:
+    """Return the mask of all ranks' keys, as this rank's heads see it."""
+    layout, xp = exchange.layout, exchange.xp
+    P, first = layout.size, layout.rank * (layout.H // layout.size)
+    if callable(mask) or not any(layout.masks):
+        return MaskView(mask, h_start=first)
+
+    def block(owner: int) -> list[Field]:
+        if (kind := layout.masks[owner]) is None:
+            return []
+        four = (1,) * (4 - len(kind[0])) + kind[0]
+        return [((four[0], -(-four[1] // P), *four[2:]), np.dtype(kind[1]))]
+
+    parts: list[list[Array]] = [[] for _ in range(P)]
+    if mask is not None and not callable(mask):
+        four = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        four = four if four.dtype == bool else four.astype(layout.accumulator, copy=False)
+        split = xp.split(four, P, axis=1) if four.shape[1] > 1 else [four] * P
+        parts = [[part] for part in split]
+    received = all_to_all(exchange, parts, block, "all ranks' masks to be traded")
+    masks = [part[0] if part else None for part in received]
+    return MaskView(joined(masks, layout.s_kv, xp))
+
+
+def joined(masks: list[Array | None], s_kv: tuple[int, ...], xp: Any) -> Array:
+    """Join the masks of all ranks' keys along the last axis; None hides nothing.
+
+    Bool if all are, else additive.
+    """
+    arrays = [
+        xp.ones((1, 1, 1, n), bool) if m is None else m for m, n in zip(masks, s_kv, strict=True)
+    ]
+    if any(m.dtype != bool for m in arrays):
+        arrays = [xp.where(m, 0.0, -np.inf) if m.dtype == bool else m for m in arrays]
+    rows = np.broadcast_shapes(*(m.shape[:3] for m in arrays))
+    return xp.concatenate([xp.broadcast_to(m, (*rows, m.shape[3])) for m in arrays], axis=3)

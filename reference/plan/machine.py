@@ -1,0 +1,148 @@
+"""How fast a machine computes and talks: what a plan's seconds rest on.
+
+Presets are of published figures, with matmuls at the share of the peak that attention kernels
+reach; `lvxattn.reference.plan.measure` measures the machine at hand.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way between ranks.
+
+    Attributes
+    ----------
+    bandwidth : float
+        Bytes a second, in one direction.
+    latency : float
+        Seconds that a message of no length takes.
+    """
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster of like hosts, seen from its ranks.
+
+    Attributes
+    ----------
+    name : str
+    matmul : float
+        Floating-point operations a second that a rank's attention reaches on large blocks.
+    memory : float
+        Bytes a second that a rank reads keys and values at; few queries are as slow as that.
+    start : float
+        Seconds that a block takes however small it is.
+    room : float
+        Bytes of memory a rank has.
+    inside : Link
+        From a rank to another one of its host.
+    between : Link
+        From a host to another one; the host's ranks share it.
+    ranks_per_host, ranks : int
+        How many there are.
+    """
+
+    name: str
+    matmul: float
+    memory: float
+    start: float
+    room: float
+    inside: Link
+    between: Link
+    ranks_per_host: int
+    ranks: int
+
+    def save(self, path: str | Path) -> None:
+        """Write the figures as JSON.
+
+        Parameters
+        ----------
+        path : str
+        """
+        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+        Path(path).write_text(text + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> "Machine":
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : str
+
+        Returns
+        -------
+        Machine
+
+        Raises
+        ------
+        ValueError
+            The file is damaged, or of another version.
+        OSError
+            It cannot be read.
+        """
+        try:
+            found = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"machine: {path} is damaged: {error}") from None
+        if not isinstance(found, dict) or found.get("version") != VERSION:
+            got = found.get("version") if isinstance(found, dict) else type(found).__name__
+            raise ValueError(f"machine: expected version {VERSION} in {path}, got {got!r}")
+        del found["version"]
+        try:
+            inside, between = Link(**found.pop("inside")), Link(**found.pop("between"))
+            machine = Machine(**found, inside=inside, between=between)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"machine: {path} is damaged: {error}") from None
+        machine.check(str(path))
+        return machine
+
+    def check(self, where: str = "machine") -> None:
+        """Refuse figures that nothing can be computed from.
+
+        Parameters
+        ----------
+        where : str
+            What the error is to name.
+
+        Raises
+        ------
+        ValueError
+        """
+        rates = {"matmul": self.matmul, "memory": self.memory, "room": self.room}
+        times = {"start": self.start}
+        for name, link in (("inside", self.inside), ("between", self.between)):
+            rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
+        rates |= {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
+        for name, x in (rates | times).items():
+            number = isinstance(x, int | float) and not isinstance(x, bool) and isfinite(x)
+            if not number or x < 0 or (name in rates and x == 0):
+                least = "above 0" if name in rates else "from 0 up"
+                raise ValueError(
+                    f"machine: expected a number {least} for {name} in {where}, got {x!r}"
+                )
+
+
+_NVLINK3, _NVLINK4 = Link(250e9, 5e-6), Link(400e9, 5e-6)
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        # The paper's clusters: 16 A100 80 GB on 4 nodes; 8 A30 on 8; 12 A100 40 GB.
+        Machine("a100-16", 187e12, 1.6e12, 2e-5, 80e9, _NVLINK3, Link(25e9, 1e-5), 4, 16),
+        Machine("a30-8", 99e12, 0.75e12, 2e-5, 24e9, Link(25e9, 1e-5), Link(1.25e9, 3e-5), 1, 8),
+        Machine("a100-12", 187e12, 1.2e12, 2e-5, 40e9, _NVLINK3, Link(25e9, 1e-5), 4, 12),
+        # DGX-like hosts of 8, one 400 Gbit/s InfiniBand port a GPU.
+        Machine("h100", 590e12, 2.7e12, 2e-5, 80e9, _NVLINK4, Link(8 * 48e9, 5e-6), 8, 16),
+        Machine("h200", 590e12, 3.8e12, 2e-5, 141e9, _NVLINK4, Link(8 * 48e9, 5e-6), 8, 16),
+    )
+}

@@ -1,0 +1,108 @@
+"""How long a pass takes: every rank's steps, played on a machine's clocks.
+
+A message leaves when its link is free, takes its size over the bandwidth, and arrives a latency
+later; the ranks of a host share its link to the others.  Whatever a rank computes meanwhile hides
+it, as far as the schedule lets it.
+"""
+
+import heapq
+from collections import defaultdict, deque
+from dataclasses import dataclass
+
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.plan.machine import Machine
+from lvxattn.reference.plan.steps import ITEMSIZE, Compute, Join, Send, Step, steps
+
+
+@dataclass(frozen=True)
+class Played:
+    """How a pass went.
+
+    Attributes
+    ----------
+    seconds : float
+        From the common start to the end of the slowest rank.
+    computing, waiting : float
+        Of the slowest rank.
+    """
+
+    seconds: float
+    computing: float
+    waiting: float
+
+
+def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
+    """Play a pass.  Not collective.
+
+    Parameters
+    ----------
+    layout : Layout
+    machine : Machine
+        Ranks fill its hosts in rank order.
+    backward : bool
+
+    Returns
+    -------
+    Played
+    """
+    P, hosts = layout.size, machine.ranks_per_host
+    todo = [deque(steps(layout, rank, backward=backward)) for rank in range(P)]
+    clock, computing = [0.0] * P, [0.0] * P
+    free: dict[tuple[str, int], float] = defaultdict(float)
+    mail: dict[tuple[int, int, str], deque[float]] = defaultdict(deque)
+    ready = [(0.0, rank) for rank in range(P)]
+    asleep: dict[tuple[int, int, str], float] = {}  # since when, by what is waited for
+    while ready:  # always the rank whose clock is behind: links are taken in the order of time
+        now, rank = heapq.heappop(ready)
+        if not todo[rank]:
+            clock[rank] = now
+            continue
+        step: Step = todo[rank][0]
+        if isinstance(step, Send):
+            apart = rank // hosts != step.dest // hosts
+            link = machine.between if apart else machine.inside
+            lane = ("host", rank // hosts) if apart else ("rank", rank)
+            free[lane] = max(now, free[lane]) + step.nbytes / link.bandwidth
+            way = rank, step.dest, step.kind
+            mail[way].append(free[lane] + link.latency)
+            if way in asleep:
+                heapq.heappush(ready, (asleep.pop(way), step.dest))
+        elif isinstance(step, Compute | Join):
+            took = cost(step, layout, machine, backward=backward)
+            computing[rank] += took
+            now += took
+        else:
+            way = step.source, rank, step.kind
+            if not mail[way]:
+                asleep[way] = now
+                continue
+            now = max(now, mail[way].popleft())
+        todo[rank].popleft()
+        heapq.heappush(ready, (now, rank))
+    last = max(range(P), key=lambda rank: clock[rank])
+    return Played(clock[last], computing[last], clock[last] - computing[last])
+
+
+def cost(step: Compute | Join, layout: Layout, machine: Machine, *, backward: bool) -> float:
+    """Return the seconds that a step takes a rank: the slower of arithmetic and reading.
+
+    Parameters
+    ----------
+    step : Compute or Join
+    layout : Layout
+    machine : Machine
+    backward : bool
+
+    Returns
+    -------
+    float
+    """
+    if isinstance(step, Join):
+        return 3 * step.nbytes / machine.memory  # two are read, one is written
+    pairs = layout.B * layout.H * step.heads * step.s_q * step.s_kv
+    # q k^T and p v; in the backward q k^T, dout v^T, and the products for dq, dk and dv.
+    size = 3 * layout.D + 2 * layout.D_V if backward else layout.D + layout.D_V
+    row = layout.B * layout.H_KV * step.heads * (layout.D + layout.D_V) * ITEMSIZE[layout.dtype]
+    reading = step.s_kv * row * (1 + 2 * backward) / machine.memory
+    arithmetic = 2 * pairs * size / machine.matmul
+    return max(arithmetic, reading) + machine.start * bool(pairs)

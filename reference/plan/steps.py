@@ -1,0 +1,297 @@
+r"""What every rank does in a pass, step by step: the schedules without their arrays.
+
+The steps are those of `lv_xattn.py`, `ring_attention.py`, `ulysses.py`, `gather.py` and
+`replicated.py`, in their order, so that what is sent is known to the byte before anything is sent,
+and a pass can be played on the clocks of any machine (`simulate.py`).  A collective is one message
+to and from each other rank: the fewest bytes that do it.
+
+Everything follows from a `Layout`: shapes, dtype, every rank's lengths, the order of the ring, the
+masks that travel.
+
+    lv-xattn    P - 1 hops of queries, P - 1 of results        ~ S_Q / P each
+    ring        P - 1 hops of keys and values                  ~ S_KV / P each
+    ulysses     1 / P of everything to every rank              ~ (S_Q + S_KV) / P^2 each
+    gather      queries to every rank, results to their owner  ~ S_Q / P each
+    replicated  rows of the result, joined, to every rank      ~ S_Q / P each
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+from lvxattn.reference.layout import Layout, share
+
+ITEMSIZE = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+BLOCKS, RESULTS = "blocks", "results"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Attend from a block of queries to some keys.
+
+    Attributes
+    ----------
+    s_q, s_kv : int
+    heads : float
+        The share of the heads.
+    """
+
+    s_q: int
+    s_kv: int
+    heads: float = 1.0
+
+
+@dataclass(frozen=True)
+class Send:
+    """Hand a message to the network.
+
+    Attributes
+    ----------
+    dest : int
+    nbytes : int
+    kind : str
+        Messages of one kind from one rank to another arrive in order.
+    """
+
+    dest: int
+    nbytes: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait for the next message of a kind from a rank.
+
+    Attributes
+    ----------
+    source : int
+    kind : str
+    """
+
+    source: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Join:
+    """Merge, or add, partial results.
+
+    Attributes
+    ----------
+    nbytes : int
+        What has come.
+    """
+
+    nbytes: int
+
+
+Step = Compute | Send | Wait | Join
+
+
+def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
+    """Return what a rank does in one pass.  Not collective.
+
+    Parameters
+    ----------
+    layout : Layout
+        Its schedule and its queries say what is done; whose view it is does not matter.
+    rank : int
+    backward : bool
+        The backward pass, instead of the forward.
+
+    Returns
+    -------
+    list of Compute, Send, Wait and Join
+    """
+    which = "replicated" if layout.queries == "replicated" else layout.schedule
+    return list(_BY_SCHEDULE[which](Blocks(layout), rank, backward))
+
+
+def messages(layout: Layout, rank: int, *, backward: bool = False) -> list[Send]:
+    """Return the messages that a rank sends in one pass.  Not collective.
+
+    Parameters
+    ----------
+    layout, rank, backward
+        As given to `steps`.
+
+    Returns
+    -------
+    list of Send
+    """
+    return [s for s in steps(layout, rank, backward=backward) if isinstance(s, Send)]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How many bytes a rank's blocks have.
+
+    Attributes
+    ----------
+    layout : Layout
+    """
+
+    layout: Layout
+
+    def queries(self, s_q: int, backward: bool) -> int:
+        """Return the size of a block of queries: q, or q, dout, lse and delta."""
+        of, e, w = self.layout, self._narrow, self._wide
+        row = (of.D + of.D_V) * e + 2 * w if backward else of.D * e
+        return of.B * of.H * s_q * row
+
+    def result(self, s_q: int, backward: bool) -> int:
+        """Return the size of what is computed for a block of queries: out and lse, or dq."""
+        of = self.layout
+        return of.B * of.H * s_q * (of.D if backward else of.D_V + 1) * self._wide
+
+    def keys(self, owner: int) -> int:
+        """Return the size of a rank's keys and values."""
+        of = self.layout
+        return of.B * of.H_KV * of.s_kv[owner] * (of.D + of.D_V) * self._narrow
+
+    def key_gradients(self, owner: int) -> int:
+        """Return the size of dk and dv."""
+        of = self.layout
+        return of.B * of.H_KV * of.s_kv[owner] * (of.D + of.D_V) * self._wide
+
+    def mask(self, owner: int, heads: int = 1) -> int:
+        """Return the size of a rank's array mask, or of what one of `heads` parts of it takes."""
+        kind = self.layout.masks[owner]
+        if kind is None:
+            return 0
+        shape = (1,) * (4 - len(kind[0])) + kind[0]
+        parts = heads if shape[1] > 1 else 1
+        return prod(shape) * ITEMSIZE[kind[1]] // parts
+
+    def home_cut(self, rank: int, backward: bool) -> int:
+        """Return how many of a rank's keys its own queries meet before the hops, with lv-xattn."""
+        longest = max(self.layout.s_q)
+        there, back = self.queries(longest, backward), self.result(longest, backward)
+        return self._cut(rank, there, back)
+
+    def home_cut_of_ring(self, rank: int) -> int:
+        """Return how many of a rank's keys its own queries meet before the hops, with ring."""
+        ranks = range(self.layout.size)
+        there = max(self.keys(owner) + self.mask(owner) for owner in ranks)
+        return self._cut(rank, there, max(map(self.key_gradients, ranks)))
+
+    def _cut(self, rank: int, there: int, back: int) -> int:
+        s_kv = self.layout.s_kv[rank]
+        return s_kv if self.layout.size == 1 else round(s_kv * there / max(1, there + back))
+
+    @property
+    def _narrow(self) -> int:
+        return ITEMSIZE[self.layout.dtype]
+
+    @property
+    def _wide(self) -> int:
+        return ITEMSIZE[self.layout.accumulator]
+
+
+def _lv_xattn(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+    layout, P = blocks.layout, blocks.layout.size
+    at = layout.order.index(rank)
+    owner = [layout.order[(at - hop) % P] for hop in range(P)]  # whose block is here, by hop
+    left, right = owner[1 % P], layout.order[(at + 1) % P]
+    mine, s_kv, s_q = layout.s_q[rank], layout.s_kv[rank], layout.s_q
+    cut = blocks.home_cut(rank, backward)
+    if P > 1:
+        yield Send(right, blocks.queries(mine, backward), BLOCKS)
+    yield Compute(mine, cut)
+    for hop in range(1, P):
+        yield Wait(left, BLOCKS)
+        if hop < P - 1:
+            yield Send(right, blocks.queries(s_q[owner[hop]], backward), BLOCKS)
+        yield Compute(s_q[owner[hop]], s_kv)
+        part = blocks.result(s_q[owner[hop]], backward)
+        if hop > 1:
+            yield Wait(left, RESULTS)
+            yield Join(part)
+        yield Send(right, part, RESULTS)
+    if P > 1:
+        yield Compute(mine, s_kv - cut)
+        yield Wait(left, RESULTS)
+        yield Join(blocks.result(mine, backward))
+
+
+def _ring(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+    layout, P = blocks.layout, blocks.layout.size
+    at = layout.order.index(rank)
+    owner = [layout.order[(at - hop) % P] for hop in range(P)]
+    left, right = owner[1 % P], layout.order[(at + 1) % P]
+    mine, s_kv = layout.s_q[rank], layout.s_kv
+    cut = blocks.home_cut_of_ring(rank) if backward else s_kv[rank]
+    if P > 1:
+        yield Send(right, blocks.keys(rank) + blocks.mask(rank), BLOCKS)
+    yield Compute(mine, cut)
+    for hop in range(1, P):
+        yield Wait(left, BLOCKS)
+        if hop < P - 1:
+            yield Send(right, blocks.keys(owner[hop]) + blocks.mask(owner[hop]), BLOCKS)
+        yield Compute(mine, s_kv[owner[hop]])
+        if not backward:
+            yield Join(blocks.result(mine, backward))
+            continue
+        part = blocks.key_gradients(owner[hop])
+        if hop > 1:
+            yield Wait(left, RESULTS)
+            yield Join(part)
+        yield Send(right, part, RESULTS)
+    if backward and P > 1:
+        yield Compute(mine, s_kv[rank] - cut)
+        yield Wait(left, RESULTS)
+        yield Join(blocks.key_gradients(rank))
+
+
+def _ulysses(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+    layout, P = blocks.layout, blocks.layout.size
+    others = _others(blocks, rank)
+    there = [blocks.queries(layout.s_q[rank], backward) // P, blocks.keys(rank) // P]
+    if any(layout.masks):
+        there.append(blocks.mask(rank, heads=P))
+    for nbytes in there:
+        yield from _trade(others, [nbytes] * len(others))
+    yield Compute(layout.S_Q, layout.S_KV, 1 / P)
+    yield from _trade(others, [blocks.result(layout.s_q[o], backward) // P for o in others])
+    if backward:
+        yield from _trade(others, [blocks.key_gradients(o) // P for o in others])
+
+
+def _gather(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+    layout, others = blocks.layout, _others(blocks, rank)
+    yield from _trade(others, [blocks.queries(layout.s_q[rank], backward)] * len(others))
+    yield Compute(layout.S_Q, layout.s_kv[rank])
+    yield from _trade(others, [blocks.result(layout.s_q[o], backward) for o in others])
+    yield from [Join(blocks.result(layout.s_q[rank], backward))] * len(others)
+
+
+def _replicated(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+    layout, others = blocks.layout, _others(blocks, rank)
+    rows = [share(layout.S_Q, owner, layout.size) for owner in range(layout.size)]
+    sizes = [blocks.result(part.stop - part.start, backward) for part in rows]
+    yield Compute(layout.S_Q, layout.s_kv[rank])
+    yield from _trade(others, [sizes[o] for o in others])
+    yield from [Join(sizes[rank])] * len(others)
+    yield from _trade(others, [sizes[rank]] * len(others))
+
+
+def _trade(others: list[int], sizes: list[int]) -> Iterator[Step]:
+    """Yield a message to every other rank, and the wait for all of theirs."""
+    yield from (Send(dest, nbytes, BLOCKS) for dest, nbytes in zip(others, sizes, strict=True))
+    yield from (Wait(source, BLOCKS) for source in others)
+
+
+def _others(blocks: Blocks, rank: int) -> list[int]:
+    """Return the other ranks, beginning with the right neighbour, so that no two begin with one."""
+    order = blocks.layout.order
+    at = order.index(rank)
+    return [order[(at + n) % len(order)] for n in range(1, len(order))]
+
+
+_BY_SCHEDULE: dict[str, Callable[[Blocks, int, bool], Iterator[Step]]] = {
+    "lv-xattn": _lv_xattn,
+    "ring": _ring,
+    "ulysses": _ulysses,
+    "gather": _gather,
+    "replicated": _replicated,
+}

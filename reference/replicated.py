@@ -1,0 +1,92 @@
+r"""Replicated queries: every rank holds all of them, and attends to its own keys only.
+
+Nothing goes round.  Where the text model is not spread over the ranks, each has all queries and is
+to have all of out; the ranks' results, over disjoint keys, are joined by one all-reduce whose
+operator is the merge.
+
+Backward.  All ranks compute the same loss from the same out, so that every rank has dout; dk and dv
+are those of its own keys, and dq is the sum of what each rank's keys have to say.
+
+Equation: the merge of arXiv:2502.02406, section 3.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.reference.collectives import added, all_reduce
+from lvxattn.reference.exchange import Exchange
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.merge import merge
+from lvxattn.reference.meter import Meter
+from lvxattn.reference.virtual_ranks import VirtualComm
+
+Array = npt.NDArray[np.float64]
+AnyArray = npt.NDArray[Any]
+
+
+def replicated(
+    q: AnyArray,
+    k_shard: AnyArray,
+    v_shard: AnyArray,
+    comm: VirtualComm,
+    layout: Layout,
+    *,
+    mask: AnyArray | MaskRule | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array]:
+    """Attend from all queries to all ranks' keys; the result is on every rank.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    exchange = Exchange(comm, layout, meter)
+    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
+
+    # 1. What my keys have to say to all queries.
+    out, lse = attend(q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
+    # 2. Join that with what the others' have to say.
+    out, lse = all_reduce(exchange, merge, out, lse)
+    return out, lse
+
+
+def replicated_backward(
+    dout: AnyArray,
+    q: AnyArray,
+    k_shard: AnyArray,
+    v_shard: AnyArray,
+    out: AnyArray,
+    lse: AnyArray,
+    comm: VirtualComm,
+    layout: Layout,
+    *,
+    mask: AnyArray | MaskRule | None = None,
+    dlse: AnyArray | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array, Array]:
+    """Differentiate `replicated`.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention_backward`, already checked against the layout; dq is whole on every rank.
+    """
+    meter = meter or Meter()
+    exchange = Exchange(comm, layout, meter)
+    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    dout, q, k_shard, v_shard, out, lse = (
+        x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
+    )
+    dout, delta = delta_of(dout, out, lse, dlse)
+    dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
+
+    # 1. What my keys have to say; dk and dv stay here.
+    view = layout.view(mask, layout.rank, layout.rank)
+    dq = attend(dout, q, k_shard, v_shard, lse, delta, dk, dv, mask=view)
+    # 2. Add that to what the others' have to say.
+    (dq,) = all_reduce(exchange, added, dq)
+    return dq, dk, dv

@@ -1,0 +1,162 @@
+r"""Ulysses: ranks trade lengths for heads, and attend to all keys with a share of the heads.
+
+The way of DeepSpeed-Ulysses.  Rank r of P, before and after the trade:
+
+    q (B, H, s_q, D)           ->    (B, H / P, S_Q, D)
+    k (B, H_KV, s_kv, D)       ->    (B, H_KV / P, S_KV, D)
+
+    1  all-to-all    q, k, v: of each rank's heads, my part    all lengths of my heads
+    2  attend        nothing is merged: all keys are here
+    3  all-to-all    out, lse: each rank's rows                all heads of my queries
+
+P has to divide H_KV, and the long keys travel: 1 / P of them to each rank.  A rank's share of the
+results is whole, so that nothing has to be merged.
+
+Backward.  Everything is traded again, with dout, lse and delta; dq, dk and dv are traded back.
+
+An array mask's columns travel with the keys, of its heads only the receiver's.  A callable stays:
+it is asked about the keys of every rank, and must be the same rule on all.
+
+Source: arXiv:2309.14509, section 3.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.reference.collectives import all_to_all
+from lvxattn.reference.exchange import Exchange
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.masks import MaskRule, MaskView
+from lvxattn.reference.meter import Meter
+from lvxattn.reference.virtual_ranks import VirtualComm
+
+Array = npt.NDArray[np.float64]
+AnyArray = npt.NDArray[Any]
+
+
+def ulysses(
+    q: AnyArray,
+    k_shard: AnyArray,
+    v_shard: AnyArray,
+    comm: VirtualComm,
+    layout: Layout,
+    *,
+    mask: AnyArray | MaskRule | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array]:
+    """Attend from this rank's queries to all ranks' keys.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    exchange = Exchange(comm, layout, meter)
+    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
+
+    # 1. Trade: all lengths of my heads for all heads of my lengths.
+    (q_heads,) = to_heads(exchange, layout.s_q, q)
+    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
+    view = heads_view(exchange, mask)
+    # 2. My heads of all queries, over all keys.
+    out, lse = attend(q_heads, k_heads, v_heads, mask=view)
+    # 3. Trade back.
+    out, lse = to_lengths(exchange, layout.s_q, out, lse)
+    return out, lse
+
+
+def ulysses_backward(
+    dout: AnyArray,
+    q: AnyArray,
+    k_shard: AnyArray,
+    v_shard: AnyArray,
+    out: AnyArray,
+    lse: AnyArray,
+    comm: VirtualComm,
+    layout: Layout,
+    *,
+    mask: AnyArray | MaskRule | None = None,
+    dlse: AnyArray | None = None,
+    meter: Meter | None = None,
+) -> tuple[Array, Array, Array]:
+    """Differentiate `ulysses`.
+
+    Collective: every rank of comm calls this.  Arguments and results are those of
+    `cross_attention_backward`, already checked against the layout.
+    """
+    meter = meter or Meter()
+    exchange = Exchange(comm, layout, meter)
+    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    dout, q, k_shard, v_shard, out, lse = (
+        x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
+    )
+    dout, delta = delta_of(dout, out, lse, dlse)
+
+    # 1. Trade: all lengths of my heads for all heads of my lengths.
+    q_heads, dout_heads, lse_heads, delta_heads = to_heads(
+        exchange, layout.s_q, q, dout, lse, delta
+    )
+    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
+    view = heads_view(exchange, mask)
+    dk_heads, dv_heads = np.zeros(k_heads.shape), np.zeros(v_heads.shape)
+    # 2. My heads of all queries, over all keys.
+    dq_heads = attend(
+        dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads, mask=view
+    )
+    # 3. Trade back.
+    (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
+    dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)
+    return dq, dk, dv
+
+
+def to_heads(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:
+    """Give every rank its heads of my arrays; return mine of all ranks', joined along axis 2.
+
+    Collective: every rank of the exchange calls this.  `lengths` are those of all ranks' arrays.
+    """
+    parts = [np.split(x, len(lengths), axis=1) for x in arrays]
+    received = all_to_all(exchange, [list(part) for part in zip(*parts, strict=True)])
+    return [np.concatenate(blocks, axis=2) for blocks in zip(*received, strict=True)]
+
+
+def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:
+    """Give every rank its lengths of my heads; return mine of all heads, joined along axis 1.
+
+    Collective: every rank of the exchange calls this.  `lengths` are those that ranks are to have.
+    """
+    parts = [np.split(x, np.cumsum(lengths)[:-1], axis=2) for x in arrays]
+    received = all_to_all(exchange, [list(part) for part in zip(*parts, strict=True)])
+    return [np.concatenate(blocks, axis=1) for blocks in zip(*received, strict=True)]
+
+
+def heads_view(exchange: Exchange, mask: AnyArray | MaskRule | None) -> MaskView:
+    """Return the mask of all ranks' keys, as this rank's heads see it."""
+    layout = exchange.layout
+    first = layout.rank * (layout.H // layout.size)
+    if callable(mask) or not any(layout.masks):
+        return MaskView(mask, h_start=first)
+    parts: list[list[AnyArray]] = [[] for _ in range(layout.size)]
+    if mask is not None and not callable(mask):
+        four = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        split = np.split(four, layout.size, axis=1) if four.shape[1] > 1 else [four] * layout.size
+        parts = [[part] for part in split]
+    received = all_to_all(exchange, parts)
+    return MaskView(joined([block[0] if block else None for block in received], layout.s_kv))
+
+
+def joined(masks: list[AnyArray | None], s_kv: tuple[int, ...]) -> AnyArray:
+    """Join the masks of all ranks' keys along the last axis; None hides nothing.
+
+    Bool if all are, else additive.
+    """
+    arrays = [
+        np.ones((1, 1, 1, n), bool) if m is None else m for m, n in zip(masks, s_kv, strict=True)
+    ]
+    if any(m.dtype != bool for m in arrays):
+        arrays = [np.where(m, 0.0, -np.inf) if m.dtype == bool else m for m in arrays]
+    rows = np.broadcast_shapes(*(m.shape[:3] for m in arrays))
+    return np.concatenate([np.broadcast_to(m, (*rows, m.shape[3])) for m in arrays], axis=3)

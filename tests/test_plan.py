@@ -1,0 +1,246 @@
+"""Machines, the clock on which schedules are played, and the choice among them."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn import reference
+from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.layout import Layout
+from lvxattn.reference.plan.choose import candidates, table
+from lvxattn.reference.plan.command import main
+from lvxattn.reference.plan.machine import MACHINES, Link, Machine
+from lvxattn.reference.plan.memory import memory, most_frames
+from lvxattn.reference.plan.problems import MODELS
+from lvxattn.reference.plan.simulate import play
+from lvxattn.reference.plan.steps import messages
+
+# Arithmetic is free unless a test says otherwise, and so is reading.
+FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64)
+
+
+def layout(P: int, schedule: str = "lv-xattn", **sizes: Any) -> Layout:
+    of = {"S_Q": 8, "S_KV": 16, "H": 4, "H_KV": 4, "D": 2, **sizes}
+    lengths = ((of["S_Q"] // P,) * P, (of["S_KV"] // P,) * P)
+    return Layout(
+        0, tuple(range(P)), *lengths, (None,) * P, (False,) * P, 1, of["H"], of["H_KV"], of["D"],
+        of["D"], "float32", 1.0, schedule, of.get("queries", "sharded"),
+    )  # fmt: skip
+
+
+def nbytes(of: Layout, backward: bool = False) -> int:
+    return sum(message.nbytes for message in messages(of, 0, backward=backward))
+
+
+class TestClock:
+    @pytest.mark.parametrize("backward", [False, True])
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_without_arithmetic_a_pass_takes_what_its_bytes_take(
+        self, schedule: str, backward: bool
+    ) -> None:
+        of = layout(4, schedule)
+        played = play(of, FREE, backward=backward)
+        assert played.seconds == pytest.approx(nbytes(of, backward) / 1e3)
+        assert played.computing < 1e-9
+
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_without_a_network_to_wait_for_it_takes_its_arithmetic(self, schedule: str) -> None:
+        fast = replace(FREE, matmul=1e3, inside=Link(1e30, 0.0))
+        for backward, products in ((False, 4), (True, 10)):  # of D = D_V = 2 numbers each
+            played = play(layout(4, schedule), fast, backward=backward)
+            assert played.seconds == pytest.approx(2 * 4 * 8 * 16 * products / 4 / 1e3)
+            assert played.waiting == pytest.approx(0, abs=1e-9)
+
+    def test_a_ring_hides_what_travels_behind_its_arithmetic(self) -> None:
+        of = layout(4, "ring")
+        hop = nbytes(of) / 3 / 1e3
+        for share in (0.5, 1.0, 2.0):  # of a hop's time on the wire
+            pairs = 2 * 4 * 2 * 4 * 4
+            machine = replace(FREE, matmul=pairs / (share * hop))
+            assert play(of, machine).seconds == pytest.approx(
+                4 * share * hop if share >= 1 else 3 * hop + share * hop
+            )
+
+    def test_a_latency_is_paid_at_every_hop_of_a_ring_and_once_by_a_collective(self) -> None:
+        machine = replace(FREE, inside=Link(1e30, 1.0))
+        assert play(layout(4, "ring"), machine).seconds == pytest.approx(3.0)
+        assert play(layout(4, "gather"), machine).seconds == pytest.approx(2.0)
+
+    def test_ranks_of_a_host_share_its_link_and_rings_cross_it_once(self) -> None:
+        two = replace(FREE, ranks_per_host=2, inside=Link(1e30, 0.0))
+        ring, gather = layout(4, "lv-xattn"), layout(4, "gather")
+        assert play(ring, two).seconds == pytest.approx(nbytes(ring) / 1e3)
+        # Two ranks send two thirds of their bytes to the other host, over one link.
+        assert play(gather, two).seconds == pytest.approx(2 * 2 / 3 * nbytes(gather) / 1e3)
+
+    def test_a_block_takes_at_least_its_start_and_the_reading_of_its_keys(self) -> None:
+        of = layout(1)
+        slow = replace(FREE, memory=1e3)
+        assert play(of, slow).seconds == pytest.approx(16 * 4 * 4 * 4 / 1e3)
+        assert play(of, replace(FREE, start=5.0)).seconds == pytest.approx(5.0)
+
+
+class TestChoice:
+    def test_without_a_machine_it_is_the_fewest_bytes(self) -> None:
+        assert candidates(layout(4, S_Q=4, S_KV=400))[0].schedule == "lv-xattn"
+        assert candidates(layout(4, S_Q=400, S_KV=4))[0].schedule == "ring"
+        assert candidates(layout(4, S_Q=64, S_KV=64))[0].schedule == "ulysses"
+
+    def test_on_a_machine_it_is_the_least_time(self) -> None:
+        far = replace(FREE, inside=Link(1e9, 1.0))  # latency is all that counts
+        found = candidates(layout(8, S_Q=8, S_KV=800, H=4), far)
+        assert found[0].schedule == "gather"
+        assert [c.seconds for c in found if c.seconds] == sorted(
+            c.seconds for c in found if c.seconds
+        )
+
+    def test_what_cannot_serve_is_last_and_says_why(self) -> None:
+        found = candidates(layout(8, H_KV=4, S_Q=64, S_KV=64))
+        assert found[-1].schedule == "ulysses"
+        assert "P = 8 does not divide H_KV = 4" in table(found)
+        ruled = replace(layout(4, S_Q=400, S_KV=4), rules=(True, False, False, False))
+        assert candidates(ruled)[0].schedule in ("lv-xattn", "gather")
+        assert {c.schedule for c in candidates(ruled) if c.refused} == {"ring", "ulysses"}
+
+    @pytest.mark.parametrize(
+        ("machine", "best"), [(None, "ring"), (MACHINES["a30-8"], "gather")], ids=["bytes", "time"]
+    )
+    def test_auto_takes_it_on_every_rank_alike_and_explains(
+        self, machine: Machine | None, best: str
+    ) -> None:
+        q, k = np.zeros((1, 2, 40, 4)), np.zeros((1, 2, 2, 4))
+        layouts = reference.run_ranks(
+            3,  # only rank 0's machine counts
+            lambda comm: Layout.agree(
+                q, k, k, comm, schedule="auto", machine=machine if comm.rank == 0 else None
+            ),
+        )
+        assert {of.schedule for of in layouts} == {best}
+        text = layouts[2].explain()
+        assert text.startswith(f"{best} is taken\n")
+        assert text.splitlines()[2].split()[0] == best
+        assert ("0.00" in text) == (machine is not None)
+
+    def test_auto_computes_what_the_others_compute(self) -> None:
+        rng = np.random.default_rng(0)
+        q, k, v = (rng.standard_normal((1, 2, s, 4)) for s in (6, 30, 30))
+        want, _ = reference.full_attention(q, k, v)
+
+        def on_a_rank(comm: reference.VirtualComm) -> Any:
+            parts = (reference.shard(x, comm) for x in (q, k, v))
+            return reference.cross_attention(*parts, comm, schedule="auto")[0]
+
+        found = np.concatenate(reference.run_ranks(3, on_a_rank), axis=2)
+        np.testing.assert_allclose(found, want, rtol=1e-12)
+
+
+class TestMachine:
+    def test_a_file_holds_what_was_saved(self, tmp_path: Path) -> None:
+        for machine in MACHINES.values():
+            machine.check()
+            machine.save(tmp_path / "m.json")
+            assert Machine.load(tmp_path / "m.json") == machine
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"version": 2}, "machine: expected version 1 in .*, got 2"),
+            ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
+            ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
+            ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
+            ({"inside": 3}, "machine: .* is damaged"),
+            ({"colour": "red"}, "machine: .* is damaged"),
+        ],
+    )
+    def test_a_damaged_file_is_refused(
+        self, tmp_path: Path, change: dict[str, Any], says: str
+    ) -> None:
+        path = tmp_path / "m.json"
+        MACHINES["h100"].save(path)
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError, match=says):
+            Machine.load(path)
+
+    def test_half_a_file_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.json"
+        MACHINES["h100"].save(path)
+        path.write_text(path.read_text()[:50])
+        with pytest.raises(ValueError, match=r"machine: .* is damaged"):
+            Machine.load(path)
+
+    def test_what_is_no_machine_is_refused_on_all_ranks(self) -> None:
+        x = np.zeros((1, 1, 2, 2))
+        with pytest.raises(TypeError, match="machine: expected a Machine or None, got str"):
+            reference.run_ranks(
+                2, lambda comm: Layout.agree(x, x, x, comm, schedule="auto", machine="h100")
+            )
+
+
+class TestMemory:
+    def test_the_paper_s_example_needs_234_gib_of_keys_and_values(self) -> None:
+        found = memory(MODELS["llama3v"], 2048, 1200, 1, dtype="bfloat16", recompute=False)
+        assert found.keys == 2 * 8 * 1200 * 6404 * 8 * 128 * 2
+        assert round(found.keys / 2**30) == 235  # "over 234 GB"
+
+    def test_made_again_they_take_one_layer_s_room(self) -> None:
+        model = MODELS["mplug-owl3-7b"]
+        kept, again = (
+            memory(model, 512, 100, 8, dtype="float16", recompute=x) for x in (False, True)
+        )
+        assert kept.keys == model.cross_layers * again.keys
+        assert (kept.features, kept.text, kept.blocks) == (again.features, again.text, again.blocks)
+        assert kept.total == kept.features + kept.keys + kept.text + kept.blocks
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_one_frame_more_than_fits_does_not(self, recompute: bool) -> None:
+        model, given = MODELS["llama3v"], {"dtype": "bfloat16", "recompute": recompute}
+        most = most_frames(model, 2048, 16, 80e9, **given)
+        assert memory(model, 2048, most, 16, **given).total <= 80e9
+        assert memory(model, 2048, most + 1, 16, **given).total > 80e9
+
+    def test_where_not_even_the_text_fits_no_frame_does(self) -> None:
+        given = {"dtype": "bfloat16", "recompute": True}
+        assert most_frames(MODELS["llama3v"], 2048, 1, 1e6, **given) == 0
+
+
+class TestCommand:
+    def test_it_prints_what_the_readme_shows(self, capsys: pytest.CaptureFixture[str]) -> None:
+        readme = (Path(__file__).parents[1] / "README.md").read_text()
+        (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", readme, re.DOTALL)
+        line = "--model llama3v --frames 1200 --text-tokens 2048 --machine a100-16"
+        assert main(line.split()) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(shown.lstrip("\n"))
+        assert "16,260" in said
+
+    def test_it_draws(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        file = tmp_path / "plan.png"
+        assert main(["--machine", "a30-8", "--ranks", "2", "--plot", str(file)]) == 0
+        assert file.stat().st_size > 10_000
+
+    @pytest.mark.parametrize(
+        ("line", "says"),
+        [
+            ("--machine h1000", "--machine: expected one of a100-16, "),
+            ("--machine {bad}", "--machine: machine: expected version 1 in "),
+            ("--plot {none}/x.png", "--plot: there is no folder "),
+            ("--frames -1", "argument --frames: expected a whole number from 0 up, got '-1'"),
+            ("--model gpt", "argument --model: invalid choice: 'gpt'"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused_in_a_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, says: str
+    ) -> None:
+        (tmp_path / "bad.json").write_text("{}")
+        words = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
+        assert main(words) == 2
+        said = capsys.readouterr()
+        assert says in said.err
+        assert said.err.count("\n") == 1
+        assert said.out == ""

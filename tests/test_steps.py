@@ -1,0 +1,76 @@
+"""What the plan says is sent is what is sent: message by message, and by every rank's meter."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn import reference
+from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.plan.steps import messages
+from tests.cases import Case, random_case
+
+KINDS = [*SCHEDULES, "replicated"]
+
+
+def case_of(seed: int, kind: str, P: int) -> Case:
+    case = random_case(seed).on(kind, P)
+    return replace(case, dtype="float64", S_Q=case.S_Q % 40, S_KV=case.S_KV % 60, B=1)
+
+
+def passes(case: Case, kind: str, P: int) -> tuple[Any, list[reference.Message], list[Any]]:
+    """Run both passes; return a layout, and each pass's messages and meters by rank."""
+    problem, logs = case.make(), [[], []]
+    schedule, queries = ("lv-xattn", kind) if kind == "replicated" else (kind, "sharded")
+
+    def forward(comm: reference.VirtualComm) -> Any:
+        part, meter = problem.part(comm.rank, P), reference.Meter()
+        q = problem.q if queries == "replicated" else part["q"]
+        given = q, part["k"], part["v"], comm
+        options = {"mask": part["mask"], "queries": queries}
+        layout = reference.Layout.agree(*given, schedule=schedule, **options)
+        out, lse = reference.cross_attention(*given, layout=layout, meter=meter, **options)
+        return layout, meter, out, lse
+
+    hosts = [f"host {rank % 2}" for rank in range(P)]  # the ring is not in rank order
+    found = reference.run_ranks(P, forward, log=logs[0], hosts=hosts)
+
+    def backward(comm: reference.VirtualComm) -> reference.Meter:
+        part, meter = problem.part(comm.rank, P), reference.Meter()
+        layout, _, out, lse = found[comm.rank]
+        whole = queries == "replicated"
+        q, dout = (problem.q, problem.dout) if whole else (part["q"], part["dout"])
+        reference.cross_attention_backward(
+            dout, q, part["k"], part["v"], out, lse, comm,
+            layout=layout, meter=meter, mask=part["mask"], queries=queries,
+        )  # fmt: skip
+        return meter
+
+    meters = reference.run_ranks(P, backward, log=logs[1], hosts=hosts)
+    return found[0][0], logs, [[meter for _, meter, *_ in found], meters]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_message_is_foreseen(kind: str, seed: int) -> None:
+    P = 1 + seed % 5
+    layout, logs, meters = passes(case_of(seed, kind, P), kind, P)
+    for backward in (False, True):
+        for rank in range(P):
+            planned = messages(layout, rank, backward=backward)
+            sent = Counter((m.dest, m.nbytes) for m in logs[backward] if m.source == rank)
+            assert Counter((message.dest, message.nbytes) for message in planned) == sent
+            meter = meters[backward][rank]
+            assert meter.messages == len(planned)
+            assert meter.bytes == sum(message.nbytes for message in planned)
+
+
+def test_half_precision_travels_as_such_and_its_results_in_fp32() -> None:
+    q, k = (np.zeros((1, 4, s, 8), np.float16) for s in (6, 10))
+    layouts = reference.run_ranks(
+        2, lambda comm: reference.Layout.agree(q, k, k, comm, schedule="gather")
+    )
+    sizes = sorted(message.nbytes for message in messages(layouts[0], 0))
+    assert sizes == [4 * 6 * 8 * 2, 4 * 6 * 9 * 4]
