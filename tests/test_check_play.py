@@ -223,8 +223,13 @@ def test_ctrl_c_ends_the_check_and_the_call() -> None:
         finally:
             ended.set()
 
-    with pytest.raises(KeyboardInterrupt):
-        checked(fn, time_limit=20)
+    # Shells start what runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            checked(fn, time_limit=20)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.wait(5)
 
 
