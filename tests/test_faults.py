@@ -97,7 +97,7 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
     ),
     "unknown schedule": (
         ValueError,
-        "schedule: expected one of ('lv-xattn', 'ring'), got 'star'",
+        "schedule: expected one of ('lv-xattn', 'ring', 'ulysses', 'gather', 'auto'), got 'star'",
         0,
     ),
     "mask does not broadcast over B": (

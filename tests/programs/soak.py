@@ -63,7 +63,7 @@ def solve_one(seed: int, world: MPI.Intracomm) -> float:
     comm = world.Split(colour, members.index(world.rank) if world.rank in members else 0)
     ratio = 0.0
     if comm != MPI.COMM_NULL:
-        problem = random_case(seed).make()
+        problem = random_case(seed).on(schedule, comm.size).make()
         results = solve(problem, comm, mpi_impl, schedule=schedule, reuse_layout=reuse)
         if comm.rank == 0:  # the results are the whole, the same on all
             ratio = max(worst_ratios(problem, results).values())
