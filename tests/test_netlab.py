@@ -101,7 +101,9 @@ def test_unprivileged_user_namespace_will_do() -> None:
     as_user: list[str | Path] = list(drop) if os.geteuid() == 0 else []
     if run([*as_user, "unshare", "--user", "--map-root-user", "--net", "ip", "link"]).returncode:
         pytest.skip("no unprivileged user namespaces here")
-    echo = [sys.executable, "-c", "import socket; print(socket.gethostname())"]
+    # One write: ranks share a pipe.
+    program = "import os, socket; os.write(1, socket.gethostname().encode() + bytes([10]))"
+    echo = [sys.executable, "-c", program]
     done = run([*as_user, sys.executable, NETLAB, "--hosts", "2", "--", *echo])
     assert (done.returncode, sorted(done.stdout.split())) == (0, ["host0", "host1"]), done.stderr
 
