@@ -98,3 +98,11 @@ def test_ulysses_joins_masks_of_every_kind(kinds: str) -> None:
 
     for results in reference.run_ranks(P, fn):
         assert max(worst_ratios(want, results, fp64=True).values()) <= 1
+
+
+def test_ulysses_asks_a_rule_about_the_heads_that_a_rank_really_has() -> None:
+    problem = Case("rule of heads", H=3, H_KV=3, mask="callable").make()  # one head a rank
+    for results in reference.run_ranks(
+        3, lambda comm: solve(problem, comm, reference, schedule="ulysses")
+    ):
+        assert max(worst_ratios(problem, results, fp64=True).values()) <= 1
