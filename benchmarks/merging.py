@@ -1,0 +1,241 @@
+"""Two ways to reduce partial results over gloo, which cannot be given an operator, against time.
+
+    python benchmarks/merging.py [--quick] [--store DIR]
+
+    home              results go to their owner in one all-to-all and are merged there (torch_impl)
+    reduce-scatter    lse is gathered, every rank weights its out by exp(lse - lse of all), and
+                      that is summed where it belongs; rows are padded to one length a rank
+    all-reduce        the same, summed everywhere: twice the bytes, in a collective that every
+                      library has tuned
+
+All have their turn in every round, in either order; a turn takes as long as its slowest rank, and
+the median over rounds of the quotient of two turns counts.  Prints a table in Markdown;
+`--store` writes it, and every turn as JSON, to DIR.  Exit status 2 where no cluster of shaped links
+can be built; `--quick` needs none.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from machine import describe
+from netlab.lab import Lab, LabError, address, bits_per_second, find_mpiexec
+from torch import Tensor
+
+from lvxattn.torch_impl import Layout, Meter, merge
+from lvxattn.torch_impl.collectives import reduce_scatter
+from lvxattn.torch_impl.exchange import Exchange
+from lvxattn.torch_impl.group import Group
+
+Results = dict[str, Any]
+Way = Callable[[Exchange, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+H, D = 8, 64
+RATE, PORT = "1gbit", 29511
+
+
+def merged_at_home(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return this rank's rows of all ranks' partial results, as torch_impl does."""
+    out, lse = reduce_scatter(exchange, merge, out, lse)
+    return out, lse
+
+
+def reduce_scattered(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return this rank's rows of all ranks' partial results, by a sum of its rows."""
+    layout = exchange.layout
+    weight, total = weights(exchange, lse)
+    # Every rank's rows in one run of memory, as many for each.
+    rows = out.new_zeros((layout.size, *out.shape[:2], max(layout.s_q), out.shape[3]))
+    lengths = list(layout.s_q)
+    for room, w, part in zip(rows, weight.split(lengths, 2), out.split(lengths, 2), strict=True):
+        torch.mul(w, part, out=room[:, :, : part.shape[2]])
+    mine = torch.empty_like(rows[0])
+    dist.reduce_scatter_single(mine.view(-1), rows.view(-1))
+    return mine[:, :, : lengths[layout.rank]], total
+
+
+def all_reduced(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return this rank's rows of all ranks' partial results, by a sum of all rows."""
+    layout = exchange.layout
+    weight, total = weights(exchange, lse)
+    out = weight * out
+    dist.all_reduce(out)
+    return out.split(list(layout.s_q), 2)[layout.rank], total
+
+
+def weights(exchange: Exchange, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how much this rank's results count for all queries, and lse of its own queries."""
+    layout = exchange.layout
+    lse_of_all = lse.new_empty((layout.size, *lse.shape))
+    dist.all_gather_single(lse_of_all.view(-1), lse.view(-1))
+    total = lse_of_all.logsumexp(dim=0)
+    weight = torch.exp(lse - torch.where(total == -torch.inf, 0.0, total))[..., None]
+    return weight, total.split(list(layout.s_q), 2)[layout.rank]
+
+
+WAYS: dict[str, Way] = {
+    "home": merged_at_home,
+    "reduce-scatter": reduce_scattered,
+    "all-reduce": all_reduced,
+}
+
+
+def on_a_rank(work: Results) -> list[Results]:
+    """Time all ways on every size.  Collective; the result is the same on every rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{work['address']}",
+        rank=int(os.environ["PMI_RANK"]), world_size=int(os.environ["PMI_SIZE"]),
+    )  # fmt: skip
+    results = [measure(S_Q, work["rounds"], work["seconds"]) for S_Q in work["S_Q"]]
+    dist.destroy_process_group()
+    return results
+
+
+def measure(S_Q: int, rounds: int, seconds: float) -> Results:
+    """Return the seconds of every turn at one size, by way.  Collective."""
+    group = Group.of(None)
+    torch.manual_seed(group.rank)
+    s_q = len(range(S_Q)[group.rank :: group.size])
+    q = torch.empty((1, H, s_q, D))
+    layout = Layout.agree(q, q[:, :, :0], q[:, :, :0], group, schedule="gather")
+    exchange = Exchange(group, layout, Meter(), q.device)
+    out, lse = torch.randn((1, H, S_Q, D)), torch.randn((1, H, S_Q))
+    check(exchange, out, lse)
+    turns: dict[str, list[float]] = {name: [] for name in WAYS}
+    start = perf_counter()
+    for number in range(rounds):
+        if number >= 5 and agreed(perf_counter() - start) > seconds:
+            break
+        for name in list(WAYS)[:: 1 if number % 2 else -1]:
+            dist.barrier()
+            begin = perf_counter()
+            WAYS[name](exchange, out, lse)
+            turns[name].append(agreed(perf_counter() - begin))
+    return {"P": group.size, "S_Q": S_Q, "turns": turns}
+
+
+def check(exchange: Exchange, out: Tensor, lse: Tensor) -> None:
+    """Raise AssertionError unless all ways give the same; where no rank has a key, too."""
+    lse = lse.clone()
+    lse[:, : H // 2, 0] = -torch.inf
+    out = out * (lse > -torch.inf)[..., None]
+    home, *others = (way(exchange, out, lse) for way in WAYS.values())
+    # A merge is off by (2 lse + 8) u of what it joins, and so is a weighted sum.
+    largest = agreed(out.abs().max().item()), agreed(lse.abs().nan_to_num(posinf=0).max().item())
+    P = exchange.layout.size
+    limit = 2 * P * (2 * (largest[1] + P) + 8) * 2.0**-24 * max(largest)
+    for other in others:
+        torch.testing.assert_close(other, home, rtol=0, atol=limit)
+
+
+def agreed(seconds: float) -> float:
+    """Return the largest of all ranks'.  Collective."""
+    largest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def in_shared_memory(P: int, work: Results) -> list[Results]:
+    """Measure on ranks of this machine, which talk over its loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*find_mpiexec(), "-n", str(P), *program({**work, "address": f"127.0.0.1:{port}"})]
+    return read(subprocess.run(command, capture_output=True, text=True, check=False), None)
+
+
+def on_hosts(P: int, work: Results) -> list[Results]:
+    """Measure on a cluster of shaped links, a rank a host."""
+    with Lab(P, RATE) as lab:
+        command = program({**work, "address": f"{address(0)}:{PORT}"})
+        return read(lab.mpiexec(command, env={"GLOO_SOCKET_IFNAME": "e0"}), bits_per_second(RATE))
+
+
+def program(work: Results) -> list[str]:
+    """Return the command of a rank; Hydra tells it which one it is."""
+    return [sys.executable, __file__, "--on-a-rank", json.dumps(work)]
+
+
+def read(done: "subprocess.CompletedProcess[str]", rate: int | None) -> list[Results]:
+    """Return what rank 0 printed, with where it ran."""
+    if done.returncode:
+        raise RuntimeError(f"the ranks ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("[{"))
+    return [{"bits_per_second": rate, **result} for result in json.loads(printed)]
+
+
+def markdown(measured: Results) -> str:
+    """Return the report."""
+    lines = [
+        "# Merging at home, or weighting and summing",
+        "",
+        f"Measured {measured['date']} on {measured['machine']['processor']}, "
+        f"{measured['machine']['cores']} cores, PyTorch {measured['torch']}, gloo; one thread a "
+        f"rank, B = 1, H = {H}, D = {D}, fp32. The reduction alone, medians over rounds. Home: "
+        "all-to-all, merged by the owner, as torch_impl does. Reduce-scatter, all-reduce: lse "
+        "gathered, out weighted and summed. Made by `python benchmarks/merging.py --store "
+        "benchmarks/results`; `merging.json` has every turn.",
+        "",
+        "| link | P | S_Q | home | reduce-scatter | over home | all-reduce | over home |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in measured["rows"]:
+        home, *others = r["turns"].values()
+        link = f"{r['bits_per_second'] / 1e9:g} Gbit/s" if r["bits_per_second"] else "shared memory"
+        cells = [link, str(r["P"]), f"{r['S_Q']:,}", f"{median(home) * 1e3:.2f} ms"]
+        for other in others:
+            over = median(b / a for a, b in zip(home, other, strict=True))
+            cells += [f"{median(other) * 1e3:.2f} ms", f"{over:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure, print, store; or be a rank."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="2 ranks in shared memory only")
+    parser.add_argument("--store", metavar="DIR", type=Path)
+    parser.add_argument("--on-a-rank", metavar="JSON", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.on_a_rank:
+        results = on_a_rank(json.loads(options.on_a_rank))
+        if os.environ["PMI_RANK"] == "0":
+            print(json.dumps(results))
+        return 0
+    if options.quick:
+        rows = in_shared_memory(2, {"S_Q": [1, 64, 1024], "rounds": 10, "seconds": 0.5})
+    else:
+        work = {"S_Q": [1, 64, 1024, 8192], "rounds": 60, "seconds": 5}
+        try:
+            rows = [row for where in (in_shared_memory, on_hosts)
+                    for P in (2, 4) for row in where(P, work)]  # fmt: skip
+        except LabError as reason:
+            print(f"merging: {reason}", file=sys.stderr)
+            return 2
+    measured = {
+        "machine": describe(), "torch": torch.__version__, "date": date.today().isoformat(),
+        "quick": options.quick, "rows": rows,
+    }  # fmt: skip
+    text = markdown(measured)
+    print(text, end="")
+    if options.store:
+        options.store.mkdir(parents=True, exist_ok=True)
+        (options.store / "merging.json").write_text(json.dumps(measured) + "\n")
+        (options.store / "merging.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
