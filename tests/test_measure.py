@@ -40,6 +40,8 @@ class FakeProbe:
         return self.machine.room + self.comm.rank
 
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
+        assert s_q <= 8192  # a block that a device has room for
+        assert s_kv <= 2**20
         H, H_KV, D = self.shape
         layout = planned((1, H, s_q, D), (1, H_KV, s_kv, D), 1, dtype=self.dtype)
         step = Compute(s_q, s_kv)

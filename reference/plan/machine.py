@@ -126,13 +126,13 @@ class Machine:
         for name, link in (("inside", self.inside), ("between", self.between)):
             rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
         rates |= {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
-        times |= {"hiding": self.hiding, "1 - hiding": 1 - self.hiding}
-        for name, x in (rates | times).items():
+        for name, x in (rates | times | {"hiding": self.hiding}).items():
             number = isinstance(x, int | float) and not isinstance(x, bool) and isfinite(x)
-            if not number or x < 0 or (name in rates and x == 0):
-                least = "above 0" if name in rates else "from 0 up"
+            if not number or x < 0 or (name in rates and x == 0) or (name == "hiding" and x > 1):
+                span = "above 0" if name in rates else "from 0 up"
+                span = "from 0 to 1" if name == "hiding" else span
                 raise ValueError(
-                    f"machine: expected a number {least} for {name} in {where}, got {x!r}"
+                    f"machine: expected a number {span} for {name} in {where}, got {x!r}"
                 )
 
 
