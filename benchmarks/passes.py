@@ -1,12 +1,13 @@
 """Time passes of several kinds in turn on the ranks of this run; rank 0 prints JSON.
 
-    mpiexec -n P python -m mpi4py benchmarks/passes.py '[{"kinds": ["none", "lv-xattn"], ...}, ...]'
+    mpiexec -n P python -m mpi4py benchmarks/passes.py [--machines] \
+        '[{"kinds": ["none", "lv-xattn"], ...}, ...]'
 
-Every item is the arguments of a `Work`.  The kinds take turns, round by round, so that whatever
-else the machine is doing meets all of them alike: a ratio is to be taken within a round, and its
-median over the rounds.
+Every item is the arguments of a `Work`; with `--machines` the machine is measured for its heads
+first.  The kinds take turns, round by round, so that whatever else the machine is doing meets all
+of them alike: a ratio is to be taken within a round, and its median over the rounds.
 
-    "lv-xattn", "ring"   a schedule
+    "lv-xattn", "ring"   a schedule, or any other of them
     "none"               "lv-xattn" with communication switched off (mute.py)
     "one"                one rank alone does the whole problem, the others sleep
     "each"               every rank does the whole problem alone, all at the same time
@@ -26,7 +27,9 @@ from mute import MuteComm
 from netlab.lab import sent_by
 from threadpoolctl import threadpool_limits
 
-from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_backward
+from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_backward, measure
+from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.layout import share
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Work:
     ----------
     kinds : list of str
     S_Q, S_KV, H, H_KV, D : int
-        The problem; B = 1, fp32, shares of one size.
+        The problem; B = 1, fp32.
     backward : bool
         A backward pass follows every forward pass.
     rounds : int
@@ -66,13 +69,19 @@ def main() -> None:
     with threadpool_limits(1):
         warm_up(comm)
         alone = messages_alone(comm)
-        results = [measure(Work(**item), comm) for item in json.loads(sys.argv[1])]
+        works = [Work(**item) for item in json.loads(sys.argv[-1])]
+        results = []
+        for work in works:
+            machine = None
+            if "--machines" in sys.argv:
+                machine = asdict(measure(comm, H=work.H, H_KV=work.H_KV, D=work.D))
+            results.append({"machine": machine, **timed(work, comm)})
     if comm.rank == 0:
         mpi = " ".join(MPI.Get_library_version().splitlines()[0].strip("\0").split())
         json.dump({"messages_alone": alone, "mpi": mpi, "results": results}, sys.stdout)
 
 
-def measure(work: Work, comm: MPI.Intracomm) -> dict[str, Any]:
+def timed(work: Work, comm: MPI.Intracomm) -> dict[str, Any]:
     """Return the work, and for every kind one record a turn.  Collective."""
     problem = {kind: Problem(work, kind, comm) for kind in work.kinds}
     turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in work.kinds}
@@ -95,12 +104,13 @@ class Problem:
         alone = kind in ("one", "each")
         group: Any = MPI.COMM_SELF if alone else comm
         rng = np.random.default_rng(comm.rank)
-        s_q, s_kv = work.S_Q // group.size, work.S_KV // group.size
+        parts = (share(whole, group.rank, group.size) for whole in (work.S_Q, work.S_KV))
+        s_q, s_kv = (part.stop - part.start for part in parts)
         tall, wide = (1, work.H, s_q, work.D), (1, work.H_KV, s_kv, work.D)
         self.q, self.k, self.v, self.dout = (
             rng.standard_normal(shape, dtype=np.float32) for shape in (tall, wide, wide, tall)
         )
-        schedule = "ring" if kind == "ring" else "lv-xattn"
+        schedule = kind if kind in SCHEDULES else SCHEDULES[0]
         self.layout = Layout.agree(self.q, self.k, self.v, group, schedule=schedule)
         self.group = MuteComm(comm) if kind == "none" else group
 

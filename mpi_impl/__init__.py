@@ -4,6 +4,7 @@ from lvxattn.mpi_impl.block_attention import block_attention, block_attention_ba
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
 from lvxattn.mpi_impl.device import limit_blas_threads
 from lvxattn.mpi_impl.last_words import announce_death
+from lvxattn.mpi_impl.measure import measure
 from lvxattn.mpi_impl.merge import merge
 from lvxattn.mpi_impl.recompute import (
     Saved,
@@ -25,6 +26,7 @@ __all__ = [
     "cross_attention_layer",
     "cross_attention_layer_backward",
     "limit_blas_threads",
+    "measure",
     "merge",
     "shard",
     "unshard",

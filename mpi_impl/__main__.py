@@ -10,8 +10,12 @@ from mpi4py import MPI
 from lvxattn.mpi_impl.doctor import examine
 from lvxattn.mpi_impl.last_words import announce_death
 from lvxattn.mpi_impl.launcher import mismatch, speaks
+from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.run import MPIRanks
+from lvxattn.mpi_impl.run.backend import Backend
 from lvxattn.mpi_impl.watchdog import timeout
+from lvxattn.reference.plan.measure_command import add_options as add_measure_options
+from lvxattn.reference.plan.measure_command import run_measure
 from lvxattn.reference.run import UsageError, refuse, run_command
 from lvxattn.reference.run.arguments import Parser, natural, positive
 from lvxattn.reference.run.options import add_options
@@ -59,6 +63,13 @@ def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
 
 def _run(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     return run_command(options, MPIRanks(comm))
+
+
+def _measure(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
+    def probe(backend: Backend, shape: tuple[int, int, int], dtype: str) -> Probe:
+        return Probe(comm, shape, dtype, backend.xp)
+
+    return run_measure(options, MPIRanks(comm), probe)
 
 
 def _doctor(_: argparse.Namespace, comm: MPI.Intracomm) -> int:
@@ -125,6 +136,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(run)
     run.set_defaults(run=_run)
+    measure = commands.add_parser(
+        "measure",
+        help="how fast is this machine?",
+        description="Measure what the choice of a schedule rests on, within 10 seconds.",
+        allow_abbrev=False,
+    )
+    add_measure_options(measure)
+    measure.set_defaults(run=_measure)
     doctor = commands.add_parser(
         "doctor",
         help="are these ranks fit for a run?",

@@ -78,6 +78,19 @@ class TestClock:
         # Two ranks send two thirds of their bytes to the other host, over one link.
         assert play(gather, two).seconds == pytest.approx(2 * 2 / 3 * nbytes(gather) / 1e3)
 
+    def test_a_ring_crosses_between_hosts_once_however_ranks_were_placed(self) -> None:
+        two = replace(FREE, ranks_per_host=2, inside=Link(1e30, 0.0))
+        dealt = replace(layout(4), order=(0, 2, 1, 3))  # ranks 0 and 2 are on one host
+        assert play(dealt, two).seconds == pytest.approx(nbytes(dealt) / 1e3)
+
+    def test_the_longer_of_arithmetic_and_reading_hides_what_the_machine_says(self) -> None:
+        of = layout(1)
+        arithmetic, reading = 4 * 2 * 4 * 8 * 16, 16 * 4 * 4 * 4
+        for hiding in (0.0, 0.5, 1.0):
+            machine = replace(FREE, matmul=1e3, memory=1e3, hiding=hiding)
+            hidden = hiding * min(arithmetic, reading)
+            assert play(of, machine).seconds == pytest.approx((arithmetic + reading - hidden) / 1e3)
+
     def test_a_block_takes_at_least_its_start_and_the_reading_of_its_keys(self) -> None:
         of = layout(1)
         slow = replace(FREE, memory=1e3)
@@ -153,6 +166,8 @@ class TestMachine:
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
             ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
+            ({"hiding": 1.5}, "machine: expected a number from 0 to 1 for hiding in .*, got 1.5"),
+            ({"hiding": "x"}, "machine: expected a number from 0 to 1 for hiding in .*, got 'x'"),
             ({"inside": 3}, "machine: .* is damaged"),
             ({"colour": "red"}, "machine: .* is damaged"),
         ],

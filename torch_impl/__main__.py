@@ -11,11 +11,15 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from lvxattn.reference.plan.measure_command import add_options as add_measure_options
+from lvxattn.reference.plan.measure_command import run_measure
 from lvxattn.reference.run import UsageError, refuse, run_command
 from lvxattn.reference.run.arguments import Parser
 from lvxattn.reference.run.options import add_options
 from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.measure import Probe
 from lvxattn.torch_impl.run import TorchRanks, check_environment, world
+from lvxattn.torch_impl.run.backend import Backend
 from lvxattn.torch_impl.train import add_options as add_train_options
 from lvxattn.torch_impl.train import run_training
 
@@ -50,6 +54,13 @@ def _run(options: argparse.Namespace, group: Group) -> int:
     return run_command(options, TorchRanks(group))
 
 
+def _measure(options: argparse.Namespace, group: Group) -> int:
+    def probe(backend: Backend, shape: tuple[int, int, int], dtype: str) -> Probe:
+        return Probe(backend.group, shape, dtype, backend.where)
+
+    return run_measure(options, TorchRanks(group), probe)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "lvxattn",
@@ -65,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(run)
     run.set_defaults(run=_run)
+    measure = commands.add_parser(
+        "measure",
+        help="how fast is this machine?",
+        description="Measure what the choice of a schedule rests on, within 10 seconds.",
+        allow_abbrev=False,
+    )
+    add_measure_options(measure)
+    measure.set_defaults(run=_measure)
     train = commands.add_parser(
         "train",
         help="teach a small model to find the needle in a long video",

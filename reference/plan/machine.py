@@ -49,6 +49,8 @@ class Machine:
         From a host to another one; the host's ranks share it.
     ranks_per_host, ranks : int
         How many there are.
+    hiding : float
+        How much of the shorter one of arithmetic and reading the longer one hides, from 0 to 1.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Machine:
     between: Link
     ranks_per_host: int
     ranks: int
+    hiding: float = 1.0
 
     def save(self, path: str | Path) -> None:
         """Write the figures as JSON.
@@ -123,12 +126,13 @@ class Machine:
         for name, link in (("inside", self.inside), ("between", self.between)):
             rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
         rates |= {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
-        for name, x in (rates | times).items():
+        for name, x in (rates | times | {"hiding": self.hiding}).items():
             number = isinstance(x, int | float) and not isinstance(x, bool) and isfinite(x)
-            if not number or x < 0 or (name in rates and x == 0):
-                least = "above 0" if name in rates else "from 0 up"
+            if not number or x < 0 or (name in rates and x == 0) or (name == "hiding" and x > 1):
+                span = "above 0" if name in rates else "from 0 up"
+                span = "from 0 to 1" if name == "hiding" else span
                 raise ValueError(
-                    f"machine: expected a number {least} for {name} in {where}, got {x!r}"
+                    f"machine: expected a number {span} for {name} in {where}, got {x!r}"
                 )
 
 

@@ -38,14 +38,16 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
     ----------
     layout : Layout
     machine : Machine
-        Ranks fill its hosts in rank order.
+        Ranks fill its hosts in the order of the ring.
     backward : bool
 
     Returns
     -------
     Played
     """
-    P, hosts = layout.size, machine.ranks_per_host
+    P = layout.size
+    # The ring visits ranks host by host, however they were placed.
+    host = [layout.order.index(rank) // machine.ranks_per_host for rank in range(P)]
     todo = [deque(steps(layout, rank, backward=backward)) for rank in range(P)]
     clock, computing = [0.0] * P, [0.0] * P
     free: dict[tuple[str, int], float] = defaultdict(float)
@@ -59,9 +61,9 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
             continue
         step: Step = todo[rank][0]
         if isinstance(step, Send):
-            apart = rank // hosts != step.dest // hosts
+            apart = host[rank] != host[step.dest]
             link = machine.between if apart else machine.inside
-            lane = ("host", rank // hosts) if apart else ("rank", rank)
+            lane = ("host", host[rank]) if apart else ("rank", rank)
             free[lane] = max(now, free[lane]) + step.nbytes / link.bandwidth
             way = rank, step.dest, step.kind
             mail[way].append(free[lane] + link.latency)
@@ -84,7 +86,7 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
 
 
 def cost(step: Compute | Join, layout: Layout, machine: Machine, *, backward: bool) -> float:
-    """Return the seconds that a step takes a rank: the slower of arithmetic and reading.
+    """Return the seconds that a step takes a rank.
 
     Parameters
     ----------
@@ -105,4 +107,5 @@ def cost(step: Compute | Join, layout: Layout, machine: Machine, *, backward: bo
     row = layout.B * layout.H_KV * step.heads * (layout.D + layout.D_V) * ITEMSIZE[layout.dtype]
     reading = step.s_kv * row * (1 + 2 * backward) / machine.memory
     arithmetic = 2 * pairs * size / machine.matmul
-    return max(arithmetic, reading) + machine.start * bool(pairs)
+    short, long = sorted((arithmetic, reading))
+    return long + (1 - machine.hiding) * short + machine.start * bool(pairs)

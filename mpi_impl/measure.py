@@ -1,0 +1,108 @@
+"""How fast this machine is under MPI: the probes of `lvxattn.reference.plan.measure`."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.block_attention import block_attention
+from lvxattn.mpi_impl.device import buffer
+from lvxattn.mpi_impl.watchdog import wait
+from lvxattn.reference.plan.machine import Machine
+from lvxattn.reference.plan.measure import measure as measure_with
+from lvxattn.reference.run.tensors import dtype_of
+
+_TAG = 7010
+
+
+def measure(
+    comm: MPI.Intracomm,
+    *,
+    H: int = 8,
+    H_KV: int = 8,
+    D: int = 64,
+    dtype: str = "float32",
+    xp: Any = np,
+    name: str = "here",
+) -> Machine:
+    """Measure this machine, in a few seconds: what `auto` and the plan's seconds rest on.
+
+    Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+    H, H_KV, D : int
+        The heads of the problems to come, and their width.
+    dtype : str
+        Of q, k and v.
+    xp : module
+        numpy or cupy; with cupy on each rank's current device.
+    name : str
+        The machine's.
+
+    Returns
+    -------
+    lvxattn.reference.plan.Machine
+        The same on all ranks; `Machine.save` keeps it.
+    """
+    return measure_with(comm, Probe(comm, (H, H_KV, D), dtype, xp), name)
+
+
+class Probe:
+    """One rank's part in the probes; `lvxattn.reference.plan.measure.Probe`."""
+
+    def __init__(
+        self, comm: MPI.Intracomm, shape: tuple[int, int, int], dtype: str, xp: Any
+    ) -> None:
+        self.comm, self.shape, self.dtype, self.xp = comm, shape, dtype, xp
+
+    @property
+    def room(self) -> float:
+        """Bytes of this rank's device, or its share of the host's memory."""
+        if self.xp is not np:
+            return float(self.xp.cuda.Device().mem_info[1])
+        shared = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        ranks = shared.size
+        shared.Free()
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+    def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
+        """Return one block's attention."""
+        H, H_KV, D = self.shape
+        # Numbers of the usual size: what NumPy's exp takes depends on them.
+        row = np.random.default_rng(self.comm.rank).standard_normal(D)
+        row = row.astype(dtype_of(self.dtype))
+        q, k, v = (
+            self.xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())
+            for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
+        )
+
+        def attend() -> None:
+            block_attention(q, k, v, scale=D**-0.5)
+            if self.xp is not np:
+                self.xp.cuda.get_current_stream().synchronize()
+
+        return attend
+
+    def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
+        """Return one message to the right and one from the left."""
+        there, here = buffer(self.xp, nbytes), buffer(self.xp, nbytes)
+
+        def message() -> None:
+            coming = self.comm.Irecv([here.receivable(nbytes), MPI.BYTE], left, _TAG)
+            going = self.comm.Isend([there.sendable(nbytes), MPI.BYTE], right, _TAG)
+            for request in (coming, going):
+                wait(request, None, str)
+            here.deliver(nbytes)
+
+        return message
+
+    def together(self) -> None:
+        """Wait asleep: a rank that spins takes a core from those that still work."""
+        request = self.comm.Ibarrier()
+        while not request.Test():
+            time.sleep(2e-4)

@@ -1,0 +1,149 @@
+"""The machine at hand: what the probes find is what was there to be found."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvxattn.reference import VirtualComm, run_ranks
+from lvxattn.reference.plan import measure as module
+from lvxattn.reference.plan.machine import Link, Machine
+from lvxattn.reference.plan.measure import BLOCK, MESSAGE, measure
+from lvxattn.reference.plan.problem import planned
+from lvxattn.reference.plan.simulate import cost
+from lvxattn.reference.plan.steps import Compute
+from tests.launch import mpiexec
+from tests.torchrun import torchrun
+
+INSIDE, BETWEEN = Link(5e9, 1e-5), Link(2e8, 5e-5)
+MACHINE = Machine("made up", 4e10, 2e10, 5e-5, 1e9, INSIDE, BETWEEN, 2, 4, 0.25)
+CLOCK = threading.local()  # a virtual rank's
+
+
+@dataclass
+class FakeProbe:
+    """Does nothing but move the clock on, by what a machine would take."""
+
+    comm: VirtualComm
+    machine: Machine
+    hosts: list[str]
+    shape: tuple[int, int, int] = (4, 2, 64)
+    dtype: str = "float32"
+    slow: float = 1.0
+
+    @property
+    def room(self) -> float:
+        return self.machine.room + self.comm.rank
+
+    def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
+        assert s_q <= 8192  # a block that a device has room for
+        assert s_kv <= 2**20
+        H, H_KV, D = self.shape
+        layout = planned((1, H, s_q, D), (1, H_KV, s_kv, D), 1, dtype=self.dtype)
+        step = Compute(s_q, s_kv)
+        return lambda: _pass(self.slow * cost(step, layout, self.machine, backward=False))
+
+    def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
+        apart = any(self.hosts[self.comm.rank] != self.hosts[of] for of in (left, right))
+        link = self.machine.between if apart else self.machine.inside
+        return lambda: _pass(link.latency + nbytes / link.bandwidth)
+
+    def together(self) -> None:
+        self.comm.allgather(None)
+
+
+def _pass(seconds: float) -> None:
+    CLOCK.now = _now() + seconds
+
+
+def _now() -> float:
+    return float(getattr(CLOCK, "now", 0.0))
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, hosts: list[str], **given: Any
+) -> list[Machine]:
+    """Measure a made-up machine on virtual ranks, each of which believes to be on its host."""
+    monkeypatch.setattr(module, "perf_counter", _now)
+    monkeypatch.setattr(module.socket, "gethostname", lambda: hosts[CLOCK.rank])
+
+    def on_a_rank(comm: VirtualComm) -> Machine:
+        CLOCK.rank = comm.rank
+        slow = given.get("slow", [1.0] * comm.size)[comm.rank]
+        return measure(comm, FakeProbe(comm, machine, hosts, slow=slow), "found")
+
+    return run_ranks(len(hosts), on_a_rank)
+
+
+@pytest.mark.parametrize("hiding", [0.0, 0.4, 1.0])
+def test_the_figures_of_a_machine_are_found(hiding: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = replace(MACHINE, hiding=hiding)
+    found, *others = measured(monkeypatch, machine, ["a", "b", "a", "b"])
+    assert all(other == found for other in others)
+    # Many queries still read a few keys, and a single one still computes.
+    for name in ("matmul", "memory", "start"):
+        assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.12), name
+    assert found.hiding == pytest.approx(hiding, abs=0.15)
+    for link, of in ((found.inside, INSIDE), (found.between, BETWEEN)):
+        assert link.bandwidth == pytest.approx(of.bandwidth, rel=1e-3)
+        assert link.latency == pytest.approx(of.latency, rel=1e-2)
+    assert (found.name, found.ranks, found.ranks_per_host) == ("found", 4, 2)
+    assert found.room == MACHINE.room  # of the rank that has least
+
+
+def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(monkeypatch, MACHINE, ["a", "a"], slow=[1.0, 3.0])[0]
+    assert found.matmul == pytest.approx(MACHINE.matmul / 3, rel=0.12)
+
+
+def test_a_link_that_is_not_there_has_the_figures_of_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_host = measured(monkeypatch, MACHINE, ["a", "a", "a"])[0]
+    assert one_host.between == one_host.inside
+    assert one_host.inside.bandwidth == pytest.approx(INSIDE.bandwidth, rel=1e-3)
+    one_each = measured(monkeypatch, MACHINE, ["a", "b", "c"])[0]
+    assert one_each.inside == one_each.between
+    assert one_each.between.bandwidth == pytest.approx(BETWEEN.bandwidth, rel=1e-3)
+    alone = measured(monkeypatch, MACHINE, ["a"])[0]
+    assert alone.inside == alone.between == Link(alone.memory, alone.start)
+
+
+def test_probes_end_on_a_machine_that_is_too_fast_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = Link(1e30, 0.0)
+    fast = Machine("fast", 1e20, 1e20, 0.0, 1e9, free, free, 2, 2)
+    measured(monkeypatch, fast, ["a", "a"])[0].check()
+
+
+def test_within_ten_seconds_where_a_probe_takes_what_it_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    total = []
+
+    def on_a_rank(comm: VirtualComm) -> None:
+        CLOCK.rank, CLOCK.now = comm.rank, 0.0
+        measure(comm, FakeProbe(comm, MACHINE, ["a", "a", "b", "b"]))
+        total.append(_now())
+
+    monkeypatch.setattr(module, "perf_counter", _now)
+    monkeypatch.setattr(module.socket, "gethostname", lambda: "aabb"[CLOCK.rank])
+    run_ranks(4, on_a_rank)
+    assert BLOCK < MESSAGE < max(total) < 10
+
+
+@pytest.mark.parametrize("launch", [mpiexec, torchrun], ids=["mpi", "torch"])
+def test_the_command_saves_what_plan_can_load(launch: Any, tmp_path: Path) -> None:
+    of = "mpi_impl" if launch is mpiexec else "torch_impl"
+    arguments = "measure", "--heads", "2", "--head-dim", "16", "--output", str(tmp_path / "m.json")
+    done = launch(2, "-m", f"lvxattn.{of}", *arguments)
+    assert done.status == 0, done.err
+    machine = Machine.load(tmp_path / "m.json")
+    assert (machine.name, machine.ranks, machine.ranks_per_host) == ("m", 2, 2)
+    assert "GFLOP/s a rank" in done.out
+    assert json.loads((tmp_path / "m.json").read_text())["inside"]["bandwidth"] > 1e6

@@ -1,0 +1,114 @@
+"""How fast this machine is under PyTorch: the probes of `lvxattn.reference.plan.measure`."""
+
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from lvxattn.reference.plan.machine import Machine
+from lvxattn.reference.plan.measure import measure as measure_with
+from lvxattn.torch_impl.block_attention import block_attention
+from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
+
+_TAG = 7010
+
+
+def measure(
+    group: AnyGroup = None,
+    *,
+    H: int = 8,
+    H_KV: int = 8,
+    D: int = 64,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    name: str = "here",
+) -> Machine:
+    """Measure this machine, in a few seconds: what `auto` and the plan's seconds rest on.
+
+    Collective: every rank of the group calls this.
+
+    Parameters
+    ----------
+    group : optional
+        The world unless given.
+    H, H_KV, D : int
+        The heads of the problems to come, and their width.
+    dtype : str
+        Of q, k and v.
+    device : torch.device
+        Where this rank computes.
+    name : str
+        The machine's.
+
+    Returns
+    -------
+    lvxattn.reference.plan.Machine
+        The same on all ranks; `Machine.save` keeps it.
+    """
+    ranks = Group.of(group)
+    return measure_with(ranks, Probe(ranks, (H, H_KV, D), dtype, torch.device(device)), name)
+
+
+class Probe:
+    """One rank's part in the probes; `lvxattn.reference.plan.measure.Probe`."""
+
+    def __init__(
+        self, group: Group, shape: tuple[int, int, int], dtype: str, device: torch.device
+    ) -> None:
+        self.group, self.shape, self.dtype, self.device = group, shape, dtype, device
+        self.staged = device.type != "cpu" and over_cpu(group, device)
+
+    @property
+    def room(self) -> float:
+        """Bytes of this rank's device, or its share of the host's memory."""
+        hosts = self.group.allgather(socket.gethostname())
+        if self.device.type != "cpu":
+            return float(torch.cuda.get_device_properties(self.device).total_memory)
+        ranks = hosts.count(socket.gethostname())
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+    def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
+        """Return one block's attention."""
+        H, H_KV, D = self.shape
+        q, k, v = (
+            torch.randn(D, device=self.device).to(getattr(torch, self.dtype)).repeat(1, heads, s, 1)
+            for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
+        )
+
+        def attend() -> None:
+            block_attention(q, k, v, scale=D**-0.5)
+            self._finish()
+
+        return attend
+
+    def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
+        """Return one message to the right and one from the left."""
+        group = self.group.group
+        home = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        there, here = (x.cpu() if self.staged else x.clone() for x in (home, home))
+
+        def message() -> None:
+            if self.staged:
+                there.copy_(home)
+            posted = dist.batch_isend_irecv([
+                dist.P2POp(dist.isend, there, group=group, group_peer=right, tag=_TAG),
+                dist.P2POp(dist.irecv, here, group=group, group_peer=left, tag=_TAG),
+            ])  # fmt: skip
+            for work in posted:
+                work.wait()
+            if self.staged:
+                home.copy_(here)
+            self._finish()
+
+        return message
+
+    def together(self) -> None:
+        """Wait for all ranks."""
+        if self.group.size > 1:
+            dist.barrier(self.group.group)
+
+    def _finish(self) -> None:
+        if self.device.type != "cpu":
+            torch.cuda.synchronize(self.device)
