@@ -41,6 +41,11 @@ class Block(NamedTuple):
         """Kind and owner."""
         return self.kind.format(self.owner)
 
+    @property
+    def whose(self) -> int | None:
+        """The owner's number, if the name has it."""
+        return self.owner if "{}" in self.kind else None
+
     def __str__(self) -> str:
         """Say what is waited for."""
         what = f"{self.name} at hop {self.hop}" if self.hop else self.name
@@ -70,6 +75,10 @@ class Meter:
     bytes: int = 0
     computing: float = 0.0
     waiting: float = 0.0
+
+    def totals(self) -> "Meter":
+        """Return the numbers alone."""
+        return Meter(self.messages, self.bytes, self.computing, self.waiting)
 
     def begins(self, name: str) -> None:
         """Begin a pass."""

@@ -126,7 +126,7 @@ def _slice(
     name: str, where: tuple[int, int], start: float, end: float, block: Block, **more: Any
 ) -> Event:
     pid, tid = where
-    args = {"hop": block.hop, "owner": block.owner, "from": block.source, **more}
+    args = {"hop": block.hop, "owner": block.whose, "from": block.source, **more}
     return {
         "ph": "X",
         "name": name,
