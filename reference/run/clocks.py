@@ -3,7 +3,8 @@
     rank 0   start --ask-->          <--reading-- end        offset = reading - (start + end) / 2
     rank r                 reading                           wrong by at most (end - start) / 2
 
-Of many round trips the shortest says most, for the reading was made somewhere within it.  Clocks drift, so what lies between two comparisons is interpolated (`plan.trace.Clock`).
+Of many round trips the shortest says most, for the reading was made somewhere within it.  Clocks
+drift, so what lies between two comparisons is interpolated (`plan.trace.Clock`).
 """
 
 from time import perf_counter
@@ -12,7 +13,7 @@ from lvxattn.reference.plan.trace import Clock
 from lvxattn.reference.run.ranks import Ranks
 
 # Of the round trips with one rank: at least so many, at most so many, and then for so many seconds.
-FEWEST, MOST, SECONDS = 20, 300, 0.02
+FEWEST, MOST, SECONDS = 20, 200, 0.1
 _ASK, _ENOUGH = 1.0, 0.0
 
 

@@ -98,8 +98,9 @@ def _measure(
 ) -> tuple[dict[str, Array], list[Cost]]:
     """Compute once, or a warm-up and as often as is asked for; return the last results."""
     costs = []
-    for _ in range(1 + (options.repeat or 0)):
-        meter = recorder.meter()
+    often = 1 + (options.repeat or 0)
+    for n in range(often):
+        meter = recorder.meter(last=n == often - 1)
         ranks.start_together()
         meter.begins("forward")
         start = perf_counter()

@@ -31,11 +31,16 @@ class Recorder:
         self.last = Timeline()
         self.clocks: list[Clock] = []
 
-    def meter(self) -> Meter:
-        """Return a meter for one repetition.  Collective: every rank calls this before it."""
+    def meter(self, *, last: bool) -> Meter:
+        """Return a meter for one repetition.  Collective: every rank calls this before it.
+
+        All of them are timelines, so that all cost the same; the trace is of the last one.
+        """
         if not self.wanted:
             return Meter()
-        self.clocks, self.last = compare_clocks(self.ranks), Timeline()
+        if last:
+            self.clocks = compare_clocks(self.ranks)
+        self.last = Timeline()
         return self.last
 
     def trace(self) -> Trace | None:
