@@ -12,6 +12,7 @@ how many there really are, MPI decides.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
@@ -23,6 +24,7 @@ from lvxattn.mpi_impl.device import buffer
 from lvxattn.mpi_impl.exchange import Exchange, Field, Fields, cut, nbytes
 from lvxattn.mpi_impl.watchdog import wait
 from lvxattn.reference.layout import share
+from lvxattn.reference.meter import Block
 
 Array = Any
 Join = Callable[..., tuple[Array, ...]]
@@ -67,15 +69,16 @@ def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Arra
     bounds = list(accumulate(layout.s_q, initial=0))
     rows = [_packed([x[:, :, a:b] for x in arrays], exchange.xp) for a, b in pairwise(bounds)]
     mine = np.empty_like(rows[layout.rank])
+    what = partial(Block, "all ranks' results to be joined")
+    for owner, part in enumerate(rows):
+        if owner != layout.rank:
+            exchange.meter.sent(part.nbytes, owner, what)
     with _operator(join, arrays) as (op, row):
         sent = np.concatenate(rows)
         request = exchange.comm.Ireduce_scatter(
             [sent, len(sent), row], [mine, len(mine), row], [len(part) for part in rows], op
         )
-        _wait(exchange, request, "all ranks' results to be joined")
-    for owner, part in enumerate(rows):
-        if owner != layout.rank:
-            exchange.meter.sent(part.nbytes)
+        _wait(exchange, request, what)
     return _unpacked(mine, arrays, layout.s_q[layout.rank], exchange.xp)
 
 
@@ -95,15 +98,16 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     layout = exchange.layout
     sent = _packed(list(arrays), exchange.xp)
     result = np.empty_like(sent)
-    with _operator(join, arrays) as (op, row):
-        request = exchange.comm.Iallreduce([sent, len(sent), row], [result, len(result), row], op)
-        _wait(exchange, request, "all ranks' results to be joined")
-    S_Q = arrays[0].shape[2]
+    S_Q, what = arrays[0].shape[2], partial(Block, "all ranks' results to be joined")
     rows = [share(S_Q, rank, layout.size) for rank in range(layout.size)]
     for rank, part in enumerate(rows):  # there and, joined, back
         if rank != layout.rank:
             for owner in (part, rows[layout.rank]):
-                exchange.meter.sent(sent.nbytes // max(1, S_Q) * (owner.stop - owner.start))
+                row_bytes = sent.nbytes // max(1, S_Q)
+                exchange.meter.sent(row_bytes * (owner.stop - owner.start), rank, what)
+    with _operator(join, arrays) as (op, row):
+        request = exchange.comm.Iallreduce([sent, len(sent), row], [result, len(result), row], op)
+        _wait(exchange, request, what)
     return _unpacked(result, arrays, S_Q, exchange.xp)
 
 
@@ -122,7 +126,7 @@ def all_to_all(
     fields : callable
         Shapes and dtypes of what each rank gives to this one: MPI must know how much will come.
     what : str
-        What is waited for, for the watchdog.
+        What is waited for.
     """
     layout, xp = exchange.layout, exchange.xp
     going = [[(x.shape, x.dtype) for x in part] for part in parts]
@@ -132,16 +136,17 @@ def all_to_all(
     for dest, views in enumerate(out.views()):
         for view, x in zip(views, parts[dest], strict=False):
             view[...] = x
+    label = partial(Block, what)
+    for dest, part in enumerate(going):
+        if dest != layout.rank:
+            exchange.meter.sent(nbytes(part), dest, label)
     sent, room = out.buffer.sendable(out.nbytes), into.buffer.receivable(into.nbytes)
     request = exchange.comm.Ialltoallv(
         [sent, (out.counts, out.starts), MPI.BYTE], [room, (into.counts, into.starts), MPI.BYTE]
     )
-    _wait(exchange, request, what)
+    _wait(exchange, request, label)
     into.buffer.deliver(into.nbytes)
     into.buffer.receivable(0)  # a copy to the device may still read the pinned memory
-    for dest, part in enumerate(going):
-        if dest != layout.rank:
-            exchange.meter.sent(nbytes(part))
     received = into.views()
     received[layout.rank] = parts[layout.rank]
     return received
@@ -223,5 +228,5 @@ def _unpacked(rows: Array, like: Sequence[Array], length: int, xp: Any) -> tuple
     )
 
 
-def _wait(exchange: Exchange, request: MPI.Request, what: str) -> None:
-    exchange.meter.waits(wait)(request, exchange.watchdog, lambda: what)
+def _wait(exchange: Exchange, request: MPI.Request, what: Callable[[], Block]) -> None:
+    exchange.meter.waits(wait, what)(request, exchange.watchdog, what)

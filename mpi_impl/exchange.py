@@ -10,29 +10,23 @@ and both requests progress while the rank computes.
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.device import buffer
 from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
-from lvxattn.reference.meter import Meter
+from lvxattn.reference.meter import KINDS, Block, Meter
 
 Array = Any
+Result = TypeVar("Result")
 # Shape and dtype of one array of a block, and those of a block by its owner.
 Field = tuple[tuple[int, ...], Any]
 Fields = Callable[[int], list[Field]]
 
 # One tag for each kind of block: two rotations are under way at once.
 BLOCKS, RESULTS = 7001, 7002
-# What they carry, by schedule, for the watchdog.
-_KINDS = {
-    ("lv-xattn", BLOCKS): "the queries of rank {}",
-    ("lv-xattn", RESULTS): "the results for rank {}'s queries",
-    ("ring", BLOCKS): "the keys and values of rank {}",
-    ("ring", RESULTS): "the gradients of rank {}'s keys and values",
-}
 
 
 class Exchange:
@@ -68,6 +62,14 @@ class Exchange:
         self.rotations.append(rotation)
         return rotation
 
+    def computes(self, fn: Callable[..., Result], kind: str = "") -> Callable[..., Result]:
+        """Return `fn` with a hop as an argument before its own, for the meter.
+
+        `kind` is what it works on, where that does not go round.
+        """
+        kind = kind or KINDS[self.layout.schedule][0]
+        return self.meter.computes(fn, lambda hop: Block(kind, self.layout.owner(hop), hop))
+
     def progress(self) -> None:
         """Let MPI move what is under way; without such calls large messages stand still."""
         MPI.Request.Testall([r for rotation in self.rotations for r in rotation.requests])
@@ -91,6 +93,7 @@ class Rotation:
 
     def __init__(self, exchange: Exchange, tag: int, fields: Fields, hop: int) -> None:
         self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
+        self.kind = KINDS[exchange.layout.schedule][tag == RESULTS]
         self.nbytes = max(self._nbytes(owner) for owner in range(exchange.layout.size))
         # In hand, and to be received into; a rank that is alone needs neither.
         room = self.nbytes if exchange.layout.size > 1 else 0
@@ -117,11 +120,11 @@ class Rotation:
                 view[...] = x  # in place: what was received there has been used
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
+        self.hop += 1
+        meter.sent(mine, layout.right, self._leaving)
         self.receiving = comm.Irecv([free.receivable(coming), MPI.BYTE], layout.left, self.tag)
         self.sending = comm.Isend([in_hand.sendable(mine), MPI.BYTE], layout.right, self.tag)
-        meter.sent(mine)
         self.buffers = [free, in_hand]
-        self.hop += 1
 
     def wait(self) -> list[Array]:
         """Wait for the block that `shift` asked for, and return its arrays.
@@ -136,18 +139,16 @@ class Rotation:
         """Wait until the block that was sent last is gone."""
         self._wait_for(self.sending, self._leaving)
 
-    def _wait_for(self, request: MPI.Request, what: Callable[[], str]) -> None:
-        self.exchange.meter.waits(wait)(request, self.exchange.watchdog, what)
+    def _wait_for(self, request: MPI.Request, what: Callable[[], Block]) -> None:
+        self.exchange.meter.waits(wait, what)(request, self.exchange.watchdog, what)
 
-    def _awaited(self) -> str:
+    def _awaited(self) -> Block:
         layout = self.exchange.layout
-        kind = _KINDS[layout.schedule, self.tag].format(layout.owner(self.hop))
-        return f"{kind} at hop {self.hop}, from rank {layout.left}"
+        return Block(self.kind, layout.owner(self.hop), self.hop, source=layout.left)
 
-    def _leaving(self) -> str:
+    def _leaving(self) -> Block:
         layout = self.exchange.layout
-        kind = _KINDS[layout.schedule, self.tag].format(layout.owner(self.hop - 1))
-        return f"rank {layout.right} to take {kind} at hop {self.hop}"
+        return Block(self.kind, layout.owner(self.hop - 1), self.hop, dest=layout.right)
 
     def _views(self) -> list[Array]:
         return cut(self.buffers[0].array, self.fields(self.exchange.layout.owner(self.hop)))

@@ -50,12 +50,12 @@ def gather(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter, array_module(q))
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(partial(block_attention, scale=layout.scale), "all ranks' queries")
 
     # 1. Give my queries to all ranks, and take theirs.
     (q_all,) = all_gather(exchange, q)
     # 2. What my keys have to say to all queries.
-    out, lse = attend(q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
+    out, lse = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
     # 3. Every result goes home, and is merged there with what the other ranks' keys had to say.
     out, lse = reduce_scatter(exchange, merge, out, lse)
     return out.astype(q.dtype, copy=False), lse
@@ -83,7 +83,9 @@ def gather_backward(
     meter = meter or Meter()
     xp, wide = array_module(q), np.dtype(layout.accumulator)
     exchange = Exchange(comm, layout, meter, xp)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale), "all ranks' queries"
+    )
     dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
     dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
@@ -92,7 +94,7 @@ def gather_backward(
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
     # 2. What my keys have to say to all queries; dk and dv stay here.
     view = layout.view(mask, 0, layout.rank)
-    dq = attend(dout_all, q_all, k_shard, v_shard, lse_all, delta_all, dk, dv, mask=view)
+    dq = attend(0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, dk, dv, mask=view)
     # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
     (dq,) = reduce_scatter(exchange, added, dq)
     return (

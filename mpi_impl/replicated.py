@@ -45,10 +45,12 @@ def replicated(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter, array_module(q))
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention, scale=layout.scale), "all queries, with the keys of rank {}"
+    )
 
     # 1. What my keys have to say to all queries.
-    out, lse = attend(q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
+    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
     # 2. Join that with what the others' have to say.
     out, lse = all_reduce(exchange, merge, out, lse)
     return out.astype(q.dtype, copy=False), lse
@@ -76,14 +78,17 @@ def replicated_backward(
     meter = meter or Meter()
     xp, wide = array_module(q), np.dtype(layout.accumulator)
     exchange = Exchange(comm, layout, meter, xp)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale),
+        "all queries, with the keys of rank {}",
+    )
     dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
     dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
 
     # 1. What my keys have to say; dk and dv stay here.
     view = layout.view(mask, layout.rank, layout.rank)
-    dq = attend(dout, q, k_shard, v_shard, lse, delta, dk, dv, mask=view)
+    dq = attend(0, dout, q, k_shard, v_shard, lse, delta, dk, dv, mask=view)
     # 2. Add that to what the others' have to say.
     (dq,) = all_reduce(exchange, added, dq)
     return (

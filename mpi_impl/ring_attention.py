@@ -53,7 +53,7 @@ def ring_attention(
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter, array_module(q))
     blocks = exchange.rotation(BLOCKS, partial(block_fields, layout, q.dtype))
-    attend = meter.computes(
+    attend = exchange.computes(
         partial(block_attention, scale=layout.scale, progress=exchange.progress)
     )
     P, rank = layout.size, layout.rank
@@ -61,7 +61,7 @@ def ring_attention(
     # 1. Send my keys and values on; my own block's work hides their way.
     if P > 1:
         blocks.shift(k_shard, v_shard, *travelling(mask))
-    out, lse = attend(q, k_shard, v_shard, mask=layout.view(mask, rank, rank))
+    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, rank, rank))
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -70,7 +70,7 @@ def ring_attention(
             blocks.shift()
         # 3. What its keys have to say to my queries.
         view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
-        part = attend(q, k_block, v_block, mask=view)
+        part = attend(hop, q, k_block, v_block, mask=view)
         # 4. Merge that with what the blocks before have said.
         out, lse = merge(out, lse, *part)
     exchange.finish()
@@ -106,7 +106,7 @@ def ring_attention_backward(
 
     blocks = exchange.rotation(BLOCKS, partial(block_fields, layout, q.dtype))
     results = exchange.rotation(RESULTS, result, hop=1)
-    attend = meter.computes(
+    attend = exchange.computes(
         partial(block_attention_backward, scale=layout.scale, progress=exchange.progress)
     )
     P, rank = layout.size, layout.rank
@@ -120,7 +120,7 @@ def ring_attention_backward(
     if P > 1:
         blocks.shift(k_shard, v_shard, *travelling(mask))
     dq = attend(
-        dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
+        0, dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
     )
 
     for hop in range(1, P):
@@ -131,7 +131,7 @@ def ring_attention_backward(
         # 3. What its keys have to say to my queries, and they to its keys; dq stays here.
         view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
         dk_block, dv_block = xp.zeros(k_block.shape, wide), xp.zeros(v_block.shape, wide)
-        dq += attend(dout, q, k_block, v_block, lse, delta, dk_block, dv_block, mask=view)
+        dq += attend(hop, dout, q, k_block, v_block, lse, delta, dk_block, dv_block, mask=view)
         # 4. Add that to what the ranks before me have said, and send it after the block.
         if hop > 1:
             dk_before, dv_before = results.wait()
@@ -142,7 +142,7 @@ def ring_attention_backward(
     if P > 1:
         # 5. The rest of my own block's work hides the way home of its gradients.
         dq += attend(
-            dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
+            0, dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
             mask=home.from_key(cut),
         )  # fmt: skip
         # 6. What all the others have said to my keys.

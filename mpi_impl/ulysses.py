@@ -55,14 +55,16 @@ def ulysses(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter, array_module(q))
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention, scale=layout.scale), "this rank's heads of all queries"
+    )
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
     (q_heads,) = to_heads(exchange, layout.s_q, q)
     k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
     view = heads_view(exchange, mask)
     # 2. My heads of all queries, over all keys.
-    out, lse = attend(q_heads, k_heads, v_heads, mask=view)
+    out, lse = attend(0, q_heads, k_heads, v_heads, mask=view)
     # 3. Trade back.
     out, lse = to_lengths(exchange, layout.s_q, out, lse)
     return out.astype(q.dtype, copy=False), lse
@@ -90,7 +92,9 @@ def ulysses_backward(
     meter = meter or Meter()
     xp, wide = array_module(q), np.dtype(layout.accumulator)
     exchange = Exchange(comm, layout, meter, xp)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
+    )
     dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
 
@@ -103,8 +107,9 @@ def ulysses_backward(
     dk_heads, dv_heads = xp.zeros(k_heads.shape, wide), xp.zeros(v_heads.shape, wide)
     # 2. My heads of all queries, over all keys.
     dq_heads = attend(
-        dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads, mask=view
-    )
+        0, dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads,
+        mask=view,
+    )  # fmt: skip
     # 3. Trade back.
     (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
     dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)

@@ -46,7 +46,7 @@ class Watchdog:
     def __init__(self, comm: MPI.Intracomm, seconds: float) -> None:
         self.comm, self.seconds = comm, seconds
         self._spoken = False
-        self._waiting: tuple[float, Callable[[], str], int] | None = None
+        self._waiting: tuple[float, Callable[[], object], int] | None = None
         self._thread: threading.Thread | None = None
         self._ended: threading.Event | None = None
 
@@ -62,7 +62,7 @@ class Watchdog:
         seconds = timeout(comm)
         return None if seconds is None else Watchdog(comm, seconds)
 
-    def check(self, waited: float, what: Callable[[], str]) -> None:
+    def check(self, waited: float, what: Callable[[], object]) -> None:
         """Look at a wait of this thread, which asks again and again; `what` says what for."""
         if waited < self.seconds:
             self._spoken = False
@@ -73,7 +73,7 @@ class Watchdog:
             _end(self.comm)
 
     @contextmanager
-    def over(self, what: Callable[[], str]) -> Iterator[None]:
+    def over(self, what: Callable[[], object]) -> Iterator[None]:
         """Watch a call that does not return before it is done; `what` says what for."""
         if self._thread is None:
             # It must not keep the watchdog alive: a pass that ends early drops it.
@@ -103,14 +103,14 @@ class Watchdog:
         if self._waiting is waiting:  # else what it waited for has come after all
             _end(self.comm)
 
-    def _speak(self, what: str, frame: FrameType) -> None:
+    def _speak(self, what: object, frame: FrameType) -> None:
         stack = [line for line in traceback.format_stack(frame) if not _STARTERS.search(line)]
         where = f"rank {self.comm.rank} of {self.comm.size}"
         message = f"{where} has waited {self.seconds:g} s for {what}; it is at\n{''.join(stack)}"
         os.write(2, message.encode())  # at once, so that ranks do not write into each other's lines
 
 
-def wait(request: MPI.Request, watchdog: Watchdog | None, what: Callable[[], str]) -> None:
+def wait(request: MPI.Request, watchdog: Watchdog | None, what: Callable[[], object]) -> None:
     """Wait for a request; asleep, if it takes longer than a moment.
 
     A wait inside MPI spins: where ranks outnumber cores it takes a core from the very ranks that it

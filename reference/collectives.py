@@ -9,6 +9,7 @@ What joins two partial results is `merge`, or `added` for plain sums.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from lvxattn.reference.exchange import BLOCKS, Exchange
 from lvxattn.reference.layout import share
+from lvxattn.reference.meter import Block
 
 Array = npt.NDArray[Any]
 Join = Callable[..., tuple[Array, ...]]
@@ -32,7 +34,8 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
     *arrays : (B, H, s_q, ...)
         This rank's block.
     """
-    blocks = all_to_all(exchange, [list(arrays)] * exchange.layout.size)
+    what = "all ranks' queries to be gathered"
+    blocks = all_to_all(exchange, [list(arrays)] * exchange.layout.size, what)
     return [np.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)]
 
 
@@ -71,7 +74,7 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     return tuple(all_gather(exchange, *mine))
 
 
-def all_to_all(exchange: Exchange, parts: list[list[Array]]) -> list[list[Array]]:
+def all_to_all(exchange: Exchange, parts: list[list[Array]], what: str) -> list[list[Array]]:
     """Give every rank a part, and return what all ranks gave to this one, in rank order.
 
     Collective: every rank of the exchange calls this.
@@ -81,14 +84,17 @@ def all_to_all(exchange: Exchange, parts: list[list[Array]]) -> list[list[Array]
     exchange : Exchange
     parts : list
         For each rank the arrays that it is to have.
+    what : str
+        What is waited for.
     """
     layout = exchange.layout
     received = [parts[layout.rank]] * layout.size
     for hop in range(1, layout.size):
         dest, source = layout.owner(-hop), layout.owner(hop)
-        exchange.meter.sent(sum(x.nbytes for x in parts[dest]))
+        exchange.meter.sent(sum(x.nbytes for x in parts[dest]), dest, partial(Block, what))
         exchange.comm.send(parts[dest], dest, BLOCKS)
-        received[source] = exchange.meter.waits(exchange.comm.recv)(source, BLOCKS)
+        receive = exchange.meter.waits(exchange.comm.recv, partial(Block, what, source=source))
+        received[source] = receive(source, BLOCKS)
     return received
 
 
@@ -103,7 +109,8 @@ def _joined_rows(
 ) -> tuple[Array, ...]:
     bounds = np.cumsum(lengths)[:-1]
     pieces = zip(*(np.split(x, bounds, axis=2) for x in arrays), strict=True)
-    first, *others = all_to_all(exchange, [list(parts) for parts in pieces])
+    parts = [list(part) for part in pieces]
+    first, *others = all_to_all(exchange, parts, "all ranks' results to be joined")
     result = tuple(first)
     for part in others:
         result = join(*result, *part)

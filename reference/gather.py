@@ -51,13 +51,13 @@ def gather(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(partial(block_attention, scale=layout.scale), "all ranks' queries")
     q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
 
     # 1. Give my queries to all ranks, and take theirs.
     (q_all,) = all_gather(exchange, q)
     # 2. What my keys have to say to all queries.
-    out, lse = attend(q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
+    out, lse = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
     # 3. Every result goes home, and is merged there with what the other ranks' keys had to say.
     out, lse = reduce_scatter(exchange, merge, out, lse)
     return out, lse
@@ -84,7 +84,9 @@ def gather_backward(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale), "all ranks' queries"
+    )
     dout, q, k_shard, v_shard, out, lse = (
         x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
     )
@@ -95,7 +97,7 @@ def gather_backward(
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
     # 2. What my keys have to say to all queries; dk and dv stay here.
     view = layout.view(mask, 0, layout.rank)
-    dq = attend(dout_all, q_all, k_shard, v_shard, lse_all, delta_all, dk, dv, mask=view)
+    dq = attend(0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, dk, dv, mask=view)
     # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
     (dq,) = reduce_scatter(exchange, added, dq)
     return dq, dk, dv

@@ -56,8 +56,8 @@ def lv_xattn(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    queries, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS)
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    queries, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS, hop=1)
+    attend = exchange.computes(partial(block_attention, scale=layout.scale))
     q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
     cut = layout.home_cut(layout.D, layout.D_V + 1)
@@ -65,7 +65,7 @@ def lv_xattn(
     # 1. Send my queries on; the first part of my own block's work hides their way.
     if P > 1:
         queries.shift(q)
-    out, lse = attend(q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    out, lse = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -74,7 +74,7 @@ def lv_xattn(
             queries.shift()
         # 3. What my keys have to say to it.
         view = layout.view(mask, layout.owner(hop), layout.rank)
-        part = attend(q_block, k_shard, v_shard, mask=view)
+        part = attend(hop, q_block, k_shard, v_shard, mask=view)
         # 4. Merge that with what the ranks before me have said, and send it after the block.
         if hop > 1:
             part = merge(*part, *results.wait())
@@ -82,7 +82,7 @@ def lv_xattn(
 
     if P > 1:
         # 5. The rest of my own block's work hides the way home of its result.
-        rest = attend(q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
         out, lse = merge(out, lse, *rest)
         # 6. What all the others have said to my queries.
         out, lse = merge(out, lse, *results.wait())
@@ -110,8 +110,8 @@ def lv_xattn_backward(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    blocks, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    blocks, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS, hop=1)
+    attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
     dout, q, k_shard, v_shard, out, lse = (
         x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
     )
@@ -125,7 +125,7 @@ def lv_xattn_backward(
     if P > 1:
         blocks.shift(q, dout, lse, delta)
     dq = attend(
-        dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
+        0, dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
     )
 
     for hop in range(1, P):
@@ -136,7 +136,7 @@ def lv_xattn_backward(
         # 3. What my keys have to say to it; dk and dv stay here and are added to in place.
         view = layout.view(mask, layout.owner(hop), layout.rank)
         part = attend(
-            dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv, mask=view
+            hop, dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv, mask=view
         )
         # 4. Add that to what the ranks before me have said, and send it after the block.
         if hop > 1:
@@ -146,7 +146,7 @@ def lv_xattn_backward(
     if P > 1:
         # 5. The rest of my own block's work hides the way home of its gradient.
         dq += attend(
-            dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
+            0, dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
             mask=home.from_key(cut),
         )  # fmt: skip
         # 6. What all the others have said to my queries.

@@ -3,15 +3,63 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+# What goes round, by schedule, and what follows it.
+KINDS = {
+    "lv-xattn": ("the queries of rank {}", "the results for rank {}'s queries"),
+    "ring": ("the keys and values of rank {}", "the gradients of rank {}'s keys and values"),
+}
+
+
+class Block(NamedTuple):
+    """What is worked on, sent or awaited, in the words in which a person would ask for it.
+
+    Attributes
+    ----------
+    kind : str
+        With a place for the owner's number, if it has one.
+    owner : int or None
+        Whose it is.
+    hop : int
+        At which hop it arrives or, worked on, has arrived; 0 at home and where nothing goes round.
+    source, dest : int or None
+        From which rank it is awaited, or which one is to take it.
+    """
+
+    kind: str
+    owner: int | None = None
+    hop: int = 0
+    source: int | None = None
+    dest: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Kind and owner."""
+        return self.kind.format(self.owner)
+
+    @property
+    def whose(self) -> int | None:
+        """The owner's number, if the name has it."""
+        return self.owner if "{}" in self.kind else None
+
+    def __str__(self) -> str:
+        """Say what is waited for."""
+        what = f"{self.name} at hop {self.hop}" if self.hop else self.name
+        if self.dest is not None:
+            return f"rank {self.dest} to take {what}"
+        return what if self.source is None else f"{what}, from rank {self.source}"
 
 
 @dataclass
 class Meter:
     """Counts one rank's blocks and seconds; hand it to any number of calls and it adds up.
+
+    What it is told about blocks it leaves alone: that is for a `timeline.Timeline`.  It is told by
+    functions, so that nothing is put into words where nobody reads them.
 
     Attributes
     ----------
@@ -28,15 +76,29 @@ class Meter:
     computing: float = 0.0
     waiting: float = 0.0
 
-    def sent(self, nbytes: int) -> None:
-        """Count one block."""
+    def totals(self) -> "Meter":
+        """Return the numbers alone."""
+        return Meter(self.messages, self.bytes, self.computing, self.waiting)
+
+    def begins(self, name: str) -> None:
+        """Begin a pass."""
+
+    def sent(self, nbytes: int, dest: int, what: Callable[[], Block]) -> None:  # noqa: ARG002
+        """Count one block, which is about to be sent to `dest`; `what` says which."""
         self.messages += 1
         self.bytes += nbytes
 
-    def computes(self, fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        """Return `fn` so that its calls count as computing."""
+    def computes(
+        self,
+        fn: Callable[Arguments, Result],
+        what: Callable[[int], Block],  # noqa: ARG002
+    ) -> Callable[Concatenate[int, Arguments], Result]:
+        """Return `fn`, with a hop before its arguments, so that its calls count as computing.
 
-        def timed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        `what` says what is worked on at a hop.
+        """
+
+        def timed(hop: int, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:  # noqa: ARG001
             start = perf_counter()
             result = fn(*args, **kwargs)
             self.computing += perf_counter() - start
@@ -44,8 +106,12 @@ class Meter:
 
         return timed
 
-    def waits(self, fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        """Return `fn` so that its calls count as waiting."""
+    def waits(
+        self,
+        fn: Callable[Arguments, Result],
+        what: Callable[[], Block],  # noqa: ARG002
+    ) -> Callable[Arguments, Result]:
+        """Return `fn` so that its calls count as waiting; `what` says what for."""
 
         def timed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             start = perf_counter()

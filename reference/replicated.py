@@ -46,11 +46,13 @@ def replicated(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention, scale=layout.scale), "all queries, with the keys of rank {}"
+    )
     q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
 
     # 1. What my keys have to say to all queries.
-    out, lse = attend(q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
+    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
     # 2. Join that with what the others' have to say.
     out, lse = all_reduce(exchange, merge, out, lse)
     return out, lse
@@ -77,7 +79,10 @@ def replicated_backward(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale),
+        "all queries, with the keys of rank {}",
+    )
     dout, q, k_shard, v_shard, out, lse = (
         x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
     )
@@ -86,7 +91,7 @@ def replicated_backward(
 
     # 1. What my keys have to say; dk and dv stay here.
     view = layout.view(mask, layout.rank, layout.rank)
-    dq = attend(dout, q, k_shard, v_shard, lse, delta, dk, dv, mask=view)
+    dq = attend(0, dout, q, k_shard, v_shard, lse, delta, dk, dv, mask=view)
     # 2. Add that to what the others' have to say.
     (dq,) = all_reduce(exchange, added, dq)
     return dq, dk, dv

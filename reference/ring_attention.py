@@ -54,14 +54,14 @@ def ring_attention(
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
     blocks = exchange.rotation(BLOCKS)
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(partial(block_attention, scale=layout.scale))
     q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
     P, rank = layout.size, layout.rank
 
     # 1. Send my keys and values on; my own block's work hides their way.
     if P > 1:
         blocks.shift(k_shard, v_shard, *travelling(mask))
-    out, lse = attend(q, k_shard, v_shard, mask=layout.view(mask, rank, rank))
+    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, rank, rank))
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -70,7 +70,7 @@ def ring_attention(
             blocks.shift()
         # 3. What its keys have to say to my queries.
         view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
-        part = attend(q, k_block, v_block, mask=view)
+        part = attend(hop, q, k_block, v_block, mask=view)
         # 4. Merge that with what the blocks before have said.
         out, lse = merge(out, lse, *part)
     return out, lse
@@ -97,8 +97,8 @@ def ring_attention_backward(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    blocks, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    blocks, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS, hop=1)
+    attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
     dout, q, k_shard, v_shard, out, lse = (
         x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
     )
@@ -112,7 +112,7 @@ def ring_attention_backward(
     if P > 1:
         blocks.shift(k_shard, v_shard, *travelling(mask))
     dq = attend(
-        dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
+        0, dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
     )
 
     for hop in range(1, P):
@@ -123,7 +123,7 @@ def ring_attention_backward(
         # 3. What its keys have to say to my queries, and they to its keys; dq stays here.
         view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
         dk_block, dv_block = np.zeros(k_block.shape), np.zeros(v_block.shape)
-        dq += attend(dout, q, k_block, v_block, lse, delta, dk_block, dv_block, mask=view)
+        dq += attend(hop, dout, q, k_block, v_block, lse, delta, dk_block, dv_block, mask=view)
         # 4. Add that to what the ranks before me have said, and send it after the block.
         if hop > 1:
             dk_before, dv_before = results.wait()
@@ -134,7 +134,7 @@ def ring_attention_backward(
     if P > 1:
         # 5. The rest of my own block's work hides the way home of its gradients.
         dq += attend(
-            dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
+            0, dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
             mask=home.from_key(cut),
         )  # fmt: skip
         # 6. What all the others have said to my keys.

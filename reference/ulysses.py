@@ -55,7 +55,9 @@ def ulysses(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention, scale=layout.scale), "this rank's heads of all queries"
+    )
     q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
@@ -63,7 +65,7 @@ def ulysses(
     k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
     view = heads_view(exchange, mask)
     # 2. My heads of all queries, over all keys.
-    out, lse = attend(q_heads, k_heads, v_heads, mask=view)
+    out, lse = attend(0, q_heads, k_heads, v_heads, mask=view)
     # 3. Trade back.
     out, lse = to_lengths(exchange, layout.s_q, out, lse)
     return out, lse
@@ -90,7 +92,9 @@ def ulysses_backward(
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
+    )
     dout, q, k_shard, v_shard, out, lse = (
         x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
     )
@@ -105,8 +109,9 @@ def ulysses_backward(
     dk_heads, dv_heads = np.zeros(k_heads.shape), np.zeros(v_heads.shape)
     # 2. My heads of all queries, over all keys.
     dq_heads = attend(
-        dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads, mask=view
-    )
+        0, dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads,
+        mask=view,
+    )  # fmt: skip
     # 3. Trade back.
     (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
     dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)
@@ -119,7 +124,8 @@ def to_heads(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> li
     Collective: every rank of the exchange calls this.  `lengths` are those of all ranks' arrays.
     """
     parts = [np.split(x, len(lengths), axis=1) for x in arrays]
-    received = all_to_all(exchange, [list(part) for part in zip(*parts, strict=True)])
+    pieces = [list(part) for part in zip(*parts, strict=True)]
+    received = all_to_all(exchange, pieces, "all ranks' heads to be traded")
     return [np.concatenate(blocks, axis=2) for blocks in zip(*received, strict=True)]
 
 
@@ -129,7 +135,8 @@ def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> 
     Collective: every rank of the exchange calls this.  `lengths` are those that ranks are to have.
     """
     parts = [np.split(x, np.cumsum(lengths)[:-1], axis=2) for x in arrays]
-    received = all_to_all(exchange, [list(part) for part in zip(*parts, strict=True)])
+    pieces = [list(part) for part in zip(*parts, strict=True)]
+    received = all_to_all(exchange, pieces, "all ranks' results to be traded")
     return [np.concatenate(blocks, axis=1) for blocks in zip(*received, strict=True)]
 
 
@@ -144,7 +151,7 @@ def heads_view(exchange: Exchange, mask: AnyArray | MaskRule | None) -> MaskView
         four = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         split = np.split(four, layout.size, axis=1) if four.shape[1] > 1 else [four] * layout.size
         parts = [[part] for part in split]
-    received = all_to_all(exchange, parts)
+    received = all_to_all(exchange, parts, "all ranks' masks to be traded")
     return MaskView(joined([block[0] if block else None for block in received], layout.s_kv))
 
 

@@ -45,9 +45,6 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
     },
     "torch_impl": {
         "exchange": {
-            "Arguments": "types of what `Exchange.computes` wraps",
-            "Result": "types of what `Exchange.computes` wraps",
-            "Exchange.computes": "names hop and block for the profiler",
             "Exchange.finish": "buffers go back to the layout when nothing of them is under way",
             "Rotation.device": "blocks may travel through the host's memory",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
@@ -74,8 +71,7 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
 }
 # Parameters that its functions have beside the reference's, and why.
 _PROGRESS = {"progress": "lets MPI work between tiles"}
-_ROTATION = {"fields": _AWAITED, "hop": "whose it will be"}
-_ALL_TO_ALL = {"fields": _AWAITED, "what": "errors say what was waited for"}
+_FIELDS = {"fields": _AWAITED}
 _KERNEL = {"kernel": "there are several"}
 _LAYER = {
     **dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases"),
@@ -86,18 +82,18 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "block_attention": _PROGRESS,
         "block_attention_backward": _PROGRESS,
         "Exchange.__init__": {"xp": "NumPy or CuPy decides about the buffers"},
-        "Exchange.rotation": _ROTATION,
-        "Rotation.__init__": _ROTATION,
-        "all_to_all": _ALL_TO_ALL,
+        "Exchange.rotation": _FIELDS,
+        "Rotation.__init__": _FIELDS,
+        "all_to_all": _FIELDS,
         "joined": {"xp": "NumPy or CuPy makes the mask"},
     },
     "torch_impl": {
         "block_attention": _KERNEL,
         "block_attention_backward": _KERNEL,
         "Exchange.__init__": {"device": "where the buffers are"},
-        "Exchange.rotation": _ROTATION,
-        "Rotation.__init__": _ROTATION,
-        "all_to_all": _ALL_TO_ALL,
+        "Exchange.rotation": _FIELDS,
+        "Rotation.__init__": _FIELDS,
+        "all_to_all": _FIELDS,
         "joined": {"device": "where the mask is made"},
         "cross_attention": {"return_lse": "most callers want out alone"},
         "passes": {"group": "errors name the rank"},

@@ -89,11 +89,11 @@ def test_a_wait_is_described_by_kind_owner_hop_and_neighbour() -> None:
     )  # fmt: skip
     exchange = Exchange(MPI.COMM_SELF, layout, Meter(), np)
     rotation = exchange.rotation(RESULTS, lambda _: [((1,), np.dtype("f4"))], hop=2)
-    assert rotation._awaited() == "the results for rank 0's queries at hop 2, from rank 2"
-    assert rotation._leaving() == "rank 3 to take the results for rank 2's queries at hop 2"
+    assert str(rotation._awaited()) == "the results for rank 0's queries at hop 2, from rank 2"
+    assert str(rotation._leaving()) == "rank 3 to take the results for rank 2's queries at hop 2"
     rotation = replace_schedule(exchange, "ring").rotation(BLOCKS, rotation.fields, hop=1)
-    assert rotation._awaited() == "the keys and values of rank 2 at hop 1, from rank 2"
-    assert rotation._leaving() == "rank 3 to take the keys and values of rank 1 at hop 1"
+    assert str(rotation._awaited()) == "the keys and values of rank 2 at hop 1, from rank 2"
+    assert str(rotation._leaving()) == "rank 3 to take the keys and values of rank 1 at hop 1"
 
 
 def replace_schedule(exchange: Exchange, schedule: str) -> Exchange:

@@ -9,6 +9,7 @@ What joins two partial results is `merge`, or `added` for plain sums.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lvxattn.reference.layout import share
+from lvxattn.reference.meter import Block
 from lvxattn.torch_impl.exchange import Exchange, Field, Fields, cut, nbytes, span
 
 Join = Callable[..., tuple[Tensor, ...]]
@@ -86,7 +88,7 @@ def all_to_all(
     fields : callable
         Shapes and dtypes of what each rank gives to this one: it is known how much will come.
     what : str
-        What is waited for, should it not come.
+        What is waited for.
     """
     layout, group = exchange.layout, exchange.group
     if layout.size == 1:
@@ -99,13 +101,14 @@ def all_to_all(
     for dest, views in enumerate(_views(sent, going)):
         for view, x in zip(views, parts[dest], strict=False):
             view.copy_(x)
-    with group.waiting(lambda: what), span(f"{layout.schedule}: all-to-all, {what}", device):
-        exchange.meter.waits(dist.all_to_all_single)(
-            room, sent, _counts(coming), _counts(going), group=group.group
-        )
+    label = partial(Block, what)
     for dest, part in enumerate(going):
         if dest != layout.rank:
-            exchange.meter.sent(nbytes(part))
+            exchange.meter.sent(nbytes(part), dest, label)
+    with group.waiting(label), span(f"{layout.schedule}: all-to-all, {what}", device):
+        exchange.meter.waits(dist.all_to_all_single, label)(
+            room, sent, _counts(coming), _counts(going), group=group.group
+        )
     received = [[x.to(exchange.device) for x in part] for part in _views(room, coming)]
     received[layout.rank] = parts[layout.rank]
     return received

@@ -12,17 +12,16 @@ never waits here: it only tells the device's stream to.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lvxattn.reference.meter import Meter
+from lvxattn.reference.meter import KINDS, Block, Meter
 from lvxattn.torch_impl.group import Group, over_cpu
 from lvxattn.torch_impl.layout import Layout
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 # Shape and dtype of one tensor of a block, and those of a block by its owner.
 Field = tuple[tuple[int, ...], torch.dtype]
@@ -30,13 +29,6 @@ Fields = Callable[[int], list[Field]]
 
 # One tag for each kind of block: two rotations are under way at once.
 BLOCKS, RESULTS = 7001, 7002
-# What they carry, by schedule.
-_KINDS = {
-    ("lv-xattn", BLOCKS): "the queries of rank {}",
-    ("lv-xattn", RESULTS): "the results for rank {}'s queries",
-    ("ring", BLOCKS): "the keys and values of rank {}",
-    ("ring", RESULTS): "the gradients of rank {}'s keys and values",
-}
 
 
 class Exchange:
@@ -73,14 +65,18 @@ class Exchange:
         self.rotations.append(rotation)
         return rotation
 
-    def computes(self, fn: Callable[Arguments, Result]) -> Callable[..., Result]:
-        """Return `fn` with a hop as an argument before its own, for meter and profiler."""
-        timed = self.meter.computes(fn)
+    def computes(self, fn: Callable[..., Result], kind: str = "") -> Callable[..., Result]:
+        """Return `fn` with a hop as an argument before its own, for meter and profiler.
+
+        `kind` is what it works on, where that does not go round.
+        """
+        kind = kind or KINDS[self.layout.schedule][0]
+        timed = self.meter.computes(fn, lambda hop: Block(kind, self.layout.owner(hop), hop))
 
         def computing(hop: int, *args: Any, **kwargs: Any) -> Result:
-            what = _KINDS[self.layout.schedule, BLOCKS].format(self.layout.owner(hop))
+            what = kind.format(self.layout.owner(hop))
             with span(f"{self.layout.schedule}: hop {hop}, compute with {what}", self.device):
-                return timed(*args, **kwargs)
+                return timed(hop, *args, **kwargs)
 
         return computing
 
@@ -106,6 +102,7 @@ class Rotation:
     def __init__(self, exchange: Exchange, tag: int, fields: Fields, hop: int) -> None:
         self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
         layout, staged = exchange.layout, exchange.staged
+        self.kind = KINDS[layout.schedule][tag == RESULTS]
         self.nbytes = max(self._nbytes(owner) for owner in range(layout.size))
         device = torch.device("cpu") if staged else exchange.device
         # In hand, and to be received into; a rank that is alone needs neither.
@@ -129,11 +126,12 @@ class Rotation:
                 view.copy_(x)  # in place: what was received there has been used
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
-        with span(f"{layout.schedule}: hop {self.hop + 1}, post {self._kind()}", self.device):
-            self._post(in_hand[:mine], free[:coming])
-        self.exchange.meter.sent(mine)
-        self.buffers = [free, in_hand]
         self.hop += 1
+        self.exchange.meter.sent(mine, layout.right, self._leaving)
+        what = self._leaving().name
+        with span(f"{layout.schedule}: hop {self.hop}, post {what}", self.device):
+            self._post(in_hand[:mine], free[:coming])
+        self.buffers = [free, in_hand]
 
     def wait(self) -> list[Tensor]:
         """Wait for the block that `shift` asked for, and return its tensors.
@@ -141,9 +139,9 @@ class Rotation:
         They are views of a buffer, good until the next but one call of `shift`.
         """
         layout = self.exchange.layout
-        what = self._kind()
+        what = self._awaited().name
         with span(f"{layout.schedule}: hop {self.hop}, wait for {what}", self.device):
-            self._wait_for(self.receiving, self._coming)
+            self._wait_for(self.receiving, self._awaited)
         # Staged, the copy has to be done before the next block may come into the same memory.
         return [x.to(self.device) for x in self._views()]
 
@@ -170,7 +168,7 @@ class Rotation:
             self.sending, self.receiving = [], []
             return
         # What has ended a neighbour may show here first, and not by which of the two.
-        with self.exchange.group.waiting(lambda: f"{self._coming(1)}, or {self._leaving(1)}"):
+        with self.exchange.group.waiting(lambda: f"{self._awaited()}, or {self._leaving()}"):
             requests = dist.batch_isend_irecv(list(works.values()))
         if len(requests) < len(works):  # NCCL gives one for the batch
             self.sending = self.receiving = requests
@@ -179,25 +177,18 @@ class Rotation:
             self.sending = [r for op, r in by_op.items() if op is dist.isend]
             self.receiving = [r for op, r in by_op.items() if op is dist.irecv]
 
-    def _wait_for(self, works: list[dist.Work], what: Callable[[], str]) -> None:
+    def _wait_for(self, works: list[dist.Work], what: Callable[[], Block]) -> None:
         with self.exchange.group.waiting(what):
-            for work in works:
-                self.exchange.meter.waits(work.wait)()
+            self.exchange.meter.waits(_wait, what)(works)
         works.clear()
 
-    def _coming(self, ahead: int = 0) -> str:
-        """Say what comes from the left."""
-        left = self.exchange.layout.left
-        return f"{self._kind(ahead)} at hop {self.hop + ahead}, from rank {left}"
-
-    def _leaving(self, ahead: int = 0) -> str:
-        """Say what is sent to the right."""
-        right = self.exchange.layout.right
-        return f"rank {right} to take {self._kind(ahead - 1)} at hop {self.hop + ahead}"
-
-    def _kind(self, ahead: int = 0) -> str:
+    def _awaited(self) -> Block:
         layout = self.exchange.layout
-        return _KINDS[layout.schedule, self.tag].format(layout.owner(self.hop + ahead))
+        return Block(self.kind, layout.owner(self.hop), self.hop, source=layout.left)
+
+    def _leaving(self) -> Block:
+        layout = self.exchange.layout
+        return Block(self.kind, layout.owner(self.hop - 1), self.hop, dest=layout.right)
 
     def _views(self) -> list[Tensor]:
         return cut(self.buffers[0], self.fields(self.exchange.layout.owner(self.hop)))
@@ -222,6 +213,11 @@ def cut(buffer: Tensor, fields: list[Field]) -> list[Tensor]:
 def nbytes(fields: list[Field]) -> int:
     """Return how many bytes a block has."""
     return sum(prod(shape) * dtype.itemsize for shape, dtype in fields)
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 @contextmanager

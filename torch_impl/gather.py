@@ -46,12 +46,12 @@ def gather(
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(partial(block_attention, scale=layout.scale), "all ranks' queries")
 
     # 1. Give my queries to all ranks, and take theirs.
     (q_all,) = all_gather(exchange, q)
     # 2. What my keys have to say to all queries.
-    out, lse = attend(q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
+    out, lse = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
     # 3. Every result goes home, and is merged there with what the other ranks' keys had to say.
     out, lse = reduce_scatter(exchange, merge, out, lse)
     return out.to(q.dtype), lse
@@ -78,7 +78,9 @@ def gather_backward(
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale), "all ranks' queries"
+    )
     dout = dout.to(q.dtype)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
 
@@ -86,7 +88,7 @@ def gather_backward(
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
     # 2. What my keys have to say to all queries; dk and dv stay here.
     view = layout.view(mask, 0, layout.rank)
-    dq, dk, dv = attend(dout_all, q_all, k_shard, v_shard, lse_all, delta_all, mask=view)
+    dq, dk, dv = attend(0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, mask=view)
     # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
     (dq,) = reduce_scatter(exchange, added, dq)
     return dq.to(q.dtype), dk.to(k_shard.dtype), dv.to(v_shard.dtype)

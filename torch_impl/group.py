@@ -120,7 +120,7 @@ class Group:
         return gathered
 
     @contextmanager
-    def waiting(self, what: Callable[[], str]) -> Iterator[None]:
+    def waiting(self, what: Callable[[], object]) -> Iterator[None]:
         """Say what was waited for, should the group's timeout end the wait, or another rank."""
         try:
             yield

@@ -18,7 +18,7 @@ from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
 from lvxattn.torch_impl.collectives import added, all_reduce
-from lvxattn.torch_impl.exchange import Exchange, span
+from lvxattn.torch_impl.exchange import Exchange
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
 from lvxattn.torch_impl.merge import merge
@@ -41,11 +41,12 @@ def replicated(
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention, scale=layout.scale), "all queries, with the keys of rank {}"
+    )
 
     # 1. What my keys have to say to all queries.
-    with span(f"replicated: compute with the keys of rank {layout.rank}", q.device):
-        out, lse = attend(q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
+    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
     # 2. Join that with what the others' have to say.
     out, lse = all_reduce(exchange, merge, out, lse)
     return out.to(q.dtype), lse
@@ -72,14 +73,16 @@ def replicated_backward(
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale),
+        "all queries, with the keys of rank {}",
+    )
     dout = dout.to(q.dtype)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. What my keys have to say; dk and dv stay here.
     view = layout.view(mask, layout.rank, layout.rank)
-    with span(f"replicated: compute with the keys of rank {layout.rank}", q.device):
-        dq, dk, dv = attend(dout, q, k_shard, v_shard, lse, delta, mask=view)
+    dq, dk, dv = attend(0, dout, q, k_shard, v_shard, lse, delta, mask=view)
     # 2. Add that to what the others' have to say.
     (dq,) = all_reduce(exchange, added, dq)
     return dq.to(q.dtype), dk.to(k_shard.dtype), dv.to(v_shard.dtype)

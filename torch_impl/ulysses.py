@@ -51,14 +51,16 @@ def ulysses(
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
-    attend = meter.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention, scale=layout.scale), "this rank's heads of all queries"
+    )
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
     (q_heads,) = to_heads(exchange, layout.s_q, q)
     k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
     view = heads_view(exchange, mask)
     # 2. My heads of all queries, over all keys.
-    out, lse = attend(q_heads, k_heads, v_heads, mask=view)
+    out, lse = attend(0, q_heads, k_heads, v_heads, mask=view)
     # 3. Trade back.
     out, lse = to_lengths(exchange, layout.s_q, out, lse)
     return out.to(q.dtype), lse
@@ -85,7 +87,9 @@ def ulysses_backward(
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
-    attend = meter.computes(partial(block_attention_backward, scale=layout.scale))
+    attend = exchange.computes(
+        partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
+    )
     dout = dout.to(q.dtype)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
 
@@ -97,7 +101,7 @@ def ulysses_backward(
     view = heads_view(exchange, mask)
     # 2. My heads of all queries, over all keys.
     dq_heads, dk_heads, dv_heads = attend(
-        dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, mask=view
+        0, dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, mask=view
     )
     # 3. Trade back.
     (dq,) = to_lengths(exchange, layout.s_q, dq_heads)

@@ -4,14 +4,17 @@ import os
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.device import limit_blas_threads
 from lvxattn.mpi_impl.launcher import claim
 from lvxattn.mpi_impl.run.backend import Backend, choose_backend
-from lvxattn.mpi_impl.watchdog import watching
+from lvxattn.mpi_impl.watchdog import wait, watching
 
 T = TypeVar("T")
+
+_NUMBERS = 7003
 
 
 class MPIRanks:
@@ -44,6 +47,16 @@ class MPIRanks:
         """Wait for all ranks.  Collective: every rank calls this."""
         with self.watching("all ranks to start"):
             self.comm.Barrier()
+
+    def send(self, number: float, dest: int) -> None:
+        """Send a number to a rank that calls `receive`."""
+        self.comm.Send(np.array([number]), dest, _NUMBERS)
+
+    def receive(self, source: int) -> float:
+        """Wait for a number from a rank that calls `send`; asleep, if it takes long."""
+        room = np.empty(1)
+        wait(self.comm.Irecv(room, source, _NUMBERS), None, lambda: "a number")
+        return float(room[0])
 
     def watching(self, what: str) -> AbstractContextManager[None]:
         """Watch one wait, if ``LVXATTN_TIMEOUT`` asks for it."""

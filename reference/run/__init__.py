@@ -11,6 +11,8 @@
 `check`      is the result right?
 `two_pass`   what it is compared with
 `report`     the text and the JSON
+`clocks`     every rank's clock, compared with rank 0's, for a trace
+`tracing`    what a trace needs of a run, and where it goes
 ===========  ====================================================================================
 
 It works on NumPy arrays and on whatever has rank, size and allgather; no algorithm file imports it.

@@ -74,6 +74,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     report = parser.add_argument_group("what is reported")
     report.add_argument("--json", metavar="FILE", help="write all numbers to a file, - for stdout")
+    report.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write what every rank did when, for ui.perfetto.dev; of the last repetition",
+    )
+    report.add_argument("--plot-trace", metavar="FILE.png", help="draw that; needs matplotlib")
     report.add_argument("--quiet", action="store_true", help="print errors only")
 
 

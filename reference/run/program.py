@@ -14,12 +14,12 @@ from time import perf_counter
 from typing import Any, TypeVar, cast
 
 from lvxattn.reference.layout import Layout
-from lvxattn.reference.meter import Meter
 from lvxattn.reference.run.check import Check, check_results
 from lvxattn.reference.run.problem import Problem, Share, describe, take_share
 from lvxattn.reference.run.ranks import Backend, Ranks
 from lvxattn.reference.run.report import Cost, Report, print_report, write_json
 from lvxattn.reference.run.tensors import Array, InputError, Shape, TensorFile, create
+from lvxattn.reference.run.tracing import Recorder, check_picture, save_trace
 from lvxattn.reference.validation import accumulator, raise_together
 
 T = TypeVar("T")
@@ -49,6 +49,7 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     threads = ranks.limit_threads()
     # 1. rank 0 looks at the problem; every rank takes its share of it
     _on_rank_0(lambda: _check_paths(options), ranks)
+    _on_rank_0(lambda: check_picture(options), ranks)
     problem = _on_rank_0(lambda: describe(options), ranks)
     backend = ranks.backend(options.device, problem.dtype)
     share = _together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
@@ -57,7 +58,9 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     output = _on_rank_0(lambda: _create(options, problem, layout), ranks)
     try:
         # 2. the attention, as often as is asked for
-        results, costs = _measure(options, tensors, ranks, layout, backend)
+        recorder = Recorder(options, ranks)
+        results, costs = _measure(options, tensors, ranks, layout, backend, recorder)
+        trace = recorder.trace()
         # 3. every rank writes its part
         if output is not None:
             _together(lambda: _write(output, share, results), ranks)
@@ -75,10 +78,13 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     by_rank = ranks.allgather(
         [replace(cost, host=host, device=backend.device, threads=threads) for cost in costs]
     )
-    report = Report.of(options, problem, layout, by_rank, checks)
+    report = Report.of(options, problem, layout, by_rank, checks, trace)
     if ranks.rank == 0 and not options.quiet and options.json != "-":
         print_report(report, launched=ranks.launched)
     _on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)
+    if trace is not None:
+        hosts = [costs[0].host for costs in by_rank]
+        _on_rank_0(lambda: save_trace(options, trace, layout, hosts), ranks)
     return all(check.passed for check in checks)
 
 
@@ -88,24 +94,28 @@ def _measure(
     ranks: Ranks,
     layout: Layout,
     backend: Backend,
+    recorder: Recorder,
 ) -> tuple[dict[str, Array], list[Cost]]:
     """Compute once, or a warm-up and as often as is asked for; return the last results."""
     costs = []
-    for _ in range(1 + (options.repeat or 0)):
-        meter = Meter()
+    often = 1 + (options.repeat or 0)
+    for n in range(often):
+        meter = recorder.meter(last=n == often - 1)
         ranks.start_together()
+        meter.begins("forward")
         start = perf_counter()
         results = backend.forward(tensors, layout, meter)
         backend.finish()
         forward, backward = perf_counter() - start, 0.0
         if options.backward:
             ranks.start_together()
+            meter.begins("backward")
             start = perf_counter()
             results |= backend.backward(tensors, results, layout, meter)
             backend.finish()
             backward = perf_counter() - start
         mine = layout.s_q[ranks.rank], layout.s_kv[ranks.rank]
-        costs.append(Cost(*mine, forward, backward, meter))
+        costs.append(Cost(*mine, forward, backward, meter.totals()))
     if options.repeat:
         costs = costs[1:]  # without the warm-up
     return {name: backend.get(x) for name, x in results.items()}, costs
@@ -113,10 +123,16 @@ def _measure(
 
 def _check_paths(options: Namespace) -> None:
     """Refuse what would be found out, or overwritten, only after the work."""
-    named = {"--input": options.input, "--output": options.output, "--json": options.json}
+    named = {
+        "--input": options.input,
+        "--output": options.output,
+        "--json": options.json,
+        "--trace": options.trace,
+        "--plot-trace": options.plot_trace,
+    }
     seen: dict[Path, str] = {}
     for option, text in named.items():
-        if text is None or text == "-":
+        if text is None or (text == "-" and option == "--json"):
             continue
         path = Path(text).resolve()
         if path in seen:
@@ -124,6 +140,8 @@ def _check_paths(options: Namespace) -> None:
         seen[path] = option
         if option != "--input" and not path.parent.is_dir():
             raise InputError(f"{text}: there is no folder {path.parent}")
+        if option != "--input" and path.is_dir():
+            raise InputError(f"{option}: expected a file, got the directory {text}")
 
 
 def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile | None:

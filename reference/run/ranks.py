@@ -97,5 +97,11 @@ class Ranks(Communicator, Protocol):
         Collective: every rank calls this.
         """
 
+    def send(self, number: float, dest: int) -> None:
+        """Send a number to a rank that calls `receive`."""
+
+    def receive(self, source: int) -> float:
+        """Wait for a number from a rank that calls `send`."""
+
     def watching(self, what: str) -> AbstractContextManager[None]:
         """Watch one wait for all ranks; `what` says what for."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.plan.trace import Overlap, Trace
 from lvxattn.reference.run.check import Check
 from lvxattn.reference.run.problem import Problem
 
@@ -66,8 +67,9 @@ class Report:
         layout: Layout,
         costs: list[list[Cost]],
         checks: list[Check],
+        trace: Trace | None = None,
     ) -> "Report":
-        """Sum up what was measured: `costs` by rank and repetition."""
+        """Sum up what was measured: `costs` by rank and repetition, `trace` of the last one."""
         ranks = [_rank(number, repeated, layout) for number, repeated in enumerate(costs)]
         measured = {
             name: [
@@ -80,6 +82,10 @@ class Report:
             name: sum(rank[name] for rank in ranks)
             for name in ("queries", "keys", "computing", "waiting", "messages", "bytes")
         }
+        if trace is not None:
+            for rank, overlap in zip(ranks, trace.overlap(), strict=True):
+                rank |= overlap._asdict()
+            totals |= {name: sum(rank[name] for rank in ranks) for name in Overlap._fields}
         return Report(
             problem.title,
             problem.shapes,
@@ -114,6 +120,8 @@ LV-XAttn run
   schedule  {report.schedule} on {report.totals["ranks"]} ranks, {passes}, {often}
 """)
     _print_table(report, fixed=launched or not sys.stdout.isatty())
+    if "hidden" in report.totals:
+        _print_overlap(report)
     times = {name: report.totals[name] for name in ("forward", "backward")}
     for name, seconds in times.items():
         if seconds:
@@ -173,6 +181,17 @@ def _print_table(report: Report, *, fixed: bool) -> None:
             text = cell if len(cell) <= width else cell[: width - 1] + "…"
             line += "  " + (f"{text:<{width}}" if n in (1, 2) else f"{text:>{width}}")
         print(line.rstrip())
+    print()
+
+
+def _print_overlap(report: Report) -> None:
+    print("   rank  on the way   hidden behind computing   exposed   (of the last repetition)")
+    for rank in (*report.ranks, report.totals | {"rank": "all"}):
+        on_the_way, hidden, exposed = (rank[name] for name in Overlap._fields)
+        line = f"  {rank['rank']:>5}{_seconds(on_the_way):>12}"
+        for number, width in ((hidden, 16), (exposed, 12)):
+            line += f"{_seconds(number):>{width}}{100 * number / (on_the_way or 1):>6.1f} %"
+        print(line)
     print()
 
 

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from lvxattn.torch_impl.group import Group
@@ -45,6 +46,19 @@ class TorchRanks:
         if self.size > 1:
             with self.group.waiting(lambda: "all ranks to start"):
                 dist.barrier(self.group.group)
+
+    def send(self, number: float, dest: int) -> None:
+        """Send a number to a rank that calls `receive`."""
+        with self.group.waiting(lambda: f"rank {dest} to take a number"):
+            x = torch.tensor([number], dtype=torch.float64)
+            dist.send(x, group=self.group.group, group_dst=dest)
+
+    def receive(self, source: int) -> float:
+        """Wait for a number from a rank that calls `send`."""
+        with self.group.waiting(lambda: f"a number from rank {source}"):
+            x = torch.empty(1, dtype=torch.float64)
+            dist.recv(x, group=self.group.group, group_src=source)
+        return float(x)
 
     def watching(self, what: str) -> AbstractContextManager[None]:  # noqa: ARG002
         """Do nothing: the group's timeout watches."""
