@@ -21,7 +21,7 @@ from lvxattn.reference.plan.simulate import play
 from lvxattn.reference.plan.steps import messages
 
 # Arithmetic is free unless a test says otherwise, and so is reading.
-FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64)
+FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64, 1e30, 0.0)
 
 
 def layout(P: int, schedule: str = "lv-xattn", **sizes: Any) -> Layout:
