@@ -1,11 +1,10 @@
 """Time passes of several kinds in turn on the ranks of this run; rank 0 prints JSON.
 
-    mpiexec -n P python -m mpi4py benchmarks/passes.py [--machines] \
-        '[{"kinds": ["none", "lv-xattn"], ...}, ...]'
+    mpiexec -n P python -m mpi4py benchmarks/passes.py '[{"kinds": ["none", "lv-xattn"], ...}, ...]'
 
-Every item is the arguments of a `Work`; with `--machines` the machine is measured for its heads
-first.  The kinds take turns, round by round, so that whatever else the machine is doing meets all
-of them alike: a ratio is to be taken within a round, and its median over the rounds.
+Every item is the arguments of a `Work`.  The kinds take turns, round by round, so that whatever
+else the machine is doing meets all of them alike: a ratio is to be taken within a round, and its
+median over the rounds.
 
     "lv-xattn", "ring"   a schedule, or any other of them
     "none"               "lv-xattn" with communication switched off (mute.py)
@@ -46,9 +45,12 @@ class Work:
     rounds : int
         At most so many.
     seconds : float
-        After so long no round begins, once three are done.
+        After so long no round begins, once `least` are done.
+    least : int
     ring_every : int
         Ring Attention has its turn in every so many-th round, because it takes long.
+    machine : bool
+        The machine's own figures are measured first, for these heads.
     """
 
     kinds: list[str]
@@ -61,6 +63,8 @@ class Work:
     rounds: int = 5
     seconds: float = 60.0
     ring_every: int = 1
+    least: int = 3
+    machine: bool = False
 
 
 def main() -> None:
@@ -69,13 +73,7 @@ def main() -> None:
     with threadpool_limits(1):
         warm_up(comm)
         alone = messages_alone(comm)
-        works = [Work(**item) for item in json.loads(sys.argv[-1])]
-        results = []
-        for work in works:
-            machine = None
-            if "--machines" in sys.argv:
-                machine = asdict(measure(comm, H=work.H, H_KV=work.H_KV, D=work.D))
-            results.append({"machine": machine, **timed(work, comm)})
+        results = [timed(Work(**item), comm) for item in json.loads(sys.argv[1])]
     if comm.rank == 0:
         mpi = " ".join(MPI.Get_library_version().splitlines()[0].strip("\0").split())
         json.dump({"messages_alone": alone, "mpi": mpi, "results": results}, sys.stdout)
@@ -83,16 +81,18 @@ def main() -> None:
 
 def timed(work: Work, comm: MPI.Intracomm) -> dict[str, Any]:
     """Return the work, and for every kind one record a turn.  Collective."""
+    shape = {"H": work.H, "H_KV": work.H_KV, "D": work.D}
+    machine = asdict(measure(comm, **shape)) if work.machine else None
     problem = {kind: Problem(work, kind, comm) for kind in work.kinds}
     turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in work.kinds}
     start = perf_counter()
     for turn in range(work.rounds):
-        if turn >= 3 and comm.bcast(perf_counter() - start > work.seconds):
+        if turn >= work.least and comm.bcast(perf_counter() - start > work.seconds):
             break
         for kind in work.kinds:
             if kind != "ring" or turn % work.ring_every == 0:
                 turns[kind].append({"round": turn, **problem[kind].turn(comm)})
-    return {**asdict(work), "P": comm.size, "turns": turns}
+    return {**asdict(work), "machine": machine, "P": comm.size, "turns": turns}
 
 
 class Problem:

@@ -9,8 +9,10 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import block_attention
+from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
 from lvxattn.mpi_impl.device import buffer
 from lvxattn.mpi_impl.watchdog import wait
+from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import Machine
 from lvxattn.reference.plan.measure import measure as measure_with
 from lvxattn.reference.run.tensors import dtype_of
@@ -87,6 +89,30 @@ class Probe:
                 self.xp.cuda.get_current_stream().synchronize()
 
         return attend
+
+    def call(self) -> Callable[[], None]:
+        """Return both passes, alone."""
+        H, H_KV, D = self.shape
+        q, k = (self.xp.zeros((1, heads, 1, D), dtype_of(self.dtype)) for heads in (H, H_KV))
+        alone = MPI.COMM_SELF
+        layout = Layout.agree(q, k, k, alone)
+
+        def both() -> None:
+            out, lse = cross_attention(q, k, k, alone, layout=layout)
+            cross_attention_backward(out, q, k, k, out, lse, alone, layout=layout)
+
+        return both
+
+    def copy(self, nbytes: int) -> Callable[[], None]:
+        """Return a copy."""
+        x = self.xp.zeros(nbytes, np.uint8)
+
+        def copy() -> None:
+            x.copy()
+            if self.xp is not np:
+                self.xp.cuda.get_current_stream().synchronize()
+
+        return copy
 
     def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
         """Return one message to the right and one from the left."""

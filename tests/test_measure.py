@@ -20,7 +20,7 @@ from tests.launch import mpiexec
 from tests.torchrun import torchrun
 
 INSIDE, BETWEEN = Link(5e9, 1e-5), Link(2e8, 5e-5)
-MACHINE = Machine("made up", 4e10, 2e10, 5e-5, 1e9, INSIDE, BETWEEN, 2, 4, 0.25)
+MACHINE = Machine("made up", 4e10, 2e10, 5e-5, 1e9, INSIDE, BETWEEN, 2, 4, 3e9, 2e-4, 0.25)
 CLOCK = threading.local()  # a virtual rank's
 
 
@@ -46,6 +46,12 @@ class FakeProbe:
         layout = planned((1, H, s_q, D), (1, H_KV, s_kv, D), 1, dtype=self.dtype)
         step = Compute(s_q, s_kv)
         return lambda: _pass(self.slow * cost(step, layout, self.machine, backward=False))
+
+    def call(self) -> Callable[[], None]:
+        return lambda: _pass(2 * (self.machine.start + self.machine.call))
+
+    def copy(self, nbytes: int) -> Callable[[], None]:
+        return lambda: _pass(nbytes / self.machine.copy)
 
     def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
         apart = any(self.hosts[self.comm.rank] != self.hosts[of] for of in (left, right))
@@ -85,7 +91,7 @@ def test_the_figures_of_a_machine_are_found(hiding: float, monkeypatch: pytest.M
     found, *others = measured(monkeypatch, machine, ["a", "b", "a", "b"])
     assert all(other == found for other in others)
     # Many queries still read a few keys, and a single one still computes.
-    for name in ("matmul", "memory", "start"):
+    for name in ("matmul", "memory", "start", "copy", "call"):
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.12), name
     assert found.hiding == pytest.approx(hiding, abs=0.15)
     for link, of in ((found.inside, INSIDE), (found.between, BETWEEN)):
@@ -117,7 +123,7 @@ def test_probes_end_on_a_machine_that_is_too_fast_for_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = Link(1e30, 0.0)
-    fast = Machine("fast", 1e20, 1e20, 0.0, 1e9, free, free, 2, 2)
+    fast = Machine("fast", 1e20, 1e20, 0.0, 1e9, free, free, 2, 2, 1e30, 0.0)
     measured(monkeypatch, fast, ["a", "a"])[0].check()
 
 

@@ -21,7 +21,7 @@ from lvxattn.reference.plan.simulate import play
 from lvxattn.reference.plan.steps import messages
 
 # Arithmetic is free unless a test says otherwise, and so is reading.
-FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64)
+FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64, 1e30, 0.0)
 
 
 def layout(P: int, schedule: str = "lv-xattn", **sizes: Any) -> Layout:
@@ -90,6 +90,24 @@ class TestClock:
             machine = replace(FREE, matmul=1e3, memory=1e3, hiding=hiding)
             hidden = hiding * min(arithmetic, reading)
             assert play(of, machine).seconds == pytest.approx((arithmetic + reading - hidden) / 1e3)
+
+    def test_what_is_new_is_copied_before_it_leaves_and_what_is_passed_on_is_not(self) -> None:
+        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
+        query, result = 4 * 2 * 2 * 4, 4 * 2 * 3 * 4
+        keys = 2 * 4 * 4 * 2 * 4
+        copied = {
+            "lv-xattn": query + 3 * result + 3 * result,  # sent, and merged
+            "ring": keys + 3 * result,
+            "gather": 3 * query + 3 * query + 3 * result + 3 * result,  # sent, laid side by side
+            "ulysses": 3 * (query + keys) / 4 * 2 + 3 * result / 4 * 2,
+        }
+        for schedule, nbytes_ in copied.items():
+            assert play(layout(4, schedule), slow).seconds == pytest.approx(nbytes_ / 1e3), schedule
+
+    def test_a_call_takes_its_time_once(self) -> None:
+        for schedule in SCHEDULES:
+            machine = replace(FREE, call=5.0, inside=Link(1e30, 0.0))
+            assert play(layout(4, schedule), machine).seconds == pytest.approx(5.0)
 
     def test_a_block_takes_at_least_its_start_and_the_reading_of_its_keys(self) -> None:
         of = layout(1)
@@ -166,6 +184,8 @@ class TestMachine:
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
             ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
+            ({"copy": 0}, "machine: expected a number above 0 for copy in .*, got 0"),
+            ({"call": -1}, "machine: expected a number from 0 up for call in .*, got -1"),
             ({"hiding": 1.5}, "machine: expected a number from 0 to 1 for hiding in .*, got 1.5"),
             ({"hiding": "x"}, "machine: expected a number from 0 to 1 for hiding in .*, got 'x'"),
             ({"inside": 3}, "machine: .* is damaged"),

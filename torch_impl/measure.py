@@ -10,7 +10,9 @@ import torch.distributed as dist
 from lvxattn.reference.plan.machine import Machine
 from lvxattn.reference.plan.measure import measure as measure_with
 from lvxattn.torch_impl.block_attention import block_attention
+from lvxattn.torch_impl.cross_attention import cross_attention
 from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
+from lvxattn.torch_impl.layout import Layout
 
 _TAG = 7010
 
@@ -82,6 +84,31 @@ class Probe:
             self._finish()
 
         return attend
+
+    def call(self) -> Callable[[], None]:
+        """Return both passes, alone."""
+        H, H_KV, D = self.shape
+        dtype, alone = getattr(torch, self.dtype), Group(None)
+        q, k = (torch.zeros(1, n, 1, D, dtype=dtype, device=self.device) for n in (H, H_KV))
+        layout = Layout.agree(q, k, k, alone)
+        q.requires_grad_()
+
+        def both() -> None:
+            out = cross_attention(q, k, k, alone, layout=layout)
+            torch.autograd.grad(out, q, torch.ones_like(out))
+            self._finish()
+
+        return both
+
+    def copy(self, nbytes: int) -> Callable[[], None]:
+        """Return a copy."""
+        x = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+        def copy() -> None:
+            x.clone()
+            self._finish()
+
+        return copy
 
     def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
         """Return one message to the right and one from the left."""

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 VERSION = 1
 
@@ -49,6 +50,10 @@ class Machine:
         From a host to another one; the host's ranks share it.
     ranks_per_host, ranks : int
         How many there are.
+    copy : float
+        Bytes a second that a rank copies at, into memory that is new to it.
+    call : float
+        Seconds that a pass takes beside its blocks, however small they are.
     hiding : float
         How much of the shorter one of arithmetic and reading the longer one hides, from 0 to 1.
     """
@@ -62,6 +67,8 @@ class Machine:
     between: Link
     ranks_per_host: int
     ranks: int
+    copy: float
+    call: float
     hiding: float = 1.0
 
     def save(self, path: str | Path) -> None:
@@ -102,12 +109,31 @@ class Machine:
             raise ValueError(f"machine: expected version {VERSION} in {path}, got {got!r}")
         del found["version"]
         try:
-            inside, between = Link(**found.pop("inside")), Link(**found.pop("between"))
-            machine = Machine(**found, inside=inside, between=between)
+            machine = Machine.of(found)
         except (TypeError, KeyError) as error:
             raise ValueError(f"machine: {path} is damaged: {error}") from None
         machine.check(str(path))
         return machine
+
+    @staticmethod
+    def of(figures: dict[str, Any]) -> "Machine":
+        """Return the machine of which `dataclasses.asdict` gave these figures.
+
+        Parameters
+        ----------
+        figures : dict
+
+        Returns
+        -------
+        Machine
+
+        Raises
+        ------
+        TypeError, KeyError
+            Some are missing, or there are others.
+        """
+        links = {name: Link(**figures[name]) for name in ("inside", "between")}
+        return Machine(**{**figures, **links})
 
     def check(self, where: str = "machine") -> None:
         """Refuse figures that nothing can be computed from.
@@ -122,7 +148,7 @@ class Machine:
         ValueError
         """
         rates = {"matmul": self.matmul, "memory": self.memory, "room": self.room}
-        times = {"start": self.start}
+        rates["copy"], times = self.copy, {"start": self.start, "call": self.call}
         for name, link in (("inside", self.inside), ("between", self.between)):
             rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
         rates |= {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
@@ -137,16 +163,19 @@ class Machine:
 
 
 _NVLINK3, _NVLINK4 = Link(250e9, 5e-6), Link(400e9, 5e-6)
+_PCIE4, _PORT, _PORTS = Link(25e9, 1e-5), Link(25e9, 1e-5), Link(8 * 48e9, 5e-6)
 
+# A copy reads and writes; 100 us is what Python takes to prepare a pass.
 MACHINES = {
     machine.name: machine
     for machine in (
         # The paper's clusters: 16 A100 80 GB on 4 nodes; 8 A30 on 8; 12 A100 40 GB.
-        Machine("a100-16", 187e12, 1.6e12, 2e-5, 80e9, _NVLINK3, Link(25e9, 1e-5), 4, 16),
-        Machine("a30-8", 99e12, 0.75e12, 2e-5, 24e9, Link(25e9, 1e-5), Link(1.25e9, 3e-5), 1, 8),
-        Machine("a100-12", 187e12, 1.2e12, 2e-5, 40e9, _NVLINK3, Link(25e9, 1e-5), 4, 12),
+        Machine("a100-16", 187e12, 1.6e12, 2e-5, 80e9, _NVLINK3, _PORT, 4, 16, 0.8e12, 1e-4),
+        Machine("a30-8", 99e12, 0.75e12, 2e-5, 24e9, _PCIE4, Link(1.25e9, 3e-5), 1, 8,
+                0.37e12, 1e-4),
+        Machine("a100-12", 187e12, 1.2e12, 2e-5, 40e9, _NVLINK3, _PORT, 4, 12, 0.6e12, 1e-4),
         # DGX-like hosts of 8, one 400 Gbit/s InfiniBand port a GPU.
-        Machine("h100", 590e12, 2.7e12, 2e-5, 80e9, _NVLINK4, Link(8 * 48e9, 5e-6), 8, 16),
-        Machine("h200", 590e12, 3.8e12, 2e-5, 141e9, _NVLINK4, Link(8 * 48e9, 5e-6), 8, 16),
+        Machine("h100", 590e12, 2.7e12, 2e-5, 80e9, _NVLINK4, _PORTS, 8, 16, 1.3e12, 1e-4),
+        Machine("h200", 590e12, 3.8e12, 2e-5, 141e9, _NVLINK4, _PORTS, 8, 16, 1.9e12, 1e-4),
     )
-}
+}  # fmt: skip

@@ -1,6 +1,8 @@
 """How fast the machine at hand is: a few short probes, made by all ranks at once.
 
     start      a block of one query and one key
+    call       forward and backward of a rank that is alone, with one query and one key
+    copy       ever larger arrays into new memory, until one takes BLOCK
     memory     one query, ever more keys, until a block takes BLOCK
     matmul     ever more queries and keys, until a block takes BLOCK
     hiding     as many queries as make arithmetic and reading equally long
@@ -42,6 +44,12 @@ class Probe(Protocol):
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
         """Return what attends from one block to so many keys, and waits until that is done."""
 
+    def call(self) -> Callable[[], None]:
+        """Return what calls both passes, alone, on one query and one key."""
+
+    def copy(self, nbytes: int) -> Callable[[], None]:
+        """Return what copies so many bytes into new memory."""
+
     def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
         """Return what sends a message to the right and receives one from the left."""
 
@@ -71,6 +79,10 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
     """
     start = _time(comm, probe, probe.prepare(1, 1))
     matmul, memory, hiding = _rates(comm, probe, start)
+    call = max(0.0, _time(comm, probe, probe.call()) / 2 - start)
+    nbytes = 2**22
+    while (took := _time(comm, probe, probe.copy(nbytes))) < BLOCK and nbytes < MOST_BYTES:
+        nbytes *= 2
     hosts = comm.allgather(socket.gethostname())
     members = [[r for r, host in enumerate(hosts) if host == name] for name in dict.fromkeys(hosts)]
     inside = _link(comm, probe, members)
@@ -86,6 +98,8 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
         between or inside or alone,
         max(map(len, members)),
         comm.size,
+        nbytes / took,
+        call,
         hiding,
     )
 

@@ -1,8 +1,8 @@
 """How long a pass takes: every rank's steps, played on a machine's clocks.
 
-A message leaves when its link is free, takes its size over the bandwidth, and arrives a latency
-later; the ranks of a host share its link to the others.  Whatever a rank computes meanwhile hides
-it, as far as the schedule lets it.
+A message is copied into a buffer, leaves when its link is free, takes its size over the bandwidth,
+and arrives a latency later; the ranks of a host share its link to the others.  Whatever a rank
+computes meanwhile hides it, as far as the schedule lets it.
 """
 
 import heapq
@@ -52,7 +52,7 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
     clock, computing = [0.0] * P, [0.0] * P
     free: dict[tuple[str, int], float] = defaultdict(float)
     mail: dict[tuple[int, int, str], deque[float]] = defaultdict(deque)
-    ready = [(0.0, rank) for rank in range(P)]
+    ready = [(machine.call, rank) for rank in range(P)]
     asleep: dict[tuple[int, int, str], float] = {}  # since when, by what is waited for
     while ready:  # always the rank whose clock is behind: links are taken in the order of time
         now, rank = heapq.heappop(ready)
@@ -61,6 +61,7 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
             continue
         step: Step = todo[rank][0]
         if isinstance(step, Send):
+            now += step.packed * step.nbytes / machine.copy
             apart = host[rank] != host[step.dest]
             link = machine.between if apart else machine.inside
             lane = ("host", host[rank]) if apart else ("rank", rank)
@@ -78,7 +79,7 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
             if not mail[way]:
                 asleep[way] = now
                 continue
-            now = max(now, mail[way].popleft())
+            now = max(now, mail[way].popleft()) + step.unpacked / machine.copy
         todo[rank].popleft()
         heapq.heappush(ready, (now, rank))
     last = max(range(P), key=lambda rank: clock[rank])
@@ -100,7 +101,7 @@ def cost(step: Compute | Join, layout: Layout, machine: Machine, *, backward: bo
     float
     """
     if isinstance(step, Join):
-        return 3 * step.nbytes / machine.memory  # two are read, one is written
+        return step.nbytes / machine.copy
     pairs = layout.B * layout.H * step.heads * step.s_q * step.s_kv
     # q k^T and p v; in the backward q k^T, dout v^T, and the products for dq, dk and dv.
     size = 3 * layout.D + 2 * layout.D_V if backward else layout.D + layout.D_V

@@ -51,11 +51,14 @@ class Send:
     nbytes : int
     kind : str
         Messages of one kind from one rank to another arrive in order.
+    packed : bool
+        It is copied into a buffer first; what is only passed on lies in one.
     """
 
     dest: int
     nbytes: int
     kind: str
+    packed: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,13 @@ class Wait:
     ----------
     source : int
     kind : str
+    unpacked : int
+        Bytes that are copied out of its buffer then.
     """
 
     source: int
     kind: str
+    unpacked: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,7 @@ def _lv_xattn(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     for hop in range(1, P):
         yield Wait(left, BLOCKS)
         if hop < P - 1:
-            yield Send(right, blocks.queries(s_q[owner[hop]], backward), BLOCKS)
+            yield Send(right, blocks.queries(s_q[owner[hop]], backward), BLOCKS, packed=False)
         yield Compute(s_q[owner[hop]], s_kv)
         part = blocks.result(s_q[owner[hop]], backward)
         if hop > 1:
@@ -227,7 +233,8 @@ def _ring(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     for hop in range(1, P):
         yield Wait(left, BLOCKS)
         if hop < P - 1:
-            yield Send(right, blocks.keys(owner[hop]) + blocks.mask(owner[hop]), BLOCKS)
+            passed_on = blocks.keys(owner[hop]) + blocks.mask(owner[hop])
+            yield Send(right, passed_on, BLOCKS, packed=False)
         yield Compute(mine, s_kv[owner[hop]])
         if not backward:
             yield Join(blocks.result(mine, backward))
@@ -246,23 +253,30 @@ def _ring(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
 def _ulysses(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     layout, P = blocks.layout, blocks.layout.size
     others = _others(blocks, rank)
-    there = [blocks.queries(layout.s_q[rank], backward) // P, blocks.keys(rank) // P]
+    there = [
+        [blocks.queries(rows, backward) // P for rows in layout.s_q],
+        [blocks.keys(owner) // P for owner in range(P)],
+    ]
     if any(layout.masks):
-        there.append(blocks.mask(rank, heads=P))
-    for nbytes in there:
-        yield from _trade(others, [nbytes] * len(others))
+        there.append([blocks.mask(owner, heads=P) for owner in range(P)])
+    for sizes in there:
+        yield from _trade(others, [sizes[rank]] * len(others), [sizes[o] for o in others])
     yield Compute(layout.S_Q, layout.S_KV, 1 / P)
-    yield from _trade(others, [blocks.result(layout.s_q[o], backward) // P for o in others])
+    back = [[blocks.result(rows, backward) // P for rows in layout.s_q]]
     if backward:
-        yield from _trade(others, [blocks.key_gradients(o) // P for o in others])
+        back.append([blocks.key_gradients(owner) // P for owner in range(P)])
+    for sizes in back:
+        yield from _trade(others, [sizes[o] for o in others], [sizes[rank]] * len(others))
 
 
 def _gather(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     layout, others = blocks.layout, _others(blocks, rank)
-    yield from _trade(others, [blocks.queries(layout.s_q[rank], backward)] * len(others))
+    queries = [blocks.queries(rows, backward) for rows in layout.s_q]
+    results = [blocks.result(rows, backward) for rows in layout.s_q]
+    yield from _trade(others, [queries[rank]] * len(others), [queries[o] for o in others])
     yield Compute(layout.S_Q, layout.s_kv[rank])
-    yield from _trade(others, [blocks.result(layout.s_q[o], backward) for o in others])
-    yield from [Join(blocks.result(layout.s_q[rank], backward))] * len(others)
+    yield from _trade(others, [results[o] for o in others])
+    yield from [Join(results[rank])] * len(others)
 
 
 def _replicated(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
@@ -272,13 +286,16 @@ def _replicated(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     yield Compute(layout.S_Q, layout.s_kv[rank])
     yield from _trade(others, [sizes[o] for o in others])
     yield from [Join(sizes[rank])] * len(others)
-    yield from _trade(others, [sizes[rank]] * len(others))
+    yield from _trade(others, [sizes[rank]] * len(others), [sizes[o] for o in others])
 
 
-def _trade(others: list[int], sizes: list[int]) -> Iterator[Step]:
+def _trade(
+    others: list[int], sizes: list[int], unpacked: list[int] | None = None
+) -> Iterator[Step]:
     """Yield a message to every other rank, and the wait for all of theirs."""
+    unpacked = unpacked or [0] * len(others)
     yield from (Send(dest, nbytes, BLOCKS) for dest, nbytes in zip(others, sizes, strict=True))
-    yield from (Wait(source, BLOCKS) for source in others)
+    yield from (Wait(o, BLOCKS, nbytes) for o, nbytes in zip(others, unpacked, strict=True))
 
 
 def _others(blocks: Blocks, rank: int) -> list[int]:

@@ -1,0 +1,269 @@
+"""Every schedule over text and video lengths, and what the plan says of them beforehand.
+
+    python benchmarks/schedules.py [--quick] [--store DIR] [--plot FILE] [--again FILE]
+
+On 1 Gbit/s links and in shared memory, P = 2 and 4, heads grouped and not, forward and backward,
+one BLAS thread a rank.  Before each sweep the machine measures itself for the sweep's heads, as
+`lvxattn.mpi_impl.measure` does for users; from these figures alone the plan foretells the time of
+every schedule in every cell, and `auto` chooses.  Both are then held against what was measured.
+
+Prints a table in Markdown; `--store` writes it, and every single measurement as JSON, to DIR;
+`--plot` draws who won where; `--again` reads the measurements from a file instead of making them.
+Exit status 2 where no cluster can be built (`netlab/lab.py` says what that needs).
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from machine import describe
+from netlab.lab import LabError
+from network import in_shared_memory, on_hosts
+from report import goal, rate, typical
+
+from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.plan import Machine, play
+from lvxattn.reference.plan.choose import refusal
+from lvxattn.reference.plan.draw import COLOURS, INK
+from lvxattn.reference.plan.problem import planned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Results = dict[str, Any]
+
+S_Q, S_KV = (1, 64, 1024, 8192), (4096, 16384, 65536)
+QUICK_S_Q, QUICK_S_KV = (1, 128), (4096,)
+HEADS = ((4, 4), (4, 2))
+D = 64
+#: The goals: auto against the best, in the worst cell and in the median; foretold over measured.
+WORST, MIDDLE, FORETOLD = 1.25, 1.10, 1.3
+
+
+def measure(quick: bool) -> list[Results]:
+    """Measure every cell of every sweep."""
+    found: list[Results] = []
+    for P in (2, 4):
+        for heads in HEADS[: 1 if quick else None]:
+            works = sweep(P, *heads, quick=quick)
+            found += on_hosts(P, "1gbit", works)
+            found += in_shared_memory(P, works)
+    for cell, before in zip(found[1:], found, strict=False):  # a sweep's first cell has them
+        cell["machine"] = cell["machine"] or before["machine"]
+    return found
+
+
+def sweep(P: int, H: int, H_KV: int, *, quick: bool) -> list[Results]:
+    """Return what one run of `passes.py` is to measure."""
+    sizes = [
+        (s_q, s_kv)
+        for s_kv in (QUICK_S_KV if quick else S_KV)
+        for s_q in (QUICK_S_Q if quick else S_Q)
+    ]
+    common = {"H": H, "H_KV": H_KV, "D": D, "backward": True, "rounds": 9, "least": 2}
+    return [
+        {
+            **common, "S_Q": s_q, "S_KV": s_kv, "seconds": 0.5 if quick else 8, "machine": not n,
+            "kinds": [s for s in SCHEDULES if s != "ulysses" or H_KV % P == 0],
+        }
+        for n, (s_q, s_kv) in enumerate(sizes)
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem on one machine: seconds by schedule, forward and backward.
+
+    Attributes
+    ----------
+    of : dict
+        The measurement.
+    measured, foretold : dict
+    """
+
+    of: Results
+    measured: dict[str, float]
+    foretold: dict[str, float]
+
+    @staticmethod
+    def read(r: Results) -> "Cell":
+        """Return what was measured in a cell, beside what the plan says of it."""
+        machine = Machine.of(r["machine"])
+        q, k = (1, r["H"], r["S_Q"], r["D"]), (1, r["H_KV"], r["S_KV"], r["D"])
+        foretold = {}
+        for schedule in SCHEDULES:
+            layout = planned(q, k, r["P"], dtype="float32", schedule=schedule)
+            if not refusal(layout):
+                passes = (play(layout, machine, backward=b) for b in (False, True))
+                foretold[schedule] = sum(played.seconds for played in passes)
+        return Cell(r, {kind: typical(r, kind, "total") for kind in r["turns"]}, foretold)
+
+    @property
+    def best(self) -> str:
+        """Return the fastest schedule as measured."""
+        return min(self.measured, key=lambda s: self.measured[s])
+
+    @property
+    def auto(self) -> str:
+        """Return the schedule that the plan chooses."""
+        return min(self.foretold, key=lambda s: self.foretold[s])
+
+    @property
+    def lost(self) -> float:
+        """Return how long the plan's choice takes over the best."""
+        return self.measured[self.auto] / self.measured[self.best]
+
+
+def markdown(measured: Results) -> str:
+    """Return the whole report."""
+    machine, cells = measured["machine"], [Cell.read(r) for r in measured["cells"]]
+    names = " | ".join(SCHEDULES)
+    lines = [
+        "# Every schedule, measured and foretold",
+        "",
+        f"Measured {measured['date']} on {machine['processor']}, {machine['cores']} cores, Python "
+        f"{machine['python']}, NumPy {machine['numpy']}, {machine['blas']}, "
+        f"{cells[0].of['mpi']}; one BLAS thread a rank, B = 1, D = {D}, fp32, forward and backward "
+        "together. Made by `make bench`; `schedules.json` has every turn.",
+        "",
+        "A schedule's cell: milliseconds, and the plan's time over them. The plan knows nothing "
+        "but what the machine measured of itself before each sweep. Lost: time of the schedule "
+        "that the plan chooses over that of the fastest.",
+        "",
+        f"| link | P | heads | S_Q | S_KV | {names} | fastest | chosen | lost |",
+        "|---" * (8 + len(SCHEDULES)) + "|",
+    ]
+    for cell in cells:
+        of = cell.of
+        times = " | ".join(
+            f"{cell.measured[s] * 1e3:.1f}, {cell.foretold[s] / cell.measured[s]:.2f}"
+            if s in cell.measured
+            else "-"
+            for s in SCHEDULES
+        )
+        lines.append(
+            f"| {rate(of)} | {of['P']} | {of['H']}/{of['H_KV']} | {of['S_Q']:,} | {of['S_KV']:,} "
+            f"| {times} | {cell.best} | {cell.auto} | {cell.lost - 1:+.0%} |"
+        )
+    return "\n".join([*lines, "", *judged(cells), ""])
+
+
+def judged(cells: list[Cell]) -> list[str]:
+    """Return the goals, and how far they are met."""
+    lost = [cell.lost for cell in cells]
+    ratios = {
+        s: [cell.foretold[s] / cell.measured[s] for cell in cells if s in cell.measured]
+        for s in SCHEDULES
+    }
+    every = [ratio for found in ratios.values() for ratio in found]
+    within = sum(x <= WORST for x in lost)
+    worst = f"auto within {WORST - 1:.0%} of the fastest: {within} of {len(lost)} cells, worst"
+    far = median(factor(x) for x in every)
+    return [
+        goal(worst, max(lost) - 1, within == len(lost), "+.0%"),
+        goal(f"in the median within {MIDDLE - 1:.0%}", median(lost) - 1, median(lost) <= MIDDLE,
+             "+.1%"),
+        goal(f"foretold over measured within a factor of {FORETOLD} in the median", far,
+             far <= FORETOLD, ".2f"),
+        "- by schedule, median factor (and of its direction): "
+        + ", ".join(
+            f"{s} {median(factor(x) for x in found):.2f} ({median(found):.2f})"
+            for s, found in ratios.items()
+        ),
+        f"- within a factor of 2: {sum(factor(x) <= 2 for x in every)} of {len(every)} times",
+    ]  # fmt: skip
+
+
+def factor(ratio: float) -> float:
+    """Return how far a ratio is from 1, either way."""
+    return max(ratio, 1 / ratio)
+
+
+def draw(measured: Results) -> "Figure":
+    """Draw who won where; where the plan chose another, it says so."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    cells = [Cell.read(r) for r in measured["cells"]]
+    sweeps: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        of = cell.of
+        key = rate(of), of["P"], of["H"], of["H_KV"]
+        sweeps.setdefault(key, []).append(cell)
+    links = list(dict.fromkeys(key[0] for key in sweeps))
+    others = list(dict.fromkeys(key[1:] for key in sweeps))
+    figure = Figure(figsize=(11, 3 * len(links) + 0.8), facecolor="white", layout="constrained")
+    panels = figure.subplots(len(links), len(others), squeeze=False, sharex=True, sharey=True)
+    for row, link in zip(panels, links, strict=True):
+        for axes, other in zip(row, others, strict=True):
+            _panel(axes, sweeps[link, *other])
+            axes.set_title(f"{link}, P = {other[0]}, heads {other[1]}/{other[2]}", size=10)
+        row[0].set_ylabel("S_KV, keys")
+    for axes in panels[-1]:
+        axes.set_xlabel("S_Q, queries")
+    figure.legend(
+        handles=[
+            Patch(color=c, label=s) for s, c in zip(SCHEDULES, COLOURS, strict=False)
+        ],
+        loc="outside lower center", ncols=len(SCHEDULES), frameon=False,
+    )  # fmt: skip
+    figure.suptitle("Fastest schedule, and by how much before the second; below: lost by auto")
+    return figure
+
+
+def _panel(axes: "Axes", cells: list[Cell]) -> None:
+    """Draw one sweep."""
+    s_q, s_kv = (sorted({cell.of[name] for cell in cells}) for name in ("S_Q", "S_KV"))
+    for cell in cells:
+        x, y = s_q.index(cell.of["S_Q"]), s_kv.index(cell.of["S_KV"])
+        first, second = sorted(cell.measured.values())[:2]
+        colour = COLOURS[SCHEDULES.index(cell.best)]
+        # Pale where the fastest wins by next to nothing.
+        strength = min(1.0, 0.25 + 1.5 * (second / first - 1))
+        axes.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, color=colour, alpha=strength, lw=0)
+        text = f"{second / first:.2f}"
+        if cell.auto != cell.best:
+            text += f"\n{cell.lost - 1:+.0%}"
+        axes.text(x, y, text, ha="center", va="center", size=9, color=INK)
+    axes.set(xlim=(-0.5, len(s_q) - 0.5), ylim=(-0.5, len(s_kv) - 0.5))
+    axes.set_xticks(range(len(s_q)), [f"{n:,}" for n in s_q])
+    axes.set_yticks(range(len(s_kv)), [f"{n // 1024}k" for n in s_kv])
+
+
+def main() -> int:
+    """Measure, print, store, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few small cells, half a minute")
+    parser.add_argument("--store", metavar="DIR", type=Path)
+    parser.add_argument("--plot", metavar="FILE", type=Path)
+    parser.add_argument("--again", metavar="FILE", type=Path, help="what --store has written")
+    options = parser.parse_args()
+    try:
+        if options.again:
+            measured = json.loads(options.again.read_text())
+        else:
+            today = date.today().isoformat()
+            measured = {"machine": describe(), "date": today, "cells": measure(options.quick)}
+    except LabError as reason:
+        print(f"schedules: {reason}", file=sys.stderr)
+        return 2
+    print(file=sys.stderr)
+    text = markdown(measured)
+    print(text, end="")
+    if options.store:
+        options.store.mkdir(parents=True, exist_ok=True)
+        (options.store / "schedules.json").write_text(json.dumps(measured) + "\n")
+        (options.store / "schedules.md").write_text(text)
+    if options.plot:
+        draw(measured).savefig(options.plot, dpi=110)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
