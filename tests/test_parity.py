@@ -77,10 +77,7 @@ _PROGRESS = {"progress": "lets MPI work between tiles"}
 _ROTATION = {"fields": _AWAITED, "hop": "whose it will be"}
 _ALL_TO_ALL = {"fields": _AWAITED, "what": "errors say what was waited for"}
 _KERNEL = {"kernel": "there are several"}
-_LAYER = {
-    **dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases"),
-    "queries": "they may be replicated",
-}
+_LAYER = dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases")
 EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "block_attention": _PROGRESS,
