@@ -132,6 +132,35 @@ class Machine:
                 )
 
 
+def machine_of(text: str) -> Machine:
+    """Return the machine that a command line names.
+
+    Parameters
+    ----------
+    text : str
+        One of `MACHINES`, or a file that `Machine.save` wrote.
+
+    Returns
+    -------
+    Machine
+
+    Raises
+    ------
+    ValueError
+        There is none of that name, or its file is damaged or of another version.
+    OSError
+        It cannot be read.
+    """
+    if text in MACHINES:
+        return MACHINES[text]
+    try:
+        return Machine.load(text)
+    except FileNotFoundError:
+        raise ValueError(
+            f"expected one of {', '.join(MACHINES)}, or a file, got {text!r}"
+        ) from None
+
+
 _NVLINK3, _NVLINK4 = Link(250e9, 5e-6), Link(400e9, 5e-6)
 
 MACHINES = {

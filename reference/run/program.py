@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.plan.machine import Machine, machine_of
 from lvxattn.reference.run.check import Check, check_results
 from lvxattn.reference.run.problem import Problem, Share, describe, take_share
 from lvxattn.reference.run.ranks import Backend, Ranks
@@ -50,10 +51,11 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     # 1. rank 0 looks at the problem; every rank takes its share of it
     _on_rank_0(lambda: _check_paths(options), ranks)
     problem = _on_rank_0(lambda: describe(options), ranks)
+    machine = _on_rank_0(lambda: _read_machine(options), ranks)
     backend = ranks.backend(options.device, problem.dtype)
     share = _together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
-    layout = backend.agree(tensors, schedule=options.schedule, scale=options.scale)
+    layout = _agree(options, tensors, machine, backend)
     output = _on_rank_0(lambda: _create(options, problem, layout), ranks)
     try:
         # 2. the attention, as often as is asked for
@@ -80,6 +82,25 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
         print_report(report, launched=ranks.launched)
     _on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)
     return all(check.passed for check in checks)
+
+
+def _read_machine(options: Namespace) -> Machine | None:
+    """Return what the schedule is chosen for, if that is said."""
+    try:
+        return None if options.machine is None else machine_of(options.machine)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--machine: {error}") from None
+
+
+def _agree(
+    options: Namespace, tensors: dict[str, Any], machine: Machine | None, backend: Backend
+) -> Layout:
+    try:
+        return backend.agree(
+            tensors, schedule=options.schedule, scale=options.scale, machine=machine
+        )
+    except (TypeError, ValueError) as error:  # the same on all ranks
+        raise InputError(str(error)) from None
 
 
 def _measure(
