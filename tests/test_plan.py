@@ -153,6 +153,7 @@ class TestMachine:
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
             ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
+            ({"room": 10**400}, "machine: expected a number above 0 for room in .*, got 1000"),
             ({"inside": 3}, "machine: .* is damaged"),
             ({"colour": "red"}, "machine: .* is damaged"),
         ],

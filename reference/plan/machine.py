@@ -6,8 +6,8 @@ reach; `lvxattn.reference.plan.measure` measures the machine at hand.
 
 import json
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
+from sys import float_info
 
 VERSION = 1
 
@@ -121,11 +121,14 @@ class Machine:
         rates = {"matmul": self.matmul, "memory": self.memory, "room": self.room}
         times = {"start": self.start}
         for name, link in (("inside", self.inside), ("between", self.between)):
+            if not isinstance(link, Link):
+                raise ValueError(f"machine: expected a Link for {name} in {where}, got {link!r}")
             rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
         rates |= {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
         for name, x in (rates | times).items():
-            number = isinstance(x, int | float) and not isinstance(x, bool) and isfinite(x)
-            if not number or x < 0 or (name in rates and x == 0):
+            number = isinstance(x, int | float) and not isinstance(x, bool)
+            # JSON knows integers that no float can hold.
+            if not (number and 0 <= x <= float_info.max) or (name in rates and x == 0):
                 least = "above 0" if name in rates else "from 0 up"
                 raise ValueError(
                     f"machine: expected a number {least} for {name} in {where}, got {x!r}"
