@@ -15,6 +15,7 @@ from mpi4py import MPI
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl.recompute import project, project_backward
 from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.plan import MACHINES
 from tests.cases import Case, Problem
 from tests.judge import solve, worst_ratios
 from tests.watched import Watched
@@ -235,6 +236,21 @@ def a_layer_equals_its_parts(comm: MPI.Intracomm) -> Any:
         sent = [(meter.messages, meter.bytes) for meter in meters]
         verdicts.append(sent[0] == sent[1])
     return verdicts
+
+
+@check
+def only_rank_0_s_machine_counts(comm: MPI.Intracomm) -> Any:
+    """The others may have none, or another one: all ranks take the same schedule."""
+    q, k = (mpi_impl.shard(np.ones((2, 2, s, 4)), comm) for s in (40, 2))
+    machines = [MACHINES["h100"], None, MACHINES["a30-8"]]
+    machine = machines[comm.rank % 3]
+    agree = mpi_impl.Layout.agree
+    layout = agree(q, k, k, comm, schedule="auto", machine=machine)
+    by_bytes = agree(q, k, k, comm, schedule="auto", machine=machine if comm.rank else None)
+    chosen = comm.allgather([layout.schedule, by_bytes.schedule])
+    # Latency is what takes time here; alone a rank sends nothing.
+    wanted = ["gather", "ring"] if comm.size > 1 else chosen[0]
+    return [chosen == [wanted] * comm.size, layout.machine == machines[0], not by_bytes.machine]
 
 
 @check
