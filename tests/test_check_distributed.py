@@ -347,9 +347,8 @@ class TestRealRanks:
         assert report["statuses"] == statuses
         assert set(report["results"]) == set(RESULTS)
 
-    @pytest.mark.parametrize("schedule", ["lv-xattn", "gather"])
-    def test_torch_impl_passes(self, schedule: str) -> None:
-        ended = launched(torchrun, 3, schedule=schedule, dtypes=["bfloat16"])
+    def test_torch_impl_passes(self) -> None:
+        ended = launched(torchrun, 3, schedule="gather", dtypes=["bfloat16"])
         assert ended.status == 0, ended.err
         report = json.loads(ended.out)
         assert report["passed"], report["text"]
