@@ -348,7 +348,7 @@ class TestRealRanks:
         assert set(report["results"]) == set(RESULTS)
 
     def test_torch_impl_passes(self) -> None:
-        ended = launched(torchrun, 3, schedule="gather", dtypes=["bfloat16"])
+        ended = launched(torchrun, 3, schedule="lv-xattn", dtypes=["bfloat16"])
         assert ended.status == 0, ended.err
         report = json.loads(ended.out)
         assert report["passed"], report["text"]
