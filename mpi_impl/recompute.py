@@ -50,6 +50,7 @@ def cross_attention_layer(
     schedule: str = "lv-xattn",
     scale: float | None = None,
     mask: Array | MaskRule | None = None,
+    queries: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Saved]:
@@ -60,14 +61,14 @@ def cross_attention_layer(
     Parameters
     ----------
     x : (B, s_q, E)
-        This rank's text features.
+        This rank's text features; all of them where queries are replicated.
     y : (B, s_kv, E_V)
         This rank's visual features.
     w_q : (E, H, D)
     w_k : (E_V, H_KV, D)
     w_v : (E_V, H_KV, D_V)
         Weights, equal on all ranks.
-    comm, schedule, scale, mask, layout, meter
+    comm, schedule, scale, mask, queries, layout, meter
         As in `cross_attention`.
 
     Returns
@@ -84,8 +85,9 @@ def cross_attention_layer(
     check_features(x, y, w_q, w_k, w_v, comm, together=layout is None)
     q, k, v = project(x, w_q), project(y, w_k), project(y, w_v)
     out, lse = cross_attention(
-        q, k, v, comm, schedule=schedule, scale=scale, mask=mask, layout=layout, meter=meter
-    )
+        q, k, v, comm,
+        schedule=schedule, scale=scale, mask=mask, queries=queries, layout=layout, meter=meter,
+    )  # fmt: skip
     return out, Saved(x, y, out, lse)
 
 
@@ -100,6 +102,7 @@ def cross_attention_layer_backward(
     schedule: str = "lv-xattn",
     scale: float | None = None,
     mask: Array | MaskRule | None = None,
+    queries: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
@@ -112,7 +115,7 @@ def cross_attention_layer_backward(
     dout : (B, H, s_q, D_V)
     saved : Saved
         From the forward.
-    w_q, w_k, w_v, comm, schedule, scale, mask, layout, meter
+    w_q, w_k, w_v, comm, schedule, scale, mask, queries, layout, meter
         As given to it.
 
     Returns
@@ -121,6 +124,7 @@ def cross_attention_layer_backward(
     dy : (B, s_kv, E_V)
     dw_q, dw_k, dw_v : shaped as the weights
         This rank's partial sums, in the accumulator dtype: add them up over the ranks in that.
+        Where queries are replicated, dw_q is whole on every rank.
     """
     x, y = saved.x, saved.y
     # 1. Make again what was forgotten.
@@ -128,7 +132,7 @@ def cross_attention_layer_backward(
     # 2. Through the attention.
     dq, dk, dv = cross_attention_backward(
         dout, q, k, v, saved.out, saved.lse, comm,
-        schedule=schedule, scale=scale, mask=mask, layout=layout, meter=meter,
+        schedule=schedule, scale=scale, mask=mask, queries=queries, layout=layout, meter=meter,
     )  # fmt: skip
     # 3. Through the projections.
     dx, dw_q = project_backward(dq, x, w_q)

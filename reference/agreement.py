@@ -225,15 +225,17 @@ def _check_equal(records: list[Record]) -> None:
                 )
             if record.mask is not None:
                 check_mask_shape_rows(record.mask[0], S_Q)
-            travel = record.schedule in MASKS_TRAVEL
+            # Replicated queries take no schedule.
+            schedule = None if replicated else record.schedule
+            travel = schedule in MASKS_TRAVEL
             if travel and record.callable_mask != records[0].callable_mask:
                 kinds = ["an array or None", "a callable"]
                 raise ValueError(
                     "mask: expected a callable on all ranks or on none with schedule "
-                    f"{record.schedule!r}, got {kinds[record.callable_mask]} where rank 0 has "
+                    f"{schedule!r}, got {kinds[record.callable_mask]} where rank 0 has "
                     f"{kinds[records[0].callable_mask]}"
                 )
-            if record.schedule == "ulysses" and record.H_KV % len(records):
+            if schedule == "ulysses" and record.H_KV % len(records):
                 raise ValueError(
                     "schedule: expected another one than 'ulysses', which needs H_KV to be a "
                     f"multiple of the {len(records)} ranks, got H_KV = {record.H_KV}"

@@ -232,7 +232,7 @@ class Layout:
                     )
             if dtype_name(q) != self.dtype:
                 raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
-            travels = self.schedule in MASKS_TRAVEL
+            travels = self.schedule in MASKS_TRAVEL and queries == "sharded"
             if travels and callable(mask) != self.rules[self.rank]:
                 raise ValueError(
                     "mask: expected a callable only if the layout was agreed with one, "

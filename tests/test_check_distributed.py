@@ -317,35 +317,42 @@ class TestArguments:
 
 @pytest.mark.mpi
 class TestRealRanks:
-    @pytest.mark.parametrize(("P", "schedule"), [(1, "lv-xattn"), (3, "ring"), (4, "lv-xattn")])
+    @pytest.mark.parametrize(
+        ("P", "schedule"),
+        [(1, "lv-xattn"), (3, "ring"), (4, "lv-xattn"), (4, "gather"), (3, "replicated")],
+    )
     def test_mpi_impl_passes(self, P: int, schedule: str) -> None:
-        ended = launched(
-            mpiexec,
-            P,
-            fn="lvxattn.mpi_impl:cross_attention",
-            backward="lvxattn.mpi_impl:cross_attention_backward",
-            options={"schedule": schedule},
-            dtypes=["bfloat16"] if P == 4 else ["float64"],
-        )
+        dtypes = ["bfloat16"] if P == 4 else ["float64"]
+        ended = launched(mpiexec, P, schedule=schedule, dtypes=dtypes)
         assert ended.status == 0, ended.err
         assert not ended.err
         report = json.loads(ended.out)
         assert report["passed"], report["text"]
+        assert report["statuses"] == ["ok"]
         assert set(report["results"]) == set(RESULTS)
         assert (f"P={P}, ragged" in report["where"]) == (P > 1)
         assert ("growth of the error from P=1 to P=4, bfloat16" in report["text"]) == (P == 4)
 
-    def test_torch_impl_passes(self) -> None:
+    @pytest.mark.parametrize(("heads", "statuses"), [(3, ["ok"]), (1, ["ok", "unsupported"])])
+    def test_ulysses_passes_where_there_are_heads_and_is_no_failure_elsewhere(
+        self, heads: int, statuses: list[str]
+    ) -> None:
+        cases = ["gaussian", "random-mask", "callable-mask", "mask-over-heads", "ragged-lengths"]
         ended = launched(
-            torchrun,
-            3,
-            fn="lvxattn.torch_impl:cross_attention",
-            options={"return_lse": True},
-            dtypes=["bfloat16"],
+            mpiexec, 3, schedule="ulysses", heads=heads, cases=cases, dtypes=["float32"]
         )
         assert ended.status == 0, ended.err
         report = json.loads(ended.out)
         assert report["passed"], report["text"]
+        assert report["statuses"] == statuses
+        assert set(report["results"]) == set(RESULTS)
+
+    def test_torch_impl_passes(self) -> None:
+        ended = launched(torchrun, 3, schedule="lv-xattn", dtypes=["bfloat16"])
+        assert ended.status == 0, ended.err
+        report = json.loads(ended.out)
+        assert report["passed"], report["text"]
+        assert report["statuses"] == ["ok"]
         assert set(report["results"]) == set(RESULTS)
         assert "P=3, ragged" in report["where"]
 

@@ -239,6 +239,64 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
         "scale: expected rank 0's 0.4082482904638631, got 0.25",
         LAST,
     ),
+    "unknown queries": (
+        ValueError,
+        "queries: expected one of ('sharded', 'replicated'), got 'mirrored'",
+        0,
+    ),
+    "ranks differ in replicated queries": (
+        ValueError,
+        "q: expected rank 0's s_q = 5 with queries 'replicated', got 6",
+        LAST,
+    ),
+    "ranks differ in schedule": (
+        ValueError,
+        "schedule: expected rank 0's 'lv-xattn', got 'gather'",
+        LAST,
+    ),
+    "ranks differ in the backward's schedule": (
+        ValueError,
+        "schedule: expected rank 0's 'lv-xattn', got 'auto'",
+        LAST,
+    ),
+    "ranks differ in queries": (
+        ValueError,
+        "queries: expected rank 0's 'sharded', got 'replicated'",
+        LAST,
+    ),
+    **{
+        f"ranks differ in rules with {schedule}": (
+            ValueError,
+            f"mask: expected a callable on all ranks or on none with schedule {schedule!r}, "
+            "got a callable where rank 0 has an array or None",
+            LAST,
+        )
+        for schedule in ("ring", "ulysses")
+    },
+    **{
+        f"several ranks and one head with ulysses{which}": (
+            ValueError,
+            "schedule: expected another one than 'ulysses', which needs H_KV to be a multiple of "
+            "the {P} ranks, got H_KV = 1",
+            0,
+        )
+        for which in ("", ", backward")
+    },
+    "the last rank's machine is a name": (
+        TypeError,
+        "machine: expected a Machine or None, got str",
+        LAST,
+    ),
+    "the last rank's machine computes nothing": (
+        ValueError,
+        "machine: expected a number above 0 for matmul in machine, got 0",
+        LAST,
+    ),
+    "the last rank's machine has no link": (
+        ValueError,
+        "machine: expected a Link for inside in machine, got None",
+        LAST,
+    ),
     "every rank has its own error": (ValueError, "scale: expected a finite number, got nan", 0),
 }
 
@@ -295,11 +353,6 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, got str",
         None,
     ),
-    "unknown queries": (
-        ValueError,
-        "queries: expected one of ('sharded', 'replicated'), got 'mirrored'",
-        0,
-    ),
     "a layout of other queries": (
         ValueError,
         "queries: expected the layout's 'sharded', got 'replicated'",
@@ -336,15 +389,12 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "call: expected rank 0's 'forward', got 'forward, with lse'",
         LAST,
     ),
-    "ranks differ in replicated queries": (
-        ValueError,
-        "q: expected rank 0's s_q = 5 with queries 'replicated', got 6",
-        LAST,
-    ),
 }
 OF_BACKWARD = {"dout has out's shape but for D_V", "out has 3 axes", "lse has 4 axes"}
 OF_BACKWARD |= {"dlse has another length", "integer dout", "lse is None"}
 OF_BACKWARD |= {"backward with 3 axes in q", "the last rank's dout"}
+OF_BACKWARD |= {"ranks differ in the backward's schedule"}
+OF_BACKWARD |= {"several ranks and one head with ulysses, backward"}
 IN_TORCH = {n: e for n, e in EXPECTED.items() if n not in OF_BACKWARD} | OF_TENSORS
 BAD = [("mpi", name) for name in EXPECTED] + [("torch", name) for name in IN_TORCH]
 REPORTS = {"mpi": report, "torch": torch_report}
@@ -353,7 +403,12 @@ REPORTS = {"mpi": report, "torch": torch_report}
 def text(name: str, P: int, by: int) -> str:
     """Return the whole text of an error on P ranks, as rank `by` raises it."""
     _, start, rank = (EXPECTED | OF_TENSORS)[name]
-    for symbol, number in (("{5P}", 5 * P), ("{5P+1}", 5 * P + 1), ("{7P+1}", 7 * P + 1)):
+    for symbol, number in (
+        ("{P}", P),
+        ("{5P}", 5 * P),
+        ("{5P+1}", 5 * P + 1),
+        ("{7P+1}", 7 * P + 1),
+    ):
         start = start.replace(symbol, str(number))
     if rank is None:  # nobody is asked
         return start
@@ -366,7 +421,7 @@ class TestBadInput:
     def test_every_rank_raises_the_same_clear_error_at_once_and_goes_on(
         self, implementation: str, name: str, P: int
     ) -> None:
-        if P == 1 and name.startswith(("ranks differ", "every rank")):
+        if P == 1 and name.startswith(("ranks differ", "several ranks", "every rank")):
             pytest.skip("one rank has nobody to differ from")
         ranks = REPORTS[implementation](P, "run_bad_input.py")[name]
         for rank, (kind, got, in_time, still_works) in enumerate(ranks):

@@ -73,10 +73,7 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
 _PROGRESS = {"progress": "lets MPI work between tiles"}
 _FIELDS = {"fields": _AWAITED}
 _KERNEL = {"kernel": "there are several"}
-_LAYER = {
-    **dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases"),
-    "queries": "they may be replicated",
-}
+_LAYER = dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases")
 EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "block_attention": _PROGRESS,

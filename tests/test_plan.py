@@ -188,6 +188,7 @@ class TestMachine:
             ({"call": -1}, "machine: expected a number from 0 up for call in .*, got -1"),
             ({"hiding": 1.5}, "machine: expected a number from 0 to 1 for hiding in .*, got 1.5"),
             ({"hiding": "x"}, "machine: expected a number from 0 to 1 for hiding in .*, got 'x'"),
+            ({"room": 10**400}, "machine: expected a number above 0 for room in .*, got 1000"),
             ({"inside": 3}, "machine: .* is damaged"),
             ({"colour": "red"}, "machine: .* is damaged"),
         ],

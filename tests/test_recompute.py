@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from lvxattn import mpi_impl, reference
 from lvxattn.reference import VirtualComm, run_ranks
+from lvxattn.reference.plan import messages
 from tests.backends import BACKENDS, MPI_DEVICE, MPI_NUMPY, Backend, host
 from tests.cases import Case, Problem
 from tests.judge import ratio
@@ -88,6 +89,7 @@ def run_layer(layer: Layer, comm: Any, backend: Backend, **options: Any) -> Any:
     """Return out, what was saved, and the gradients of this rank's part, on the host."""
     implementation = backend.implementation
     rows, keys = (slice(*cuts[comm.rank : comm.rank + 2]) for cuts in CASE.cuts(comm.size))
+    rows = slice(None) if options.get("queries") == "replicated" else rows
     x, y, w_q, w_k, w_v, dout = (
         backend.array(np.ascontiguousarray(a))
         for a in (layer.x[:, rows], layer.y[:, keys], layer.w_q, layer.w_k, layer.w_v,
@@ -100,16 +102,40 @@ def run_layer(layer: Layer, comm: Any, backend: Backend, **options: Any) -> Any:
     return host(out), saved, [host(g) for g in grads]
 
 
-@pytest.mark.parametrize("P", [1, 2, 3, 5])
-def test_gradients_of_all_ranks_are_those_of_the_whole(P: int) -> None:
-    layer = Layer.make()
+def planned(comm: VirtualComm, **options: Any) -> int:
+    """Return how many bytes a rank sends, forward and backward."""
+    whole = options.get("queries") == "replicated"
+    rows, keys = (b - a for a, b in (c[comm.rank : comm.rank + 2] for c in CASE.cuts(comm.size)))
+    q = np.zeros((B, H, S_Q if whole else rows, D))
+    k, v = np.zeros((B, H_KV, keys, D)), np.zeros((B, H_KV, keys, D_V))
+    layout = reference.Layout.agree(q, k, v, comm, **options)
+    sent = (messages(layout, comm.rank, backward=backward) for backward in (False, True))
+    return sum(message.nbytes for found in sent for message in found)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "P"),
+    [("lv-xattn", 1), ("lv-xattn", 2), ("lv-xattn", 3), ("lv-xattn", 5), ("ring", 3),
+     ("ulysses", 2), ("gather", 3), ("auto", 2), ("replicated", 3)],
+)  # fmt: skip
+def test_gradients_of_all_ranks_are_those_of_the_whole(schedule: str, P: int) -> None:
+    layer, whole = Layer.make(), schedule == "replicated"
+    options = {"queries": schedule} if whole else {"schedule": schedule}
     want, limit = gradients(layer)
     truth, heads = layer.truth()
-    parts = run_ranks(P, lambda comm: run_layer(layer, comm, BACKENDS[0]))
-    out = np.concatenate([part[0] for part in parts], axis=2)
-    assert ratio(out, truth.results["out"], heads["out"]) <= 1
+    meters = [reference.Meter() for _ in range(P)]
+    parts = run_ranks(
+        P, lambda comm: run_layer(layer, comm, BACKENDS[0], meter=meters[comm.rank], **options)
+    )
+    assert [meter.bytes for meter in meters] == run_ranks(P, lambda comm: planned(comm, **options))
+    outs = [part[0] for part in parts]
+    for out in outs if whole else [np.concatenate(outs, axis=2)]:
+        assert ratio(out, truth.results["out"], heads["out"]) <= 1
     for i, name in enumerate(NAMES):
         shares = [part[2][i] for part in parts]
+        if whole and name in ("x", "w_q"):  # on every rank
+            assert all(ratio(got, want[name], limit[name]) <= 1 for got in shares), name
+            continue
         got = np.concatenate(shares, axis=1) if name in "xy" else sum(shares)
         assert ratio(got, want[name], limit[name]) <= 1, name
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import resource
 import struct
 from argparse import Namespace
@@ -18,6 +19,8 @@ import pytest
 import safetensors.numpy
 
 from lvxattn.mpi_impl.__main__ import main
+from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.plan import MACHINES, candidates, planned
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.run import program, tensors
 from lvxattn.reference.run.arguments import Parser
@@ -100,13 +103,14 @@ class Told:
     ----------
     folder : Path
         Where its files are.
-    files, presets, broken, bad : list of Said
-        By `file_lines`, `preset_lines`, `BREAKAGES` and `bad_inputs`.
+    files, presets, chosen, broken, bad : list of Said
+        By `file_lines`, `preset_lines`, `chosen_lines`, `BREAKAGES` and `bad_inputs`.
     """
 
     folder: Path
     files: list[Said]
     presets: list[Said]
+    chosen: list[Said]
     broken: list[Said]
     bad: list[Said]
 
@@ -123,7 +127,7 @@ def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
         folder = tmp_path_factory.mktemp(f"{implementation}{P}")
         broken = [["run", *SMALL, "--backward", "--check"]] * len(BREAKAGES)
         bad = [["run", *line] for line, _ in bad_inputs(folder, implementation)]
-        parts = file_lines(folder), preset_lines(folder), broken, bad
+        parts = file_lines(folder), preset_lines(folder), chosen_lines(folder), broken, bad
         said = iter(
             commands(
                 P,
@@ -252,6 +256,24 @@ def preset_lines(folder: Path) -> list[list[Any]]:
         ],
         *[["run", *SMALL, "--dtype", dtype, "--check", "--quiet"] for dtype in DTYPES],
         ["run", "--text-tokens", "0", "--visual-tokens", "0", "--backward", "--check", "--quiet"],
+        *[
+            [
+                *("run", *SMALL, "--schedule", schedule, "--heads", "6", "--backward", "--check"),
+                *("--quiet", "--json", folder / f"{schedule}.json"),
+            ]
+            for schedule in ("ulysses", "gather")
+        ],
+    ]
+
+
+def chosen_lines(folder: Path) -> list[list[Any]]:
+    """Command lines that let the schedule be chosen."""
+    replace(MACHINES["h100"], name="mine").save(folder / "mine")
+    auto = "run", *SMALL, "--schedule", "auto"
+    return [
+        [*auto],
+        [*auto, "--machine", "h100"],
+        [*auto, "--machine", folder / "mine", "--json", "-"],
     ]
 
 
@@ -284,9 +306,44 @@ def test_presets_and_sizes_pass_their_check_and_are_reported(
     report = json.loads((told.folder / "ring.json").read_text())
     assert (report["schedule"], report["scale"]) == ("ring", 0.5)
     assert report["totals"]["bytes"] == (P - 1) * 2 * 4 * 4 * 100 * 8  # keys and values
+    assert (report["why"], report["explained"]) == ("", "")
+    for schedule in ("ulysses", "gather"):
+        report = json.loads((told.folder / f"{schedule}.json").read_text())
+        assert report["schedule"] == schedule
+        assert all(check["passed"] for check in report["checks"])
     for said in (preset, sizes, *others):
         assert (said.status, said.err) == (0, "")
     assert [said.out for said in others] == [""] * len(others)
+
+
+@EACH
+def test_auto_says_what_it_has_chosen_and_why(implementation: str, P: int, tell: Tell) -> None:
+    q, k = (1, 4, 19, 8), (1, 4, 100, 8)
+    fewest, least, mine = tell(implementation, P).chosen
+    assert {(said.status, said.err) for said in (fewest, least, mine)} == {(0, "")}
+    layout = planned(q, k, P, dtype="float32")
+    by_bytes, *_ = candidates(layout)
+    best, other, *_ = candidates(layout, MACHINES["h100"])
+    assert by_bytes.schedule != best.schedule  # or else nothing is seen here
+    assert f"\n  schedule  {by_bytes.schedule} on {P} ranks, forward, once\n" in fewest.out
+    assert f"{by_bytes.nbytes / 1e3:.3g} kB; " in chosen(fewest.out)
+    assert chosen(fewest.out).startswith("fewest bytes, forward and backward: ")
+    assert f"\n  schedule  {best.schedule} on {P} ranks, forward, once\n" in least.out
+    assert chosen(least.out) == (
+        f"least time on h100, forward and backward: {best.seconds:.2e} s; "
+        f"{other.schedule}: {other.seconds:.2e} s"
+    )
+    report = json.loads(mine.out)
+    assert report["schedule"] == best.schedule
+    assert report["why"] == chosen(least.out).replace("h100", "mine")
+    assert report["explained"].startswith(f"{best.schedule} is taken\n")
+    assert len(report["explained"].splitlines()) == 2 + len(SCHEDULES)
+
+
+def chosen(text: str) -> str:
+    """Return why the schedule was chosen, of what is printed."""
+    (line,) = re.findall(r"^  chosen    (.*)$", text, re.MULTILINE)
+    return line
 
 
 @pytest.mark.mpi
@@ -393,6 +450,20 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (["--model", "gpt"], "invalid choice: 'gpt'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--schedule", "star"], "invalid choice: 'star'"),
+        (
+            [*SMALL, "--schedule", "ulysses", "--kv-heads", "1"],
+            "schedule: expected another one than 'ulysses', which needs H_KV to be a multiple",
+        ),
+        (["--machine", "h100"], "argument --machine: needs --schedule auto"),
+        *[
+            ([*SMALL, "--schedule", "auto", "--machine", machine], text)
+            for machine, text in (
+                ("h1000", "--machine: expected one of a100-16, "),
+                (folder, "Is a directory"),
+                (folder / "short", "--machine: machine: "),
+                (other_version(folder / "version"), "expected version 1 in "),
+            )
+        ],
         (["--frames", "3"], "--frames: needs a --model"),
         (["--heads", "3", "--kv-heads", "2"], "expected H_KV to divide"),
         (["--head-dim", "0"], "expected a whole number from 1 up"),
@@ -401,6 +472,13 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (["--scale", "nan"], "expected a finite number"),
         (["--visual-tokens", "1000000000000000"], "does not fit in memory"),
     ]
+
+
+def other_version(path: Path) -> Path:
+    """Write a machine file of another version."""
+    MACHINES["h100"].save(path)
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    return path
 
 
 def has_gpu() -> bool:

@@ -106,3 +106,25 @@ def test_ulysses_asks_a_rule_about_the_heads_that_a_rank_really_has() -> None:
         3, lambda comm: solve(problem, comm, reference, schedule="ulysses")
     ):
         assert max(worst_ratios(problem, results, fp64=True).values()) <= 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_replicated_queries_take_no_schedule(schedule: str) -> None:
+    """Nothing goes round, so that heads need not be dealt out, and masks do not travel."""
+    problem = Case("replicated", H=3, H_KV=1).make()
+
+    def fn(comm: reference.VirtualComm) -> list[Any]:
+        part, outs = problem.part(comm.rank, 3), []
+        options: dict[str, Any] = {"schedule": schedule, "queries": "replicated"}
+        if comm.rank:
+            options["mask"] = lambda b, h, i, j: i + j + b + h >= 0
+        given = problem.q, part["k"], part["v"], comm
+        layout = reference.Layout.agree(*given, **options)
+        for more in ({}, {"layout": layout, "mask": None}):
+            outs.append(reference.cross_attention(*given, **options | more)[0])
+        return outs
+
+    want, _ = reference.full_attention(problem.q, problem.k, problem.v)
+    for outs in reference.run_ranks(3, fn):
+        for out in outs:
+            np.testing.assert_allclose(out, want, rtol=1e-12, atol=1e-12)

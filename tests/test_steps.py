@@ -10,7 +10,9 @@ import pytest
 from lvxattn import reference
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan.steps import messages
-from tests.cases import Case, random_case
+from tests.cases import MASKS, Case, random_case
+from tests.launch import report
+from tests.torch_ranks import torch_report
 
 KINDS = [*SCHEDULES, "replicated"]
 
@@ -74,3 +76,16 @@ def test_half_precision_travels_as_such_and_its_results_in_fp32() -> None:
     )
     sizes = sorted(message.nbytes for message in messages(layouts[0], 0))
     assert sizes == [4 * 6 * 8 * 2, 4 * 6 * 9 * 4]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("started", "P", "dtypes"),
+    [(report, 4, ["float32", "float16"]), (torch_report, 3, ["float32", "float16", "bfloat16"])],
+    ids=["mpi", "torch"],
+)
+def test_real_ranks_send_what_is_foreseen(started: Any, P: int, dtypes: list[str]) -> None:
+    found = started(P, "run_messages.py", "24", *dtypes)
+    assert found["wrong"] == []
+    cuts = {"even", "ragged", "first", "last"}
+    assert set(found["seen"]) == {*dtypes, *MASKS, *cuts, "grouped", "not grouped"}

@@ -116,7 +116,7 @@ def on_4_ranks(half_way: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     """50 steps on 4 ranks, and then the run of 5 steps, of one rank, resumed on 4."""
     folder = tmp_path_factory.mktemp("ranks") / "resumed"
     shutil.copytree(half_way, folder)
-    args = str(STEPS), *SMALL, "--resume", "--output", str(folder)
+    args = str(STEPS), *SMALL, "--resume", "--schedule", "gather", "--output", str(folder)
     ended = torchrun(4, PROGRAMS / "train.py", *args)
     assert ended.status == 0, ended.out + ended.err
     assert not ended.left
@@ -202,6 +202,21 @@ class TestRanks:
         np.testing.assert_allclose(on_4_ranks["losses"], alone, rtol=1e-5, atol=0)
         assert min(alone) < 0.8 * alone[0]  # it did learn something
 
+    @pytest.mark.parametrize("schedule", ["ring", "ulysses", "gather", "auto"])
+    def test_every_schedule_learns_the_same(self, schedule, on_4_ranks):
+        found = on_4_ranks["other ways"][schedule]
+        assert len(found) == 3
+        np.testing.assert_allclose(found, on_4_ranks["losses"][:3], rtol=1e-9, atol=0)
+
+    def test_what_ulysses_cannot_serve_is_refused_before_training(self, on_4_ranks):
+        first, *others, not_asked = on_4_ranks["refusals"]
+        assert first[2] == (
+            "lvxattn train: error: schedule: expected another one than 'ulysses', which needs H_KV "
+            "to be a multiple of the 3 ranks, got H_KV = 4 (on rank 0 of 3)\n"
+        )
+        assert [first[:2], *others] == [[2, ""], [2, "", ""], [2, "", ""]]
+        assert not_asked is None
+
     def test_all_ranks_have_the_same_weights(self, on_4_ranks):
         assert len({weights for weights, *_ in on_4_ranks["by_rank"]}) == 1
 
@@ -210,7 +225,8 @@ class TestRanks:
         assert {status for _, status, *_ in on_4_ranks["by_rank"]} == {0}
         assert not any(out or err for _, _, out, err in others)
         assert "goes on after step 5" in first[2]
-        assert "Ring Attention" in first[2]
+        for schedule in ("LV-XAttn", "Ring Attention", "gather"):
+            assert f"sent in a step by {schedule}" in first[2]
         assert not first[3]  # no advice of PyTorch's either
 
     def test_a_run_of_one_rank_goes_on_on_four(self, on_4_ranks, straight):

@@ -44,8 +44,8 @@ def cross_attention_layer(
     schedule: str = "lv-xattn",
     scale: float | None = None,
     mask: Tensor | MaskRule | None = None,
-    layout: Layout | None = None,
     queries: str = "sharded",
+    layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> Tensor:
     """Project text and visual features, and attend from the one to the other.
@@ -56,18 +56,19 @@ def cross_attention_layer(
     Parameters
     ----------
     x : (B, s_q, E)
-        This rank's text features.
+        This rank's text features; all of them where queries are replicated.
     y : (B, s_kv, E_V)
         This rank's visual features.
     w_q : (E, H, D)
     w_k : (E_V, H_KV, D)
     w_v : (E_V, H_KV, D_V)
-        Weights, equal on all ranks.  Their gradients are this rank's partial sums.
+        Weights, equal on all ranks.  Their gradients are this rank's partial sums; where queries
+        are replicated, that of w_q is whole on every rank.
     b_q : (H, D), optional
     b_k : (H_KV, D), optional
     b_v : (H_KV, D_V), optional
         Biases, likewise.
-    group, schedule, scale, mask, layout, queries, meter
+    group, schedule, scale, mask, queries, layout, meter
         As in `cross_attention`.
 
     Returns

@@ -11,6 +11,7 @@ from mpi4py import MPI
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.plan.machine import Machine
 from lvxattn.reference.run.tensors import Array, InputError
 from lvxattn.reference.validation import raise_together
 
@@ -46,10 +47,19 @@ class Backend:
         if self.xp is not np:
             self.xp.cuda.Device().synchronize()
 
-    def agree(self, tensors: dict[str, Any], *, schedule: str, scale: float | None) -> Layout:
+    def agree(
+        self,
+        tensors: dict[str, Any],
+        *,
+        schedule: str,
+        scale: float | None,
+        machine: Machine | None,
+    ) -> Layout:
         """Return the layout of these tensors.  Collective: every rank of comm calls this."""
         q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
-        return Layout.agree(q, k, v, self.comm, schedule=schedule, scale=scale, mask=mask)
+        return Layout.agree(
+            q, k, v, self.comm, schedule=schedule, scale=scale, mask=mask, machine=machine
+        )
 
     def forward(self, tensors: dict[str, Any], layout: Layout, meter: Meter) -> dict[str, Any]:
         """Return out and lse.  Collective: every rank of comm calls this."""

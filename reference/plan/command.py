@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan.choose import refusal
-from lvxattn.reference.plan.machine import MACHINES, Machine
+from lvxattn.reference.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.reference.plan.memory import memory, most_frames
 from lvxattn.reference.plan.problem import planned
 from lvxattn.reference.plan.problems import MODELS
@@ -141,14 +141,8 @@ def _parser() -> Parser:
 
 
 def _machine(text: str) -> Machine:
-    if text in MACHINES:
-        return MACHINES[text]
     try:
-        return Machine.load(text)
-    except FileNotFoundError:
-        raise UsageError(
-            f"--machine: expected one of {', '.join(MACHINES)}, or a file, got {text!r}"
-        ) from None
+        return machine_of(text)
     except (OSError, ValueError) as error:
         raise UsageError(f"--machine: {error}") from None
 

@@ -6,8 +6,8 @@ reach; `lvxattn.reference.plan.measure` measures the machine at hand.
 
 import json
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 VERSION = 1
@@ -150,16 +150,48 @@ class Machine:
         rates = {"matmul": self.matmul, "memory": self.memory, "room": self.room}
         rates["copy"], times = self.copy, {"start": self.start, "call": self.call}
         for name, link in (("inside", self.inside), ("between", self.between)):
+            if not isinstance(link, Link):
+                raise ValueError(f"machine: expected a Link for {name} in {where}, got {link!r}")
             rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
         rates |= {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
         for name, x in (rates | times | {"hiding": self.hiding}).items():
-            number = isinstance(x, int | float) and not isinstance(x, bool) and isfinite(x)
-            if not number or x < 0 or (name in rates and x == 0) or (name == "hiding" and x > 1):
+            number = isinstance(x, int | float) and not isinstance(x, bool)
+            most = 1 if name == "hiding" else float_info.max  # JSON knows integers beyond that
+            if not (number and 0 <= x <= most) or (name in rates and x == 0):
                 span = "above 0" if name in rates else "from 0 up"
                 span = "from 0 to 1" if name == "hiding" else span
                 raise ValueError(
                     f"machine: expected a number {span} for {name} in {where}, got {x!r}"
                 )
+
+
+def machine_of(text: str) -> Machine:
+    """Return the machine that a command line names.
+
+    Parameters
+    ----------
+    text : str
+        One of `MACHINES`, or a file that `Machine.save` wrote.
+
+    Returns
+    -------
+    Machine
+
+    Raises
+    ------
+    ValueError
+        There is none of that name, or its file is damaged or of another version.
+    OSError
+        It cannot be read.
+    """
+    if text in MACHINES:
+        return MACHINES[text]
+    try:
+        return Machine.load(text)
+    except FileNotFoundError:
+        raise ValueError(
+            f"expected one of {', '.join(MACHINES)}, or a file, got {text!r}"
+        ) from None
 
 
 _NVLINK3, _NVLINK4 = Link(250e9, 5e-6), Link(400e9, 5e-6)

@@ -56,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=SCHEDULES[0],
         help="auto takes the one that sends the fewest bytes (default: %(default)s)",
     )
+    work.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="auto takes the one that takes the least time on this: a preset of "
+        "lvxattn.reference.plan, or a file that Machine.save wrote",
+    )
     work.add_argument("--scale", type=_finite, metavar="X", help="(default: 1 / sqrt(D))")
     work.add_argument(
         "--device",
@@ -93,6 +99,8 @@ def contradiction(options: argparse.Namespace) -> str | None:
         return "argument --frames: needs a --model"
     if options.frames is not None and options.visual_tokens is not None:
         return "argument --visual-tokens: not allowed with argument --frames"
+    if options.machine is not None and options.schedule != AUTO:
+        return f"argument --machine: needs --schedule {AUTO}"
     return None
 
 

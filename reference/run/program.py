@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any, TypeVar, cast
 
 from lvxattn.reference.layout import Layout
+from lvxattn.reference.plan.machine import Machine, machine_of
 from lvxattn.reference.run.check import Check, check_results
 from lvxattn.reference.run.problem import Problem, Share, describe, take_share
 from lvxattn.reference.run.ranks import Backend, Ranks
@@ -51,10 +52,11 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     _on_rank_0(lambda: _check_paths(options), ranks)
     _on_rank_0(lambda: check_picture(options), ranks)
     problem = _on_rank_0(lambda: describe(options), ranks)
+    machine = _on_rank_0(lambda: _read_machine(options), ranks)
     backend = ranks.backend(options.device, problem.dtype)
     share = _together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
-    layout = backend.agree(tensors, schedule=options.schedule, scale=options.scale)
+    layout = _agree(options, tensors, machine, backend)
     output = _on_rank_0(lambda: _create(options, problem, layout), ranks)
     try:
         # 2. the attention, as often as is asked for
@@ -86,6 +88,25 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
         hosts = [costs[0].host for costs in by_rank]
         _on_rank_0(lambda: save_trace(options, trace, layout, hosts), ranks)
     return all(check.passed for check in checks)
+
+
+def _read_machine(options: Namespace) -> Machine | None:
+    """Return what the schedule is chosen for, if that is said."""
+    try:
+        return None if options.machine is None else machine_of(options.machine)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--machine: {error}") from None
+
+
+def _agree(
+    options: Namespace, tensors: dict[str, Any], machine: Machine | None, backend: Backend
+) -> Layout:
+    try:
+        return backend.agree(
+            tensors, schedule=options.schedule, scale=options.scale, machine=machine
+        )
+    except (TypeError, ValueError) as error:  # the same on all ranks
+        raise InputError(str(error)) from None
 
 
 def _measure(

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.plan.machine import Machine
 from lvxattn.reference.run.tensors import Array
 from lvxattn.reference.validation import Communicator
 
@@ -25,7 +26,14 @@ class Backend(Protocol):
     def finish(self) -> None:
         """Wait until everything is computed."""
 
-    def agree(self, tensors: dict[str, Any], *, schedule: str, scale: float | None) -> Layout:
+    def agree(
+        self,
+        tensors: dict[str, Any],
+        *,
+        schedule: str,
+        scale: float | None,
+        machine: Machine | None,
+    ) -> Layout:
         """Return the layout of these tensors.
 
         Collective: every rank calls this.

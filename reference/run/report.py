@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from lvxattn.reference.agreement import AUTO
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.plan.choose import candidates
 from lvxattn.reference.plan.trace import Overlap, Trace
 from lvxattn.reference.run.check import Check
 from lvxattn.reference.run.problem import Problem
@@ -46,13 +48,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Report:
-    """All that there is to say; seconds are medians of `measured`, those of the slowest rank."""
+    """All that there is to say; seconds are medians of `measured`, those of the slowest rank.
+
+    `why` says why the schedule was chosen, in one line, and `explained` in a table; both are empty
+    where it was given.
+    """
 
     title: str
     shapes: dict[str, tuple[int, ...]]
     dtype: str
     accumulator: str
     schedule: str
+    why: str
+    explained: str
     scale: float
     repeats: int | None
     measured: dict[str, list[float]]
@@ -86,12 +94,15 @@ class Report:
             for rank, overlap in zip(ranks, trace.overlap(), strict=True):
                 rank |= overlap._asdict()
             totals |= {name: sum(rank[name] for rank in ranks) for name in Overlap._fields}
+        chosen = options.schedule == AUTO
         return Report(
             problem.title,
             problem.shapes,
             problem.dtype,
             layout.accumulator,
             layout.schedule,
+            _why(layout) if chosen else "",
+            layout.explain() if chosen else "",
             layout.scale,
             options.repeat,
             measured,
@@ -117,7 +128,12 @@ def print_report(report: Report, *, launched: bool) -> None:
 LV-XAttn run
   problem   {report.title}
   shapes    q {q}   k {k}   v {v}   {report.dtype}
-  schedule  {report.schedule} on {report.totals["ranks"]} ranks, {passes}, {often}
+  schedule  {report.schedule} on {report.totals["ranks"]} ranks, {passes}, {often}\
+{
+        report.why
+        and f'''
+  chosen    {report.why}'''
+    }
 """)
     _print_table(report, fixed=launched or not sys.stdout.isatty())
     if "hidden" in report.totals:
@@ -138,6 +154,17 @@ def write_json(report: Report, path: str) -> None:
     else:
         with open(path, "w") as file:
             file.write(text + "\n")
+
+
+def _why(layout: Layout) -> str:
+    """Say by what the layout's schedule is the best one, and what would be next."""
+    best, other = [c for c in candidates(layout, layout.machine) if not c.refused][:2]
+    if layout.machine is None:
+        told, costs = "fewest bytes", [f"{_bytes(c.nbytes)}" for c in (best, other)]
+    else:
+        told = f"least time on {layout.machine.name}"
+        costs = [f"{c.seconds:.2e} s" for c in (best, other)]
+    return f"{told}, forward and backward: {costs[0]}; {other.schedule}: {costs[1]}"
 
 
 def _rank(number: int, costs: list[Cost], layout: Layout) -> dict[str, Any]:

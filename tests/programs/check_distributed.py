@@ -1,25 +1,92 @@
 """Check a distributed function on the ranks that there are.
 
-usage: check_distributed.py '{"fn": "module:function", ...}', options of `check_distributed` by
-name; "backward" is another module:function, "options" are given to both, "cases" are instead of the
-suite's.  Or {"planted": {"fault": ...}, ...}, or
-{"waits": true, ...}.  Rank 0 prints a summary.
+usage: check_distributed.py '{"schedule": ..., ...}', options of `check_distributed` by name, for
+our own function with a schedule, or "replicated" queries: that of mpi_impl, or under torchrun of
+torch_impl.  "heads" gives every case so many times its heads, "cases" are instead of the suite's.
+Or {"planted": {"fault": ...}, ...}, or {"waits": true, ...}.  Rank 0 prints a summary.
 """
 
 import json
+import os
 import sys
-from functools import partial
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from lvxattn.reference.check import case_of, distributed
+from lvxattn.reference.check import case_of, distributed, suite_of
+from lvxattn.reference.check.growth import GROWTH
 from tests.planted_ranks import Planted
 
+TORCH = "TORCHELASTIC_RUN_ID" in os.environ
+ours: Any = import_module(f"lvxattn.{'torch_impl' if TORCH else 'mpi_impl'}")
 
-def found(name: str, options: dict[str, Any]) -> Any:
-    module, _, path = name.partition(":")
-    thing = getattr(import_module(module), path)
-    return partial(thing, **options) if options else thing
+
+class Schedule:
+    """Our function with a schedule; what Ulysses cannot serve is not supported."""
+
+    def __init__(self, schedule: str) -> None:
+        self.options: dict[str, Any] = {"schedule": schedule}
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        if TORCH:  # whose backward is autograd's
+            options["return_lse"] = True
+        return self.served(ours.cross_attention, *given, **options)
+
+    def served(self, function: Any, *given: Any, **options: Any) -> Any:
+        try:
+            return function(*given, **self.options, **options)
+        except ValueError as error:
+            if "expected another one than 'ulysses', which needs H_KV" not in str(error):
+                raise
+            raise NotImplementedError(str(error)) from None
+
+
+class ScheduleOverMPI(Schedule):
+    """It has a backward of its own."""
+
+    def backward(self, *given: Any, **options: Any) -> Any:
+        return self.served(ours.cross_attention_backward, *given, **options)
+
+
+class Replicated:
+    """Our function with replicated queries, dressed as one that has a share of them."""
+
+    def __call__(self, q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
+        given = ours.unshard(q, comm), k, v, comm
+        return tuple(self.mine(x, q, comm) for x in attend(*given, **options))
+
+    def backward(
+        self, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, comm: Any, **options: Any
+    ) -> Any:
+        dout, all_q, out, lse = (ours.unshard(x, comm) for x in (dout, q, out, lse))
+        if TORCH:
+            import torch
+
+            given = [x.detach().requires_grad_() for x in (all_q, k, v)]
+            with torch.enable_grad():
+                out, _ = attend(*given, comm, **options)
+            dq, dk, dv = torch.autograd.grad(out, given, dout)
+        else:
+            dq, dk, dv = ours.cross_attention_backward(
+                dout, all_q, k, v, out, lse, comm, queries="replicated", **options
+            )
+        return self.mine(dq, q, comm), dk, dv
+
+    def mine(self, x: Any, q: Any, comm: Any) -> Any:
+        """Return this rank's rows."""
+        ranks: Any = comm
+        if TORCH:
+            from lvxattn.torch_impl.group import Group
+
+            ranks = Group.of(comm)
+        first = sum(ranks.allgather(q.shape[2])[: ranks.rank])
+        return x[:, :, first : first + q.shape[2]]
+
+
+def attend(*given: Any, **options: Any) -> Any:
+    """Return out and lse of all queries."""
+    options |= {"return_lse": True} if TORCH else {}
+    return ours.cross_attention(*given, queries="replicated", **options)
 
 
 def alone(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
@@ -33,18 +100,25 @@ def alone(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
 
 
 wishes = json.loads(sys.argv[1])
-given = wishes.pop("options", {})
-names = wishes.pop("cases", None)
-if names is not None:
-    distributed.suite_of = lambda _: [case_of(name) for name in names]  # type: ignore[assignment]
+names, heads = wishes.pop("cases", None), wishes.pop("heads", 1)
+
+
+def cases_of(suite: str) -> list[Any]:
+    """Return what is to be played instead of the suite."""
+    found = suite_of(suite) if names is None else [case_of(name) for name in names]
+    return [replace(case, H=heads * case.H, H_KV=heads * case.H_KV) for case in found]
+
+
+distributed.suite_of = cases_of  # type: ignore[assignment]
+distributed.GROWTH = replace(GROWTH, H=heads * GROWTH.H, H_KV=heads * GROWTH.H_KV)
 if "planted" in wishes:
     function: Any = Planted(**wishes.pop("planted"))
 elif wishes.pop("waits", False):
     function = alone
 else:
-    function = found(wishes.pop("fn"), given)
-    if "backward" in wishes:
-        wishes["backward"] = found(wishes["backward"], {"schedule": given["schedule"]})
+    schedule = wishes.pop("schedule")
+    kind = Schedule if TORCH else ScheduleOverMPI
+    function = Replicated() if schedule == "replicated" else kind(schedule)
 report = distributed.check_distributed(function, **wishes)
 if report is not None:
     summary = {

@@ -7,10 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from lvxattn.reference.plan import MACHINES
 from tests.cases import Case
 from tests.judge import solve, worst_ratios
 from tests.programs.start import OnArrays, finish, start
@@ -20,6 +22,7 @@ comm, implementation = start()
 TORCH = isinstance(implementation, OnArrays)
 P, last = comm.size, comm.rank == comm.size - 1
 B, H, H_KV, D, D_V, S_Q = 2, 4, 2, 6, 3, 5 * comm.size
+H100 = MACHINES["h100"]
 CALLS: dict[str, Callable[[], Any]] = {}
 
 
@@ -37,7 +40,7 @@ def good() -> dict[str, Any]:
 
 def forward(layout: Any = None, **changes: Any) -> Any:
     a = good() | changes
-    options = {n: x for n, x in a.items() if n in ("scale", "mask", "schedule")}
+    options = {n: x for n, x in a.items() if n in ("scale", "mask", "schedule", "queries")}
     return implementation.cross_attention(a["q"], a["k"], a["v"], comm, layout=layout, **options)
 
 
@@ -47,6 +50,11 @@ def backward(**changes: Any) -> Any:
     return implementation.cross_attention_backward(
         a["dout"], a["q"], a["k"], a["v"], a["out"], a["lse"], comm, **options
     )
+
+
+def agree(**options: Any) -> Any:
+    a = good()
+    return implementation.Layout.agree(a["q"], a["k"], a["v"], comm, schedule="auto", **options)
 
 
 def layer(**changes: Any) -> Any:
@@ -72,6 +80,16 @@ def bad_on_last(name: str, function: Callable[..., Any], **changes: Any) -> None
     if function is backward and TORCH:
         return
     CALLS[name] = lambda: function(**(changes if last else {}))
+
+
+def rule(b: Any, h: Any, i: Any, j: Any) -> Any:
+    return i + j + b + h >= 0
+
+
+def many_heads() -> dict[str, Any]:
+    """Return arguments with key-value heads for any number of ranks up to 3."""
+    shapes = {"q": (B, 6, 5, D), "k": (B, 6, 7, D), "v": (B, 6, 7, D_V)}
+    return {name: np.ones(shape) for name, shape in shapes.items()}
 
 
 def zeros(*shape: int, dtype: Any = np.float64) -> Any:
@@ -105,6 +123,7 @@ bad("scale is a string", forward, scale="0.5")
 bad("scale is a bool", forward, scale=True)
 bad("scale is an array", forward, scale=np.ones(2))
 bad("unknown schedule", forward, schedule="star")
+bad("unknown queries", forward, queries="mirrored")
 bad("mask does not broadcast over B", forward, mask=zeros(3, 1, 1, 7, dtype=bool))
 bad("mask does not broadcast over H", forward, mask=zeros(1, 2, 1, 7, dtype=bool))
 bad("mask has 5 axes", forward, mask=zeros(1, 1, 1, 1, 7, dtype=bool))
@@ -149,6 +168,24 @@ bad_on_last(
     **{n: x.astype(np.float32) for n, x in good().items() if n in ("q", "k", "v")},
 )
 bad_on_last("ranks differ in scale", forward, scale=0.25)
+bad_on_last("ranks differ in schedule", forward, schedule="gather")
+bad_on_last("ranks differ in the backward's schedule", backward, schedule="auto")
+bad_on_last("ranks differ in queries", forward, queries="replicated")
+CALLS["ranks differ in replicated queries"] = lambda: forward(
+    queries="replicated", **({"q": zeros(B, H, 6, D)} if last else {})
+)
+CALLS["ranks differ in rules with ring"] = lambda: forward(
+    schedule="ring", **({"mask": rule} if last else {})
+)
+CALLS["ranks differ in rules with ulysses"] = lambda: forward(
+    schedule="ulysses", **many_heads(), **({"mask": rule} if last else {})
+)
+one_head = {"k": zeros(B, 1, 7, D), "v": zeros(B, 1, 7, D_V), "schedule": "ulysses"}
+bad("several ranks and one head with ulysses", forward, **one_head)
+bad("several ranks and one head with ulysses, backward", backward, **one_head)
+bad_on_last("the last rank's machine is a name", agree, machine="h100")
+bad_on_last("the last rank's machine computes nothing", agree, machine=replace(H100, matmul=0))
+bad_on_last("the last rank's machine has no link", agree, machine=replace(H100, inside=None))
 # Every rank wrong in its own way: the lowest one is named.
 CALLS["every rank has its own error"] = lambda: (
     forward(q=zeros(H, 5, D)) if last else forward(scale=float("nan"))
@@ -198,7 +235,6 @@ if TORCH:
     bad("k is an array of NumPy", tensors, k=good()["k"])
     bad("a mesh of two dimensions", tensors, group=mesh)
     bad("a group of another kind", tensors, group="world")
-    bad("unknown queries", tensors, queries="mirrored")
     bad("a layout of other queries", tensors, layout=layout, queries="replicated")
     bad("dropout", lambda: CrossAttention(8, 2, dropout=0.1))
     bad("heads that do not divide", lambda: CrossAttention(8, 3))
@@ -207,9 +243,6 @@ if TORCH:
     bad_on_last("the last rank's mask wants a gradient", tensors, mask=ones(7, requires_grad=True))
     bad_on_last("ranks differ in gradients", tensors, q=ones(B, H, 5, D, requires_grad=True))
     bad_on_last("ranks differ in lse", tensors, return_lse=True)
-    CALLS["ranks differ in replicated queries"] = lambda: tensors(
-        queries="replicated", **({"q": ones(B, H, 6, D)} if last else {})
-    )
 
 
 def raised_by(call: Callable[[], Any]) -> list[Any]:

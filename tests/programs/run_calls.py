@@ -14,6 +14,8 @@ from mpi4py import MPI
 
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl.recompute import project, project_backward
+from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.plan import MACHINES
 from tests.cases import Case, Problem
 from tests.judge import solve, worst_ratios
 from tests.watched import Watched
@@ -204,23 +206,51 @@ def messages_of_the_user_stay_pending(comm: MPI.Intracomm) -> Any:
 @check
 def a_layer_equals_its_parts(comm: MPI.Intracomm) -> Any:
     """The layer that makes its keys again gives the bits that its parts give, called by hand."""
-    rng = np.random.default_rng(comm.rank)
-    x, y = rng.standard_normal((2, 4 + comm.rank, 6)), rng.standard_normal((2, 9 - comm.rank, 5))
-    dout = rng.standard_normal((2, 4, x.shape[1], 7))
     rng = np.random.default_rng(0)
-    w_q, w_k, w_v = (rng.standard_normal(shape) for shape in ((6, 4, 3), (5, 2, 3), (5, 2, 7)))
-    out, saved = mpi_impl.cross_attention_layer(x, y, w_q, w_k, w_v, comm)
-    got = mpi_impl.cross_attention_layer_backward(dout, saved, w_q, w_k, w_v, comm)
+    shapes = ((8, 4, 3), (5, 4, 3), (5, 4, 7), (2, 5, 8), (2, 4, 5, 7))
+    w_q, w_k, w_v, all_x, all_dout = (rng.standard_normal(shape) for shape in shapes)
+    rng = np.random.default_rng(comm.rank)
+    x, y = rng.standard_normal((2, 4 + comm.rank, 8)), rng.standard_normal((2, 9 - comm.rank, 5))
+    dout = rng.standard_normal((2, 4, x.shape[1], 7))
+    verdicts = []
+    for schedule in (*SCHEDULES, "auto", "replicated"):
+        options: dict[str, Any] = {"schedule": schedule}
+        if schedule == "replicated":
+            x, dout, options = all_x, all_dout, {"queries": schedule}
+        meters = mpi_impl.Meter(), mpi_impl.Meter()
+        options["meter"] = meters[0]
+        out, saved = mpi_impl.cross_attention_layer(x, y, w_q, w_k, w_v, comm, **options)
+        got = mpi_impl.cross_attention_layer_backward(dout, saved, w_q, w_k, w_v, comm, **options)
 
-    q, k, v = project(x, w_q), project(y, w_k), project(y, w_v)
-    want_out, lse = mpi_impl.cross_attention(q, k, v, comm)
-    dq, dk, dv = mpi_impl.cross_attention_backward(dout, q, k, v, want_out, lse, comm)
-    (dx, dw_q), (dy_k, dw_k), (dy_v, dw_v) = (
-        project_backward(*a) for a in ((dq, x, w_q), (dk, y, w_k), (dv, y, w_v))
-    )
-    want = dx, dy_k + dy_v, dw_q, dw_k, dw_v
-    pairs = zip((out, saved.lse, *got), (want_out, lse, *want), strict=True)
-    return [a.tobytes() == b.tobytes() for a, b in pairs]
+        q, k, v = project(x, w_q), project(y, w_k), project(y, w_v)
+        given = q, k, v
+        options["meter"] = meters[1]
+        want_out, lse = mpi_impl.cross_attention(*given, comm, **options)
+        dq, dk, dv = mpi_impl.cross_attention_backward(dout, *given, want_out, lse, comm, **options)
+        (dx, dw_q), (dy_k, dw_k), (dy_v, dw_v) = (
+            project_backward(*a) for a in ((dq, x, w_q), (dk, y, w_k), (dv, y, w_v))
+        )
+        want = dx, dy_k + dy_v, dw_q, dw_k, dw_v
+        pairs = zip((out, saved.lse, *got), (want_out, lse, *want), strict=True)
+        verdicts += [a.tobytes() == b.tobytes() for a, b in pairs]
+        sent = [(meter.messages, meter.bytes) for meter in meters]
+        verdicts.append(sent[0] == sent[1])
+    return verdicts
+
+
+@check
+def only_rank_0_s_machine_counts(comm: MPI.Intracomm) -> Any:
+    """The others may have none, or another one: all ranks take the same schedule."""
+    q, k = (mpi_impl.shard(np.ones((2, 2, s, 4)), comm) for s in (40, 2))
+    machines = [MACHINES["h100"], None, MACHINES["a30-8"]]
+    machine = machines[comm.rank % 3]
+    agree = mpi_impl.Layout.agree
+    layout = agree(q, k, k, comm, schedule="auto", machine=machine)
+    by_bytes = agree(q, k, k, comm, schedule="auto", machine=machine if comm.rank else None)
+    chosen = comm.allgather([layout.schedule, by_bytes.schedule])
+    # Latency is what takes time here; alone a rank sends nothing.
+    wanted = ["gather", "ring"] if comm.size > 1 else chosen[0]
+    return [chosen == [wanted] * comm.size, layout.machine == machines[0], not by_bytes.machine]
 
 
 @check

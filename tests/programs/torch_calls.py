@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,12 +22,14 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from lvxattn import torch_impl
+from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.plan import MACHINES
 from lvxattn.torch_impl import CrossAttention, Layout, Meter, cross_attention, shard, unshard
 from lvxattn.torch_impl.group import Group
 from tests.programs.start import finish, start
 
 CHECKS: dict[str, Callable[[Group], Any]] = {}
-SCHEDULES = "lv-xattn", "ring"
+ROTATIONS = "lv-xattn", "ring"
 
 
 def check(function: Callable[[Group], Any]) -> Callable[[Group], Any]:
@@ -34,11 +38,11 @@ def check(function: Callable[[Group], Any]) -> Callable[[Group], Any]:
 
 
 def wholes(
-    *, S_Q: int = 13, S_KV: int = 29, dtype: torch.dtype = torch.float64, D: int = 4
+    *, S_Q: int = 13, S_KV: int = 29, dtype: torch.dtype = torch.float64, D: int = 4, heads: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return whole q, k and v, the same on every rank."""
+    """Return whole q, k and v, the same on every rank; `heads` times 4 and 2 heads."""
     torch.manual_seed(S_Q)
-    shapes = (2, 4, S_Q, D), (2, 2, S_KV, D), (2, 2, S_KV, D)
+    shapes = (2, 4 * heads, S_Q, D), (2, 2 * heads, S_KV, D), (2, 2 * heads, S_KV, D)
     q, k, v = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
     return q, k, v
 
@@ -98,9 +102,14 @@ class Gather(torch.autograd.Function):
 @check
 def gradcheck_through_the_group(group: Group) -> Any:
     verdicts = []
-    rules = None, lambda b, h, i, j: (i + j + b + h) % 3 > 0
-    for schedule, rule in zip(SCHEDULES, rules, strict=True):
-        whole = [x[:1, :2].requires_grad_() for x in wholes(S_Q=4, S_KV=5, D=2)]
+    rules = dict.fromkeys(SCHEDULES, lambda b, h, i, j: (i + j + b + h) % 3 > 0)
+    for schedule, rule in (rules | {"lv-xattn": None}).items():
+        heads = max(2, group.size if schedule == "ulysses" else 2)
+        sizes = {"S_Q": 4, "S_KV": 5, "D": 2}
+        if schedule not in ROTATIONS:  # whose every evaluation takes several collectives
+            sizes = {"S_Q": 3, "S_KV": 3, "D": 1}
+        given = wholes(**sizes, heads=group.size)
+        whole = [x[:1, :heads].clone().requires_grad_() for x in given]
         layout = Layout.agree(
             *parts(*(x.detach() for x in whole), group=group), group, schedule=schedule, mask=rule
         )
@@ -119,7 +128,7 @@ def equals_sdpa_on_gathered_tensors(group: Group) -> Any:
     verdicts = []
     for schedule in SCHEDULES:
         for dtype in (torch.float64, torch.float32):
-            whole = [x.requires_grad_() for x in wholes(dtype=dtype)]
+            whole = [x.requires_grad_() for x in wholes(dtype=dtype, heads=group.size)]
             truth = scaled_dot_product_attention(*whole, enable_gqa=True)
             weight = torch.linspace(-1, 1, truth.numel()).view(truth.shape).to(dtype)
             want = [truth.detach(), *torch.autograd.grad(truth, whole, weight)]
@@ -148,7 +157,7 @@ def a_loss_of_lse_alone(group: Group) -> Any:
 @check
 def nothing_goes_through_rows_that_see_nothing(group: Group) -> Any:
     """Whoever joins lse with another -inf by logaddexp gets NaN from above."""
-    mine = parts(*wholes(), group=group)
+    mine = parts(*wholes(heads=group.size), group=group)
     verdicts = []
     for schedule in SCHEDULES:
         rule = {"mask": lambda b, h, i, j: (i > 3) & (j < 99), "schedule": schedule}
@@ -162,7 +171,7 @@ def nothing_goes_through_rows_that_see_nothing(group: Group) -> Any:
 @check
 def nothing_but_what_is_saved_outlives_a_forward(group: Group) -> Any:
     """The buffers of a layout that was agreed for one call are not kept by its graph."""
-    mine = parts(*wholes(), group=group)
+    mine = parts(*wholes(heads=group.size), group=group)
     verdicts = []
     for schedule in SCHEDULES:
         out = cross_attention(*mine, group, schedule=schedule)
@@ -174,14 +183,18 @@ def nothing_but_what_is_saved_outlives_a_forward(group: Group) -> Any:
 @check
 def autocast_casts_as_sdpa_does(group: Group) -> Any:
     verdicts = []
-    for dtype in (torch.float32, torch.float64):
-        mine = parts(*wholes(dtype=dtype), group=group)
+    for dtype, schedule in product((torch.float32, torch.float64), SCHEDULES):
+        mine = parts(*wholes(dtype=dtype, heads=group.size), group=group)
+
+        def attend(*x: Tensor, schedule: str = schedule) -> Tensor:
+            return cross_attention(*x, group, schedule=schedule)
+
         with torch.autocast("cpu", torch.bfloat16):
-            ours = gradients(lambda *x: cross_attention(*x, group), *mine)
+            ours = gradients(attend, *mine)
             theirs = scaled_dot_product_attention(*mine, enable_gqa=True)
         cast = torch.float64 if dtype == torch.float64 else torch.bfloat16
         plain = [x.detach().to(cast).requires_grad_() for x in mine]
-        want = gradients(lambda *x: cross_attention(*x, group), *plain)
+        want = gradients(attend, *plain)
         verdicts += [ours[0].dtype == theirs.dtype == cast]
         verdicts += [all(g.dtype == dtype for g in ours[1:])]
         verdicts += [torch.equal(a, b.to(a.dtype)) for a, b in zip(ours, want, strict=True)]
@@ -190,34 +203,45 @@ def autocast_casts_as_sdpa_does(group: Group) -> Any:
 
 @check
 def under_activation_checkpointing(group: Group) -> Any:
-    mine = parts(*wholes(), group=group)
-    want = gradients(lambda *x: cross_attention(*x, group), *mine)
-    calls = [
-        lambda *x, r=r: checkpoint(lambda *y: cross_attention(*y, group), *x, use_reentrant=r)
-        for r in (False, True)
-    ]
-    # The reentrant kind wants to be called by backward().
-    out = calls[1](*mine)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-    out.backward(weight)
-    reentrant = [out.detach(), *(x.grad for x in mine if x.grad is not None)]
-    return [same(gradients(calls[0], *mine), want), same(reentrant, want)]
+    verdicts = []
+    for schedule in SCHEDULES:
+        mine = parts(*wholes(heads=group.size), group=group)
+
+        def attend(*x: Tensor, schedule: str = schedule) -> Tensor:
+            return cross_attention(*x, group, schedule=schedule)
+
+        want = gradients(attend, *mine)
+        calls = [
+            lambda *x, r=r, fn=attend: checkpoint(fn, *x, use_reentrant=r) for r in (False, True)
+        ]
+        # The reentrant kind wants to be called by backward().
+        out = calls[1](*mine)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        out.backward(weight)
+        reentrant = [out.detach(), *(x.grad for x in mine if x.grad is not None)]
+        verdicts += [same(gradients(calls[0], *mine), want), same(reentrant, want)]
+    return verdicts
 
 
 @check
 def without_gradients_nothing_is_saved_and_training_goes_on(group: Group) -> Any:
     """Buffers made in inference mode must serve the training that follows."""
-    mine = parts(*wholes(), group=group)
-    layout = Layout.agree(*mine, group)
-    want = gradients(lambda *x: cross_attention(*x, group), *mine)
+    mine = parts(*wholes(heads=group.size), group=group)
     verdicts = []
-    for mode in (torch.inference_mode(), torch.no_grad(), nullcontext()):
-        with mode:
-            out = cross_attention(*mine, group, layout=layout)
-        verdicts += [torch.equal(out, want[0])]
-        verdicts += [out.requires_grad == isinstance(mode, nullcontext)]
-    again = gradients(lambda *x: cross_attention(*x, group, layout=layout), *mine)
-    return [*verdicts, same(again, want)]
+    for schedule in SCHEDULES:
+        layout = Layout.agree(*mine, group, schedule=schedule)
+
+        def attend(*x: Tensor, **options: Any) -> Tensor:
+            return cross_attention(*x, group, **options)
+
+        want = gradients(partial(attend, schedule=schedule), *mine)
+        for mode in (torch.inference_mode(), torch.no_grad(), nullcontext()):
+            with mode:
+                out = cross_attention(*mine, group, layout=layout)
+            verdicts += [torch.equal(out, want[0])]
+            verdicts += [out.requires_grad == isinstance(mode, nullcontext)]
+        verdicts.append(same(gradients(partial(attend, layout=layout), *mine), want))
+    return verdicts
 
 
 @check
@@ -247,17 +271,24 @@ def inside_a_compiled_module(group: Group) -> Any:
 
 @check
 def a_reused_layout_means_no_small_collectives(group: Group) -> Any:
-    mine = parts(*wholes(), group=group)
+    mine = parts(*wholes(heads=group.size), group=group)
     rule = {"mask": lambda b, h, i, j: i >= j - 9}
-    layout = Layout.agree(*mine, group, **rule)
-    want = gradients(lambda *x: cross_attention(*x, group, **rule), *mine)
-    before = dist.all_gather_object
-    dist.all_gather_object = None  # whoever calls it fails
-    try:
-        got = gradients(lambda *x: cross_attention(*x, group, layout=layout, **rule), *mine)
-    finally:
-        dist.all_gather_object = before
-    return same(got, want)
+    verdicts = []
+    for schedule in SCHEDULES:
+        layout = Layout.agree(*mine, group, schedule=schedule, **rule)
+
+        def attend(*x: Tensor, **options: Any) -> Tensor:
+            return cross_attention(*x, group, **options, **rule)
+
+        want = gradients(partial(attend, schedule=schedule), *mine)
+        before = dist.all_gather_object
+        dist.all_gather_object = None  # whoever calls it fails
+        try:
+            got = gradients(partial(attend, layout=layout), *mine)
+        finally:
+            dist.all_gather_object = before
+        verdicts.append(same(got, want))
+    return verdicts
 
 
 @check
@@ -395,9 +426,10 @@ def groups_and_meshes_beside_one_another(group: Group) -> Any:
     verdicts = []
     for g in (ring, ring.get_group(), Group.of(ring)):
         mine = parts(*whole, group=Group.of(ring))
-        out = unshard(cross_attention(*mine, g), g)
         truth = scaled_dot_product_attention(*whole, enable_gqa=True)
-        verdicts.append(close(out, truth, ulps=256))
+        for schedule in SCHEDULES:  # two ranks a ring: two heads will do
+            out = unshard(cross_attention(*mine, g, schedule=schedule), g)
+            verdicts.append(close(out, truth, ulps=256))
     return verdicts
 
 
@@ -419,6 +451,32 @@ def the_profiler_sees_hop_and_block(group: Group) -> Any:
 
 
 @check
+def the_profiler_sees_what_is_gathered_and_traded(group: Group) -> Any:
+    mine = parts(*wholes(heads=group.size), group=group)
+    wanted = set[str]()
+    with profile() as seen:
+        for schedule, what in (("gather", "rows"), ("ulysses", "heads")):
+            cross_attention(*mine, group, schedule=schedule)
+            wanted.add(f"{schedule}: all-to-all, all ranks' {what}")
+    names = {e.name for e in seen.events()}
+    return wanted <= names if group.size > 1 else not wanted & names
+
+
+@check
+def only_rank_0_s_machine_counts(group: Group) -> Any:
+    """The others may have none, or another one: all ranks take the same schedule."""
+    mine = parts(*wholes(S_Q=40, S_KV=2), group=group)
+    machines = [MACHINES["h100"], None, MACHINES["a30-8"]]
+    machine = machines[group.rank % 3]
+    layout = Layout.agree(*mine, group, schedule="auto", machine=machine)
+    by_bytes = Layout.agree(*mine, group, schedule="auto", machine=machine if group.rank else None)
+    chosen = group.allgather([layout.schedule, by_bytes.schedule])
+    # Latency is what takes time here; alone a rank sends nothing.
+    wanted = ["gather", "ring"] if group.size > 1 else chosen[0]
+    return [chosen == [wanted] * group.size, layout.machine == machines[0], not by_bytes.machine]
+
+
+@check
 def blocks_are_posted_before_the_work_that_hides_them(group: Group) -> Any:
     """The next block is asked for, and what is done is sent, before a rank computes."""
     mine, P = parts(*wholes(), group=group), group.size
@@ -437,7 +495,7 @@ def blocks_are_posted_before_the_work_that_hides_them(group: Group) -> Any:
         ("ring", "backward"): [start, *with_results, home],
     }
     verdicts = []
-    for schedule in SCHEDULES:
+    for schedule in ROTATIONS:
         out = None
         for which in ("forward", "backward"):
             with profile() as seen:
@@ -461,32 +519,41 @@ def blocks_are_posted_before_the_work_that_hides_them(group: Group) -> Any:
 @check
 def arrays_of_any_stride_work_and_are_left_alone(group: Group) -> Any:
     torch.manual_seed(group.rank)
-    q = torch.randn(2, 5 + group.rank, 4, 6, dtype=torch.float64).transpose(1, 2)
-    k = torch.randn(2, 2, 14, 12, dtype=torch.float64)[:, :, ::2, ::2]
-    v = torch.randn(2, 1, 7, 6, dtype=torch.float64).expand(2, 2, 7, 6)
+    q = torch.randn(2, 5 + group.rank, 12, 6, dtype=torch.float64).transpose(1, 2)
+    k = torch.randn(2, 6, 14, 12, dtype=torch.float64)[:, :, ::2, ::2]
+    v = torch.randn(2, 1, 7, 6, dtype=torch.float64).expand(2, 6, 7, 6)
     odd = [x.detach().requires_grad_() for x in (q, k, v)]
     plain = [x.detach().clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
     before = [x.clone() for x in plain]
-    got = gradients(lambda *x: cross_attention(*x, group), *odd)
-    want = gradients(lambda *x: cross_attention(*x, group), *[x.requires_grad_() for x in plain])
-    untouched = all(torch.equal(a.detach(), b) for a, b in zip(odd, before, strict=True))
     strides = [a.stride() != b.stride() for a, b in zip(odd, plain, strict=True)]
-    return [*(close(a, b, 256) for a, b in zip(got, want, strict=True)), untouched, *strides]
+    leaves, verdicts = [x.requires_grad_() for x in plain], strides
+    for schedule in SCHEDULES:
+
+        def attend(*x: Tensor, schedule: str = schedule) -> Tensor:
+            return cross_attention(*x, group, schedule=schedule)
+
+        got, want = gradients(attend, *odd), gradients(attend, *leaves)
+        verdicts += [close(a, b, 256) for a, b in zip(got, want, strict=True)]
+    untouched = all(torch.equal(a.detach(), b) for a, b in zip(odd, before, strict=True))
+    return [*verdicts, untouched]
 
 
 @check
 def twice_through_one_graph_but_not_a_second_derivative(group: Group) -> Any:
-    mine = parts(*wholes(), group=group)
-    out = cross_attention(*mine, group)
-    once, twice = (torch.autograd.grad(out.sum(), mine, retain_graph=True) for _ in range(2))
-    (dq,) = torch.autograd.grad(out.square().sum(), mine[:1], create_graph=True)
-    try:
-        dq.sum().backward()
-    except RuntimeError as error:
-        refused = "once_differentiable" in str(error)
-    else:
-        refused = False
-    return [same(list(once), list(twice)), refused]
+    mine = parts(*wholes(heads=group.size), group=group)
+    verdicts = []
+    for schedule in SCHEDULES:
+        out = cross_attention(*mine, group, schedule=schedule)
+        once, twice = (torch.autograd.grad(out.sum(), mine, retain_graph=True) for _ in range(2))
+        (dq,) = torch.autograd.grad(out.square().sum(), mine[:1], create_graph=True)
+        try:
+            dq.sum().backward()
+        except RuntimeError as error:
+            refused = "once_differentiable" in str(error)
+        else:
+            refused = False
+        verdicts += [same(list(once), list(twice)), refused]
+    return verdicts
 
 
 @check

@@ -1,25 +1,32 @@
 """`CrossAttention` and `sum_gradients` on the ranks of a process group; rank 0 prints JSON.
 
-``gradients``: by recomputation and parameter, how far the sum of all ranks' gradients is from one
-process's, relative to the largest.  ``sums``: by property, what each rank has to say to it.
+``gradients``: by schedule, recomputation and parameter, how far the sum of all ranks' gradients is
+from one process's, relative to the largest; and how many bytes too many, or too few, a rank sends.
+``sums``: by property, what each rank has to say to it.
 """
 
 import json
 import sys
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lvxattn.torch_impl import CrossAttention, shard, sum_gradients
+from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.reference.plan import messages
+from lvxattn.torch_impl import CrossAttention, Layout, Meter, shard, sum_gradients
 from lvxattn.torch_impl.examples.two_dimensional_mesh import PlainAttention
 from tests.programs.start import finish, start
 
-B, S_Q, S_KV, E, H, H_KV = 2, 7, 23, 16, 4, 2
+B, S_Q, S_KV, E, H, H_KV = 2, 7, 23, 24, 12, 6  # 2 ranks and 3 divide the heads
 
 
-def gradients(comm: Any, again: bool) -> dict[str, float]:
-    """Return how far each parameter's and input's gradient is from what one process finds."""
+def gradients(comm: Any, again: bool, schedule: str) -> dict[str, float]:
+    """Return how far each parameter's and input's gradient is from what one process finds.
+
+    With schedule ``"replicated"`` all ranks take the same loss of the same text.
+    """
     torch.manual_seed(0)
     wide = {"dtype": torch.float64}
     model = CrossAttention(E, H, num_kv_heads=H_KV, recompute_kv=again, **wide, group=comm.group)
@@ -29,25 +36,33 @@ def gradients(comm: Any, again: bool) -> dict[str, float]:
 
     whole = x.clone().requires_grad_(), features.clone().requires_grad_()
     nn.functional.mse_loss(alone(*whole), wanted).backward()
-    mine = [shard(t, comm, axis=1).clone().requires_grad_() for t in (x, features)]
-    out = model(*mine)
-    share = (
-        nn.functional.mse_loss(out, shard(wanted, comm, axis=1), reduction="sum") / wanted.numel()
-    )
+    replicated = schedule == "replicated"
+
+    def of_text(t: Tensor) -> Tensor:
+        return t if replicated else shard(t, comm, axis=1)
+
+    parts, meter = (of_text(x), shard(features, comm, axis=1)), Meter()
+    mine = [part.clone().requires_grad_() for part in parts]
+    option = {"queries" if replicated else "schedule": schedule}
+    out = model(*mine, meter=meter, **option)
+    share = nn.functional.mse_loss(out, of_text(wanted), reduction="sum") / wanted.numel()
     share.backward()
-    sum_gradients(model, comm)
+    for partial in (model.k_proj, model.v_proj) if replicated else (model,):
+        sum_gradients(partial, comm)
 
     pairs = {
         name: (p.grad, q.grad)
         for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True)
     }
-    pairs |= {
-        name: (part.grad, shard(t.grad, comm, axis=1))
-        for name, part, t in zip(("x", "features"), mine, whole, strict=True)
-    }
+    pairs["x"] = mine[0].grad, of_text(whole[0].grad)
+    pairs["features"] = mine[1].grad, shard(whole[1].grad, comm, axis=1)
     model.group = None  # it must not outlive the group
-    return {
-        f"{name}, recompute_kv={again}": float((a - b).abs().max() / b.abs().max())
+    q, k = (t.new_empty(B, h, t.shape[1], E // H) for t, h in zip(parts, (H, H_KV), strict=True))
+    layout = Layout.agree(q, k, k, comm, **option)
+    planned = [m for b in (False, True) for m in messages(layout, comm.rank, backward=b)]
+    off_by = meter.bytes - sum(m.nbytes for m in planned)
+    return {f"bytes, recompute_kv={again}, {schedule}": abs(off_by)} | {
+        f"{name}, recompute_kv={again}, {schedule}": float((a - b).abs().max() / b.abs().max())
         for name, (a, b) in pairs.items()
     }
 
@@ -96,8 +111,8 @@ def sums(comm: Any) -> dict[str, bool]:
 
 comm, _ = start()
 off: dict[str, float] = {}
-for again in (True, False):
-    parts = comm.allgather(gradients(comm, again))
+for again, schedule in product((True, False), (*SCHEDULES, "auto", "replicated")):
+    parts = comm.allgather(gradients(comm, again, schedule))
     off |= {name: max(part[name] for part in parts) for name in parts[0]}
 said = comm.allgather(sums(comm))
 if comm.rank == 0:

@@ -1,7 +1,8 @@
 """A training run on ranks that torchrun started, told on rank 0 as JSON.
 
 Run as ``torchrun --nproc-per-node 4 tests/programs/train.py STEPS ARGUMENTS...``: it takes
-STEPS steps in float64, and then runs ``train`` with the arguments.
+STEPS steps in float64, three with every other schedule, and then runs ``train`` with the arguments;
+and once more on three of the ranks, which Ulysses cannot serve.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import torch
 import torch.distributed as dist
 
+from lvxattn.reference.agreement import AUTO, SCHEDULES
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.train import add_options, run_training
 from lvxattn.torch_impl.train.data import load_images
@@ -29,17 +31,37 @@ def main() -> None:
     for _ in range(int(sys.argv[1])):
         run.step()
     weights = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
+    other_ways = {schedule: losses_by(schedule, run) for schedule in (*SCHEDULES[1:], AUTO)}
+    said = train(sys.argv[2:], group)
+    by_rank = group.allgather((hashlib.sha256(weights).hexdigest(), *said))
+    three = dist.new_group([0, 1, 2])
+    refused = None
+    if group.rank < 3:
+        refused = train([*sys.argv[2:], "--schedule", "ulysses"], Group.of(three))
+    refusals = group.allgather(refused)
+    if group.rank == 0:
+        told = {"losses": run.curve.column("loss"), "by_rank": by_rank, "refusals": refusals}
+        print(json.dumps(told | {"other ways": other_ways}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def losses_by(schedule: str, other: Run) -> list[float]:
+    """Return the losses of the first steps of a run like another one."""
+    run = Run.begin(SETTINGS, other.parts, other.model.group, schedule)
+    for _ in range(3):
+        run.step()
+    return list(run.curve.column("loss"))
+
+
+def train(words: list[str], group: Group) -> tuple[int, str, str]:
+    """Return the status of a training run, and what it said."""
     parser = ArgumentParser()
     add_options(parser)
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = run_training(parser.parse_args(sys.argv[2:]), group)
-    mine = hashlib.sha256(weights).hexdigest(), status, out.getvalue(), err.getvalue()
-    by_rank = group.allgather(mine)
-    if group.rank == 0:
-        print(json.dumps({"losses": run.curve.column("loss"), "by_rank": by_rank}))
-    dist.barrier()
-    dist.destroy_process_group()
+        status = run_training(parser.parse_args(words), group)
+    return status, out.getvalue(), err.getvalue()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.plan.machine import Machine
 from lvxattn.reference.run.tensors import Array, dtype_of
 from lvxattn.torch_impl.cross_attention import cross_attention
 from lvxattn.torch_impl.group import Group
@@ -56,11 +57,20 @@ class Backend:
         if self.where.type != "cpu":
             torch.cuda.synchronize(self.where)
 
-    def agree(self, tensors: dict[str, Tensor], *, schedule: str, scale: float | None) -> Layout:
+    def agree(
+        self,
+        tensors: dict[str, Tensor],
+        *,
+        schedule: str,
+        scale: float | None,
+        machine: Machine | None,
+    ) -> Layout:
         """Return the layout of these tensors.  Collective: every rank of the group calls this."""
         q, k, v = (tensors[name] for name in "qkv")
         mask = tensors.get("mask")
-        return Layout.agree(q, k, v, self.group, schedule=schedule, scale=scale, mask=mask)
+        return Layout.agree(
+            q, k, v, self.group, schedule=schedule, scale=scale, mask=mask, machine=machine
+        )
 
     def forward(self, tensors: dict[str, Tensor], layout: Any, meter: Meter) -> dict[str, Tensor]:
         """Return out and lse.  Collective: every rank of the group calls this."""

@@ -75,7 +75,7 @@ class Finder(nn.Module):
             A score for every digit.
         """
         features, x = self.look(clips), self.text(clips.questions)
-        layout = self._layout(clips.shape, x, features)
+        layout = self.layout(clips)
         for layer in self.layers:
             x = layer(x, features, layout, self.schedule, meter, seen)
         scores: Tensor = self.answer(x)
@@ -91,16 +91,23 @@ class Finder(nn.Module):
         features: Tensor = self.norm(tokens.flatten(1, 2))
         return features
 
-    def _layout(self, shape: tuple[int, int, int], x: Tensor, features: Tensor) -> Layout:
+    def layout(self, clips: Clips) -> Layout:
         """Agree on who holds what: once for all layers and all batches of one shape.
+
+        Collective: every rank of the group calls this.
 
         The shape is the whole batch's: this rank's part of two batches may be the same and another
         rank's not, and either all ranks agree anew or none.
+
+        Raises
+        ------
+        ValueError
+            The schedule cannot serve so many ranks; the same on all of them.
         """
-        key = self.schedule, *shape
+        key = self.schedule, *clips.shape
         if key not in self._layouts:
-            B, s_q, s_kv = x.shape[0], x.shape[1], features.shape[1]
-            q, kv = x.new_empty(B, H, s_q, D), x.new_empty(B, H, s_kv, D)
+            B, s_q, s_kv = *clips.questions.shape[:2], TOKENS * clips.pictures.shape[1]
+            q, kv = (clips.questions.new_empty(B, H, s, D) for s in (s_q, s_kv))
             self._layouts[key] = Layout.agree(q, kv, kv, self.group, schedule=self.schedule)
         return self._layouts[key]
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from lvxattn.reference.agreement import AUTO, SCHEDULES
 from lvxattn.reference.run import InputError
 from lvxattn.torch_impl.train.curriculum import Curriculum
 from lvxattn.torch_impl.train.data import BITS
@@ -91,9 +92,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--schedule",
-        choices=("lv-xattn", "ring"),
-        default="lv-xattn",
-        help="what travels between ranks: queries, or keys and values (default: lv-xattn)",
+        choices=(*SCHEDULES, AUTO),
+        default=SCHEDULES[0],
+        help="what travels between ranks; auto takes what sends the fewest bytes for clips of a "
+        "length (default: %(default)s)",
     )
 
     end = parser.add_argument_group("when it ends")

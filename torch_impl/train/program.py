@@ -71,6 +71,7 @@ def _run(options: Namespace, group: Group) -> bool:
     parts = _together(_read_images, group)
     _together(lambda: _make(folder) if group.rank == 0 else None, group)
     run = Run.begin(settings, parts, group, options.schedule)
+    _check_schedule(run)
     if options.resume:
         run.curve = checkpoint.load(folder, run.model, run.optimizer, settings, group)
     reporter = Reporter(group.rank == 0 and not options.quiet)
@@ -106,6 +107,14 @@ def _read_images() -> tuple[Images, Images, Images]:
     return load_images()
 
 
+def _check_schedule(run: Run) -> None:
+    """Find out before the first step whether the schedule can serve so many ranks."""
+    try:
+        run.model.layout(run.clips(TRAIN, 0, run.settings.curriculum.shape(0)))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def _make(folder: Path) -> None:
     """Make a folder, and see that files can be written there."""
     try:
@@ -132,17 +141,21 @@ def _test(run: Run) -> Test:
 
 
 def _traffic(run: Run) -> Traffic:
-    """Take one step's forward and backward both ways, and see what each of them sends."""
+    """Take one step's forward and backward by several schedules, and see what each of them sends.
+
+    They are the paper's two, and the one that the run has taken.
+    """
     clips = run.clips(TRAIN, len(run.curve), run.settings.curriculum.final)
-    sent, losses = {}, []
-    for schedule in ("lv-xattn", "ring"):
+    sent, losses, chosen = {}, [], run.model.schedule
+    for schedule in dict.fromkeys(("lv-xattn", "ring", run.model.layout(clips).schedule)):
         run.model.schedule, meter = schedule, Meter()
         loss, _ = answer(run.model, clips, meter=meter)
         loss.backward()
         nbytes, whole = add_up([meter.bytes, float(loss.detach())], run.model.group)
         sent[schedule] = int(nbytes)
         losses.append(whole)
-    return Traffic(sent, abs(losses[0] - losses[1]) / losses[0])
+    run.model.schedule = chosen
+    return Traffic(sent, (max(losses) - min(losses)) / losses[0])
 
 
 def _draw(run: Run, options: Namespace, layer: int, needles: list[Needle]) -> None:
