@@ -114,8 +114,9 @@ def wait(request: MPI.Request, watchdog: Watchdog | None, what: Callable[[], obj
     """Wait for a request; asleep, if it takes longer than a moment.
 
     A wait inside MPI spins: where ranks outnumber cores it takes a core from the very ranks that it
-    waits for.  A pause is a twentieth of the wait so far, so that it adds little to it, and at most
-    1 ms, because MPI moves nothing meanwhile.
+    waits for.  This one gives its core to whoever can use it, from the first moment.  A pause is a
+    twentieth of the wait so far, so that it adds little to it, and at most 1 ms, because MPI moves
+    nothing meanwhile.
 
     Parameters
     ----------
@@ -132,6 +133,8 @@ def wait(request: MPI.Request, watchdog: Watchdog | None, what: Callable[[], obj
             if watchdog is not None:
                 watchdog.check(waited, what)
             time.sleep(min(1e-3, waited / 20))
+        else:
+            os.sched_yield()
 
 
 @contextmanager
