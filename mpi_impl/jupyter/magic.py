@@ -1,0 +1,78 @@
+"""``%%mpi N``: the arguments of the magic, and what it shows."""
+
+import shlex
+from argparse import ArgumentTypeError
+from typing import Any
+
+from IPython import get_ipython
+from IPython.core.error import UsageError
+
+from lvxattn.mpi_impl.jupyter.launch import run_cell
+from lvxattn.reference.run.arguments import Parser, positive
+from lvxattn.reference.run.arguments import UsageError as BadArguments
+
+_SECONDS = 60.0
+
+
+def mpi(line: str, cell: str) -> None:
+    """Run a cell on MPI ranks, and print what each of them printed.
+
+    Parameters
+    ----------
+    line : str
+        ``N [--timeout SECONDS] [--take NAMES] [--give NAMES]``: how many ranks; how long they may
+        take (60 s); which variables of the notebook, separated by commas, every rank is to have;
+        which of rank 0's the notebook is to have afterwards.
+    cell : str
+
+    Raises
+    ------
+    CellError
+        A rank raised, or the time was up.
+    """
+    try:
+        options = _parser().parse_args(shlex.split(line))
+    except (BadArguments, ValueError) as error:
+        raise UsageError(str(error).removesuffix(" (on all ranks)")) from None
+    space: dict[str, Any] = get_ipython().user_ns
+    missing = [name for name in options.take if name not in space]
+    if missing:
+        raise UsageError(f"%%mpi: --take: the notebook has no {', '.join(missing)}")
+    ran = run_cell(
+        cell,
+        options.ranks,
+        timeout=options.timeout,
+        take={name: space[name] for name in options.take},
+        give=options.give,
+    )
+    for rank, text in enumerate(ran.printed):
+        for row in text.splitlines():
+            print(f"rank {rank} | {row}")
+    space.update(ran.given)
+
+
+def _parser() -> Parser:
+    parser = Parser("%%mpi", allow_abbrev=False, add_help=False)
+    parser.add_argument("ranks", type=positive, metavar="N")
+    parser.add_argument("--timeout", type=_seconds, default=_SECONDS)
+    for name in ("--take", "--give"):
+        parser.add_argument(name, type=_names, default=[])
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    wrong = [name for name in names if not name.isidentifier()]
+    if wrong or not names:
+        raise ArgumentTypeError(f"expected names of variables, got {text!r}")
+    return names
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return seconds
