@@ -25,7 +25,8 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test lint soak bench bench-quick clean check-mpiexec
+.PHONY: help setup demo train tutorials lab notebooks docs test lint soak bench bench-quick clean
+.PHONY: check-mpiexec
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -39,6 +40,16 @@ demo: check-mpiexec $(STAMP) ## Search a long video on 4 MPI ranks (RANKS=8, ARG
 train: $(STAMP) ## Train in PyTorch on 4 ranks to find digits in long clips, 1 to 3 minutes (ARGS="--steps 50")
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV_PYTHON) -m torch.distributed.run --standalone \
 	  --nproc-per-node $(RANKS) -m lvxattn.torch_impl train $(ARGS)
+
+tutorials: check-mpiexec $(STAMP) ## Make ready what the notebooks in tutorials/ need
+	@echo "Open tutorials/*.ipynb where you like, with $(VENV_PYTHON) as their kernel, or: make lab"
+
+lab: check-mpiexec $(STAMP) ## Open the tutorials in JupyterLab
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[lab]'
+	$(TEST_ENV) $(VENV_PYTHON) -m jupyterlab --notebook-dir tutorials $(ARGS)
+
+notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources, and write the notebooks beside them
+	$(TEST_ENV) $(VENV_PYTHON) tutorials/build.py $(ARGS)
 
 test: check-mpiexec $(STAMP) ## Run the tests (ARGS="-k merge" is handed to pytest)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest $(ARGS)
@@ -85,7 +96,7 @@ $(STAMP): pyproject.toml constraints.txt src/lvxattn/__init__.py
 	$(PIP) install --quiet --constraint constraints.txt setuptools wheel
 	$(if $(MPI_WHEEL),,$(PIP) uninstall --quiet --yes mpich)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
-	  --editable '.[mpi,train,demo,test]' $(MPI_WHEEL)
+	  --editable '.[mpi,train,demo,tutorials,test]' $(MPI_WHEEL)
 	@touch $@
 
 check-mpiexec:

@@ -1,0 +1,99 @@
+"""The tutorials: every cell runs, every stub fails its check, every answer passes it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from tests.launch import ROOT
+from tutorials.build import read, run, sources
+
+SOURCES = sources()
+ANSWER = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def tagged(cell: Any, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", [])
+
+
+def exercises(cells: list[Any]) -> list[tuple[int, int, int]]:
+    """Return where each exercise's stub, check and answer are."""
+    places = [
+        (n, tag)
+        for n, cell in enumerate(cells)
+        for tag in ("exercise", "check", "answer")
+        if tagged(cell, tag)
+    ]
+    assert [tag for _, tag in places] == ["exercise", "check", "answer"] * (len(places) // 3)
+    numbers = [n for n, _ in places]
+    return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+
+
+def answered(notebook: Any) -> Any:
+    """Return a notebook in which every check comes twice: after the stub, and after the answer."""
+    cells = notebook.cells
+    follows: dict[int, list[Any]] = {}
+    for stub, check, answer in exercises(cells):
+        (code,) = ANSWER.findall(cells[answer].source)
+        again = nbformat.from_dict(cells[check])
+        again.id, again.metadata = f"again-{check}", {"tags": ["again"]}
+        solved = nbformat.v4.new_code_cell(code, id=f"answer-{stub}")
+        follows[check] = [solved, again]
+    notebook.cells = [x for n, cell in enumerate(cells) for x in (cell, *follows.get(n, []))]
+    return notebook
+
+
+def printed(cell: Any) -> str:
+    return "".join(out.text for out in cell.outputs if out.output_type == "stream")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+class TestTutorial:
+    @pytest.mark.timeout(400)
+    def test_it_runs_and_its_exercises_can_be_done_and_failed(self, source: Path) -> None:
+        notebook = run(answered(read(source)))
+        checks = [cell for cell in notebook.cells if tagged(cell, "check")]
+        again = [cell for cell in notebook.cells if tagged(cell, "again")]
+        assert 2 <= len(checks) == len(again) <= 4
+        for cell in checks:
+            assert printed(cell).startswith("not yet: "), cell.source
+        for cell in again:
+            assert printed(cell).startswith("right: "), cell.source + printed(cell)
+
+    def test_the_notebook_beside_it_is_its_source_run(self, source: Path) -> None:
+        notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+        nbformat.validate(notebook)
+        cells = read(source).cells
+        assert [cell.source for cell in notebook.cells] == [cell.source for cell in cells]
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        for cell in code:
+            failed = any(out.output_type == "error" for out in cell.outputs)
+            assert failed == tagged(cell, "raises-exception"), cell.source
+        assert any("image/png" in out.get("data", {}) for cell in code for out in cell.outputs)
+
+    def test_it_claims_nothing_that_no_cell_asserts(self, source: Path) -> None:
+        code = [cell.source for cell in read(source).cells if cell.cell_type == "code"]
+        assert sum("assert " in cell for cell in code) >= 5
+
+    def test_its_links_lead_somewhere(self, source: Path) -> None:
+        text = "\n".join(c.source for c in read(source).cells if c.cell_type == "markdown")
+        targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+        inside = [target for target in targets if "://" not in target]
+        assert inside
+        for target in inside:
+            assert (source.parent / target).exists(), target
+
+    def test_nothing_of_this_machine_is_in_it(self, source: Path) -> None:
+        text = source.with_suffix(".ipynb").read_text()
+        for word in (str(ROOT), str(Path.home()), "/tmp/"):
+            assert word not in text, word
+
+
+def test_there_are_eight_and_all_are_paired() -> None:
+    assert [path.stem[:2] for path in SOURCES] == [f"{n:02}" for n in range(1, 9)]
+    assert sorted(path.stem for path in SOURCES) == sorted(
+        path.stem for path in SOURCES[0].parent.glob("*.ipynb")
+    )
