@@ -284,8 +284,8 @@ def test_equations_and_schedules_agree(module: str, package: str) -> None:
 
 
 OWN = {
-    "mpi_impl": {"device", "jupyter", "launcher", "last_words", "watchdog"},
-    "torch_impl": {"autograd", "group", "module"},
+    "mpi_impl": {"device", "jupyter", "launcher", "last_words", "measure", "watchdog"},
+    "torch_impl": {"autograd", "group", "measure", "module"},
 }
 
 
@@ -316,4 +316,5 @@ def test_imports_neither_algorithms_of_the_reference_nor_plans_nor_one_another(p
         elif module.startswith("lvxattn.reference."):
             part = module.removeprefix("lvxattn.reference.")
             commands = ("demo", "doctor", "run", "train")
-            assert part in shared or path.parent.name in commands or path.stem == "__main__"
+            alone = path.stem in ("__main__", "measure")
+            assert part in shared or path.parent.name in commands or alone
