@@ -242,9 +242,7 @@ class _Rows:
         self.buffer.settle()
         (length,) = self.lengths
         return tuple(
-            self.xp.ascontiguousarray(
-                self.rows[column].reshape(*x.shape[:2], length, *x.shape[3:])
-            )
+            self.xp.ascontiguousarray(self.rows[column].reshape(*x.shape[:2], length, *x.shape[3:]))
             for column, x in zip(self.columns, self.like, strict=True)
         )
 

@@ -153,7 +153,9 @@ class Rotation:
         self.receiving = Transfer(
             lambda: comm.Irecv([room, MPI.BYTE], layout.left, self.tag), empty
         )
-        self.sending = Transfer(lambda: comm.Isend([block, MPI.BYTE], layout.right, self.tag), whole)
+        self.sending = Transfer(
+            lambda: comm.Isend([block, MPI.BYTE], layout.right, self.tag), whole
+        )
         self.buffers = [free, in_hand]
 
     def wait(self) -> list[Array]:

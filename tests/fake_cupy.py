@@ -121,12 +121,11 @@ def get_current_stream() -> Stream:
 class Event:
     """A mark in a stream; without `record` there is nothing to wait for."""
 
-    made: "WeakValueDictionary[int, Event]" = WeakValueDictionary()
     failure = 0  # what a kernel has failed with
 
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
         self.stream, self.at, self.ptr = stream, 0, id(self)
-        Event.made[self.ptr] = self
+        _events[self.ptr] = self
 
     def record(self, stream: Stream | None = None) -> None:
         """Mark the end of what has been queued so far."""
@@ -143,6 +142,7 @@ class Event:
         self.stream.run(self.at)
 
 
+_events: "WeakValueDictionary[int, Event]" = WeakValueDictionary()
 _pinned: "WeakValueDictionary[int, Any]" = WeakValueDictionary()
 
 
@@ -157,7 +157,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 def _event_query(ptr: int) -> int:
-    return Event.failure or (0 if Event.made[ptr].done else 600)
+    return Event.failure or (0 if _events[ptr].done else 600)
 
 
 class Device:

@@ -63,7 +63,11 @@ def leave_out(what: str) -> None:
     nothing = fake_cupy.Event()
 
     def careless(self: Any, *args: Any) -> Any:
-        event, passed, buffers.passed = buffers.event, buffers.passed, lambda xp, mark: buffers._always
+        event, passed, buffers.passed = (
+            buffers.event,
+            buffers.passed,
+            lambda xp, mark: buffers._always,
+        )
         buffers.event = lambda xp: nothing
         try:
             return original(self, *args)
