@@ -121,7 +121,8 @@ class Rotation:
         try:
             self.buffers = [buffer(exchange.xp, room) for _ in range(2)]
         except Exception as error:
-            error.add_note(f"two of them hold {self.kind.format('any')} on the way")
+            largest = max(range(exchange.layout.size), key=self._nbytes)
+            error.add_note(f"it was to hold {self.kind.format(largest)}, the largest block")
             raise
         self.sending, self.receiving = Transfer.nothing(), Transfer.nothing()
 
