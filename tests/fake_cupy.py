@@ -7,7 +7,7 @@ wait for, it sees.  Memory that is freed is given out again at once, on the stre
 on, as CuPy does; what still uses it there comes first, what uses it elsewhere comes too late.
 Nothing converts to a NumPy array by itself.
 
-An event that is asked whether it has passed says no, and lets one piece of work before it run.
+An event that is asked whether it has passed says no, and then the work before it runs.
 `whole` counts how often somebody waited for all of a stream.
 
     x = fake_cupy.asarray(host)      back = fake_cupy.asnumpy(x)
@@ -42,7 +42,7 @@ class Stream:
     made: "list[Stream]"
 
     def __init__(self, non_blocking: bool = False) -> None:
-        self.pending: list[Callable[[], bool]] = []
+        self.pending: list[Callable[[], None]] = []
         self.done = 0
         self.free: dict[int, list[Any]] = {}  # memory by its size
         self.waits = not non_blocking
@@ -70,34 +70,21 @@ class Stream:
                     self._wait(other, other.end)
         elif self.waits:
             self._wait(Stream.null, Stream.null.end)
-
-        def run() -> bool:
-            work()
-            return True
-
-        self.pending.append(run)
+        self.pending.append(work)
 
     def wait_event(self, event: "Event") -> None:
         """Let nothing that follows run before what the event marks now."""
         self._wait(event.stream, event.at)
 
     def _wait(self, other: "Stream", at: int) -> None:
-        self.pending.append(lambda: other.step(at))
-
-    def step(self, until: int) -> bool:
-        """Run one piece of work that is before the `until`-th; tell if none was left."""
-        if self.done >= until:
-            return True
-        with np.errstate(all="ignore"):  # a device gives no warnings
-            if self.pending[0]():
-                self.pending.pop(0)
-                self.done += 1
-        return False
+        self.pending.append(lambda: other.run(at))
 
     def run(self, until: int) -> None:
         """Run what was queued, up to the `until`-th work since the beginning."""
-        while not self.step(until):
-            pass
+        with np.errstate(all="ignore"):  # a device gives no warnings
+            while self.done < until:
+                self.pending.pop(0)()
+                self.done += 1
 
     def record(self, event: "Event") -> "Event":
         event.record(self)
@@ -134,8 +121,10 @@ class Event:
 
     @property
     def done(self) -> bool:
-        """Whether it has passed; if not, one more piece of work has run."""
-        return not Event.failure and self.stream.step(self.at)
+        """Whether it had passed before somebody asked."""
+        passed = self.stream.done >= self.at
+        self.stream.run(self.at)
+        return passed
 
     def synchronize(self) -> None:
         """Wait for what was queued before the mark."""

@@ -222,7 +222,7 @@ class TestTransfer:
         assert made == [1]
 
     def test_a_wait_makes_what_the_other_end_of_its_circle_waits_for(self) -> None:
-        """This process waits for a message that it has yet to send itself, when it may."""
+        """Here a message to oneself, which may be sent only later."""
         comm, asked = MPI.COMM_SELF, [0]
         there, here = np.array([5]), np.zeros(1, int)
 
@@ -419,11 +419,11 @@ class TestFakeDevice:
         assert not on_own.has_run
 
     def test_an_event_passes_by_being_asked(self) -> None:
-        x = on_device(1) + 1
-        event = device.event(fake_cupy)
-        assert not event.done
-        assert any(event.done for _ in range(10))
-        assert x.memory.tolist() == [2]
+        before, event, after = Kernel(), device.event(fake_cupy), Kernel()
+        assert not before.has_run
+        assert [event.done, event.done] == [False, True]
+        assert before.has_run
+        assert not after.has_run
 
     @pytest.mark.parametrize(
         "mix",

@@ -46,7 +46,6 @@ class TestPasses:
         ("0", "StagedBuffer.deliver"),
         ("1", "DeviceBuffer.filled"),
         ("1", "DeviceBuffer.sendable"),
-        ("1", "DeviceBuffer.receivable"),
     ],
 )
 def test_an_event_is_missed_when_it_is_left_out(aware: str, left_out: str) -> None:
