@@ -85,6 +85,7 @@ def test_kernels_have_read_a_block_before_it_is_overwritten(kind: Kind) -> None:
     receive(buffer, 7, 8)
     reader = buffer.array + 0
     receive(buffer, 1, 2)
+    buffer.settle()  # the copy is over, staged
     after = buffer.array + 0
     assert fake_cupy.asnumpy(after).tolist() == [1, 2]
     assert fake_cupy.asnumpy(reader).tolist() == [7, 8]
@@ -108,6 +109,7 @@ def test_memory_that_the_pool_gives_out_again_is_still_in_use_elsewhere(kind: Ki
     del x  # its memory is free, and will be read
     buffer = kind(fake_cupy, 40)
     receive(buffer, *range(100, 140))
+    buffer.settle()
     after = buffer.array + 0
     assert fake_cupy.asnumpy(after).tolist() == list(range(100, 140))
     assert fake_cupy.asnumpy(reader).tolist() == list(range(40))
@@ -121,6 +123,7 @@ def test_a_block_is_sent_on_while_kernels_that_were_queued_before_still_run(kind
     attention = Kernel()
     at_once(promised)[...] = 7, 8
     buffer.deliver(2)
+    buffer.settle()
     assert ready(buffer.sendable(2)).tolist() == [7, 8]
     assert not attention.has_run
 
@@ -137,6 +140,20 @@ def test_no_message_waits_for_kernels_that_were_queued_after_the_last_use(kind: 
     assert ready(leaving).tolist() == [3, 4]
     ready(coming)
     assert not attention.has_run
+
+
+@DEVICE
+def test_room_that_results_have_left_is_free_whatever_was_queued_since(kind: Kind) -> None:
+    buffer = kind(fake_cupy, 2)
+    receive(buffer, 1, 2)
+    buffer.array[:2] = buffer.array[:2] + 1  # results travel on in the buffer in which they came
+    buffer.filled()
+    assert ready(buffer.sendable(2)).tolist() == [2, 3]
+    attention = Kernel()
+    receive(buffer, 7, 8)
+    buffer.settle()
+    assert not attention.has_run
+    assert fake_cupy.asnumpy(buffer.array + 0).tolist() == [7, 8]
 
 
 def test_staged_the_next_block_comes_to_the_host_while_the_last_is_still_read() -> None:
@@ -239,6 +256,25 @@ class TestTransfer:
             pass
 
 
+def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None:
+    q = np.zeros((1, 1, 3, 4))
+    layout = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
+    hop = exchange.Exchange(MPI.COMM_SELF, layout, mpi_impl.Meter(), np)
+    blocks = hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
+    room, is_ready = np.zeros(1, int), [False]
+    blocks.receiving = buffers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
+    blocks.sending = buffers.Transfer(
+        lambda: MPI.COMM_SELF.Isend(np.array([5]), 0), lambda: is_ready[0]
+    )
+    hop.progress()
+    assert room == 0
+    is_ready[0] = True
+    for _ in range(1000):
+        hop.progress()
+    assert room == 5
+    hop.finish()
+
+
 class TestStreams:
     """A pass computes on a stream of its own, in order with the caller's."""
 
@@ -256,6 +292,8 @@ class TestStreams:
         after = Kernel()
         z = y + 1
         assert own is device.streams(fake_cupy, 0).computing
+        own.run(own.end)
+        assert y.memory.tolist() == [3]
         assert not after.has_run
         assert not fake_cupy.whole
         assert fake_cupy.asnumpy(z).tolist() == [4]
