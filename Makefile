@@ -62,14 +62,25 @@ lint: $(STAMP) ## Check style, formatting and types
 soak: check-mpiexec $(STAMP) ## Solve 1,000 random problems on real ranks, every one checked, memory watched
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(MPIEXEC) -n 5 $(VENV_PYTHON) -W error -m mpi4py tests/programs/soak.py $(ARGS)
 
-bench: check-mpiexec $(STAMP) ## Measure on shaped links, 12 minutes; stored in benchmarks/results (Linux, needs root or user namespaces)
+bench: check-mpiexec $(STAMP) ## Measure, on shaped links too, 1 hour; stored in benchmarks/results (Linux, needs root or user namespaces)
 	$(VENV_PYTHON) benchmarks/block_attention.py --json benchmarks/results/block-attention.json
 	$(VENV_PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels-cpu.json
 	$(VENV_PYTHON) benchmarks/recompute.py --json benchmarks/results/recompute.json
-	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results $(ARGS)
+	$(VENV_PYTHON) benchmarks/precision.py --store benchmarks/results --plot docs/precision.png
+	$(MPIEXEC) -n 2 $(VENV_PYTHON) -m mpi4py benchmarks/tracing.py
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --store benchmarks/results
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --store benchmarks/results --plot docs/schedules.png
 
-bench-quick: check-mpiexec $(STAMP) ## The same on small problems, 2 minutes; only printed
-	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick $(ARGS)
+bench-quick: check-mpiexec $(STAMP) ## The same on small problems, under 2 minutes; only printed
+	$(VENV_PYTHON) benchmarks/block_attention.py --quick
+	$(VENV_PYTHON) benchmarks/kernels.py --quick
+	$(VENV_PYTHON) benchmarks/recompute.py --quick
+	$(VENV_PYTHON) benchmarks/precision.py --quick
+	$(MPIEXEC) -n 2 $(VENV_PYTHON) -m mpi4py benchmarks/tracing.py --quick
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --quick
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --quick
 
 clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist src/*.egg-info demo.png train-run

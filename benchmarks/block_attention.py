@@ -1,6 +1,6 @@
 """One core's block attention against that core's sgemm at the same operand sizes.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/block_attention.py [--json FILE]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/block_attention.py [--json FILE] [--quick]
 
 The products q k^T and p v are timed as two whole matrix products, nothing else done; block
 attention does the same products tile by tile, with softmax and merging.  Both are measured in turn
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="an eighth of the keys")
     options = parser.parse_args()
     rows = []
     with threadpool_limits(1):
@@ -36,7 +37,8 @@ def main() -> None:
             (128, 128, 32768),
             (64, 16, 32768),
         ]:
-            rows.append(compare(D, s_q, s_kv, options.repeat))
+            keys = s_kv // 8 if options.quick else s_kv
+            rows.append(compare(D, s_q, keys, options.repeat))
             print(
                 "D {D:4}  s_q {s_q:4}  s_kv {s_kv:6}  sgemm {sgemm:6.1f} GFLOP/s  "
                 "forward {forward:.2f} of it  backward {backward:.2f}".format(**rows[-1])

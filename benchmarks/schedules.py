@@ -213,7 +213,9 @@ def draw(measured: Results) -> "Figure":
         ],
         loc="outside lower center", ncols=len(SCHEDULES), frameon=False,
     )  # fmt: skip
-    figure.suptitle("Fastest schedule, and by how much before the second; below: lost by auto")
+    figure.suptitle(
+        "The fastest schedule, and its lead over the second; below, what auto loses with another"
+    )
     return figure
 
 

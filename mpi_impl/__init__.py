@@ -2,7 +2,7 @@
 
 from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.device import limit_blas_threads
+from lvxattn.mpi_impl.device import limit_blas_threads, use_device
 from lvxattn.mpi_impl.last_words import announce_death
 from lvxattn.mpi_impl.measure import measure
 from lvxattn.mpi_impl.merge import merge
@@ -30,4 +30,5 @@ __all__ = [
     "merge",
     "shard",
     "unshard",
+    "use_device",
 ]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.device import buffer
+from lvxattn.mpi_impl.buffers import Ready, Transfer, buffer
 from lvxattn.mpi_impl.exchange import Exchange, Field, Fields, cut, nbytes
 from lvxattn.mpi_impl.watchdog import wait
 from lvxattn.reference.layout import share
@@ -67,19 +67,24 @@ def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Arra
     """
     layout = exchange.layout
     bounds = list(accumulate(layout.s_q, initial=0))
-    rows = [_packed([x[:, :, a:b] for x in arrays], exchange.xp) for a, b in pairwise(bounds)]
-    mine = np.empty_like(rows[layout.rank])
+    sent = _Rows(exchange.xp, arrays, layout.s_q)
+    mine = _Rows(exchange.xp, arrays, [layout.s_q[layout.rank]])
     what = partial(Block, "all ranks' results to be joined")
-    for owner, part in enumerate(rows):
+    for owner, (start, stop) in enumerate(pairwise(bounds)):
+        sent.put(owner, [x[:, :, start:stop] for x in arrays])
         if owner != layout.rank:
-            exchange.meter.sent(part.nbytes, owner, what)
+            exchange.meter.sent(sent.counts[owner] * sent.row_bytes, owner, what)
     with _operator(join, arrays) as (op, row):
-        sent = np.concatenate(rows)
-        request = exchange.comm.Ireduce_scatter(
-            [sent, len(sent), row], [mine, len(mine), row], [len(part) for part in rows], op
+        (rows, packed), (room, empty) = sent.sendable(), mine.receivable()
+        transfer = Transfer(
+            lambda: exchange.comm.Ireduce_scatter(
+                [rows, sum(sent.counts), row], [room, sum(mine.counts), row], sent.counts, op
+            ),
+            packed,
+            empty,
         )
-        _wait(exchange, request, what)
-    return _unpacked(mine, arrays, layout.s_q[layout.rank], exchange.xp)
+        _wait(exchange, transfer, what)
+    return mine.arrays()
 
 
 def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, ...]:
@@ -96,19 +101,25 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
         What this rank has to say to all queries.
     """
     layout = exchange.layout
-    sent = _packed(list(arrays), exchange.xp)
-    result = np.empty_like(sent)
     S_Q, what = arrays[0].shape[2], partial(Block, "all ranks' results to be joined")
-    rows = [share(S_Q, rank, layout.size) for rank in range(layout.size)]
-    for rank, part in enumerate(rows):  # there and, joined, back
+    sent, result = (_Rows(exchange.xp, arrays, [S_Q]) for _ in range(2))
+    sent.put(0, arrays)
+    shares = [share(S_Q, rank, layout.size) for rank in range(layout.size)]
+    for rank, part in enumerate(shares):  # there and, joined, back
         if rank != layout.rank:
-            for owner in (part, rows[layout.rank]):
-                row_bytes = sent.nbytes // max(1, S_Q)
-                exchange.meter.sent(row_bytes * (owner.stop - owner.start), rank, what)
+            for owner in (part, shares[layout.rank]):
+                nbytes_each = sent.nbytes // max(1, S_Q)
+                exchange.meter.sent(nbytes_each * (owner.stop - owner.start), rank, what)
     with _operator(join, arrays) as (op, row):
-        request = exchange.comm.Iallreduce([sent, len(sent), row], [result, len(result), row], op)
-        _wait(exchange, request, what)
-    return _unpacked(result, arrays, S_Q, exchange.xp)
+        (rows, packed), (room, empty) = sent.sendable(), result.receivable()
+        count = sum(sent.counts)
+        transfer = Transfer(
+            lambda: exchange.comm.Iallreduce([rows, count, row], [room, count, row], op),
+            packed,
+            empty,
+        )
+        _wait(exchange, transfer, what)
+    return result.arrays()
 
 
 def all_to_all(
@@ -140,13 +151,21 @@ def all_to_all(
     for dest, part in enumerate(going):
         if dest != layout.rank:
             exchange.meter.sent(nbytes(part), dest, label)
-    sent, room = out.buffer.sendable(out.nbytes), into.buffer.receivable(into.nbytes)
-    request = exchange.comm.Ialltoallv(
-        [sent, (out.counts, out.starts), MPI.BYTE], [room, (into.counts, into.starts), MPI.BYTE]
+    out.buffer.filled()
+    (sent, whole), (room, empty) = (
+        out.buffer.sendable(out.nbytes),
+        into.buffer.receivable(into.nbytes),
     )
-    _wait(exchange, request, label)
+    transfer = Transfer(
+        lambda: exchange.comm.Ialltoallv(
+            [sent, (out.counts, out.starts), MPI.BYTE], [room, (into.counts, into.starts), MPI.BYTE]
+        ),
+        whole,
+        empty,
+    )
+    _wait(exchange, transfer, label)
     into.buffer.deliver(into.nbytes)
-    into.buffer.receivable(0)  # a copy to the device may still read the pinned memory
+    into.buffer.settle()
     received = into.views()
     received[layout.rank] = parts[layout.rank]
     return received
@@ -174,6 +193,62 @@ class _Room:
             cut(array[start : start + count], block)
             for start, count, block in zip(self.starts, self.counts, self.blocks, strict=True)
         ]
+
+
+class _Rows:
+    """Rows of partial results: out and lse of one query in each, where MPI's operator may read.
+
+    On a device they are packed by kernels, and always go through the host: MPI calls the operator
+    there.
+
+    Parameters
+    ----------
+    xp : module
+    like : sequence of (B, H, s_q, ...)
+        Arrays of the shapes, but for their lengths, and the dtype that are to be packed.
+    lengths : sequence of int
+        How many queries each part has.
+    """
+
+    def __init__(self, xp: Any, like: Sequence[Array], lengths: Sequence[int]) -> None:
+        self.xp, self.like, self.lengths = xp, like, lengths
+        self.columns, width = _columns(like)
+        self.counts = [prod(like[0].shape[:2]) * length for length in lengths]
+        *self.starts, count = accumulate(self.counts, initial=0)
+        self.row_bytes = width * like[0].dtype.itemsize
+        self.nbytes = count * self.row_bytes
+        self.buffer = buffer(xp, self.nbytes, direct=False)
+        self.rows = self.buffer.array.view(like[0].dtype).reshape(count, width)
+
+    def put(self, part: int, arrays: Sequence[Array]) -> None:
+        """Write one part."""
+        rows = self._part(part)
+        for column, x in zip(self.columns, arrays, strict=True):
+            view = rows[column]
+            view[...] = x.reshape(view.shape)
+
+    def sendable(self) -> tuple[Array, Ready]:
+        """Return the rows for MPI, all parts having been put."""
+        self.buffer.filled()
+        return self.buffer.sendable(self.nbytes)
+
+    def receivable(self) -> tuple[Array, Ready]:
+        """Return the room for what MPI receives."""
+        return self.buffer.receivable(self.nbytes)
+
+    def arrays(self) -> tuple[Array, ...]:
+        """Return what MPI has received, the only part."""
+        self.buffer.deliver(self.nbytes)
+        self.buffer.settle()
+        (length,) = self.lengths
+        return tuple(
+            self.xp.ascontiguousarray(self.rows[column].reshape(*x.shape[:2], length, *x.shape[3:]))
+            for column, x in zip(self.columns, self.like, strict=True)
+        )
+
+    def _part(self, part: int) -> Array:
+        start = self.starts[part]
+        return self.rows[start : start + self.counts[part]]
 
 
 @contextmanager
@@ -210,23 +285,5 @@ def _columns(arrays: Sequence[Array]) -> tuple[list[Any], int]:
     return columns, end
 
 
-def _packed(arrays: Sequence[Array], xp: Any) -> Array:
-    """Return the rows of arrays in host memory, where MPI calls the operator."""
-    on_host = [x if xp is np else xp.asnumpy(x) for x in arrays]
-    columns, width = _columns(arrays)
-    rows = np.empty((prod(arrays[0].shape[:3]), width), on_host[0].dtype)
-    for column, x in zip(columns, on_host, strict=True):
-        rows[column] = x.reshape(rows[column].shape)
-    return rows
-
-
-def _unpacked(rows: Array, like: Sequence[Array], length: int, xp: Any) -> tuple[Array, ...]:
-    columns, _ = _columns(like)
-    parts = zip(columns, like, strict=True)
-    return tuple(
-        xp.asarray(rows[column].reshape(*x.shape[:2], length, *x.shape[3:])) for column, x in parts
-    )
-
-
-def _wait(exchange: Exchange, request: MPI.Request, what: Callable[[], Block]) -> None:
-    exchange.meter.waits(wait, what)(request, exchange.watchdog, what)
+def _wait(exchange: Exchange, transfer: Transfer, what: Callable[[], Block]) -> None:
+    exchange.meter.waits(wait, what)(transfer, exchange.watchdog, what)

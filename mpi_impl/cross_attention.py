@@ -8,6 +8,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from lvxattn.mpi_impl.device import computing
 from lvxattn.mpi_impl.gather import gather, gather_backward
 from lvxattn.mpi_impl.last_words import named
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
@@ -105,7 +106,7 @@ def cross_attention(
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
-    with named(comm):
+    with named(comm), computing(q):
         return forward(q, k, v, comm, layout, mask=mask, meter=meter)
 
 
@@ -164,7 +165,7 @@ def cross_attention_backward(
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
     _, backward_pass = passes(layout)
-    with named(comm):
+    with named(comm), computing(q):
         return backward_pass(
             dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
         )

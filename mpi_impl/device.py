@@ -1,21 +1,17 @@
-"""Where arrays live, and how MPI gets at them.
+"""Where a rank computes: on the host, or on a device with streams of its own.
 
-NumPy arrays are handed to MPI as they are.  CuPy arrays live on a device whose kernels run behind
-the program's back, and MPI knows nothing of them, so a buffer must be waited for before MPI may
-touch it: before a send, for the kernel that writes it; before a receive, for the last that reads
-it.  A CUDA-aware MPI then takes the device's memory; any other is given a copy in pinned host
-memory.
-
-    HostBuffer                 array -------------------------- MPI
-    DeviceBuffer   kernels --| array -------------------------- MPI     |  = synchronised
-    StagedBuffer   kernels --| array --copy--| pinned host ---- MPI
+NumPy works when it is called.  A device works behind the program's back, each of its streams in
+order and no two of them, unless an event orders them.  A pass computes on a stream that waits for
+nothing but events: not for the default stream, whose turn the copies of an MPI library may have to
+wait for, and through which they would wait for the attention that is queued there.
 """
 
-import ctypes
 import os
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -49,126 +45,107 @@ def array_module(x: Array) -> Any:
     return module
 
 
-class Buffer(Protocol):
-    """A fixed number of bytes beside the arrays, and the way to them for MPI."""
+class Streams(NamedTuple):
+    """A device's streams: for kernels, and for copies either way, which overlap one another."""
 
-    array: Array
-
-    def sendable(self, nbytes: int) -> Array:
-        """Return what MPI may read: everything that writes the first `nbytes` is done."""
-
-    def receivable(self, nbytes: int) -> Array:
-        """Return what MPI may write: everything that reads the first `nbytes` is done."""
-
-    def deliver(self, nbytes: int) -> None:
-        """Make what MPI has written visible in `array`."""
+    computing: Any
+    to_host: Any
+    to_device: Any
 
 
-def buffer(xp: Any, nbytes: int) -> Buffer:
-    """Return a buffer for blocks of `xp`'s arrays."""
+@cache
+def streams(xp: Any, device: int) -> Streams:
+    """Return the streams of one device.
+
+    They are kept, because CuPy keeps the memory of each stream apart, and that of a stream that is
+    gone is lost to the next.
+
+    Parameters
+    ----------
+    xp : module
+        cupy.
+    device : int
+    """
+    with xp.cuda.Device(device):
+        return Streams(*(xp.cuda.Stream(non_blocking=True) for _ in Streams._fields))
+
+
+def event(xp: Any) -> Any:
+    """Return an event at which everything queued so far on the current stream is done."""
+    made = xp.cuda.Event(disable_timing=True)
+    made.record(xp.cuda.get_current_stream())
+    return made
+
+
+@contextmanager
+def computing(x: Array) -> Iterator[None]:
+    """Compute where `x` is and, on a device, on its own stream.
+
+    What the caller has queued on the current stream comes before, and what the caller queues there
+    afterwards comes after; the host waits for neither.
+
+    Parameters
+    ----------
+    x : array
+    """
+    xp = array_module(x)
     if xp is np:
-        return HostBuffer(nbytes)
-    return DeviceBuffer(xp, nbytes) if cuda_aware()[0] else StagedBuffer(xp, nbytes)
+        yield
+        return
+    with x.device, memory_told(xp):
+        callers, own = xp.cuda.get_current_stream(), streams(xp, x.device.id).computing
+        own.wait_event(event(xp))
+        with own:
+            try:
+                yield
+            finally:
+                callers.wait_event(event(xp))
 
 
-class HostBuffer:
-    """Host memory: MPI uses it directly, and nothing runs behind the program's back."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.array = np.empty(nbytes, np.uint8)
-
-    def sendable(self, nbytes: int) -> Array:
-        """Return the bytes themselves."""
-        return self.array[:nbytes]
-
-    def receivable(self, nbytes: int) -> Array:
-        """Return the bytes themselves."""
-        return self.array[:nbytes]
-
-    def deliver(self, nbytes: int) -> None:
-        """Do nothing: MPI wrote into the array."""
+@contextmanager
+def memory_told(xp: Any) -> Iterator[None]:
+    """Add a note of how much memory is free to an error that says that it has run out."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or "cudaErrorMemoryAllocation" in str(error):
+            device = xp.cuda.Device()
+            free, total = device.mem_info
+            error.add_note(f"device {device.id} has {free:,} of {total:,} bytes free")
+        raise
 
 
-class DeviceBuffer:
-    """Device memory that a CUDA-aware MPI uses directly."""
+def use_device(comm: MPI.Intracomm, xp: Any) -> int:
+    """Make this rank's device the current one: the ranks of a host take its devices in turn.
 
-    def __init__(self, xp: Any, nbytes: int) -> None:
-        self.xp = xp
-        self.array = xp.empty(nbytes, xp.uint8)
+    Collective: every rank of comm calls this.  Where a launcher shows each rank one device only,
+    that is it; where there are more ranks than devices, they share them.
 
-    def sendable(self, nbytes: int) -> Array:
-        """Wait for the kernels that write the buffer: MPI does not know of their stream."""
-        _finish_kernels(self.xp)
-        return self.array[:nbytes]
-
-    def receivable(self, nbytes: int) -> Array:
-        """Wait for the kernels that still read the block that the buffer held before."""
-        _finish_kernels(self.xp)
-        return self.array[:nbytes]
-
-    def deliver(self, nbytes: int) -> None:
-        """Do nothing: MPI wrote into the array."""
-
-
-class StagedBuffer:
-    """Device memory with a twin in pinned host memory, for an MPI that knows only the host."""
-
-    def __init__(self, xp: Any, nbytes: int) -> None:
-        self.xp = xp
-        self.array = xp.empty(nbytes, xp.uint8)
-        pinned = xp.cuda.alloc_pinned_memory(max(1, nbytes))
-        self.host = np.frombuffer(pinned, np.uint8, nbytes)
-
-    def sendable(self, nbytes: int) -> Array:
-        """Copy to the host; the copy runs after the kernels that write the buffer."""
-        self.array[:nbytes].get(out=self.host[:nbytes])
-        _finish_kernels(self.xp)  # the copy may be asynchronous: MPI must not read before its end
-        return self.host[:nbytes]
-
-    def receivable(self, nbytes: int) -> Array:
-        """Wait for a copy to the device that may still read the host's bytes."""
-        _finish_kernels(self.xp)
-        return self.host[:nbytes]
-
-    def deliver(self, nbytes: int) -> None:
-        """Copy to the device; kernels that read the block run after the copy."""
-        self.array[:nbytes].set(self.host[:nbytes])
-
-
-def cuda_aware() -> tuple[bool, str]:
-    """Tell whether MPI may be handed device memory, and how that was decided.
-
-    Not collective.  ``LVXATTN_CUDA_AWARE`` = 0 or 1 decides; unset or ``auto`` asks the library.
-    A library that says yes and is wrong ends the program with a segmentation fault; 0 is the way
-    out.
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+    xp : module
+        cupy.
 
     Returns
     -------
-    aware : bool
-    why : str
-
-    Raises
-    ------
-    ValueError
-        The variable has another value.
+    int
+        The device's number among those that this rank sees.
     """
-    wish = os.environ.get("LVXATTN_CUDA_AWARE", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise ValueError(f"LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got {wish!r}")
-    if wish != "auto":
-        return wish == "1", f"LVXATTN_CUDA_AWARE={wish}"
-    loaded = ctypes.CDLL(_libmpi())
-    if hasattr(loaded, "MPIX_Query_cuda_support"):  # Open MPI, MVAPICH, ParaStation
-        return bool(loaded.MPIX_Query_cuda_support()), "MPIX_Query_cuda_support"
-    if hasattr(loaded, "MPIX_GPU_query_support"):  # MPICH: 0 is CUDA
-        flag = ctypes.c_int(0)
-        failed = loaded.MPIX_GPU_query_support(0, ctypes.byref(flag))
-        return not failed and bool(flag.value), "MPIX_GPU_query_support"
-    info = MPI.COMM_WORLD.Get_info()
-    kinds = (info.get("mpi_memory_alloc_kinds") or "").split(",")
-    info.Free()
-    # A kind may have restrictors, as cuda:device has.
-    return any(kind.partition(":")[0] == "cuda" for kind in kinds), "mpi_memory_alloc_kinds"
+    device = rank_on_host(comm) % int(xp.cuda.runtime.getDeviceCount())
+    xp.cuda.Device(device).use()
+    return device
+
+
+def rank_on_host(comm: MPI.Intracomm) -> int:
+    """Return this rank's number among those of its host.
+
+    Collective: every rank of comm calls this.
+    """
+    on_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    number: int = on_host.rank
+    on_host.Free()
+    return number
 
 
 def limit_blas_threads(comm: MPI.Intracomm) -> int:
@@ -197,17 +174,3 @@ def limit_blas_threads(comm: MPI.Intracomm) -> int:
         threadpool_limits(max(1, len(cores) // ranks), user_api="blas")
     pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
     return max((pool["num_threads"] for pool in pools), default=1)
-
-
-def _finish_kernels(xp: Any) -> None:
-    xp.cuda.get_current_stream().synchronize()
-
-
-def _libmpi() -> str | None:
-    """Return the path of the MPI library that this process has loaded."""
-    with open("/proc/self/maps") as maps:
-        for line in maps:
-            path = line.rstrip("\n").partition("/")[2]
-            if re.match(r"libmpi(_(cray|gnu|intel|nvidia|amd)\w*)?\.so", os.path.basename(path)):
-                return "/" + path
-    return None

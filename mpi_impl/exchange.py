@@ -5,7 +5,8 @@
 
 A `Rotation` is one kind of block going round: queries, or the results that follow them.  It has two
 buffers: while one is on its way to the right, the next block comes from the left into the other,
-and both requests progress while the rank computes.
+and both requests progress while the rank computes.  On a device a request is made once kernels and
+copies are done with its buffer (`buffers`), whenever the rank waits or lets MPI work.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.device import buffer
+from lvxattn.mpi_impl.buffers import Transfer, Waited, buffer
 from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import KINDS, Block, Meter
@@ -68,10 +69,24 @@ class Exchange:
         `kind` is what it works on, where that does not go round.
         """
         kind = kind or KINDS[self.layout.schedule][0]
-        return self.meter.computes(fn, lambda hop: Block(kind, self.layout.owner(hop), hop))
+
+        def block(hop: int) -> Block:
+            return Block(kind, self.layout.owner(hop), hop)
+
+        timed = self.meter.computes(fn, block)
+
+        def computing(hop: int, *args: Any, **kwargs: Any) -> Result:
+            try:
+                return timed(hop, *args, **kwargs)
+            except MemoryError as error:
+                error.add_note(f"it was asked for to compute with {block(hop)}")
+                raise
+
+        return computing
 
     def progress(self) -> None:
         """Let MPI move what is under way; without such calls large messages stand still."""
+        self.begin()
         MPI.Request.Testall([r for rotation in self.rotations for r in rotation.requests])
 
     def finish(self) -> None:
@@ -79,7 +94,13 @@ class Exchange:
         for rotation in self.rotations:
             rotation.wait_sent()
             for held in rotation.buffers:
-                held.receivable(0)  # a copy to the device may still read the pinned memory
+                held.settle()
+
+    def begin(self) -> None:
+        """Make the requests that have become possible."""
+        for rotation in self.rotations:
+            rotation.sending.begin()
+            rotation.receiving.begin()
 
 
 class Rotation:
@@ -97,13 +118,18 @@ class Rotation:
         self.nbytes = max(self._nbytes(owner) for owner in range(exchange.layout.size))
         # In hand, and to be received into; a rank that is alone needs neither.
         room = self.nbytes if exchange.layout.size > 1 else 0
-        self.buffers = [buffer(exchange.xp, room) for _ in range(2)]
-        self.sending, self.receiving = MPI.Request(), MPI.Request()
+        try:
+            self.buffers = [buffer(exchange.xp, room) for _ in range(2)]
+        except Exception as error:
+            largest = max(range(exchange.layout.size), key=self._nbytes)
+            error.add_note(f"it was to hold {self.kind.format(largest)}, the largest block")
+            raise
+        self.sending, self.receiving = Transfer.nothing(), Transfer.nothing()
 
     @property
     def requests(self) -> tuple[MPI.Request, MPI.Request]:
         """What is under way."""
-        return self.sending, self.receiving
+        return self.sending.request, self.receiving.request
 
     def shift(self, *arrays: Array) -> None:
         """Send a block to the right and start to receive the next one from the left.
@@ -118,12 +144,19 @@ class Rotation:
         if arrays:
             for view, x in zip(self._views(), arrays, strict=True):
                 view[...] = x  # in place: what was received there has been used
+            in_hand.filled()
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
         self.hop += 1
         meter.sent(mine, layout.right, self._leaving)
-        self.receiving = comm.Irecv([free.receivable(coming), MPI.BYTE], layout.left, self.tag)
-        self.sending = comm.Isend([in_hand.sendable(mine), MPI.BYTE], layout.right, self.tag)
+        room, empty = free.receivable(coming)
+        block, whole = in_hand.sendable(mine)
+        self.receiving = Transfer(
+            lambda: comm.Irecv([room, MPI.BYTE], layout.left, self.tag), empty
+        )
+        self.sending = Transfer(
+            lambda: comm.Isend([block, MPI.BYTE], layout.right, self.tag), whole
+        )
         self.buffers = [free, in_hand]
 
     def wait(self) -> list[Array]:
@@ -139,8 +172,9 @@ class Rotation:
         """Wait until the block that was sent last is gone."""
         self._wait_for(self.sending, self._leaving)
 
-    def _wait_for(self, request: MPI.Request, what: Callable[[], Block]) -> None:
-        self.exchange.meter.waits(wait, what)(request, self.exchange.watchdog, what)
+    def _wait_for(self, transfer: Transfer, what: Callable[[], Block]) -> None:
+        waited = Waited(transfer, self.exchange.begin)
+        self.exchange.meter.waits(wait, what)(waited, self.exchange.watchdog, what)
 
     def _awaited(self) -> Block:
         layout = self.exchange.layout

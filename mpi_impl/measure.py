@@ -9,8 +9,8 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import block_attention
+from lvxattn.mpi_impl.buffers import Transfer, Waited, buffer
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.device import buffer
 from lvxattn.mpi_impl.watchdog import wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import Machine
@@ -119,11 +119,14 @@ class Probe:
         there, here = buffer(self.xp, nbytes), buffer(self.xp, nbytes)
 
         def message() -> None:
-            coming = self.comm.Irecv([here.receivable(nbytes), MPI.BYTE], left, _TAG)
-            going = self.comm.Isend([there.sendable(nbytes), MPI.BYTE], right, _TAG)
-            for request in (coming, going):
-                wait(request, None, str)
+            there.filled()
+            (room, empty), (block, whole) = here.receivable(nbytes), there.sendable(nbytes)
+            coming = Transfer(lambda: self.comm.Irecv([room, MPI.BYTE], left, _TAG), empty)
+            going = Transfer(lambda: self.comm.Isend([block, MPI.BYTE], right, _TAG), whole)
+            wait(Waited(coming, going.begin), None, str)
+            wait(Waited(going, coming.begin), None, str)
             here.deliver(nbytes)
+            here.settle()
 
         return message
 

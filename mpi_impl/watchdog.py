@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 from mpi4py import MPI
 
@@ -31,6 +32,13 @@ GRACE = 2.0
 """Seconds between a rank's message and the end: the others' waits began a little later."""
 # What starts a program, and is of no interest to whoever asks where it is.
 _STARTERS = re.compile(r'File "(<frozen |.*/mpi4py/)')
+
+
+class Pending(Protocol):
+    """What may be waited for: a request, or what becomes one."""
+
+    def Test(self) -> bool:
+        """Tell whether it is done, and work on it."""
 
 
 class Watchdog:
@@ -110,7 +118,7 @@ class Watchdog:
         os.write(2, message.encode())  # at once, so that ranks do not write into each other's lines
 
 
-def wait(request: MPI.Request, watchdog: Watchdog | None, what: Callable[[], object]) -> None:
+def wait(request: Pending, watchdog: Watchdog | None, what: Callable[[], object]) -> None:
     """Wait for a request; asleep, if it takes longer than a moment.
 
     A wait inside MPI spins: where ranks outnumber cores it takes a core from the very ranks that it
@@ -120,7 +128,7 @@ def wait(request: MPI.Request, watchdog: Watchdog | None, what: Callable[[], obj
 
     Parameters
     ----------
-    request : MPI.Request
+    request : MPI.Request, or what becomes one
     watchdog : Watchdog or None
         Ends the run should the wait take too long.
     what : callable

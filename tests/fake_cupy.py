@@ -1,19 +1,28 @@
 """A device array library over host memory that behaves like CuPy: everything on it runs late.
 
-Kernels and copies wait in a queue, the stream, and run when something synchronises.  Until then a
-result holds garbage, and a source that is overwritten too early gives the kernel the wrong bytes:
-what a program forgets to wait for, it sees.  Nothing converts to a NumPy array by itself.
+Kernels and copies wait in a queue, their stream, and run when something waits for them: only those,
+and what events or the default stream put before them.  Until then a result holds garbage, and a
+source that is overwritten too early gives the kernel the wrong bytes: what a program forgets to
+wait for, it sees.  Memory that is freed is given out again at once, on the stream that it was made
+on, as CuPy does; what still uses it there comes first, what uses it elsewhere comes too late.
+Nothing converts to a NumPy array by itself.
+
+An event that is asked whether it has passed says no, and then the work before it runs.
+`whole` counts how often somebody waited for all of a stream.
 
     x = fake_cupy.asarray(host)      back = fake_cupy.asnumpy(x)
 
 `lvxattn.mpi_impl` takes the module from an array's type, and finds this one as ``fake_cupy``.
 """
 
+import ctypes
 import operator
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy import float32, float64, inf, uint8  # noqa: F401  (CuPy has NumPy's)
@@ -22,56 +31,141 @@ sys.modules["fake_cupy"] = sys.modules[__name__]
 __version__ = "14"
 
 
+whole: Counter[str] = Counter()
+
+
 class Stream:
     """Work that the device was given, in order; `done` of it has run."""
 
-    def __init__(self) -> None:
+    null: "Stream"
+    current: "list[Stream]"
+    made: "list[Stream]"
+
+    def __init__(self, non_blocking: bool = False) -> None:
         self.pending: list[Callable[[], None]] = []
         self.done = 0
+        self.free: dict[int, list[Any]] = {}  # memory by its size
+        self.waits = not non_blocking
+        Stream.made.append(self)
+
+    def __enter__(self) -> "Stream":
+        Stream.current.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        Stream.current.pop()
+
+    @property
+    def end(self) -> int:
+        return self.done + len(self.pending)
 
     def launch(self, work: Callable[[], None]) -> None:
-        """Queue a kernel or a copy; returns at once."""
+        """Queue a kernel or a copy; returns at once.
+
+        The default stream waits for all streams that were not made non-blocking, and they for it.
+        """
+        if self is Stream.null:
+            for other in Stream.made:
+                if other.waits and other is not self:
+                    self._wait(other, other.end)
+        elif self.waits:
+            self._wait(Stream.null, Stream.null.end)
         self.pending.append(work)
+
+    def wait_event(self, event: "Event") -> None:
+        """Let nothing that follows run before what the event marks now."""
+        self._wait(event.stream, event.at)
+
+    def _wait(self, other: "Stream", at: int) -> None:
+        self.pending.append(lambda: other.run(at))
 
     def run(self, until: int) -> None:
         """Run what was queued, up to the `until`-th work since the beginning."""
         with np.errstate(all="ignore"):  # a device gives no warnings
             while self.done < until:
-                self.done += 1
                 self.pending.pop(0)()
+                self.done += 1
+
+    def record(self, event: "Event") -> "Event":
+        event.record(self)
+        return event
 
     def synchronize(self) -> None:
         """Run all that was queued."""
-        self.run(self.done + len(self.pending))
+        whole["stream"] += 1
+        self.run(self.end)
 
 
-stream = Stream()
+Stream.made = []
+Stream.null = stream = Stream()
+Stream.current = [stream]
+
+
+def get_current_stream() -> Stream:
+    return Stream.current[-1]
 
 
 class Event:
-    """A mark in the stream; without `record` there is nothing to wait for."""
+    """A mark in a stream; without `record` there is nothing to wait for."""
+
+    failure = 0  # what a kernel has failed with
 
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-        self.at = 0
+        self.stream, self.at, self.ptr = stream, 0, id(self)
+        _events[self.ptr] = self
 
-    def record(self, stream_: Stream = stream) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         """Mark the end of what has been queued so far."""
-        self.at = stream_.done + len(stream_.pending)
+        self.stream = get_current_stream() if stream is None else stream
+        self.at = self.stream.end
+
+    @property
+    def done(self) -> bool:
+        """Whether it had passed before somebody asked."""
+        passed = self.stream.done >= self.at
+        self.stream.run(self.at)
+        return passed
 
     def synchronize(self) -> None:
         """Wait for what was queued before the mark."""
-        stream.run(self.at)
+        self.stream.run(self.at)
+
+
+_events: "WeakValueDictionary[int, Event]" = WeakValueDictionary()
+_pinned: "WeakValueDictionary[int, Any]" = WeakValueDictionary()
 
 
 def _alloc_pinned_memory(size: int) -> memoryview:
-    return memoryview(np.full(size, 0xFF, np.uint8))
+    memory = np.full(size, 0xFF, np.uint8)
+    _pinned[memory.ctypes.data] = memory
+    return memoryview(memory)
+
+
+class CUDARuntimeError(RuntimeError):
+    """What a call of CUDA has failed with."""
+
+
+def _event_query(ptr: int) -> int:
+    return Event.failure or (0 if _events[ptr].done else 600)
 
 
 class Device:
-    """The only device there is: number 0."""
+    """One of the devices; arrays are all on number 0."""
+
+    count = 1
+    used = 0
+    mem_info = 10**6, 10**9
 
     def __init__(self, device: int = 0) -> None:
         self.id = device
+
+    def use(self) -> None:
+        Device.used = self.id
+
+    def synchronize(self) -> None:
+        whole["device"] += 1
+        for each in Stream.made:
+            each.run(each.end)
 
     def __enter__(self) -> "Device":
         if self.id != 0:
@@ -85,22 +179,75 @@ class Device:
 cuda = SimpleNamespace(
     Event=Event,
     Device=Device,
+    Stream=Stream,
     alloc_pinned_memory=_alloc_pinned_memory,
-    get_current_stream=lambda: stream,
+    get_current_stream=get_current_stream,
+    runtime=SimpleNamespace(
+        eventQuery=_event_query,
+        getDeviceCount=lambda: Device.count,
+        CUDARuntimeError=CUDARuntimeError,
+    ),
 )
 
 
+class Allocation:
+    """Memory of a stream's pool, given back when no array is left that lies in it.
+
+    What is queued and still uses it does not keep it.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.stream = get_current_stream()
+        free = self.stream.free.get(nbytes)
+        if free:
+            memory = free.pop()
+            # Whatever is written there next on this stream; other streams do not wait for it.
+            self.stream.launch(lambda: memory.fill(0xFF))
+        else:
+            memory = np.full(nbytes, 0xFF, np.uint8)
+        self.memory = memory
+
+    def __del__(self) -> None:
+        self.stream.free.setdefault(self.memory.size, []).append(self.memory)
+
+
+class MemoryPointer:
+    """The address of an array: what copies take."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+
+    def copy_to_host_async(self, mem: ctypes.c_void_p, size: int, stream: Stream) -> None:
+        """Copy to pinned memory, when the stream comes to it."""
+        device = self.memory.reshape(-1).view(np.uint8)
+        stream.launch(lambda: np.copyto(_host(mem)[:size], device[:size]))
+
+    def copy_from_host_async(self, mem: ctypes.c_void_p, size: int, stream: Stream) -> None:
+        """Copy from pinned memory, when the stream comes to it."""
+        device = self.memory.reshape(-1).view(np.uint8)
+        stream.launch(lambda: np.copyto(device[:size], _host(mem)[:size]))
+
+
+def _host(address: ctypes.c_void_p) -> Any:
+    if address.value not in _pinned:
+        raise RuntimeError("memory of the host that is not pinned, or not any more")
+    return _pinned[address.value]
+
+
 class ndarray:  # noqa: N801
-    """An array in device memory; `memory` is what a library that is given its address sees."""
+    """An array in device memory; `memory` is what a library that is given its address sees.
+
+    `allocation` is where it lies: every view keeps it.
+    """
 
     __module__ = "fake_cupy"
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, memory: np.ndarray[Any, Any]) -> None:
-        self.memory = memory
+    def __init__(self, memory: np.ndarray[Any, Any], allocation: Any = None) -> None:
+        self.memory, self.allocation = memory, allocation
         self.shape, self.dtype, self.strides = memory.shape, memory.dtype, memory.strides
         self.ndim, self.size, self.nbytes = memory.ndim, memory.size, memory.nbytes
-        self.itemsize, self.device = memory.itemsize, Device()
+        self.itemsize, self.device, self.data = memory.itemsize, Device(), MemoryPointer(memory)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -123,21 +270,10 @@ class ndarray:  # noqa: N801
     def __array_function__(self, function: Any, *args: Any) -> Any:
         raise TypeError(f"Unsupported type: numpy.{function.__name__} with a device array")
 
-    def get(self, stream: Any = None, order: str = "C", out: Any = None) -> Any:
-        """Copy to the host: at once, but into a given array only when the stream comes to it."""
-        if out is None:
-            _wait()
-            return self.memory.copy()
-        if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (self.shape, self.dtype):
-            raise TypeError(f"out: expected a NumPy array {self.shape} of {self.dtype}")
-        _launch(lambda: np.copyto(out, self.memory))
-        return out
-
-    def set(self, arr: Any, stream: Any = None) -> None:
-        """Copy from the host, when the stream comes to it."""
-        if not isinstance(arr, np.ndarray) or (arr.shape, arr.dtype) != (self.shape, self.dtype):
-            raise TypeError(f"arr: expected a NumPy array {self.shape} of {self.dtype}")
-        _launch(lambda: np.copyto(self.memory, arr))
+    def get(self) -> Any:
+        """Copy to the host, after all that was queued on the current stream."""
+        get_current_stream().synchronize()
+        return self.memory.copy()
 
     def __reduce__(self) -> Any:
         return asarray, (self.get(),)
@@ -157,19 +293,19 @@ class ndarray:  # noqa: N801
     # Views: no kernel.
 
     def __getitem__(self, key: Any) -> "ndarray":
-        return ndarray(self.memory[_basic(key)])
+        return ndarray(self.memory[_basic(key)], self.allocation)
 
     def reshape(self, *shape: Any) -> "ndarray":
         try:
-            return ndarray(self.memory.reshape(*shape, copy=False))
+            return ndarray(self.memory.reshape(*shape, copy=False), self.allocation)
         except ValueError:
             return _kernel(lambda x: x.reshape(*shape), self)
 
     def swapaxes(self, axis1: int, axis2: int) -> "ndarray":
-        return ndarray(self.memory.swapaxes(axis1, axis2))
+        return ndarray(self.memory.swapaxes(axis1, axis2), self.allocation)
 
     def view(self, dtype: Any) -> "ndarray":
-        return ndarray(self.memory.view(dtype))
+        return ndarray(self.memory.view(dtype), self.allocation)
 
     # Kernels.
 
@@ -210,10 +346,10 @@ exp, log, logaddexp, matmul = (_elementwise(f) for f in (np.exp, np.log, np.loga
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
-    """Return garbage: NaN in every floating dtype."""
-    memory: Any = np.empty(shape, dtype)
-    memory.reshape(-1).view(np.uint8)[...] = 0xFF
-    return ndarray(memory)
+    """Return garbage: NaN in every floating dtype, or what was there."""
+    dtype = np.dtype(dtype)
+    allocation = Allocation(int(np.prod(shape, dtype=int)) * dtype.itemsize)
+    return ndarray(allocation.memory.view(dtype).reshape(shape), allocation)
 
 
 def full(shape: Any, fill_value: Any, dtype: Any = None) -> ndarray:
@@ -245,15 +381,16 @@ def tensordot(a: ndarray, b: ndarray, axes: Any = 2) -> ndarray:
 
 
 def moveaxis(a: ndarray, source: int, destination: int) -> ndarray:
-    return ndarray(np.moveaxis(a.memory, source, destination))
+    return ndarray(np.moveaxis(a.memory, source, destination), a.allocation)
 
 
 def broadcast_to(array: ndarray, shape: Any) -> ndarray:
-    return ndarray(np.broadcast_to(array.memory, shape))
+    return ndarray(np.broadcast_to(array.memory, shape), array.allocation)
 
 
 def split(ary: ndarray, indices_or_sections: Any, axis: int = 0) -> list[ndarray]:
-    return [ndarray(x) for x in np.split(ary.memory, indices_or_sections, axis)]
+    parts = np.split(ary.memory, indices_or_sections, axis)
+    return [ndarray(x, ary.allocation) for x in parts]
 
 
 def ones(shape: Any, dtype: Any = float) -> ndarray:
@@ -265,8 +402,18 @@ def concatenate(tup: Any, axis: int = 0) -> ndarray:
 
 
 def asarray(a: Any) -> ndarray:
-    """Copy a NumPy array to the device."""
-    return a if isinstance(a, ndarray) else ndarray(np.array(a, order="C"))
+    """Copy a NumPy array to the device, when the current stream comes to it."""
+    if isinstance(a, ndarray):
+        return a
+    host = np.array(a, order="C")  # CuPy, too, keeps a copy of its own until then
+    result = empty(host.shape, host.dtype)
+    there = result.memory
+    _launch(lambda: np.copyto(there, host))
+    return result
+
+
+def ascontiguousarray(a: ndarray) -> ndarray:
+    return a if a.memory.flags.c_contiguous else _kernel(np.ascontiguousarray, a)
 
 
 def asnumpy(a: ndarray) -> Any:
@@ -274,7 +421,8 @@ def asnumpy(a: ndarray) -> Any:
     return a.get()
 
 
-_launch, _wait = stream.launch, stream.synchronize
+def _launch(work: Callable[[], None]) -> None:
+    get_current_stream().launch(work)
 
 
 def _kernel(function: Callable[..., Any], *args: Any, out: ndarray | None = None) -> ndarray:
@@ -286,7 +434,8 @@ def _kernel(function: Callable[..., Any], *args: Any, out: ndarray | None = None
         like = function(*(_ones(x) if isinstance(x, ndarray) else x for x in args))
     result = empty(np.shape(like), np.asarray(like).dtype) if out is None else out
     values = [x.memory if isinstance(x, ndarray) else x for x in args]
-    _launch(lambda: np.copyto(result.memory, function(*values), casting="same_kind"))
+    there = result.memory  # alone: what is queued does not keep an array
+    _launch(lambda: np.copyto(there, function(*values), casting="same_kind"))
     return result
 
 

@@ -1,119 +1,389 @@
-"""Buffers between a device that works late and an MPI that knows nothing of it."""
+"""Buffers between a device that works late and an MPI that knows nothing of it, and its streams."""
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from lvxattn.mpi_impl import device
+from lvxattn import mpi_impl
+from lvxattn.mpi_impl import buffers, device, exchange
 from tests import fake_cupy
+from tests.cases import Case
 
-DEVICE = pytest.mark.parametrize("kind", [device.DeviceBuffer, device.StagedBuffer])
+KINDS = [buffers.DeviceBuffer, buffers.StagedBuffer]
+DEVICE = pytest.mark.parametrize("kind", KINDS)
+Kind = Callable[..., Any]
 
 
-def memory(x: Any) -> np.ndarray[Any, Any]:
-    """Return what MPI sees at the address that it is given, without waiting for anything."""
-    return x if isinstance(x, np.ndarray) else x.memory
+@pytest.fixture(autouse=True)
+def own_stream() -> Iterator[fake_cupy.Stream]:
+    """Compute on a stream of its own, as in a pass; nothing may wait for all of a stream."""
+    fake_cupy.whole.clear()
+    device.streams.cache_clear()  # a test may leave copies there
+    with fake_cupy.Stream(non_blocking=True) as stream:
+        yield stream
+
+
+def ready(promised: tuple[Any, buffers.Ready]) -> np.ndarray[Any, Any]:
+    """Ask until MPI may use the memory, and return what it sees at the address."""
+    memory, is_ready = promised
+    while not is_ready():
+        pass
+    assert not fake_cupy.whole
+    return at_once((memory, is_ready))
+
+
+def at_once(promised: tuple[Any, buffers.Ready]) -> np.ndarray[Any, Any]:
+    """Return what an MPI sees that does not ask."""
+    memory, _ = promised
+    return memory if isinstance(memory, np.ndarray) else memory.memory
+
+
+def on_device(*values: int) -> Any:
+    return fake_cupy.asarray(np.array(values, np.uint8))
+
+
+def receive(buffer: Any, *values: int) -> None:
+    ready(buffer.receivable(len(values)))[...] = values
+    buffer.deliver(len(values))
+
+
+class Kernel:
+    """Work that is queued on the current stream, and whether it has run."""
+
+    def __init__(self) -> None:
+        self.stream = fake_cupy.get_current_stream()
+        self.result = on_device(1, 2) + 1
+        self.at = self.stream.end
+
+    @property
+    def has_run(self) -> bool:
+        return self.stream.done >= self.at
 
 
 @DEVICE
-def test_what_may_be_sent_has_been_written(kind: Callable[..., Any]) -> None:
+def test_what_may_be_sent_has_been_written(kind: Kind) -> None:
     buffer = kind(fake_cupy, 4)
-    buffer.array[:4] = fake_cupy.asarray(np.arange(4, dtype=np.uint8)) + 1
-    assert memory(buffer.sendable(3)).tolist() == [1, 2, 3]
+    buffer.array[:4] = on_device(0, 1, 2, 3) + 1
+    buffer.filled()
+    assert ready(buffer.sendable(3)).tolist() == [1, 2, 3]
 
 
 @DEVICE
-def test_what_was_received_is_seen_by_the_kernels_that_follow(kind: Callable[..., Any]) -> None:
+def test_what_was_received_is_seen_by_the_kernels_that_follow(kind: Kind) -> None:
     buffer = kind(fake_cupy, 4)
-    memory(buffer.receivable(2))[...] = [7, 8]
-    buffer.deliver(2)
+    receive(buffer, 7, 8)
     assert fake_cupy.asnumpy(buffer.array[:2] + 0).tolist() == [7, 8]
 
 
 @DEVICE
-def test_kernels_have_read_a_block_before_it_may_be_overwritten(kind: Callable[..., Any]) -> None:
+def test_kernels_have_read_a_block_before_it_is_overwritten(kind: Kind) -> None:
     buffer = kind(fake_cupy, 2)
-    memory(buffer.receivable(2))[...] = [7, 8]
-    buffer.deliver(2)
+    receive(buffer, 7, 8)
     reader = buffer.array + 0
-    memory(buffer.receivable(2))[...] = [1, 2]
+    receive(buffer, 1, 2)
+    buffer.settle()  # the copy is over, staged
+    after = buffer.array + 0
+    assert fake_cupy.asnumpy(after).tolist() == [1, 2]
     assert fake_cupy.asnumpy(reader).tolist() == [7, 8]
 
 
+@DEVICE
+def test_a_block_has_been_sent_on_before_its_copy_on_the_host_is_overwritten(kind: Kind) -> None:
+    """Two blocks come in before any kernel has run: the first is read all the same."""
+    buffer = kind(fake_cupy, 2)
+    receive(buffer, 7, 8)
+    first = buffer.array + 0
+    promised = buffer.receivable(2)
+    ready(promised)[...] = 1, 2
+    assert fake_cupy.asnumpy(first).tolist() == [7, 8]
+
+
+@DEVICE
+def test_memory_that_the_pool_gives_out_again_is_still_in_use_elsewhere(kind: Kind) -> None:
+    x = on_device(*range(40))
+    reader = x + 0
+    del x  # its memory is free, and will be read
+    buffer = kind(fake_cupy, 40)
+    receive(buffer, *range(100, 140))
+    buffer.settle()
+    after = buffer.array + 0
+    assert fake_cupy.asnumpy(after).tolist() == list(range(100, 140))
+    assert fake_cupy.asnumpy(reader).tolist() == list(range(40))
+
+
+@DEVICE
+def test_a_block_is_sent_on_while_kernels_that_were_queued_before_still_run(kind: Kind) -> None:
+    buffer = kind(fake_cupy, 2)
+    promised = buffer.receivable(2)
+    ready(promised)
+    attention = Kernel()
+    at_once(promised)[...] = 7, 8
+    buffer.deliver(2)
+    buffer.settle()
+    assert ready(buffer.sendable(2)).tolist() == [7, 8]
+    assert not attention.has_run
+
+
+@DEVICE
+def test_no_message_waits_for_kernels_that_were_queued_after_the_last_use(kind: Kind) -> None:
+    sent, received = kind(fake_cupy, 2), kind(fake_cupy, 2)
+    receive(received, 7, 8)
+    received.array + 0
+    sent.array[:2] = on_device(3, 4)
+    sent.filled()
+    leaving, coming = sent.sendable(2), received.receivable(2)
+    attention = Kernel()
+    assert ready(leaving).tolist() == [3, 4]
+    ready(coming)
+    assert not attention.has_run
+
+
+@DEVICE
+def test_room_that_results_have_left_is_free_whatever_was_queued_since(kind: Kind) -> None:
+    buffer = kind(fake_cupy, 2)
+    receive(buffer, 1, 2)
+    buffer.array[:2] = buffer.array[:2] + 1  # results travel on in the buffer in which they came
+    buffer.filled()
+    assert ready(buffer.sendable(2)).tolist() == [2, 3]
+    attention = Kernel()
+    receive(buffer, 7, 8)
+    buffer.settle()
+    assert not attention.has_run
+    assert fake_cupy.asnumpy(buffer.array + 0).tolist() == [7, 8]
+
+
+def test_staged_the_next_block_comes_to_the_host_while_the_last_is_still_read() -> None:
+    buffer = buffers.StagedBuffer(fake_cupy, 2)
+    receive(buffer, 7, 8)
+    buffer.array + 1
+    attention = Kernel()
+    ready(buffer.receivable(2))
+    assert not attention.has_run
+
+
+def test_staged_a_block_that_comes_in_is_copied_while_results_wait_to_be_copied_out() -> None:
+    block, result = (buffers.StagedBuffer(fake_cupy, 2) for _ in range(2))
+    promised = block.receivable(2)
+    ready(promised)
+    attention = Kernel()
+    result.array[:2] = attention.result
+    result.filled()
+    result.sendable(2)  # after attention, on the stream to the host
+    at_once(promised)[...] = 7, 8
+    block.deliver(2)
+    block.settle()
+    assert block.array.memory.tolist() == [7, 8]
+    assert not attention.has_run
+
+
+def test_staged_the_host_s_memory_is_used_no_more_when_a_pass_is_over() -> None:
+    buffer = buffers.StagedBuffer(fake_cupy, 2)
+    receive(buffer, 7, 8)
+    buffer.settle()
+    buffer.host[...] = 9
+    assert fake_cupy.asnumpy(buffer.array + 0).tolist() == [7, 8]
+    assert fake_cupy.whole == {"stream": 1}  # that of asnumpy
+
+
 def test_numpy_s_buffers_are_their_arrays() -> None:
-    buffer = device.buffer(np, 5)
-    assert isinstance(buffer, device.HostBuffer)
-    for view in (buffer.sendable(3), buffer.receivable(3)):
+    buffer = buffers.buffer(np, 5)
+    assert isinstance(buffer, buffers.HostBuffer)
+    for promised in (buffer.sendable(3), buffer.receivable(3)):
+        view = ready(promised)
         assert view.size == 3
         assert np.shares_memory(view, buffer.array)
     assert buffer.array.nbytes == 5
 
 
-@pytest.mark.parametrize(("aware", "kind"), [("0", "StagedBuffer"), ("1", "DeviceBuffer")])
-def test_the_environment_decides_about_device_memory(
-    aware: str, kind: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("aware", ["0", "1"])
+def test_a_reduction_is_staged_whatever_mpi_takes(
+    aware: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
-    assert device.cuda_aware() == (aware == "1", f"LVXATTN_CUDA_AWARE={aware}")
-    assert type(device.buffer(fake_cupy, 0)).__name__ == kind
+    assert type(buffers.buffer(fake_cupy, 0)) is KINDS[aware == "0"]
+    assert type(buffers.buffer(fake_cupy, 0, direct=False)) is buffers.StagedBuffer
 
 
-def test_unset_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LVXATTN_CUDA_AWARE", "auto")
-    asked = device.cuda_aware()
-    monkeypatch.delenv("LVXATTN_CUDA_AWARE")
-    assert device.cuda_aware() == asked
-    assert isinstance(asked[0], bool)
-    assert asked[1].startswith(("MPIX_", "mpi_memory_alloc_kinds"))
-
-
-class OpenMPI:
-    """A library that answers as Open MPI does."""
-
-    def __init__(self, answer: int) -> None:
-        self.MPIX_Query_cuda_support = lambda: answer
-
-
-class MPICH:
-    """A library that answers as MPICH does: a status, and the answer through a pointer."""
-
-    def __init__(self, answer: int, status: int = 0) -> None:
-        def query(kind: int, flag: Any) -> int:
-            assert kind == 0  # CUDA
-            flag._obj.value = answer
-            return status
-
-        self.MPIX_GPU_query_support = query
-
-
-@pytest.mark.parametrize(
-    ("library", "answer"),
-    [
-        (OpenMPI(1), (True, "MPIX_Query_cuda_support")),
-        (OpenMPI(0), (False, "MPIX_Query_cuda_support")),
-        (MPICH(1), (True, "MPIX_GPU_query_support")),
-        (MPICH(0), (False, "MPIX_GPU_query_support")),
-        (MPICH(1, status=1), (False, "MPIX_GPU_query_support")),
-        (object(), (False, "mpi_memory_alloc_kinds")),
-    ],
-    ids=lambda x: type(x).__name__,
-)
-def test_each_library_is_asked_in_its_own_way(
-    library: Any, answer: tuple[bool, str], monkeypatch: pytest.MonkeyPatch
+def test_a_kernel_s_failure_is_an_error_and_no_endless_wait(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("LVXATTN_CUDA_AWARE", raising=False)
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda path: library)
-    assert device.cuda_aware() == answer
+    buffer = buffers.DeviceBuffer(fake_cupy, 1)
+    _, is_ready = buffer.receivable(1)
+    monkeypatch.setattr(fake_cupy.Event, "failure", 700)
+    with pytest.raises(fake_cupy.CUDARuntimeError, match="700"):
+        is_ready()
 
 
-def test_another_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LVXATTN_CUDA_AWARE", "yes")
-    with pytest.raises(ValueError) as raised:  # noqa: PT011
-        device.cuda_aware()
-    assert str(raised.value) == "LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got 'yes'"
+class TestTransfer:
+    """Requests that are made when their buffers are ready."""
+
+    def test_it_is_made_when_everything_is_ready_and_only_once(self) -> None:
+        made: list[int] = []
+        is_ready = [False, False]
+
+        def start() -> MPI.Request:
+            made.append(1)
+            return MPI.Request()
+
+        transfer = buffers.Transfer(start, lambda: is_ready[0], lambda: is_ready[1])
+        for at in range(2):
+            assert not transfer.Test()
+            assert not made
+            is_ready[at] = True
+        assert transfer.Test()
+        assert transfer.Test()
+        assert made == [1]
+
+    def test_a_wait_makes_what_the_other_end_of_its_circle_waits_for(self) -> None:
+        """Here a message to oneself, which may be sent only later."""
+        comm, asked = MPI.COMM_SELF, [0]
+        there, here = np.array([5]), np.zeros(1, int)
+
+        def later() -> bool:
+            asked[0] += 1
+            return asked[0] > 3
+
+        coming = buffers.Transfer(lambda: comm.Irecv(here, 0))
+        going = buffers.Transfer(lambda: comm.Isend(there, 0), later)
+        waited = buffers.Waited(coming, going.begin)
+        assert any(waited.Test() for _ in range(100))
+        assert here == 5
+        while not going.Test():
+            pass
+
+
+def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None:
+    q = np.zeros((1, 1, 3, 4))
+    layout = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
+    hop = exchange.Exchange(MPI.COMM_SELF, layout, mpi_impl.Meter(), np)
+    blocks = hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
+    room, is_ready = np.zeros(1, int), [False]
+    blocks.receiving = buffers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
+    blocks.sending = buffers.Transfer(
+        lambda: MPI.COMM_SELF.Isend(np.array([5]), 0), lambda: is_ready[0]
+    )
+    hop.progress()
+    assert room == 0
+    is_ready[0] = True
+    for _ in range(1000):
+        hop.progress()
+    assert room == 5
+    hop.finish()
+
+
+class TestStreams:
+    """A pass computes on a stream of its own, in order with the caller's."""
+
+    def test_a_device_has_three_that_do_not_wait_for_the_default_stream(self) -> None:
+        found = device.streams(fake_cupy, 0)
+        assert len({id(stream) for stream in found}) == 3
+        assert not any(stream.waits for stream in found)
+        assert device.streams(fake_cupy, 0) is found
+
+    def test_what_comes_before_is_before_and_what_comes_after_after(self) -> None:
+        x = on_device(1) + 1
+        with device.computing(x):
+            own = fake_cupy.get_current_stream()
+            y = x + 1
+        after = Kernel()
+        z = y + 1
+        assert own is device.streams(fake_cupy, 0).computing
+        own.run(own.end)
+        assert y.memory.tolist() == [3]
+        assert not after.has_run
+        assert not fake_cupy.whole
+        assert fake_cupy.asnumpy(z).tolist() == [4]
+
+    def test_the_caller_s_stream_is_put_back_and_ordered_after_an_error_too(
+        self, own_stream: fake_cupy.Stream
+    ) -> None:
+        x = on_device(1)
+
+        def fail() -> Any:
+            y = x + 1
+            results.append(y)
+            raise RuntimeError("no")
+
+        results: list[Any] = []
+        with pytest.raises(RuntimeError), device.computing(x):
+            fail()
+        assert fake_cupy.get_current_stream() is own_stream
+        assert fake_cupy.asnumpy(results[0] + 1).tolist() == [3]
+
+    def test_numpy_has_none(self) -> None:
+        with device.computing(np.zeros(1)):
+            pass
+
+
+class TestMemory:
+    """Running out of memory is an error that says for what, how much, and how much was there."""
+
+    @pytest.mark.parametrize(
+        ("error", "text"),
+        [(MemoryError, "no"), (fake_cupy.CUDARuntimeError, "cudaErrorMemoryAllocation: no")],
+    )
+    @pytest.mark.parametrize("aware", ["0", "1"])
+    def test_for_a_buffer(
+        self, error: type[Exception], text: str, aware: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of device memory or, staged, of pinned memory."""
+
+        def fail(*args: Any) -> Any:
+            raise error(text)
+
+        q = fake_cupy.zeros((1, 1, 3, 4))
+        layout = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
+        monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
+        hop = exchange.Exchange(MPI.COMM_SELF, layout, mpi_impl.Meter(), fake_cupy)
+        monkeypatch.setattr(fake_cupy, "empty", fake_cupy.empty if aware == "0" else fail)
+        monkeypatch.setattr(fake_cupy.cuda, "alloc_pinned_memory", fail)
+        with pytest.raises(error) as raised:
+            hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
+        assert raised.value.__notes__ == [
+            "device 0 has 1,000,000 of 1,000,000,000 bytes free",
+            "a buffer of 0 bytes was asked for",
+            "it was to hold the queries of rank 0, the largest block",
+        ]
+
+    def test_for_computing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise MemoryError("Out of memory allocating 12 bytes")
+
+        x = {name: fake_cupy.asarray(part) for name, part in parts().items()}
+        monkeypatch.setenv("LVXATTN_CUDA_AWARE", "0")
+        monkeypatch.setattr("lvxattn.mpi_impl.lv_xattn.block_attention", fail)
+        with pytest.raises(MemoryError) as raised:
+            mpi_impl.cross_attention(x["q"], x["k"], x["v"], MPI.COMM_SELF)
+        assert raised.value.__notes__ == [
+            "it was asked for to compute with the queries of rank 0",
+            "device 0 has 1,000,000 of 1,000,000,000 bytes free",
+            "raised on rank 0 of 1",
+        ]
+
+
+def parts() -> dict[str, Any]:
+    problem = Case("alone").make()
+    return {name: getattr(problem, name) for name in ("q", "k", "v")}
+
+
+@pytest.mark.parametrize(("count", "number", "own"), [(1, 3, 0), (4, 3, 3), (2, 3, 1)])
+def test_a_rank_takes_a_device_by_its_number_on_the_host(
+    count: int, number: int, own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One visible device a rank, one for each, and fewer devices than ranks."""
+    monkeypatch.setattr(fake_cupy.Device, "count", count)
+    monkeypatch.setattr(fake_cupy.Device, "used", -1)
+    monkeypatch.setattr(device, "rank_on_host", lambda comm: number)
+    assert mpi_impl.use_device(MPI.COMM_SELF, fake_cupy) == own
+    assert fake_cupy.Device.used == own
+
+
+def test_a_rank_that_is_alone_on_its_host_is_its_first() -> None:
+    assert device.rank_on_host(MPI.COMM_SELF) == 0
 
 
 def test_blas_threads_that_the_environment_sets_are_left_alone(
@@ -130,7 +400,8 @@ class TestFakeDevice:
     """What the tests that use it rely on."""
 
     def test_works_late_and_shows_garbage_until_then(self) -> None:
-        x = fake_cupy.asarray(np.ones(2)) + 1
+        ones = fake_cupy.asarray(np.ones(2))
+        x = ones + 1
         assert np.isnan(x.memory).all()
         event = fake_cupy.cuda.Event()
         event.synchronize()  # not recorded: nothing to wait for
@@ -142,12 +413,55 @@ class TestFakeDevice:
         assert np.isnan(later.memory).all()
         assert fake_cupy.asnumpy(later).tolist() == [3, 3]
 
-    def test_a_copy_into_a_given_array_is_late_too(self) -> None:
-        x, there = fake_cupy.asarray(np.ones(2)), np.zeros(2)
-        x.get(out=there)
-        assert there.tolist() == [0, 0]
-        fake_cupy.cuda.get_current_stream().synchronize()
-        assert there.tolist() == [1, 1]
+    def test_copies_to_and_from_pinned_memory_are_late_too(self) -> None:
+        stream = fake_cupy.Stream(non_blocking=True)
+        pinned = np.frombuffer(fake_cupy.cuda.alloc_pinned_memory(2), np.uint8, 2)
+        address, x = ctypes.c_void_p(pinned.ctypes.data), on_device(1, 2)
+        stream.wait_event(device.event(fake_cupy))
+        x.data.copy_to_host_async(address, 2, stream)
+        assert pinned.tolist() == [255, 255]
+        stream.synchronize()
+        assert pinned.tolist() == [1, 2]
+        address = ctypes.c_void_p(np.zeros(2, np.uint8).ctypes.data)
+        x.data.copy_to_host_async(address, 2, stream)
+        with pytest.raises(RuntimeError, match="not pinned"):
+            stream.synchronize()
+        stream.pending.clear()
+
+    def test_streams_wait_for_events_only(self, own_stream: fake_cupy.Stream) -> None:
+        x = on_device(1) + 1
+        with fake_cupy.Stream(non_blocking=True) as careless:
+            early = x + 1
+            careless.synchronize()
+        with fake_cupy.Stream(non_blocking=True) as careful:
+            careful.wait_event(own_stream.record(fake_cupy.Event()))
+            right = x + 1
+        later = Kernel()
+        careful.synchronize()
+        assert (early.memory[0], right.memory[0]) == (0, 3)
+        assert not later.has_run
+        assert fake_cupy.whole == {"stream": 2}
+
+    def test_the_default_stream_waits_for_all_but_non_blocking_ones(
+        self, own_stream: fake_cupy.Stream
+    ) -> None:
+        with fake_cupy.Stream() as blocking:
+            x = on_device(1) + 1
+        on_own = Kernel()
+        with fake_cupy.Stream.null:
+            y = x + 1
+        with blocking:
+            z = y + 1
+        blocking.synchronize()
+        assert z.memory.tolist() == [4]
+        assert not on_own.has_run
+
+    def test_an_event_passes_by_being_asked(self) -> None:
+        before, event, after = Kernel(), device.event(fake_cupy), Kernel()
+        assert not before.has_run
+        assert [event.done, event.done] == [False, True]
+        assert before.has_run
+        assert not after.has_run
 
     @pytest.mark.parametrize(
         "mix",
@@ -163,5 +477,6 @@ class TestFakeDevice:
 
     def test_mpi_finds_its_memory(self) -> None:
         x, y = fake_cupy.asarray(np.arange(3.0)), fake_cupy.empty(3)
+        fake_cupy.get_current_stream().synchronize()
         MPI.COMM_SELF.Sendrecv([x, MPI.DOUBLE], 0, recvbuf=[y, MPI.DOUBLE], source=0)
         assert fake_cupy.asnumpy(y).tolist() == [0, 1, 2]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lvxattn.mpi_impl.doctor.advice import find_problems
+from lvxattn.mpi_impl.doctor.examination import _print_facts
 from lvxattn.mpi_impl.doctor.facts import Facts
 from lvxattn.mpi_impl.doctor.ring import Link
 from lvxattn.mpi_impl.launcher import claim, mismatch, speaks
@@ -138,6 +139,19 @@ def test_sound_ranks_have_no_problem() -> None:
         ),
         ([replace(SOUND, cupy="13", devices=("H", "H"))] * 2, "pinned host memory"),
         (
+            # One rank's GPU is enough.
+            [
+                replace(SOUND, cupy="13", devices=("H", "H"), cuda_aware=(True, "asked")),
+                replace(
+                    SOUND,
+                    cupy="13",
+                    devices=("H", "H"),
+                    cuda_aware=(False, "asked and a self-test: ended by SIGSEGV"),
+                ),
+            ],
+            "ended by SIGSEGV): messages go through pinned host memory; see what the library lacks",
+        ),
+        (
             [replace(SOUND, cuda_aware=(False, "LVXATTN_CUDA_AWARE: expected auto"))] * 2,
             "LVXATTN_CUDA_AWARE: expected",
         ),
@@ -148,6 +162,18 @@ def test_a_problem_comes_with_advice(ranks: list[Facts], advice: str) -> None:
     assert advice in problem.text
     assert "\n" not in problem.text
     assert not problem.fatal
+
+
+def test_what_was_decided_about_device_memory_is_said_with_the_ranks_that_it_is_true_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = replace(SOUND, cuda_aware=(True, "asked and a self-test: device memory arrived"))
+    _print_facts([SOUND, other, SOUND])
+    said = capsys.readouterr().out
+    assert "CUDA-aware  no, by asked on ranks 0, 2\n" in said
+    assert "yes, by asked and a self-test: device memory arrived on ranks 1\n" in said
+    _print_facts([SOUND, SOUND])
+    assert "CUDA-aware  no, by asked\n" in capsys.readouterr().out
 
 
 def test_what_keeps_ranks_from_talking_is_fatal() -> None:

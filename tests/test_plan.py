@@ -101,8 +101,29 @@ class TestClock:
             "gather": 3 * query + 3 * query + 3 * result + 3 * result,  # sent, laid side by side
             "ulysses": 3 * (query + keys) / 4 * 2 + 3 * result / 4 * 2,
         }
-        for schedule, nbytes_ in copied.items():
-            assert play(layout(4, schedule), slow).seconds == pytest.approx(nbytes_ / 1e3), schedule
+        for schedule, bytes_copied in copied.items():
+            assert play(layout(4, schedule), slow).seconds == pytest.approx(bytes_copied / 1e3), (
+                schedule
+            )
+
+    def test_room_is_made_for_the_gradients_of_all_keys_that_a_rank_meets(self) -> None:
+        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
+        mine = 4 * 4 * (2 + 2) * 4  # a quarter of 16 keys, 4 heads, D = D_V = 2, fp32
+        block, result = 4 * 2 * (2 + 2 + 1 + 1) * 4, 4 * 2 * 2 * 4
+        made = {
+            "lv-xattn": mine + block + 3 * result + 3 * result,
+            "ring": 4 * mine + mine + 3 * mine + 3 * mine,  # a hop's, too; sent, and added
+            "gather": mine + 3 * block + 3 * block + 3 * result + 3 * result,
+            "ulysses": mine + 3 * (block + mine) / 4 * 2 + 3 * (result + mine) / 4 * 2,
+        }
+        for schedule, bytes_made in made.items():
+            played = play(layout(4, schedule), slow, backward=True)
+            assert played.seconds == pytest.approx(bytes_made / 1e3), schedule
+
+    def test_a_block_without_queries_takes_nothing(self) -> None:
+        slow = replace(FREE, memory=1e3, start=5.0)
+        empty = replace(layout(1), s_q=(0,))
+        assert play(empty, slow).seconds == pytest.approx(0)
 
     def test_a_call_takes_its_time_once(self) -> None:
         for schedule in SCHEDULES:

@@ -83,10 +83,16 @@ def _on_host(host: str, ranks: list[Facts]) -> list[Problem]:
         problems.append(f"{host}: CuPy finds no GPU: check the driver and CUDA_VISIBLE_DEVICES")
     elif first.devices and count > (gpus := max(first.gpu_files, len(first.devices))):
         problems.append(f"{host}: {count} ranks share {gpus} GPUs: start one a GPU")
-    if first.devices and not first.cuda_aware[0]:
+    if first.devices and not all(facts.cuda_aware[0] for facts in ranks):
+        why = next(facts.cuda_aware[1] for facts in ranks if not facts.cuda_aware[0])
+        advice = (
+            "see what the library lacks, or set LVXATTN_CUDA_AWARE=1 if you know better"
+            if "self-test" in why
+            else "a CUDA-aware MPI saves the copies"
+        )
         problems.append(
-            f"{host}: MPI takes no device memory ({first.cuda_aware[1]}): messages go through "
-            "pinned host memory; a CUDA-aware MPI saves the copies"
+            f"{host}: MPI takes no device memory ({why}): messages go through pinned host memory; "
+            f"{advice}"
         )
     if "LVXATTN_CUDA_AWARE: expected" in first.cuda_aware[1]:
         problems.append(f"{host}: {first.cuda_aware[1]}")

@@ -6,7 +6,8 @@ import mpi4py
 from mpi4py import MPI
 
 import lvxattn
-from lvxattn.mpi_impl.device import limit_blas_threads
+from lvxattn.mpi_impl.awareness import SELF_TEST_SECONDS
+from lvxattn.mpi_impl.device import limit_blas_threads, rank_on_host
 from lvxattn.mpi_impl.doctor.advice import Problem, find_problems
 from lvxattn.mpi_impl.doctor.facts import Facts, look
 from lvxattn.mpi_impl.doctor.ring import Link, send_round
@@ -31,8 +32,8 @@ def examine(comm: MPI.Intracomm) -> bool:
     bool
         Whether the ranks can talk; the same on all of them.
     """
-    with watching(comm, "all ranks to say what they are", _PATIENCE):
-        ranks = comm.allgather(look(limit_blas_threads(comm)))
+    with watching(comm, "all ranks to say what they are", _PATIENCE + SELF_TEST_SECONDS):
+        ranks = comm.allgather(look(limit_blas_threads(comm), rank_on_host(comm)))
     with watching(comm, "a message to come round", _PATIENCE):
         links = comm.allgather(send_round(comm)) if comm.size > 1 else []
     problems = find_problems(ranks, links, mismatch(os.environ, comm.size))
@@ -67,8 +68,12 @@ def _print_facts(ranks: list[Facts]) -> None:
     _line("arrays", f"NumPy with {first.blas or 'an unknown BLAS'}; threads: {first.threads_from}")
     devices = ", ".join(first.devices) or "no GPU"
     _line("", f"CuPy {first.cupy}: {devices}" if first.cupy else "CuPy is not installed")
-    aware, why = first.cuda_aware
-    _line("CUDA-aware", f"{'yes' if aware else 'no'}, by {why}")
+    label = "CUDA-aware"
+    for aware, why in dict.fromkeys(facts.cuda_aware for facts in ranks):
+        those = [str(r) for r, facts in enumerate(ranks) if facts.cuda_aware == (aware, why)]
+        whose = "" if len(those) == len(ranks) else f" on ranks {', '.join(those)}"
+        _line(label, f"{'yes' if aware else 'no'}, by {why}{whose}")
+        label = ""
 
 
 def _launcher(size: int) -> str:

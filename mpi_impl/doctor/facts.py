@@ -10,7 +10,8 @@ from importlib import import_module
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.device import BLAS_VARIABLES, cuda_aware
+from lvxattn.mpi_impl.awareness import cuda_aware
+from lvxattn.mpi_impl.device import BLAS_VARIABLES
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class Facts:
     cuda_aware: tuple[bool, str]
 
 
-def look(threads: int) -> Facts:
+def look(threads: int, number: int = 0) -> Facts:
     """Return this rank's facts.  Not collective.
 
     Parameters
     ----------
     threads : int
         As `limit_blas_threads` returned it.
+    number : int
+        This rank's on its host: it says which device is its own.
     """
     from threadpoolctl import threadpool_info
 
@@ -69,7 +72,7 @@ def look(threads: int) -> Facts:
     setters = [name for name in BLAS_VARIABLES if os.environ.get(name)]
     cupy, devices = _devices()
     try:
-        aware = cuda_aware()
+        aware = cuda_aware(device=number % max(1, len(devices)))
     except (OSError, ValueError) as error:
         aware = False, str(error)
     return Facts(

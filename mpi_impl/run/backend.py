@@ -9,6 +9,7 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
+from lvxattn.mpi_impl.device import use_device
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.plan.machine import Machine
@@ -99,17 +100,13 @@ def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
     """
     if wish == "cpu":
         return _host(comm)
-    on_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    number = on_host.rank
-    on_host.Free()
     problem = _obstacle(dtype)
     if wish == "gpu":
         raise_together(InputError(problem) if problem else None, comm)
     elif any(comm.allgather(problem)):
         return _host(comm)
     xp = import_module("cupy")
-    device = number % xp.cuda.runtime.getDeviceCount()
-    xp.cuda.Device(device).use()
+    device = use_device(comm, xp)
     name = xp.cuda.runtime.getDeviceProperties(device)["name"].decode()
     return Backend(xp, f"GPU {device} {name}", comm)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import Machine
-from lvxattn.reference.plan.steps import ITEMSIZE, Compute, Join, Send, Step, steps
+from lvxattn.reference.plan.steps import ITEMSIZE, Compute, Fill, Join, Send, Step, steps
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
             mail[way].append(free[lane] + link.latency)
             if way in asleep:
                 heapq.heappush(ready, (asleep.pop(way), step.dest))
-        elif isinstance(step, Compute | Join):
+        elif isinstance(step, Compute | Fill | Join):
             took = cost(step, layout, machine, backward=backward)
             computing[rank] += took
             now += took
@@ -86,12 +86,12 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
     return Played(clock[last], computing[last], clock[last] - computing[last])
 
 
-def cost(step: Compute | Join, layout: Layout, machine: Machine, *, backward: bool) -> float:
+def cost(step: Compute | Fill | Join, layout: Layout, machine: Machine, *, backward: bool) -> float:
     """Return the seconds that a step takes a rank.
 
     Parameters
     ----------
-    step : Compute or Join
+    step : Compute, Fill or Join
     layout : Layout
     machine : Machine
     backward : bool
@@ -100,13 +100,15 @@ def cost(step: Compute | Join, layout: Layout, machine: Machine, *, backward: bo
     -------
     float
     """
-    if isinstance(step, Join):
+    if isinstance(step, Fill | Join):
         return step.nbytes / machine.copy
     pairs = layout.B * layout.H * step.heads * step.s_q * step.s_kv
+    if not pairs:
+        return 0.0
     # q k^T and p v; in the backward q k^T, dout v^T, and the products for dq, dk and dv.
     size = 3 * layout.D + 2 * layout.D_V if backward else layout.D + layout.D_V
     row = layout.B * layout.H_KV * step.heads * (layout.D + layout.D_V) * ITEMSIZE[layout.dtype]
     reading = step.s_kv * row * (1 + 2 * backward) / machine.memory
     arithmetic = 2 * pairs * size / machine.matmul
     short, long = sorted((arithmetic, reading))
-    return long + (1 - machine.hiding) * short + machine.start * bool(pairs)
+    return long + (1 - machine.hiding) * short + machine.start

@@ -42,6 +42,18 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Fill:
+    """Make room for sums, and fill it with zeros.
+
+    Attributes
+    ----------
+    nbytes : int
+    """
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Send:
     """Hand a message to the network.
 
@@ -91,7 +103,7 @@ class Join:
     nbytes: int
 
 
-Step = Compute | Send | Wait | Join
+Step = Compute | Fill | Send | Wait | Join
 
 
 def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
@@ -107,7 +119,7 @@ def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
 
     Returns
     -------
-    list of Compute, Send, Wait and Join
+    list of Compute, Fill, Send, Wait and Join
     """
     which = "replicated" if layout.queries == "replicated" else layout.schedule
     return list(_BY_SCHEDULE[which](Blocks(layout), rank, backward))
@@ -201,6 +213,8 @@ def _lv_xattn(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     left, right = owner[1 % P], layout.order[(at + 1) % P]
     mine, s_kv, s_q = layout.s_q[rank], layout.s_kv[rank], layout.s_q
     cut = blocks.home_cut(rank, backward)
+    if backward:
+        yield Fill(blocks.key_gradients(rank))
     if P > 1:
         yield Send(right, blocks.queries(mine, backward), BLOCKS)
     yield Compute(mine, cut)
@@ -227,6 +241,8 @@ def _ring(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     left, right = owner[1 % P], layout.order[(at + 1) % P]
     mine, s_kv = layout.s_q[rank], layout.s_kv
     cut = blocks.home_cut_of_ring(rank) if backward else s_kv[rank]
+    if backward:
+        yield Fill(blocks.key_gradients(rank))
     if P > 1:
         yield Send(right, blocks.keys(rank) + blocks.mask(rank), BLOCKS)
     yield Compute(mine, cut)
@@ -235,6 +251,8 @@ def _ring(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
         if hop < P - 1:
             passed_on = blocks.keys(owner[hop]) + blocks.mask(owner[hop])
             yield Send(right, passed_on, BLOCKS, packed=False)
+        if backward:
+            yield Fill(blocks.key_gradients(owner[hop]))
         yield Compute(mine, s_kv[owner[hop]])
         if not backward:
             yield Join(blocks.result(mine, backward))
@@ -261,6 +279,8 @@ def _ulysses(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
         there.append([blocks.mask(owner, heads=P) for owner in range(P)])
     for sizes in there:
         yield from _trade(others, [sizes[rank]] * len(others), [sizes[o] for o in others])
+    if backward:
+        yield Fill(sum(map(blocks.key_gradients, range(P))) // P)
     yield Compute(layout.S_Q, layout.S_KV, 1 / P)
     back = [[blocks.result(rows, backward) // P for rows in layout.s_q]]
     if backward:
@@ -273,6 +293,8 @@ def _gather(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     layout, others = blocks.layout, _others(blocks, rank)
     queries = [blocks.queries(rows, backward) for rows in layout.s_q]
     results = [blocks.result(rows, backward) for rows in layout.s_q]
+    if backward:
+        yield Fill(blocks.key_gradients(rank))
     yield from _trade(others, [queries[rank]] * len(others), [queries[o] for o in others])
     yield Compute(layout.S_Q, layout.s_kv[rank])
     yield from _trade(others, [results[o] for o in others])
@@ -283,6 +305,8 @@ def _replicated(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     layout, others = blocks.layout, _others(blocks, rank)
     rows = [share(layout.S_Q, owner, layout.size) for owner in range(layout.size)]
     sizes = [blocks.result(part.stop - part.start, backward) for part in rows]
+    if backward:
+        yield Fill(blocks.key_gradients(rank))
     yield Compute(layout.S_Q, layout.s_kv[rank])
     yield from _trade(others, [sizes[o] for o in others])
     yield from [Join(sizes[rank])] * len(others)

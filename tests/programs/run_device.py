@@ -1,7 +1,6 @@
 """Solve problems held in fake device arrays; rank 0 prints what is right, as JSON.
 
-An argument names one synchronisation of `device.py` to leave out, to see that it is missed: send,
-receive, deliver, or all.
+An argument names one event of `buffers.py` to leave out, to see that it is missed.
 """
 
 import json
@@ -12,7 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
-from lvxattn.mpi_impl import device
+from lvxattn.mpi_impl import awareness, buffers
 from tests import fake_cupy
 from tests.cases import Case, Problem
 from tests.judge import worst_ratios
@@ -31,8 +30,8 @@ def to_device(x: Any) -> Any:
     return fake_cupy.asarray(x) if isinstance(x, np.ndarray) else x
 
 
-def solve(problem: Problem, schedule: str = "lv-xattn") -> dict[str, Any]:
-    """Return whole results, as NumPy arrays, of a forward and a backward on the device."""
+def solve(problem: Problem, schedule: str = "lv-xattn") -> tuple[dict[str, Any], dict[str, int]]:
+    """Return whole results, as NumPy arrays, of both passes on the device, and who waited."""
     host = problem.part(comm.rank, comm.size)
     replicated = schedule == "replicated"
     if replicated:
@@ -41,86 +40,55 @@ def solve(problem: Problem, schedule: str = "lv-xattn") -> dict[str, Any]:
     arguments = part["q"], part["k"], part["v"]
     options: dict[str, Any] = {"scale": problem.scale, "mask": part["mask"]}
     options |= {"queries": "replicated"} if replicated else {"schedule": schedule}
+    fake_cupy.whole.clear()
     out, lse = mpi_impl.cross_attention(*arguments, comm, **options)
     gradients = mpi_impl.cross_attention_backward(
         part["dout"], *arguments, out, lse, comm, dlse=part["dlse"], **options
     )
+    waits = dict(fake_cupy.whole)
     for name, x in host.items():
         if isinstance(x, np.ndarray):
             assert fake_cupy.asnumpy(part[name]).tobytes() == x.tobytes(), name
     results = zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True)
     whole = ("out", "lse", "dq") if replicated else ()
     found = {name: fake_cupy.asnumpy(x) for name, x in results}
-    return {n: x if n in whole else mpi_impl.unshard(x, comm) for n, x in found.items()}
-
-
-def buffer_checks() -> dict[str, bool]:
-    """Hand one buffer to an impatient MPI, with kernels and copies still in the queue."""
-    size = 16
-    nine, seven = np.full(size, 9, np.uint8), np.full(size, 7, np.uint8)
-    xp = fake_cupy
-
-    sent = device.buffer(xp, size)
-    sent.array[:size] = xp.asarray(nine)
-    bytes_at_send = np.array(on_host(sent.sendable(size)))
-
-    read = device.buffer(xp, size)
-    on_host(read.receivable(size))[:] = nine
-    read.deliver(size)
-    kernel = read.array[:size] + xp.uint8(0)
-    on_host(read.receivable(size))[:] = seven
-    read.deliver(size)
-    return {
-        "what kernels write is sent": bool((bytes_at_send == nine).all()),
-        "kernels read a block before the next is received": bool((kernel.get() == nine).all()),
-        "what is received is delivered": bool((read.array.get() == seven).all()),
-    }
-
-
-def on_host(memory: Any) -> Any:
-    """Return the bytes that MPI would see at once."""
-    return memory if isinstance(memory, np.ndarray) else memory.memory
+    return {n: x if n in whole else mpi_impl.unshard(x, comm) for n, x in found.items()}, waits
 
 
 def leave_out(what: str) -> None:
-    """Take one synchronisation away, or all."""
-    if what == "all":
-        device._finish_kernels = lambda xp: None
-        return
-    for kind in (device.DeviceBuffer, device.StagedBuffer):
-        if what == "deliver":
-            kind.deliver = lambda self, nbytes: None  # type: ignore[method-assign]
-            continue
-        name = {"send": "sendable", "receive": "receivable"}[what]
+    """Take one event away: nobody waits for it."""
+    kind, name = what.split(".")
+    buffer = getattr(buffers, kind)
+    original = getattr(buffer, name)
+    nothing = fake_cupy.Event()
 
-        setattr(kind, name, careless(getattr(kind, name)))
-
-
-def careless(original: Any) -> Any:
-    def call(self: Any, nbytes: int) -> Any:
-        finish, device._finish_kernels = device._finish_kernels, lambda xp: None
+    def careless(self: Any, *args: Any) -> Any:
+        event, passed, buffers.passed = (
+            buffers.event,
+            buffers.passed,
+            lambda xp, mark: buffers._always,
+        )
+        buffers.event = lambda xp: nothing
         try:
-            return original(self, nbytes)
+            return original(self, *args)
         finally:
-            device._finish_kernels = finish
+            buffers.event, buffers.passed = event, passed
 
-    return call
+    setattr(buffer, name, careless)
 
 
 if len(sys.argv) > 1:
     leave_out(sys.argv[1])
-aware, why = device.cuda_aware()
-kind = type(device.buffer(fake_cupy, 8)).__name__
-report = {}
-for case in CASES:
-    problem = case.make()
-    results = solve(problem)
-    report[case.name] = max(worst_ratios(problem, results).values()) <= 1
-for schedule in () if len(sys.argv) > 1 else ("gather", "ulysses", "replicated"):
-    for case in CASES[:3]:
+aware, why = awareness.cuda_aware(fake_cupy)
+kind = type(buffers.buffer(fake_cupy, 8)).__name__
+report, waited = {}, {}
+every = "lv-xattn", "ring", "gather", "ulysses", "replicated"
+for schedule in every[:2] if len(sys.argv) > 1 else every:
+    for case in CASES if schedule == "lv-xattn" else CASES[:3]:
         problem = case.on(schedule, comm.size).make()
-        results = solve(problem, schedule)
+        results, waits = solve(problem, schedule)
         report[f"{case.name}, {schedule}"] = max(worst_ratios(problem, results).values()) <= 1
-ranks = comm.gather(report | buffer_checks())
+        waited[f"{case.name}, {schedule}"] = waits
+ranks = comm.gather((report, waited))
 if comm.rank == 0:
     json.dump({"ranks": ranks, "decision": [aware, why], "buffer": kind}, sys.stdout)

@@ -42,9 +42,9 @@ def a_block_by_progress_alone() -> dict[str, bool]:
     blocks = hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
     blocks.shift(q)
     end = time.monotonic() + LIMIT
-    while blocks.receiving != MPI.REQUEST_NULL and time.monotonic() < end:
+    while blocks.receiving.request != MPI.REQUEST_NULL and time.monotonic() < end:
         hop.progress()
-    arrived = blocks.receiving == MPI.REQUEST_NULL
+    arrived = blocks.receiving.request == MPI.REQUEST_NULL
     (block,) = blocks.wait()
     hop.finish()
     return {

@@ -1,0 +1,267 @@
+r"""Buffers between a device that works late and an MPI that knows nothing of it.
+
+Blocks lie in two buffers, one in hand and one to receive into.  NumPy's are host memory, which MPI
+uses as it is.  Those of a device are used by kernels, by copies and by MPI, and nothing waits for a
+stream: events say when the last use before is over, and a message starts once they have passed.
+
+    HostBuffer                 array ------------------------------- MPI
+    DeviceBuffer   kernels --| array ------------------------------- MPI     | = an event
+    StagedBuffer   kernels --| array --| copy --| pinned host ------ MPI
+
+The host is ahead of the device: while the attention of hop h runs, that of hop h + 1 is queued as
+soon as its block is there.  LV-XAttn, device buffers; X to Y reads "from event X to event Y":
+
+    host        take block h   queue attention h, merge, copy to result buffer      take block h+1
+    computing   ..attention h-1, merge, copy] [attention h      , merge, copy] [attention h+1 ..
+                                            a                                b
+    q   send    block h at once: MPI has written it, and no kernel will
+    q   receive                             a .. block h+1, over block h-1, last read before a
+    result send                             a .. result h-1                  b .. result h
+    result receive   at once, over result h-2: its copy was done before it was sent
+
+Staged, two more streams copy.  A block that is sent on is sent from the host, where it came.
+
+    to host                                 a .. copy result h-1, then send
+    to device        block h, once attention h-2 has read what it overwrites; attention h waits
+    receive          once the copy to the device of what was received there before is over
+
+A buffer's memory is used late from its first moment: kernels that are still queued may use what the
+pool gives out again.  So a new buffer, too, has an event to wait for.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn.mpi_impl.awareness import cuda_aware
+from lvxattn.mpi_impl.device import event, memory_told, streams
+
+Array = Any
+# Asks whether a use of a buffer is over; never waits.
+Ready = Callable[[], bool]
+_SUCCESS, _NOT_READY = 0, 600  # cudaEventQuery's
+
+
+class Transfer:
+    """A request to MPI that is made when buffers are ready for it.
+
+    Parameters
+    ----------
+    start : callable
+        Makes the request.
+    *ready : callable
+        All are true from some moment on.
+
+    Attributes
+    ----------
+    request : MPI.Request
+        REQUEST_NULL until it is made, and when it is done.
+    """
+
+    def __init__(self, start: Callable[[], MPI.Request], *ready: Ready) -> None:
+        self.request, self._ready = MPI.Request(), ready
+        self._start: Callable[[], MPI.Request] | None = start
+        self.begin()
+
+    def begin(self) -> None:
+        """Make the request if that has become possible."""
+        if self._start is not None and all(ready() for ready in self._ready):
+            self.request, self._start = self._start(), None
+
+    def Test(self) -> bool:
+        """Tell whether it is done, as requests do."""
+        self.begin()
+        return self._start is None and self.request.Test()
+
+    @staticmethod
+    def nothing() -> "Transfer":
+        """Return one that is done."""
+        return Transfer(MPI.Request)
+
+
+class Waited(NamedTuple):
+    """What a rank waits for, while it makes its other requests too.
+
+    Another rank may be waiting for one of these, and this one for that rank.
+    """
+
+    transfer: Transfer
+    begin_others: Callable[[], None]
+
+    def Test(self) -> bool:
+        """Tell whether it is done, as requests do."""
+        self.begin_others()
+        return self.transfer.Test()
+
+
+class Buffer(Protocol):
+    """A fixed number of bytes beside the arrays, and the way to them for MPI."""
+
+    array: Array
+
+    def filled(self) -> None:
+        """Say that kernels queued so far write `array`, and none that follow use this block."""
+
+    def sendable(self, nbytes: int) -> tuple[Array, Ready]:
+        """Return what MPI may read, and when: everything that writes the first bytes is done."""
+
+    def receivable(self, nbytes: int) -> tuple[Array, Ready]:
+        """Return what MPI may write, and when: everything that reads the bytes is done.
+
+        Kernels that are queued later do not use the block that was there.
+        """
+
+    def deliver(self, nbytes: int) -> None:
+        """Show what MPI has written to the kernels that follow, in `array`."""
+
+    def settle(self) -> None:
+        """Wait for copies, so that the host's memory may be used otherwise."""
+
+
+def buffer(xp: Any, nbytes: int, *, direct: bool = True) -> Buffer:
+    """Return a buffer for blocks of `xp`'s arrays.
+
+    Parameters
+    ----------
+    xp : module
+        numpy or cupy.
+    nbytes : int
+    direct : bool
+        Whether MPI may be given device memory, if it takes that.
+
+    Raises
+    ------
+    MemoryError
+        Noting how many bytes were asked for and, of a device, how many are free.
+    """
+    try:
+        if xp is np:
+            return HostBuffer(nbytes)
+        with memory_told(xp):
+            direct = direct and cuda_aware(xp)[0]
+            return DeviceBuffer(xp, nbytes) if direct else StagedBuffer(xp, nbytes)
+    except Exception as error:
+        error.add_note(f"a buffer of {nbytes:,} bytes was asked for")
+        raise
+
+
+def _always() -> bool:
+    return True
+
+
+class HostBuffer:
+    """Host memory: MPI uses it directly, and nothing runs behind the program's back."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.array = np.empty(nbytes, np.uint8)
+
+    def filled(self) -> None:
+        """Do nothing: it is written."""
+
+    def sendable(self, nbytes: int) -> tuple[Array, Ready]:
+        """Return the bytes themselves, at any time."""
+        return self.array[:nbytes], _always
+
+    def receivable(self, nbytes: int) -> tuple[Array, Ready]:
+        """Return the bytes themselves, at any time."""
+        return self.array[:nbytes], _always
+
+    def deliver(self, nbytes: int) -> None:
+        """Do nothing: MPI wrote into the array."""
+
+    def settle(self) -> None:
+        """Do nothing: there are no copies."""
+
+
+class DeviceBuffer:
+    """Device memory that a CUDA-aware MPI uses directly."""
+
+    def __init__(self, xp: Any, nbytes: int) -> None:
+        self.xp, self.array = xp, xp.empty(nbytes, xp.uint8)
+        self.used = event(xp)
+        self.lent = False  # whether kernels that are yet to be queued may use the array
+
+    def filled(self) -> None:
+        """Mark the kernels that write the array, the last ones to use it."""
+        self.used, self.lent = event(self.xp), False
+
+    def sendable(self, nbytes: int) -> tuple[Array, Ready]:
+        """Return the bytes: when they are written, or at once where MPI has written them."""
+        return self.array[:nbytes], _always if self.lent else passed(self.xp, self.used)
+
+    def receivable(self, nbytes: int) -> tuple[Array, Ready]:
+        """Return the bytes, when no kernel reads the block that they held before."""
+        if self.lent:
+            self.filled()
+        return self.array[:nbytes], passed(self.xp, self.used)
+
+    def deliver(self, nbytes: int) -> None:  # noqa: ARG002
+        """Lend the array to kernels: MPI wrote into it."""
+        self.lent = True
+
+    def settle(self) -> None:
+        """Do nothing: there are no copies."""
+
+
+class StagedBuffer:
+    """Device memory with a twin in pinned host memory, for an MPI that knows only the host."""
+
+    def __init__(self, xp: Any, nbytes: int) -> None:
+        self.xp, self.array = xp, xp.empty(nbytes, xp.uint8)
+        pinned = xp.cuda.alloc_pinned_memory(max(1, nbytes))
+        self.host = np.frombuffer(pinned, np.uint8, nbytes)
+        self._address = ctypes.c_void_p(self.host.ctypes.data)
+        self.streams = streams(xp, self.array.device.id)
+        self.used = self.copied = event(xp)
+        self.lent = False  # whether kernels that are yet to be queued may use the array
+
+    def filled(self) -> None:
+        """Mark the kernels that write the array, the last ones to use it."""
+        self.used, self.lent = event(self.xp), False
+
+    def sendable(self, nbytes: int) -> tuple[Array, Ready]:
+        """Return the host's bytes: when they are copied, or at once where they came in there."""
+        if self.lent:
+            return self.host[:nbytes], _always
+        with self.streams.to_host as stream:
+            stream.wait_event(self.used)
+            self.array.data.copy_to_host_async(self._address, nbytes, stream)
+            self.copied = event(self.xp)
+        return self.host[:nbytes], passed(self.xp, self.copied)
+
+    def receivable(self, nbytes: int) -> tuple[Array, Ready]:
+        """Return the host's bytes, when no copy reads them."""
+        if self.lent:
+            self.filled()
+        return self.host[:nbytes], passed(self.xp, self.copied)
+
+    def deliver(self, nbytes: int) -> None:
+        """Copy to the device, after the last kernel that reads what was there."""
+        with self.streams.to_device as stream:
+            stream.wait_event(self.used)
+            self.array.data.copy_from_host_async(self._address, nbytes, stream)
+            self.copied = event(self.xp)
+        self.xp.cuda.get_current_stream().wait_event(self.copied)
+        self.lent = True
+
+    def settle(self) -> None:
+        """Wait for the copy to the device."""
+        self.copied.synchronize()
+
+
+def passed(xp: Any, mark: Any) -> Ready:
+    """Return what asks whether an event has passed.
+
+    It raises what a kernel before the event has failed with: such an event never passes.
+    """
+
+    def ready() -> bool:
+        status = xp.cuda.runtime.eventQuery(mark.ptr)
+        if status not in (_SUCCESS, _NOT_READY):
+            raise xp.cuda.runtime.CUDARuntimeError(status)
+        return bool(status == _SUCCESS)
+
+    return ready

@@ -1,0 +1,196 @@
+"""Whether MPI takes device memory: who is asked, and how a yes is proved."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvxattn.mpi_impl import awareness
+from tests import fake_cupy
+from tests.launch import ROOT
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ask anew, with no wish."""
+    monkeypatch.delenv("LVXATTN_CUDA_AWARE", raising=False)
+    for known in (awareness.library_says, awareness.self_test):
+        known.cache_clear()
+    yield
+    monkeypatch.undo()
+    for known in (awareness.library_says, awareness.self_test):
+        known.cache_clear()
+
+
+@pytest.mark.parametrize("aware", ["0", "1"])
+def test_the_environment_decides(aware: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
+    monkeypatch.setattr(awareness, "library_says", None)  # is not asked
+    assert awareness.cuda_aware() == (aware == "1", f"LVXATTN_CUDA_AWARE={aware}")
+
+
+def test_another_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVXATTN_CUDA_AWARE", "yes")
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        awareness.cuda_aware()
+    assert str(raised.value) == "LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got 'yes'"
+
+
+def test_unset_is_auto_and_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = awareness.cuda_aware()
+    monkeypatch.setenv("LVXATTN_CUDA_AWARE", "auto")
+    assert awareness.cuda_aware() == asked
+    assert isinstance(asked[0], bool)
+    assert asked[1].startswith(("MPIX_", "mpi_memory_alloc_kinds"))
+
+
+class OpenMPI:
+    """A library that answers as Open MPI does."""
+
+    def __init__(self, answer: int) -> None:
+        self.MPIX_Query_cuda_support = lambda: answer
+
+
+class MPICH:
+    """A library that answers as MPICH does: a status, and the answer through a pointer."""
+
+    def __init__(self, answer: int, status: int = 0) -> None:
+        def query(kind: int, flag: Any) -> int:
+            assert kind == 0  # CUDA
+            flag._obj.value = answer
+            return status
+
+        self.MPIX_GPU_query_support = query
+
+
+@pytest.mark.parametrize(
+    ("library", "answer"),
+    [
+        (OpenMPI(1), (True, "MPIX_Query_cuda_support")),
+        (OpenMPI(0), (False, "MPIX_Query_cuda_support")),
+        (MPICH(1), (True, "MPIX_GPU_query_support")),
+        (MPICH(0), (False, "MPIX_GPU_query_support")),
+        (MPICH(1, status=1), (False, "MPIX_GPU_query_support")),
+        (object(), (False, "mpi_memory_alloc_kinds")),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_each_library_is_asked_in_its_own_way_and_a_yes_is_proved(
+    library: Any, answer: tuple[bool, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(awareness.ctypes, "CDLL", lambda path: library)
+    assert awareness.library_says() == answer
+    for passed in (True, False):
+        tests: list[Any] = []
+
+        def self_test(*args: Any, passed: bool = passed, tests: Any = tests) -> tuple[bool, str]:
+            tests.append(args)
+            return passed, "what happened"
+
+        monkeypatch.setattr(awareness, "self_test", self_test)
+        says, why = answer
+        if says:
+            proved = passed, f"{why} and a self-test: what happened"
+            assert awareness.cuda_aware(fake_cupy) == proved
+            assert tests == [("tests.fake_cupy", 0)]
+        else:
+            assert awareness.cuda_aware(fake_cupy) == answer
+            assert not tests
+
+
+RIGHT = f"import sys; sys.stdout.write({awareness.ARRIVED!r})"
+
+
+@pytest.mark.parametrize(
+    ("program", "passed", "how"),
+    [
+        (RIGHT, True, "device memory arrived"),
+        (f"{RIGHT}; sys.exit(3)", False, "failed with status 3"),
+        ("pass", False, "failed with status 0"),  # it must say so, too
+        ("import sys; sys.exit('some arrived wrong')", False, "status 1 (some arrived wrong)"),
+        ("import os; os.abort()", False, "ended by SIGABRT"),
+        ("import os; os.kill(os.getpid(), 11)", False, "ended by SIGSEGV"),
+        ("import cupy_that_is_not_there", False, "No module named 'cupy_that_is_not_there'"),
+    ],
+)
+def test_only_a_program_that_says_that_all_arrived_has_passed(
+    program: str, passed: bool, how: str
+) -> None:
+    got = awareness.outcome([sys.executable, "-c", program], 30)
+    assert got[0] is passed
+    assert how in got[1]
+    assert "\n" not in got[1]
+
+
+def test_one_that_hangs_is_killed_with_what_it_has_started(tmp_path: Path) -> None:
+    child = "import time; time.sleep(60)"
+    program = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"sys.stdout.write(str(child.pid) + {awareness.ARRIVED!r}); sys.stdout.flush()\n"
+        "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    where, start = tmp_path / "child", time.monotonic()
+    got = awareness.outcome([sys.executable, "-c", program, str(where)], 2)
+    assert got == (False, "not done after 2 s")
+    while runs(int(where.read_text())):
+        assert time.monotonic() - start < 30
+        time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Tell whether a process is there, and has not only yet to be buried."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_one_that_cannot_be_started_has_not_passed() -> None:
+    passed, how = awareness.outcome(["/no/such/program"], 1)
+    assert not passed
+    assert "did not start" in how
+
+
+def test_the_self_test_knows_no_launcher_and_takes_the_same_transports() -> None:
+    launched = {
+        "PMI_RANK": "1", "PMI_FD": "5", "PMIX_NAMESPACE": "x", "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_MCA_ess_base_jobid": "7", "PRTE_LAUNCHED": "1", "SLURM_PROCID": "1",
+        "HYDI_CONTROL_FD": "6", "MPI_LOCALRANKID": "0", "PALS_RANKID": "1",
+    }  # fmt: skip
+    kept = {
+        "OMPI_MCA_pml": "ucx", "OMPI_MCA_btl": "^smcuda", "UCX_TLS": "sm,cuda_copy",
+        "FI_PROVIDER": "tcp", "MPICH_GPU_SUPPORT_ENABLED": "1", "LD_LIBRARY_PATH": "/x",
+        "CUDA_VISIBLE_DEVICES": "3", "MPI4PY_LIBMPI": "/y",
+    }  # fmt: skip
+    alone = awareness.alone(launched | kept)
+    assert alone.pop("PYTHONPATH").split(os.pathsep) == [path for path in sys.path if path]
+    assert alone == kept
+
+
+def test_it_is_run_once_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Any] = []
+
+    def outcome(command: Any, seconds: float) -> tuple[bool, str]:
+        runs.append(command[-2:])
+        return True, "yes"
+
+    monkeypatch.setattr(awareness, "outcome", outcome)
+    for device in (0, 1, 0):
+        awareness.self_test("cupy", device)
+    assert runs == [["cupy", "0"], ["cupy", "1"]]
+
+
+@pytest.mark.mpi
+def test_the_program_itself_sends_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fake device memory, which any MPI takes; and with one whose bytes change on the way."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert awareness.self_test("tests.fake_cupy", 0) == (True, awareness.ARRIVED)
+    passed, how = awareness.self_test("tests.wrong_cupy", 0)
+    assert not passed
+    assert "of 4096 bytes some arrived wrong" in how
