@@ -2,7 +2,7 @@
 # # 1. Merging softmax: attention in pieces
 #
 # At the end you can cut the keys of softmax attention into any pieces, attend to each piece by
-# itself, and join the results with nothing lost. You also know three ways in which that goes
+# itself, and join the results with nothing lost. You also know four ways in which that goes
 # wrong, and what each of them looks like.
 #
 # It needs softmax attention and NumPy, no notebook before it, and about 30 minutes.
@@ -20,7 +20,7 @@ from exercise import check
 from lvxattn.reference import block_attention, full_attention, merge
 from lvxattn.reference.plan.draw import COLOURS, INK
 
-BLUE, ORANGE, GREEN, RED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]
+BLUE, ORANGE, RED = COLOURS[0], COLOURS[1], COLOURS[5]
 plt.rcParams.update({
     "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 11,
     "axes.spines.top": False, "axes.spines.right": False,
@@ -374,8 +374,8 @@ print("merging with attention over no keys changes no bit")
 # %% [markdown]
 # A buffer of zeros is what one allocates without thinking, and a published implementation starts
 # its lse at 0. Now $e^0 = 1$: the accumulator has seen one key of score 0, with the value 0. It is
-# a key that nobody has. **By which part of `out` is the result off where the true lse is 0? Where
-# it is 4?**
+# a key that nobody has. **By what fraction of `out` is the result off where the true lse is 0?
+# Where it is 4?**
 #
 # <details><summary>Why</summary>
 #
@@ -433,6 +433,7 @@ with check("a stream of tiles, from the right start to the last key"):
         want_out, want_lse = full_attention(q, *few, scale=scale)
         got_out, got_lse = in_tiles(q, *few, tile)
         where = f"{S_KV} keys in tiles of {tile}"
+        assert got_out is not None, f"{where}: expected out 0 and lse -inf, got None"
         wrong = f"{where}: expected lse {want_lse[0, 0, 0]:.4f}, got {got_lse[0, 0, 0]:.4f}"
         assert np.allclose(got_lse, want_lse, atol=1e-12, rtol=0), wrong
         wrong = f"{where}: expected out {want_out[0, 0, 0, 0]:.4f}, got {got_out[0, 0, 0, 0]:.4f}"
@@ -522,8 +523,8 @@ assert np.isfinite(merge(*parts[0], *parts[1])[0]).all()
 #
 # <details><summary>Why</summary>
 #
-# All its scores are about -1e9, and a constant in all scores cancels. The hidden frames are all
-# seen, almost uniformly: their small differences are lost beside 1e9 in fp32, and kept in fp64.
+# All its scores are moved by -1e9, and a constant in all scores cancels. It is as if there were no
+# mask.
 #
 # </details>
 

@@ -72,8 +72,8 @@ assert np.allclose(p @ v, out, atol=1e-14, rtol=0)
 #
 # <details><summary>Why</summary>
 #
-# 0. The sum over $j$ says what happens when all scores rise alike, and that changes no weight
-# (notebook 1).
+# It sums to 0. The sum over $j$ says what happens when all scores rise alike, and that changes no
+# weight (notebook 1).
 #
 # </details>
 
@@ -145,16 +145,23 @@ assert np.allclose(delta, over_all_keys, atol=1e-14, rtol=0)
 
 # %% [markdown]
 # `delta = rowsum(dout * out)` is one number a query, known where the query lives
-# (arXiv:2307.08691, section 2.3). Below is the whole chain, shapes for one head. **Fill in the last
-# column before you look: which of the sums run over keys, and which over queries?**
+# (arXiv:2307.08691, section 2.3). Below is the whole chain, with the shapes for one head. **Which
+# of these products sum over keys, and which over queries?**
 #
-# | gradient | shape | sum over |
-# |---|---|---|
-# | $dv = p^\top\, \mathrm{dout}$ | (S_KV, S_Q) (S_Q, D_V) → (S_KV, D_V) | queries |
-# | $dp = \mathrm{dout}\, v^\top$ | (S_Q, D_V) (D_V, S_KV) → (S_Q, S_KV) | neither |
-# | $ds = p\, (dp - \delta)$ | (S_Q, S_KV), δ the same for all keys | neither |
-# | $dq = \mathrm{scale}\; ds\, k$ | (S_Q, S_KV) (S_KV, D) → (S_Q, D) | keys |
-# | $dk = \mathrm{scale}\; ds^\top q$ | (S_KV, S_Q) (S_Q, D) → (S_KV, D) | queries |
+# | gradient | shapes |
+# |---|---|
+# | $dv = p^\top\, \mathrm{dout}$ | (S_KV, S_Q) (S_Q, D_V) → (S_KV, D_V) |
+# | $dp = \mathrm{dout}\, v^\top$ | (S_Q, D_V) (D_V, S_KV) → (S_Q, S_KV) |
+# | $ds = p\, (dp - \delta)$ | (S_Q, S_KV), element by element; $\delta$ is the same for all keys |
+# | $dq = \mathrm{scale}\; ds\, k$ | (S_Q, S_KV) (S_KV, D) → (S_Q, D) |
+# | $dk = \mathrm{scale}\; ds^\top q$ | (S_KV, S_Q) (S_Q, D) → (S_KV, D) |
+#
+# <details><summary>Why</summary>
+#
+# The axis that vanishes is summed over: keys in $dq$, queries in $dk$ and $dv$. Where keys are on
+# many ranks, $dq$ is a sum over ranks; where queries are, $dk$ and $dv$ are.
+#
+# </details>
 #
 # ### Exercise: the gradients
 #
@@ -299,7 +306,7 @@ wrong = np.zeros_like(v)
 for r, lse_r in zip(rows, own, strict=True):
     block_attention_backward(dout, q, k[r], v[r], lse_r, delta, dk_sum[r], wrong[r], scale=scale)
 ratio = np.linalg.norm(wrong) / np.linalg.norm(dv)
-print(f"dv is too large: {ratio > 2}")
+print(f"dv is {ratio:.0f} times as large as it should be")
 assert ratio > 2
 
 # %%
@@ -383,11 +390,9 @@ assert len(log) == 2 * P * (P - 1) == 24
 # </details>
 
 # %%
-sizes = {
-    tag: {message.nbytes for message in log if message.tag == tag} for tag in (BLOCKS, RESULTS)
-}
-print("blocks", sizes[BLOCKS], " dq", sizes[RESULTS])
-assert sizes == {BLOCKS: {288}, RESULTS: {128}}
+of_blocks, of_dq = ({m.nbytes for m in log if m.tag == tag} for tag in (BLOCKS, RESULTS))
+print("blocks", of_blocks, "  dq", of_dq)
+assert (of_blocks, of_dq) == ({288}, {128})
 
 # %% [markdown]
 # ## What sending `out` would cost
