@@ -58,7 +58,7 @@ out, lse = full_attention(q, k, v, scale=scale)
 s = scale * q @ k.swapaxes(2, 3)
 p = np.exp(s - lse[..., None])
 assert p.shape == (1, 2, 8, 24)  # (B, H, S_Q, S_KV)
-assert np.allclose(p @ v, out, atol=1e-14, rtol=0)
+assert np.allclose(p @ v, out, atol=1e-13, rtol=0)
 
 # %% [markdown]
 # ## How weights answer to scores
@@ -141,7 +141,7 @@ dp = dout @ v.swapaxes(2, 3)
 over_all_keys = (p * dp).sum(axis=-1)
 delta = (dout * out).sum(axis=-1)
 print("delta", delta.shape, "from", dp.shape, "products, or from out alone")
-assert np.allclose(delta, over_all_keys, atol=1e-14, rtol=0)
+assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
 
 # %% [markdown]
 # `delta = rowsum(dout * out)` is one number a query, known where the query lives
@@ -285,7 +285,7 @@ shares = [
     for r in rows
 ]  # fmt: skip
 for got, want in ((sum(shares), dq), (dk_sum, dk), (dv_sum, dv)):
-    assert np.allclose(got, want, atol=1e-14, rtol=0)
+    assert np.allclose(got, want, atol=1e-13, rtol=0)
 
 # %% [markdown]
 # A plain sum of four shares. Now break it: give each part the lse over its own keys, the one that
@@ -342,8 +342,8 @@ for start in range(0, 8, 2):
     block_attention_backward(
         dout[b], q[b], k, v, lse[b], delta[b], dk_sum, dv_sum, scale=scale
     )  # fmt: skip
-assert np.allclose(dk_sum, dk, atol=1e-14, rtol=0)
-assert np.allclose(dv_sum, dv, atol=1e-14, rtol=0)
+assert np.allclose(dk_sum, dk, atol=1e-13, rtol=0)
+assert np.allclose(dv_sum, dv, atol=1e-13, rtol=0)
 
 # %% [markdown]
 # ## The round
@@ -374,7 +374,7 @@ def backward(comm):
 log = []
 of_ranks = zip(*run_ranks(P, backward, log=log), strict=True)
 for got, want in zip(of_ranks, (dq, dk, dv), strict=True):
-    assert np.allclose(np.concatenate(got, axis=2), want, atol=1e-14, rtol=0)
+    assert np.allclose(np.concatenate(got, axis=2), want, atol=1e-13, rtol=0)
 print(len(log), "messages")
 assert len(log) == 2 * P * (P - 1) == 24
 
@@ -535,11 +535,12 @@ for owner in range(P):
     for hop in range(1, P):
         visited = [(owner + n) % P for n in range(1, hop + 1)]
         collected = sum(shares[rank][b] for rank in visited)
-        assert np.allclose(left_rank[visited[-1]][hop - 1], collected, atol=1e-14, rtol=0)
-    assert np.allclose(collected + shares[owner][b], dq[b], atol=1e-14, rtol=0)
+        assert np.allclose(left_rank[visited[-1]][hop - 1], collected, atol=1e-13, rtol=0)
+    assert np.allclose(collected + shares[owner][b], dq[b], atol=1e-13, rtol=0)
 
 # %% [markdown]
-# The picture is drawn from the log: who works on whose queries at which hop.
+# The picture is drawn from the log: who works on whose queries at which hop. Its boxes are the sums
+# that were just checked.
 
 
 # %%
