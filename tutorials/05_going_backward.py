@@ -110,7 +110,8 @@ left.barh(range(8), p_8, color=BLUE, height=0.8)
 left.set(xlabel="weight i", ylabel="key i", yticks=range(8), xlim=(0, 0.36))
 right.imshow(jacobian, cmap="PuOr_r", vmin=-0.25, vmax=0.25, aspect="auto")
 for (i, j), value in np.ndenumerate(jacobian):
-    right.text(j, i, f"{value:+.3f}", ha="center", va="center", size=9.5, color=INK)
+    colour = "white" if value > 0.15 else INK
+    right.text(j, i, f"{value:+.3f}", ha="center", va="center", size=9.5, color=colour)
 right.set(xlabel="score j", xticks=range(8))
 right.set_title("how weight i moves when score j rises", size=12)
 right.tick_params(length=0)
