@@ -1,0 +1,727 @@
+# %% [markdown]
+# # 5. Going backward: gradients, and their way home
+#
+# At the end you can derive every gradient of attention, say which four arrays travel in a backward
+# pass over many ranks and why `out` is none of them, and count their bytes.
+#
+# It needs [notebook 1](01_merging_softmax.ipynb) for `(out, lse)`,
+# [notebook 3](03_the_ring_in_one_process.ipynb) for the ring of virtual ranks, and about 45
+# minutes.
+#
+# A question in bold asks for your **prediction**. Decide on an answer before you read on.
+
+# %%
+import matplotlib.pyplot as plt
+import ml_dtypes
+import numpy as np
+from exercise import check
+from matplotlib.patches import Ellipse, Rectangle
+
+from lvxattn.reference import (
+    block_attention,
+    block_attention_backward,
+    cross_attention_backward,
+    full_attention,
+    full_attention_backward,
+    run_ranks,
+    shard,
+)  # fmt: skip
+from lvxattn.reference.exchange import BLOCKS, RESULTS
+from lvxattn.reference.plan import MODELS, planned
+from lvxattn.reference.plan.draw import COLOURS, INK, follow
+from lvxattn.reference.plan.steps import messages
+
+BLUE, ORANGE, GREEN, RED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]
+plt.rcParams.update({
+    "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 11,
+    "axes.spines.top": False, "axes.spines.right": False,
+})  # fmt: skip
+
+# %% [markdown]
+# ## What is asked for
+#
+# Training ends in one number, the loss $\mathcal{L}$. We write $dx$ for
+# $\partial \mathcal{L} / \partial x$; it has the shape of $x$. The layers above attention hand down
+# $\mathrm{dout}$, and attention has to hand down $dq$, $dk$ and $dv$. The forward, again:
+#
+# $$s_j = \mathrm{scale}\; q \cdot k_j \qquad \mathrm{lse} = \log \sum_j e^{s_j} \qquad
+#   p_j = e^{s_j - \mathrm{lse}} \qquad \mathrm{out} = \sum_j p_j v_j$$
+#
+# $p_j$ is the weight of key $j$. All sizes below differ, so that a wrong shape shows.
+
+# %%
+rng = np.random.default_rng(0)
+scale = 0.5
+q, dout = rng.standard_normal((1, 2, 8, 4)), rng.standard_normal((1, 2, 8, 3))
+k, v = rng.standard_normal((1, 2, 24, 4)), rng.standard_normal((1, 2, 24, 3))
+out, lse = full_attention(q, k, v, scale=scale)
+s = scale * q @ k.swapaxes(2, 3)
+p = np.exp(s - lse[..., None])
+assert p.shape == (1, 2, 8, 24)  # (B, H, S_Q, S_KV)
+assert np.allclose(p @ v, out, atol=1e-13, rtol=0)
+
+# %% [markdown]
+# ## How weights answer to scores
+#
+# The derivative of $\mathrm{lse}$ with respect to $s_j$ is $p_j$. So
+#
+# $$\frac{\partial p_i}{\partial s_j} = p_i \left([i = j] - p_j\right)$$
+#
+# $[i = j]$ is 1 where $i$ is $j$, else 0. Raising a score raises its own weight and takes from all
+# others. **What does a row of this matrix sum to?**
+#
+# <details><summary>Why</summary>
+#
+# It sums to 0. The sum over $j$ says what happens when all scores rise alike, and that changes no
+# weight (notebook 1).
+#
+# </details>
+
+# Values that are unit vectors make `full_attention` return its weights. Below are eight scores, and
+# the matrix for them.
+
+
+# %%
+def weights_of(s):
+    """Return the weights of keys with these scores."""
+    one, keys, units = np.ones((1, 1, 1, 1)), s[None, None, :, None], np.eye(len(s))[None, None]
+    return full_attention(one, keys, units, scale=1.0)[0][0, 0, 0]
+
+
+eight = np.array([2.0, 1.5, 1.2, 1.0, 0.5, 0.0, -0.5, -1.0])
+p_8 = weights_of(eight)
+jacobian = np.diag(p_8) - np.outer(p_8, p_8)
+assert abs(jacobian.sum(axis=1)).max() < 1e-15
+
+# %% [markdown]
+# A derivative can be tried out: move each score a little to both sides, and see how the weights
+# move.
+
+# %%
+step = 1e-5
+moves = [(weights_of(eight + e) - weights_of(eight - e)) / (2 * step) for e in step * np.eye(8)]
+error = abs(np.stack(moves, axis=1) - jacobian).max()
+print("the moves and the matrix agree to nine digits:", error < 1e-9)
+assert error < 1e-9
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4), width_ratios=(2, 5), sharey=True)
+left.barh(range(8), p_8, color=BLUE, height=0.8)
+left.set(xlabel="weight i", ylabel="key i", yticks=range(8), xlim=(0, 0.36))
+right.imshow(jacobian, cmap="PuOr_r", vmin=-0.25, vmax=0.25, aspect="auto")
+for (i, j), value in np.ndenumerate(jacobian):
+    colour = "white" if value > 0.15 else INK
+    right.text(j, i, f"{value:+.3f}", ha="center", va="center", size=9.5, color=colour)
+right.set(xlabel="score j", xticks=range(8))
+right.set_title("how weight i moves when score j rises", size=12)
+right.tick_params(length=0)
+right.spines[["left", "bottom"]].set_visible(False)
+plt.show()
+
+# %% [markdown]
+# ## From out back to the scores
+#
+# $\mathrm{out} = \sum_j p_j v_j$ gives two gradients at once, and the matrix above the third:
+#
+# $$dv_j = p_j\,\mathrm{dout} \qquad dp_j = \mathrm{dout} \cdot v_j \qquad
+#   ds_j = \sum_i dp_i\, p_i\left([i = j] - p_j\right)
+#        = p_j \Big(dp_j - \underbrace{\sum_i p_i\, dp_i}_{\delta}\Big)$$
+#
+# The sum $\delta$ runs over all keys. Once keys are on many ranks, that would be a sum over ranks,
+# in the middle of every backward. **Can it be had without looking at a key?**
+#
+# <details><summary>Why</summary>
+#
+# $\sum_i p_i\, \mathrm{dout} \cdot v_i = \mathrm{dout} \cdot \sum_i p_i v_i
+# = \mathrm{dout} \cdot \mathrm{out}$. The forward has done the sum already.
+#
+# </details>
+
+# %%
+dp = dout @ v.swapaxes(2, 3)
+over_all_keys = (p * dp).sum(axis=-1)
+delta = (dout * out).sum(axis=-1)
+print("delta", delta.shape, "from", dp.shape, "products, or from out alone")
+assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
+
+# %% [markdown]
+# `delta = rowsum(dout * out)` is one number a query, known where the query lives
+# (arXiv:2307.08691, section 2.3). Below is the whole chain, with the shapes for one head. **Which
+# of these products sum over keys, and which over queries?**
+#
+# | gradient | shapes |
+# |---|---|
+# | $dv = p^\top\, \mathrm{dout}$ | (S_KV, S_Q) (S_Q, D_V) → (S_KV, D_V) |
+# | $dp = \mathrm{dout}\, v^\top$ | (S_Q, D_V) (D_V, S_KV) → (S_Q, S_KV) |
+# | $ds = p\, (dp - \delta)$ | (S_Q, S_KV), element by element; $\delta$ is the same for all keys |
+# | $dq = \mathrm{scale}\; ds\, k$ | (S_Q, S_KV) (S_KV, D) → (S_Q, D) |
+# | $dk = \mathrm{scale}\; ds^\top q$ | (S_KV, S_Q) (S_Q, D) → (S_KV, D) |
+#
+# <details><summary>Why</summary>
+#
+# The axis that vanishes is summed over: keys in $dq$, queries in $dk$ and $dv$. Where keys are on
+# many ranks, $dq$ is a sum over ranks; where queries are, $dk$ and $dv$ are.
+#
+# </details>
+#
+# ### Exercise: the gradients
+#
+# Write them, from `lse` and `delta` alone: no `out`, and no softmax. Every key-value head has one
+# query head here.
+
+
+# %% tags=["exercise"]
+def gradients(dout, q, k, v, lse, delta, scale):
+    """Return dq, dk and dv."""
+    raise NotImplementedError("gradients is still to be written")
+
+
+# %% tags=["check"]
+with check("dq, dk and dv are those of full_attention_backward"):
+    got = gradients(dout, q, k, v, lse, delta, scale)
+    want = full_attention_backward(dout, q, k, v, out, lse, scale=scale)
+    for name, g, w in zip(("dq", "dk", "dv"), got, want, strict=True):
+        assert g.shape == w.shape, f"{name}: expected shape {w.shape}, got {g.shape}"
+        assert np.allclose(g, w, atol=1e-12, rtol=0), (
+            f"{name}: expected {w[0, 0, 0]} for the first row, got {g[0, 0, 0]}"
+        )
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def gradients(dout, q, k, v, lse, delta, scale):
+#     """Return dq, dk and dv."""
+#     p = np.exp(scale * q @ k.swapaxes(2, 3) - lse[..., None])
+#     ds = p * (dout @ v.swapaxes(2, 3) - delta[..., None])
+#     dv = p.swapaxes(2, 3) @ dout
+#     return scale * ds @ k, scale * ds.swapaxes(2, 3) @ q, dv
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Held against differences
+#
+# No formula is needed to measure a gradient. Move an argument along a direction $t$, by a step $h$
+# to both sides; the loss changes at the rate $dx \cdot t$, up to the error of the difference.
+#
+# The error has two sources: the bend of the loss, in proportion to $h^2$, and rounding, in
+# proportion to $1/h$. **For one of $q$, $k$ and $v$ only one of them is there, at any step. For
+# which one?**
+#
+# <details><summary>Why</summary>
+#
+# `out` is linear in $v$: there is no bend, and the larger the step the better.
+#
+# </details>
+
+
+# %%
+def loss(**moved):
+    """Return sum(dout * out): its gradient with respect to out is dout."""
+    x = {"q": q, "k": k, "v": v, **moved}
+    return (dout * full_attention(x["q"], x["k"], x["v"], scale=scale)[0]).sum()
+
+
+def error_of_difference(name, x, dx, h):
+    """Return how far the central difference is from dx, along a direction drawn by lot."""
+    t = np.random.default_rng(1).standard_normal(x.shape)
+    rate = (loss(**{name: x + h * t}) - loss(**{name: x - h * t})) / (2 * h)
+    return abs(rate - (dx * t).sum()) / abs(dx * t).sum()
+
+
+steps = 10.0 ** np.arange(-10, -0.9, 0.5)
+dq, dk, dv = full_attention_backward(dout, q, k, v, out, lse, scale=scale)
+given = {"q": (q, dq), "k": (k, dk), "v": (v, dv)}
+errors = {
+    name: np.array([error_of_difference(name, *pair, h) for h in steps])
+    for name, pair in given.items()
+}
+
+# %%
+assert max(e.min() for e in errors.values()) < 1e-10
+for name in ("q", "k"):  # from 1e-2 to 1e-3 the bend's part falls by 100
+    assert 80 < errors[name][-3] / errors[name][-5] < 125
+assert errors["v"][-1] < 1e-13
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 3.9))
+for (name, error), colour in zip(errors.items(), (BLUE, GREEN, ORANGE), strict=True):
+    axes.loglog(steps, error, "o-", color=colour, lw=2, ms=4)
+    beside = {"q": 4, "k": 0.2, "v": 1}[name] * error[-1]  # the first two are almost the same
+    axes.text(0.12, beside, f"$d{name}$", color=colour, size=14, va="center")
+axes.loglog(steps[-7:], 3e-3 * steps[-7:] ** 2, color=INK, lw=1, ls=(0, (4, 3)))
+axes.loglog(steps[:10], 3e-18 / steps[:10], color=INK, lw=1, ls=(0, (4, 3)))
+axes.text(1e-3, 3e-10, r"$h^2$", color=INK, size=13)
+axes.text(1.5e-9, 2e-10, "$1/h$", color=INK, size=13)
+axes.set(xlabel="step h", ylabel="error of the difference", xlim=(6e-11, 0.2))
+plt.show()
+
+# %% [markdown]
+# The gradients are right, and at the best step a difference confirms ten digits of them.
+#
+# ## Cut the keys
+#
+# In notebook 1 results of parts had to be merged with weights. **Is a merge needed for the
+# gradients?**
+#
+# <details><summary>Why</summary>
+#
+# No. With the lse over all keys, $p_j = e^{s_j - \mathrm{lse}}$ is the weight of key $j$ among all
+# keys, whichever part computes it. All that follows are sums.
+#
+# </details>
+#
+# `block_attention_backward` differentiates one block: it returns the part's share of `dq`, and adds
+# to `dk` and `dv` in place. It is given `lse` and `delta` over all keys.
+
+# %%
+rows = [np.s_[:, :, start : start + 6] for start in range(0, 24, 6)]  # keys of four ranks
+dk_sum, dv_sum = np.zeros_like(k), np.zeros_like(v)
+shares = [
+    block_attention_backward(
+        dout, q, k[r], v[r], lse, delta, dk_sum[r], dv_sum[r], scale=scale
+    )
+    for r in rows
+]  # fmt: skip
+for got, want in ((sum(shares), dq), (dk_sum, dk), (dv_sum, dv)):
+    assert np.allclose(got, want, atol=1e-13, rtol=0)
+
+# %% [markdown]
+# A plain sum of four shares. Now break it: give each part the lse over its own keys, the one that
+# its forward found. **How are the weights wrong?**
+#
+# <details><summary>Why</summary>
+#
+# They sum to 1 in every part, so to 4 in all. Each part believes that its keys are all there are.
+#
+# </details>
+
+# %%
+own = [block_attention(q, k[r], v[r], scale=scale)[1] for r in rows]
+part_of = np.stack([p[..., r[2]].sum(axis=-1) for r in rows])
+assert np.allclose(part_of, np.exp(np.stack(own) - lse), rtol=1e-12)  # what lse is for
+assert np.allclose(part_of.sum(axis=0), 1, rtol=1e-12)
+wrong = np.zeros_like(v)
+for r, lse_r in zip(rows, own, strict=True):
+    block_attention_backward(dout, q, k[r], v[r], lse_r, delta, dk_sum[r], wrong[r], scale=scale)
+ratio = np.linalg.norm(wrong) / np.linalg.norm(dv)
+print(f"dv is {ratio:.0f} times as large as it should be")
+assert ratio > 2
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(24, 11), sharey=True)
+left.pcolormesh(p[0, 0], cmap="Greys", edgecolor="white", lw=0.5)
+start = np.zeros(8)
+for rank, colour in enumerate(COLOURS[:4]):
+    left.add_patch(Rectangle((6 * rank, -0.45), 6, 0.4, color=colour, lw=0, clip_on=False))
+    left.text(6 * rank + 3, -0.62, f"keys of rank {rank}", color=colour, ha="center", size=11)
+    left.axvline(6 * rank, color=INK, lw=1.5)
+    right.barh(np.arange(8) + 0.5, part_of[rank, 0, 0], left=start, color=colour, height=0.85)
+    start += part_of[rank, 0, 0]
+left.set(xlabel="key", ylabel="query", ylim=(8, 0), yticks=np.arange(8) + 0.5,
+         yticklabels=range(8), xticks=range(0, 25, 6))  # fmt: skip
+right.set(xlabel="weight of each rank's keys", xlim=(0, 1))
+right.set_title("together 1", size=11)
+plt.show()
+
+# %% [markdown]
+# Left, $p$ of the first head: darker is more. A rank's columns of it depend on nothing that the
+# other ranks hold, once `lse` is known. Right, what they add up to: the weights of the merge,
+# $e^{\mathrm{lse}_r - \mathrm{lse}}$ for rank $r$.
+#
+# ## Cut the queries
+#
+# `dk` and `dv` are sums over queries. A rank need not have all queries at once: blocks of them may
+# come by, one after the other, and each adds to the same `dk` and `dv`.
+
+# %%
+dk_sum, dv_sum = np.zeros_like(k), np.zeros_like(v)
+for start in range(0, 8, 2):
+    b = np.s_[:, :, start : start + 2]
+    block_attention_backward(
+        dout[b], q[b], k, v, lse[b], delta[b], dk_sum, dv_sum, scale=scale
+    )  # fmt: skip
+assert np.allclose(dk_sum, dk, atol=1e-13, rtol=0)
+assert np.allclose(dv_sum, dv, atol=1e-13, rtol=0)
+
+# %% [markdown]
+# ## The round
+#
+# That is the backward of LV-XAttn (arXiv:2502.02406, algorithm 1). Keys and values stay, and so do
+# `dk` and `dv`. A block of queries goes round once more, with what its gradients take: `q`, `dout`,
+# `lse` and `delta`. Its `dq` follows one hop behind and ends at home. `delta` is computed once, at
+# home, from `out`; so `out` has no reason to travel.
+#
+# **Four ranks: how many messages does the whole backward take?**
+#
+# <details><summary>Why</summary>
+#
+# Every rank's block makes $P - 1 = 3$ hops, and so does every `dq`: $2 P (P - 1) = 24$.
+#
+# </details>
+
+# %%
+P = 4
+
+
+def backward(comm):
+    """Return the gradients of a rank's shares."""
+    mine = [shard(x, comm) for x in (dout, q, k, v, out, lse)]
+    return cross_attention_backward(*mine, comm, scale=scale)
+
+
+log = []
+of_ranks = zip(*run_ranks(P, backward, log=log), strict=True)
+for got, want in zip(of_ranks, (dq, dk, dv), strict=True):
+    assert np.allclose(np.concatenate(got, axis=2), want, atol=1e-13, rtol=0)
+print(len(log), "messages")
+assert len(log) == 2 * P * (P - 1) == 24
+
+# %% [markdown]
+# **How many bytes is each of them?** Two heads, two queries a rank, $D = 4$, $D_V = 3$, fp64.
+#
+# <details><summary>Why</summary>
+#
+# A row of a block has $D$ numbers of `q`, $D_V$ of `dout` and one each of `lse` and `delta`; a row
+# of `dq` has $D$. Two heads of two queries are four rows, of 8-byte numbers:
+# $4 \cdot 9 \cdot 8 = 288$ and $4 \cdot 4 \cdot 8 = 128$.
+#
+# </details>
+
+# %%
+of_blocks, of_dq = ({m.nbytes for m in log if m.tag == tag} for tag in (BLOCKS, RESULTS))
+print("blocks", of_blocks, "  dq", of_dq)
+assert (of_blocks, of_dq) == ({288}, {128})
+
+# %% [markdown]
+# ## What sending `out` would cost
+#
+# A backward can also be written with `out` in the travelling block instead of `delta`; then every
+# rank computes `delta` anew for every block that comes by. In bf16, with
+# $D = D_V = 128$: 2 bytes a number, 4 for `lse`, `delta` and `dq`, which are kept in fp32.
+# **By how much do the bytes grow?**
+#
+# <details><summary>Why</summary>
+#
+# A row takes $256 + 256 + 4 + 4 + 512 = 1032$ bytes. `out` adds 256 and saves the 4 of `delta`:
+# 24 %.
+#
+# </details>
+#
+# The cost model knows every message of every schedule. Below is one layer of Llama 3-V, 2,048 text
+# tokens, 64 frames, 8 ranks.
+
+# %%
+model = MODELS["llama3v"]
+shapes = model.shapes(text_tokens=2048, frames=64)
+sent = {}
+for schedule in ("lv-xattn", "ring"):
+    layout = planned(*shapes, 8, schedule=schedule)
+    sent[schedule] = sum(m.nbytes for m in messages(layout, rank=0, backward=True))
+rows_sent = 7 * model.heads * 2048 // 8  # of queries, over 7 hops
+out_instead = sent["lv-xattn"] + rows_sent * (128 * 2 - 4)
+assert sent["lv-xattn"] == rows_sent * 1032
+assert 1.24 < out_instead / sent["lv-xattn"] < 1.25
+assert sent["ring"] > 50 * out_instead
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 3.1))
+bytes_of = {"q": 256, "dout": 256, "lse, delta": 8, "dq": 512}
+with_out = {"q": 256, "dout": 256, "lse": 4, "out": 256, "dq": 512}
+shade = {"q": BLUE, "dout": COLOURS[4], "dq": GREEN, "out": RED}
+for bar, pieces in enumerate((bytes_of, with_out)):
+    start = 0
+    for name, row in pieces.items():
+        width = rows_sent * row / 1e6
+        axes.barh(bar, width, left=start, color=shade.get(name, INK), height=0.6)
+        if name in shade:
+            axes.text(
+                start + width / 2, bar, name, color="white", ha="center", va="center", size=13
+            )
+        start += width
+axes.set(yticks=(0, 1, 2), yticklabels=("LV-XAttn", "if out travelled", "Ring Attention"),
+         xlim=(0, 78), ylim=(2.5, -0.5),
+         xlabel="MB sent by a rank in one layer's backward")  # fmt: skip
+axes.barh(2, 78, color="#CCCCCC", height=0.6)
+times = round(sent["ring"] / sent["lv-xattn"])
+axes.text(77, 2, f"{sent['ring'] / 1e6:,.0f} MB: the bar is {times} times as long as the first →",
+          ha="right", va="center", color=INK, size=11)  # fmt: skip
+axes.tick_params(axis="y", length=0)
+plt.show()
+
+# %% [markdown]
+# The thin black stripe is `lse` and `delta`. Half of what travels is `dq`, in fp32; why not in
+# half precision is the last question of this notebook.
+#
+# ### Exercise: a backward to the byte
+#
+# Write `backward_bytes`: what all P ranks together send in one backward of LV-XAttn. `itemsize` is
+# that of `q` and `dout`, `wide` that of `lse`, `delta` and `dq`, in bytes. Every rank has `s_q`
+# queries.
+
+
+# %% tags=["exercise"]
+def backward_bytes(P, B, H, s_q, D, D_V, itemsize, wide):
+    """Return the bytes that all ranks send."""
+    raise NotImplementedError("backward_bytes is still to be written")
+
+
+# %% tags=["check"]
+with check("as many bytes as were sent"):
+    logged = sum(message.nbytes for message in log)
+    got = backward_bytes(P=4, B=1, H=2, s_q=2, D=4, D_V=3, itemsize=8, wide=8)
+    assert got == logged, f"the log above: expected {logged:,} bytes, got {got:,}"
+    layer = 8 * sent["lv-xattn"]
+    got = backward_bytes(P=8, B=1, H=32, s_q=256, D=128, D_V=128, itemsize=2, wide=4)
+    assert got == layer, f"the layer of Llama 3-V: expected {layer:,} bytes, got {got:,}"
+    got = backward_bytes(P=1, B=1, H=32, s_q=256, D=128, D_V=128, itemsize=2, wide=4)
+    assert got == 0, f"one rank alone: expected 0 bytes, got {got:,}"
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def backward_bytes(P, B, H, s_q, D, D_V, itemsize, wide):
+#     """Return the bytes that all ranks send."""
+#     block = (D + D_V) * itemsize + 2 * wide
+#     return P * (P - 1) * B * H * s_q * (block + D * wide)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## dq's way home
+#
+# `dq` of rank 0 sets out empty-handed and is added to at every stop. **When it leaves rank 2, which
+# ranks' keys are in it? And which rank's share is never on the wire?**
+#
+# <details><summary>Why</summary>
+#
+# Those of ranks 1 and 2. Rank 0's own share is computed at home, and added there.
+#
+# </details>
+#
+# To look into the messages, hand the ranks a communicator that shows every travelling result to a
+# function first.
+
+
+# %%
+class Wire:
+    """A rank's communicator; every result that it sends goes through a function."""
+
+    def __init__(self, comm, through):
+        self.rank, self.size, self.host = comm.rank, comm.size, comm.host
+        self.recv, self.allgather = comm.recv, comm.allgather
+        self.comm, self.through = comm, through
+
+    def send(self, arrays, dest, tag=0):
+        """Send the arrays, and a result as the function returns it."""
+        arrays = [self.through(x) for x in arrays] if tag == RESULTS else arrays
+        self.comm.send(arrays, dest, tag)
+
+
+# %%
+def recorded(comm):
+    """Return the results that a rank sends, in their order."""
+    seen = []
+    backward(Wire(comm, lambda x: seen.append(x.copy()) or x))
+    return seen
+
+
+left_rank = run_ranks(P, recorded)
+for owner in range(P):
+    b = np.s_[:, :, 2 * owner : 2 * owner + 2]  # the owner's queries
+    for hop in range(1, P):
+        visited = [(owner + n) % P for n in range(1, hop + 1)]
+        collected = sum(shares[rank][b] for rank in visited)
+        assert np.allclose(left_rank[visited[-1]][hop - 1], collected, atol=1e-13, rtol=0)
+    assert np.allclose(collected + shares[owner][b], dq[b], atol=1e-13, rtol=0)
+
+# %% [markdown]
+# The picture is drawn from the log: who works on whose queries at which hop. Its boxes are the sums
+# that were just checked.
+
+
+# %%
+def draw_stop(axes, hop, rank, owner):
+    """Draw a block at a rank, and under it whose keys have added to its dq."""
+    bold = owner == 0
+    disc = Ellipse((hop, rank - 0.1), 0.34, 0.4, color=COLOURS[owner], alpha=1 if bold else 0.3)
+    axes.add_patch(disc)
+    text = {"ha": "center", "va": "center", "color": "white" if bold else INK, "size": 13}
+    axes.text(hop, rank - 0.1, f"$q_{owner}$", **text)
+    there = {(owner + n) % P for n in range(1, hop + 1)}
+    for keys in range(P):
+        style = {"fc": COLOURS[keys] if keys in there else "none", "ec": INK if bold else "#BBBBBB"}
+        corner = hop - 0.26 + 0.13 * keys, rank + 0.17
+        axes.add_patch(Rectangle(corner, 0.12, 0.14, alpha=1 if bold else 0.4, **style))
+
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 4.6))
+at_home = {(hop, rank): rank for hop in (0, P) for rank in range(P)}
+for (hop, rank), owner in {**at_home, **follow(log, BLOCKS)}.items():
+    draw_stop(axes, hop, rank, owner)
+arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 2}
+for hop in (1, 2):
+    axes.annotate("", (hop + 0.7, hop + 1.2), (hop + 0.29, hop + 0.26), arrowprops=arrow)
+axes.plot((3.29, 3.5), (3.26, 3.55), color=BLUE, lw=2)
+axes.annotate("", (3.72, 0.2), (3.5, -0.42), arrowprops=arrow)
+axes.set(xlim=(-0.45, P + 0.4), ylim=(P - 0.4, -0.5), xticks=range(P + 1),
+         xticklabels=["home", "hop 1", "hop 2", "hop 3", "home again"], yticks=range(P),
+         yticklabels=[f"rank {rank}\n$k_{rank}\\ v_{rank}$" for rank in range(P)])  # fmt: skip
+axes.tick_params(length=0)
+axes.xaxis.tick_top()
+for text, colour in zip(axes.get_yticklabels(), COLOURS, strict=False):
+    text.set_color(colour)
+axes.spines[["left", "bottom"]].set_visible(False)
+plt.show()
+
+# %% [markdown]
+# Follow $q_0$, in full colour. The four boxes are its `dq`: a box is filled once the keys of the
+# rank of that colour have added to it. The arrows are the three hops of `dq`. The last one leads
+# from rank 3 round to rank 0, where rank 0's own share, computed while the block was away,
+# completes it. In every column each rank has a block to work on, and no two have the same.
+#
+# ## A loss that uses lse
+#
+# Some training runs add a z-loss, which keeps the softmax's denominator near 1:
+# $\mathcal{L} = \dots + \tfrac{w}{2} \sum \mathrm{lse}^2$. Then lse has a gradient of its own,
+# $\mathrm{dlse} = w\, \mathrm{lse}$. Since $\partial\, \mathrm{lse} / \partial s_j = p_j$, it adds
+# $p_j\, \mathrm{dlse}$ to $ds_j = p_j\,(dp_j - \delta)$.
+#
+# ### Exercise: nothing more need travel
+#
+# Write `delta_with_z_loss`, so that the ranks can go on as before, with this delta in the place of
+# the other.
+
+
+# %% tags=["exercise"]
+def delta_with_z_loss(dout, out, lse, w):
+    """Return the delta of a loss to which w / 2 times the sum of lse squared is added."""
+    raise NotImplementedError("delta_with_z_loss is still to be written")
+
+
+# %% tags=["check"]
+with check("the z-loss goes in through delta"):
+    new = delta_with_z_loss(dout, out, lse, 0.1)
+    assert new.shape == lse.shape, f"expected shape {lse.shape}, got {new.shape}"
+    keep = np.zeros_like(k), np.zeros_like(v)
+    got = block_attention_backward(dout, q, k, v, lse, new, *keep, scale=scale)
+    h, t = 1e-5, np.random.default_rng(2).standard_normal(q.shape)
+    there, back = (full_attention(q + x * t, k, v, scale=scale) for x in (h, -h))
+    rise = [(dout * o).sum() + 0.05 * (x**2).sum() for o, x in (there, back)]
+    rate = (rise[0] - rise[1]) / (2 * h)
+    text = f"expected the loss to rise at {rate:.6f} along t, got dq . t = {(got * t).sum():.6f}"
+    assert abs((got * t).sum() - rate) < 1e-7, text
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def delta_with_z_loss(dout, out, lse, w):
+#     """Return the delta of a loss to which w / 2 times the sum of lse squared is added."""
+#     return (dout * out).sum(axis=-1) - w * lse
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Why dq does not travel in half precision
+#
+# `dq` is half of the bytes, and q, k and v are in half precision anyway. Why not send it so? It is
+# a sum that is rounded at every hop, not once. **On 32 ranks, how many times the error of two ranks
+# does that give?**
+#
+# <details><summary>Why</summary>
+#
+# A sum over $h$ of $P$ equal shares has about $\sqrt{h / P}$ of the final size, and its rounding is
+# in proportion. Independent errors add as squares:
+# $\sqrt{\sum_{h=1}^{P-1} h / P} = \sqrt{(P - 1) / 2}$ roundings. From 2 to 32 ranks that grows by
+# $\sqrt{31} = 5.6$.
+#
+# </details>
+#
+# The same `Wire`, now with a function that rounds. Everything else is fp64, so that nothing but
+# these roundings is seen.
+
+# %%
+long = [rng.standard_normal((2, 2, n, 16)) for n in (64, 1024, 1024, 64)]
+long_out, long_lse = full_attention(*long[:3])
+long_dq = full_attention_backward(long[3], *long[:3], long_out, long_lse)[0]
+
+
+def error_on(P, dtype):
+    """Return the relative error of dq when it travels round P ranks in this dtype."""
+
+    def on_a_rank(comm):
+        mine = [shard(x, comm) for x in (long[3], *long[:3], long_out, long_lse)]
+        wire = Wire(comm, lambda x: x.astype(dtype).astype(np.float64))
+        return cross_attention_backward(*mine, wire)[0]
+
+    found = np.concatenate(run_ranks(P, on_a_rank), axis=2)
+    return np.linalg.norm(found - long_dq) / np.linalg.norm(long_dq)
+
+
+# %% [markdown]
+# Rounding to nearest errs by at most half a step: relative to the number between $u / 2$ and $u$,
+# where $u$ is $2^{-24}$ in fp32, $2^{-11}$ in fp16 and $2^{-8}$ in bf16. Its root mean square is
+# smaller by $\sqrt{3}$. That gives a band, between $u / \sqrt{12}$ and $u / \sqrt{3}$ for one
+# rounding.
+
+# %%
+ranks = np.array([2, 4, 8, 16, 32])
+dtypes = {"fp32": (np.float32, 2.0**-24), "fp16": (np.float16, 2.0**-11)}
+dtypes["bf16"] = ml_dtypes.bfloat16, 2.0**-8
+measured = {name: [error_on(P, dtype) for P in ranks] for name, (dtype, _) in dtypes.items()}
+for name, (_, u) in dtypes.items():
+    roundings = u * np.sqrt((ranks - 1) / 2)
+    assert (roundings / 12**0.5 < measured[name]).all()
+    assert (measured[name] < roundings / 3**0.5).all()
+once = np.linalg.norm(long_dq.astype(ml_dtypes.bfloat16).astype(float) - long_dq)
+once /= np.linalg.norm(long_dq)
+assert measured["bf16"][-1] > 3 * once
+assert measured["fp32"][-1] < 1e-4 * once
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 4))
+for (name, (_, u)), colour in zip(dtypes.items(), (BLUE, GREEN, ORANGE), strict=True):
+    roundings = u * np.sqrt((ranks - 1) / 2)
+    axes.fill_between(
+        ranks, roundings / 12**0.5, roundings / 3**0.5, color=colour, alpha=0.25, lw=0
+    )
+    axes.loglog(ranks, measured[name], "o-", color=colour, lw=2, ms=5)
+    axes.text(35, measured[name][-1], name, color=colour, size=13, va="center")
+axes.axhline(once, color=INK, lw=1.2, ls=(0, (4, 3)))
+axes.annotate("to round the result once,\nat the end, to bf16", (2.3, once), (2, 8e-3), color=INK,
+              size=11, arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.8})  # fmt: skip
+axes.set_xscale("log", base=2)
+axes.set(xlabel="P, ranks", ylabel="relative error of dq", xlim=(1.8, 50), ylim=(5e-9, 0.06),
+         xticks=ranks, xticklabels=ranks)  # fmt: skip
+plt.show()
+
+# %% [markdown]
+# In bf16 the way round 32 ranks costs more than three times the rounding of the result itself, and
+# it costs more with every rank. In fp32 it is four digits smaller. So partial results travel in
+# fp32, or in fp64 for fp64, in every implementation here. [A larger measurement, up to 128
+# ranks](../docs/precision.png), has the forward too; its numbers are in
+# [benchmarks/results/precision.md](../benchmarks/results/precision.md).
+#
+# ## What was shown
+#
+# - With `lse` and `delta = rowsum(dout * out) - dlse`, one number a query each, every key's share
+#   of every gradient can be computed where the key is. The shares are added, not merged.
+# - So `q`, `dout`, `lse` and `delta` travel, `dq` follows them home, `dk` and `dv` are summed
+#   where they are, and `out` stays at home.
+# - What is added to at every hop is kept in fp32: in half precision its error grows with the root
+#   of the number of hops.
+#
+# The two passes are in [reference/lv_xattn.py](../reference/lv_xattn.py), the gradients of one
+# block in [reference/block_attention.py](../reference/block_attention.py), those without ranks or
+# parts in [reference/full_attention.py](../reference/full_attention.py). That `out` stays at home
+# is tested in [tests/test_known_defects.py](../tests/test_known_defects.py), the growth of errors
+# in [tests/test_precision.py](../tests/test_precision.py).
+#
+# Next: [forgetting keys and values](06_forgetting_keys_and_values.ipynb), and making them again.
