@@ -24,7 +24,7 @@ def measure(
     comm: MPI.Intracomm,
     *,
     H: int = 8,
-    H_KV: int = 8,
+    H_KV: int | None = None,
     D: int = 64,
     dtype: str = "float32",
     xp: Any = np,
@@ -38,7 +38,8 @@ def measure(
     ----------
     comm : mpi4py.MPI.Intracomm
     H, H_KV, D : int
-        The heads of the problems to come, and their width.
+        The heads of the problems to come, and their width; as many of keys as of queries unless
+        given.
     dtype : str
         Of q, k and v.
     xp : module
@@ -50,8 +51,14 @@ def measure(
     -------
     lvxattn.reference.plan.Machine
         The same on all ranks; `Machine.save` keeps it.
+
+    Raises
+    ------
+    ValueError
+        There are no such problems; the same on all ranks.
     """
-    return measure_with(comm, Probe(comm, (H, H_KV, D), dtype, xp), name)
+    shape = H, H if H_KV is None else H_KV, D
+    return measure_with(comm, Probe(comm, shape, dtype, xp), name)
 
 
 class Probe:

@@ -210,6 +210,8 @@ class TestMachine:
             ({"hiding": 1.5}, "machine: expected a number from 0 to 1 for hiding in .*, got 1.5"),
             ({"hiding": "x"}, "machine: expected a number from 0 to 1 for hiding in .*, got 'x'"),
             ({"room": 10**400}, "machine: expected a number above 0 for room in .*, got 1000"),
+            ({"ranks": 2.5}, "machine: expected an int for ranks in .*, got 2.5"),
+            ({"name": ["a"]}, r"machine: expected a text for name in .*, got \['a'\]"),
             ({"inside": 3}, "machine: .* is damaged"),
             ({"colour": "red"}, "machine: .* is damaged"),
         ],
@@ -223,10 +225,10 @@ class TestMachine:
         with pytest.raises(ValueError, match=says):
             Machine.load(path)
 
-    def test_half_a_file_is_refused(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("text", ['{"version": 1, "name": "h1', "[" * 100_000])
+    def test_what_is_no_whole_json_is_refused(self, tmp_path: Path, text: str) -> None:
         path = tmp_path / "m.json"
-        MACHINES["h100"].save(path)
-        path.write_text(path.read_text()[:50])
+        path.write_text(text)
         with pytest.raises(ValueError, match=r"machine: .* is damaged"):
             Machine.load(path)
 
@@ -287,6 +289,7 @@ class TestCommand:
             ("--machine h1000", "--machine: expected one of a100-16, "),
             ("--machine {bad}", "--machine: machine: expected version 1 in "),
             ("--plot {none}/x.png", "--plot: there is no folder "),
+            ("--plot x.xyz", "--plot: expected a name that ends in .png, .pdf, .svg, got x.xyz"),
             ("--frames -1", "argument --frames: expected a whole number from 0 up, got '-1'"),
             ("--model gpt", "argument --model: invalid choice: 'gpt'"),
         ],

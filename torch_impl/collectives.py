@@ -127,7 +127,9 @@ def _gathered(
         return [((*x.shape[:2], lengths[owner], *x.shape[3:]), x.dtype) for x in tensors]
 
     # gloo refuses an all-gather of blocks that differ in length.
-    blocks = all_to_all(exchange, [list(tensors)] * len(lengths), block, "all ranks' rows")
+    blocks = all_to_all(
+        exchange, [list(tensors)] * len(lengths), block, "all ranks' rows to be gathered"
+    )
     return [torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True)]
 
 
