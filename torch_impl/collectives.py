@@ -105,7 +105,7 @@ def all_to_all(
     for dest, part in enumerate(going):
         if dest != layout.rank:
             exchange.meter.sent(nbytes(part), dest, label)
-    with group.waiting(label), span(f"{layout.schedule}: all-to-all, {what}", device):
+    with group.waiting(label), span(f"{layout.way}: all-to-all, {what}", device):
         exchange.meter.waits(dist.all_to_all_single, label)(
             room, sent, _counts(coming), _counts(going), group=group.group
         )

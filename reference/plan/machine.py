@@ -10,7 +10,7 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Machine:
             found = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"machine: {path} is damaged: {error}") from None
-        if not isinstance(found, dict) or found.get("version") != VERSION:
-            got = found.get("version") if isinstance(found, dict) else type(found).__name__
+        got = found.get("version") if isinstance(found, dict) else type(found).__name__
+        if got != VERSION or isinstance(got, bool):
             raise ValueError(f"machine: expected version {VERSION} in {path}, got {got!r}")
         del found["version"]
         try:
