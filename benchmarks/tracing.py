@@ -27,7 +27,7 @@ KINDS = {"meter": Meter, "timeline": Timeline, "meter again": Meter}
 def main() -> None:
     """Take turns, and print the median ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=40, help="2 or more")
     parser.add_argument("--quick", action="store_true", help="5 rounds")
     options = parser.parse_args()
     comm = MPI.COMM_WORLD

@@ -47,7 +47,7 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
         rows = layout.s_q[owner]
         return [((*x.shape[:2], rows, *x.shape[3:]), x.dtype) for x in arrays]
 
-    what = "all ranks' queries to be gathered"
+    what = "all ranks' rows to be gathered"
     blocks = all_to_all(exchange, [list(arrays)] * layout.size, block, what)
     return [exchange.xp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)]
 

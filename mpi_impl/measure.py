@@ -1,7 +1,6 @@
 """How fast this machine is under MPI: the probes of `lvxattn.reference.plan.measure`."""
 
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from mpi4py import MPI
 from lvxattn.mpi_impl.block_attention import block_attention
 from lvxattn.mpi_impl.buffers import Transfer, Waited, buffer
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.watchdog import wait
+from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import Machine
 from lvxattn.reference.plan.measure import measure as measure_with
@@ -24,7 +23,7 @@ def measure(
     comm: MPI.Intracomm,
     *,
     H: int = 8,
-    H_KV: int = 8,
+    H_KV: int | None = None,
     D: int = 64,
     dtype: str = "float32",
     xp: Any = np,
@@ -38,7 +37,8 @@ def measure(
     ----------
     comm : mpi4py.MPI.Intracomm
     H, H_KV, D : int
-        The heads of the problems to come, and their width.
+        The heads of the problems to come, and their width; as many of keys as of queries unless
+        given.
     dtype : str
         Of q, k and v.
     xp : module
@@ -50,8 +50,14 @@ def measure(
     -------
     lvxattn.reference.plan.Machine
         The same on all ranks; `Machine.save` keeps it.
+
+    Raises
+    ------
+    ValueError
+        There are no such problems; the same on all ranks.
     """
-    return measure_with(comm, Probe(comm, (H, H_KV, D), dtype, xp), name)
+    shape = H, H if H_KV is None else H_KV, D
+    return measure_with(comm, Probe(comm, shape, dtype, xp), name)
 
 
 class Probe:
@@ -123,8 +129,9 @@ class Probe:
             (room, empty), (block, whole) = here.receivable(nbytes), there.sendable(nbytes)
             coming = Transfer(lambda: self.comm.Irecv([room, MPI.BYTE], left, _TAG), empty)
             going = Transfer(lambda: self.comm.Isend([block, MPI.BYTE], right, _TAG), whole)
-            wait(Waited(coming, going.begin), None, str)
-            wait(Waited(going, coming.begin), None, str)
+            watchdog = Watchdog.armed(self.comm)
+            wait(Waited(coming, going.begin), watchdog, lambda: f"a probe from rank {left}")
+            wait(Waited(going, coming.begin), watchdog, lambda: f"rank {right} to take a probe")
             here.deliver(nbytes)
             here.settle()
 
@@ -132,6 +139,4 @@ class Probe:
 
     def together(self) -> None:
         """Wait asleep: a rank that spins takes a core from those that still work."""
-        request = self.comm.Ibarrier()
-        while not request.Test():
-            time.sleep(2e-4)
+        wait(self.comm.Ibarrier(), Watchdog.armed(self.comm), lambda: "all ranks to measure")

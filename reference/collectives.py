@@ -34,7 +34,7 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
     *arrays : (B, H, s_q, ...)
         This rank's block.
     """
-    what = "all ranks' queries to be gathered"
+    what = "all ranks' rows to be gathered"
     blocks = all_to_all(exchange, [list(arrays)] * exchange.layout.size, what)
     return [np.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)]
 

@@ -17,6 +17,7 @@ from lvxattn.reference.agreement import (
     EQUAL_ON_ALL_RANKS,
     MASKS_TRAVEL,
     ONLY_OF_THE_CALL,
+    SCHEDULES,
     Backward,
     MaskKind,
     Record,
@@ -167,9 +168,16 @@ class Layout:
         """Return the layout with a schedule that has a name of its own."""
         if self.schedule != AUTO:
             return self
+        if self.queries == "replicated":
+            return replace(self, schedule=SCHEDULES[0])
         from lvxattn.reference.plan.choose import candidates
 
         return replace(self, schedule=candidates(self, self.machine)[0].schedule)
+
+    @property
+    def way(self) -> str:
+        """How blocks move: the schedule or, where queries are replicated, that."""
+        return "replicated" if self.queries == "replicated" else self.schedule
 
     def explain(self) -> str:
         """Say what every schedule would cost on these lengths, the best first.  Not collective.
@@ -180,6 +188,8 @@ class Layout:
             A table: messages and bytes of the rank that sends most, seconds where a machine was
             given, forward and backward together; and why a schedule cannot be taken.
         """
+        if self.queries == "replicated":
+            return "queries are replicated: no schedule moves them"
         from lvxattn.reference.plan.choose import candidates, table
 
         return f"{self.schedule} is taken\n{table(candidates(self, self.machine))}"

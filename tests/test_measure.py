@@ -143,6 +143,26 @@ def test_within_ten_seconds_where_a_probe_takes_what_it_may(
     assert BLOCK < MESSAGE < max(total) < 10
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "says"),
+    [
+        ((2, 8, 64), "float32", "H_KV: expected a divisor of H = 2, got 8"),
+        ((8, 8, 0), "float32", "D: expected at least 1, got 0"),
+        ((8, 8, 64), "int8", "dtype: expected one of .*, got 'int8'"),
+    ],
+)
+def test_problems_that_there_are_not_are_refused_on_all_ranks(
+    shape: tuple[int, int, int], dtype: str, says: str
+) -> None:
+    def on_a_rank(comm: VirtualComm) -> None:
+        wrong = comm.rank == 1
+        given = {"shape": shape, "dtype": dtype} if wrong else {}
+        with pytest.raises(ValueError, match=rf"{says} \(on rank 1 of 2\)"):
+            measure(comm, FakeProbe(comm, MACHINE, ["a", "a"], **given))
+
+    run_ranks(2, on_a_rank)
+
+
 @pytest.mark.parametrize("launch", [mpiexec, torchrun], ids=["mpi", "torch"])
 def test_the_command_saves_what_plan_can_load(launch: Any, tmp_path: Path) -> None:
     of = "mpi_impl" if launch is mpiexec else "torch_impl"

@@ -178,6 +178,26 @@ class TestChoice:
         assert text.splitlines()[2].split()[0] == best
         assert ("0.00" in text) == (machine is not None)
 
+    def test_replicated_queries_are_moved_by_no_schedule(self) -> None:
+        q, k = np.zeros((1, 2, 40, 4)), np.zeros((1, 2, 2, 4))
+        for of in reference.run_ranks(
+            3, lambda comm: Layout.agree(q, k, k, comm, schedule="auto", queries="replicated")
+        ):
+            assert (of.schedule, of.way) == ("lv-xattn", "replicated")
+            assert of.explain() == "queries are replicated: no schedule moves them"
+
+    def test_the_rank_that_sends_most_counts(self) -> None:
+        uneven = replace(layout(4), s_q=(1, 1, 1, 5))
+        (found,) = [c for c in candidates(uneven) if c.schedule == "gather"]
+        assert found.nbytes == max(
+            sum(
+                message.nbytes
+                for backward in (False, True)
+                for message in messages(replace(uneven, schedule="gather"), rank, backward=backward)
+            )
+            for rank in range(4)
+        )
+
     def test_auto_computes_what_the_others_compute(self) -> None:
         rng = np.random.default_rng(0)
         q, k, v = (rng.standard_normal((1, 2, s, 4)) for s in (6, 30, 30))
@@ -201,7 +221,8 @@ class TestMachine:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            ({"version": 2}, "machine: expected version 1 in .*, got 2"),
+            ({"version": 3}, "machine: expected version 2 in .*, got 3"),
+            ({"version": True}, "machine: expected version 2 in .*, got True"),
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
             ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
@@ -210,6 +231,8 @@ class TestMachine:
             ({"hiding": 1.5}, "machine: expected a number from 0 to 1 for hiding in .*, got 1.5"),
             ({"hiding": "x"}, "machine: expected a number from 0 to 1 for hiding in .*, got 'x'"),
             ({"room": 10**400}, "machine: expected a number above 0 for room in .*, got 1000"),
+            ({"ranks": 2.5}, "machine: expected an int for ranks in .*, got 2.5"),
+            ({"name": ["a"]}, r"machine: expected a text for name in .*, got \['a'\]"),
             ({"inside": 3}, "machine: .* is damaged"),
             ({"colour": "red"}, "machine: .* is damaged"),
         ],
@@ -223,10 +246,10 @@ class TestMachine:
         with pytest.raises(ValueError, match=says):
             Machine.load(path)
 
-    def test_half_a_file_is_refused(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("text", ['{"version": 1, "name": "h1', "[" * 100_000])
+    def test_what_is_no_whole_json_is_refused(self, tmp_path: Path, text: str) -> None:
         path = tmp_path / "m.json"
-        MACHINES["h100"].save(path)
-        path.write_text(path.read_text()[:50])
+        path.write_text(text)
         with pytest.raises(ValueError, match=r"machine: .* is damaged"):
             Machine.load(path)
 
@@ -285,8 +308,9 @@ class TestCommand:
         ("line", "says"),
         [
             ("--machine h1000", "--machine: expected one of a100-16, "),
-            ("--machine {bad}", "--machine: machine: expected version 1 in "),
+            ("--machine {bad}", "--machine: machine: expected version 2 in "),
             ("--plot {none}/x.png", "--plot: there is no folder "),
+            ("--plot x.xyz", "--plot: expected a name that ends in .png, .pdf, .svg, got x.xyz"),
             ("--frames -1", "argument --frames: expected a whole number from 0 up, got '-1'"),
             ("--model gpt", "argument --model: invalid choice: 'gpt'"),
         ],

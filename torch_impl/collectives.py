@@ -105,7 +105,7 @@ def all_to_all(
     for dest, part in enumerate(going):
         if dest != layout.rank:
             exchange.meter.sent(nbytes(part), dest, label)
-    with group.waiting(label), span(f"{layout.schedule}: all-to-all, {what}", device):
+    with group.waiting(label), span(f"{layout.way}: all-to-all, {what}", device):
         exchange.meter.waits(dist.all_to_all_single, label)(
             room, sent, _counts(coming), _counts(going), group=group.group
         )
@@ -127,7 +127,9 @@ def _gathered(
         return [((*x.shape[:2], lengths[owner], *x.shape[3:]), x.dtype) for x in tensors]
 
     # gloo refuses an all-gather of blocks that differ in length.
-    blocks = all_to_all(exchange, [list(tensors)] * len(lengths), block, "all ranks' rows")
+    blocks = all_to_all(
+        exchange, [list(tensors)] * len(lengths), block, "all ranks' rows to be gathered"
+    )
     return [torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True)]
 
 

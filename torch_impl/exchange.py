@@ -75,7 +75,7 @@ class Exchange:
 
         def computing(hop: int, *args: Any, **kwargs: Any) -> Result:
             what = kind.format(self.layout.owner(hop))
-            with span(f"{self.layout.schedule}: hop {hop}, compute with {what}", self.device):
+            with span(f"{self.layout.way}: hop {hop}, compute with {what}", self.device):
                 return timed(hop, *args, **kwargs)
 
         return computing
@@ -129,7 +129,7 @@ class Rotation:
         self.hop += 1
         self.exchange.meter.sent(mine, layout.right, self._leaving)
         what = self._leaving().name
-        with span(f"{layout.schedule}: hop {self.hop}, post {what}", self.device):
+        with span(f"{layout.way}: hop {self.hop}, post {what}", self.device):
             self._post(in_hand[:mine], free[:coming])
         self.buffers = [free, in_hand]
 
@@ -140,7 +140,7 @@ class Rotation:
         """
         layout = self.exchange.layout
         what = self._awaited().name
-        with span(f"{layout.schedule}: hop {self.hop}, wait for {what}", self.device):
+        with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.device):
             self._wait_for(self.receiving, self._awaited)
         # Staged, the copy has to be done before the next block may come into the same memory.
         return [x.to(self.device) for x in self._views()]

@@ -21,7 +21,7 @@ def measure(
     group: AnyGroup = None,
     *,
     H: int = 8,
-    H_KV: int = 8,
+    H_KV: int | None = None,
     D: int = 64,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
@@ -36,7 +36,8 @@ def measure(
     group : optional
         The world unless given.
     H, H_KV, D : int
-        The heads of the problems to come, and their width.
+        The heads of the problems to come, and their width; as many of keys as of queries unless
+        given.
     dtype : str
         Of q, k and v.
     device : torch.device
@@ -48,9 +49,14 @@ def measure(
     -------
     lvxattn.reference.plan.Machine
         The same on all ranks; `Machine.save` keeps it.
+
+    Raises
+    ------
+    ValueError
+        There are no such problems; the same on all ranks.
     """
-    ranks = Group.of(group)
-    return measure_with(ranks, Probe(ranks, (H, H_KV, D), dtype, torch.device(device)), name)
+    ranks, shape = Group.of(group), (H, H if H_KV is None else H_KV, D)
+    return measure_with(ranks, Probe(ranks, shape, dtype, torch.device(device)), name)
 
 
 class Probe:

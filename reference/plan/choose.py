@@ -73,9 +73,10 @@ def candidate(layout: Layout, machine: Machine | None) -> Candidate:
     refused = refusal(layout)
     if refused:
         return Candidate(layout.schedule, 0, 0, None, refused)
+    shares = set(zip(layout.s_q, layout.s_kv, layout.masks, strict=True))
     by_rank = [
         messages(layout, rank) + messages(layout, rank, backward=True)
-        for rank in range(layout.size)
+        for rank in range(layout.size if len(shares) > 1 else 1)
     ]
     seconds = None
     if machine is not None:

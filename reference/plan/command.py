@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan.choose import refusal
+from lvxattn.reference.plan.draw import PICTURES
 from lvxattn.reference.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.reference.plan.memory import memory, most_frames
 from lvxattn.reference.plan.problem import planned
@@ -150,11 +151,18 @@ def _machine(text: str) -> Machine:
 def _plot(options: Namespace, machine: Machine) -> None:
     from lvxattn.reference.plan.draw_plan import winners  # matplotlib takes its time
 
+    if Path(options.plot).suffix.lower() not in PICTURES:
+        raise UsageError(
+            f"--plot: expected a name that ends in {', '.join(PICTURES)}, got {options.plot}"
+        )
     folder = Path(options.plot).resolve().parent
     if not folder.is_dir():
         raise UsageError(f"--plot: there is no folder {folder}")
     figure = winners(MODELS[options.model], machine, options.ranks or machine.ranks, options.dtype)
-    figure.savefig(options.plot, dpi=110)
+    try:
+        figure.savefig(options.plot, dpi=110)
+    except OSError as error:
+        raise UsageError(f"--plot: {options.plot}: {error.strerror}") from None
 
 
 def _bytes(x: float) -> str:

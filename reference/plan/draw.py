@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # One colour a rank, told apart by colour-blind readers too (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 INK = "#222222"
+# What a picture's name may end in.
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def rotation(P: int = 4) -> "Figure":

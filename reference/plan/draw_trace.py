@@ -93,7 +93,7 @@ def _bars(
 
 def _arrow(axes: "Axes", trip: Trip) -> None:
     """Draw a block's way from the sender's track of sending to the receiver's of waiting."""
-    if trip.taken is None:
+    if trip.taken is None or not trip.nbytes:
         return
     start = 1e3 * trip.posted, trip.source + sum(_TRACKS[_SENDING])
     end = 1e3 * trip.taken.end, trip.dest + _TRACKS[_WAITING][0] + _TRACKS[_WAITING][1] / 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Machine:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"machine: {path} is damaged: {error}") from None
-        if not isinstance(found, dict) or found.get("version") != VERSION:
-            got = found.get("version") if isinstance(found, dict) else type(found).__name__
+        got = found.get("version") if isinstance(found, dict) else type(found).__name__
+        if got != VERSION or isinstance(got, bool):
             raise ValueError(f"machine: expected version {VERSION} in {path}, got {got!r}")
         del found["version"]
         try:
@@ -147,13 +147,16 @@ class Machine:
         ------
         ValueError
         """
+        if not isinstance(self.name, str):
+            raise ValueError(f"machine: expected a text for name in {where}, got {self.name!r}")
         rates = {"matmul": self.matmul, "memory": self.memory, "room": self.room}
         rates["copy"], times = self.copy, {"start": self.start, "call": self.call}
         for name, link in (("inside", self.inside), ("between", self.between)):
             if not isinstance(link, Link):
                 raise ValueError(f"machine: expected a Link for {name} in {where}, got {link!r}")
             rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
-        rates |= {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
+        counts = {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
+        rates |= counts
         for name, x in (rates | times | {"hiding": self.hiding}).items():
             number = isinstance(x, int | float) and not isinstance(x, bool)
             most = 1 if name == "hiding" else float_info.max  # JSON knows integers beyond that
@@ -163,6 +166,8 @@ class Machine:
                 raise ValueError(
                     f"machine: expected a number {span} for {name} in {where}, got {x!r}"
                 )
+            if name in counts and not isinstance(x, int):
+                raise ValueError(f"machine: expected an int for {name} in {where}, got {x!r}")
 
 
 def machine_of(text: str) -> Machine:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from lvxattn.reference.plan.machine import Link, Machine
 from lvxattn.reference.plan.steps import ITEMSIZE
-from lvxattn.reference.validation import Communicator
+from lvxattn.reference.validation import FLOATING, Communicator, raise_together
 
 BLOCK, MESSAGE = 0.01, 0.1
 """Seconds that a block, and a message, has to take before its figure counts."""
@@ -76,7 +76,13 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
         The same on all ranks.  A link that these ranks cannot show, as that between hosts where
         there is one host, is given the figures of the other; of a rank that is alone, those of its
         memory.
+
+    Raises
+    ------
+    ValueError
+        The probe's heads, width or dtype are none; the same on all ranks.
     """
+    raise_together(_wrong(probe), comm)
     start = _time(comm, probe, probe.prepare(1, 1))
     matmul, memory, hiding = _rates(comm, probe, start)
     call = max(0.0, _time(comm, probe, probe.call()) / 2 - start)
@@ -102,6 +108,18 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
         call,
         hiding,
     )
+
+
+def _wrong(probe: Probe) -> ValueError | None:
+    for name, count in zip(("H", "H_KV", "D"), probe.shape, strict=True):
+        if count < 1:
+            return ValueError(f"{name}: expected at least 1, got {count}")
+    H, H_KV, _ = probe.shape
+    if H % H_KV:
+        return ValueError(f"H_KV: expected a divisor of H = {H}, got {H_KV}")
+    if probe.dtype not in FLOATING:
+        return ValueError(f"dtype: expected one of {FLOATING}, got {probe.dtype!r}")
+    return None
 
 
 def _rates(comm: Communicator, probe: Probe, start: float) -> tuple[float, float, float]:

@@ -56,7 +56,7 @@ def run_measure(
     path = Path(options.output)
     shape = options.heads, options.kv_heads or options.heads, options.head_dim
     try:
-        raise_together(_wrong(path, shape), ranks)
+        raise_together(_wrong(path, shape, ranks.rank), ranks)
         ranks.limit_threads()
         backend = ranks.backend(options.device, options.dtype)
         machine = measure(ranks, probe(backend, shape, options.dtype), path.stem)
@@ -88,10 +88,12 @@ LV-XAttn measure
     return 0
 
 
-def _wrong(path: Path, shape: tuple[int, int, int]) -> InputError | None:
+def _wrong(path: Path, shape: tuple[int, int, int], rank: int) -> InputError | None:
     H, H_KV, _ = shape
     if H % H_KV:
         return InputError(f"--kv-heads: expected a divisor of --heads {H}, got {H_KV}")
+    if rank:  # the file is rank 0's, and other hosts may not have its folder
+        return None
     if path.is_dir():
         return InputError(f"--output: expected a file, got the folder {path}")
     if not path.resolve().parent.is_dir():

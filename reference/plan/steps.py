@@ -121,8 +121,7 @@ def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
     -------
     list of Compute, Fill, Send, Wait and Join
     """
-    which = "replicated" if layout.queries == "replicated" else layout.schedule
-    return list(_BY_SCHEDULE[which](Blocks(layout), rank, backward))
+    return list(_BY_SCHEDULE[layout.way](Blocks(layout), rank, backward))
 
 
 def messages(layout: Layout, rank: int, *, backward: bool = False) -> list[Send]:

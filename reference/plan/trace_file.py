@@ -5,7 +5,7 @@
                 the same time and neither outlasts the other
     slices      what a rank did; a slice of sending lasts until the sender knows that it is gone
     arrows      from where a block is sent to the end of the wait for it, and, where it goes round,
-                on from there, hop by hop, as one flow
+                on from there, hop by hop, as one flow; none for what is empty: nobody has to wait
     instants    where a pass begins
 
 The format is Chrome's "Trace Event Format"; its times are in microseconds.
@@ -143,7 +143,7 @@ def _arrows(trace: Trace, threads: dict[int, int]) -> Iterator[Event]:
     """Yield the arrows: one flow for every block that goes round, one for any other message."""
     flows: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for n, trip in enumerate(trace.trips):
-        if trip.taken:
+        if trip.taken and trip.nbytes:
             ends = () if trip.block.hop else (trip.source, trip.dest)
             flows[trip.block.kind, trip.block.owner, trip.turn, *ends].append(n)
     numbers = count(1)

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any, TypeVar, cast
 
 from lvxattn.reference.layout import Layout
-from lvxattn.reference.plan.machine import Machine, machine_of
+from lvxattn.reference.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.reference.run.check import Check, check_results
 from lvxattn.reference.run.problem import Problem, Share, describe, take_share
 from lvxattn.reference.run.ranks import Backend, Ranks
@@ -146,6 +146,7 @@ def _check_paths(options: Namespace) -> None:
     """Refuse what would be found out, or overwritten, only after the work."""
     named = {
         "--input": options.input,
+        "--machine": None if options.machine in MACHINES else options.machine,
         "--output": options.output,
         "--json": options.json,
         "--trace": options.trace,
@@ -159,9 +160,11 @@ def _check_paths(options: Namespace) -> None:
         if path in seen:
             raise InputError(f"{option}: expected another file than {seen[path]}'s, got {text}")
         seen[path] = option
-        if option != "--input" and not path.parent.is_dir():
+        if option in ("--input", "--machine"):
+            continue
+        if not path.parent.is_dir():
             raise InputError(f"{text}: there is no folder {path.parent}")
-        if option != "--input" and path.is_dir():
+        if path.is_dir():
             raise InputError(f"{option}: expected a file, got the directory {text}")
 
 

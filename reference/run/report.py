@@ -10,7 +10,7 @@ from typing import Any
 from lvxattn.reference.agreement import AUTO
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
-from lvxattn.reference.plan.choose import candidates
+from lvxattn.reference.plan.choose import Candidate, candidates
 from lvxattn.reference.plan.trace import Overlap, Trace
 from lvxattn.reference.run.check import Check
 from lvxattn.reference.run.problem import Problem
@@ -94,15 +94,15 @@ class Report:
             for rank, overlap in zip(ranks, trace.overlap(), strict=True):
                 rank |= overlap._asdict()
             totals |= {name: sum(rank[name] for rank in ranks) for name in Overlap._fields}
-        chosen = options.schedule == AUTO
+        found = candidates(layout, layout.machine) if options.schedule == AUTO else []
         return Report(
             problem.title,
             problem.shapes,
             problem.dtype,
             layout.accumulator,
             layout.schedule,
-            _why(layout) if chosen else "",
-            layout.explain() if chosen else "",
+            _why(layout, found) if found else "",
+            layout.explain() if found else "",
             layout.scale,
             options.repeat,
             measured,
@@ -156,14 +156,14 @@ def write_json(report: Report, path: str) -> None:
             file.write(text + "\n")
 
 
-def _why(layout: Layout) -> str:
+def _why(layout: Layout, found: list[Candidate]) -> str:
     """Say by what the layout's schedule is the best one, and what would be next."""
-    best, other = [c for c in candidates(layout, layout.machine) if not c.refused][:2]
+    best, other = [c for c in found if not c.refused][:2]
     if layout.machine is None:
         told, costs = "fewest bytes", [f"{_bytes(c.nbytes)}" for c in (best, other)]
     else:
         told = f"least time on {layout.machine.name}"
-        costs = [f"{c.seconds:.2e} s" for c in (best, other)]
+        costs = [f"{c.seconds:.4f} s" for c in (best, other)]
     return f"{told}, forward and backward: {costs[0]}; {other.schedule}: {costs[1]}"
 
 

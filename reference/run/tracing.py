@@ -6,14 +6,13 @@ from pathlib import Path
 
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.plan.draw import PICTURES
 from lvxattn.reference.plan.trace import Clock, Trace
 from lvxattn.reference.plan.trace_file import write_trace
 from lvxattn.reference.run.clocks import compare_clocks
 from lvxattn.reference.run.ranks import Ranks
 from lvxattn.reference.run.tensors import InputError
 from lvxattn.reference.timeline import Timeline
-
-PICTURES = (".png", ".pdf", ".svg")
 
 
 class Recorder:
