@@ -156,9 +156,37 @@ print("rank 1 received the mean", means[1])
 assert means[1] != 1.0
 
 # %% [markdown]
-# So a ring that computes while blocks move needs two buffers, one that is being sent and computed
-# with, and one that is being filled; they change places at every hop. `Rotation` in
-# [mpi_impl/exchange.py](../mpi_impl/exchange.py) is that and little more.
+# Reading is allowed while a block is being sent. So a ring that computes while blocks move needs
+# two arrays, one that is being sent and computed with, and one that is being filled; they change
+# places at every hop.
+#
+# **Prediction.** Every rank adds up all blocks, a thousand numbers each, while they go round. What
+# is the sum on each of four ranks?
+#
+# <details><summary>Reasoning</summary>
+# Everybody sees every block once: 1000 × (0 + 1 + 2 + 3) = 6000 on all ranks.
+# </details>
+
+# %%
+# %%mpi 4 --give sums
+import numpy as np
+from mpi4py import MPI
+
+comm = MPI.COMM_WORLD
+right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+block, room, total = np.full(1000, comm.rank), np.empty(1000, int), 0
+for _ in range(1, comm.size):
+    requests = [comm.Irecv(room, left), comm.Isend(block, right)]
+    total += int(block.sum())  # while both are under way
+    MPI.Request.Waitall(requests)
+    block, room = room, block
+sums = comm.gather(total + int(block.sum()))
+
+# %%
+assert sums == [6000, 6000, 6000, 6000]
+
+# %% [markdown]
+# `Rotation` in [mpi_impl/exchange.py](../mpi_impl/exchange.py) is that loop's body and little more.
 #
 # ## 4. Deadlock
 #
@@ -191,11 +219,11 @@ received = comm.gather(int(room[0]))
 assert received == [3, 0, 1, 2]
 
 # %% [markdown]
-# The next cell is the same with `Ssend`, and a limit of 3 seconds. `%%mpi` then says at which line
+# The next cell is the same with `Ssend`, and a limit of 4 seconds. `%%mpi` then says at which line
 # each rank is, and ends all of them.
 
 # %% tags=["raises-exception"]
-# %%mpi 4 --timeout 3
+# %%mpi 4 --timeout 4
 import numpy as np
 from mpi4py import MPI
 
@@ -210,11 +238,27 @@ told = str(sys.last_value)  # what the cell above raised
 assert told.count("is at line 7: comm.Ssend(block, right)") == 4
 
 # %% [markdown]
-# All four are in the same line, each waiting for its right neighbour. That picture, a closed chain
-# of ranks that wait, is a *deadlock*. Now `Send` with a million numbers:
+# All four are in the same line, each waiting for its right neighbour to receive:
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 1.6), dpi=100, layout="constrained")
+for r in range(4):
+    axes.text(r, 0, f"rank {r}\nin Ssend", ha="center", va="center", color="white", weight="bold",
+              bbox={"boxstyle": "round", "fc": COLOURS[r], "ec": "none"})  # fmt: skip
+    bend = "arc3,rad=-0.18" if r == 3 else "arc3"
+    start, end = ((3, -0.35), (0, -0.35)) if r == 3 else ((r + 0.28, 0), (r + 0.72, 0))
+    arrow = {"arrowstyle": "-|>", "color": INK, "connectionstyle": bend, "lw": 1.5}
+    axes.annotate("", end, start, arrowprops=arrow)
+    axes.text((start[0] + end[0]) / 2, -0.8 if r == 3 else 0.12, "waits for", ha="center", size=9)
+axes.set(xlim=(-0.5, 3.5), ylim=(-1.1, 0.6))
+axes.axis("off")
+plt.show()
+
+# %% [markdown]
+# A closed chain of ranks that wait is a *deadlock*. Now `Send`, with a million numbers:
 
 # %% tags=["raises-exception"]
-# %%mpi 4 --timeout 3
+# %%mpi 4 --timeout 4
 import numpy as np
 from mpi4py import MPI
 
@@ -604,16 +648,16 @@ print(f"a rank sent {meters[0].bytes:,} bytes; keys and values: {3 * per_rank * 
 figure, rows = plt.subplots(
     2, 4, figsize=(8, 3.4), dpi=72, layout="constrained", height_ratios=(1, 1.6)
 )
-for rank, (truth, seen, out) in enumerate(found):
-    frame, row, col = np.rint(out[rank]).astype(int)
-    rows[0, rank].imshow(seen[rank])
+for rank, ((truth, seen, out), n) in enumerate(zip(found, (1, 3, 3, 2), strict=True)):
+    frame, row, col = np.rint(out[n]).astype(int)
+    rows[0, rank].imshow(seen[n])
     rows[0, rank].set_title(f"rank {rank} asks", size=10, color=INK)
     rows[1, rank].imshow(video.read(frame, frame + 1, lambda _: None)[0])
     for colour, width in (("black", 4), ("#F0E442", 2)):
         corner = PATCH * col - 3, PATCH * row - 3
         box = Rectangle(corner, PATCH + 5, PATCH + 5, fill=False, ec=colour, lw=width)
         rows[1, rank].add_patch(box)
-    rows[1, rank].set_title(f"rank {truth.holder[rank]} has it", size=10, color=INK)
+    rows[1, rank].set_title(f"rank {truth.holder[n]} has it", size=10, color=INK)
     rows[1, rank].set_xlabel(f"frame {frame}, row {row}, col {col}", size=9)
 for axes in rows.flat:
     axes.set(xticks=[], yticks=[])

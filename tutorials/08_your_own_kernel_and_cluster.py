@@ -545,7 +545,7 @@ plt.show()
 #
 # - A test with random tensors passes a kernel whose maximum starts at 0. The oracle fails it on two
 #   cases of 33 and names the bug; what it has no case for, you add.
-# - A machine is a dozen numbers, measured in seconds or taken from a preset. From them follows which
+# - A machine is a dozen numbers, measured in seconds or taken from a preset. They settle which
 #   schedule is best: few queries all at once, more of them round a ring, a long text and a short
 #   video by Ring Attention.
 # - Before a run ask `doctor`; during it `LVXATTN_TIMEOUT` finds the rank that stopped; after it the
