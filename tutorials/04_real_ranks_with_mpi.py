@@ -35,6 +35,7 @@ from lvxattn.reference.timeline import Post, Span, Timeline
 # A cell that begins with `%%mpi 4` is not run by this notebook. It is sent to four new processes;
 # what each of them prints is shown with its number. `--take` names variables of the notebook that
 # every rank is to have; `--give` names variables of rank 0 that the notebook is to have afterwards.
+# Processes end with their cell, so that each such cell begins with its imports.
 #
 # `gather` collects an object of every rank in a list, on rank 0.
 #
@@ -411,7 +412,8 @@ axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Orange is the time that a better order of steps, or a faster link, could still save.
+# Orange is the time that a better order of steps, or a faster link, could still save. There is
+# little of it here: queries are few, and the keys that each of them meets are many.
 #
 # ### Exercise 2: read a timeline
 #
@@ -444,7 +446,7 @@ rank_1 = None, None, None
 with check("you read what was hidden and what was exposed"):
     for rank, told in enumerate((rank_0, rank_1)):
         assert None not in told, f"rank {rank} is still to be filled in"
-        right = [round(1e3 * x, 6) for x in trace.overlap()[rank]]
+        right = [1e3 * x for x in trace.overlap()[rank]]
         for name, x, y in zip(("on the way", "hidden", "exposed"), told, right, strict=True):
             assert abs(x - y) < 1e-6, f"rank {rank}, {name}: {x} ms is not what the tracks show"
 

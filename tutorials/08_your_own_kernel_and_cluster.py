@@ -110,11 +110,12 @@ print(report.probably)
 # %%
 assert {row.case for row in report.failed} == {"lse-low", "finite-minimum"}
 assert "maximum starts at 0" in report.probably
+assert len(WRONG) > 48
 
 # %% [markdown]
-# The last line is a diagnosis. The oracle knows dozens of wrong kernels, and compares: one of them
-# comes to the same wrong numbers. `print(report)` shows all there is. This is the error of each
-# case as a part of its limit:
+# The last line is a diagnosis. The oracle knows dozens of wrong kernels (`WRONG`), and compares:
+# one of them comes to the same wrong numbers. `print(report)` shows all there is. This is the error
+# of each case as a part of its limit:
 
 # %%
 rows = [row for row in report.rows if row.worst]
@@ -142,8 +143,8 @@ axes.spines[["top", "right", "left"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Everything else is far below its limit: this is a good kernel with one wrong line, and no random
-# test of the usual kind would have found it.
+# Everything else is far below its limit: a good kernel with one wrong line, which the usual test
+# does not find.
 #
 # ### Exercise 1: mend it
 #
@@ -274,8 +275,8 @@ with tempfile.TemporaryDirectory() as folder:
 # schedule is settled. `schedule="auto"` takes the schedule that sends the fewest bytes or, with a
 # machine, the one that takes the least time on it.
 #
-# **Prediction.** 64 queries and 16,384 keys on four ranks, 8 heads of 64, fp32: which schedule
-# sends the fewest bytes, `lv-xattn`, `ring`, `ulysses` or `gather`?
+# **Prediction.** Four queries, one on each of four ranks, and 65,536 keys; 8 heads of 64, fp32.
+# Which schedule sends the fewest bytes, `lv-xattn`, `ring`, `ulysses` or `gather`?
 #
 # <details><summary>Reasoning</summary>
 # Queries are few, so one that moves queries and results: lv-xattn moves them round a ring, gather
@@ -290,7 +291,7 @@ from mpi4py import MPI
 from lvxattn.mpi_impl import Layout
 
 comm = MPI.COMM_WORLD
-q, k = np.zeros((1, 8, 16, 64), np.float32), np.zeros((1, 8, 4096, 64), np.float32)
+q, k = np.zeros((1, 8, 1, 64), np.float32), np.zeros((1, 8, 16384, 64), np.float32)
 layout = Layout.agree(q, k, k, comm, schedule="auto")
 bytes_only, explained = layout.schedule, layout.explain()
 timed = Layout.agree(q, k, k, comm, schedule="auto", machine=machine).schedule
@@ -306,8 +307,8 @@ assert timed in ("lv-xattn", "gather")
 #
 # ## 4. A cluster that you do not have yet
 #
-# Some clusters are built in: `a100-16` is the paper's, 16 A100 on 4 hosts (arXiv:2502.02406,
-# section 5). The plan says what a layer of a model would cost there.
+# Some clusters are built in: `a100-16` is one of the paper's, 16 A100 on 4 hosts
+# (arXiv:2502.02406). The plan says what a layer of a model would cost there.
 #
 # **Prediction.** Llama 3-V, 1,200 frames, 2,048 text tokens. A frame is 6,404 visual tokens. How
 # many times as fast as Ring Attention is LV-XAttn, roughly: 1, 4, 16 or 64?
@@ -403,19 +404,22 @@ with exercise.check("the longer the video, the longer the text at which Ring Att
 # ## 5. Starting on a cluster
 #
 # A job for two hosts of four GPUs under Slurm, one rank a GPU:
-#
-# ```bash
-# #!/bin/bash
-# #SBATCH --nodes=2
-# #SBATCH --ntasks-per-node=4
-# #SBATCH --gpus-per-node=4
-# #SBATCH --cpus-per-task=16
-# export LVXATTN_TIMEOUT=120
-# srun --cpus-per-task=16 python -m mpi4py -m lvxattn.mpi_impl doctor &&
-# srun --cpus-per-task=16 python -m mpi4py -m lvxattn.mpi_impl run \
-#     --model llama3v --frames 64 --check
-# ```
-#
+
+# %%
+job = """#!/bin/bash
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=16
+export LVXATTN_TIMEOUT=120
+srun --cpus-per-task=16 python -m mpi4py -m lvxattn.mpi_impl doctor &&
+srun --cpus-per-task=16 python -m mpi4py -m lvxattn.mpi_impl run \\
+    --model llama3v --frames 64 --check
+"""
+checked = subprocess.run(["bash", "-n"], input=job, text=True, check=False)
+assert checked.returncode == 0  # a valid script; there is no Slurm here to run it
+
+# %% [markdown]
 # `-m mpi4py` sees to it that an error on one rank ends all of them. `LVXATTN_TIMEOUT` ends a run in
 # which a rank waits longer than that. `run --check` holds sampled rows against a softmax in
 # float64. With CuPy, `q`, `k` and `v` are on the GPU, and MPI has to get at them: a *CUDA-aware*
@@ -434,11 +438,12 @@ with exercise.check("the longer the video, the longer the text at which Ring Att
 # </details>
 
 # %%
+labels = ("launcher", "ranks", "CUDA-aware")  # of the lines that are shown here
 command = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl", "doctor"]
-for launcher in ([*find_mpiexec(), "-n", "2"], []):
+for launcher in ([*find_mpiexec(), "-n", "2"], []):  # with mpiexec, and without
     doctor = [*launcher, sys.executable, *command]
     told = subprocess.run(doctor, capture_output=True, text=True, check=True).stdout
-    lines = [line for line in told.splitlines() if line[2:12].strip() in ("launcher", "ranks")]
+    lines = [line for line in told.splitlines() if line[2:12].strip() in labels]
     print("\n".join(lines), "\n")
     assert f"ranks       {2 if launcher else 1} on 1 host" in told
 
@@ -544,7 +549,7 @@ plt.show()
 # ## What was shown
 #
 # - A test with random tensors passes a kernel whose maximum starts at 0. The oracle fails it on two
-#   cases of 33 and names the bug; what it has no case for, you add.
+#   of its cases and names the bug; what it has no case for, you add.
 # - A machine is a dozen numbers, measured in seconds or taken from a preset. They settle which
 #   schedule is best: few queries all at once, more of them round a ring, a long text and a short
 #   video by Ring Attention.
