@@ -532,7 +532,7 @@ for event in events:
         axes.axvline(event["ts"] / 1e3, color=INK, lw=0.8, ls="--")
         axes.text(event["ts"] / 1e3, -0.1, " " + event["name"], color=INK, va="bottom")
 for n, (track, colour) in enumerate(colours.items()):
-    axes.text(0.14 * n, 1.1, track, color=colour, weight="bold", transform=axes.transAxes)
+    axes.text((0, 0.14, 0.25)[n], 1.1, track, color=colour, weight="bold", transform=axes.transAxes)
 axes.set(ylim=(4, -0.1), xlabel="milliseconds")
 axes.set_yticks([0.4, 1.4, 2.4, 3.4], [f"rank {rank}" for rank in range(4)])
 axes.tick_params(axis="y", length=0)
