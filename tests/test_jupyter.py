@@ -1,6 +1,7 @@
 """``%%mpi``: cells of a notebook on real ranks, and what is said when they fail."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -77,6 +78,16 @@ def test_a_deadlock_ends_and_names_the_lines() -> None:
     assert "rank 1 is at line 6: comm.recv(source=0)  # neither sends" in text
     assert "rank 2 has ended" in text
     assert not living()
+
+
+def test_a_deadlock_of_ranks_that_start_late_names_the_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = shlex.join(["sh", "-c", 'sleep 1.5; exec "$@"', "late", *find_mpiexec()])
+    monkeypatch.setenv("LVXATTN_MPIEXEC", late)
+    with pytest.raises(CellError) as caught:
+        run_cell(COMM + "comm.recv(source=1 - comm.rank)", 2, timeout=4)
+    assert str(caught.value).count("is at line 3: comm.recv") == 2
 
 
 def test_what_a_rank_starts_is_ended_too() -> None:

@@ -84,7 +84,8 @@ def run_cell(
         folder = Path(name)
         (folder / "cell.py").write_text(source)
         (folder / "take.pickle").write_bytes(_pickled(take or {}))
-        program = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl.jupyter.rank", name, str(timeout)]
+        deadline = time.time() + timeout  # the ranks' limit, too, however late they start
+        program = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl.jupyter.rank", name, str(deadline)]
         command = [*find_mpiexec(), "-n", str(ranks), sys.executable, *program, *(give or [])]
         with _started(command, ranks, folder / "said") as process:
             try:

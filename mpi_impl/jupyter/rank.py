@@ -11,6 +11,7 @@ import faulthandler
 import os
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +23,14 @@ from mpi4py import MPI
 CELL = "cell.py"
 
 
-def main(folder: Path, limit: float, give: list[str]) -> None:
+def main(folder: Path, deadline: float, give: list[str]) -> None:
     """Run the cell.
 
     Parameters
     ----------
     folder : Path
-    limit : float
-        After so many seconds it is written down where the rank is.
+    deadline : float
+        When it is written down where the rank is; as `time.time` counts.
     give : list of str
         Names of variables to be kept.
     """
@@ -37,7 +38,7 @@ def main(folder: Path, limit: float, give: list[str]) -> None:
     space: dict[str, Any] = {"__name__": "__main__"}
     space |= pickle.loads((folder / "take.pickle").read_bytes())
     source = (folder / CELL).read_text()
-    with _watched(folder, rank, limit), _printing_to(folder / f"printed.{rank}"):
+    with _watched(folder, rank, deadline), _printing_to(folder / f"printed.{rank}"):
         try:
             exec(compile(source, str(folder / CELL), "exec"), space)
             if rank == 0:
@@ -68,9 +69,10 @@ def _printing_to(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(folder: Path, rank: int, limit: float) -> Iterator[None]:
+def _watched(folder: Path, rank: int, deadline: float) -> Iterator[None]:
     with open(folder / f"stack.{rank}", "w") as file:
-        faulthandler.dump_traceback_later(limit, file=file)
+        # It wants seconds above 0.
+        faulthandler.dump_traceback_later(max(1e-3, deadline - time.time()), file=file)
         try:
             yield
         finally:
