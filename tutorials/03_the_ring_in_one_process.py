@@ -30,9 +30,9 @@ from lvxattn.reference.plan.draw_film import animation, film_strip, scenes
 # %% [markdown]
 # ## Ranks without a cluster
 #
-# A rank shares nothing with the others but messages. `run_ranks(P, fn, *args)` runs `fn(comm,
-# *args)` on $P$ virtual ranks: threads of this process that get copies of what is sent, so that
-# they are as separate as processes. `comm.rank` is a rank's number, `comm.size` is $P$,
+# A rank shares nothing with the others but messages. `run_ranks(P, fn, *args)` runs
+# `fn(comm, *args)` on $P$ virtual ranks: threads of this process that get copies of what is sent,
+# so that they are as separate as processes. `comm.rank` is a rank's number, `comm.size` is $P$,
 # `comm.send(arrays, dest)` goes on at once, and `comm.recv(source)` waits.
 #
 # **Predict.** Each of four ranks sends its number to the right, that is, to rank
@@ -155,15 +155,17 @@ for schedule, log in logs.items():
     print(f"{schedule:9} {len(log):2} messages; at the end results cover", last[0].joined)
     assert all(sorted(scene.joined) == [0, 1, 2, 3] for scene in last)
 assert len(logs["lv-xattn"]) == 2 * P * (P - 1) == 2 * len(logs["ring"])
+assert max(m.nbytes for m in logs["lv-xattn"]) < min(m.nbytes for m in logs["ring"])
 
 # %%
-gif = animation(logs)
-assert len(gif) < 300_000
-Image(data=gif, format="gif", alt="Blocks and results going round four ranks, with both schedules")
+moving = animation(logs)
+assert len(moving) < 300_000
+Image(data=moving, format="png", alt="Blocks and results going round four ranks, hop by hop")
 
 # %% [markdown]
 # The same as an animation. With LV-XAttn a rank sends the visiting queries on *before* it works on
 # them, and the result once the work is done; so the disc goes first and the squares follow.
+# What a rank has computed at home for its own queries waits there, and is drawn again at the end.
 # Either way some block is travelling while a rank computes.
 #
 # ### Exercise 1: whose block is here?
@@ -299,8 +301,8 @@ for layout in run_ranks(P, agreed, "lv-xattn"):
     assert layout.s_kv[layout.rank] == 100 and layout.home_cut(D, D + 1) == 47
 
 # %% [markdown]
-# **Predict.** How does that grow with $P$, if the lengths stay? What one rank sends, and what all
-# send together?
+# **Predict.** The lengths stay, and $P$ grows. How do the bytes grow that one rank sends, and those
+# that all send together?
 # <details><summary>Reasoning</summary>P - 1 blocks of S_Q / P rows: a rank sends almost S_Q rows
 # however many ranks there are, and all together P - 1 times S_Q.</details>
 
@@ -436,7 +438,9 @@ assert order == (0, 2, 1, 3) and crossing == 2
 # %%
 dealt = []
 run_ranks(P, forward, "lv-xattn", log=dealt, hosts=hosts)
-assert [scene.owner for scene in scenes("lv-xattn", dealt)[1]] == [3, 2, 0, 1]
+hops = [[scene.owner for scene in column] for column in scenes("lv-xattn", dealt)]
+assert hops[1] == [3, 2, 0, 1] and hops[0] == hops[P] == [0, 1, 2, 3]
+assert all(sorted(at_a_rank) == [0, 1, 2, 3] for at_a_rank in zip(*hops[:P], strict=True))
 film_strip({"lv-xattn": dealt})
 
 # %% [markdown]

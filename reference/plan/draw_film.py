@@ -4,7 +4,7 @@ One row a rank, one column a hop.  A box is keys and values, a disc is queries, 
 the ranks whose keys a result already covers; the colour is the owner's.
 
     film_strip    the whole pass, schedules side by side
-    animation     the same as a GIF
+    animation     the same, moving
 """
 
 from collections.abc import Mapping
@@ -131,7 +131,7 @@ def film_strip(logs: Mapping[str, list[Message]]) -> "Figure":
 
 
 def animation(logs: Mapping[str, list[Message]]) -> bytes:
-    """Draw a forward as a GIF: blocks go round, results are joined, one schedule beside the other.
+    """Draw a forward as an animated PNG, which pages show wherever they show a PNG.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def animation(logs: Mapping[str, list[Message]]) -> bytes:
     Returns
     -------
     bytes
-        Of the GIF, for a file or for ``IPython.display.Image(data=..., format="gif")``.
+        For a file, or for ``IPython.display.Image(data=..., format="png")``.
 
     Raises
     ------
@@ -163,15 +163,14 @@ def animation(logs: Mapping[str, list[Message]]) -> bytes:
             _ring(axes, schedule, columns, hop, blocks, results)
         drawn = BytesIO()
         figure.savefig(drawn, format="png")
-        picture = Image.open(drawn).convert("RGB")
-        pictures.append(picture.quantize(48, dither=Image.Dither.NONE))
+        pictures.append(Image.open(drawn).convert("RGB"))
         times.append(_MOVING if 0 < blocks < 1 or 0 < results < 1 else _STANDING)
     times[-1] = _LAST
     file = BytesIO()
-    first, *others = pictures
-    first.save(
-        file, "GIF", save_all=True, append_images=others, duration=times, loop=0, optimize=True
-    )
+    # One palette for all of them; the last picture has all colours.
+    palette = pictures[-1].quantize(64, dither=Image.Dither.NONE)
+    first, *others = (x.quantize(palette=palette, dither=Image.Dither.NONE) for x in pictures)
+    first.save(file, "PNG", save_all=True, append_images=others, duration=times, loop=0)
     return file.getvalue()
 
 
