@@ -70,6 +70,39 @@ def rotation(P: int = 4) -> "Figure":
     return figure
 
 
+def sheet(height: float = 3.0, columns: int = 1, width: float = 8.0) -> "tuple[Figure, Any]":
+    """Return an empty figure in the style of all pictures, 800 pixels wide unless told otherwise.
+
+    Parameters
+    ----------
+    height, width : float
+        In units of 100 pixels.
+    columns : int
+        How many axes lie side by side.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        Not one of pyplot's: a notebook shows it where it is a cell's last line.
+    axes : matplotlib.axes.Axes
+        A list of them if there is more than one column.
+    """
+    from matplotlib.figure import Figure
+
+    if columns < 1:
+        raise ValueError(f"columns: expected at least 1, got {columns}")
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+    panels = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(colors=INK, labelsize=10)
+        axes.xaxis.label.set(color=INK, size=11)
+        axes.yaxis.label.set(color=INK, size=11)
+        axes.title.set(color=INK, size=12)
+    return figure, panels if columns > 1 else panels[0]
+
+
 def follow(log: list[Message], tag: int, first_hop: int = 0) -> dict[tuple[int, int], int]:
     """Follow every block of one kind through a log of messages.
 

@@ -1,0 +1,191 @@
+"""Pictures: that they show what was sent, in the right place and colour."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvxattn import reference
+from lvxattn.reference import Layout, Message
+from lvxattn.reference.agreement import SCHEDULES
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.colors import to_hex
+from matplotlib.patches import Ellipse, Rectangle
+
+from lvxattn.reference.plan.draw import COLOURS, sheet
+from lvxattn.reference.plan.draw_bars import byte_bars, text_of
+from lvxattn.reference.plan.draw_film import animation, film_strip, scenes
+
+RINGS = ["lv-xattn", "ring"]
+
+
+def forward(
+    schedule: str, P: int, hosts: Sequence[str] | None = None
+) -> tuple[list[Message], list[Layout]]:
+    """Return a forward's messages, and every rank's layout."""
+    rng, log = np.random.default_rng(0), []
+    q, kv = rng.standard_normal((1, 1, 2 * P, 4)), rng.standard_normal((1, 1, 3 * P, 4))
+
+    def on_a_rank(comm: reference.VirtualComm) -> Layout:
+        q_part, kv_part = reference.shard(q, comm), reference.shard(kv, comm)
+        layout = Layout.agree(q_part, kv_part, kv_part, comm, schedule=schedule)
+        reference.cross_attention(q_part, kv_part, kv_part, comm, layout=layout)
+        return layout
+
+    return log, reference.run_ranks(P, on_a_rank, log=log, hosts=hosts)
+
+
+@pytest.mark.parametrize("P", [2, 3, 4, 5])
+@pytest.mark.parametrize("schedule", RINGS)
+class TestScenes:
+    def test_they_are_those_of_the_layout_s_ring(self, schedule: str, P: int) -> None:
+        log, layouts = forward(schedule, P, hosts=[f"host {rank % 2}" for rank in range(P)])
+        found = scenes(schedule, log)
+        assert len(found) == P + (schedule == "lv-xattn")  # and home again
+        for hop, column in enumerate(found):
+            assert [scene.owner for scene in column] == [of.owner(hop) for of in layouts]
+
+    def test_every_result_ends_with_every_rank_s_keys_once(self, schedule: str, P: int) -> None:
+        found = scenes(schedule, forward(schedule, P)[0])
+        for scene in found[-1]:
+            assert sorted(scene.joined) == list(range(P))
+        for hop, column in enumerate(found[:P]):
+            for rank, scene in enumerate(column):
+                # What is worked on now is what has been joined last.
+                assert scene.joined[-1] == (rank if schedule == "lv-xattn" else scene.owner)
+                travels = schedule == "lv-xattn" and hop > 0
+                assert len(scene.joined) == hop + (not travels)
+
+
+@pytest.mark.parametrize("schedule", RINGS)
+def test_a_film_of_anything_but_one_forward_is_refused(schedule: str) -> None:
+    log = forward(schedule, 3)[0]
+    for wrong in ([], log[:-1], log + log, forward("gather", 3)[0]):
+        with pytest.raises(ValueError, match="log: expected P - 1 messages of each kind from"):
+            scenes(schedule, wrong)
+    with pytest.raises(ValueError, match="schedule: expected one of lv-xattn, ring, got 'gather'"):
+        scenes("gather", log)
+    with pytest.raises(ValueError, match="logs: expected forwards of 2 to 8 ranks, got 9"):
+        film_strip({schedule: forward(schedule, 9)[0]})
+
+
+class TestFilmStrip:
+    def test_a_column_is_a_hop_and_a_row_a_rank_in_their_owners_colours(self) -> None:
+        logs = {schedule: forward(schedule, 3)[0] for schedule in RINGS}
+        figure = film_strip(logs)
+        for axes, schedule in zip(figure.axes, RINGS, strict=True):
+            stays, travels = blocks(axes, Rectangle), blocks(axes, Ellipse)
+            if schedule == "ring":
+                stays, travels = travels, stays
+            assert stays == {(-1, rank): rank for rank in range(3)}
+            assert travels == {
+                (column, rank): scene.owner
+                for column, by_rank in enumerate(scenes(schedule, logs[schedule]))
+                for rank, scene in enumerate(by_rank)
+            }
+
+    def test_under_each_block_is_whose_keys_its_result_covers(self) -> None:
+        log = forward("lv-xattn", 3)[0]
+        (axes,) = film_strip({"lv-xattn": log}).axes
+        squares: dict[tuple[int, int], list[tuple[float, int]]] = {}
+        for x, y, _, rank in patches(axes, Rectangle, most=0.2):
+            squares.setdefault((round(x), round(y - 0.3)), []).append((x, rank))
+        assert {at: tuple(rank for _, rank in sorted(s)) for at, s in squares.items()} == {
+            (column, rank): scene.joined
+            for column, by_rank in enumerate(scenes("lv-xattn", log))
+            for rank, scene in enumerate(by_rank)
+        }
+
+
+def patches(axes: Any, kind: type, most: float = 1.0) -> list[tuple[float, float, float, int]]:
+    """Return middle, width and rank of what is drawn, the rows' backgrounds left out."""
+    found = []
+    for patch in axes.patches:
+        colour = to_hex(patch.get_facecolor()).upper()
+        if type(patch) is kind and patch.get_width() <= most and patch.get_alpha() is None:
+            x, y = patch.get_center()
+            found.append((x, y, patch.get_width(), COLOURS.index(colour)))
+    return found
+
+
+def blocks(axes: Any, kind: type) -> dict[tuple[int, int], int]:
+    return {(round(x), round(y)): n for x, y, width, n in patches(axes, kind) if width > 0.5}
+
+
+def test_an_animation_is_a_small_png_that_ends_with_every_result_whole() -> None:
+    image = pytest.importorskip("PIL.Image")
+    data = animation({schedule: forward(schedule, 3)[0] for schedule in RINGS})
+    assert len(data) < 300_000
+    film = image.open(BytesIO(data))
+    assert film.format == "PNG"
+    assert film.info["loop"] == 0  # for ever
+    pictures, times = [], []
+    for n in range(film.n_frames):
+        film.seek(n)
+        pictures.append(np.asarray(film.convert("RGB")))
+        times.append(film.info["duration"])
+    assert all((a != b).any() for a, b in pairwise(pictures))
+    assert times[-1] == max(times)
+    # Blocks are as many in every picture.  In both halves three results have two squares more each
+    # at the end, of 25 pixels at least.
+    rgb = [tuple(int(colour[n : n + 2], 16) for n in (1, 3, 5)) for colour in COLOURS[:3]]
+    for first, last in zip(
+        *(np.array_split(p, 2, axis=1) for p in (pictures[0], pictures[-1])), strict=True
+    ):
+        assert sum(near(last, c) for c in rgb) > sum(near(first, c) for c in rgb) + 150
+
+
+def near(picture: Any, colour: tuple[int, ...]) -> int:
+    return int((np.abs(picture.astype(int) - colour).max(axis=-1) < 12).sum())
+
+
+class TestByteBars:
+    def test_a_bar_ends_at_its_size_and_says_it(self) -> None:
+        sizes = {"lv-xattn": 12_345.0, "ring": 3e9, "gather": 0.0}
+        (axes,) = byte_bars({"a model": sizes}).axes
+        ends = {bar.get_x() + bar.get_width() for bar in axes.patches if bar.get_width() > 0}
+        assert sorted(ends) == pytest.approx([12_345, 3e9])
+        said = {text.get_text().strip() for text in axes.texts}
+        assert said == {"a model", "12.3 kB", "3 GB", "0 B"}
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(sizes)
+        assert axes.get_xscale() == "log"
+
+    def test_a_schedule_has_its_colour_in_every_picture_and_nothing_else_has(self) -> None:
+        (axes,) = byte_bars({"": {"kept": 5.0, "ring": 9.0}, "more": {"lv-xattn": 7.0}}).axes
+        colours = [COLOURS.index(to_hex(bar.get_facecolor()).upper()) for bar in axes.patches]
+        assert colours[1:] == [SCHEDULES.index("ring"), SCHEDULES.index("lv-xattn")]
+        assert colours[0] >= len(SCHEDULES)
+
+    @pytest.mark.parametrize("groups", [{}, {"a": {}}, {"a": {"ring": -1.0}}])
+    def test_no_bars_and_less_than_nothing_are_refused(self, groups: Any) -> None:
+        with pytest.raises(ValueError, match="groups: expected bars of 0 bytes or more, got"):
+            byte_bars(groups)
+
+    @pytest.mark.parametrize(
+        ("size", "text"),
+        [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1 kB"),
+            (251_828_961_280, "252 GB"),
+            (1e15, "1e+03 TB"),
+        ],
+    )
+    def test_sizes_are_said_in_three_digits(self, size: float, text: str) -> None:
+        assert text_of(size) == text
+
+
+def test_a_sheet_is_800_pixels_wide_and_has_its_columns() -> None:
+    figure, axes = sheet(2.5)
+    assert tuple(figure.bbox.size) == (800, 250)
+    assert figure.axes == [axes]
+    figure, panels = sheet(columns=3)
+    assert figure.axes == panels
+    assert len(panels) == 3
+    with pytest.raises(ValueError, match="columns: expected at least 1, got 0"):
+        sheet(columns=0)

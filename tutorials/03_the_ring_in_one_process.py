@@ -1,0 +1,461 @@
+# %% [markdown]
+# # The ring in one process
+#
+# At the end you can follow every block of LV-XAttn round the ring, write its forward pass with
+# nothing but *send*, *receive* and *merge*, and say to the byte what each rank sends.
+#
+# Needs: [02, why queries move](02_why_queries_move.ipynb). About 30 minutes.
+
+# %%
+import numpy as np
+from exercise import check
+from IPython.display import Image
+
+from lvxattn.reference import (
+    Layout,
+    Meter,
+    block_attention,
+    cross_attention,
+    full_attention,
+    merge,
+    run_ranks,
+    shard,
+)
+from lvxattn.reference.plan import messages
+from lvxattn.reference.plan.draw import COLOURS, INK, sheet
+from lvxattn.reference.plan.draw_film import animation, film_strip, scenes
+
+# %matplotlib inline
+
+# %% [markdown]
+# ## Ranks without a cluster
+#
+# A rank shares nothing with the others but messages. `run_ranks(P, fn, *args)` runs
+# `fn(comm, *args)` on $P$ virtual ranks: threads of this process that get copies of what is sent,
+# so that they are as separate as processes. `comm.rank` is a rank's number, `comm.size` is $P$,
+# `comm.send(arrays, dest)` goes on at once, and `comm.recv(source)` waits.
+#
+# **Predict.** Each of four ranks sends its number to the right, that is, to rank
+# $(r + 1) \bmod 4$, and returns what came from the left. What is the list of results?
+# <details><summary>Reasoning</summary>What came from the left is the left neighbour's number:
+# 3, 0, 1, 2.</details>
+
+
+# %%
+def pass_to_the_right(comm):
+    comm.send([np.array(comm.rank)], (comm.rank + 1) % comm.size)
+    (number,) = comm.recv((comm.rank - 1) % comm.size)
+    return int(number)
+
+
+print(run_ranks(4, pass_to_the_right))
+assert run_ranks(4, pass_to_the_right) == [3, 0, 1, 2]
+
+
+# %% [markdown]
+# A *hop* is that: everybody hands what it holds to the right and takes over from the left. After
+# $h$ hops a block is $h$ places right of its owner.
+#
+# **Predict.** Swap the two lines: first receive, then send. What happens?
+# <details><summary>Reasoning</summary>Each rank waits for a message that its left neighbour would
+# send after receiving one: a deadlock. Virtual ranks notice; real ones hang.</details>
+
+
+# %%
+def wait_before_sending(comm):
+    (number,) = comm.recv((comm.rank - 1) % comm.size)
+    comm.send([number], (comm.rank + 1) % comm.size)
+
+
+try:
+    said = run_ranks(2, wait_before_sending)
+except RuntimeError as error:
+    said = str(error)
+print(said)
+assert said.startswith("deadlock")
+
+# %% [markdown]
+# ## Cross-attention over four ranks
+#
+# `shard(x, comm)` cuts this rank's share out of an array that everybody holds whole; the library's
+# `cross_attention` gets the shares. Every rank gets the results for its own queries, over the keys
+# of all.
+
+# %%
+P, B, H, H_KV, S_Q, S_KV, D = 4, 1, 2, 1, 16, 400, 8
+rng = np.random.default_rng(0)
+q = rng.standard_normal((B, H, S_Q, D))
+k, v = rng.standard_normal((2, B, H_KV, S_KV, D))
+
+
+def forward(comm, schedule):
+    meter, parts = Meter(), [shard(x, comm) for x in (q, k, v)]
+    out, lse = cross_attention(*parts, comm, schedule=schedule, meter=meter)
+    return out, lse, meter
+
+
+# %%
+logs = {schedule: [] for schedule in ("lv-xattn", "ring")}
+want, _ = full_attention(q, k, v)  # all of it, on one rank
+for schedule, log in logs.items():
+    results = run_ranks(P, forward, schedule, log=log)
+    out = np.concatenate([out for out, _, _ in results], axis=2)
+    print(f"{schedule:9} largest error {np.abs(out - want).max():.0e}, {len(log)} messages")
+    assert np.allclose(out, want, rtol=0, atol=1e-13)
+
+# %% [markdown]
+# Both are exact, down to the rounding of fp64. `log` has every message that was sent, in order.
+#
+# ## The film strip
+#
+# **Predict.** With LV-XAttn on four ranks, whose queries does rank 0 work on at hop 1, and where
+# are its own queries then?
+# <details><summary>Reasoning</summary>Blocks move to the right, so that those of rank 3 are with
+# rank 0, and those of rank 0 with rank 1.</details>
+
+# %%
+film = scenes("lv-xattn", logs["lv-xattn"])  # film[hop][rank], followed through the log
+assert film[1][0].owner == 3 and film[1][1].owner == 0
+film_strip(logs)
+
+# %% [markdown]
+# A row is a rank, in its own colour; a column is a hop. Boxes are keys and values, discs are
+# queries. The small squares under a block are the ranks whose keys its result covers once the work
+# of this hop is done.
+#
+# **Left, LV-XAttn.** Boxes stay, discs travel. Follow blue, $q_0$: it comes down the diagonal, one
+# rank a hop. Its result travels one hop behind it, from rank 1 on: at hop 2 rank 2 attends from
+# $q_0$ to its keys and merges that with what rank 1 has found. In the last column results are home
+# again, and are merged there with what each rank has computed for itself.
+#
+# **Right, Ring Attention.** Discs stay, boxes travel. Results are at home already, so that there is
+# no last column: fewer messages, of longer blocks.
+
+# %%
+q_0 = np.split(q, P, axis=2)[0]
+(k_1, k_2), (v_1, v_2) = (np.split(x, P, axis=2)[1:3] for x in (k, v))
+scale = D**-0.5
+result = block_attention(q_0, k_1, v_1, scale=scale)  # on rank 1, at hop 1
+result = merge(*result, *block_attention(q_0, k_2, v_2, scale=scale))  # on rank 2, at hop 2
+both, _ = full_attention(q_0, *(np.concatenate(x, axis=2) for x in ((k_1, k_2), (v_1, v_2))))
+assert np.allclose(result[0], both, rtol=0, atol=1e-13) and film[2][2] == (0, (1, 2))
+
+# %% [markdown]
+# That is what the squares under $q_0$ say at hop 2: the result is attention over the keys of ranks
+# 1 and 2, exactly.
+#
+# **Predict.** How many messages are there in each strip, and which ranks' keys does each result
+# cover in the end?
+# <details><summary>Reasoning</summary>Every rank sends 3 blocks, and with LV-XAttn 3 results too:
+# 4 · 6 = 24 and 4 · 3 = 12. In the end all ranks' keys, each once.</details>
+
+# %%
+for schedule, log in logs.items():
+    last = scenes(schedule, log)[-1]
+    print(f"{schedule:9} {len(log):2} messages; at the end results cover", last[0].joined)
+    assert all(sorted(scene.joined) == [0, 1, 2, 3] for scene in last)
+assert len(logs["lv-xattn"]) == 2 * P * (P - 1) == 2 * len(logs["ring"])
+assert max(m.nbytes for m in logs["lv-xattn"]) < min(m.nbytes for m in logs["ring"])
+
+# %%
+moving = animation(logs)
+assert len(moving) < 300_000
+Image(data=moving, format="png", alt="Blocks and results going round four ranks, hop by hop")
+
+# %% [markdown]
+# The same as an animation. With LV-XAttn a rank sends the visiting queries on *before* it works on
+# them, and the result once the work is done; so the disc goes first and the squares follow.
+# What a rank has computed at home for its own queries waits there, and is drawn again at the end.
+# Either way some block is travelling while a rank computes.
+#
+# ### Exercise 1: whose block is here?
+#
+# The block that is with rank `rank` after `hop` hops is whose? The last column is hop $P$.
+
+
+# %% tags=["exercise"]
+def owner(rank, hop, P):
+    """Return the rank whose block this is."""
+    raise NotImplementedError("owner is still to be written")
+
+
+# %% tags=["check"]
+with check("whose block is with which rank at every hop"):
+    for at_hop, by_rank in enumerate(film):
+        for at_rank, scene in enumerate(by_rank):
+            got = owner(at_rank, at_hop, P)
+            says = f"rank {at_rank} at hop {at_hop}"
+            assert got == scene.owner, f"{says}: expected rank {scene.owner}'s, got {got}"
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def owner(rank, hop, P):
+#     return (rank - hop) % P
+# ```
+# </details>
+
+# %% [markdown]
+# ### Exercise 2: the forward pass by hand
+#
+# Write LV-XAttn's forward with `comm.send`, `comm.recv`, `block_attention` and `merge`.
+# `block_attention(q, k, v, scale=scale)` attends from some queries to some keys and returns
+# `(out, lse)`; `merge(out_a, lse_a, out_b, lse_b)` joins results over different keys
+# ([notebook 01](01_merging_softmax.ipynb)). The simplest way sends a block and its result together,
+# and takes $P$ hops. Ten lines are enough.
+
+
+# %% tags=["exercise"]
+def ring_by_hand(comm, q, k, v, scale):
+    """Attend from this rank's queries to the keys of all ranks; return (out, lse)."""
+    raise NotImplementedError("ring_by_hand is still to be written")
+
+
+# %% tags=["check"]
+with check("the forward on any number of ranks, with nothing sent but queries and results"):
+    want, want_lse = full_attention(q, k, v)
+    for ranks in (1, 2, 3, 5):
+        log = []
+        found = run_ranks(
+            ranks, lambda comm: ring_by_hand(comm, *(shard(x, comm) for x in (q, k, v)), D**-0.5),
+            log=log,
+        )  # fmt: skip
+        for rank, (out, lse) in enumerate(found):
+            mine = [np.array_split(x, ranks, axis=2)[rank] for x in (want, want_lse)]
+            who = f"rank {rank} of {ranks}"
+            for name, x, y in zip(("out", "lse"), (out, lse), mine, strict=True):
+                assert x.shape == y.shape, f"{who}, {name}: expected {y.shape}, got {x.shape}"
+                off = np.abs(x - y).max()
+                assert off < 1e-13, f"{who}, {name}: expected it to 1e-13, got an error {off:.0e}"
+        block = B * H * -(-S_Q // ranks) * (2 * D + 1) * 8
+        most = max((message.nbytes for message in log), default=0)
+        assert most <= block, f"{ranks} ranks: expected at most {block} bytes at once, got {most}"
+        to = {message.dest - message.source for message in log} - {1, 1 - ranks}
+        assert not to, f"{ranks} ranks: expected messages to the right only, got steps of {to}"
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def ring_by_hand(comm, q, k, v, scale):
+#     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+#     q_block = q
+#     out, lse = np.zeros((*q.shape[:3], v.shape[3])), np.full(q.shape[:3], -np.inf)  # no keys yet
+#     for _ in range(comm.size):
+#         out, lse = merge(out, lse, *block_attention(q_block, k, v, scale=scale))
+#         comm.send([q_block, out, lse], right)
+#         q_block, out, lse = comm.recv(left)
+#     return out, lse
+# ```
+#
+# All of this waits for one another: a block cannot leave before the work on it is done. The
+# library's [lv_xattn.py](../reference/lv_xattn.py) sends queries on first, and results after them.
+# It also stops a hop earlier in both: queries need not come home, and home's own result never
+# leaves.
+# </details>
+
+# %% [markdown]
+# ## Bytes, message by message
+#
+# A `Meter` counts what its rank sends; the log has single messages. The plan of notebook 02
+# foresees both. In fp64 all numbers take 8 bytes.
+#
+# **Predict.** `q` is (1, 2, 16, 8) here, on 4 ranks. How long is a block of queries, how long a
+# partial result, and how many bytes does a rank send with `lv-xattn`?
+# <details><summary>Reasoning</summary>Queries: 2 heads · 4 rows · 8 numbers · 8 bytes = 512.
+# Result: out, as many again, and lse, 2 · 4 · 8 = 64: 576. Three of each: 3,264.</details>
+
+
+# %%
+def agreed(comm, schedule):
+    return Layout.agree(*(shard(x, comm) for x in (q, k, v)), comm, schedule=schedule)
+
+
+layout = run_ranks(P, agreed, "lv-xattn")[0]
+print([(message.kind, message.nbytes) for message in messages(layout, rank=0)])
+assert sum(message.nbytes for message in messages(layout, rank=0)) == 3 * (512 + 576) == 3264
+
+# %%
+for schedule, log in logs.items():
+    layout = run_ranks(P, agreed, schedule)[0]
+    meters = [meter for _, _, meter in run_ranks(P, forward, schedule)]
+    for rank, meter in enumerate(meters):
+        foreseen = [(message.dest, message.nbytes) for message in messages(layout, rank)]
+        assert foreseen == [(m.dest, m.nbytes) for m in log if m.source == rank]
+        assert meter.messages == len(foreseen) and meter.bytes == sum(n for _, n in foreseen)
+    print(f"{schedule:9} each rank sends {meters[0].messages} messages, {meters[0].bytes:6,} bytes")
+
+# %% [markdown]
+# Every message is foreseen: its order, receiver and length. In the list of `lv-xattn` queries are
+# sent on early, each result after the work on it.
+#
+# **Predict.** The first trip of the queries and the last one of the results have to be hidden
+# behind something, too: a rank cuts the work on its own queries in two, in proportion to the bytes
+# of the two trips. How many of its 100 keys come first?
+# <details><summary>Reasoning</summary>A query is 8 numbers, its result 9: 100 · 8 / 17 =
+# 47.</details>
+
+# %%
+for layout in run_ranks(P, agreed, "lv-xattn"):
+    assert layout.s_kv[layout.rank] == 100 and layout.home_cut(D, D + 1) == 47
+
+# %% [markdown]
+# **Predict.** The lengths stay, and $P$ grows. How do the bytes grow that one rank sends, and those
+# that all send together?
+# <details><summary>Reasoning</summary>P - 1 blocks of S_Q / P rows: a rank sends almost S_Q rows
+# however many ranks there are, and all together P - 1 times S_Q.</details>
+
+# %%
+numbers = [1, 2, 4, 8, 16]
+figure, axes = sheet(2.8)
+for schedule, colour in (("lv-xattn", COLOURS[0]), ("ring", COLOURS[1])):
+    meters = {n: [m for _, _, m in run_ranks(n, forward, schedule)] for n in numbers}
+    block = 16 * (8 + 9) * 2 * 8 if schedule == "lv-xattn" else 400 * (8 + 8) * 8
+    for n in numbers:
+        assert sum(meter.bytes for meter in meters[n]) == (n - 1) * block
+    y = [meters[n][0].bytes / 1000 for n in numbers]
+    axes.plot(numbers, y, "o-", color=colour, lw=2)
+    axes.text(numbers[-1], y[-1], f"  {schedule}", va="center", color=INK, size=11)
+axes.set(xlabel="ranks", ylabel="kilobytes that a rank sends", xticks=numbers)
+figure
+
+# %% [markdown]
+# More ranks share the work; what each sends stays nearly the same.
+#
+# ## Lengths that do not divide, and empty shares
+#
+# Nothing above needs equal shares. `shard` makes the first ones longer by one where $P$ does not
+# divide a length. A rank may as well hold whatever it happens to have, or nothing.
+#
+# **Predict.** Three ranks hold 5, 0 and 11 queries, and 0, 150 and 250 keys. Is the result still
+# exact? What is a partial result over no keys?
+# <details><summary>Reasoning</summary>Yes. Over no keys it is (0, -inf), the identity of the merge:
+# joining it changes nothing.</details>
+
+# %%
+q_cuts, kv_cuts = [5, 5], [0, 150]  # where the next rank's share begins
+uneven = [np.split(q, q_cuts, axis=2), *(np.split(x, kv_cuts, axis=2) for x in (k, v))]
+
+
+def on_uneven(comm, schedule):
+    return cross_attention(*(shares[comm.rank] for shares in uneven), comm, schedule=schedule)
+
+
+# %%
+for schedule in ("lv-xattn", "ring"):
+    log = []
+    found = run_ranks(3, on_uneven, schedule, log=log)
+    print(schedule, [out.shape for out, _ in found], [m.nbytes for m in log if m.source == 0])
+    assert np.allclose(np.concatenate([out for out, _ in found], axis=2), want, rtol=0, atol=1e-13)
+assert run_ranks(7, agreed, "lv-xattn")[0].s_q == (3, 3, 2, 2, 2, 2, 2)  # 16 over 7 ranks
+
+# %% [markdown]
+# An empty block is sent all the same: everyone knows how many messages to expect, and nothing needs
+# to be asked first. Before the first block, `Layout.agree` has told all ranks all lengths.
+#
+# ### Exercise 3: what a rank sends, unevenly
+#
+# Rank `rank` sends $P - 1$ blocks of queries and $P - 1$ results, forward, in fp64. Return the
+# bytes of each message in the order of the hops: first the blocks of queries, then the results.
+
+
+# %% tags=["exercise"]
+def sizes_by_hand(rank, s_q, H, D, D_V):
+    """Return the sizes of the query blocks and of the results that a rank sends, as two lists."""
+    raise NotImplementedError("sizes_by_hand is still to be written")
+
+
+# %% tags=["check"]
+with check("the size of every message, with shares of any length"):
+    for layout in run_ranks(3, lambda comm: Layout.agree(*(x[comm.rank] for x in uneven), comm)):
+        found = sizes_by_hand(layout.rank, layout.s_q, H, D, D)
+        for kind, got in zip(("blocks", "results"), found, strict=True):
+            sizes = [m.nbytes for m in messages(layout, layout.rank) if m.kind == kind]
+            assert got == sizes, f"rank {layout.rank}, {kind}: expected {sizes}, got {got}"
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def sizes_by_hand(rank, s_q, H, D, D_V):
+#     P = len(s_q)
+#     visitor = [s_q[(rank - hop) % P] for hop in range(P)]  # its length, by hop
+#     blocks = [H * n * D * 8 for n in visitor[:-1]]  # its own first, the last is not sent on
+#     results = [H * n * (D_V + 1) * 8 for n in visitor[1:]]  # of all but its own
+#     return blocks, results
+# ```
+# </details>
+
+# %% [markdown]
+# ## Masks that never travel
+#
+# A mask says which query may look at which key. A rank is given the columns of *its own keys*: with
+# LV-XAttn every query comes to them, so that the mask stays where it is used. With Ring Attention
+# keys are used elsewhere, and the columns have to go along.
+#
+# **Predict.** The mask is (1, 1, 16, 400) of one byte a number. How many bytes more does it cost
+# all ranks together, with each schedule?
+# <details><summary>Reasoning</summary>LV-XAttn: none. Ring: each column travels P - 1 = 3 hops, as
+# its key does: 3 · 6,400 = 19,200 bytes.</details>
+
+# %%
+seen = rng.random((1, 1, S_Q, S_KV)) < 0.5
+masked_want, _ = full_attention(q, k, v, mask=seen)
+
+
+def masked(comm, schedule):
+    parts, mask = [shard(x, comm) for x in (q, k, v)], shard(seen, comm, axis=3)
+    return cross_attention(*parts, comm, schedule=schedule, mask=mask)[0]
+
+
+# %%
+for schedule, more in (("lv-xattn", 0), ("ring", 19_200)):
+    log = []
+    out = np.concatenate(run_ranks(P, masked, schedule, log=log), axis=2)
+    extra = sum(m.nbytes for m in log) - sum(m.nbytes for m in logs[schedule])
+    print(f"{schedule:9} {extra:6,} bytes more with a mask")
+    assert extra == more and np.allclose(out, masked_want, rtol=0, atol=1e-13)
+
+# %% [markdown]
+# ## The ring goes host by host
+#
+# Ranks of one host talk faster than hosts do. `Layout.agree` orders the ring so that it crosses
+# between hosts as rarely as possible, whatever numbers the ranks have.
+#
+# **Predict.** Ranks 0 and 2 are on host a, 1 and 3 on host b. In which order does the ring visit
+# them, and how many of its four hops cross?
+# <details><summary>Reasoning</summary>0, 2, 1, 3: two cross, from 2 to 1 and from 3 back to 0. In
+# the order of their numbers all four would.</details>
+
+# %%
+hosts = ["a", "b", "a", "b"]
+order = run_ranks(P, agreed, "lv-xattn", hosts=hosts)[0].order
+crossing = sum(hosts[order[n]] != hosts[order[n - 1]] for n in range(P))
+print(f"the ring visits {order}; {crossing} of {P} links cross between hosts")
+assert order == (0, 2, 1, 3) and crossing == 2
+
+# %%
+dealt = []
+run_ranks(P, forward, "lv-xattn", log=dealt, hosts=hosts)
+hops = [[scene.owner for scene in column] for column in scenes("lv-xattn", dealt)]
+assert hops[1] == [3, 2, 0, 1] and hops[0] == hops[P] == [0, 1, 2, 3]
+assert all(sorted(at_a_rank) == [0, 1, 2, 3] for at_a_rank in zip(*hops[:P], strict=True))
+film_strip({"lv-xattn": dealt})
+
+# %% [markdown]
+# The rows are in the order of numbers, so that the diagonals are gone; every block still visits
+# every rank once, and ends at home.
+#
+# ## What was shown
+#
+# - LV-XAttn leaves keys, values and masks where they are; queries make $P - 1$ hops, and so do
+#   results, one hop behind them.
+# - Ten lines of send, receive and merge are the whole algorithm. It needs neither equal shares nor
+#   any share at all.
+# - What each rank sends is known to the byte from the shapes alone, and hardly depends on $P$.
+#
+# Next: [04, real ranks with MPI](04_real_ranks_with_mpi.ipynb). Read here:
+# [virtual_ranks.py](../reference/virtual_ranks.py), [exchange.py](../reference/exchange.py),
+# [lv_xattn.py](../reference/lv_xattn.py), [ring_attention.py](../reference/ring_attention.py),
+# [layout.py](../reference/layout.py).
