@@ -1,6 +1,7 @@
 """CuPy's `RawModule` for fake_cupy: g++ compiles the source, and fibers run it on the CPU.
 
-    monkeypatch.setattr(fake_cupy, "RawModule", Emulator(folder))
+    emulator = Emulator(folder)
+    emulator.install(monkeypatch)
 
 A kernel waits in the fake stream like any other work.  What it is given is passed on as CuPy does:
 arrays by address, NumPy's numbers by their bytes, anything else refused.
@@ -12,26 +13,52 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from lvxattn.mpi_impl.kernels import build
+from lvxattn.mpi_impl.kernels import build, cuda
 from tests import fake_cupy
 
 HEADER = Path(__file__).with_name("cuda_emulation.h")
-ATTRIBUTES = {75: 8, 76: 0, 97: 163 * 1024, 16: 3}  # an A100 with few multiprocessors
+# cudaDeviceGetAttribute's: the shared memory of an A100, and so few multiprocessors that some
+# blocks are split and some are not.
+MOST_SHARED, PROCESSORS = 97, 16
+ATTRIBUTES = {MOST_SHARED: 163 * 1024, PROCESSORS: 2}
+# How blocks run.
 LAST_WARP_FIRST, EAGER_COPIES = 1, 2
+SOME_WAYS = (0, LAST_WARP_FIRST, EAGER_COPIES, LAST_WARP_FIRST | EAGER_COPIES)
 
 
 class Emulator:
-    """Compiles into a folder; `how` is how blocks run, `edit` what is changed in the source."""
+    """Compiles into a folder.
+
+    Attributes
+    ----------
+    how : int
+        One of `SOME_WAYS` in which blocks run.
+    edit : callable
+        Changes the source before it is compiled.
+    launches : list
+        Names and grids of what was launched.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.how = 0
         self.edit: Callable[[str], str] = lambda text: text
         self.launches: list[tuple[str, tuple[int, ...]]] = []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Give fake_cupy a device that runs kernels, and this to compile them."""
+        runtime = dict(vars(getattr(fake_cupy.cuda, "runtime", SimpleNamespace())))
+        runtime["deviceGetAttribute"] = lambda attribute, device: ATTRIBUTES[attribute]
+        monkeypatch.setattr(fake_cupy.cuda, "runtime", SimpleNamespace(**runtime), raising=False)
+        monkeypatch.setattr(fake_cupy, "RawModule", self, raising=False)
+        monkeypatch.setattr(fake_cupy.Device, "compute_capability", "80")
+        cuda.forget()
 
     def __call__(self, code: str, options: tuple[str, ...]) -> "Module":
         assert code == build.source()
@@ -80,7 +107,8 @@ class Kernel:
         shared_mem: int = 0,
     ) -> None:  # fmt: skip
         assert block[1:] == (1, 1)
-        assert shared_mem <= self.max_dynamic_shared_size_bytes <= ATTRIBUTES[97]
+        assert shared_mem <= self.max_dynamic_shared_size_bytes <= ATTRIBUTES[MOST_SHARED]
+        assert max(grid[1:]) <= 65535
         given = [_bytes(x) for x in args]
         assert [kind for kind, _ in given] == self.kinds  # the device would not notice
         emulator, keep = self.module.emulator, args
@@ -92,12 +120,7 @@ class Kernel:
             self.run((ctypes.c_int * 3)(*grid), block[0], shared_mem, pointers, emulator.how)
             assert keep
 
-        fake_cupy.stream.launch(work)
-
-
-def device_get_attribute(attribute: int, device: int) -> int:
-    """Return what `cudaDeviceGetAttribute` would."""
-    return ATTRIBUTES[attribute]
+        fake_cupy.cuda.get_current_stream().launch(work)
 
 
 def _bytes(x: Any) -> tuple[str, bytes]:

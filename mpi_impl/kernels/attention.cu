@@ -54,6 +54,7 @@ forward(float* out, float* lse, const T* q, const T* k, const T* v,
     load_tile<COLS, THREADS>(k_tile, k + begin * k_row, k_row, end - begin);
     load_tile<COLS, THREADS>(v_tile, v + begin * v_row, v_row, end - begin);
     close_copies();
+    #pragma unroll 1
     for (int key = begin, now = 0; key < end; key += COLS, now ^= 1) {
         // 1. Begin to load the next keys, and wait for these.
         const int next = key + COLS;
@@ -198,6 +199,7 @@ backward_q(float* dq, const T* dout, const T* q, const T* k, const T* v, const f
     load_tile<COLS, THREADS>(k_tile, k + begin * k_row, k_row, end - begin);
     load_tile<COLS, THREADS>(v_tile, v + begin * v_row, v_row, end - begin);
     close_copies();
+    #pragma unroll 1
     for (int key = begin, now = 0; key < end; key += COLS, now ^= 1) {
         // 1. Begin to load the next keys, and wait for these.
         const int next = key + COLS;
@@ -299,6 +301,7 @@ backward_kv(float* dk, float* dv, const T* dout, const T* q, const T* k, const T
     load_tile<ROWS, THREADS>(v_tile, v, v_row, s_kv - first_key);
     load_queries(0, 0);
     close_copies();
+    #pragma unroll 1
     for (int query = 0, now = 0; query < rows; query += COLS, now ^= 1) {
         // 1. Begin to load the next queries, and wait for these.
         if (query + COLS < rows) load_queries(query + COLS, now ^ 1);

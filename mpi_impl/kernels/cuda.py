@@ -15,6 +15,7 @@ import numpy as np
 from lvxattn.mpi_impl.kernels.build import (
     HEAD_DIMS,
     JOIN_WARPS,
+    KERNELS,
     SCALARS,
     Tile,
     options,
@@ -59,9 +60,12 @@ def unsupported(xp: Any, q: Array, k: Array, v: Array, mask: Any) -> str | None:
         return f"no mask, got {type(mask).__name__}"
     if q.size == 0 or k.size == 0:
         return f"a query and a key at least, got s_q = {q.shape[2]}, s_kv = {k.shape[2]}"
+    if {dtype_name(k), dtype_name(v)} != {dtype_name(q)}:
+        return f"k and v of q's {dtype_name(q)}, got {dtype_name(k)} and {dtype_name(v)}"
+    capability = int(xp.cuda.Device().compute_capability)
+    if capability < 80:
+        return f"a device of compute capability 8.0 or more, got {capability / 10}"
     here = _Device.current(xp)
-    if here.capability < 80:
-        return f"a device of compute capability 8.0 or more, got {here.capability / 10}"
     most = max(t.shared_bytes(dtype_name(q), D) for t in tiles_of(dtype_name(q), D).values())
     if most > here.shared_bytes:
         return f"a device with {most} bytes of shared memory a block, got {here.shared_bytes}"
@@ -134,6 +138,12 @@ def backward(
     return dq
 
 
+def forget() -> None:
+    """Forget what was compiled, and what is known of devices."""
+    _device.cache_clear()
+    _built.cache_clear()
+
+
 class _Launches:
     """The kernels of one dtype and D, and how one block is shared out."""
 
@@ -182,10 +192,8 @@ class _Device:
             return int(xp.cuda.runtime.deviceGetAttribute(attribute, device))
 
         self.id = device
-        # cudaDevAttrComputeCapabilityMajor, Minor, MaxSharedMemoryPerBlockOptin,
-        # MultiProcessorCount
-        self.capability = 10 * ask(75) + ask(76)
-        self.shared_bytes, self.processors = ask(97), ask(16)
+        self.shared_bytes = ask(97)  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+        self.processors = ask(16)  # cudaDevAttrMultiProcessorCount
 
     @staticmethod
     def current(xp: Any) -> "_Device":
@@ -201,8 +209,6 @@ def _device(xp: Any, device: int) -> _Device:
 @cache  # CuPy would read and hash the source at every call
 def _built(xp: Any, dtype: str, D: int, device: int) -> dict[str, Any]:
     """Compile for the device in use, and allow each kernel its shared memory."""
-    from lvxattn.mpi_impl.kernels.build import KERNELS
-
     module = xp.RawModule(code=source(), options=options(dtype, D))
     kernels = {name: module.get_function(name) for name in KERNELS}
     for name, tile in tiles_of(dtype, D).items():

@@ -67,7 +67,7 @@ template <int R, int C>
 __device__ __forceinline__ void multiply_rows(float (&c)[R][C][4], const float* a,
                                               const float* b) {
     const int g = lane_of() / 4, t = lane_of() % 4;
-    #pragma unroll 2
+    #pragma unroll 1
     for (int d = 0; d < D; d += 4) {
         float4 left[R][2];
         #pragma unroll
@@ -132,27 +132,29 @@ __device__ __forceinline__ void multiply_sums(float (&c)[R][D / 8][4], const flo
     const int lane = lane_of(), t = lane % 4;
     #pragma unroll
     for (int k = 0; k < K; k++)
-        #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float x[R][2];  // column 8 k + j of p, from the lane that holds it
+        #pragma unroll 1
+        for (int j = 0; j < 8; j += 2)
             #pragma unroll
-            for (int r = 0; r < R; r++)
-                #pragma unroll
-                for (int h = 0; h < 2; h++)
-                    x[r][h] = __shfl_sync(~0u, p[r][k][2 * h + j % 2], lane - t + j / 2);
-            #pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                const float2 y = *reinterpret_cast<const float2*>(
-                    b + (8 * k + j) * PITCH<float> + 8 * n + 2 * t);
+            for (int e = 0; e < 2; e++) {
+                float x[R][2];  // column 8 k + j + e of p, from the lane that holds it
                 #pragma unroll
                 for (int r = 0; r < R; r++)
                     #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        c[r][n][2 * h] = fmaf(x[r][h], y.x, c[r][n][2 * h]);
-                        c[r][n][2 * h + 1] = fmaf(x[r][h], y.y, c[r][n][2 * h + 1]);
-                    }
+                    for (int h = 0; h < 2; h++)
+                        x[r][h] = __shfl_sync(~0u, p[r][k][2 * h + e], lane - t + j / 2);
+                #pragma unroll
+                for (int n = 0; n < D / 8; n++) {
+                    const float2 y = *reinterpret_cast<const float2*>(
+                        b + (8 * k + j + e) * PITCH<float> + 8 * n + 2 * t);
+                    #pragma unroll
+                    for (int r = 0; r < R; r++)
+                        #pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            c[r][n][2 * h] = fmaf(x[r][h], y.x, c[r][n][2 * h]);
+                            c[r][n][2 * h + 1] = fmaf(x[r][h], y.y, c[r][n][2 * h + 1]);
+                        }
+                }
             }
-        }
 }
 
 // Over the four lanes that share a row.
