@@ -334,18 +334,14 @@ def test_another_kernel_is_refused() -> None:
 
 
 @pytest.mark.parametrize("s_kv", [1, 100, 5000, 75_000, 1_000_000])
-@pytest.mark.parametrize("s_q", [1, 64, 2048])
-def test_splits_cover_the_keys_and_none_is_empty(s_q: int, s_kv: int, emulator: Emulator) -> None:
-    q = fake_cupy.ndarray(np.broadcast_to(np.float16(0), (1, 32, s_q, 128)))
-    k = fake_cupy.ndarray(np.broadcast_to(np.float16(0), (1, 8, s_kv, 128)))
-    for processors in (1, 132):
-        work = cuda._Launches.__new__(cuda._Launches)
-        work.pairs, work.rows, work.s_kv = 8, 4 * s_q, s_kv
-        work.tiles = build.tiles_of("float16", 128)
-        work.device = type("Device", (), {"processors": processors})()
-        for name in ("forward", "backward_q"):
-            splits, keys = work.splits(name)
-            assert (splits - 1) * keys < s_kv <= splits * keys
-            assert keys % work.tiles[name].cols == 0
-            if processors == 132 and s_kv >= 75_000:
-                assert splits * work.row_blocks(name) * 8 >= 132
+@pytest.mark.parametrize("rows", [1, 256, 8192])
+@pytest.mark.parametrize("processors", [1, 132])
+def test_splits_cover_the_keys_and_fill_the_device(processors: int, rows: int, s_kv: int) -> None:
+    for name, tile in build.tiles_of("float16", 128).items():
+        if name == "backward_kv":
+            continue
+        splits, keys = cuda.splits_of(tile, 8, rows, s_kv, processors)
+        assert (splits - 1) * keys < s_kv <= splits * keys  # none is empty
+        assert keys % tile.cols == 0
+        if s_kv >= 75_000:
+            assert splits * -(-rows // tile.rows) * 8 >= processors

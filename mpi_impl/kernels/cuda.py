@@ -78,9 +78,12 @@ def forward(xp: Any, q: Array, k: Array, v: Array, *, scale: float) -> tuple[Arr
     q, k, v = (_readable(xp, x) for x in (q, k, v))
     q = _packed(xp, q)
     splits, keys = work.splits("forward")
-    out, lse = xp.empty((splits, *q.shape), xp.float32), xp.empty((splits, *q.shape[:3]), xp.float32)
+    out, lse = (
+        xp.empty((splits, *q.shape), xp.float32),
+        xp.empty((splits, *q.shape[:3]), xp.float32),
+    )
     work.launch(
-        "forward", (work.row_blocks("forward"), splits, work.pairs),
+        "forward", (work.blocks("forward", work.rows), splits, work.pairs),
         (out, lse, q, k, v, *_strides(k), *_strides(v), *work.sizes, np.int32(keys), scale),
     )  # fmt: skip
     if splits == 1:
@@ -116,20 +119,18 @@ def backward(
     given = (dout, q, k, v, lse, delta, *_strides(k), *_strides(v))
     parts = xp.empty((splits, *q.shape), xp.float32)
     work.launch(
-        "backward_q", (work.row_blocks("backward_q"), splits, work.pairs),
+        "backward_q", (work.blocks("backward_q", work.rows), splits, work.pairs),
         (parts, *given, *work.sizes, np.int32(keys), scale),
     )  # fmt: skip
     dq = parts[0]
     if splits > 1:
         dq = xp.empty(q.shape, xp.float32)
         blocks = ceil(dq.size / (32 * JOIN_WARPS))
-        work.launch(
-            "sum_splits", (blocks, 1, 1), (dq, parts, np.int32(splits), np.int64(dq.size))
-        )
+        work.launch("sum_splits", (blocks, 1, 1), (dq, parts, np.int32(splits), np.int64(dq.size)))
     # Written in pairs of numbers.  A view that these do not fit is added to by its own addition.
     there = [x if _fits(x) else xp.zeros(x.shape, xp.float32) for x in (dk, dv)]
     work.launch(
-        "backward_kv", (work.key_blocks("backward_kv"), 1, work.pairs),
+        "backward_kv", (work.blocks("backward_kv", work.s_kv), 1, work.pairs),
         (*there, *given, *_strides(there[0]), *_strides(there[1]), *work.sizes, scale),
     )  # fmt: skip
     for x, share in zip((dk, dv), there, strict=True):
@@ -144,6 +145,17 @@ def forget() -> None:
     _built.cache_clear()
 
 
+def splits_of(tile: Tile, pairs: int, rows: int, s_kv: int, processors: int) -> tuple[int, int]:
+    """Return into how many splits the keys are cut, and how many keys each has at most.
+
+    It depends on the sizes and the device alone: the same call gives the same bits.
+    """
+    blocks, steps = ceil(rows / tile.rows) * pairs, ceil(s_kv / tile.cols)
+    wanted = max(1, BLOCKS_PER_PROCESSOR * processors // blocks)
+    each = max(ceil(steps / wanted), min(STEPS_PER_SPLIT, steps))
+    return ceil(steps / each), each * tile.cols
+
+
 class _Launches:
     """The kernels of one dtype and D, and how one block is shared out."""
 
@@ -151,29 +163,18 @@ class _Launches:
         B, H, s_q, self.D = q.shape
         self.H_KV, self.s_kv = k.shape[1:3]
         self.dtype, self.pairs, self.rows = dtype_name(q), B * self.H_KV, H // self.H_KV * s_q
-        self.tiles: dict[str, Tile] = tiles_of(self.dtype, self.D)
-        self.device = _Device.current(xp)
+        self.tiles, self.device = tiles_of(self.dtype, self.D), _Device.current(xp)
         self.kernels = _built(xp, self.dtype, self.D, self.device.id)
         self.sizes = tuple(np.int32(n) for n in (self.H_KV, self.rows, self.s_kv))
 
-    def row_blocks(self, name: str) -> int:
-        """Return how many blocks the rows of a pair make."""
-        return ceil(self.rows / self.tiles[name].rows)
-
-    def key_blocks(self, name: str) -> int:
-        """Return how many blocks the keys of a pair make."""
-        return ceil(self.s_kv / self.tiles[name].rows)
+    def blocks(self, name: str, lines: int) -> int:
+        """Return how many blocks the queries' rows, or the keys, of a pair make."""
+        return ceil(lines / self.tiles[name].rows)
 
     def splits(self, name: str) -> tuple[int, int]:
-        """Return into how many splits the keys are cut, and how many keys each has at most.
-
-        It depends on the sizes and the device alone: the same call gives the same bits.
-        """
-        blocks = self.row_blocks(name) * self.pairs
-        steps = ceil(self.s_kv / self.tiles[name].cols)
-        wanted = max(1, BLOCKS_PER_PROCESSOR * self.device.processors // blocks)
-        each = max(ceil(steps / wanted), min(STEPS_PER_SPLIT, steps))
-        return ceil(steps / each), each * self.tiles[name].cols
+        """Return into how many splits the keys are cut, and how many keys each has at most."""
+        device = self.device
+        return splits_of(self.tiles[name], self.pairs, self.rows, self.s_kv, device.processors)
 
     def launch(self, name: str, grid: tuple[int, int, int], given: tuple[Any, ...]) -> None:
         """Launch a kernel in the current stream."""
@@ -208,12 +209,13 @@ def _device(xp: Any, device: int) -> _Device:
 
 @cache  # CuPy would read and hash the source at every call
 def _built(xp: Any, dtype: str, D: int, device: int) -> dict[str, Any]:
-    """Compile for the device in use, and allow each kernel its shared memory."""
-    module = xp.RawModule(code=source(), options=options(dtype, D))
-    kernels = {name: module.get_function(name) for name in KERNELS}
-    for name, tile in tiles_of(dtype, D).items():
-        # Above 48 KB a kernel must ask.
-        kernels[name].max_dynamic_shared_size_bytes = tile.shared_bytes(dtype, D)
+    """Compile for a device, and allow each kernel its shared memory."""
+    with xp.cuda.Device(device):
+        module = xp.RawModule(code=source(), options=options(dtype, D))
+        kernels = {name: module.get_function(name) for name in KERNELS}
+        for name, tile in tiles_of(dtype, D).items():
+            # Above 48 KB a kernel must ask.
+            kernels[name].max_dynamic_shared_size_bytes = tile.shared_bytes(dtype, D)
     return kernels
 
 
