@@ -19,6 +19,11 @@
 // The query heads that share a key-value head lie one under the other in memory: its `rows` are
 // G s_q, and keys are read once for all of them.  `pair` counts batch entries and key-value heads.
 //
+// What would make it faster on newer devices: sm_90's warpgroup products and bulk copies, for which
+// `multiply_rows`, `multiply_sums` and `load_tile` of tile.cuh are the places; and a backward that
+// makes the scores once, where here both of its kernels make them: seven products instead of five,
+// for sums that are always made in one order.
+//
 // Built by build.py, which puts ptx.cuh and tile.cuh before it and defines SCALAR, the type of q, k,
 // v and dout; HEAD_DIM; and for each kernel its WARPS, ROW_TILES (of 16 rows, for each warp) and
 // COLS.
