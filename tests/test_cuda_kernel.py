@@ -314,6 +314,8 @@ def test_the_device_decides_too(emulator: Emulator, monkeypatch: pytest.MonkeyPa
     assert kernels.unsupported(fake_cupy, *other, None) == (
         "k and v of q's float16, got float16 and float32"
     )
+    many = device(*np.zeros((3, 2**15, 2, 1, 64), np.float16))
+    assert kernels.unsupported(fake_cupy, *many, None) == "B H_KV of at most 65535, got 65536"
     small = build.Tile(warps=8, row_tiles=2, cols=256, kept=2)
     with monkeypatch.context() as patch:
         patch.setitem(build.TILES, (2, 64), {"forward": small})

@@ -30,6 +30,8 @@ Array = Any  # CuPy
 BLOCKS_PER_PROCESSOR = 4
 # A split has at least as many steps: what it writes must be little beside what it reads.
 STEPS_PER_SPLIT = 4
+# The third axis of a grid.
+MOST_PAIRS = 65535
 
 
 def unsupported(xp: Any, q: Array, k: Array, v: Array, mask: Any) -> str | None:
@@ -60,6 +62,8 @@ def unsupported(xp: Any, q: Array, k: Array, v: Array, mask: Any) -> str | None:
         return f"no mask, got {type(mask).__name__}"
     if q.size == 0 or k.size == 0:
         return f"a query and a key at least, got s_q = {q.shape[2]}, s_kv = {k.shape[2]}"
+    if (pairs := k.shape[0] * k.shape[1]) > MOST_PAIRS:
+        return f"B H_KV of at most {MOST_PAIRS}, got {pairs}"
     if {dtype_name(k), dtype_name(v)} != {dtype_name(q)}:
         return f"k and v of q's {dtype_name(q)}, got {dtype_name(k)} and {dtype_name(v)}"
     capability = int(xp.cuda.Device().compute_capability)
@@ -75,8 +79,7 @@ def unsupported(xp: Any, q: Array, k: Array, v: Array, mask: Any) -> str | None:
 def forward(xp: Any, q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
     """Return out (B, H, s_q, D) and lse (B, H, s_q) in fp32, of a block that is supported."""
     work = _Launches(xp, q, k)
-    q, k, v = (_readable(xp, x) for x in (q, k, v))
-    q = _packed(xp, q)
+    q, k, v = _packed(xp, q), _readable(xp, k), _readable(xp, v)
     splits, keys = work.splits("forward")
     out, lse = (
         xp.empty((splits, *q.shape), xp.float32),
