@@ -248,6 +248,9 @@ def moveaxis(a: ndarray, source: int, destination: int) -> ndarray:
     return ndarray(np.moveaxis(a.memory, source, destination))
 
 
+Device.compute_capability = "75"  # too old for the kernels of mpi_impl, unless a test says not
+
+
 def broadcast_to(array: ndarray, shape: Any) -> ndarray:
     return ndarray(np.broadcast_to(array.memory, shape))
 
@@ -275,7 +278,6 @@ def asnumpy(a: ndarray) -> Any:
 
 
 _launch, _wait = stream.launch, stream.synchronize
-Device.compute_capability = "75"  # too old for the kernels of mpi_impl, unless a test says not
 
 
 def _kernel(function: Callable[..., Any], *args: Any, out: ndarray | None = None) -> ndarray:
