@@ -10,9 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
-from benchmarks.cuda_kernel import compile_with_nvcc
-from lvxattn.mpi_impl import block_attention, block_attention_backward, kernels
+from benchmarks.cuda_kernel import RESULTS, compile_with_nvcc
+from lvxattn.mpi_impl import (
+    block_attention,
+    block_attention_backward,
+    cross_attention,
+    cross_attention_backward,
+    kernels,
+)
 from lvxattn.mpi_impl.kernels import build, cuda
 from tests import fake_cupy
 from tests.backends import MPI_DEVICE, host
@@ -73,6 +80,18 @@ def test_compiles_without_a_warning_or_a_spilled_register(dtype: str, D: int) ->
     found = compile_with_nvcc(dtype, D, 80, 90)
     assert {key.split()[0] for key in found} == set(build.KERNELS)
     assert {spilled for _, spilled in found.values()} == {0}
+
+
+def test_the_table_on_record_is_that_of_these_tiles() -> None:
+    rows = [[cell.strip() for cell in line.split("|")] for line in RESULTS.read_text().splitlines()]
+    rows = [row for row in rows if set(row[1:2]) & set(build.SCALARS)]
+    on_record = {(row[1], int(row[2]), row[3].strip("`")): row[4:8] for row in rows}
+    for dtype in build.SCALARS:
+        for D in build.HEAD_DIMS:
+            for name, tile in build.tiles_of(dtype, D).items():
+                shared = tile.shared_bytes(dtype, D)
+                sizes = [str(n) for n in (tile.warps, tile.rows, tile.cols)]
+                assert on_record[dtype, D, name] == [*sizes, f"{shared:,}"]
 
 
 @pytest.mark.parametrize(("dtype", "D"), TO_COMPILE)
@@ -268,6 +287,20 @@ def test_nan_reaches_its_own_row_or_head_only(
     for name in ("out", "dq"):
         assert np.array_equal(found[name][~hit], clean[name][~hit])
         assert not np.isfinite(found[name][hit]).all(axis=-1).any()
+
+
+@emulated
+def test_a_pass_over_mpi_takes_it_by_itself(emulator: Emulator) -> None:
+    problem = sized("float16", 64, "a pass", H=4, H_KV=2).make()
+    q, k, v, dout, dlse = device(*(getattr(problem, x) for x in ("q", "k", "v", "dout", "dlse")))
+    comm, scale = MPI.COMM_SELF, problem.scale
+    out, lse = cross_attention(q, k, v, comm, scale=scale)
+    dlse = dlse.astype(np.float32)
+    gradients = cross_attention_backward(dout, q, k, v, out, lse, comm, scale=scale, dlse=dlse)
+    results = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True))
+    ratios = worst_ratios(problem, {name: host(x) for name, x in results.items()})
+    assert max(ratios.values()) <= 1
+    assert {"forward", "backward_q", "backward_kv"} <= {name for name, _ in emulator.launches}
 
 
 @emulated
