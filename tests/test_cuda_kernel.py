@@ -290,6 +290,24 @@ def test_nan_reaches_its_own_row_or_head_only(
 
 
 @emulated
+@pytest.mark.parametrize("unseen", [70, 330])
+def test_keys_whose_scores_are_minus_infinity_are_not_there(
+    unseen: int, emulator: Emulator
+) -> None:
+    case = sized("float32", 64, "minus infinity", H=2, H_KV=1, S_Q=3, S_KV=330)
+    problem = case.make()
+    problem.q[..., 0] = 1
+    keys, values = (x[:, :, unseen:] for x in (problem.k, problem.v))
+    seen = replace(problem, k=keys, v=values).truth()
+    problem.k[:, :, :unseen, 0] = -np.inf
+    q, k, v = device(problem.q, problem.k, problem.v)
+    found = block_attention(q, k, v, scale=problem.scale, kernel="cuda")
+    limit = limits(case, seen, "float32", "float32")
+    for name, x in zip(("out", "lse"), found, strict=True):
+        assert ratio(host(x).astype(float), seen.results[name], limit[name]) <= 1
+
+
+@emulated
 def test_a_pass_over_mpi_takes_it_by_itself(emulator: Emulator) -> None:
     problem = sized("float16", 64, "a pass", H=4, H_KV=2).make()
     q, k, v, dout, dlse = device(*(getattr(problem, x) for x in ("q", "k", "v", "dout", "dlse")))
