@@ -25,7 +25,7 @@
 using std::max;
 using std::min;
 
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static struct { int x, y, z; } threadIdx, blockIdx, gridDim;

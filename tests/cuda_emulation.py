@@ -71,6 +71,7 @@ class Emulator:
         text = self.edit("\n".join(parts))
         command = [
             "g++", *options, "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-x", "c++",
+            "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",
         ]  # fmt: skip
         known = hashlib.sha256((text + HEADER.read_text() + str(command)).encode()).hexdigest()
         library = self.folder / f"{known[:16]}.so"
