@@ -34,7 +34,8 @@ def main() -> None:
             with open(options.json, "w") as file:
                 json.dump(found, file, indent=1)
     for line in summary(options.part, found):
-        print(line, flush=True)
+        print(line)
+    print(f"{len(found)} rows measured")
 
 
 def local(device: Device) -> Iterator[dict[str, Any]]:
