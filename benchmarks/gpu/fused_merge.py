@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _merge_rows(  # type: ignore[no-untyped-def] # noqa: ANN202
+def _merge_rows(  # type: ignore[no-untyped-def]
     out_a, lse_a, out_b, lse_b, out, lse, D_V, rows, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

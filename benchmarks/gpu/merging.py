@@ -54,9 +54,16 @@ def measure(device: Device) -> list[dict[str, Any]]:
         bytes_ = 3 * (out_a.nbytes + lse_a.nbytes)
         rows.append(
             {
-                "H": H, "s_q": s_q, "s_kv": s_kv, "D": D, "bytes": bytes_, "seconds": seconds,
-                "differs by": differs, "block seconds": block, "failed": failed,
-            }  # fmt: skip
+                "H": H,
+                "s_q": s_q,
+                "s_kv": s_kv,
+                "D": D,
+                "bytes": bytes_,
+                "seconds": seconds,
+                "differs by": differs,
+                "block seconds": block,
+                "failed": failed,
+            }
         )
     return rows
 

@@ -110,9 +110,7 @@ def gpu_package(file: Path) -> str:
     return "torch" if "torch" in file.stem else "cupy"
 
 
-def perform(
-    step: Step, machine: Machine, seconds: float, *, dry: bool = False
-) -> dict[str, Any]:
+def perform(step: Step, machine: Machine, seconds: float, *, dry: bool = False) -> dict[str, Any]:
     """Run a step in `seconds` at most, and return how it went; it never raises for the step's sake.
 
     Returns

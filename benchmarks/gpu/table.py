@@ -48,7 +48,9 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
     if not rows:
         return ""
     cells = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in cells)
+    return "\n".join(
+        "| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in cells
+    )
 
 
 def steps(rows: list[Row]) -> str:
@@ -115,15 +117,11 @@ def overhead(rows: list[Row]) -> str:
 def errors(rows: list[Row] | None) -> str:
     """Return errors over the number of shards."""
     names = ("out", "dq", "dk", "dv")
-    head = ["dtype", "shards", *names, "goal"]
-    return table(
-        head,
-        [
-            [row["dtype"], row["shards"], *(f"{row['over the floor'][n]:.2f}" for n in names)]
-            + [f"below {row['goal']}"]
-            for row in rows or []
-        ],
-    )
+    lines = []
+    for row in rows or []:
+        ratios = [f"{row['over the floor'][name]:.2f}" for name in names]
+        lines.append([row["dtype"], row["shards"], *ratios, row["goal"]])
+    return table(["dtype", "shards", *names, "goal: below"], lines)
 
 
 def million(rows: list[Row]) -> str:

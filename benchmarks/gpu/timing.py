@@ -106,8 +106,8 @@ def ceilings(device: Device) -> dict[str, float]:
     found = {}
     for dtype in (torch.bfloat16, torch.float16):
         a, b = (device.randn(size, size, dtype=dtype) for _ in range(2))
-        found[str(dtype).removeprefix("torch.")] = 2 * size**3 / device.seconds(
-            [lambda a=a, b=b: a @ b, lambda a=a, b=b: b @ a]
+        found[str(dtype).removeprefix("torch.")] = (
+            2 * size**3 / device.seconds([lambda a=a, b=b: a @ b, lambda a=a, b=b: b @ a])
         )
     source = torch.ones(length, dtype=torch.uint8, device=device.name)
     target = torch.empty_like(source)
