@@ -29,7 +29,7 @@ backend, kind = sys.argv[1:]
 rank, size = (int(os.environ[f"LVXATTN_TEST_{name}"]) for name in ("RANK", "SIZE"))
 device = torch.device("cpu")
 if kind == "cpu":  # to see without a GPU that this runs
-    HALF, SCHEDULES, CASES = HALF[:1], SCHEDULES[::2], CASES[:6]
+    HALF, SCHEDULES, CASES = HALF[:1], SCHEDULES[:1], CASES[:1]
 if kind == "cuda":
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
