@@ -30,7 +30,7 @@ SPLIT_WITHIN = {"cuda": ("cuda_flash", "cudnn", "efficient"), "cpu": ("cpu_flash
 # How many shares of work a device may need to be busy, and how many rows make one.
 BUSY, ROWS = (132, 264, 528), 128
 # The backend that keeps all scores is left out above this many bytes of them.
-MOST_SCORES = 2**34
+MOST_SCORES = 2**32
 
 Work = Callable[[], object]
 

@@ -114,7 +114,7 @@ def _cuts(parts: int, s_kv: int) -> Iterator[tuple[int, slice]]:
 
 
 def _joined(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge all parts (parts, ...) at once into (1, ...): on a device each call costs its launch."""
+    """Merge all parts (parts, ...) at once into (1, ...): each call costs a device its launch."""
     lse = lses.logsumexp(dim=0, keepdim=True)
     # As in `merge`: where all are -inf, all weights are 0 and nothing is NaN.
     base = torch.where(lse == -torch.inf, 0.0, lse)
