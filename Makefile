@@ -68,7 +68,7 @@ bench-quick: check-mpiexec $(STAMP) ## The same on small problems, under 2 minut
 	$(VENV_PYTHON) benchmarks/precision.py --quick
 	$(MPIEXEC) -n 2 $(VENV_PYTHON) -m mpi4py benchmarks/tracing.py --quick
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --quick
-	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick --only slow bytes cores
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --quick
 
 # On a GPU machine nothing is installed: PYTHON's own packages are used, with or without a network.
