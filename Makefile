@@ -25,8 +25,8 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train tutorials lab notebooks docs test lint soak bench bench-quick clean
-.PHONY: check-mpiexec
+.PHONY: help setup demo train tutorials lab notebooks docs test lint soak bench gpu bench-quick
+.PHONY: clean check-mpiexec
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -79,8 +79,13 @@ bench-quick: check-mpiexec $(STAMP) ## The same on small problems, under 2 minut
 	$(VENV_PYTHON) benchmarks/precision.py --quick
 	$(MPIEXEC) -n 2 $(VENV_PYTHON) -m mpi4py benchmarks/tracing.py --quick
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --quick
-	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick --only slow bytes cores
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --quick
+
+# On a GPU machine nothing is installed: PYTHON's own packages are used, with or without a network.
+gpu: ## Test and measure on this machine's GPUs with PYTHON's own packages, 9 minutes (DRY=1 rehearses)
+	$(PYTHON) benchmarks/gpu $(if $(OUT),--out "$(OUT)") $(if $(DRY),--dry) \
+	  $(if $(CUDA_MPI),--cuda-mpi "$(CUDA_MPI)") $(if $(filter system,$(MPI)),--mpiexec "$(MPIEXEC)") $(ARGS)
 
 clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist src/*.egg-info demo.png train-run

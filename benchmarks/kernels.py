@@ -35,8 +35,10 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument("--quick", action="store_true", help="a few sizes in fp32, once")
     options = parser.parse_args()
+    if options.quick:
+        options.repeat = 1
     torch.set_num_threads(options.threads)
     rows, load = [], os.getloadavg()[0]
     for job, mask in jobs(options.quick):
@@ -55,14 +57,16 @@ def main() -> None:
 def jobs(quick: bool) -> list[tuple[Job, str]]:
     """Return the shapes that are measured, with the kind of mask."""
     lengths = [(1, 16384), (16, 16384), (128, 16384), (1024, 4096)]
-    if not quick:
-        lengths += [(16, 65536), (128, 65536), (1024, 16384), (2048, 4096)]
+    if quick:
+        return [
+            (Job("cpu", torch.float32, 1, 8, 2, s_q, s_kv, 64, 64), "none") for s_q, s_kv in lengths
+        ]
+    lengths += [(16, 65536), (128, 65536), (1024, 16384), (2048, 4096)]
     found = []
     for dtype in DTYPES:
         for s_q, s_kv in lengths:
-            found += [(Job("cpu", dtype, 1, 8, 2, s_q, s_kv, 64, 64), "none")]
-            if not quick:
-                found += [(Job("cpu", dtype, 1, 8, 2, s_q, s_kv, 128, 128), "none")]
+            for D in (64, 128):
+                found += [(Job("cpu", dtype, 1, 8, 2, s_q, s_kv, D, D), "none")]
         found += [(Job("cpu", dtype, 1, 4, 1, 16, 16384, 64, 64), "none")]
     for s_q in (16, 128, 1024):
         found += [(Job("cpu", torch.float32, 1, 8, 2, s_q, 4096, 64, 64), "padding")]

@@ -30,12 +30,13 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="E = 256 only")
+    parser.add_argument("--quick", action="store_true", help="E = 256 only, 2 pairs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows, load = [], os.getloadavg()[0]
-    for E, frozen in [(256, False), (256, True)] + ([] if options.quick else [(512, False)]):
-        rows.append(compare(E, frozen, options.pairs))
+    widths = [(256, False)] if options.quick else [(256, False), (256, True), (512, False)]
+    for E, frozen in widths:
+        rows.append(compare(E, frozen, 2 if options.quick else options.pairs))
         show(rows[-1])
     if options.json:
         stored = {"machine": describe(), "torch": torch.__version__, "threads": options.threads}

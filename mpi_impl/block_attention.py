@@ -18,6 +18,9 @@ Equations: arXiv:2307.08691, algorithms 1 and 2.
 
 The elementwise steps between two matrix products are done in place on a tile that stays in a core's
 cache (NumPy) or fills the device (CuPy).  Between tiles the caller's `progress` lets MPI work.
+
+For CuPy there is another way, `kernels/`: the same tiles in one kernel on tensor cores, which takes
+over where it can.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from lvxattn.mpi_impl import kernels
 from lvxattn.mpi_impl.device import array_module
 from lvxattn.mpi_impl.merge import merge
 from lvxattn.reference.masks import MaskRule, MaskView, tiles
@@ -42,6 +46,7 @@ def block_attention(
     scale: float,
     mask: MaskView | Array | MaskRule | None = None,
     progress: Callable[[], None] = lambda: None,
+    kernel: str = "auto",
 ) -> tuple[Array, Array]:
     """Attend from a block of queries to one rank's keys.  Not collective.
 
@@ -55,13 +60,25 @@ def block_attention(
         A mask over this block, or the view that `Layout.view` gives of a rank's mask.
     progress : callable
         Called between tiles.
+    kernel : str
+        ``"tiles"``: these steps, which can do everything; ``"cuda"``: those of `kernels`;
+        ``"auto"``: the latter where they can.
 
     Returns
     -------
     out : (B, H, s_q, D_V), accumulator dtype
     lse : (B, H, s_q), accumulator dtype
         Natural log; (0, -inf) where a query may attend to none of the keys.
+
+    Raises
+    ------
+    ValueError
+        `kernel` is none of these, or cannot do this.
     """
+    if _takes_cuda(kernel, q, k, v, MaskView.of(mask)):
+        out, lse = kernels.forward(array_module(q), q, k, v, scale=float(scale))
+        progress()
+        return out, lse
     work = _Tiles(q, k, MaskView.of(mask))
     xp = work.xp
     out, lse = work.new_rows(v.shape[3]), work.new_rows()
@@ -103,6 +120,7 @@ def block_attention_backward(
     scale: float,
     mask: MaskView | Array | MaskRule | None = None,
     progress: Callable[[], None] = lambda: None,
+    kernel: str = "auto",
 ) -> Array:
     """Differentiate `block_attention` given lse and delta over all keys of all ranks.
 
@@ -111,7 +129,7 @@ def block_attention_backward(
     Parameters
     ----------
     dout : (B, H, s_q, D_V)
-    q, k, v, scale, mask, progress
+    q, k, v, scale, mask, progress, kernel
         As given to `block_attention`.
     lse : (B, H, s_q)
         Over all keys.
@@ -125,6 +143,11 @@ def block_attention_backward(
     dq : (B, H, s_q, D), accumulator dtype
         The share of these keys.
     """
+    if _takes_cuda(kernel, q, k, v, MaskView.of(mask)):
+        xp = array_module(q)
+        dq = kernels.backward(xp, dout, q, k, v, lse, delta, dk, dv, scale=float(scale))
+        progress()
+        return dq
     work = _Tiles(q, k, MaskView.of(mask))
     xp = work.xp
     dq = work.new_rows(q.shape[3])
@@ -176,6 +199,18 @@ def delta_of(dout: Array, out: Array, lse: Array, dlse: Array | None) -> tuple[A
     wide = np.dtype(accumulator(dtype_name(dout)))
     delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
     return dout, xp.where(seen, delta, 0.0)
+
+
+def _takes_cuda(kernel: str, q: Array, k: Array, v: Array, mask: MaskView) -> bool:
+    """Return whether the kernels of `kernels` take this block."""
+    if kernel not in ("auto", "cuda", "tiles"):
+        raise ValueError(f"kernel: expected auto, cuda or tiles, got {kernel!r}")
+    if kernel == "tiles":
+        return False
+    reason = kernels.unsupported(array_module(q), q, k, v, mask.mask)
+    if reason is not None and kernel == "cuda":
+        raise ValueError(f"kernel: 'cuda' expects {reason}")
+    return reason is None
 
 
 # Batch entry, key-value heads and query rows of one tile.

@@ -54,6 +54,7 @@ def mpiexec(
     *args: str | Path,
     timeout: float = 60.0,
     mpi4py: bool = True,
+    strict: bool = True,
     env: dict[str, str | None] | None = None,
 ) -> Ended:
     """Run ``python -W error -m mpi4py *args`` on P ranks; one that outlives `timeout` is killed.
@@ -67,12 +68,15 @@ def mpiexec(
         Seconds.
     mpi4py : bool
         Run through ``-m mpi4py``, which ends all ranks when one raises.
+    strict : bool
+        Warnings are errors: not where a GPU's packages are of versions that nobody here chose.
     env : dict, optional
         Added to the environment; None takes a variable out of it.
     """
     launcher = shlex.split(os.environ.get("LVXATTN_MPIEXEC", ""))
     launcher = launcher or [str(Path(sys.executable).with_name("mpiexec"))]
-    runner = [sys.executable, "-W", "error", *(["-m", "mpi4py"] if mpi4py else [])]
+    warnings = ["-W", "error"] if strict else []
+    runner = [sys.executable, *warnings, *(["-m", "mpi4py"] if mpi4py else [])]
     began = time.time()
     ended = launch([*launcher, "-n", str(P), *runner, *map(str, args)], timeout=timeout, env=env)
     if ended.status:
@@ -98,7 +102,7 @@ def launch(
         **os.environ,
         "OMP_NUM_THREADS": "1",
         # Programs import tests.*; and this checkout, wherever lvxattn is installed from.
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src"))),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src"), *_python_path()]),
         MARK: mark,
         **(env or {}),
     }
@@ -149,6 +153,11 @@ def _run_once(
 ) -> tuple[Ended, Any]:
     ended = mpiexec(P, PROGRAMS / program, *args, env=dict(env), timeout=t)
     return ended, json.loads(ended.out) if ended.status == 0 else None
+
+
+def _python_path() -> list[str]:
+    """Return the folders that other packages may be in, where they are not installed."""
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _sweep(began: float) -> None:

@@ -241,6 +241,22 @@ def test_split_makes_as_many_parts_as_workers_lack_heads(monkeypatch: pytest.Mon
     assert split.parts_for(job("cuda", torch.float32, s_q=16, backward=True)) == 1
 
 
+def test_parts_are_joined_as_merge_does_and_those_that_see_nothing_count_for_nothing() -> None:
+    outs, lses = torch.randn(5, 2, 3, 4), 10 * torch.randn(5, 2, 3)
+    for dead in ((slice(None), 0, 0), (1, 1, 1)):
+        outs[dead], lses[dead] = 0, -torch.inf
+    out, lse = split._joined(outs, lses)
+    want = outs[:1], lses[:1]
+    for part in range(1, 5):
+        want = merge(*want, outs[part : part + 1], lses[part : part + 1])
+    assert torch.equal(lse == -torch.inf, want[1] == -torch.inf)
+    assert bool((out[0, 0, 0] == 0).all())
+    # Five parts: as many roundings of weights and sums, lse of 40 at most.
+    u = UNIT["float32"]
+    assert torch.allclose(lse, want[1], rtol=0, atol=5 * (2 * 40 + 8) * u)
+    assert torch.allclose(out, want[0], rtol=0, atol=5 * (2 * 40 + 8) * u * float(outs.abs().max()))
+
+
 # The stand-in for out.
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import lvxattn
+from lvxattn.mpi_impl.kernels.build import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
 # The folders that are to install as subpackages of lvxattn.
@@ -82,6 +83,11 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     run(sys.executable, "-m", "build", "--no-isolation", *what, cwd=tree)
     (built,) = (tree / "dist").glob("*.whl")
     return built
+
+
+def test_wheel_holds_the_sources_of_the_cuda_kernels(wheel: Path) -> None:
+    sources = {f"lvxattn/mpi_impl/kernels/{name}" for name in SOURCES}
+    assert sources == {name for name in members(wheel) if name.endswith((".cu", ".cuh"))}
 
 
 def test_wheel_holds_every_module_and_the_typing_marker(wheel: Path) -> None:

@@ -77,8 +77,8 @@ _KERNEL = {"kernel": "there are several"}
 _LAYER = dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases")
 EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
-        "block_attention": _PROGRESS,
-        "block_attention_backward": _PROGRESS,
+        "block_attention": _PROGRESS | _KERNEL,
+        "block_attention_backward": _PROGRESS | _KERNEL,
         "Exchange.__init__": {"xp": "NumPy or CuPy decides about the buffers"},
         "Exchange.rotation": _FIELDS,
         "Rotation.__init__": _FIELDS,

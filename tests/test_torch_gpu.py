@@ -1,6 +1,8 @@
 """torch_impl on a CUDA device: kernels, a pass and a step, where there is one."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from lvxattn.torch_impl import (
     block_attention_backward,
     cross_attention,
 )
+from lvxattn.torch_impl.cross_attention import FORWARD
 from lvxattn.torch_impl.kernels import KERNELS
 from tests.backends import tensor
 from tests.cases import BF16, CASES, Case
 from tests.judge import worst_ratios
+from tests.torch_ranks import all_right
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,3 +88,81 @@ def test_decoding_asks_the_driver_for_no_memory_after_the_first_step() -> None:
         for _ in range(5):
             cross_attention(q, k, v, layout=layout)
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+def passes(**options: Any) -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
+    """Return inputs on the device, and a forward and a backward on them by a layout."""
+    q, k, v = (
+        torch.randn(1, heads, s, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads, s in ((4, 64), (2, 4096), (2, 4096))
+    )
+    layout = Layout.agree(q, k, v, **options)
+    dout = torch.randn(1, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
+    given = {name: x for name, x in options.items() if name in ("mask", "queries")}
+
+    def step() -> list[torch.Tensor]:
+        out = cross_attention(q, k, v, layout=layout, **given)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+    return [q, k, v, dout], step
+
+
+def rule(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
+    return kv_index % 3 != q_index % 2
+
+
+@pytest.mark.parametrize("kind", ["no mask", "padding", "additive", "callable"])
+@pytest.mark.parametrize("schedule", [*FORWARD, "replicated"])
+def test_a_pass_and_its_backward_wait_for_the_device_nowhere(schedule: str, kind: str) -> None:
+    masks = {
+        "no mask": None,
+        "padding": (torch.arange(4096, device="cuda") < 3000)[None, None, None],
+        "additive": torch.randn(1, 1, 64, 4096, device="cuda", dtype=torch.bfloat16),
+        "callable": rule,
+    }
+    how = {"queries": schedule} if schedule == "replicated" else {"schedule": schedule}
+    _, step = passes(mask=masks[kind], **how)
+    step()  # what is done once may wait
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_a_step_is_captured_in_a_graph_and_replayed_on_other_numbers() -> None:
+    inputs, step = passes()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # a capture wants what is done once to have been done aside
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    # Sums of a gradient may be taken in another order, and are rounded to bf16 once.
+    for got, want in zip(replayed, step(), strict=True):
+        largest = float(want.abs().max())
+        assert torch.allclose(got.float(), want.float(), rtol=2**-6, atol=2**-6 * largest)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("P", [1, 2, 4])
+def test_ranks_that_share_a_gpu_over_gloo_are_right(P: int) -> None:
+    all_right(P, "gloo", "cuda")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("P", [2, 4])
+def test_ranks_with_a_gpu_each_are_right_over_nccl(P: int) -> None:
+    if torch.cuda.device_count() < P:
+        pytest.skip(f"needs {P} GPUs, has {torch.cuda.device_count()}: NCCL takes one rank a GPU")
+    all_right(P, "nccl", "cuda")

@@ -17,13 +17,16 @@ from tests.launch import PROGRAMS, Ended, launch
 STORE, RANK, SIZE = "LVXATTN_TEST_STORE", "LVXATTN_TEST_RANK", "LVXATTN_TEST_SIZE"
 
 
-def ranks(P: int, program: str, *args: str, timeout: float = 60.0) -> list[Ended]:
+def ranks(
+    P: int, program: str, *args: str, timeout: float = 60.0, strict: bool = True
+) -> list[Ended]:
     """Run a program of `PROGRAMS` on P ranks; return how each of them ended.
 
     Unlike torchrun, nobody ends the others when one rank fails.  What outlives `timeout` (seconds)
-    is killed.
+    is killed.  With `strict`, warnings are errors.
     """
-    command = [sys.executable, "-W", "error", str(PROGRAMS / program), *args]
+    warnings = ["-W", "error"] if strict else []
+    command = [sys.executable, *warnings, str(PROGRAMS / program), *args]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(P) as pool:
         where: dict[str, str | None] = {STORE: f"{folder}/store", SIZE: str(P)}
         return list(
@@ -48,6 +51,21 @@ def torch_report(P: int, program: str, *args: str, timeout: float = 100.0) -> An
         said = [line for line in end.err.splitlines() if not line.startswith("USDT:")]
         assert not said, f"rank {rank}: {end.err}"
     return printed
+
+
+def all_right(P: int, *args: str, timeout: float = 100.0) -> None:
+    """Run `torch_gpu.py` on P ranks; all that it solves must be right, on every rank."""
+    ended = ranks(P, "torch_gpu.py", *args, timeout=timeout, strict=False)
+    for rank, end in enumerate(ended):
+        assert not end.timed_out, f"rank {rank}: more than {timeout} s\n{end.out}\n{end.err}"
+        assert end.status == 0, f"rank {rank}:\n{end.out}\n{end.err}"
+        assert not end.left, f"rank {rank}: {end.left}"
+    # A backend may have something to say before it.
+    reports = json.loads(ended[0].out[ended[0].out.index('{"ranks"') :])["ranks"]
+    assert len(reports) == P
+    for report in reports:
+        assert report
+        assert all(report.values()), [name for name, right in report.items() if not right]
 
 
 @cache

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView, tiles
+from lvxattn.reference.masks import MaskView
 from lvxattn.torch_impl.kernels import blocked, cpu_flash, cuda_flash, cudnn, efficient
 from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
 from lvxattn.torch_impl.merge import merge
@@ -63,8 +63,7 @@ def forward(
             part_outs, part_lses = kernel.forward(
                 q_parts, k_parts, v_parts, scale=scale, mask=_NO_MASK
             )
-            for at in tiles(parts, 1):
-                out, lse = merge(out, lse, part_outs[at], part_lses[at])
+            out, lse = merge(out, lse, *_joined(part_outs, part_lses))
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
@@ -112,6 +111,15 @@ def _cuts(parts: int, s_kv: int) -> Iterator[tuple[int, slice]]:
     yield parts, slice(0, even)
     if even < s_kv:
         yield 1, slice(even, s_kv)
+
+
+def _joined(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge all parts (parts, ...) at once into (1, ...): each call costs a device its launch."""
+    lse = lses.logsumexp(dim=0, keepdim=True)
+    # As in `merge`: where all are -inf, all weights are 0 and nothing is NaN.
+    base = torch.where(lse == -torch.inf, 0.0, lse)
+    weights = torch.exp(lses - base)[..., None]
+    return (weights * outs).sum(dim=0, keepdim=True), lse
 
 
 def _parts(x: Tensor, parts: int) -> Tensor:

@@ -1,0 +1,159 @@
+"""The Markdown page of a GPU run, from what was stored of it."""
+
+from typing import Any
+
+Row = dict[str, Any]
+
+# torch_impl's block over PyTorch's best backend; the same where that does not split over keys, as
+# only its flash does; CuPy's.
+GOAL, GOAL_UNSPLIT, GOAL_CUPY = 0.95, 1.5, 0.8
+
+
+def page(stored: Row) -> str:
+    """Return the page."""
+    lines = [f"# {stored['device']}", ""]
+    if stored["rehearsal"]:
+        lines += ["A rehearsal on a CPU with tiny shapes: the numbers mean nothing.", ""]
+    lines += [f"- {need}: {said}" for need, said in stored["found"].items()]
+    lines += [f"- {need}: missing ({why})" for need, why in stored["missing"].items()]
+    parts = stored["parts"]
+    ceilings: Row = (parts.get("ceilings") or [{}])[0]
+    if ceilings:
+        rates = ", ".join(
+            f"{ceilings[name] / 1e12:.3g} {unit}"
+            for name, unit in (
+                ("bfloat16", "TFLOP/s in bf16"), ("float16", "in fp16"), ("copy", "TB/s copied"),
+            )
+        )  # fmt: skip
+        lines += ["", f"The device's own rates, measured here: {rates} (read and written)."]
+    sections = (
+        ("What was run", [steps(stored["steps"])]),
+        ("torch_impl's block attention", local(parts.get("local", []), ceilings)),
+        ("mpi_impl's block attention on CuPy", local(parts.get("cupy", []), ceilings)),
+        ("A rank that is alone", [overhead(parts.get("overhead", []))]),
+        ("Errors in half precision, over the rounding of the truth", [errors(parts.get("errors"))]),
+        ("A million keys on one device", [million(parts.get("million", []))]),
+        ("The merge", [merging(parts.get("merging", []), ceilings)]),
+    )
+    for title, tables in sections:
+        lines += ["", f"## {title}", ""]
+        for text in tables:
+            lines += [text or "Not measured.", ""]
+        lines.pop()
+    return "\n".join(lines) + "\n"
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Return a Markdown table, or nothing."""
+    if not rows:
+        return ""
+    cells = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in cells
+    )
+
+
+def steps(rows: list[Row]) -> str:
+    """Return how every step went."""
+    return table(
+        ["step", "outcome", "seconds", "last line"],
+        [[row["name"], row["outcome"], row["seconds"], row["last"]] for row in rows],
+    )
+
+
+def local(rows: list[Row], ceilings: Row) -> list[str]:
+    """Return times beside PyTorch's, and what every way took."""
+    short, full = [], []
+    for row in rows:
+        ours = row["seconds"].get("auto")
+        sdpa = row["sdpa seconds"]
+        shape = [row["pass"], row["dtype"], row["s_q"], row["s_kv"]]
+        ways = {**row["seconds"], **sdpa}
+        full.append([*shape, "; ".join(f"{n} {1e3 * s:.3g}" for n, s in _ordered(ways))])
+        if ours is None:
+            continue
+        best = min(sdpa, key=sdpa.__getitem__, default="")
+        unsplit = [s for name, s in sdpa.items() if name != "sdpa flash"]
+        rate, copy = ceilings.get(row["dtype"]), ceilings.get("copy")
+        short.append(
+            [
+                *shape, row["auto"], f"{1e3 * ours:.3g}",
+                f"{row['flop'] / ours / rate:.2f}" if rate else "",
+                f"{row['bytes'] / ours / copy:.2f}" if copy else "",
+                f"{best} {1e3 * sdpa[best]:.3g}" if best else "",
+                f"{sdpa[best] / ours:.2f}" if best else "",
+                f"{min(unsplit) / ours:.2f}" if unsplit else "",
+            ]
+        )  # fmt: skip
+    head = ["pass", "dtype", "s_q", "s_kv"]
+    if not short:
+        return [""]
+    columns = ["kernel", "ms", "of matmul rate", "of copy rate", "SDPA's best, ms", "SDPA / ours"]
+    goals = f"Goals: SDPA / ours at least {GOAL}, on CuPy {GOAL_CUPY}; over those of its backends "
+    goals += f"that do not split over keys at least {GOAL_UNSPLIT}."
+    found = [
+        goals,
+        table([*head, *columns, "unsplit / ours"], short),
+        table([*head, "ms by kernel"], full),
+    ]
+    failed = sorted({f"- {name}: {why}" for row in rows for name, why in row["failed"].items()})
+    return [*found, "\n".join(["What could not be done:", "", *failed])] if failed else found
+
+
+def overhead(rows: list[Row]) -> str:
+    """Return what the machinery costs."""
+    lines = []
+    for row in rows:
+        for name in ("forward", "backward"):
+            got = row[name]
+            lines.append([
+                name, row["s_q"], row["s_kv"], f"{1e3 * got['seconds']:.4g}",
+                f"{1e3 * got['block seconds']:.4g}", f"{got['ratio']:.4f}", row["goal"],
+            ])  # fmt: skip
+    head = ["pass", "s_q", "s_kv", "cross_attention, ms", "its block, ms", "ratio", "goal"]
+    return table(head, lines)
+
+
+def errors(rows: list[Row] | None) -> str:
+    """Return errors over the number of shards."""
+    names = ("out", "dq", "dk", "dv")
+    lines = []
+    for row in rows or []:
+        ratios = [f"{row['over the floor'][name]:.2f}" for name in names]
+        lines.append([row["dtype"], row["shards"], *ratios, row["goal"]])
+    return table(["dtype", "shards", *names, "goal: below"], lines)
+
+
+def million(rows: list[Row]) -> str:
+    """Return memory."""
+    lines = []
+    for row in rows:
+        for name in ("forward", "forward and backward"):
+            got = row[name]
+            lines.append([
+                name, row["s_q"], row["s_kv"], f"{1e3 * got['seconds']:.4g}",
+                f"{got['inputs and outputs'] / 1e9:.3g}", f"{got['peak'] / 1e9:.3g}",
+                f"{got['ratio']:.2f}", row["goal"],
+            ])  # fmt: skip
+    head = ["pass", "s_q", "s_kv", "ms", "inputs and outputs, GB", "peak, GB", "ratio", "goal"]
+    return table(head, lines)
+
+
+def merging(rows: list[Row], ceilings: Row) -> str:
+    """Return the ways to merge."""
+    lines = []
+    for row in rows:
+        for name, seconds in row["seconds"].items():
+            copy = ceilings.get("copy")
+            lines.append([
+                row["s_q"], name, f"{1e6 * seconds:.3g}",
+                f"{row['bytes'] / seconds / copy:.2f}" if copy else "",
+                f"{100 * seconds / row['block seconds']:.2f}", f"{row['differs by'][name]:.1e}",
+            ])  # fmt: skip
+        lines += [[row["s_q"], name, why, "", "", ""] for name, why in row["failed"].items()]
+    head = ["s_q", "way", "µs", "of copy rate", "% of a hop's attention to 75k keys", "differs by"]
+    return table(head, lines)
+
+
+def _ordered(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(seconds.items(), key=lambda item: item[1])

@@ -1,0 +1,252 @@
+"""The launches: how work is shared out among blocks, and what the kernels are given.
+
+    q, dout, lse, delta   (B, H, s_q, ...)  ->  (B H_KV, G s_q, ...)   the same bytes, G = H / H_KV
+    k, v, dk, dv          (B, H_KV, s_kv, D), rows apart as they are: often part of a shard's keys
+
+Kernels run in the current stream; nothing here waits for them.
+"""
+
+from functools import cache
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from lvxattn.mpi_impl.kernels.build import (
+    HEAD_DIMS,
+    JOIN_WARPS,
+    KERNELS,
+    SCALARS,
+    Tile,
+    options,
+    source,
+    tiles_of,
+)
+from lvxattn.reference.validation import dtype_name
+
+Array = Any  # CuPy
+
+# Blocks of threads for each multiprocessor that a launch is cut into, if the keys are long enough.
+BLOCKS_PER_PROCESSOR = 4
+# A split has at least as many steps: what it writes must be little beside what it reads.
+STEPS_PER_SPLIT = 4
+# The third axis of a grid.
+MOST_PAIRS = 65535
+
+
+def unsupported(xp: Any, q: Array, k: Array, v: Array, mask: Any) -> str | None:
+    """Say what keeps the fast kernels from this block, or None.
+
+    Parameters
+    ----------
+    xp : module
+        numpy or cupy.
+    q : (B, H, s_q, D)
+    k : (B, H_KV, s_kv, D)
+    v : (B, H_KV, s_kv, D_V)
+    mask : None, array or callable
+
+    Returns
+    -------
+    reason : str or None
+        ``"<what is expected>, got <what is given>"``.
+    """
+    if xp is np:
+        return "a CuPy array, got one of numpy"
+    if dtype_name(q) not in SCALARS:
+        return f"one of {', '.join(SCALARS)}, got {dtype_name(q)}"
+    D, D_V = q.shape[3], v.shape[3]
+    if D not in HEAD_DIMS or D_V != D:
+        return f"D = D_V in {HEAD_DIMS}, got D = {D}, D_V = {D_V}"
+    if mask is not None:
+        return f"no mask, got {type(mask).__name__}"
+    if q.size == 0 or k.size == 0:
+        return f"a query and a key at least, got s_q = {q.shape[2]}, s_kv = {k.shape[2]}"
+    if (pairs := k.shape[0] * k.shape[1]) > MOST_PAIRS:
+        return f"B H_KV of at most {MOST_PAIRS}, got {pairs}"
+    if {dtype_name(k), dtype_name(v)} != {dtype_name(q)}:
+        return f"k and v of q's {dtype_name(q)}, got {dtype_name(k)} and {dtype_name(v)}"
+    capability = int(xp.cuda.Device().compute_capability)
+    if capability < 80:
+        return f"a device of compute capability 8.0 or more, got {capability / 10}"
+    here = _Device.current(xp)
+    most = max(t.shared_bytes(dtype_name(q), D) for t in tiles_of(dtype_name(q), D).values())
+    if most > here.shared_bytes:
+        return f"a device with {most} bytes of shared memory a block, got {here.shared_bytes}"
+    return None
+
+
+def forward(xp: Any, q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
+    """Return out (B, H, s_q, D) and lse (B, H, s_q) in fp32, of a block that is supported."""
+    work = _Launches(xp, q, k)
+    q, k, v = _packed(xp, q), _readable(xp, k), _readable(xp, v)
+    splits, keys = work.splits("forward")
+    out, lse = (
+        xp.empty((splits, *q.shape), xp.float32),
+        xp.empty((splits, *q.shape[:3]), xp.float32),
+    )
+    work.launch(
+        "forward", (work.blocks("forward", work.rows), splits, work.pairs),
+        (out, lse, q, k, v, *_strides(k), *_strides(v), *work.sizes, np.int32(keys), scale),
+    )  # fmt: skip
+    if splits == 1:
+        return out[0], lse[0]
+    joined = xp.empty(q.shape, xp.float32), xp.empty(q.shape[:3], xp.float32)
+    lines = lse[0].size
+    work.launch(
+        "merge_splits", (ceil(lines / JOIN_WARPS), 1, 1),
+        (*joined, out, lse, np.int32(splits), np.int64(lines)),
+    )  # fmt: skip
+    return joined
+
+
+def backward(
+    xp: Any,
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    lse: Array,
+    delta: Array,
+    dk: Array,
+    dv: Array,
+    *,
+    scale: float,
+) -> Array:
+    """Return dq in fp32, and add to dk and dv, fp32, in place."""
+    work = _Launches(xp, q, k)
+    k, v = (_readable(xp, x) for x in (k, v))
+    dout, q = (_packed(xp, x.astype(q.dtype, copy=False)) for x in (dout, q))
+    lse, delta = (_packed(xp, x.astype(xp.float32, copy=False)) for x in (lse, delta))
+    splits, keys = work.splits("backward_q")
+    given = (dout, q, k, v, lse, delta, *_strides(k), *_strides(v))
+    parts = xp.empty((splits, *q.shape), xp.float32)
+    work.launch(
+        "backward_q", (work.blocks("backward_q", work.rows), splits, work.pairs),
+        (parts, *given, *work.sizes, np.int32(keys), scale),
+    )  # fmt: skip
+    dq = parts[0]
+    if splits > 1:
+        dq = xp.empty(q.shape, xp.float32)
+        blocks = ceil(dq.size / (32 * JOIN_WARPS))
+        work.launch("sum_splits", (blocks, 1, 1), (dq, parts, np.int32(splits), np.int64(dq.size)))
+    # Written in pairs of numbers.  A view that these do not fit is added to by its own addition.
+    there = [x if _fits(x) else xp.zeros(x.shape, xp.float32) for x in (dk, dv)]
+    work.launch(
+        "backward_kv", (work.blocks("backward_kv", work.s_kv), 1, work.pairs),
+        (*there, *given, *_strides(there[0]), *_strides(there[1]), *work.sizes, scale),
+    )  # fmt: skip
+    for x, share in zip((dk, dv), there, strict=True):
+        if share is not x:
+            x += share
+    return dq
+
+
+def forget() -> None:
+    """Forget what was compiled, and what is known of devices."""
+    _device.cache_clear()
+    _built.cache_clear()
+
+
+def splits_of(tile: Tile, pairs: int, rows: int, s_kv: int, processors: int) -> tuple[int, int]:
+    """Return into how many splits the keys are cut, and how many keys each has at most.
+
+    It depends on the sizes and the device alone: the same call gives the same bits.
+    """
+    blocks, steps = ceil(rows / tile.rows) * pairs, ceil(s_kv / tile.cols)
+    wanted = max(1, BLOCKS_PER_PROCESSOR * processors // blocks)
+    each = max(ceil(steps / wanted), min(STEPS_PER_SPLIT, steps))
+    return ceil(steps / each), each * tile.cols
+
+
+class _Launches:
+    """The kernels of one dtype and D, and how one block is shared out."""
+
+    def __init__(self, xp: Any, q: Array, k: Array) -> None:
+        B, H, s_q, self.D = q.shape
+        self.H_KV, self.s_kv = k.shape[1:3]
+        self.dtype, self.pairs, self.rows = dtype_name(q), B * self.H_KV, H // self.H_KV * s_q
+        self.tiles, self.device = tiles_of(self.dtype, self.D), _Device.current(xp)
+        self.kernels = _built(xp, self.dtype, self.D, self.device.id)
+        self.sizes = tuple(np.int32(n) for n in (self.H_KV, self.rows, self.s_kv))
+
+    def blocks(self, name: str, lines: int) -> int:
+        """Return how many blocks the queries' rows, or the keys, of a pair make."""
+        return ceil(lines / self.tiles[name].rows)
+
+    def splits(self, name: str) -> tuple[int, int]:
+        """Return into how many splits the keys are cut, and how many keys each has at most."""
+        device = self.device
+        return splits_of(self.tiles[name], self.pairs, self.rows, self.s_kv, device.processors)
+
+    def launch(self, name: str, grid: tuple[int, int, int], given: tuple[Any, ...]) -> None:
+        """Launch a kernel in the current stream."""
+        tile = self.tiles.get(name)
+        warps = JOIN_WARPS if tile is None else tile.warps
+        shared = 0 if tile is None else tile.shared_bytes(self.dtype, self.D)
+        args = tuple(np.float32(x) if isinstance(x, float) else x for x in given)
+        self.kernels[name](grid, (32 * warps, 1, 1), args, shared_mem=shared)
+
+
+class _Device:
+    """What the launches want to know of a device."""
+
+    def __init__(self, xp: Any, device: int) -> None:
+        def ask(attribute: int) -> int:
+            return int(xp.cuda.runtime.deviceGetAttribute(attribute, device))
+
+        self.id = device
+        self.shared_bytes = ask(97)  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+        self.processors = ask(16)  # cudaDevAttrMultiProcessorCount
+
+    @staticmethod
+    def current(xp: Any) -> "_Device":
+        """Return the device in use."""
+        return _device(xp, xp.cuda.Device().id)
+
+
+@cache
+def _device(xp: Any, device: int) -> _Device:
+    return _Device(xp, device)
+
+
+@cache  # CuPy would read and hash the source at every call
+def _built(xp: Any, dtype: str, D: int, device: int) -> dict[str, Any]:
+    """Compile for a device, and allow each kernel its shared memory."""
+    with xp.cuda.Device(device):
+        module = xp.RawModule(code=source(), options=options(dtype, D))
+        kernels = {name: module.get_function(name) for name in KERNELS}
+        for name, tile in tiles_of(dtype, D).items():
+            # Above 48 KB a kernel must ask.
+            kernels[name].max_dynamic_shared_size_bytes = tile.shared_bytes(dtype, D)
+    return kernels
+
+
+def _fits(x: Array) -> bool:
+    """Return whether rows are contiguous, and begin where copies of 16 bytes may."""
+    *outer, last = x.strides
+    address = x.__cuda_array_interface__["data"][0]
+    return last == x.itemsize and not any(n % 16 for n in (*outer, address))
+
+
+def _readable(xp: Any, x: Array) -> Array:
+    """Return x, or a copy of it whose rows lie as the kernels want them."""
+    return x if _fits(x) else _copy(xp, x)
+
+
+def _packed(xp: Any, x: Array) -> Array:
+    """Return x, or a copy of it, without gaps and where copies of 16 bytes may begin."""
+    interface = x.__cuda_array_interface__
+    packed = interface.get("strides") is None and interface["data"][0] % 16 == 0
+    return x if packed else _copy(xp, x)
+
+
+def _copy(xp: Any, x: Array) -> Array:
+    y = xp.empty(x.shape, x.dtype)
+    y[...] = x
+    return y
+
+
+def _strides(x: Array) -> tuple[Any, ...]:
+    """Return how far apart batch entries, heads and rows are, in numbers."""
+    return tuple(np.int64(n // x.itemsize) for n in x.strides[:3])

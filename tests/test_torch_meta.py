@@ -1,0 +1,149 @@
+"""What torch_impl asks of a CUDA device, seen without one: on tensors that have no numbers.
+
+A tensor on PyTorch's device "meta" has a shape and a dtype.  Operators check their arguments, those
+for CUDA too, and whatever a program would have to wait for a device to learn, a number, a truth or
+the length of a list of indices, cannot be had.  Nor may anything be made of Python's numbers, which
+would be copied to the device.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lvxattn.torch_impl import CrossAttention, Layout, block_attention, cross_attention
+from lvxattn.torch_impl import autograd as autograd_module
+from lvxattn.torch_impl import recompute as recompute_module
+from lvxattn.torch_impl.cross_attention import FORWARD
+from lvxattn.torch_impl.kernels.job import Job
+from tests.torch_ranks import all_right
+
+FLASH = "aten._scaled_dot_product_flash_attention"
+EFFICIENT = "aten._scaled_dot_product_efficient_attention"
+
+
+class Caught(TorchDispatchMode):
+    """Notes which operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func).rpartition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Caught]:
+    """Have kernels chosen as on CUDA, for tensors without numbers."""
+    of = Job.of
+    monkeypatch.setattr(
+        Job, "of", staticmethod(lambda *x, **y: replace(of(*x, **y), device="cuda"))
+    )
+    for module in (autograd_module, recompute_module):
+        monkeypatch.setattr(module, "exactly", lambda _: nullcontext())
+    for name in ("tensor", "as_tensor", "asarray", "from_numpy"):
+        monkeypatch.setattr(torch, name, copied)
+    with Caught() as caught:
+        yield caught
+
+
+def copied(*_: Any, **__: Any) -> None:
+    raise AssertionError("what is made of Python's numbers has to be copied to the device")
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def rule(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
+    return kv_index % 3 != q_index % 2
+
+
+MASKS: dict[str, Callable[[torch.dtype], Any]] = {
+    "no mask": lambda _: None,
+    "padding": lambda _: empty(1, 1, 1, 4096, dtype=torch.bool),
+    "additive": lambda dtype: empty(1, 1, 64, 4096, dtype=dtype),
+    "callable": lambda _: rule,
+}
+# By dtype, what `auto` has to come to without a mask: forward, and backward.
+OPERATORS = {
+    torch.bfloat16: (FLASH, f"{FLASH}_backward"),
+    torch.float16: (FLASH, "aten.bmm"),
+    torch.float32: (EFFICIENT, f"{EFFICIENT}_backward"),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("schedule", [*FORWARD, "replicated"])
+@pytest.mark.parametrize("dtype", OPERATORS)
+def test_a_step_on_cuda_needs_no_number_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, schedule: str, kind: str
+) -> None:
+    how = {"queries": schedule} if schedule == "replicated" else {"schedule": schedule}
+    with cuda(monkeypatch) as caught:
+        q, k, v = (empty(1, H, s, 64, dtype=dtype) for H, s in ((4, 64), (2, 4096), (2, 4096)))
+        given = [x.requires_grad_() for x in (q, k, v)]
+        mask = MASKS[kind](dtype)
+        layout = Layout.agree(q, k, v, mask=mask, **how)
+        call = {name: x for name, x in how.items() if name == "queries"}
+        out, lse = cross_attention(*given, mask=mask, layout=layout, return_lse=True, **call)
+        douts = [torch.empty_like(out), torch.empty_like(lse)]
+        grads = torch.autograd.grad([out, lse], given, douts)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in given]
+    assert (out.dtype, out.shape) == (dtype, q.shape)
+    assert (lse.dtype, lse.shape) == (torch.float32, q.shape[:3])
+    if kind == "no mask":
+        assert set(OPERATORS[dtype]) <= caught.names
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_step_of_the_module_on_cuda_needs_no_number_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    with cuda(monkeypatch):
+        module = CrossAttention(64, 4, recompute_kv=recompute, device="meta", dtype=torch.bfloat16)
+        module(empty(1, 16, 64), empty(1, 600, 64)).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "operator"),
+    [
+        ("cuda_flash", torch.bfloat16, FLASH),
+        ("cudnn", torch.float16, "aten._scaled_dot_product_cudnn_attention"),
+        ("efficient", torch.float32, EFFICIENT),
+        ("split", torch.float32, EFFICIENT),
+    ],
+)
+def test_a_kernel_calls_the_operator_that_it_is_named_after(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: torch.dtype, operator: str
+) -> None:
+    with cuda(monkeypatch) as caught:
+        q, k = empty(1, 4, 64, 64, dtype=dtype), empty(1, 2, 4099, 64, dtype=dtype)
+        out, lse = block_attention(q, k, k, scale=0.125, kernel=kernel)
+    assert (out.shape, out.dtype, lse.shape) == (q.shape, torch.float32, q.shape[:3])
+    assert operator in caught.names
+
+
+@pytest.mark.parametrize("leak", ["number", "truth", "indices", "to the device", "from it"])
+def test_what_would_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
+    leaks: dict[str, Callable[[torch.Tensor], object]] = {
+        "number": lambda x: x.sum().item(),
+        "truth": lambda x: bool((x > 0).any()),
+        "indices": lambda x: x[x > 0],
+        "to the device": lambda x: x + torch.tensor([1.0], device="meta"),
+        "from it": lambda x: x.cpu(),
+    }
+    with cuda(monkeypatch), pytest.raises((AssertionError, RuntimeError)):  # the second for meta
+        leaks[leak](empty(4))
+
+
+@pytest.mark.mpi
+def test_what_runs_on_a_gpu_runs_on_the_cpu() -> None:
+    all_right(2, "gloo", "cpu")
