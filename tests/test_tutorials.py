@@ -97,3 +97,10 @@ def test_there_are_eight_and_all_are_paired() -> None:
     assert sorted(path.stem for path in SOURCES) == sorted(
         path.stem for path in SOURCES[0].parent.glob("*.ipynb")
     )
+
+
+def test_what_a_cell_prints_is_one_output_however_it_comes() -> None:
+    code = "import time\nfor n in range(3):\n    print(n, flush=True)\n    time.sleep(0.3)"
+    cell = nbformat.v4.new_code_cell(code, id="prints")
+    (found,) = run(nbformat.v4.new_notebook(cells=[cell])).cells
+    assert [out.text for out in found.outputs] == ["0\n1\n2\n"]

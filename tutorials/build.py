@@ -54,7 +54,12 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """
     where = {"metadata": {"path": str(HERE)}}
     nbclient.NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", resources=where, record_timing=False
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        resources=where,
+        record_timing=False,
+        coalesce_streams=True,  # what is printed comes in as many pieces as the kernel likes
     ).execute()
     return notebook
 
