@@ -283,8 +283,8 @@ axes.set(ylim=(-2.6, 1.0), xlabel="longer step (%): each pair of steps, and the 
 axes.spines[["top", "right", "left"]].set_visible(False)
 
 # %% [markdown]
-# Single pairs scatter, because other programs ran, too. The medians lie between 0 and the 8 % that
-# the paper gives as its bound, close to what the arithmetic says.
+# Single pairs scatter. The medians lie between 0 and the 8 % that the paper gives as its bound; the
+# arithmetic says 6 %.
 #
 # ### Exercise 2: when is it cheap?
 #
@@ -404,7 +404,7 @@ assert all(1.99 < twice[again] / fit[again] < 2.01 for again in (False, True))
 #
 # Write how many bytes a visual token takes of the ranks together, in bfloat16, while the backward
 # is in one of the layers. `trained` says whether $y$ has a gradient: then $dy$, as large as $y$, is
-# there as well. The model's $N$ layers are `model.cross_layers`, $D$ is `model.head_dim`.
+# there as well. There are `model.cross_layers` layers, $D$ is `model.head_dim`.
 
 
 # %% tags=["exercise"]
