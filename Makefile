@@ -51,6 +51,11 @@ lab: check-mpiexec $(STAMP) ## Open the tutorials in JupyterLab
 notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources, and write the notebooks beside them
 	$(TEST_ENV) $(VENV_PYTHON) tutorials/build.py $(ARGS)
 
+docs: $(STAMP) ## Make a site of README, tutorials and API in docs/_build/html
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(VENV_PYTHON) -m sphinx -W --keep-going --quiet docs docs/_build/html $(ARGS)
+	@echo "Open docs/_build/html/index.html"
+
 test: check-mpiexec $(STAMP) ## Run the tests (ARGS="-k merge" is handed to pytest)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest $(ARGS)
 
@@ -88,7 +93,7 @@ gpu: ## Test and measure on this machine's GPUs with PYTHON's own packages, 9 mi
 	  $(if $(CUDA_MPI),--cuda-mpi "$(CUDA_MPI)") $(if $(filter system,$(MPI)),--mpiexec "$(MPIEXEC)") $(ARGS)
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) build dist src/*.egg-info demo.png train-run
+	rm -rf $(VENV) build dist src/*.egg-info docs/_build demo.png train-run
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 

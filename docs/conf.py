@@ -1,0 +1,47 @@
+"""The site: README, tutorials and API, as ``make docs`` builds it.
+
+    python -m sphinx -W docs docs/_build/html
+
+Notebooks are shown as they were stored; nothing is run.
+"""
+
+import sys
+from pathlib import Path
+
+import lvxattn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+project = "LV-XAttn"
+author = "The LV-XAttn developers"
+version = release = lvxattn.__version__
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "repository",
+]
+exclude_patterns = ["_build", "tutorials/data", "tutorials/*.py"]
+
+html_theme = "furo"
+html_title = "LV-XAttn"
+html_copy_source = False
+
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+
+# Docstrings have plain backticks around names and code.
+default_role = "code"
+autodoc_default_options = {"members": True, "member-order": "groupwise"}
+autodoc_typehints = "none"
+maximum_signature_line_length = 88
+napoleon_google_docstring = False
+# As parameters, so that "s_q, s_kv : tuple" names two of them.
+napoleon_custom_sections = [("Attributes", "params_style")]
+napoleon_use_rtype = False
+napoleon_preprocess_types = False
+
+# A docstring says `Layout`; reference and torch_impl have one each.
+suppress_warnings = ["ref.python"]
