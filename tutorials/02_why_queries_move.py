@@ -19,7 +19,6 @@ from lvxattn.reference.plan import (
     MACHINES,
     MODELS,
     Link,
-    candidates,
     memory,
     messages,
     planned,
@@ -395,14 +394,15 @@ axes.set(xlabel="frames", ylabel="times as fast as ring", xlim=(1, 4096))
 axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
 axes.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
 assert gain(MACHINES["a30-8"], 4096) > gain(MACHINES["a100-16"], 4096) > 5
-assert all(gain(MACHINES[m], 1) < 1 < gain(MACHINES[m], 2) for m in ("a30-8", "a100-16", "h100"))
+three = [MACHINES[m] for m in ("a30-8", "a100-16", "h100")]
+assert all(0.85 < gain(m, 1) < 1.05 and gain(m, 2) > 1.1 for m in three)
 figure
 
 # %% [markdown]
 # Dashed is what counting alone promises: the paper's elements per round, in the dtypes that travel.
 # A cluster stays below it and comes to a plateau, which is the lower the faster its network is
 # beside its arithmetic: 8 ranks are two hosts of `a100-16` with 25 GB/s between them, and a single
-# host of `h100`, with NVLink. The break-even stays where it is, between one frame and two.
+# host of `h100`, with NVLink. The break-even hardly moves: one frame is about even on all three.
 #
 # Over both lengths, for all schedules:
 
@@ -432,11 +432,12 @@ figure
 # %%
 machine = MACHINES["a100-16"]
 for text in (16, TEXT):
-    found = {c.schedule: c for c in candidates(planned(*llama.shapes(text, FRAMES), 16), machine)}
-    lv, gather = found["lv-xattn"], found["gather"]
-    print(f"{text:5} queries: fastest is {next(iter(found))}; both send {lv.nbytes:,} bytes")
-    assert lv.nbytes == gather.nbytes
-    assert lv.seconds > 10 * gather.seconds if text == 16 else lv.seconds < gather.seconds
+    shapes = llama.shapes(text, FRAMES)
+    lv, gather = (planned(*shapes, 16, schedule=s) for s in ("lv-xattn", "gather"))
+    ratio = play(lv, machine).seconds / play(gather, machine).seconds
+    print(f"{text:5} queries, forward: lv-xattn takes {ratio:.1f} times as long as gather")
+    assert ratio > 9 if text == 16 else ratio < 1
+    assert sum(m.nbytes for m in messages(lv, 0)) == sum(m.nbytes for m in messages(gather, 0))
 
 # %% [markdown]
 # With 2,048 queries it is the other way round: `gather` has to wait for everything before it can
