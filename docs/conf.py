@@ -18,7 +18,6 @@ version = release = lvxattn.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "repository",
 ]

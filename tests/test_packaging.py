@@ -13,10 +13,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lvxattn
 from lvxattn.mpi_impl.kernels.build import SOURCES
@@ -145,3 +148,26 @@ def test_editable_install_imports_this_checkout(folder: str) -> None:
 
 def test_editable_install_has_the_version_of_the_source() -> None:
     assert importlib.metadata.version("lvxattn") == lvxattn.__version__
+
+
+@pytest.mark.parametrize("extra", ["tutorials", "lab", "docs"])
+def test_what_an_extra_brings_is_pinned(extra: str) -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines}
+    waiting, brought = [Requirement(x) for x in listed["optional-dependencies"][extra]], set()
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        if (name, *wanted.extras) in brought:
+            continue
+        brought.add((name, *wanted.extras))
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{name} is not installed")
+        for further in map(Requirement, requires):
+            extras = wanted.extras or {""}
+            if not further.marker or any(further.marker.evaluate({"extra": e}) for e in extras):
+                waiting.append(further)
+    assert {name for name, *_ in brought} <= pinned
