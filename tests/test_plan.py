@@ -298,6 +298,17 @@ class TestCommand:
         assert said.startswith(shown.lstrip("\n"))
         assert "16,260" in said
 
+    def test_the_picture_says_how_many_frames_fit(self) -> None:
+        pytest.importorskip("matplotlib")
+        from lvxattn.reference.plan.draw_plan import winners
+
+        model, machine = MODELS["llama3v"], MACHINES["a30-8"]
+        figure = winners(model, machine, 2, "float32", 64)
+        said = [text.get_text() for axes in figure.axes for text in axes.texts]
+        for title, recompute in (("kept", False), ("made again", True)):
+            fit = most_frames(model, 64, 2, machine.room, dtype="float32", recompute=recompute)
+            assert f"keys, values {title}: {fit:,} frames" in said
+
     def test_it_draws(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
         file = tmp_path / "plan.png"

@@ -158,7 +158,13 @@ def _plot(options: Namespace, machine: Machine) -> None:
     folder = Path(options.plot).resolve().parent
     if not folder.is_dir():
         raise UsageError(f"--plot: there is no folder {folder}")
-    figure = winners(MODELS[options.model], machine, options.ranks or machine.ranks, options.dtype)
+    figure = winners(
+        MODELS[options.model],
+        machine,
+        options.ranks or machine.ranks,
+        options.dtype,
+        options.text_tokens,
+    )
     try:
         figure.savefig(options.plot, dpi=110)
     except OSError as error:
