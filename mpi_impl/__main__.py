@@ -14,10 +14,10 @@ from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.run import MPIRanks
 from lvxattn.mpi_impl.run.backend import Backend
 from lvxattn.mpi_impl.watchdog import timeout
-from lvxattn.reference.plan.measure_command import add_options as add_measure_options
-from lvxattn.reference.plan.measure_command import run_measure
 from lvxattn.reference.run import UsageError, refuse, run_command
 from lvxattn.reference.run.arguments import Parser, natural, positive
+from lvxattn.reference.run.measure import add_options as add_measure_options
+from lvxattn.reference.run.measure import run_measure
 from lvxattn.reference.run.options import add_options
 
 _DEMO = "lvxattn demo"

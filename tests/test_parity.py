@@ -319,6 +319,6 @@ def test_imports_neither_algorithms_of_the_reference_nor_plans_nor_one_another(p
             assert {alias.name for alias in node.names} <= shared
         elif module.startswith("lvxattn.reference."):
             part = module.removeprefix("lvxattn.reference.")
-            commands = ("demo", "doctor", "run", "train")
+            commands = ("demo", "doctor", "jupyter", "run", "train")
             alone = path.stem in ("__main__", "measure")
             assert part in shared or path.parent.name in commands or alone

@@ -461,7 +461,7 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
                 ("h1000", "--machine: expected one of a100-16, "),
                 (folder, "Is a directory"),
                 (folder / "short", "--machine: machine: "),
-                (other_version(folder / "version"), "expected version 1 in "),
+                (other_version(folder / "version"), "expected version 2 in "),
             )
         ],
         (["--frames", "3"], "--frames: needs a --model"),
@@ -477,7 +477,7 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
 def other_version(path: Path) -> Path:
     """Write a machine file of another version."""
     MACHINES["h100"].save(path)
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
     return path
 
 

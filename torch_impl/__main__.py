@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from lvxattn.reference.plan.measure_command import add_options as add_measure_options
-from lvxattn.reference.plan.measure_command import run_measure
 from lvxattn.reference.run import UsageError, refuse, run_command
 from lvxattn.reference.run.arguments import Parser
+from lvxattn.reference.run.measure import add_options as add_measure_options
+from lvxattn.reference.run.measure import run_measure
 from lvxattn.reference.run.options import add_options
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.measure import Probe

@@ -163,7 +163,7 @@ def _why(layout: Layout, found: list[Candidate]) -> str:
         told, costs = "fewest bytes", [f"{_bytes(c.nbytes)}" for c in (best, other)]
     else:
         told = f"least time on {layout.machine.name}"
-        costs = [f"{c.seconds:.4f} s" for c in (best, other)]
+        costs = [f"{c.seconds:.2e} s" for c in (best, other)]
     return f"{told}, forward and backward: {costs[0]}; {other.schedule}: {costs[1]}"
 
 

@@ -455,7 +455,7 @@ def the_profiler_sees_what_is_gathered_and_traded(group: Group) -> Any:
     mine = parts(*wholes(heads=group.size), group=group)
     wanted = set[str]()
     with profile() as seen:
-        for schedule, what in (("gather", "rows"), ("ulysses", "heads")):
+        for schedule, what in (("gather", "rows to be gathered"), ("ulysses", "heads")):
             cross_attention(*mine, group, schedule=schedule)
             wanted.add(f"{schedule}: all-to-all, all ranks' {what}")
     names = {e.name for e in seen.events()}
