@@ -110,7 +110,7 @@ $(STAMP): pyproject.toml constraints.txt src/lvxattn/__init__.py
 	  echo "$(PYTHON) has no venv or no ensurepip." \
 	    "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@rm -f $(VENV)/.ready-*
-	@echo "Installing into $(VENV), about 1.8 GB"
+	@echo "Installing into $(VENV), about 2 GB"
 	@which='import sys; print(sys.version, sys.base_prefix)'; \
 	if [ "$$($(VENV_PYTHON) -c "$$which" 2>/dev/null)" = "$$($(PYTHON) -c "$$which")" ]; \
 	then $(PYTHON) -m venv $(VENV); else $(PYTHON) -m venv --clear $(VENV); fi
