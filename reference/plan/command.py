@@ -20,6 +20,8 @@ from lvxattn.reference.plan.steps import messages
 from lvxattn.reference.run.arguments import Parser, UsageError, natural, positive
 
 _WIDTHS = (12, 15, 12, 12, 12)
+# All steps of all ranks are played, and they grow as P^2.
+_MOST_RANKS = 512
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -39,6 +41,9 @@ def main(arguments: list[str]) -> int:
     try:
         options = _parser().parse_args(arguments)
         machine = _machine(options.machine)
+        P = options.ranks or machine.ranks
+        if P > _MOST_RANKS:
+            raise UsageError(f"--ranks: expected at most {_MOST_RANKS:,}, got {P:,}")
         text = plan(options, machine)
         if options.plot:
             _plot(options, machine)
