@@ -320,7 +320,7 @@ class TestCommand:
         [
             ("--machine h1000", "--machine: expected one of a100-16, "),
             ("--machine {bad}", "--machine: machine: expected version 2 in "),
-            ("--ranks 1000000", "--ranks: expected at most 512, got 1,000,000"),
+            ("--ranks 513", "--ranks: expected at most 512, got 513"),
             ("--plot {none}/x.png", "--plot: there is no folder "),
             ("--plot x.xyz", "--plot: expected a name that ends in .png, .pdf, .svg, got x.xyz"),
             ("--frames -1", "argument --frames: expected a whole number from 0 up, got '-1'"),
