@@ -41,7 +41,7 @@ plt.rcParams.update({
 # axes (B, H, S, D): batch, heads, tokens, size of a head. There are `S_Q` queries and `S_KV` keys;
 # values may have a size `D_V` of their own.
 #
-# **Predict.** Which shapes have `out` and `lse` below?
+# **Predict.** What are the shapes of `out` and `lse` below?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -253,7 +253,9 @@ plt.show()
 #   \mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}}\,\mathrm{out}_a
 #                + e^{\mathrm{lse}_b - \mathrm{lse}}\,\mathrm{out}_b$$
 #
-# `np.logaddexp` computes the first without overflow: it, too, takes the larger one out.
+# `np.logaddexp` computes the first without overflow: it, too, takes the larger one out. From here
+# on errors are told in units of $u = 2^{-53} \approx 10^{-16}$, half the distance from 1 to the
+# next fp64 number.
 #
 # **Predict.** How large is the error now, and how large where all scores are moved by 1,000?
 #
@@ -265,7 +267,7 @@ plt.show()
 # </details>
 
 # %% tags=["varies"]
-u = 2.0**-53  # half the distance from 1 to the next fp64 number
+u = 2.0**-53
 merged, merged_lse = merge(out_a, lse_a, out_b, lse_b)
 high, _ = merge(out_a, lse_a + 1000, out_b, lse_b + 1000)
 error, error_high = abs(merged - out).max(), abs(high - out).max()

@@ -38,8 +38,8 @@ from lvxattn.reference.plan.draw_plan import winners
 # a head, `q` is $(B, H, S_Q, D)$ and `k` and `v` are $(B, H_{KV}, S_{KV}, D)$ each.
 #
 # **Predict.** Llama 3-V turns one video frame into 6,404 visual tokens. Someone asks about a video
-# of 20 minutes, one frame a second, in 2,048 tokens of text. How many keys has one query to look
-# at?
+# of 20 minutes, one frame a second, in 2,048 tokens of text. How many keys does one query have
+# to look at?
 #
 # <details><summary>Reasoning</summary>
 #

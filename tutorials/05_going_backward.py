@@ -212,11 +212,12 @@ with check("dq, dk and dv are those of full_attention_backward"):
 # The error has two sources: the bend of the loss, in proportion to $h^2$, and rounding, in
 # proportion to $1/h$.
 #
-# **Predict.** For one of $q$, $k$ and $v$ only one of them is there, at any step. For which one?
+# **Predict.** For one of $q$, $k$ and $v$ only one of the two errors is there, at any step. Which
+# of the three is it, and which error?
 #
 # <details><summary>Reasoning</summary>
 #
-# `out` is linear in $v$: there is no bend, and the larger the step the better.
+# `out` is linear in $v$: there is no bend, only rounding, and the larger the step the better.
 #
 # </details>
 

@@ -376,7 +376,7 @@ plt.show()
 # %% [markdown]
 # Few queries: `gather` is best, because the latencies of one hop after another would add up. More
 # of them: `lv-xattn`, whose hops hide behind computing. And where the queries weigh as much as a
-# short video's keys, `ring`.
+# short video's keys, `ring`. (`ulysses` cannot be taken: 16 ranks do not divide 8 key-value heads.)
 #
 # ### Exercise 3: where Ring Attention begins to win
 #
