@@ -60,14 +60,16 @@ class TestTutorial:
             assert printed(cell).startswith("right: "), cell.source + printed(cell)
         found = {cell.id: cell for cell in notebook.cells}
         for stored in nbformat.read(source.with_suffix(".ipynb"), as_version=4).cells:
-            if stored.cell_type == "code" and not tagged(stored, "varies"):
-                assert printed(found[stored.id]) == printed(stored), stored.source
+            cell = found[stored.id]
+            if cell.cell_type == "code" and not tagged(cell, "varies"):
+                assert printed(cell) == printed(stored), cell.source
 
     def test_the_notebook_beside_it_is_its_source_run(self, source: Path) -> None:
         notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
         nbformat.validate(notebook)
         cells = read(source).cells
         assert [cell.source for cell in notebook.cells] == [cell.source for cell in cells]
+        assert [cell.metadata for cell in notebook.cells] == [cell.metadata for cell in cells]
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
         for cell in code:
