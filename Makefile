@@ -42,13 +42,16 @@ train: $(STAMP) ## Train in PyTorch on 4 ranks to find digits in long clips, 1 t
 	  --nproc-per-node $(RANKS) -m lvxattn.torch_impl train $(ARGS)
 
 tutorials: check-mpiexec $(STAMP) ## Make ready what the notebooks in tutorials/ need
-	@echo "Open tutorials/*.ipynb where you like, with $(VENV_PYTHON) as their kernel, or: make lab"
+	@echo "make lab opens the notebooks in JupyterLab, with the right kernel. Elsewhere:"
+	@echo "- VS Code: open tutorials/, Select Kernel, Python Environments, .venv"
+	@echo "- a Jupyter of your own: take the kernel lvxattn, once you have called"
+	@echo "    $(VENV_PYTHON) -m ipykernel install --user --name lvxattn"
 
 lab: check-mpiexec $(STAMP) ## Open the tutorials in JupyterLab
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[lab]'
 	$(TEST_ENV) $(VENV_PYTHON) -m jupyterlab --notebook-dir tutorials $(ARGS)
 
-notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources, and write the notebooks beside them
+notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources, and write the notebooks (ARGS="NN_name --fresh")
 	$(TEST_ENV) $(VENV_PYTHON) tutorials/build.py $(ARGS)
 
 docs: $(STAMP) ## Make a site of README, tutorials and API in docs/_build/html

@@ -35,6 +35,8 @@ nb_execution_mode = "off"
 default_role = "code"
 autodoc_default_options = {"members": True, "member-order": "groupwise"}
 autodoc_typehints = "none"
+# A default as its source says it, not as Python prints the object.
+autodoc_preserve_defaults = True
 maximum_signature_line_length = 88
 napoleon_google_docstring = False
 # As parameters, so that "s_q, s_kv : tuple" names two of them.

@@ -83,6 +83,17 @@ def test_all_public_names_are_in_the_api(site, package):
     assert {f"{name}.{public}" for public in set(package.__all__) - borrowed} <= page.places
 
 
+def test_the_magic_is_in_the_api(site):
+    names = {f"lvxattn.mpi_impl.jupyter.{name}" for name in ("magic.mpi", "run_cell", "CellError")}
+    assert names <= site["api/mpi_impl.html"].places
+
+
+def test_defaults_are_shown_as_they_are_written(built):
+    folder, _ = built
+    for path in (folder / "api").glob("*.html"):
+        assert "&lt;function" not in path.read_text(), path
+
+
 def test_links_lead_somewhere(built):
     _, pages = built
     for path, page in pages.items():

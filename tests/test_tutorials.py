@@ -1,4 +1,4 @@
-"""The tutorials: every cell runs, every stub fails its check, every answer passes it."""
+"""The tutorials: cells run and show what is stored, stubs fail their checks, answers pass them."""
 
 import re
 from pathlib import Path
@@ -8,14 +8,10 @@ import nbformat
 import pytest
 
 from tests.launch import ROOT
-from tutorials.build import read, run, sources
+from tutorials.build import keep, read, run, sources, tagged
 
 SOURCES = sources()
 ANSWER = re.compile(r"```python\n(.*?)```", re.DOTALL)
-
-
-def tagged(cell: Any, tag: str) -> bool:
-    return tag in cell.metadata.get("tags", [])
 
 
 def exercises(cells: list[Any]) -> list[tuple[int, int, int]]:
@@ -46,7 +42,8 @@ def answered(notebook: Any) -> Any:
 
 
 def printed(cell: Any) -> str:
-    return "".join(out.text for out in cell.outputs if out.output_type == "stream")
+    """Return what a cell has printed and, if it has raised, the error."""
+    return "".join(out.get("text", "") + out.get("evalue", "") for out in cell.outputs)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -61,12 +58,18 @@ class TestTutorial:
             assert printed(cell).startswith("not yet: "), cell.source
         for cell in again:
             assert printed(cell).startswith("right: "), cell.source + printed(cell)
+        found = {cell.id: cell for cell in notebook.cells}
+        for stored in nbformat.read(source.with_suffix(".ipynb"), as_version=4).cells:
+            cell = found[stored.id]
+            if cell.cell_type == "code" and not tagged(cell, "varies"):
+                assert printed(cell) == printed(stored), cell.source
 
     def test_the_notebook_beside_it_is_its_source_run(self, source: Path) -> None:
         notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
         nbformat.validate(notebook)
         cells = read(source).cells
         assert [cell.source for cell in notebook.cells] == [cell.source for cell in cells]
+        assert [cell.metadata for cell in notebook.cells] == [cell.metadata for cell in cells]
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
         for cell in code:
@@ -77,6 +80,24 @@ class TestTutorial:
     def test_it_claims_nothing_that_no_cell_asserts(self, source: Path) -> None:
         code = [cell.source for cell in read(source).cells if cell.cell_type == "code"]
         assert sum("assert " in cell for cell in code) >= 5
+
+    def test_it_is_worded_like_the_others(self, source: Path) -> None:
+        title, *rest = [c.source for c in read(source).cells if c.cell_type == "markdown"]
+        assert title.startswith(f"# {int(source.stem[:2])}. ")
+        assert re.search(
+            r"\n\nAt the end you .*\n\nIt needs .*\babout \d+\s+minutes\.", title, re.DOTALL
+        )
+        text = "\n\n".join(rest)
+        asked = re.findall(r"\*\*(Predict\w*\W?)\*\* |<summary>(Reasoning)</summary>", text)
+        assert asked == [("Predict.", ""), ("", "Reasoning")] * (len(asked) // 2)
+        # Without the empty lines a fold's text would be shown as it is written.
+        folds = re.findall(r"\n\n<details><summary>(\w+)</summary>\n\n", f"\n\n{text}")
+        assert set(folds) == {"Reasoning", "Answer"}
+        assert len(folds) == text.count("<details") == f"{text}\n\n".count("\n\n</details>\n\n")
+        heads = re.findall(r"^#{2,3} (.*)", text, re.MULTILINE)
+        numbers = [head.split(":")[0] for head in heads if head.startswith("Exercise")]
+        assert numbers == [f"Exercise {n + 1}" for n in range(folds.count("Answer"))]
+        assert heads[-1] == "What was shown"
 
     def test_its_links_lead_somewhere(self, source: Path) -> None:
         text = "\n".join(c.source for c in read(source).cells if c.cell_type == "markdown")
@@ -104,3 +125,18 @@ def test_what_a_cell_prints_is_one_output_however_it_comes() -> None:
     cell = nbformat.v4.new_code_cell(code, id="prints")
     (found,) = run(nbformat.v4.new_notebook(cells=[cell])).cells
     assert [out.text for out in found.outputs] == ["0\n1\n2\n"]
+
+
+def test_what_varies_is_kept_while_the_code_is_the_same() -> None:
+    def notebook(code: str, shown: str) -> Any:
+        cells = [
+            nbformat.v4.new_code_cell(code, metadata={"tags": tags}) for tags in ([], ["varies"])
+        ]
+        for cell in cells:
+            cell.outputs = [nbformat.v4.new_output("stream", text=shown)]
+        return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(shown), *cells])
+
+    for code, kept, shown in (("x", 1, ["new", "stored"]), ("y", 0, ["new", "new"])):
+        found = notebook(code, "new")
+        assert keep(found, notebook("x", "stored")) == kept
+        assert [printed(cell) for cell in found.cells[1:]] == shown

@@ -7,7 +7,8 @@
 #
 # It needs softmax attention and NumPy, no notebook before it, and about 30 minutes.
 #
-# A question in bold asks for your **prediction**. Decide on an answer before you read on.
+# **Predict.** asks you a question, in all eight notebooks. Decide on an answer before you open its
+# *Reasoning* and run the cell that follows: a guess that was wrong stays in mind.
 
 # %%
 from functools import reduce
@@ -40,9 +41,9 @@ plt.rcParams.update({
 # axes (B, H, S, D): batch, heads, tokens, size of a head. There are `S_Q` queries and `S_KV` keys;
 # values may have a size `D_V` of their own.
 #
-# **Which shapes have `out` and `lse` below?**
+# **Predict.** What are the shapes of `out` and `lse` below?
 #
-# <details><summary>Why</summary>
+# <details><summary>Reasoning</summary>
 #
 # Every query of every head gets one mean of values, of size `D_V`, and one denominator.
 #
@@ -65,10 +66,11 @@ assert lse.shape == (1, 1, 64)
 #
 # ## Break it: overflow
 #
-# Written down as it stands, softmax takes `exp` first and divides afterwards. **From which whole
-# number $s$ on is $e^s$ infinite in fp32?**
+# Written down as it stands, softmax takes `exp` first and divides afterwards.
 #
-# <details><summary>Why</summary>
+# **Predict.** From which whole number $s$ on is $e^s$ infinite in fp32?
+#
+# <details><summary>Reasoning</summary>
 #
 # The largest fp32 number is $3.4 \cdot 10^{38} = e^{88.7}$. In fp64 it is $e^{709.8}$.
 #
@@ -83,9 +85,11 @@ assert first == 89
 
 # %% [markdown]
 # Add one constant $c$ to all scores of a query. Every $e^{s_j}$ grows by the factor $e^c$, and so
-# does their sum. **What happens to `out`, and what to `lse`?**
+# does their sum.
 #
-# <details><summary>Why</summary>
+# **Predict.** What happens to `out`, and what to `lse`?
+#
+# <details><summary>Reasoning</summary>
 #
 # The factor cancels in the weights, so `out` stays as it is. `lse` is the log of the sum: it moves
 # by $c$.
@@ -94,7 +98,7 @@ assert first == 89
 #
 # An additive mask can add the constant, here 1,000. That is past what `exp` bears even in fp64.
 
-# %%
+# %% tags=["varies"]
 c = np.full(512, 1000.0)
 out_c, lse_c = full_attention(q, k, v, scale=scale, mask=c)
 print(f"out moved by {abs(out_c - out).max():.0e}, lse by {(lse_c - lse).mean():.6f}")
@@ -114,6 +118,7 @@ def softmax_mean(s, v, shift):
     return p @ v / p.sum()
 
 
+# %%
 scores, v32 = scale * q[0, 0, 0] @ k[0, 0].T, v[0, 0].astype("f4")
 levels = np.arange(-130, 131, 2)
 moved = [(scores + level).astype("f4") for level in levels]
@@ -124,7 +129,7 @@ assert np.isnan(plain[levels > 88.7]).all()
 assert np.isnan(plain[levels < -110]).all()
 assert safe.max() < 1e-4
 
-# %%
+# %% tags=["hide-input", "varies"]
 figure, axes = plt.subplots(figsize=(8, 3.6))
 broken = np.isnan(plain)
 axes.semilogy(levels, plain, color=ORANGE, lw=2.5)
@@ -146,7 +151,7 @@ plt.show()
 # score of this query was above 0 to begin with.) With the maximum no level is special: what remains
 # is that fp32 rounds a score the more coarsely, the larger it is.
 #
-# ### Exercise: lse at every level
+# ### Exercise 1: lse at every level
 #
 # Write `stable_lse(s)`: the log of the sum of exponentials along the last axis, in the dtype of
 # `s`, for scores of any level.
@@ -184,10 +189,11 @@ with check("lse is right at every level"), np.errstate(all="ignore"):
 #
 # Now the keys are in two places, half of them in each. `block_attention` attends to some keys as if
 # there were no others. Part $a$ gives $(\mathrm{out}_a, \mathrm{lse}_a)$, part $b$ gives
-# $(\mathrm{out}_b, \mathrm{lse}_b)$. Each result is a mean over as many keys. **Is the mean of the
-# two the result over all keys?**
+# $(\mathrm{out}_b, \mathrm{lse}_b)$. Each result is a mean over as many keys.
 #
-# <details><summary>Why</summary>
+# **Predict.** Is the mean of the two the result over all keys?
+#
+# <details><summary>Reasoning</summary>
 #
 # Only where both parts have the same sum of exponentials. A part whose keys score higher counts
 # for more, however many keys it has.
@@ -221,7 +227,7 @@ weight = ((out - out_b) * way).sum(axis=-1) / (way * way).sum(axis=-1)
 difference = lse_a - lse_b
 assert abs(weight - 1 / (1 + np.exp(-difference))).max() < 1e-12
 
-# %%
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(8, 3.6))
 line = np.linspace(-2.4, 2.4, 200)
 axes.plot(line, 1 / (1 + np.exp(-line)), color=BLUE, lw=2)
@@ -247,26 +253,27 @@ plt.show()
 #   \mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}}\,\mathrm{out}_a
 #                + e^{\mathrm{lse}_b - \mathrm{lse}}\,\mathrm{out}_b$$
 #
-# `np.logaddexp` computes the first without overflow: it, too, takes the larger one out. **How large
-# is the error now, and how large where all scores are moved by 1,000?**
+# `np.logaddexp` computes the first without overflow: it, too, takes the larger one out. From here
+# on errors are told in units of $u = 2^{-53} \approx 10^{-16}$, half the distance from 1 to the
+# next fp64 number.
 #
-# <details><summary>Why</summary>
+# **Predict.** How large is the error now, and how large where all scores are moved by 1,000?
+#
+# <details><summary>Reasoning</summary>
 #
 # The formula is exact, so only roundings are left: about $10^{-16}$ times a handful. An lse near
 # 1,000 has steps of $10^{-13}$, and a step of lse is a relative error of the weights.
 #
 # </details>
 
-# %%
-u = 2.0**-53  # half the distance from 1 to the next fp64 number
+# %% tags=["varies"]
+u = 2.0**-53
 merged, merged_lse = merge(out_a, lse_a, out_b, lse_b)
-high, high_lse = merge(out_a, lse_a + 1000, out_b, lse_b + 1000)
-print(
-    f"error {abs(merged - out).max() / u:.0f} u, at 1,000 it is {abs(high - out).max() / u:.0f} u"
-)
-assert abs(merged - out).max() < 1e-14
-assert abs(merged_lse - lse).max() < 1e-14
-assert abs(high - out).max() < 1e-12
+high, _ = merge(out_a, lse_a + 1000, out_b, lse_b + 1000)
+error, error_high = abs(merged - out).max(), abs(high - out).max()
+print(f"error {error / u:.0f} u, at 1,000 it is {error_high / u:.0f} u")
+assert max(error, abs(merged_lse - lse).max()) < 1e-14
+assert error_high < 1e-12
 
 # %% [markdown]
 # The parts may lie in one tile and the next, in two kernels, or on two machines. Nobody who merges
@@ -275,9 +282,11 @@ assert abs(high - out).max() < 1e-12
 # ## Any order, any tree
 #
 # Numerators add, and addition is associative and commutative: so is `merge`. Eight parts, of any
-# lengths, one of them empty, can be joined in any order and any grouping. **In how many ways?**
+# lengths, one of them empty, can be joined in any order and any grouping.
 #
-# <details><summary>Why</summary>
+# **Predict.** In how many ways?
+#
+# <details><summary>Reasoning</summary>
 #
 # 8! = 40,320 orders, and for each 429 ways of placing the brackets: 17 million.
 #
@@ -321,6 +330,8 @@ seven_merges = 7 * (2 * abs(lse).max() + 8) * u
 sums = 4 * (512**0.5 + 8) * u
 rounded_scores = 2 * (16 + 2) * abs(scale * q @ k.swapaxes(2, 3)).max() * u
 limit = (seven_merges + sums + rounded_scores) * abs(v).max() / abs(out).max()
+
+# %% tags=["varies"]
 worst = max(map(max, off.values()))
 off_by_mean = abs(mean - out).max() / abs(out).max()
 print(f"200 ways: at most {worst / u:.0f} u, allowed {limit / u:.0f} u")
@@ -328,7 +339,7 @@ print(f"the mean of two halves: {off_by_mean / u:.0e} u")
 assert worst < min(limit, 1e-13)
 assert off_by_mean > 1e12 * limit
 
-# %%
+# %% tags=["hide-input", "varies"]
 figure, axes = plt.subplots(figsize=(8, 3.4))
 bins = np.arange(0, np.ceil(worst / u) + 3, 2)
 units = [np.array(errors) / u for errors in off.values()]
@@ -352,9 +363,10 @@ assert len(different) > 1
 # ## The identity, and the phantom key
 #
 # Most programs merge in a loop: an accumulator starts empty and takes in one part after the other.
-# **Which `(out, lse)` is attention over no keys at all?**
 #
-# <details><summary>Why</summary>
+# **Predict.** Which `(out, lse)` is attention over no keys at all?
+#
+# <details><summary>Reasoning</summary>
 #
 # The sum of no exponentials is 0, and log 0 = -inf. The sum of no values is 0. So `(0, -inf)`, and
 # in a merge its weight is $e^{-\infty} = 0$.
@@ -374,10 +386,11 @@ print("merging with attention over no keys changes no bit")
 # %% [markdown]
 # A buffer of zeros is what one allocates without thinking, and a published implementation starts
 # its lse at 0. Now $e^0 = 1$: the accumulator has seen one key of score 0, with the value 0. It is
-# a key that nobody has. **By what fraction of `out` is the result off where the true lse is 0?
-# Where it is 4?**
+# a key that nobody has.
 #
-# <details><summary>Why</summary>
+# **Predict.** By what fraction of `out` is the result off where the true lse is 0? Where it is 4?
+#
+# <details><summary>Reasoning</summary>
 #
 # The phantom has weight $1 / (1 + e^{\mathrm{lse}})$ and value 0, so `out` shrinks by that: a half
 # at 0, and 1.8 % at 4.
@@ -392,12 +405,14 @@ phantom = np.zeros_like(out), np.zeros_like(lse)
 found = [merge(*phantom, out, np.full_like(lse, level))[0] for level in true_lse]
 relative = np.array([np.linalg.norm(x - out) / np.linalg.norm(out) for x in found])
 assert np.allclose(relative, 1 / (1 + np.exp(true_lse)), rtol=1e-9)
+
+# %%
 passes = np.array([np.allclose(x, out, atol=1e-2) for x in found])
 usual = np.log(4096) + 0.5  # 4,096 keys with scores of variance 1: log n plus half the variance
 assert passes[true_lse > usual].all()
 assert not passes[true_lse <= 4].any()
 
-# %%
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(8, 3.8))
 axes.axvspan(true_lse[passes][0] - 0.25, 12, color=ORANGE, alpha=0.18, lw=0)
 axes.semilogy(true_lse, 1 / (1 + np.exp(true_lse)), color=BLUE, lw=2)
@@ -413,7 +428,7 @@ plt.show()
 # The error is large where scores are low or keys are few, and hides in the tests that people write
 # first, with many random keys and a generous tolerance.
 #
-# ### Exercise: tile by tile
+# ### Exercise 2: tile by tile
 #
 # Write `in_tiles(q, k, v, tile)`: attention over all keys, of which `block_attention` never sees
 # more than `tile` at a time, joined by `merge`. The last tile may be shorter, and there may be no
@@ -460,9 +475,11 @@ with check("a stream of tiles, from the right start to the last key"):
 #
 # A mask can hide every key from a query: a token that comes before the first frame of its video, or
 # padding. Here token $i$ may see the frames $j < 2i$, which were shown before it, and the frames
-# lie in four parts of four keys. **What are `out` and `lse` of token 0?**
+# lie in four parts of four keys.
 #
-# <details><summary>Why</summary>
+# **Predict.** What are `out` and `lse` of token 0?
+#
+# <details><summary>Reasoning</summary>
 #
 # Attention over no keys, `(0, -inf)`: whether keys are absent or hidden makes no difference.
 #
@@ -485,7 +502,7 @@ assert np.isfinite(lse_seen[0, 0, 1:]).all()
 assert np.allclose(out_seen, want_out, atol=1e-14, rtol=0)
 assert np.allclose(lse_seen, want_lse, atol=1e-14, rtol=0)
 
-# %%
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(16, 7), sharey=True)
 left.pcolormesh(visible[0, 0], cmap="Blues", vmin=0, vmax=2, edgecolor="white", lw=1)
 for start in (4, 8, 12):
@@ -518,10 +535,11 @@ assert np.isnan(literal)
 assert np.isfinite(merge(*parts[0], *parts[1])[0]).all()
 
 # %% [markdown]
-# A common way round is to hide with a large negative number, say -1e9, instead of $-\infty$. **What
-# is `out` of token 0 then?**
+# A common way round is to hide with a large negative number, say -1e9, instead of $-\infty$.
 #
-# <details><summary>Why</summary>
+# **Predict.** What is `out` of token 0 then?
+#
+# <details><summary>Reasoning</summary>
 #
 # All its scores are moved by -1e9, and a constant in all scores cancels. It is as if there were no
 # mask.
@@ -538,7 +556,7 @@ assert np.allclose(leaked[0, 0, 0], everything[0, 0, 0], atol=1e-5)
 # %% [markdown]
 # No NaN, and no sense either: what must not be seen is in the result.
 #
-# ### Exercise: all parts at once
+# ### Exercise 3: all parts at once
 #
 # A reduction over machines may hold all parts at the same time. Write `merge_all(outs, lses)`
 # without a loop: `outs` is (n, B, H, s_q, D_V) and `lses` (n, B, H, s_q); the result is that of
@@ -601,4 +619,4 @@ with check("all parts at once, dead rows and high scores too"), np.errstate(all=
 # [tests/test_known_defects.py](../tests/test_known_defects.py) holds every implementation against
 # the defects above.
 #
-# Next: [why queries move](02_why_queries_move.ipynb), and keys do not.
+# Next: [notebook 2, why queries move](02_why_queries_move.ipynb), and keys do not.

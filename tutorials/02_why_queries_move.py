@@ -1,11 +1,11 @@
 # %% [markdown]
-# # Why queries move
+# # 2. Why queries move
 #
 # At the end you can say what every schedule sends for a given model before there is a cluster, and
-# where Ring Attention is the better choice. You also know what a faster network
-# changes, and what it does not.
+# where Ring Attention is the better choice. You also know what a faster network changes, and what
+# it does not.
 #
-# Needs: [01, merging softmax](01_merging_softmax.ipynb). About 25 minutes.
+# It needs [notebook 1](01_merging_softmax.ipynb), for `(out, lse)`, and about 25 minutes.
 #
 # A *rank* is one process with memory of its own, typically one GPU. There are $P$ of them, and what
 # one needs of another has to be sent. A *schedule* says what is sent to whom, and when.
@@ -38,10 +38,14 @@ from lvxattn.reference.plan.draw_plan import winners
 # a head, `q` is $(B, H, S_Q, D)$ and `k` and `v` are $(B, H_{KV}, S_{KV}, D)$ each.
 #
 # **Predict.** Llama 3-V turns one video frame into 6,404 visual tokens. Someone asks about a video
-# of 20 minutes, one frame a second, in 2,048 tokens of text. How many keys has one query to look
-# at?
-# <details><summary>Reasoning</summary>20 · 60 frames · 6,404 tokens = 7.7 million, about 3,750 for
-# every token of text.</details>
+# of 20 minutes, one frame a second, in 2,048 tokens of text. How many keys does one query have
+# to look at?
+#
+# <details><summary>Reasoning</summary>
+#
+# 20 · 60 frames · 6,404 tokens = 7.7 million, about 3,750 for every token of text.
+#
+# </details>
 
 # %%
 TEXT, FRAMES = 2048, 1200
@@ -60,8 +64,13 @@ assert llama.shapes(TEXT, FRAMES)[1][2] == 7_684_800
 #
 # **Predict.** Llama 3-V has 8 cross-attention layers, each with keys and values of its own, and a
 # number takes 2 bytes. How much memory do `k` and `v` of all layers need?
-# <details><summary>Reasoning</summary>2 (k and v) · 8 layers · 8 heads · 7,684,800 keys · 128 · 2
-# bytes = 252 · 10⁹ bytes, or 234.5 GiB: three GPUs of 80 GB are not enough.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# 2 (k and v) · 8 layers · 8 heads · 7,684,800 keys · 128 · 2 bytes = 252 · 10⁹ bytes, or 234.5 GiB:
+# three GPUs of 80 GB are not enough.
+#
+# </details>
 
 # %%
 taken = memory(llama, TEXT, FRAMES, 1, dtype="bfloat16", recompute=False)
@@ -103,9 +112,14 @@ for schedule in ("lv-xattn", "ring"):
 # **Predict.** How many times the bytes of `lv-xattn` does `ring` send here? There are 3,752 times
 # as many keys as queries, two arrays go round in each case, and the four query heads that share a
 # key-value head have to travel one by one.
-# <details><summary>Reasoning</summary>3,752 / 4, for the shared heads, is 938. Partial results
-# travel in fp32, twice the size of the bf16 queries, so that LV-XAttn sends 6 bytes where ring
-# sends 4: 938 · 4 / 6 = 625, a little less with lse.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# 3,752 / 4, for the shared heads, is 938. Partial results travel in fp32, twice the size of the
+# bf16 queries, so that LV-XAttn sends 6 bytes where ring sends 4: 938 · 4 / 6 = 625, a little less
+# with lse.
+#
+# </details>
 
 
 # %%
@@ -161,6 +175,7 @@ with check("the bytes of both schedules, as the plan counts them"):
 #     ring = (P - 1) * B * H_KV * (S_KV // P) * 2 * 2 * D  # k and v
 #     return lv_xattn, ring
 # ```
+#
 # </details>
 
 # %% [markdown]
@@ -178,14 +193,21 @@ with check("the bytes of both schedules, as the plan counts them"):
 # **Predict.** The paper counts elements, for one head: a round moves $2\frac{S_{KV}}{P}D$ with Ring
 # Attention and $2\frac{S_Q}{P}D + \frac{S_Q}{P}$ with LV-XAttn. Where is its break-even? How far is
 # that of Llama 3-V, which shares each key-value head among 4 query heads, from it?
-# <details><summary>Reasoning</summary>The paper's is 2D / (2D + 1), almost 1: whichever is shorter
-# should move. Shared heads divide that by 4, and results of 4 bytes by 1.5: almost
-# 1/6.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# The paper's is 2D / (2D + 1), almost 1: whichever is shorter should move. Shared heads divide that
+# by 4, and results of 4 bytes by 1.5: almost 1/6.
+#
+# </details>
 
 # %%
 D = llama.head_dim
 even = llama.kv_heads / llama.heads * 2 * D * 2 / (2 * D + 4 * (D + 1))
 print(f"the paper's formula {2 * D / (2 * D + 1):.3f}, Llama 3-V in bf16 {even:.3f}")
+assert 1 / 6.1 < even < 1 / 6
+
+# %%
 for S_KV in (1_544_000, 15_440_000):
     shapes = [((1, 32, round(even * S_KV) + 8 * n, D), (1, 8, S_KV, D)) for n in (-1, 0, 1)]
     lv, ring = (
@@ -200,6 +222,12 @@ for S_KV in (1_544_000, 15_440_000):
 # video. In pictures, over the length of the video:
 
 # %%
+for name, f in (("llama3v", 1), ("openflamingo-9b", 48)):
+    ring = [sends(MODELS[name], TEXT, n, 8, "ring") for n in (f, f + 1)]
+    lv = [sends(MODELS[name], TEXT, n, 8, "lv-xattn") for n in (f, f + 1)]
+    assert ring[0] < lv[0] == lv[1] < ring[1]
+
+# %% tags=["hide-input"]
 frames = [2**n for n in range(13)]
 figure, axes = sheet(3.4)
 for name, s in (("llama3v", "-"), ("openflamingo-9b", "--")):
@@ -210,10 +238,6 @@ for name, s in (("llama3v", "-"), ("openflamingo-9b", "--")):
 axes.set(xlabel="frames", ylabel="megabytes that a rank sends", xlim=(1, 4096))
 axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
 axes.set_yticks([1, 100, 10_000], ["1", "100", "10,000"])
-for name, f in (("llama3v", 1), ("openflamingo-9b", 48)):
-    ring = [sends(MODELS[name], TEXT, n, 8, "ring") for n in (f, f + 1)]
-    lv = [sends(MODELS[name], TEXT, n, 8, "lv-xattn") for n in (f, f + 1)]
-    assert ring[0] < lv[0] == lv[1] < ring[1]
 figure
 
 # %% [markdown]
@@ -252,6 +276,7 @@ with check("the least number of frames for which queries should move"):
 #     keys = text * group * (2 * D + 4 * (D + 1)) / (2 * 2 * D)  # as many bytes as the text
 #     return int(keys // model.tokens_per_frame) + 1
 # ```
+#
 # </details>
 
 # %% [markdown]
@@ -274,8 +299,13 @@ with check("the least number of frames for which queries should move"):
 #
 # **Predict.** Twice as many frames: does Ring Attention wait for a larger, an equal or a smaller
 # part of its time?
-# <details><summary>Reasoning</summary>Equal. Its blocks are twice as long and take twice as long to
-# work on; the video's length is not in its ratio.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# Equal. Its blocks are twice as long and take twice as long to work on; the video's length is not
+# in its ratio.
+#
+# </details>
 
 # %%
 # Eight A30 on eight nodes, links of 10 Gbit/s: one of the clusters that the paper measures.
@@ -337,6 +367,7 @@ with check("how many queries a rank needs to hide travelling keys"):
 #
 # For Llama 3-V on this cluster: 19,801 queries on every rank, 158,408 in all. The keys that hide
 # LV-XAttn's queries are 119,419 on every rank: 19 frames.
+#
 # </details>
 
 # %% [markdown]
@@ -344,8 +375,13 @@ with check("how many queries a rank needs to hide travelling keys"):
 #
 # **Predict.** If arithmetic took no time, how many times as fast as Ring Attention would LV-XAttn
 # be? And if the network took none?
-# <details><summary>Reasoning</summary>Without arithmetic only bytes count: the ratio of the bytes.
-# Without a network nothing is left to gain: both do the same arithmetic.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# Without arithmetic only bytes count: the ratio of the bytes. Without a network nothing is left to
+# gain: both do the same arithmetic.
+#
+# </details>
 
 
 # %%
@@ -381,6 +417,11 @@ for f in (1, 64, 1024):
 # longer in proportion to the video, and the speed-up grows no more.
 
 # %%
+assert gain(MACHINES["a30-8"], 4096) > gain(MACHINES["a100-16"], 4096) > 5
+three = [MACHINES[m] for m in ("a30-8", "a100-16", "h100")]
+assert all(0.85 < gain(m, 1) < 1.05 and gain(m, 2) > 1.1 for m in three)
+
+# %% tags=["hide-input"]
 figure, axes = sheet(3.4)
 lines = [("bytes of ring / bytes of lv-xattn", bytes_ratio, "--")]
 for m in ("a30-8", "a100-16", "h100"):
@@ -393,9 +434,6 @@ axes.axhline(1, color=INK, lw=0.8)
 axes.set(xlabel="frames", ylabel="times as fast as ring", xlim=(1, 4096))
 axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
 axes.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
-assert gain(MACHINES["a30-8"], 4096) > gain(MACHINES["a100-16"], 4096) > 5
-three = [MACHINES[m] for m in ("a30-8", "a100-16", "h100")]
-assert all(0.85 < gain(m, 1) < 1.05 and gain(m, 2) > 1.1 for m in three)
 figure
 
 # %% [markdown]
@@ -416,8 +454,8 @@ figure
 # %% [markdown]
 # Left, each number is the time of Ring Attention over that of LV-XAttn. Right, the fastest of the
 # four. The averages that the paper gives for the Video-MME benchmark, 5,514 text tokens and 2,386
-# frames, are at the upper edge, right of the middle. Ring Attention is left with the lower right
-# corner, and shares it with Ulysses.
+# frames, are at the upper edge, right of the middle. Long texts about short videos, the lower right
+# corner, go to Ulysses and, in its last cell, to Ring Attention.
 #
 # ## When bytes do not decide
 #
@@ -426,8 +464,12 @@ figure
 # reads all of its keys from memory $P$ times; if they come at once, it reads them once.
 #
 # **Predict.** 16 queries on 16 ranks: which of the two is faster, and by how much?
-# <details><summary>Reasoning</summary>Gather, by almost P = 16: with one query a block, reading the
-# keys is all that takes time.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# Gather, by almost P = 16: with one query a block, reading the keys is all that takes time.
+#
+# </details>
 
 # %%
 machine = MACHINES["a100-16"]
@@ -453,7 +495,9 @@ for text in (16, TEXT):
 # - Bytes decide where the network is what everybody waits for; with very few queries `gather` sends
 #   the same and is faster.
 #
-# Next: [03, the ring in one process](03_the_ring_in_one_process.ipynb). Read here:
-# [plan/problems.py](../reference/plan/problems.py), [plan/steps.py](../reference/plan/steps.py),
-# [plan/simulate.py](../reference/plan/simulate.py), [plan/choose.py](../reference/plan/choose.py),
-# [plan/machine.py](../reference/plan/machine.py), [plan/memory.py](../reference/plan/memory.py).
+# Files: [reference/plan/problems.py](../reference/plan/problems.py),
+# [steps.py](../reference/plan/steps.py), [simulate.py](../reference/plan/simulate.py),
+# [choose.py](../reference/plan/choose.py), [machine.py](../reference/plan/machine.py),
+# [memory.py](../reference/plan/memory.py).
+#
+# Next: [notebook 3, the ring in one process](03_the_ring_in_one_process.ipynb).

@@ -1,10 +1,11 @@
 # %% [markdown]
-# # The ring in one process
+# # 3. The ring in one process
 #
 # At the end you can follow every block of LV-XAttn round the ring, write its forward pass with
 # nothing but *send*, *receive* and *merge*, and say to the byte what each rank sends.
 #
-# Needs: [02, why queries move](02_why_queries_move.ipynb). About 30 minutes.
+# It needs [notebook 1](01_merging_softmax.ipynb), for the merge,
+# [notebook 2](02_why_queries_move.ipynb), for the schedules, and about 30 minutes.
 
 # %%
 import numpy as np
@@ -35,10 +36,14 @@ from lvxattn.reference.plan.draw_film import animation, film_strip, scenes
 # so that they are as separate as processes. `comm.rank` is a rank's number, `comm.size` is $P$,
 # `comm.send(arrays, dest)` goes on at once, and `comm.recv(source)` waits.
 #
-# **Predict.** Each of four ranks sends its number to the right, that is, to rank
-# $(r + 1) \bmod 4$, and returns what came from the left. What is the list of results?
-# <details><summary>Reasoning</summary>What came from the left is the left neighbour's number:
-# 3, 0, 1, 2.</details>
+# **Predict.** Each of four ranks sends its number to the right, that is, to rank $(r + 1) \bmod 4$,
+# and returns what came from the left. What is the list of results?
+#
+# <details><summary>Reasoning</summary>
+#
+# What came from the left is the left neighbour's number: 3, 0, 1, 2.
+#
+# </details>
 
 
 # %%
@@ -57,8 +62,13 @@ assert run_ranks(4, pass_to_the_right) == [3, 0, 1, 2]
 # $h$ hops a block is $h$ places right of its owner.
 #
 # **Predict.** Swap the two lines: first receive, then send. What happens?
-# <details><summary>Reasoning</summary>Each rank waits for a message that its left neighbour would
-# send after receiving one: a deadlock. Virtual ranks notice; real ones hang.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# Each rank waits for a message that its left neighbour would send after receiving one: a deadlock.
+# Virtual ranks notice; real ones hang.
+#
+# </details>
 
 
 # %%
@@ -94,7 +104,7 @@ def forward(comm, schedule):
     return out, lse, meter
 
 
-# %%
+# %% tags=["varies"]
 logs = {schedule: [] for schedule in ("lv-xattn", "ring")}
 want, _ = full_attention(q, k, v)  # all of it, on one rank
 for schedule, log in logs.items():
@@ -110,8 +120,12 @@ for schedule, log in logs.items():
 #
 # **Predict.** With LV-XAttn on four ranks, whose queries does rank 0 work on at hop 1, and where
 # are its own queries then?
-# <details><summary>Reasoning</summary>Blocks move to the right, so that those of rank 3 are with
-# rank 0, and those of rank 0 with rank 1.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# Blocks move to the right: rank 3's queries are with rank 0, and rank 0's with rank 1.
+#
+# </details>
 
 # %%
 film = scenes("lv-xattn", logs["lv-xattn"])  # film[hop][rank], followed through the log
@@ -146,8 +160,13 @@ assert np.allclose(result[0], both, rtol=0, atol=1e-13) and film[2][2] == (0, (1
 #
 # **Predict.** How many messages are there in each strip, and which ranks' keys does each result
 # cover in the end?
-# <details><summary>Reasoning</summary>Every rank sends 3 blocks, and with LV-XAttn 3 results too:
-# 4 · 6 = 24 and 4 · 3 = 12. In the end all ranks' keys, each once.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# Every rank sends 3 blocks, and with LV-XAttn 3 results too: 4 · 6 = 24 and 4 · 3 = 12. In the end
+# all ranks' keys, each once.
+#
+# </details>
 
 # %%
 for schedule, log in logs.items():
@@ -194,6 +213,7 @@ with check("whose block is with which rank at every hop"):
 # def owner(rank, hop, P):
 #     return (rank - hop) % P
 # ```
+#
 # </details>
 
 # %% [markdown]
@@ -202,7 +222,7 @@ with check("whose block is with which rank at every hop"):
 # Write LV-XAttn's forward with `comm.send`, `comm.recv`, `block_attention` and `merge`.
 # `block_attention(q, k, v, scale=scale)` attends from some queries to some keys and returns
 # `(out, lse)`; `merge(out_a, lse_a, out_b, lse_b)` joins results over different keys
-# ([notebook 01](01_merging_softmax.ipynb)). The simplest way sends a block and its result together,
+# ([notebook 1](01_merging_softmax.ipynb)). The simplest way sends a block and its result together,
 # and takes $P$ hops. Ten lines are enough.
 
 
@@ -253,18 +273,24 @@ with check("the forward on any number of ranks, with nothing sent but queries an
 # library's [lv_xattn.py](../reference/lv_xattn.py) sends queries on first, and results after them.
 # It also stops a hop earlier in both: queries need not come home, and home's own result never
 # leaves.
+#
 # </details>
 
 # %% [markdown]
 # ## Bytes, message by message
 #
-# A `Meter` counts what its rank sends; the log has single messages. The plan of notebook 02
+# A `Meter` counts what its rank sends; the log has single messages. The plan of notebook 2
 # foresees both. In fp64 all numbers take 8 bytes.
 #
 # **Predict.** `q` is (1, 2, 16, 8) here, on 4 ranks. How long is a block of queries, how long a
 # partial result, and how many bytes does a rank send with `lv-xattn`?
-# <details><summary>Reasoning</summary>Queries: 2 heads · 4 rows · 8 numbers · 8 bytes = 512.
-# Result: out, as many again, and lse, 2 · 4 · 8 = 64: 576. Three of each: 3,264.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# Queries: 2 heads · 4 rows · 8 numbers · 8 bytes = 512. Result: out, as many again, and lse, 2 · 4
+# · 8 = 64: 576. Three of each: 3,264.
+#
+# </details>
 
 
 # %%
@@ -293,8 +319,12 @@ for schedule, log in logs.items():
 # **Predict.** The first trip of the queries and the last one of the results have to be hidden
 # behind something, too: a rank cuts the work on its own queries in two, in proportion to the bytes
 # of the two trips. How many of its 100 keys come first?
-# <details><summary>Reasoning</summary>A query is 8 numbers, its result 9: 100 · 8 / 17 =
-# 47.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# A query is 8 numbers, its result 9: 100 · 8 / 17 = 47.
+#
+# </details>
 
 # %%
 for layout in run_ranks(P, agreed, "lv-xattn"):
@@ -303,18 +333,27 @@ for layout in run_ranks(P, agreed, "lv-xattn"):
 # %% [markdown]
 # **Predict.** The lengths stay, and $P$ grows. How do the bytes grow that one rank sends, and those
 # that all send together?
-# <details><summary>Reasoning</summary>P - 1 blocks of S_Q / P rows: a rank sends almost S_Q rows
-# however many ranks there are, and all together P - 1 times S_Q.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# P - 1 blocks of S_Q / P rows: a rank sends almost S_Q rows however many ranks there are, and all
+# together P - 1 times S_Q.
+#
+# </details>
 
 # %%
-numbers = [1, 2, 4, 8, 16]
-figure, axes = sheet(2.8)
-for schedule, colour in (("lv-xattn", COLOURS[0]), ("ring", COLOURS[1])):
-    meters = {n: [m for _, _, m in run_ranks(n, forward, schedule)] for n in numbers}
-    block = 16 * (8 + 9) * 2 * 8 if schedule == "lv-xattn" else 400 * (8 + 8) * 8
+numbers, of_a_rank = [1, 2, 4, 8, 16], {"lv-xattn": [], "ring": []}
+rows_of_all = {"lv-xattn": H * S_Q * (D + D + 1), "ring": H_KV * S_KV * (D + D)}
+for schedule, sent in of_a_rank.items():
     for n in numbers:
-        assert sum(meter.bytes for meter in meters[n]) == (n - 1) * block
-    y = [meters[n][0].bytes / 1000 for n in numbers]
+        by_rank = [meter.bytes for _, _, meter in run_ranks(n, forward, schedule)]
+        assert sum(by_rank) == (n - 1) * 8 * rows_of_all[schedule]
+        sent.append(by_rank[0])
+
+# %% tags=["hide-input"]
+figure, axes = sheet(2.8)
+for (schedule, sent), colour in zip(of_a_rank.items(), COLOURS, strict=False):
+    y = [nbytes / 1000 for nbytes in sent]
     axes.plot(numbers, y, "o-", color=colour, lw=2)
     axes.text(numbers[-1], y[-1], f"  {schedule}", va="center", color=INK, size=11)
 axes.set(xlabel="ranks", ylabel="kilobytes that a rank sends", xticks=numbers)
@@ -330,8 +369,12 @@ figure
 #
 # **Predict.** Three ranks hold 5, 0 and 11 queries, and 0, 150 and 250 keys. Is the result still
 # exact? What is a partial result over no keys?
-# <details><summary>Reasoning</summary>Yes. Over no keys it is (0, -inf), the identity of the merge:
-# joining it changes nothing.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# Yes. Over no keys it is (0, -inf), the identity of the merge: joining it changes nothing.
+#
+# </details>
 
 # %%
 q_cuts, kv_cuts = [5, 5], [0, 150]  # where the next rank's share begins
@@ -385,6 +428,7 @@ with check("the size of every message, with shares of any length"):
 #     results = [H * n * (D_V + 1) * 8 for n in visitor[1:]]  # of all but its own
 #     return blocks, results
 # ```
+#
 # </details>
 
 # %% [markdown]
@@ -396,8 +440,13 @@ with check("the size of every message, with shares of any length"):
 #
 # **Predict.** The mask is (1, 1, 16, 400) of one byte a number. How many bytes more does it cost
 # all ranks together, with each schedule?
-# <details><summary>Reasoning</summary>LV-XAttn: none. Ring: each column travels P - 1 = 3 hops, as
-# its key does: 3 · 6,400 = 19,200 bytes.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# LV-XAttn: none. Ring: each column travels P - 1 = 3 hops, as its key does: 3 · 6,400 = 19,200
+# bytes.
+#
+# </details>
 
 # %%
 seen = rng.random((1, 1, S_Q, S_KV)) < 0.5
@@ -425,8 +474,13 @@ for schedule, more in (("lv-xattn", 0), ("ring", 19_200)):
 #
 # **Predict.** Ranks 0 and 2 are on host a, 1 and 3 on host b. In which order does the ring visit
 # them, and how many of its four hops cross?
-# <details><summary>Reasoning</summary>0, 2, 1, 3: two cross, from 2 to 1 and from 3 back to 0. In
-# the order of their numbers all four would.</details>
+#
+# <details><summary>Reasoning</summary>
+#
+# 0, 2, 1, 3: two cross, from 2 to 1 and from 3 back to 0. In the order of their numbers all four
+# would.
+#
+# </details>
 
 # %%
 hosts = ["a", "b", "a", "b"]
@@ -455,7 +509,8 @@ film_strip({"lv-xattn": dealt})
 #   any share at all.
 # - What each rank sends is known to the byte from the shapes alone, and hardly depends on $P$.
 #
-# Next: [04, real ranks with MPI](04_real_ranks_with_mpi.ipynb). Read here:
-# [virtual_ranks.py](../reference/virtual_ranks.py), [exchange.py](../reference/exchange.py),
-# [lv_xattn.py](../reference/lv_xattn.py), [ring_attention.py](../reference/ring_attention.py),
-# [layout.py](../reference/layout.py).
+# Files: [reference/virtual_ranks.py](../reference/virtual_ranks.py),
+# [exchange.py](../reference/exchange.py), [lv_xattn.py](../reference/lv_xattn.py),
+# [ring_attention.py](../reference/ring_attention.py), [layout.py](../reference/layout.py).
+#
+# Next: [notebook 4, real ranks with MPI](04_real_ranks_with_mpi.ipynb).

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Real ranks with MPI
+# # 4. Real ranks with MPI
 #
 # At the end you can write a program for several processes that pass blocks round a ring, say why
 # it stands still when it does, and see how much of its communication is hidden behind computing.
 #
-# It needs [the ring in one process](03_the_ring_in_one_process.ipynb), and about 30 minutes.
+# It needs [notebook 3](03_the_ring_in_one_process.ipynb), for the ring, and about 30 minutes.
 
 # %%
 # %load_ext lvxattn.mpi_impl.jupyter
@@ -26,7 +26,7 @@ from lvxattn.reference.plan.trace import Trace
 from lvxattn.reference.timeline import Post, Span, Timeline
 
 # %% [markdown]
-# ## 1. Ranks are processes
+# ## Ranks are processes
 #
 # MPI starts $P$ copies of one program. A copy is a *rank*: a process of its own, with a number $r$
 # from 0 to $P - 1$, that runs the same lines as all others. It reaches them through a
@@ -39,11 +39,13 @@ from lvxattn.reference.timeline import Post, Span, Timeline
 #
 # `gather` collects an object of every rank in a list, on rank 0.
 #
-# **Prediction.** The notebook has an empty list, and every rank appends its number to it. What is
-# in the list of rank 2, and what is in that of the notebook?
+# **Predict.** The notebook has an empty list, and every rank appends its number to it. What is in
+# the list of rank 2, and what is in that of the notebook?
 #
 # <details><summary>Reasoning</summary>
+#
 # Processes share no memory: each rank was sent a copy. Rank 2 has [2], and the notebook has [].
+#
 # </details>
 
 # %%
@@ -68,7 +70,7 @@ assert numbers == []
 # %% [markdown]
 # What a rank is to know of another one must be sent to it. That is all that the rest is about.
 #
-# ## 2. One hop: send to the right, receive from the left
+# ## One hop: send to the right, receive from the left
 #
 # In a ring, rank $r$ sends to its right neighbour $(r + 1) \bmod P$ and receives from its left one,
 # $(r - 1) \bmod P$. `Sendrecv` does both, and returns when both are done. The block that is sent
@@ -76,12 +78,14 @@ assert numbers == []
 # array as they lie in memory. `send`, `recv` and `gather`, with a small letter, take any Python
 # object and pickle it.)
 #
-# **Prediction.** Every rank first sends a block of its own, and then on and on what it received
-# last. Whose block does rank 0 have after 3 hops?
+# **Predict.** Every rank first sends a block of its own, and then on and on what it received last.
+# Whose block does rank 0 have after 3 hops?
 #
 # <details><summary>Reasoning</summary>
-# A block moves one place to the right at every hop. So after h hops rank r has the block of rank
-# (r - h) mod P; for r = 0, h = 3 and P = 4 that is rank 1.
+#
+# A block moves one place to the right at every hop. After $h$ hops rank $r$ has the block of rank
+# $(r - h) \bmod P$; for $r = 0$, $h = 3$ and $P = 4$ that is rank 1.
+#
 # </details>
 
 # %%
@@ -101,7 +105,7 @@ holds = comm.gather(owners)
 # %%
 assert holds == [[(r - h) % 4 for h in range(4)] for r in range(4)]
 
-# %%
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(8, 3), dpi=100, layout="constrained")
 for r, owners in enumerate(holds):
     for h, owner in enumerate(owners):
@@ -120,20 +124,22 @@ plt.show()
 # After $P - 1$ hops every block has been on every rank. `layout.owner(hop)` in
 # [reference/layout.py](../reference/layout.py) is this table's formula.
 #
-# ## 3. A hop while there is something to do: Isend and Irecv
+# ## A hop while there is something to do: Isend and Irecv
 #
 # During `Sendrecv` a rank computes nothing. `Isend` and `Irecv` (I for immediate) only begin to
 # send and to receive. They return a *request*, and the rank goes on computing. `request.Wait()`
 # returns when the block is gone, or is there. Until then its array belongs to MPI: a block that is
 # being sent must not be written, and room that is being filled must not be read.
 #
-# **Prediction.** Rank 0 begins to send eight megabytes of ones, and overwrites them with sevens
-# before it waits. What does rank 1 receive?
+# **Predict.** Rank 0 begins to send eight megabytes of ones, and overwrites them with sevens before
+# it waits. What does rank 1 receive?
 #
 # <details><summary>Reasoning</summary>
+#
 # The standard forbids it and says nothing about what happens. MPI makes no copy of a large block,
 # it reads it when the receiver is ready. That is after the barrier here, at which all ranks wait
 # for one another, so that sevens arrive. Nothing warns.
+#
 # </details>
 
 # %%
@@ -152,7 +158,7 @@ else:
     comm.Recv(block, 0)
 means = comm.gather(float(block.mean()))
 
-# %%
+# %% tags=["varies"]
 print("rank 1 received the mean", means[1])
 assert means[1] != 1.0
 
@@ -161,11 +167,13 @@ assert means[1] != 1.0
 # two arrays, one that is being sent and computed with, and one that is being filled; they change
 # places at every hop.
 #
-# **Prediction.** Every rank adds up all blocks, a thousand numbers each, while they go round. What
-# is the sum on each of four ranks?
+# **Predict.** Every rank adds up all blocks, a thousand numbers each, while they go round. What is
+# the sum on each of four ranks?
 #
 # <details><summary>Reasoning</summary>
-# Everybody sees every block once: 1000 × (0 + 1 + 2 + 3) = 6000 on all ranks.
+#
+# Everybody sees every block once: 1,000 · (0 + 1 + 2 + 3) = 6,000 on all ranks.
+#
 # </details>
 
 # %%
@@ -189,19 +197,21 @@ assert sums == [6000, 6000, 6000, 6000]
 # %% [markdown]
 # `Rotation` in [mpi_impl/exchange.py](../mpi_impl/exchange.py) is that loop's body and little more.
 #
-# ## 4. Deadlock
+# ## Deadlock
 #
 # A plain `Send` returns once its array may be used again. With a small block that is at once,
 # because MPI puts a copy aside. With a large one it is when the receiver has taken it. `Ssend`
 # (synchronous) waits for the receiver whatever the size.
 #
-# **Prediction.** Every rank sends one number to the right, then receives from the left. Does it end
+# **Predict.** Every rank sends one number to the right, then receives from the left. Does it end
 # with `Send`? With `Ssend`? With `Send` and a million numbers?
 #
 # <details><summary>Reasoning</summary>
+#
 # Yes, no, no. A small Send returns before anybody has received. In the other two every rank waits
 # for its right neighbour to receive, which itself waits for its right neighbour, and so on round
 # the ring: nobody ever comes to its Recv.
+#
 # </details>
 
 # %%
@@ -241,7 +251,7 @@ assert told.count("is at line 7: comm.Ssend(block, right)") == 4
 # %% [markdown]
 # All four are in the same line, each waiting for its right neighbour to receive:
 
-# %%
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(8, 1.6), dpi=100, layout="constrained")
 for r in range(4):
     axes.text(r, 0, f"rank {r}\nin Ssend", ha="center", va="center", color="white", weight="bold",
@@ -325,7 +335,7 @@ with check("every block has moved one place, and nobody waits for ever"):
 # </details>
 
 # %% [markdown]
-# ## 5. Overlap, seen on a timeline
+# ## Overlap, seen on a timeline
 #
 # `cross_attention` of [mpi_impl](../mpi_impl/cross_attention.py) is LV-XAttn (arXiv:2502.02406,
 # algorithm 1) on such ranks: `Irecv` and `Isend`, attention to this rank's keys, then a wait,
@@ -336,10 +346,12 @@ with check("every block has moved one place, and nobody waits for ever"):
 # There are $S_Q$ queries and $S_{KV}$ keys in all; a rank has a share of both (`shard`). The first
 # call warms the caches up, and is not written down.
 #
-# **Prediction.** How many blocks does a rank of four send in one forward pass?
+# **Predict.** How many blocks does a rank of four send in one forward pass?
 #
 # <details><summary>Reasoning</summary>
-# Queries make P - 1 hops and the results that follow them P - 1: 2 (P - 1) = 6.
+#
+# Queries make $P - 1$ hops, and so do the results that follow them: $2 (P - 1) = 6$.
+#
 # </details>
 
 # %%
@@ -373,7 +385,7 @@ for rank, timeline in enumerate(timelines):
 # %% [markdown]
 # The bytes are those that the cost model foretold. This is when they moved:
 
-# %%
+# %% tags=["varies"]
 draw_trace(trace, "LV-XAttn")
 
 # %% [markdown]
@@ -398,7 +410,7 @@ for x in trace.overlap():
     assert x.hidden > 0
     assert x.hidden + x.exposed <= x.on_the_way * (1 + 1e-9)
 
-# %%
+# %% tags=["hide-input", "varies"]
 figure, axes = plt.subplots(figsize=(8, 2.4), dpi=100, layout="constrained")
 for rank, x in enumerate(trace.overlap()):
     parts = (x.hidden, x.exposed, x.on_the_way - x.hidden - x.exposed)
@@ -465,19 +477,21 @@ with check("you read what was hidden and what was exposed"):
 # </details>
 
 # %% [markdown]
-# ## 6. The merge as an MPI.Op
+# ## The merge as an MPI.Op
 #
 # The queries are few. Where every rank holds all of them, each attends to its own keys, and the $P$
 # partial results are to be joined: MPI calls that a reduction. Attention over some keys is `out`,
 # the weighted mean of their values, and `lse`, the log of the sum of the exponentiated scores
 # ([notebook 1](01_merging_softmax.ipynb)).
 #
-# **Prediction.** `allreduce` adds up an object of every rank. Is the sum of the four `out`, divided
-# by 4, the right result?
+# **Predict.** `allreduce` adds up an object of every rank. Is the sum of the four `out`, divided by
+# 4, the right result?
 #
 # <details><summary>Reasoning</summary>
+#
 # No. A rank whose keys fit a query well must count for more in its row; the mean counts all ranks
 # alike.
+#
 # </details>
 
 # %%
@@ -588,7 +602,7 @@ assert abs(out - truth_out).max() < 1e-12
 assert abs(lse - truth_lse).max() < 1e-12
 
 # %% [markdown]
-# ## 7. A search in a long video
+# ## A search in a long video
 #
 # `make demo` searches a video for small patches; here is its core, on a short one, a camera that
 # pans over twelve photographs. Each of four ranks makes the frames that it holds and cuts them into
@@ -601,13 +615,14 @@ assert abs(lse - truth_lse).max() < 1e-12
 # So the product of a query and a key is how alike two patches are. The scale is large, 1000: nearly
 # all the weight goes to the key that is most alike, and `out` is its place.
 #
-# **Prediction.** A rank asks 4 queries of 64 numbers; a result is 3 numbers of `out` and one of
-# `lse`; a number has 4 bytes. How many bytes does a rank send? How many if its 3,600 keys and
-# values, of 64 and 3 numbers, went round instead?
+# **Predict.** A rank asks 4 queries of 64 numbers; a result is 3 numbers of `out` and one of `lse`;
+# a number has 4 bytes. How many bytes does a rank send? How many if its 3,600 keys and values, of
+# 64 and 3 numbers, went round instead?
 #
 # <details><summary>Reasoning</summary>
-# Three hops each: 3 × 4 × (64 + 3 + 1) × 4 bytes = 3,264 bytes, against 3 × 3,600 × 67 × 4 bytes
-# = 2.9 MB.
+#
+# Three hops each: 3 · 4 · (64 + 3 + 1) · 4 = 3,264 bytes, against 3 · 3,600 · 67 · 4 = 2.9 MB.
+#
 # </details>
 
 # %%
@@ -646,7 +661,7 @@ print(f"a rank sent {meters[0].bytes:,} bytes; keys and values: {3 * per_rank * 
 # One find of each rank: the noisy patch that was asked for and, in a frame that another rank holds,
 # a box where the attention found it.
 
-# %%
+# %% tags=["hide-input"]
 figure, rows = plt.subplots(
     2, 4, figsize=(8, 3.4), dpi=72, layout="constrained", height_ratios=(1, 1.6)
 )
@@ -680,8 +695,9 @@ plt.show()
 # - A timeline tells what of the communication was hidden. Because the merge is associative, it can
 #   be handed to MPI as the operator of a reduction.
 #
-# Next: [going backward](05_going_backward.ipynb), the gradients. Files read here:
-# [mpi_impl/exchange.py](../mpi_impl/exchange.py),
+# Files: [mpi_impl/exchange.py](../mpi_impl/exchange.py),
 # [mpi_impl/collectives.py](../mpi_impl/collectives.py),
 # [reference/timeline.py](../reference/timeline.py),
 # [reference/plan/trace.py](../reference/plan/trace.py).
+#
+# Next: [notebook 5, going backward](05_going_backward.ipynb).

@@ -4,11 +4,9 @@
 # At the end you can derive every gradient of attention, say which four arrays travel in a backward
 # pass over many ranks and why `out` is none of them, and count their bytes.
 #
-# It needs [notebook 1](01_merging_softmax.ipynb) for `(out, lse)`,
-# [notebook 3](03_the_ring_in_one_process.ipynb) for the ring of virtual ranks, and about 45
+# It needs [notebook 1](01_merging_softmax.ipynb), for `(out, lse)`,
+# [notebook 3](03_the_ring_in_one_process.ipynb), for the ring of virtual ranks, and about 45
 # minutes.
-#
-# A question in bold asks for your **prediction**. Decide on an answer before you read on.
 
 # %%
 import matplotlib.pyplot as plt
@@ -68,15 +66,17 @@ assert np.allclose(p @ v, out, atol=1e-13, rtol=0)
 # $$\frac{\partial p_i}{\partial s_j} = p_i \left([i = j] - p_j\right)$$
 #
 # $[i = j]$ is 1 where $i$ is $j$, else 0. Raising a score raises its own weight and takes from all
-# others. **What does a row of this matrix sum to?**
+# others.
 #
-# <details><summary>Why</summary>
+# **Predict.** What does a row of this matrix sum to?
+#
+# <details><summary>Reasoning</summary>
 #
 # It sums to 0. The sum over $j$ says what happens when all scores rise alike, and that changes no
 # weight (notebook 1).
 #
 # </details>
-
+#
 # Values that are unit vectors make `full_attention` return its weights. Below are eight scores, and
 # the matrix for them.
 
@@ -104,7 +104,7 @@ error = abs(np.stack(moves, axis=1) - jacobian).max()
 print("the moves and the matrix agree to nine digits:", error < 1e-9)
 assert error < 1e-9
 
-# %%
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4), width_ratios=(2, 5), sharey=True)
 left.barh(range(8), p_8, color=BLUE, height=0.8)
 left.set(xlabel="weight i", ylabel="key i", yticks=range(8), xlim=(0, 0.36))
@@ -128,9 +128,11 @@ plt.show()
 #        = p_j \Big(dp_j - \underbrace{\sum_i p_i\, dp_i}_{\delta}\Big)$$
 #
 # The sum $\delta$ runs over all keys. Once keys are on many ranks, that would be a sum over ranks,
-# in the middle of every backward. **Can it be had without looking at a key?**
+# in the middle of every backward.
 #
-# <details><summary>Why</summary>
+# **Predict.** Can it be had without looking at a key?
+#
+# <details><summary>Reasoning</summary>
 #
 # $\sum_i p_i\, \mathrm{dout} \cdot v_i = \mathrm{dout} \cdot \sum_i p_i v_i
 # = \mathrm{dout} \cdot \mathrm{out}$. The forward has done the sum already.
@@ -145,9 +147,10 @@ print("delta", delta.shape, "from", dp.shape, "products, or from out alone")
 assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
 
 # %% [markdown]
-# `delta = rowsum(dout * out)` is one number a query, known where the query lives
-# (arXiv:2307.08691, section 2.3). Below is the whole chain, with the shapes for one head. **Which
-# of these products sum over keys, and which over queries?**
+# `delta = rowsum(dout * out)` is one number a query, known where the query lives (arXiv:2307.08691,
+# section 2.3). Below is the whole chain, with the shapes for one head.
+#
+# **Predict.** Which of these products sum over keys, and which over queries?
 #
 # | gradient | shapes |
 # |---|---|
@@ -157,14 +160,14 @@ assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
 # | $dq = \mathrm{scale}\; ds\, k$ | (S_Q, S_KV) (S_KV, D) → (S_Q, D) |
 # | $dk = \mathrm{scale}\; ds^\top q$ | (S_KV, S_Q) (S_Q, D) → (S_KV, D) |
 #
-# <details><summary>Why</summary>
+# <details><summary>Reasoning</summary>
 #
 # The axis that vanishes is summed over: keys in $dq$, queries in $dk$ and $dv$. Where keys are on
 # many ranks, $dq$ is a sum over ranks; where queries are, $dk$ and $dv$ are.
 #
 # </details>
 #
-# ### Exercise: the gradients
+# ### Exercise 1: the gradients
 #
 # Write them, from `lse` and `delta` alone: no `out`, and no softmax. Every key-value head has one
 # query head here.
@@ -207,12 +210,14 @@ with check("dq, dk and dv are those of full_attention_backward"):
 # to both sides; the loss changes at the rate $dx \cdot t$, up to the error of the difference.
 #
 # The error has two sources: the bend of the loss, in proportion to $h^2$, and rounding, in
-# proportion to $1/h$. **For one of $q$, $k$ and $v$ only one of them is there, at any step. For
-# which one?**
+# proportion to $1/h$.
 #
-# <details><summary>Why</summary>
+# **Predict.** For one of $q$, $k$ and $v$ only one of the two errors is there, at any step. Which
+# of the three is it, and which error?
 #
-# `out` is linear in $v$: there is no bend, and the larger the step the better.
+# <details><summary>Reasoning</summary>
+#
+# `out` is linear in $v$: there is no bend, only rounding, and the larger the step the better.
 #
 # </details>
 
@@ -231,6 +236,7 @@ def error_of_difference(name, x, dx, h):
     return abs(rate - (dx * t).sum()) / abs(dx * t).sum()
 
 
+# %%
 steps = 10.0 ** np.arange(-10, -0.9, 0.5)
 dq, dk, dv = full_attention_backward(dout, q, k, v, out, lse, scale=scale)
 given = {"q": (q, dq), "k": (k, dk), "v": (v, dv)}
@@ -245,7 +251,7 @@ for name in ("q", "k"):  # from 1e-2 to 1e-3 the bend's part falls by 100
     assert 80 < errors[name][-3] / errors[name][-5] < 125
 assert errors["v"][-1] < 1e-13
 
-# %%
+# %% tags=["hide-input", "varies"]
 figure, axes = plt.subplots(figsize=(8, 3.9))
 for (name, error), colour in zip(errors.items(), (BLUE, GREEN, ORANGE), strict=True):
     axes.loglog(steps, error, "o-", color=colour, lw=2, ms=4)
@@ -263,10 +269,11 @@ plt.show()
 #
 # ## Cut the keys
 #
-# In notebook 1 results of parts had to be merged with weights. **Is a merge needed for the
-# gradients?**
+# In notebook 1 results of parts had to be merged with weights.
 #
-# <details><summary>Why</summary>
+# **Predict.** Is a merge needed for the gradients?
+#
+# <details><summary>Reasoning</summary>
 #
 # No. With the lse over all keys, $p_j = e^{s_j - \mathrm{lse}}$ is the weight of key $j$ among all
 # keys, whichever part computes it. All that follows are sums.
@@ -280,19 +287,19 @@ plt.show()
 rows = [np.s_[:, :, start : start + 6] for start in range(0, 24, 6)]  # keys of four ranks
 dk_sum, dv_sum = np.zeros_like(k), np.zeros_like(v)
 shares = [
-    block_attention_backward(
-        dout, q, k[r], v[r], lse, delta, dk_sum[r], dv_sum[r], scale=scale
-    )
+    block_attention_backward(dout, q, k[r], v[r], lse, delta, dk_sum[r], dv_sum[r], scale=scale)
     for r in rows
-]  # fmt: skip
+]
 for got, want in ((sum(shares), dq), (dk_sum, dk), (dv_sum, dv)):
     assert np.allclose(got, want, atol=1e-13, rtol=0)
 
 # %% [markdown]
 # A plain sum of four shares. Now break it: give each part the lse over its own keys, the one that
-# its forward found. **How are the weights wrong?**
+# its forward found.
 #
-# <details><summary>Why</summary>
+# **Predict.** How are the weights wrong?
+#
+# <details><summary>Reasoning</summary>
 #
 # They sum to 1 in every part, so to 4 in all. Each part believes that its keys are all there are.
 #
@@ -303,6 +310,8 @@ own = [block_attention(q, k[r], v[r], scale=scale)[1] for r in rows]
 part_of = np.stack([p[..., r[2]].sum(axis=-1) for r in rows])
 assert np.allclose(part_of, np.exp(np.stack(own) - lse), rtol=1e-12)  # what lse is for
 assert np.allclose(part_of.sum(axis=0), 1, rtol=1e-12)
+
+# %%
 wrong = np.zeros_like(v)
 for r, lse_r in zip(rows, own, strict=True):
     block_attention_backward(dout, q, k[r], v[r], lse_r, delta, dk_sum[r], wrong[r], scale=scale)
@@ -310,7 +319,7 @@ ratio = np.linalg.norm(wrong) / np.linalg.norm(dv)
 print(f"dv is {ratio:.0f} times as large as it should be")
 assert ratio > 2
 
-# %%
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(24, 11), sharey=True)
 left.pcolormesh(p[0, 0], cmap="Greys", edgecolor="white", lw=0.5)
 start = np.zeros(8)
@@ -340,9 +349,7 @@ plt.show()
 dk_sum, dv_sum = np.zeros_like(k), np.zeros_like(v)
 for start in range(0, 8, 2):
     b = np.s_[:, :, start : start + 2]
-    block_attention_backward(
-        dout[b], q[b], k, v, lse[b], delta[b], dk_sum, dv_sum, scale=scale
-    )  # fmt: skip
+    block_attention_backward(dout[b], q[b], k, v, lse[b], delta[b], dk_sum, dv_sum, scale=scale)
 assert np.allclose(dk_sum, dk, atol=1e-13, rtol=0)
 assert np.allclose(dv_sum, dv, atol=1e-13, rtol=0)
 
@@ -354,9 +361,9 @@ assert np.allclose(dv_sum, dv, atol=1e-13, rtol=0)
 # `lse` and `delta`. Its `dq` follows one hop behind and ends at home. `delta` is computed once, at
 # home, from `out`; so `out` has no reason to travel.
 #
-# **Four ranks: how many messages does the whole backward take?**
+# **Predict.** How many messages does the whole backward take on four ranks?
 #
-# <details><summary>Why</summary>
+# <details><summary>Reasoning</summary>
 #
 # Every rank's block makes $P - 1 = 3$ hops, and so does every `dq`: $2 P (P - 1) = 24$.
 #
@@ -372,6 +379,7 @@ def backward(comm):
     return cross_attention_backward(*mine, comm, scale=scale)
 
 
+# %%
 log = []
 of_ranks = zip(*run_ranks(P, backward, log=log), strict=True)
 for got, want in zip(of_ranks, (dq, dk, dv), strict=True):
@@ -380,9 +388,10 @@ print(len(log), "messages")
 assert len(log) == 2 * P * (P - 1) == 24
 
 # %% [markdown]
-# **How many bytes is each of them?** Two heads, two queries a rank, $D = 4$, $D_V = 3$, fp64.
+# **Predict.** Two heads, two queries a rank, $D = 4$, $D_V = 3$, fp64: how many bytes is each
+# message?
 #
-# <details><summary>Why</summary>
+# <details><summary>Reasoning</summary>
 #
 # A row of a block has $D$ numbers of `q`, $D_V$ of `dout` and one each of `lse` and `delta`; a row
 # of `dq` has $D$. Two heads of two queries are four rows, of 8-byte numbers:
@@ -399,11 +408,12 @@ assert (of_blocks, of_dq) == ({288}, {128})
 # ## What sending `out` would cost
 #
 # A backward can also be written with `out` in the travelling block instead of `delta`; then every
-# rank computes `delta` anew for every block that comes by. In bf16, with
-# $D = D_V = 128$: 2 bytes a number, 4 for `lse`, `delta` and `dq`, which are kept in fp32.
-# **By how much do the bytes grow?**
+# rank computes `delta` anew for every block that comes by. In bf16, with $D = D_V = 128$: 2 bytes a
+# number, 4 for `lse`, `delta` and `dq`, which are kept in fp32.
 #
-# <details><summary>Why</summary>
+# **Predict.** By how much do the bytes grow?
+#
+# <details><summary>Reasoning</summary>
 #
 # A row takes $256 + 256 + 4 + 4 + 512 = 1032$ bytes. `out` adds 256 and saves the 4 of `delta`:
 # 24 %.
@@ -420,13 +430,15 @@ sent = {}
 for schedule in ("lv-xattn", "ring"):
     layout = planned(*shapes, 8, schedule=schedule)
     sent[schedule] = sum(m.nbytes for m in messages(layout, rank=0, backward=True))
+
+# %%
 rows_sent = 7 * model.heads * 2048 // 8  # of queries, over 7 hops
 out_instead = sent["lv-xattn"] + rows_sent * (128 * 2 - 4)
 assert sent["lv-xattn"] == rows_sent * 1032
 assert 1.24 < out_instead / sent["lv-xattn"] < 1.25
 assert sent["ring"] > 50 * out_instead
 
-# %%
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(8, 3.1))
 bytes_of = {"q": 256, "dout": 256, "lse, delta": 8, "dq": 512}
 with_out = {"q": 256, "dout": 256, "lse": 4, "out": 256, "dq": 512}
@@ -455,7 +467,7 @@ plt.show()
 # The thin black stripe is `lse` and `delta`. Half of what travels is `dq`, in fp32; why not in
 # half precision is the last question of this notebook.
 #
-# ### Exercise: a backward to the byte
+# ### Exercise 2: a backward to the byte
 #
 # Write `backward_bytes`: what all P ranks together send in one backward of LV-XAttn. `itemsize` is
 # that of `q` and `dout`, `wide` that of `lse`, `delta` and `dq`, in bytes. Every rank has `s_q`
@@ -494,10 +506,12 @@ with check("as many bytes as were sent"):
 # %% [markdown]
 # ## dq's way home
 #
-# `dq` of rank 0 sets out empty-handed and is added to at every stop. **When it leaves rank 2, which
-# ranks' keys are in it? And which rank's share is never on the wire?**
+# `dq` of rank 0 sets out empty-handed and is added to at every stop.
 #
-# <details><summary>Why</summary>
+# **Predict.** When it leaves rank 2, which ranks' keys are in it? And which rank's share is never
+# on the wire?
+#
+# <details><summary>Reasoning</summary>
 #
 # Those of ranks 1 and 2. Rank 0's own share is computed at home, and added there.
 #
@@ -530,6 +544,7 @@ def recorded(comm):
     return seen
 
 
+# %%
 left_rank = run_ranks(P, recorded)
 for owner in range(P):
     b = np.s_[:, :, 2 * owner : 2 * owner + 2]  # the owner's queries
@@ -544,7 +559,7 @@ for owner in range(P):
 # that were just checked.
 
 
-# %%
+# %% tags=["hide-input"]
 def draw_stop(axes, hop, rank, owner):
     """Draw a block at a rank, and under it whose keys have added to its dq."""
     bold = owner == 0
@@ -559,7 +574,7 @@ def draw_stop(axes, hop, rank, owner):
         axes.add_patch(Rectangle(corner, 0.12, 0.14, alpha=1 if bold else 0.4, **style))
 
 
-# %%
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(8, 4.6))
 at_home = {(hop, rank): rank for hop in (0, P) for rank in range(P)}
 for (hop, rank), owner in {**at_home, **follow(log, BLOCKS)}.items():
@@ -592,7 +607,7 @@ plt.show()
 # $\mathrm{dlse} = w\, \mathrm{lse}$. Since $\partial\, \mathrm{lse} / \partial s_j = p_j$, it adds
 # $p_j\, \mathrm{dlse}$ to $ds_j = p_j\,(dp_j - \delta)$.
 #
-# ### Exercise: nothing more need travel
+# ### Exercise 3: nothing more need travel
 #
 # Write `delta_with_z_loss`, so that the ranks can go on as before, with this delta in the place of
 # the other.
@@ -632,10 +647,11 @@ with check("the z-loss goes in through delta"):
 # ## Why dq does not travel in half precision
 #
 # `dq` is half of the bytes, and q, k and v are in half precision anyway. Why not send it so? It is
-# a sum that is rounded at every hop, not once. **On 32 ranks, how many times the error of two ranks
-# does that give?**
+# a sum that is rounded at every hop, not once.
 #
-# <details><summary>Why</summary>
+# **Predict.** On 32 ranks, how many times the error of two ranks does that give?
+#
+# <details><summary>Reasoning</summary>
 #
 # A sum over $h$ of $P$ equal shares has about $\sqrt{h / P}$ of the final size, and its rounding is
 # in proportion. Independent errors add as squares:
@@ -680,12 +696,14 @@ for name, (_, u) in dtypes.items():
     roundings = u * np.sqrt((ranks - 1) / 2)
     assert (roundings / 12**0.5 < measured[name]).all()
     assert (measured[name] < roundings / 3**0.5).all()
+
+# %%
 once = np.linalg.norm(long_dq.astype(ml_dtypes.bfloat16).astype(float) - long_dq)
 once /= np.linalg.norm(long_dq)
 assert measured["bf16"][-1] > 3 * once
 assert measured["fp32"][-1] < 1e-4 * once
 
-# %%
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(8, 4))
 for (name, (_, u)), colour in zip(dtypes.items(), (BLUE, GREEN, ORANGE), strict=True):
     roundings = u * np.sqrt((ranks - 1) / 2)
@@ -724,4 +742,5 @@ plt.show()
 # is tested in [tests/test_known_defects.py](../tests/test_known_defects.py), the growth of errors
 # in [tests/test_precision.py](../tests/test_precision.py).
 #
-# Next: [forgetting keys and values](06_forgetting_keys_and_values.ipynb), and making them again.
+# Next: [notebook 6, forgetting keys and values](06_forgetting_keys_and_values.ipynb), and making
+# them again.

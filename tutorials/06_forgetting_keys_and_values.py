@@ -4,7 +4,7 @@
 # At the end you can say, to the byte, what cross-attention layers keep between forward and
 # backward, and how many more frames fit if keys and values are made again instead of kept.
 #
-# Before it: [05, going backward](05_going_backward.ipynb). Time: about 25 minutes.
+# It needs [notebook 5](05_going_backward.ipynb), for the gradients, and about 25 minutes.
 
 # %%
 import json
@@ -43,9 +43,9 @@ MiB, GB = 2**20, 1e9
 #
 # $$q = x W_Q \qquad k = y W_K \qquad v = y W_V \qquad (out, lse) = \text{attention}(q, k, v)$$
 #
-# Its backward needs $q, k, v, out$ and $lse$ again ([05](05_going_backward.ipynb)). It needs $x$
-# and $y$, too, for the gradients of the weights: $dW_K = y^\top dk$. What waits in memory from
-# forward to backward is what limits how long a video can be trained on.
+# Its backward needs $q, k, v, out$ and $lse$ again ([notebook 5](05_going_backward.ipynb)). It
+# needs $x$ and $y$, too, for the gradients of the weights: $dW_K = y^\top dk$. What waits in memory
+# from forward to backward is what limits how long a video can be trained on.
 #
 # Here are eight layers of $E = 256$, with $H = 4$ heads of $D = 64$ that share one key-value head.
 # They all read the same $y$.
@@ -62,7 +62,7 @@ x = torch.randn(1, 256, 256, requires_grad=True)  # 256 text tokens
 y = torch.randn(1, 4096, 256, requires_grad=True)  # 4,096 visual tokens
 
 # %% [markdown]
-# **Predict:** numbers are float32, 4 bytes each. How many MiB of keys and values do the eight
+# **Predict.** Numbers are float32, 4 bytes each. How many MiB of keys and values do the eight
 # layers keep? How many MiB of $y$?
 #
 # <details><summary>Reasoning</summary>
@@ -99,7 +99,7 @@ print("a layer keeps:", ", ".join(field.name for field in fields(Saved)))
 assert [field.name for field in fields(Saved)] == ["x", "y", "out", "lse"]
 
 # %% [markdown]
-# **Predict:** which share of the bytes above is still kept by all eight layers together?
+# **Predict.** Which share of the bytes above is still kept by all eight layers together?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -144,7 +144,7 @@ axes.spines[["top", "right", "left"]].set_visible(False)
 #
 # $$dy = dk\,W_K^\top + dv\,W_V^\top \qquad dW_K = y^\top dk \qquad dW_V = y^\top dv$$
 #
-# **Predict:** in float64, how far apart are the gradients of the two kinds of layers?
+# **Predict.** In float64, how far apart are the gradients of the two kinds of layers?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -169,11 +169,10 @@ assert all((a - b).abs().max() < 1e-12 * b.abs().max() for a, b in pairs)
 # %% [markdown]
 # ### Exercise 1: the backward of a layer that has forgotten
 #
-# Write the part of the backward that reaches $y$. You are given what was kept, the weights
-# $W$ of shape $(E, H, D)$, and `attention_backward(q, k, v)`, which returns $dq, dk, dv$. To turn
-# features into heads there is `project(features, weight)`. The heads' gradients are
-# $(B, H_{KV}, S_{KV}, D)$ and $y$ is $(B, S_{KV}, E)$, with $B$ videos; `np.einsum` can do the
-# products.
+# Write the part of the backward that reaches $y$. You are given what was kept, the weights $W$ of
+# shape $(E, H, D)$, and `attention_backward(q, k, v)`, which returns $dq, dk, dv$. To turn features
+# into heads there is `project(features, weight)`. The heads' gradients are $(B, H_{KV}, S_{KV}, D)$
+# and $y$ is $(B, S_{KV}, E)$, with $B$ videos; `np.einsum` can do the products.
 
 # %%
 rng = np.random.default_rng(0)
@@ -237,7 +236,7 @@ with check("dy is right, through keys and through values"):
 # | $q$ | $2\,S_Q E H D$ | $4\,S_Q E H D$ | $2\,S_Q E H D$ |
 # | $out\,W_O$ | $2\,S_Q E H D$ | $4\,S_Q E H D$ | |
 #
-# **Predict:** by how much does the arithmetic of our eight layers grow?
+# **Predict.** By how much does the arithmetic of our eight layers grow?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -257,7 +256,7 @@ assert round(more / step, 3) == 0.063
 # %% [markdown]
 # The time should follow the arithmetic. `benchmarks/recompute.py` takes a step with keys and values
 # kept and a step with them made again, in turn. Its [results](../benchmarks/results/recompute.json)
-# were recorded on two cores; all rows have the proportions above. Measure yours with
+# were recorded on two cores; all rows have the proportions above. Measure your machine with
 # `python benchmarks/recompute.py --quick`.
 
 # %%
@@ -331,7 +330,7 @@ with check("longer texts make it cheaper; few key-value heads do, too"):
 # Now the real thing: Llama 3-V has 8 cross-attention layers with 8 key-value heads of 128 and
 # $E = 4096$, and 6,404 visual tokens a frame. In bfloat16 a number takes 2 bytes.
 #
-# **Predict:** how much memory do the keys and values of all layers take for a video of 20 minutes,
+# **Predict.** How much memory do the keys and values of all layers take for a video of 20 minutes,
 # at a frame a second?
 #
 # <details><summary>Reasoning</summary>
@@ -357,7 +356,7 @@ assert again.keys * llama.cross_layers == kept.keys
 #
 # On $P$ ranks each has $1/P$ of it. How many frames fit is decided by what a frame takes of a rank.
 #
-# **Predict:** on 16 GPUs with 80 GB each, how many times as many frames fit if keys and values are
+# **Predict.** On 16 GPUs with 80 GB each, how many times as many frames fit if keys and values are
 # made again?
 #
 # <details><summary>Reasoning</summary>
@@ -386,6 +385,7 @@ for recompute, name, colour in ((False, "kept", COLOURS[5]), (True, "made again"
         fit[recompute] + 250, 73, f"{fit[recompute]:,} frames\n{name}", color=colour, va="top"
     )
 axes.axhline(cluster.room / GB, color=INK, lw=1.2, ls="--")
+axes.xaxis.set_major_formatter("{x:,.0f}")
 axes.text(20_000, 82, "80 GB", color=INK, ha="right")
 axes.set(
     xlim=(0, 20_000), ylim=(0, 110), xlabel="frames of the video", ylabel="GB on each of 16 ranks"
@@ -508,4 +508,4 @@ assert trained["peak"] < 0.55
 # [reference/plan/memory.py](../reference/plan/memory.py),
 # [benchmarks/activations.py](../benchmarks/activations.py).
 #
-# Next: [07, training on a long video](07_training_on_a_long_video.ipynb).
+# Next: [notebook 7, training on a long video](07_training_on_a_long_video.ipynb).

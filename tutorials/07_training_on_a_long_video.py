@@ -4,8 +4,8 @@
 # At the end you can train a model in PyTorch whose video is spread over processes, show that it
 # learns what one process would learn, and find out from the first loss whether a shard is wrong.
 #
-# Before it: [06, forgetting keys and values](06_forgetting_keys_and_values.ipynb). Time: about 25
-# minutes.
+# It needs [notebook 4](04_real_ranks_with_mpi.ipynb), for `%%mpi`,
+# [notebook 6](06_forgetting_keys_and_values.ipynb), for the layer, and about 25 minutes.
 
 # %%
 import csv
@@ -48,7 +48,7 @@ assert torch.equal(clip.markers[0, asked], clip.questions[0, 0])
 assert len(clip.markers[0].unique(dim=0)) == 8
 
 # %% tags=["hide-input"]
-figure, rows = plt.subplots(2, 9, figsize=(8, 1.9), layout="constrained", height_ratios=(4, 1))
+figure, rows = plt.subplots(2, 9, figsize=(8, 1.5), layout="constrained", height_ratios=(4, 1))
 shown = [*zip(clip.pictures[0], clip.markers[0], strict=True), (None, clip.questions[0, 0])]
 for n, (above, below, (picture, marker)) in enumerate(zip(*rows, shown, strict=True)):
     above.set_title(f"frame {n}" if n < 8 else "question", size=9, color=INK)
@@ -72,7 +72,7 @@ for n, (above, below, (picture, marker)) in enumerate(zip(*rows, shown, strict=T
 # With $P$ ranks each holds $1/P$ of every clip's frames and $1/P$ of the questions. Lengths need
 # not divide.
 #
-# **Predict:** a clip has 11 frames and 4 ranks. How many frames does each rank hold?
+# **Predict.** A clip has 11 frames and 4 ranks. How many frames does each rank hold?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -147,7 +147,7 @@ video = torch.randn(1, 1003, 48, dtype=torch.float64)
 one_process = {name: weight.grad.clone() for name, weight in layer.named_parameters()}
 
 # %% [markdown]
-# **Predict:** on four ranks, each with its share of text and video: is the gradient of $W_K$ right
+# **Predict.** On four ranks, each with its share of text and video: is the gradient of $W_K$ right
 # on any of them before it is summed?
 #
 # <details><summary>Reasoning</summary>
@@ -157,8 +157,8 @@ one_process = {name: weight.grad.clone() for name, weight in layer.named_paramet
 # </details>
 
 # %% [markdown]
-# `%%mpi` starts four processes ([04](04_real_ranks_with_mpi.ipynb)). In them PyTorch talks over its
-# own group of processes; gloo is what carries it between CPUs.
+# `%%mpi` starts four processes ([notebook 4](04_real_ranks_with_mpi.ipynb)). In them PyTorch talks
+# over its own group of processes; gloo is what carries it between CPUs.
 
 # %%
 # %load_ext lvxattn.mpi_impl.jupyter
@@ -213,6 +213,8 @@ with tempfile.TemporaryDirectory() as folder:
     size = ["--steps", "30", "--frames", "8", "--output", folder]
     subprocess.run([*launcher, *train, *size], check=True, capture_output=True)
     four = list(csv.DictReader(Path(folder, "curve.csv").read_text().splitlines()))
+
+# %%
 print(f"{len(four)} steps, from clips of {four[0]['frames']} frames to {four[-1]['frames']}")
 assert len(four) == 30
 first = [share(2, rank, 4) for rank in range(4)]
@@ -222,7 +224,7 @@ assert [held.stop - held.start for held in first] == [1, 1, 0, 0]
 # In the first steps two of the four ranks hold no frame at all. An empty shard is nothing special:
 # its keys add nothing to the merge.
 #
-# **Predict:** train the same in this one process. How far apart are the two losses, relative, at
+# **Predict.** Train the same in this one process. How far apart are the two losses, relative, at
 # any step?
 #
 # <details><summary>Reasoning</summary>
@@ -287,7 +289,7 @@ for axes in (left, right):
 #
 # ## What is sent
 #
-# **Predict:** 4 clips of 1,200 frames are 4 · 4,800 visual tokens; there are 64 questions a clip, 4
+# **Predict.** 4 clips of 1,200 frames are 4 · 4,800 visual tokens; there are 64 questions a clip, 4
 # heads of 32, two layers, float32. How many times as much would Ring Attention (arXiv:2310.01889)
 # send in a step as LV-XAttn?
 #
@@ -343,7 +345,7 @@ def reordered(clips):
 
 
 # %% [markdown]
-# **Predict:** which of the three change the curve?
+# **Predict.** Which of the three change the curve?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -365,6 +367,7 @@ def losses_of(fault, steps=60):
     return np.array(run.curve.column("loss"))
 
 
+# %%
 curves = {fault.__name__: losses_of(fault) for fault in (dropped, one_late, reordered)}
 right_curve = losses_of(lambda clips: clips)
 gaps = {name: abs(found - right_curve) / right_curve for name, found in curves.items()}
@@ -376,7 +379,7 @@ for name in ("dropped", "one_late"):
     assert curves[name][-10:].mean() > 1.1 * right_curve[-10:].mean()  # at the end
     assert curves[name][-10:].mean() < 0.9 * curves[name][:10].mean()  # though it does fall
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "varies"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
 colours = {"right": COLOURS[0], "dropped": COLOURS[5], "one_late": COLOURS[2], "reordered": INK}
 numbers = np.arange(1, 61)
@@ -455,4 +458,4 @@ with check("missing and doubled frames are found, wherever they are"):
 # [torch_impl/train/data.py](../torch_impl/train/data.py),
 # [torch_impl/train/loop.py](../torch_impl/train/loop.py).
 #
-# Next: [08, your own kernel and cluster](08_your_own_kernel_and_cluster.ipynb).
+# Next: [notebook 8, your own kernel and cluster](08_your_own_kernel_and_cluster.ipynb).

@@ -1,12 +1,17 @@
 """Make the notebooks from their sources: run each ``NN_name.py``, write ``NN_name.ipynb``.
 
-    python tutorials/build.py [NAME ...]
+    python tutorials/build.py [--fresh] [NAME ...]
 
 The sources are what is edited.  A notebook holds what running its source showed, and nothing of
 when or where that was.
+
+Some cells show other things on every run or on every machine: times, the size of roundings, which
+MPI there is.  They are tagged ``varies``.  Such a cell keeps the output that is stored while the
+code of its notebook stays the same, so that running this again changes no file; ``--fresh`` takes
+the new output.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from time import perf_counter
 
@@ -21,13 +26,19 @@ KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 def main() -> None:
     """Make the notebooks that are named, or all."""
-    names = sys.argv[1:] or [path.stem for path in sources()]
-    for name in names:
-        start = perf_counter()
-        notebook = run(read(HERE / f"{name}.py"))
-        nbformat.write(notebook, HERE / f"{name}.ipynb")
-        size = (HERE / f"{name}.ipynb").stat().st_size
-        print(f"{name}  {perf_counter() - start:.0f} s, {size / 1e6:.2f} MB", flush=True)
+    parser = argparse.ArgumentParser(description="Run the tutorials' sources.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="NN_name (default: all)")
+    parser.add_argument("--fresh", action="store_true", help="keep no stored output")
+    options = parser.parse_args()
+    for name in options.names or [path.stem for path in sources()]:
+        start, path = perf_counter(), HERE / f"{name}.ipynb"
+        notebook, kept = run(read(path.with_suffix(".py"))), 0
+        if path.exists() and not options.fresh:
+            kept = keep(notebook, nbformat.read(path, as_version=4))
+        nbformat.write(notebook, path)
+        told = f", {kept} outputs that vary are the stored ones (--fresh: new ones)" if kept else ""
+        size = path.stat().st_size / 1e6
+        print(f"{name}  {perf_counter() - start:.0f} s, {size:.2f} MB{told}", flush=True)
 
 
 def sources() -> list[Path]:
@@ -41,7 +52,14 @@ def read(path: Path) -> nbformat.NotebookNode:
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # jupytext draws them by lot
+        if tagged(cell, "hide-input"):  # the site's word; this is JupyterLab's
+            cell.metadata["jupyter"] = {"source_hidden": True}
     return notebook
+
+
+def tagged(cell: nbformat.NotebookNode, tag: str) -> bool:
+    """Return whether a cell has a tag."""
+    return tag in cell.metadata.get("tags", [])
 
 
 def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -62,6 +80,25 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         coalesce_streams=True,  # what is printed comes in as many pieces as the kernel likes
     ).execute()
     return notebook
+
+
+def keep(notebook: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> int:
+    """Give cells that vary the outputs of a stored notebook, if its code is the same; in place.
+
+    Returns
+    -------
+    int
+        How many cells have kept an output.
+    """
+    new, old = ([c for c in book.cells if c.cell_type == "code"] for book in (notebook, stored))
+    if [cell.source for cell in new] != [cell.source for cell in old]:
+        return 0
+    kept = 0
+    for cell, before in zip(new, old, strict=True):
+        if tagged(cell, "varies"):
+            cell.outputs = before.outputs
+            kept += 1
+    return kept
 
 
 if __name__ == "__main__":
