@@ -1,5 +1,6 @@
 """``%%mpi``: cells of a notebook on real ranks, and what is said when they fail."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 
-from lvxattn.mpi_impl.jupyter import CellError, report, run_cell
+from lvxattn.mpi_impl.jupyter import CellError, guard, report, run_cell
 from lvxattn.mpi_impl.jupyter.launch import find_mpiexec
 
 COMM = "from mpi4py import MPI\ncomm = MPI.COMM_WORLD\n"
@@ -72,7 +73,8 @@ def test_variables_go_there_and_back_and_stay_one() -> None:
     }  # fmt: skip
 
 
-def test_a_traceback_begins_in_the_cell_and_is_told_once() -> None:
+def test_a_traceback_begins_in_the_cell_and_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     source = COMM + (
         "import sys, warnings\nwarnings.warn('careful')\nprint('before', end='')\n"
         "def f():\n    return 1 / 0\nif comm.rank == 1:\n    f()\ncomm.Barrier()"
@@ -133,6 +135,14 @@ def test_a_rank_that_dies_is_named_with_its_status(line: str, told: str) -> None
     source = COMM + f"import faulthandler, os\nif comm.rank == 1:\n    {line}\ncomm.Barrier()"
     with pytest.raises(CellError, match=rf"^rank 1 of 2 {told}"):
         run_cell(source, 2)
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -9 $$", 137), ("exit 0", 1)])
+def test_the_launcher_is_told_of_a_rank_that_dies(script: str, status: int, tmp_path: Path) -> None:
+    with open(tmp_path / "notebook", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        command = [sys.executable, guard.__file__, str(tmp_path), "60", "sh", "-c", script]
+        assert subprocess.run(command, check=False).returncode == status
 
 
 def test_a_deadlock_ends_and_names_the_lines(

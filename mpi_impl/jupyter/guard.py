@@ -49,11 +49,12 @@ def main(folder: Path, seconds: float, command: list[str]) -> int:
         limit = time.monotonic() + seconds
         while not ended.wait(_OFTEN):
             alone = _is_mine(lock)  # and then no other guard's: two would end each other
-            if alone or time.monotonic() > limit:
-                if alone:  # first, as a launcher that is ended may end its guards
-                    shutil.rmtree(folder, ignore_errors=True)
+            if alone:
+                # First, as a launcher that is ended may end its guards.
+                shutil.rmtree(folder, ignore_errors=True)
                 end(os.environ[MARK])
-                rank.kill()  # where there is no /proc
+            if alone or time.monotonic() > limit:
+                rank.kill()
                 return 1
     (folder / f"status.{rank.pid}").write_text(str(rank.returncode))
     if rank.returncode == 0 and not (folder / f"done.{rank.pid}").exists():
