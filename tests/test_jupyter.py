@@ -164,11 +164,11 @@ def test_a_deadlock_ends_and_names_the_lines(
         "if comm.rank == 4:\n    sum(range(10**12))\n"
     )
     start = time.monotonic()
-    error = error_of(source, 5, timeout=3)
+    error = error_of(source, 5, timeout=4)
     assert time.monotonic() - start < 30
     assert error.printed == 5 * ["here\n"]
     assert str(error).splitlines() == [
-        "not done after 3 s, and ended.",
+        "not done after 4 s, and ended.",
         "rank 0 is at line 7: wait(comm, 5)  # nobody sends",
         "rank 1 is at line 11: comm.recv(source=0)",
         "rank 2 has run the whole cell; a thread of it is at line 8: thread = threading.Thread("
