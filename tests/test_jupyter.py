@@ -1,120 +1,259 @@
 """``%%mpi``: cells of a notebook on real ranks, and what is said when they fail."""
 
+import fcntl
 import os
-import shlex
+import signal
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
-from lvxattn.mpi_impl.jupyter import CellError, run_cell
-from lvxattn.mpi_impl.jupyter.launch import _MARK, find_mpiexec
+from lvxattn.mpi_impl.jupyter import CellError, guard, report, run_cell
+from lvxattn.mpi_impl.jupyter.launch import find_mpiexec
 
 COMM = "from mpi4py import MPI\ncomm = MPI.COMM_WORLD\n"
+OURS = "LVXATTN_TEST"
 
 
-def living() -> list[str]:
-    """Return the processes that any cell has left behind."""
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Look after every test for processes and folders that its cells have left."""
+    monkeypatch.setenv(OURS, uuid4().hex)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    yield
+    assert living() == []
+    assert list(tmp_path.glob("lvxattn-cell-*")) == []
+
+
+def living() -> list[int]:
+    """Return the processes that this test has started, and that have not ended."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if _MARK.encode() in path.read_bytes():
-                found.append(path.parent.name)
+            if os.environ[OURS].encode() in path.read_bytes():
+                found.append(int(path.parent.name))
         except OSError:
             continue
     return found
 
 
-def test_every_rank_prints_for_itself() -> None:
-    ran = run_cell(COMM + "print('rank', comm.rank)\nprint('of', comm.size)", 3)
-    assert ran.printed == [f"rank {rank}\nof 3\n" for rank in range(3)]
+def error_of(source: str, ranks: int, **options: Any) -> CellError:
+    with pytest.raises(CellError) as caught:
+        run_cell(source, ranks, **options)
+    return caught.value
+
+
+def test_every_rank_prints_for_itself_and_shows_its_last_value() -> None:
+    ran = run_cell(COMM + "print('rank', comm.rank)\ncomm.size", 3)
+    assert ran.printed == [f"rank {rank}\n3\n" for rank in range(3)]
     assert ran.given == {}
 
 
-def test_variables_go_there_and_back() -> None:
-    source = COMM + "total = comm.allreduce(step * comm.rank)\nother = [total]"
-    assert run_cell(source, 3, take={"step": 5}, give=["total", "other"]).given == {
-        "total": 15, "other": [15],
+def test_of_very_much_output_the_beginning_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_SHOWN", 4)
+    assert run_cell("print('é' * 1000)\n1;", 1).printed == ["éé\n... and 1,997 bytes more\n"]
+
+
+def test_variables_go_there_and_back_and_stay_one() -> None:
+    source = COMM + (
+        "class Point:\n    pass\n"
+        "points = comm.gather(Point())  # pickled by one rank, and unpickled by another\n"
+        "total = comm.allreduce(step[0] * comm.rank)\nsame = step is again\nother = [total]"
+    )
+    step = [5]
+    take, give = {"step": step, "again": step}, ["total", "same", "other"]
+    assert run_cell(source, 3, take=take, give=give).given == {
+        "total": 15, "same": True, "other": [15],
     }  # fmt: skip
 
 
-def test_a_traceback_begins_in_the_cell_and_is_told_once() -> None:
-    source = COMM + "def f():\n    return 1 / 0\nif comm.rank == 1:\n    f()\ncomm.Barrier()"
-    with pytest.raises(CellError) as caught:
-        run_cell(source, 3)
-    text = str(caught.value)
+def test_a_traceback_begins_in_the_cell_and_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    source = COMM + (
+        "import sys, warnings\nwarnings.warn('careful')\nprint('before', end='')\n"
+        "def f():\n    return 1 / 0\nif comm.rank == 1:\n    f()\ncomm.Barrier()"
+    )
+    error = error_of(source, 3)
+    text = str(error)
     assert text.startswith("rank 1 of 3 raised\nTraceback")
     assert text.count("ZeroDivisionError") == 1
-    assert 'File "cell", line 6' in text
+    assert 'File "cell", line 9' in text
     assert "return 1 / 0" in text
     assert "runpy" not in text
     assert "jupyter" not in text
-    assert not living()
+    warned = "cell:4: UserWarning: careful\n  warnings.warn('careful')\n"
+    assert error.printed[1] == f"{warned}before"
 
 
 def test_what_all_ranks_raise_is_told_once() -> None:
     # All are about to raise when the first one does, and ends the others.
-    source = COMM + "comm.Barrier()\nraise ValueError('no')"
-    with pytest.raises(CellError) as caught:
+    # An address is another one on each of them.
+    source = COMM + "comm.Barrier()\nraise ValueError(f'no {comm.rank + 1:#x}')"
+    assert str(error_of(source, 2)).count("ValueError: no") == 1
+
+
+def test_leaving_with_a_status_is_a_failure_and_without_is_none() -> None:
+    source = COMM + "import sys\nx = 1\nsys.exit(status if comm.rank == who else 0)"
+    assert run_cell(source, 2, take={"status": None, "who": 0}, give=["x"]).given == {"x": 1}
+    text = str(error_of(source, 2, take={"status": 3, "who": 1}))
+    assert text.startswith("rank 1 of 2 raised\n")
+    assert text.endswith("SystemExit: 3")
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("x = 1\nif x\n", 'File "cell", line 2\n    if x\n'),
+        ("x = 1\n%time f()", "ranks run plain Python, and line 2 is for IPython: %time f()"),
+        ("files = !ls", "ranks run plain Python, and line 1 is for IPython: files = !ls"),
+        ("print?", "ranks run plain Python, and line 1 is for IPython: print?"),
+    ],
+)
+def test_what_is_no_python_is_refused_before_ranks_start(
+    source: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LVXATTN_MPIEXEC", "no-such-launcher")
+    assert told in str(error_of(source, 2))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("os.kill(os.getpid(), 9)", r"was ended by signal 9 \(Killed\) before the end of the cell"),
+        ("faulthandler._sigsegv()", r"was ended by signal 11 \(.*\) at line 5: faulthandler\._sig"),
+        ("os._exit(0)", r"left with status 0 before the end of the cell"),
+        ("comm.Abort(7)", r"(called MPI_Abort, with status 7|left with status 7 before .*)"),
+    ],
+)
+def test_a_rank_that_dies_is_named_with_its_status(line: str, told: str) -> None:
+    source = COMM + f"import faulthandler, os\nif comm.rank == 1:\n    {line}\ncomm.Barrier()"
+    with pytest.raises(CellError, match=rf"^rank 1 of 2 {told}"):
         run_cell(source, 2)
-    assert str(caught.value).count("ValueError: no") == 1
 
 
-def test_a_deadlock_ends_and_names_the_lines() -> None:
+@pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -9 $$", 137), ("exit 0", 1)])
+def test_the_launcher_is_told_of_a_rank_that_dies(script: str, status: int, tmp_path: Path) -> None:
+    with open(tmp_path / "notebook", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        command = [sys.executable, guard.__file__, str(tmp_path), "60", "sh", "-c", script]
+        assert subprocess.run(command, check=False).returncode == status
+
+
+def test_a_deadlock_ends_and_names_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = (
+        20 * "\n" + "def wait(comm, depth):\n    wait(comm, depth - 1) if depth else comm.recv()"
+    )
+    (tmp_path / "supercell.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     source = COMM + (
-        "if comm.rank == 0:\n    comm.recv(source=1)\nelif comm.rank == 1:\n"
-        "    comm.recv(source=0)  # neither sends\n"
+        "import threading, time\nfrom supercell import wait\n"
+        "print('here')\n"
+        "if comm.rank == 0:\n    wait(comm, 5)  # nobody sends\n"
+        "thread = threading.Thread(target=lambda: time.sleep(100), daemon=comm.rank != 2)\n"
+        "thread.start()\n"
+        "if comm.rank == 1:\n    comm.recv(source=0)\n"
+        "if comm.rank == 3:\n    wait(comm, 200)\n"
+        "if comm.rank == 4:\n    sum(range(10**12))\n"
     )
     start = time.monotonic()
-    with pytest.raises(CellError) as caught:
-        run_cell(source, 3, timeout=2)
+    error = error_of(source, 5, timeout=4)
     assert time.monotonic() - start < 30
-    text = str(caught.value)
-    assert "not done after 2 s" in text
-    assert "rank 0 is at line 4: comm.recv(source=1)" in text
-    assert "rank 1 is at line 6: comm.recv(source=0)  # neither sends" in text
-    assert "rank 2 has ended" in text
-    assert not living()
-
-
-def test_a_deadlock_of_ranks_that_start_late_names_the_lines(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    late = shlex.join(["sh", "-c", 'sleep 1.5; exec "$@"', "late", *find_mpiexec()])
-    monkeypatch.setenv("LVXATTN_MPIEXEC", late)
-    with pytest.raises(CellError) as caught:
-        run_cell(COMM + "comm.recv(source=1 - comm.rank)", 2, timeout=4)
-    assert str(caught.value).count("is at line 3: comm.recv") == 2
+    assert error.printed == 5 * ["here\n"]
+    assert str(error).splitlines() == [
+        "not done after 4 s, and ended.",
+        "rank 0 is at line 7: wait(comm, 5)  # nobody sends",
+        "rank 1 is at line 11: comm.recv(source=0)",
+        "rank 2 has run the whole cell; a thread of it is at line 8: thread = threading.Thread("
+        "target=lambda: time.sleep(100), daemon=comm.rank != 2)",
+        "rank 3 is in supercell.py, line 22",
+        "rank 4 is at line 15: sum(range(10**12))",
+    ]
 
 
 def test_what_a_rank_starts_is_ended_too() -> None:
-    source = COMM + (
-        "import subprocess\nsubprocess.Popen(['sleep', '100'], start_new_session=True)\n"
+    run_cell("import subprocess\nsubprocess.Popen(['sleep', '100'], start_new_session=True)", 1)
+
+
+NOTEBOOK_THAT_ENDS = """
+import os, sys
+from lvxattn.mpi_impl.jupyter import launch
+launch._LATE = 0.2
+try:
+    launch.run_cell("import os\\nos.kill(process, number)\\nwhile True:\\n    pass", 2, timeout=1.5,
+                    take={"process": os.getpid(), "number": int(sys.argv[1])})
+except launch.CellError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_ranks_end_when_their_notebook_is_killed_or_stands_still(
+    number: int, tmp_path: Path
+) -> None:
+    notebook = subprocess.Popen(
+        [sys.executable, "-c", NOTEBOOK_THAT_ENDS, str(int(number))],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    os.waitid(os.P_PID, notebook.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+    start = time.monotonic()
+    while set(living()) - {notebook.pid}:
+        assert time.monotonic() - start < 30
+        time.sleep(0.05)
+    notebook.send_signal(signal.SIGCONT)
+    told = notebook.communicate()[0]
+    assert told == ("" if number == signal.SIGKILL else "not done after 1.5 s, and ended\n")
+
+
+def test_what_cannot_be_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec("def f(): pass\nclass C: pass", space)
+    advice = "which only the notebook has; define it in the cell, or in a module"
+    assert str(error_of("", 1, take={"x": 1, "f": space["f"]})) == (
+        f"--take: f needs the function f, {advice}"
     )
-    run_cell(source, 1)
-    assert not living()
-
-
-def test_a_rank_that_is_killed_is_told() -> None:
-    source = COMM + "import os\nif comm.rank == 1:\n    os.kill(os.getpid(), 9)\ncomm.Barrier()"
-    with pytest.raises(CellError, match="the ranks ended with status"):
-        run_cell(source, 2)
-
-
-def test_what_cannot_be_pickled_is_named() -> None:
-    with pytest.raises(CellError, match="--take: f cannot be pickled"):
+    assert str(error_of("", 1, take={"x": [space["C"]()]})) == (
+        f"--take: x needs the class C, {advice}"
+    )
+    with pytest.raises(CellError, match=r"^--take: f cannot be pickled: .*lambda"):
         run_cell("", 1, take={"f": lambda: 0})
-    with pytest.raises(CellError, match="--give: rank 0 has no x, y"):
-        run_cell("", 2, give=["x", "y"])
+    gone = types.ModuleType("gone")
+    exec("class C: pass", vars(gone))
+    monkeypatch.setitem(sys.modules, "gone", gone)
+    assert str(error_of("", 2, take={"x": gone.C()})) == (
+        "--take: x cannot be unpickled: ModuleNotFoundError: No module named 'gone'"
+    )
 
 
-def test_an_mpiexec_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_given_is_named() -> None:
+    source = (
+        "import sys, types\nclass C: pass\nc, f = [C()], lambda: 0\n"
+        "exec('class D: pass', vars(module := types.ModuleType('gone')))\n"
+        "sys.modules['gone'] = module\nd = module.D()"
+    )
+    for give, told in {
+        "x": "--give: rank 0 has no x",
+        "c": "--give: c needs the class C, which only the cell has; define it in a module",
+        "d": "--give: d cannot be unpickled: ModuleNotFoundError: No module named 'gone'",
+    }.items():
+        assert str(error_of(source, 1, give=[give])) == told
+
+
+def test_bad_numbers_and_launchers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ranks, timeout in ((0, 1.0), (1, 0.0), (1, float("nan"))):
+        with pytest.raises(ValueError, match="expected ranks >= 1 and timeout > 0, got"):
+            run_cell("", ranks, timeout=timeout)
     monkeypatch.setenv("LVXATTN_MPIEXEC", "no-such-launcher --flag")
-    with pytest.raises(CellError, match="there is no no-such-launcher"):
-        run_cell("", 1)
+    assert "there is no no-such-launcher" in str(error_of("", 1))
+    monkeypatch.setenv("LVXATTN_MPIEXEC", "sh -c 'shift; exec \"$@\"' ")
+    assert "2 ranks were started, and MPI knows of 1: the launcher" in str(error_of("", 2))
 
 
 def test_the_launcher_beside_python_is_found_without_path(
@@ -127,22 +266,30 @@ def test_the_launcher_beside_python_is_found_without_path(
 
 
 NOTEBOOK = """
+import os
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
 shell.run_line_magic("load_ext", "lvxattn.mpi_impl.jupyter")
-shell.user_ns["n"] = 2
-shell.run_cell("%%mpi 2 --take n --give m --timeout 30\\nfrom mpi4py import MPI\\n"
-               "m = n * MPI.COMM_WORLD.size\\nprint('n is', n)").raise_error()
-print("m is", shell.user_ns["m"])
+space = shell.user_ns
+space["n"] = 2
+shell.run_cell("%%mpi 2 --take n --give m , k --timeout 30  # a comment\\n"
+               "from mpi4py import MPI\\n"
+               "m = k = n * MPI.COMM_WORLD.size\\nprint('n is', n)").raise_error()
+print("m and k are", space["m"], space["k"])
 for line in ("0", "x", "2 --take nothing", "2 --give a-b", "2 --timeout -1", "2 --what", ""):
     result = shell.run_cell(f"%%mpi {line}\\n1")
     print("said", type(result.error_in_exec).__name__, result.error_in_exec)
-result = shell.run_cell("%%mpi 1\\n1 / 0")
-print("shown", result.error_in_exec._render_traceback_()[0].splitlines()[0])
+space["process"] = os.getpid()
+for last in ("1 / 0", "os.kill(process, 2)\\nwhile True: pass"):
+    print("--")
+    space["m"] = space["n"] = 3
+    shell.run_cell("%%mpi 1 --take process,n --give m,n\\nimport os\\n"
+                   f"print('before')\\nm = n = 4\\n{last}")
+    print("left", "m" in space, space["n"])
 """
 
 
-def test_the_magic_reads_its_line_and_labels_ranks() -> None:
+def test_the_magic_reads_its_line_labels_ranks_and_takes_old_results_away() -> None:
     pytest.importorskip("IPython")
     done: Any = subprocess.run(
         [sys.executable, "-c", NOTEBOOK], capture_output=True, text=True, check=False,
@@ -150,11 +297,23 @@ def test_the_magic_reads_its_line_and_labels_ranks() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[:3] == ["rank 0 | n is 2", "rank 1 | n is 2", "m is 4"]
+    assert lines[:3] == ["rank 0 | n is 2", "rank 1 | n is 2", "m and k are 4 4"]
     said = [line for line in lines if line.startswith("said")]
     assert [line.split()[1] for line in said] == ["UsageError"] * 7
     assert "expected a whole number from 1 up, got '0'" in said[0]
     assert "the notebook has no nothing" in said[2]
     assert "expected names of variables, got 'a-b'" in said[3]
     assert "expected seconds above 0, got '-1'" in said[4]
-    assert "shown CellError: rank 0 of 1 raised" in lines
+    raised, interrupted = (part.splitlines() for part in done.stdout.split("--\n")[1:])
+    assert raised[:3] == [
+        "rank 0 | before",
+        "CellError: rank 0 of 1 raised",
+        "Traceback (most recent call last):",
+    ]
+    assert interrupted == [
+        "rank 0 | before",
+        "CellError: interrupted, and ended.",
+        "rank 0 is at line 5: while True: pass",
+        "left False 3",
+    ]
+    assert raised[-1] == "left False 3"

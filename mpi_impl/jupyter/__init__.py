@@ -8,11 +8,14 @@
     print("I am one of", comm.size)
     total = comm.allreduce(comm.rank)
 
-=========  ========================================================================
-`magic`    ``%%mpi``: its arguments, what it prints, what it raises
-`launch`   starts the ranks, waits for them, and leaves none behind
-`rank`     what each of them runs: the cell, with its output and its errors kept apart
-=========  ========================================================================
+===========  ======================================================================
+`magic`      ``%%mpi``: its arguments, what it prints, what it raises
+`launch`     starts the ranks, waits for them, and leaves none behind
+`guard`      stands beside each rank: notes how it ends, ends it if the notebook is gone
+`rank`       what each of them runs: the cell, with its output and its errors kept apart
+`variables`  on their way to the ranks and back
+`report`     what is said of the ranks: what they printed, where they are, why they failed
+===========  ======================================================================
 
 Every cell starts new processes: nothing of one is left for the next but what it gives to the
 notebook.
@@ -20,7 +23,8 @@ notebook.
 
 from typing import Any
 
-from lvxattn.mpi_impl.jupyter.launch import CellError, run_cell
+from lvxattn.mpi_impl.jupyter.launch import run_cell
+from lvxattn.mpi_impl.jupyter.report import CellError
 
 __all__ = ["CellError", "load_ipython_extension", "run_cell"]
 

@@ -1,7 +1,7 @@
 """Start the ranks of a cell, wait for them, and leave none behind."""
 
+import fcntl
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -10,28 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvxattn.mpi_impl.device import BLAS_VARIABLES
+from lvxattn.mpi_impl.jupyter import guard
+from lvxattn.mpi_impl.jupyter.report import CELL, CellError, ask, failed, printed, where
+from lvxattn.mpi_impl.jupyter.variables import load, store
 
-# All processes of a cell inherit it: ranks may have left the launcher's session.
-_MARK = "LVXATTN_CELL"
-# Seconds for all ranks to write down where they are.
-_GRACE = 1.0
-# Seconds for killed processes to be gone.
-_GONE = 5.0
-
-
-class CellError(RuntimeError):
-    """A cell's ranks did not end well."""
-
-    def _render_traceback_(self) -> list[str]:
-        """Return what a notebook shows: what went wrong on the ranks, not how that was found."""
-        return [f"CellError: {self}"]
+# Seconds after the limit at which guards end ranks that the notebook should have ended.
+_LATE = 10.0
+# Magics, commands of the shell, and questions.
+_OF_IPYTHON = re.compile(r"^\s*(\w+\s*=\s*)?[%!]|\?\s*$")
 
 
 class Ran(NamedTuple):
@@ -77,26 +72,37 @@ def run_cell(
     Raises
     ------
     CellError
-        A rank raised: its traceback, once, whoever else raised the same.  Or the time was up: the
-        line at which each rank was.  Or there is no launcher.
+        A rank raised: its traceback, once, whoever else raised the same.  Or it was killed, or
+        left.  Or the time was up, or somebody interrupted: the line at which each rank was.  Or
+        the source is no Python, or a variable cannot be sent, or there is no launcher.  Its
+        `printed` is what the ranks had printed.
+
+    Notes
+    -----
+    When this process dies, the ranks end, too.  Of what ranks start, that which takes both a
+    session and an environment of its own (``setsid env -i``) is not found, and goes on.
     """
-    with tempfile.TemporaryDirectory(prefix="lvxattn-cell-") as name:
+    if ranks < 1 or not timeout > 0:
+        raise ValueError(f"expected ranks >= 1 and timeout > 0, got {ranks} and {timeout}")
+    _check(source)
+    # A guard may have removed it.
+    with tempfile.TemporaryDirectory(prefix="lvxattn-cell-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        (folder / "cell.py").write_text(source)
-        (folder / "take.pickle").write_bytes(_pickled(take or {}))
-        deadline = time.time() + timeout  # the ranks' limit, too, however late they start
-        program = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl.jupyter.rank", name, str(deadline)]
-        command = [*find_mpiexec(), "-n", str(ranks), sys.executable, *program, *(give or [])]
-        with _started(command, ranks, folder / "said") as process:
-            try:
-                process.wait(timeout + _GRACE)
-            except subprocess.TimeoutExpired:
-                where = _where(folder, source, ranks)
-                raise CellError(f"not done after {timeout:g} s, and ended.\n{where}") from None
-        printed = [_read(folder / f"printed.{rank}") for rank in range(ranks)]
-        if process.returncode or not (folder / "give.pickle").exists():
-            raise CellError(_raised(folder, ranks) or _ended(process.returncode, folder))
-        return Ran(printed, pickle.loads((folder / "give.pickle").read_bytes()))
+        (folder / "cell.py").write_text(source, "utf-8")
+        store(folder / "take.pickle", take or {}, "--take")
+        program = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl.jupyter.rank", name, str(ranks)]
+        command = [
+            *[*find_mpiexec(), "-n", str(ranks)],
+            *[sys.executable, "-P", "-S", guard.__file__, name, str(timeout + _LATE)],
+            *[sys.executable, "-u", *program, *(give or [])],
+        ]
+        try:
+            _run(command, folder, source, ranks, timeout)
+            given = load(folder / "give.pickle", "--give")
+        except CellError as error:
+            error.printed = printed(folder, ranks)
+            raise
+        return Ran(printed(folder, ranks), given)
 
 
 def find_mpiexec() -> list[str]:
@@ -119,93 +125,74 @@ def find_mpiexec() -> list[str]:
     return command
 
 
+def _check(source: str) -> None:
+    """Refuse what is no Python, before there are ranks."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the ranks will warn
+            compile(source, CELL, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        number = getattr(error, "lineno", None) or 0
+        line = "".join(source.splitlines()[number - 1 : number])
+        if _OF_IPYTHON.search(line):
+            told = f"ranks run plain Python, and line {number} is for IPython: {line.strip()}"
+        else:
+            lines = traceback.format_exception_only(error)
+            told = f"the cell is no Python\n{''.join(lines).rstrip()}"
+        raise CellError(told) from None
+
+
+def _run(command: list[str], folder: Path, source: str, ranks: int, timeout: float) -> None:
+    """Run the ranks, and raise CellError unless they end well."""
+    limit, status, stopped = time.monotonic() + timeout, 1, ""
+    with _started(command, folder, ranks) as process:
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            stopped = f"not done after {timeout:g} s, and ended"
+        except KeyboardInterrupt:
+            stopped = "interrupted, and ended"
+        if stopped:
+            ask(folder, ranks)
+            told = [f"{stopped}.\n{where(folder, source, ranks)}", failed(folder, source, ranks)]
+            raise CellError("\n\n".join(filter(None, told)))
+    if status and time.monotonic() > limit:  # this process was stopped, and guards ended the ranks
+        raise CellError(f"not done after {timeout:g} s, and ended")
+    if status or not (folder / "give.pickle").exists():
+        raise CellError(failed(folder, source, ranks) or _ended(status, folder))
+
+
 @contextmanager
-def _started(command: list[str], ranks: int, said: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def _started(command: list[str], folder: Path, ranks: int) -> Iterator["subprocess.Popen[bytes]"]:
     """Start a command; when this is over, whatever it started is over, too.
 
     What it says goes to a file: a pipe is open for as long as anybody has it.
     """
     mark = uuid.uuid4().hex
-    environment = {**os.environ, _MARK: mark}
+    environment = {**os.environ, guard.MARK: mark, "PYTHONIOENCODING": "utf-8"}
     if not any(environment.get(name) for name in BLAS_VARIABLES):
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment |= dict.fromkeys(BLAS_VARIABLES, str(threads))
-    with open(said, "w") as file:
+    with open(folder / "notebook", "w") as lock, open(folder / "said", "w") as said:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # for as long as this process lives, at most
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=file,
+            stdout=said,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
         )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + _GONE
-        while (left := _marked(mark)) and time.monotonic() < deadline:
-            for number in left:
-                with suppress(ProcessLookupError):
-                    os.kill(number, signal.SIGKILL)
-            time.sleep(0.01)
-        process.wait()
-
-
-def _marked(mark: str) -> list[int]:
-    """Return the processes that have inherited a mark; none where there is no ``/proc``."""
-    wanted, found = f"{_MARK}={mark}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it has ended, or is not ours to look at
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
-
-
-def _pickled(take: dict[str, Any]) -> bytes:
-    for name, value in take.items():
         try:
-            pickle.dumps(value)
-        except Exception as error:  # whatever a type raises that cannot be pickled
-            raise CellError(f"--take: {name} cannot be pickled: {error}") from None
-    return pickle.dumps(take)
-
-
-def _where(folder: Path, source: str, ranks: int) -> str:
-    """Say at which line of the cell each rank is."""
-    lines = source.splitlines()
-    told = []
-    for rank in range(ranks):
-        # The innermost call comes first.
-        at = re.search(r'File ".*cell\.py", line (\d+)', _read(folder / f"stack.{rank}"))
-        if at is None:
-            started = (folder / f"stack.{rank}").exists()
-            told.append(f"rank {rank} {'has ended' if started else 'has not started'}")
-            continue
-        number = int(at[1])
-        told.append(f"rank {rank} is at line {number}: {lines[number - 1].strip()}")
-    return "\n".join(told)
-
-
-def _raised(folder: Path, ranks: int) -> str:
-    """Return what was raised, each different thing once, the first first."""
-    files = sorted(folder.glob("raised.*"), key=lambda path: path.stat().st_mtime_ns)
-    by_text: dict[str, list[int]] = {}
-    for path in files:
-        by_text.setdefault(path.read_text(), []).append(int(path.suffix[1:]))
-    told = []
-    for text, who in by_text.items():
-        names = f"rank {who[0]}" if len(who) == 1 else f"ranks {', '.join(map(str, sorted(who)))}"
-        told.append(f"{names} of {ranks} raised\n{text.rstrip()}")
-    return "\n\n".join(told)
+            yield process
+        finally:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            guard.end(mark)
+            process.wait()
 
 
 def _ended(status: int, folder: Path) -> str:
-    tail = "\n".join(_read(folder / "said").strip().splitlines()[-15:])
+    said = (folder / "said").read_text(errors="replace").strip()
+    tail = "\n".join(said.splitlines()[-15:])
     return f"the ranks ended with status {status}, and no rank says why\n{tail}".rstrip()
-
-
-def _read(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""

@@ -1,5 +1,6 @@
 """``%%mpi N``: the arguments of the magic, and what it shows."""
 
+import re
 import shlex
 from argparse import ArgumentTypeError
 from typing import Any
@@ -8,6 +9,7 @@ from IPython import get_ipython
 from IPython.core.error import UsageError
 
 from lvxattn.mpi_impl.jupyter.launch import run_cell
+from lvxattn.mpi_impl.jupyter.report import CellError
 from lvxattn.reference.run.arguments import Parser, positive
 from lvxattn.reference.run.arguments import UsageError as BadArguments
 
@@ -15,7 +17,11 @@ _SECONDS = 60.0
 
 
 def mpi(line: str, cell: str) -> None:
-    """Run a cell on MPI ranks, and print what each of them printed.
+    """Run a cell on MPI ranks; print what each of them printed, and its last expression's value.
+
+    The cell is plain Python, without magics.  If it fails, what was printed until then is shown,
+    and the names after ``--give`` are gone from the notebook, unless they are after ``--take``,
+    too.
 
     Parameters
     ----------
@@ -28,27 +34,34 @@ def mpi(line: str, cell: str) -> None:
     Raises
     ------
     CellError
-        A rank raised, or the time was up.
+        A rank raised or died, or the time was up: see `run_cell`.
     """
+    line = re.sub(r"\s*,\s*", ",", line)
     try:
-        options = _parser().parse_args(shlex.split(line))
+        options = _parser().parse_args(shlex.split(line, comments=True))
     except (BadArguments, ValueError) as error:
         raise UsageError(str(error).removesuffix(" (on all ranks)")) from None
     space: dict[str, Any] = get_ipython().user_ns
+    take = {name: space[name] for name in options.take if name in space}
+    # A check that comes next must not take old values for the results of a cell that failed.
+    for name in set(options.give) - set(options.take):
+        space.pop(name, None)
     missing = [name for name in options.take if name not in space]
     if missing:
         raise UsageError(f"%%mpi: --take: the notebook has no {', '.join(missing)}")
-    ran = run_cell(
-        cell,
-        options.ranks,
-        timeout=options.timeout,
-        take={name: space[name] for name in options.take},
-        give=options.give,
-    )
-    for rank, text in enumerate(ran.printed):
+    try:
+        ran = run_cell(cell, options.ranks, timeout=options.timeout, take=take, give=options.give)
+    except CellError as error:
+        _show(error.printed)
+        raise
+    _show(ran.printed)
+    space.update(ran.given)
+
+
+def _show(printed: list[str]) -> None:
+    for rank, text in enumerate(printed):
         for row in text.splitlines():
             print(f"rank {rank} | {row}")
-    space.update(ran.given)
 
 
 def _parser() -> Parser:
