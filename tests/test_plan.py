@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.choose import candidates, table
 from lvxattn.reference.plan.command import main
-from lvxattn.reference.plan.machine import MACHINES, Link, Machine
+from lvxattn.reference.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.reference.plan.memory import memory, most_frames
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.plan.simulate import play
@@ -22,6 +22,8 @@ from lvxattn.reference.plan.steps import messages
 
 # Arithmetic is free unless a test says otherwise, and so is reading.
 FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64, 1e30, 0.0)
+MEASURED = Measured("mpi_impl", "CPU, 2 cores", 32, 8, 128, "float32")
+ON = asdict(MEASURED)
 
 
 def layout(P: int, schedule: str = "lv-xattn", **sizes: Any) -> Layout:
@@ -213,7 +215,7 @@ class TestChoice:
 
 class TestMachine:
     def test_a_file_holds_what_was_saved(self, tmp_path: Path) -> None:
-        for machine in MACHINES.values():
+        for machine in (*MACHINES.values(), replace(FREE, measured=MEASURED)):
             machine.check()
             machine.save(tmp_path / "m.json")
             assert Machine.load(tmp_path / "m.json") == machine
@@ -221,8 +223,8 @@ class TestMachine:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            ({"version": 3}, "machine: expected version 2 in .*, got 3"),
-            ({"version": True}, "machine: expected version 2 in .*, got True"),
+            ({"version": 2}, "machine: expected version 3 in .*, got 2: measure it again"),
+            ({"version": True}, "machine: expected version 3 in .*, got True"),
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
             ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
@@ -233,6 +235,13 @@ class TestMachine:
             ({"room": 10**400}, "machine: expected a number above 0 for room in .*, got 1000"),
             ({"ranks": 2.5}, "machine: expected an int for ranks in .*, got 2.5"),
             ({"name": ["a"]}, r"machine: expected a text for name in .*, got \['a'\]"),
+            (
+                {"measured": ON | {"dtype": "int8"}},
+                "one of .* for measured.dtype in .*, got 'int8'",
+            ),
+            ({"measured": ON | {"H": 0}}, "an int above 0 for measured.H in .*, got 0"),
+            ({"measured": ON | {"device": 1}}, "a text for measured.device in .*, got 1"),
+            ({"measured": {"by": "me"}}, "machine: .* is damaged"),
             ({"inside": 3}, "machine: .* is damaged"),
             ({"colour": "red"}, "machine: .* is damaged"),
         ],
@@ -246,11 +255,24 @@ class TestMachine:
         with pytest.raises(ValueError, match=says):
             Machine.load(path)
 
-    @pytest.mark.parametrize("text", ['{"version": 1, "name": "h1', "[" * 100_000])
-    def test_what_is_no_whole_json_is_refused(self, tmp_path: Path, text: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ('{"version": 3, "name": "h1', "is no JSON: "),
+            ("[" * 100_000, "is no JSON: "),
+            ("{}", "says no version"),
+            ("[3]", "says no version"),
+        ],
+    )
+    def test_what_is_no_machine_s_file_is_refused(
+        self, tmp_path: Path, text: str, says: str
+    ) -> None:
         path = tmp_path / "m.json"
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"machine: .* is damaged"):
+        expected = (
+            "machine: expected a file that measure or Machine.save wrote, got .*m.json, which "
+        )
+        with pytest.raises(ValueError, match=expected + says):
             Machine.load(path)
 
     def test_what_is_no_machine_is_refused_on_all_ranks(self) -> None:
@@ -309,22 +331,73 @@ class TestCommand:
             fit = most_frames(model, 64, 2, machine.room, dtype="float32", recompute=recompute)
             assert f"keys, values {title}: {fit:,} frames" in said
 
-    def test_it_draws(self, tmp_path: Path) -> None:
+    def test_it_draws_and_says_where(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         pytest.importorskip("matplotlib")
         file = tmp_path / "plan.png"
         assert main(["--machine", "a30-8", "--ranks", "2", "--plot", str(file)]) == 0
         assert file.stat().st_size > 10_000
+        assert capsys.readouterr().out.endswith(f"\n\n  {file} has the picture\n")
+
+    @pytest.mark.parametrize(
+        ("line", "dtype", "says"),
+        [
+            ("", "float32", "\n"),
+            ("--dtype bfloat16", "bfloat16", "; the plan has another dtype"),
+            ("--model mplug-owl3-1b", "float32", "; the plan has other heads"),
+            (
+                "--dtype float64 --model mplug-owl3-1b",
+                "float64",
+                "; the plan has other heads and another dtype",
+            ),
+        ],
+    )
+    def test_the_dtype_is_the_measured_one_and_another_is_remarked_on(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, dtype: str, says: str
+    ) -> None:
+        replace(FREE, measured=MEASURED).save(tmp_path / "m.json")
+        assert main(["--machine", str(tmp_path / "m.json"), "--ranks", "2", *line.split()]) == 0
+        said = capsys.readouterr().out
+        assert re.search(rf"\n  shapes .* {dtype}\n", said)
+        assert (
+            f"\n  measured  32/8 heads of 128 in float32, by mpi_impl on CPU, 2 cores{says}" in said
+        )
+
+    @pytest.mark.parametrize(
+        ("frames", "says"),
+        [
+            (4878, "room for 4,878 frames either way"),
+            (4879, "room for 4,879 frames only if they are made again"),
+            (16260, "room for 16,260 frames only if they are made again"),
+            (16261, "NO ROOM for 16,261 frames either way"),
+        ],
+    )
+    def test_it_says_whether_the_frames_fit(
+        self, capsys: pytest.CaptureFixture[str], frames: int, says: str
+    ) -> None:
+        assert main(["--frames", str(frames)]) == 0
+        assert capsys.readouterr().out.endswith(f"\n  a rank has 80.0 GB: {says}\n")
+
+    def test_one_rank_has_nothing_to_choose(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--ranks", "1", "--frames", "1"]) == 0
+        said = capsys.readouterr().out
+        assert "llama3v, 1 frame, " in said
+        assert "a100-16: 1 rank, 1 a host\n" in said
+        assert "least time  any: nothing is sent\n" in said
 
     @pytest.mark.parametrize(
         ("line", "says"),
         [
             ("--machine h1000", "--machine: expected one of a100-16, "),
-            ("--machine {bad}", "--machine: machine: expected version 2 in "),
+            ("--machine {bad}", "--machine: expected a file that measure or Machine.save wrote, "),
+            ("--machine /", "--machine: /: Is a directory"),
             ("--ranks 513", "--ranks: expected at most 512, got 513"),
             ("--plot {none}/x.png", "--plot: there is no folder "),
             ("--plot x.xyz", "--plot: expected a name that ends in .png, .pdf, .svg, got x.xyz"),
-            ("--frames -1", "argument --frames: expected a whole number from 0 up, got '-1'"),
-            ("--model gpt", "argument --model: invalid choice: 'gpt'"),
+            ("--frames 0", "--frames: expected a whole number from 1 up, got '0'"),
+            ("--text-tokens 0", "--text-tokens: expected a whole number from 1 up, got '0'"),
+            ("--model gpt", "--model: invalid choice: 'gpt'"),
         ],
     )
     def test_what_makes_no_sense_is_refused_in_a_line(
@@ -334,6 +407,6 @@ class TestCommand:
         words = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
         assert main(words) == 2
         said = capsys.readouterr()
-        assert says in said.err
+        assert said.err.startswith(f"python -m lvxattn.reference.plan: error: argument {says}")
         assert said.err.count("\n") == 1
         assert said.out == ""

@@ -94,7 +94,7 @@ def _read_machine(options: Namespace) -> Machine | None:
     """Return what the schedule is chosen for, if that is said."""
     try:
         return None if options.machine is None else machine_of(options.machine)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"--machine: {error}") from None
 
 
