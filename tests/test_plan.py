@@ -330,6 +330,23 @@ class TestCommand:
         for title, recompute in (("kept", False), ("made again", True)):
             fit = most_frames(model, 64, 2, machine.room, dtype="float32", recompute=recompute)
             assert f"keys, values {title}: {fit:,} frames" in said
+        assert f"all that a rank has: {machine.room / 1e9:.3g} GB" in said
+
+    def test_the_picture_has_every_number_on_its_cell_and_is_800_pixels_wide(self) -> None:
+        pytest.importorskip("matplotlib")
+        from lvxattn.reference.plan.draw_plan import FRAMES, TEXT, times, winners
+
+        model, machine = MODELS["llama3v"], MACHINES["a30-8"]
+        figure = winners(model, machine, 2, "float32")
+        assert figure.bbox.width == 800
+        ring, ours = (times(model, machine, 2, "float32", s) for s in ("ring", "lv-xattn"))
+        shown = {text.get_position(): text for text in figure.axes[0].texts}
+        assert len(shown) == 30
+        for (text, frames), number in shown.items():
+            at = TEXT.index(int(text)), FRAMES.index(int(frames))
+            said = float(number.get_text().replace(",", ""))
+            assert said == pytest.approx(ring[at] / ours[at], rel=0.06)
+            assert number.get_size() >= 11
 
     def test_it_draws_and_says_where(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -203,7 +203,7 @@ def _plot(options: Namespace) -> None:
     model, machine = MODELS[options.model], options.machine
     figure = winners(model, machine, options.ranks, options.dtype, options.text_tokens)
     try:
-        figure.savefig(options.plot, dpi=110)
+        figure.savefig(options.plot)
     except OSError as error:
         problem = f"{options.plot}: {error.strerror}"
         raise UsageError(f"{_PROGRAM}: error: argument --plot: {problem}") from None
