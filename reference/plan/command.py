@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan.choose import refusal
+from lvxattn.reference.plan.choose import refusal, unlike_ranks
 from lvxattn.reference.plan.draw import PICTURES
 from lvxattn.reference.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.reference.plan.memory import memory, most_frames
@@ -89,7 +89,7 @@ def plan(options: Namespace) -> str:
         cells, times[schedule] = f"  {schedule:10}", 0.0
         for backward in (False, True):
             sent = max(
-                (messages(layout, rank, backward=backward) for rank in range(P)),
+                (messages(layout, rank, backward=backward) for rank in unlike_ranks(layout)),
                 key=lambda found: sum(message.nbytes for message in found),
             )
             seconds = play(layout, machine, backward=backward).seconds
