@@ -12,10 +12,11 @@ import pytest
 from lvxattn import reference
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.layout import Layout
-from lvxattn.reference.plan.choose import candidates, table
+from lvxattn.reference.plan.choose import candidates, table, unlike_ranks
 from lvxattn.reference.plan.command import main
 from lvxattn.reference.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.reference.plan.memory import memory, most_frames
+from lvxattn.reference.plan.problem import planned
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.plan.simulate import play
 from lvxattn.reference.plan.steps import messages
@@ -188,17 +189,26 @@ class TestChoice:
             assert (of.schedule, of.way) == ("lv-xattn", "replicated")
             assert of.explain() == "queries are replicated: no schedule moves them"
 
-    def test_the_rank_that_sends_most_counts(self) -> None:
-        uneven = replace(layout(4), s_q=(1, 1, 1, 5))
-        (found,) = [c for c in candidates(uneven) if c.schedule == "gather"]
-        assert found.nbytes == max(
-            sum(
-                message.nbytes
-                for backward in (False, True)
-                for message in messages(replace(uneven, schedule="gather"), rank, backward=backward)
-            )
-            for rank in range(4)
-        )
+    @pytest.mark.parametrize("P", [2, 3, 5, 8])
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_the_rank_that_sends_most_counts(self, schedule: str, P: int) -> None:
+        rng = np.random.default_rng(P)
+        of = replace(layout(P, schedule, H=120, H_KV=120), order=tuple(rng.permutation(P).tolist()))
+        for least, most in ((3, 5), (0, 50)):
+            s_q, s_kv = rng.integers(least, most, (2, P)).tolist()
+            masks = tuple(None if n % 2 else ((1, 1, 1, n), "bool") for n in s_kv)
+            uneven = replace(of, s_q=tuple(s_q), s_kv=tuple(s_kv), masks=masks)
+            both = [
+                messages(uneven, rank) + messages(uneven, rank, backward=True) for rank in range(P)
+            ]
+            (found,) = [c for c in candidates(uneven) if c.schedule == schedule]
+            assert found.nbytes == max(sum(message.nbytes for message in sent) for sent in both)
+            assert {found.messages} == set(map(len, both))
+
+    def test_of_ranks_whose_shares_differ_by_a_row_four_at_most_are_looked_at(self) -> None:
+        even, uneven = (planned((1, 4, n, 2), (1, 4, 640, 2), 64) for n in (640, 650))
+        assert len(unlike_ranks(even)) == 1
+        assert 2 <= len(unlike_ranks(uneven)) <= 4
 
     def test_auto_computes_what_the_others_compute(self) -> None:
         rng = np.random.default_rng(0)
