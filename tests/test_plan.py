@@ -12,6 +12,7 @@ import pytest
 from lvxattn import reference
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.layout import Layout
+from lvxattn.reference.plan import command
 from lvxattn.reference.plan.choose import candidates, table, unlike_ranks
 from lvxattn.reference.plan.command import main
 from lvxattn.reference.plan.machine import MACHINES, Link, Machine, Measured
@@ -189,21 +190,23 @@ class TestChoice:
             assert (of.schedule, of.way) == ("lv-xattn", "replicated")
             assert of.explain() == "queries are replicated: no schedule moves them"
 
-    @pytest.mark.parametrize("P", [2, 3, 5, 8])
     @pytest.mark.parametrize("schedule", SCHEDULES)
-    def test_the_rank_that_sends_most_counts(self, schedule: str, P: int) -> None:
-        rng = np.random.default_rng(P)
-        of = replace(layout(P, schedule, H=120, H_KV=120), order=tuple(rng.permutation(P).tolist()))
-        for least, most in ((3, 5), (0, 50)):
-            s_q, s_kv = rng.integers(least, most, (2, P)).tolist()
-            masks = tuple(None if n % 2 else ((1, 1, 1, n), "bool") for n in s_kv)
-            uneven = replace(of, s_q=tuple(s_q), s_kv=tuple(s_kv), masks=masks)
-            both = [
-                messages(uneven, rank) + messages(uneven, rank, backward=True) for rank in range(P)
-            ]
-            (found,) = [c for c in candidates(uneven) if c.schedule == schedule]
-            assert found.nbytes == max(sum(message.nbytes for message in sent) for sent in both)
-            assert {found.messages} == set(map(len, both))
+    @pytest.mark.parametrize(
+        ("s_q", "s_kv"),
+        # Round the ring: of ranks with equal shares, that before a small one sends more.
+        [((3, 9, 3, 3), (5, 5, 5, 5)), ((3, 3, 3, 3), (5, 9, 5, 5)), ((0, 9, 3, 1), (5, 0, 2, 7))],
+    )
+    def test_the_rank_that_sends_most_counts(
+        self, schedule: str, s_q: tuple[int, ...], s_kv: tuple[int, ...]
+    ) -> None:
+        order = (2, 0, 3, 1)
+        q, k = (tuple(n[order.index(rank)] for rank in range(4)) for n in (s_q, s_kv))
+        masks = tuple(((1, 1, 1, n), "bool") for n in k)
+        uneven = replace(layout(4, schedule), order=order, s_q=q, s_kv=k, masks=masks)
+        both = [messages(uneven, rank) + messages(uneven, rank, backward=True) for rank in order]
+        (found,) = [c for c in candidates(uneven) if c.schedule == schedule]
+        assert found.nbytes == max(sum(message.nbytes for message in sent) for sent in both)
+        assert {found.messages} == set(map(len, both))
 
     def test_of_ranks_whose_shares_differ_by_a_row_four_at_most_are_looked_at(self) -> None:
         even, uneven = (planned((1, 4, n, 2), (1, 4, 640, 2), 64) for n in (640, 650))
@@ -437,3 +440,12 @@ class TestCommand:
         assert said.err.startswith(f"python -m lvxattn.reference.plan: error: argument {says}")
         assert said.err.count("\n") == 1
         assert said.out == ""
+
+    def test_without_matplotlib_a_picture_is_refused_before_the_work(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(command, "find_spec", lambda _: None)
+        assert main(["--plot", "x.png"]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.endswith("--plot: needs matplotlib, which is not installed\n")
