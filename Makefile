@@ -80,7 +80,8 @@ bench: check-mpiexec $(STAMP) ## Measure, on shaped links too, 1 hour; stored in
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --store benchmarks/results --plot docs/schedules.png
 
-bench-quick: check-mpiexec $(STAMP) ## The same on small problems, under 2 minutes; only printed
+bench-quick: check-mpiexec $(STAMP) ## The same on small problems, 2 minutes on 2 idle cores, more on busy ones; only printed
+	@echo "Small problems, to see that all of it runs: goals are for make bench on a quiet machine."
 	$(VENV_PYTHON) benchmarks/block_attention.py --quick
 	$(VENV_PYTHON) benchmarks/kernels.py --quick
 	$(VENV_PYTHON) benchmarks/recompute.py --quick

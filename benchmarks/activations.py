@@ -1,5 +1,6 @@
 """What layers of cross-attention keep between forward and backward, counted byte by byte."""
 
+import os
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ def peak_bytes(model: Layers, x: Tensor, features: Tensor) -> int:
     BLAS's own workspace does not.
     """
     leaves = [t for t in (x, features, *model.parameters()) if t.requires_grad]
+    # The profiler's library would announce its start and end on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                 profile_memory=True) as profile:  # fmt: skip
         grads = torch.autograd.grad(model(x, features).sum(), leaves)

@@ -41,12 +41,15 @@ def main() -> None:
         options.repeat = 1
     torch.set_num_threads(options.threads)
     rows, load = [], os.getloadavg()[0]
+    print("milliseconds, forward + backward; * marks what auto takes")
     for job, mask in jobs(options.quick):
         rows.append(compare(job, mask, options.repeat))
-        sizes = "{dtype:8} H_KV {H_KV} s_q {s_q:4} s_kv {s_kv:5} D {D:3} mask {mask:7}"
-        print(sizes.format(**rows[-1]), rows[-1]["milliseconds"], rows[-1]["auto"], flush=True)
+        print(line(rows[-1]), flush=True)
     overhead = one_rank(options.repeat)
-    print(f"one rank over scaled_dot_product_attention: {overhead}, goal {GOAL}")
+    of = " of the full version on a quiet machine" if options.quick else ""
+    print("one rank's cross_attention over scaled_dot_product_attention: "
+          f"forward {overhead['forward']:.3f}, with backward {overhead['both']:.3f}; "
+          f"goal{of} {GOAL}")  # fmt: skip
     if options.json:
         stored = {"machine": describe(), "torch": torch.__version__, "threads": options.threads}
         stored |= {"load": [load, os.getloadavg()[0]], "goal": GOAL, "one rank": overhead}
@@ -100,6 +103,18 @@ def compare(job: Job, kind: str, repeat: int) -> dict[str, Any]:
     sizes = {n: getattr(job, n) for n in ("H", "H_KV", "s_q", "s_kv", "D")}
     dtype = str(job.dtype).removeprefix("torch.")
     return {"dtype": dtype, **sizes, "mask": kind, "milliseconds": measured, "auto": auto}
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return one comparison as text."""
+    cells = []
+    for name, times in row["milliseconds"].items():
+        said = (
+            f"{t:.2f}{'*' * (name == auto)}" for t, auto in zip(times, row["auto"], strict=True)
+        )
+        cells.append(f"{name} {' + '.join(said)}")
+    sizes = "{dtype:8} H_KV {H_KV} s_q {s_q:4} s_kv {s_kv:5} D {D:3} mask {mask:7}"
+    return f"{sizes.format(**row)} {'  '.join(f'{cell:<27}' for cell in cells).rstrip()}"
 
 
 def one_rank(repeat: int) -> dict[str, float]:

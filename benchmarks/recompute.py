@@ -38,6 +38,8 @@ def main() -> None:
     for E, frozen in widths:
         rows.append(compare(E, frozen, 2 if options.quick else options.pairs))
         show(rows[-1])
+    of = " of the full version on a quiet machine" if options.quick else ""
+    print(f"goals{of}: saved at most {MEMORY_GOAL:.0%}, time at most {TIME_GOAL}")
     if options.json:
         stored = {"machine": describe(), "torch": torch.__version__, "threads": options.threads}
         stored |= {"load": [load, os.getloadavg()[0]]}
@@ -107,13 +109,14 @@ def show(row: dict[str, Any]) -> None:
     print("{LAYERS} layers, E {E}, S_Q {S_Q}, S_KV {S_KV}, H {H}, ".format(LAYERS=LAYERS, **row)
           + f"{encoder} features")  # fmt: skip
     for name in ("recomputed", "kept"):
-        sizes = {what: f"{n / 2**20:.1f}" for what, n in row[name]["bytes"].items()}
+        sizes = ", ".join(f"{what} {n / 2**20:.1f}" for what, n in row[name]["bytes"].items() if n)
         print(f"  {name:10}  saved {sum(row[name]['bytes'].values()) / 2**20:6.1f} MiB  "
               f"peak {row[name]['peak'] / 2**20:6.1f} MiB  "
               f"forward {median(row[name]['forward']):.3f} s  "
-              f"step {median(row[name]['step']):.3f} s  {sizes}")  # fmt: skip
-    print("  saved {memory:.1%}, goal {}  peak {peak:.1%}  time {time:.3f}, goal {}".format(
-        f"{MEMORY_GOAL:.0%}", TIME_GOAL, **row), flush=True)  # fmt: skip
+              f"step {median(row[name]['step']):.3f} s\n"
+              f"{'':14}of what is saved: {sizes} MiB")  # fmt: skip
+    ratios = "recomputed over kept: saved {memory:.1%}  peak {peak:.1%}  time {time:.3f}"
+    print("  " + ratios.format(**row), flush=True)
 
 
 if __name__ == "__main__":

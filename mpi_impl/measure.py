@@ -63,6 +63,8 @@ def measure(
 class Probe:
     """One rank's part in the probes; `lvxattn.reference.plan.measure.Probe`."""
 
+    by = "mpi_impl"
+
     def __init__(
         self, comm: MPI.Intracomm, shape: tuple[int, int, int], dtype: str, xp: Any
     ) -> None:
@@ -77,6 +79,15 @@ class Probe:
         ranks = shared.size
         shared.Free()
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+    @property
+    def device_name(self) -> str:
+        """Where this rank computes."""
+        if self.xp is np:
+            return f"CPU, {len(os.sched_getaffinity(0))} cores"
+        here = self.xp.cuda.Device().id
+        name: bytes = self.xp.cuda.runtime.getDeviceProperties(here)["name"]
+        return f"GPU {name.decode()}"
 
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
         """Return one block's attention."""

@@ -1,6 +1,6 @@
 """The machine at hand: what the probes find is what was there to be found."""
 
-import json
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ import pytest
 
 from lvxattn.reference import VirtualComm, run_ranks
 from lvxattn.reference.plan import measure as module
-from lvxattn.reference.plan.machine import Link, Machine
+from lvxattn.reference.plan.machine import Link, Machine, Measured
 from lvxattn.reference.plan.measure import BLOCK, MESSAGE, measure
 from lvxattn.reference.plan.problem import planned
 from lvxattn.reference.plan.simulate import cost
@@ -34,6 +34,11 @@ class FakeProbe:
     shape: tuple[int, int, int] = (4, 2, 64)
     dtype: str = "float32"
     slow: float = 1.0
+    by: str = "fake"
+
+    @property
+    def device_name(self) -> str:
+        return f"device {self.comm.rank // 2}"
 
     @property
     def room(self) -> float:
@@ -99,6 +104,7 @@ def test_the_figures_of_a_machine_are_found(hiding: float, monkeypatch: pytest.M
         assert link.latency == pytest.approx(of.latency, rel=1e-2)
     assert (found.name, found.ranks, found.ranks_per_host) == ("found", 4, 2)
     assert found.room == MACHINE.room  # of the rank that has least
+    assert found.measured == Measured("fake", "device 0 and device 1", 4, 2, 64, "float32")
 
 
 def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +170,18 @@ def test_problems_that_there_are_not_are_refused_on_all_ranks(
 
 
 @pytest.mark.parametrize("launch", [mpiexec, torchrun], ids=["mpi", "torch"])
-def test_the_command_saves_what_plan_can_load(launch: Any, tmp_path: Path) -> None:
-    of = "mpi_impl" if launch is mpiexec else "torch_impl"
-    arguments = "measure", "--heads", "2", "--head-dim", "16", "--output", str(tmp_path / "m.json")
-    done = launch(2, "-m", f"lvxattn.{of}", *arguments)
+def test_the_command_saves_what_plan_can_load_in_a_file_of_its_own(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = "mpi" if launch is mpiexec else "torch"
+    monkeypatch.chdir(tmp_path)
+    done = launch(2, "-m", f"lvxattn.{of}_impl", "measure", "--heads", "2", "--head-dim", "16")
     assert done.status == 0, done.err
-    machine = Machine.load(tmp_path / "m.json")
-    assert (machine.name, machine.ranks, machine.ranks_per_host) == ("m", 2, 2)
     assert "GFLOP/s a rank" in done.out
-    assert json.loads((tmp_path / "m.json").read_text())["inside"]["bandwidth"] > 1e6
+    (file,) = tmp_path.iterdir()
+    machine = Machine.load(file)
+    name = f"machine-{of}"
+    assert (machine.name, machine.ranks, machine.ranks_per_host) == (name, 2, 2)
+    assert machine.inside.bandwidth > 1e6
+    cores = f"CPU, {len(os.sched_getaffinity(0))} cores"
+    assert machine.measured == Measured(f"{of}_impl", cores, 2, 2, 16, "float32")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,20 @@ import pytest
 from lvxattn import reference
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.layout import Layout
-from lvxattn.reference.plan.choose import candidates, table
+from lvxattn.reference.plan import command
+from lvxattn.reference.plan.choose import candidates, table, unlike_ranks
 from lvxattn.reference.plan.command import main
-from lvxattn.reference.plan.machine import MACHINES, Link, Machine
+from lvxattn.reference.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.reference.plan.memory import memory, most_frames
+from lvxattn.reference.plan.problem import planned
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.plan.simulate import play
 from lvxattn.reference.plan.steps import messages
 
 # Arithmetic is free unless a test says otherwise, and so is reading.
 FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64, 1e30, 0.0)
+MEASURED = Measured("mpi_impl", "CPU, 2 cores", 32, 8, 128, "float32")
+ON = asdict(MEASURED)
 
 
 def layout(P: int, schedule: str = "lv-xattn", **sizes: Any) -> Layout:
@@ -186,17 +190,28 @@ class TestChoice:
             assert (of.schedule, of.way) == ("lv-xattn", "replicated")
             assert of.explain() == "queries are replicated: no schedule moves them"
 
-    def test_the_rank_that_sends_most_counts(self) -> None:
-        uneven = replace(layout(4), s_q=(1, 1, 1, 5))
-        (found,) = [c for c in candidates(uneven) if c.schedule == "gather"]
-        assert found.nbytes == max(
-            sum(
-                message.nbytes
-                for backward in (False, True)
-                for message in messages(replace(uneven, schedule="gather"), rank, backward=backward)
-            )
-            for rank in range(4)
-        )
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    @pytest.mark.parametrize(
+        ("s_q", "s_kv"),
+        # Round the ring: of ranks with equal shares, that before a small one sends more.
+        [((3, 9, 3, 3), (5, 5, 5, 5)), ((3, 3, 3, 3), (5, 9, 5, 5)), ((0, 9, 3, 1), (5, 0, 2, 7))],
+    )
+    def test_the_rank_that_sends_most_counts(
+        self, schedule: str, s_q: tuple[int, ...], s_kv: tuple[int, ...]
+    ) -> None:
+        order = (2, 0, 3, 1)
+        q, k = (tuple(n[order.index(rank)] for rank in range(4)) for n in (s_q, s_kv))
+        masks = tuple(((1, 1, 1, n), "bool") for n in k)
+        uneven = replace(layout(4, schedule), order=order, s_q=q, s_kv=k, masks=masks)
+        both = [messages(uneven, rank) + messages(uneven, rank, backward=True) for rank in order]
+        (found,) = [c for c in candidates(uneven) if c.schedule == schedule]
+        assert found.nbytes == max(sum(message.nbytes for message in sent) for sent in both)
+        assert {found.messages} == set(map(len, both))
+
+    def test_of_ranks_whose_shares_differ_by_a_row_four_at_most_are_looked_at(self) -> None:
+        even, uneven = (planned((1, 4, n, 2), (1, 4, 640, 2), 64) for n in (640, 650))
+        assert len(unlike_ranks(even)) == 1
+        assert 2 <= len(unlike_ranks(uneven)) <= 4
 
     def test_auto_computes_what_the_others_compute(self) -> None:
         rng = np.random.default_rng(0)
@@ -213,7 +228,7 @@ class TestChoice:
 
 class TestMachine:
     def test_a_file_holds_what_was_saved(self, tmp_path: Path) -> None:
-        for machine in MACHINES.values():
+        for machine in (*MACHINES.values(), replace(FREE, measured=MEASURED)):
             machine.check()
             machine.save(tmp_path / "m.json")
             assert Machine.load(tmp_path / "m.json") == machine
@@ -221,8 +236,8 @@ class TestMachine:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            ({"version": 3}, "machine: expected version 2 in .*, got 3"),
-            ({"version": True}, "machine: expected version 2 in .*, got True"),
+            ({"version": 2}, "machine: expected version 3 in .*, got 2: measure it again"),
+            ({"version": True}, "machine: expected version 3 in .*, got True"),
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
             ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
@@ -233,6 +248,13 @@ class TestMachine:
             ({"room": 10**400}, "machine: expected a number above 0 for room in .*, got 1000"),
             ({"ranks": 2.5}, "machine: expected an int for ranks in .*, got 2.5"),
             ({"name": ["a"]}, r"machine: expected a text for name in .*, got \['a'\]"),
+            (
+                {"measured": ON | {"dtype": "int8"}},
+                "one of .* for measured.dtype in .*, got 'int8'",
+            ),
+            ({"measured": ON | {"H": 0}}, "an int above 0 for measured.H in .*, got 0"),
+            ({"measured": ON | {"device": 1}}, "a text for measured.device in .*, got 1"),
+            ({"measured": {"by": "me"}}, "machine: .* is damaged"),
             ({"inside": 3}, "machine: .* is damaged"),
             ({"colour": "red"}, "machine: .* is damaged"),
         ],
@@ -246,11 +268,24 @@ class TestMachine:
         with pytest.raises(ValueError, match=says):
             Machine.load(path)
 
-    @pytest.mark.parametrize("text", ['{"version": 1, "name": "h1', "[" * 100_000])
-    def test_what_is_no_whole_json_is_refused(self, tmp_path: Path, text: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ('{"version": 3, "name": "h1', "is no JSON: "),
+            ("[" * 100_000, "is no JSON: "),
+            ("{}", "says no version"),
+            ("[3]", "says no version"),
+        ],
+    )
+    def test_what_is_no_machine_s_file_is_refused(
+        self, tmp_path: Path, text: str, says: str
+    ) -> None:
         path = tmp_path / "m.json"
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"machine: .* is damaged"):
+        expected = (
+            "machine: expected a file that measure or Machine.save wrote, got .*m.json, which "
+        )
+        with pytest.raises(ValueError, match=expected + says):
             Machine.load(path)
 
     def test_what_is_no_machine_is_refused_on_all_ranks(self) -> None:
@@ -308,23 +343,91 @@ class TestCommand:
         for title, recompute in (("kept", False), ("made again", True)):
             fit = most_frames(model, 64, 2, machine.room, dtype="float32", recompute=recompute)
             assert f"keys, values {title}: {fit:,} frames" in said
+        assert f"all that a rank has: {machine.room / 1e9:.3g} GB" in said
 
-    def test_it_draws(self, tmp_path: Path) -> None:
+    def test_the_picture_has_every_number_on_its_cell_and_is_800_pixels_wide(self) -> None:
+        pytest.importorskip("matplotlib")
+        from lvxattn.reference.plan.draw_plan import FRAMES, TEXT, times, winners
+
+        model, machine = MODELS["llama3v"], MACHINES["a30-8"]
+        figure = winners(model, machine, 2, "float32")
+        assert figure.bbox.width == 800
+        ring, ours = (times(model, machine, 2, "float32", s) for s in ("ring", "lv-xattn"))
+        shown = {text.get_position(): text for text in figure.axes[0].texts}
+        assert len(shown) == 30
+        for (text, frames), number in shown.items():
+            at = TEXT.index(int(text)), FRAMES.index(int(frames))
+            said = float(number.get_text().replace(",", ""))
+            assert said == pytest.approx(ring[at] / ours[at], rel=0.06)
+            assert number.get_size() >= 11
+
+    def test_it_draws_and_says_where(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         pytest.importorskip("matplotlib")
         file = tmp_path / "plan.png"
         assert main(["--machine", "a30-8", "--ranks", "2", "--plot", str(file)]) == 0
         assert file.stat().st_size > 10_000
+        assert capsys.readouterr().out.endswith(f"\n\n  {file} has the picture\n")
+
+    @pytest.mark.parametrize(
+        ("line", "dtype", "says"),
+        [
+            ("", "float32", "\n"),
+            ("--dtype bfloat16", "bfloat16", "; the plan has another dtype"),
+            ("--model mplug-owl3-1b", "float32", "; the plan has other heads"),
+            (
+                "--dtype float64 --model mplug-owl3-1b",
+                "float64",
+                "; the plan has other heads and another dtype",
+            ),
+        ],
+    )
+    def test_the_dtype_is_the_measured_one_and_another_is_remarked_on(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, dtype: str, says: str
+    ) -> None:
+        replace(FREE, measured=MEASURED).save(tmp_path / "m.json")
+        assert main(["--machine", str(tmp_path / "m.json"), "--ranks", "2", *line.split()]) == 0
+        said = capsys.readouterr().out
+        assert re.search(rf"\n  shapes .* {dtype}\n", said)
+        assert (
+            f"\n  measured  32/8 heads of 128 in float32, by mpi_impl on CPU, 2 cores{says}" in said
+        )
+
+    @pytest.mark.parametrize(
+        ("frames", "says"),
+        [
+            (4878, "room for 4,878 frames either way"),
+            (4879, "room for 4,879 frames only if they are made again"),
+            (16260, "room for 16,260 frames only if they are made again"),
+            (16261, "NO ROOM for 16,261 frames either way"),
+        ],
+    )
+    def test_it_says_whether_the_frames_fit(
+        self, capsys: pytest.CaptureFixture[str], frames: int, says: str
+    ) -> None:
+        assert main(["--frames", str(frames)]) == 0
+        assert capsys.readouterr().out.endswith(f"\n  a rank has 80.0 GB: {says}\n")
+
+    def test_one_rank_has_nothing_to_choose(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--ranks", "1", "--frames", "1"]) == 0
+        said = capsys.readouterr().out
+        assert "llama3v, 1 frame, " in said
+        assert "a100-16: 1 rank, 1 a host\n" in said
+        assert "least time  any: nothing is sent\n" in said
 
     @pytest.mark.parametrize(
         ("line", "says"),
         [
             ("--machine h1000", "--machine: expected one of a100-16, "),
-            ("--machine {bad}", "--machine: machine: expected version 2 in "),
+            ("--machine {bad}", "--machine: expected a file that measure or Machine.save wrote, "),
+            ("--machine /", "--machine: /: Is a directory"),
             ("--ranks 513", "--ranks: expected at most 512, got 513"),
             ("--plot {none}/x.png", "--plot: there is no folder "),
             ("--plot x.xyz", "--plot: expected a name that ends in .png, .pdf, .svg, got x.xyz"),
-            ("--frames -1", "argument --frames: expected a whole number from 0 up, got '-1'"),
-            ("--model gpt", "argument --model: invalid choice: 'gpt'"),
+            ("--frames 0", "--frames: expected a whole number from 1 up, got '0'"),
+            ("--text-tokens 0", "--text-tokens: expected a whole number from 1 up, got '0'"),
+            ("--model gpt", "--model: invalid choice: 'gpt'"),
         ],
     )
     def test_what_makes_no_sense_is_refused_in_a_line(
@@ -334,6 +437,15 @@ class TestCommand:
         words = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
         assert main(words) == 2
         said = capsys.readouterr()
-        assert says in said.err
+        assert said.err.startswith(f"python -m lvxattn.reference.plan: error: argument {says}")
         assert said.err.count("\n") == 1
         assert said.out == ""
+
+    def test_without_matplotlib_a_picture_is_refused_before_the_work(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(command, "find_spec", lambda _: None)
+        assert main(["--plot", "x.png"]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.endswith("--plot: needs matplotlib, which is not installed\n")

@@ -460,8 +460,8 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
             for machine, text in (
                 ("h1000", "--machine: expected one of a100-16, "),
                 (folder, "Is a directory"),
-                (folder / "short", "--machine: machine: "),
-                (other_version(folder / "version"), "expected version 2 in "),
+                (folder / "short", "--machine: expected a file that measure or Machine.save wrote"),
+                (other_version(folder / "version"), "expected version 3 in "),
             )
         ],
         (["--frames", "3"], "--frames: needs a --model"),
@@ -477,7 +477,7 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
 def other_version(path: Path) -> Path:
     """Write a machine file of another version."""
     MACHINES["h100"].save(path)
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    path.write_text(path.read_text().replace('"version": 3', '"version": 1'))
     return path
 
 

@@ -275,6 +275,10 @@ def test_real_ranks_write_traces(
         flows = check_trace(json.loads((tmp_path / name).read_text()), 3)
         report = json.loads((tmp_path / f"{name}.json").read_text())
         check_overlap(report, one)
+        assert "medians; below is the last of 2 repetitions alone" in one.out
+        files = one.out.partition("\n\n  written   ")[2].split()
+        assert {f"{name}.json", name} <= {Path(file).name for file in files}
+        assert all(Path(file).stat().st_size for file in files)
         arrows = sum(len(flow) // 2 for flow in flows.values())
         assert arrows == report["totals"]["messages"]
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure what the choice of a schedule rests on, within 10 seconds.",
         allow_abbrev=False,
     )
-    add_measure_options(measure)
+    add_measure_options(measure, "machine-torch.json")
     measure.set_defaults(run=_measure)
     train = commands.add_parser(
         "train",

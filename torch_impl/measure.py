@@ -62,6 +62,8 @@ def measure(
 class Probe:
     """One rank's part in the probes; `lvxattn.reference.plan.measure.Probe`."""
 
+    by = "torch_impl"
+
     def __init__(
         self, group: Group, shape: tuple[int, int, int], dtype: str, device: torch.device
     ) -> None:
@@ -76,6 +78,13 @@ class Probe:
             return float(torch.cuda.get_device_properties(self.device).total_memory)
         ranks = hosts.count(socket.gethostname())
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+    @property
+    def device_name(self) -> str:
+        """Where this rank computes."""
+        if self.device.type == "cpu":
+            return f"CPU, {len(os.sched_getaffinity(0))} cores"
+        return f"GPU {torch.cuda.get_device_name(self.device)}"
 
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
         """Return one block's attention."""

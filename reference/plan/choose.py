@@ -73,16 +73,37 @@ def candidate(layout: Layout, machine: Machine | None) -> Candidate:
     refused = refusal(layout)
     if refused:
         return Candidate(layout.schedule, 0, 0, None, refused)
-    shares = set(zip(layout.s_q, layout.s_kv, layout.masks, strict=True))
     by_rank = [
         messages(layout, rank) + messages(layout, rank, backward=True)
-        for rank in range(layout.size if len(shares) > 1 else 1)
+        for rank in unlike_ranks(layout)
     ]
     seconds = None
     if machine is not None:
         seconds = sum(play(layout, machine, backward=b).seconds for b in (False, True))
     nbytes = max(sum(message.nbytes for message in sent) for sent in by_rank)
     return Candidate(layout.schedule, max(map(len, by_rank)), nbytes, seconds, "")
+
+
+def unlike_ranks(layout: Layout) -> list[int]:
+    """Return one rank of each kind: every other one sends as much as one of these.
+
+    A block is passed on by all ranks but its owner's left neighbour, where it ends, and a result by
+    all but its owner.  So what a rank sends follows from its own share and its right neighbour's.
+
+    Parameters
+    ----------
+    layout : Layout
+
+    Returns
+    -------
+    list of int
+    """
+    shares = list(zip(layout.s_q, layout.s_kv, layout.masks, strict=True))
+    order = layout.order
+    kinds: dict[object, int] = {}
+    for rank, right in zip(order, (*order[1:], order[0]), strict=True):
+        kinds.setdefault((shares[rank], shares[right]), rank)
+    return list(kinds.values())
 
 
 def refusal(layout: Layout) -> str:

@@ -5,24 +5,26 @@ python -m lvxattn.reference.plan --model llama3v --frames 1200 --text-tokens 204
 """
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan.choose import refusal
+from lvxattn.reference.plan.choose import refusal, unlike_ranks
 from lvxattn.reference.plan.draw import PICTURES
 from lvxattn.reference.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.reference.plan.memory import memory, most_frames
 from lvxattn.reference.plan.problem import planned
-from lvxattn.reference.plan.problems import MODELS
+from lvxattn.reference.plan.problems import MODELS, Model
 from lvxattn.reference.plan.simulate import play
 from lvxattn.reference.plan.steps import messages
-from lvxattn.reference.run.arguments import Parser, UsageError, natural, positive
+from lvxattn.reference.run.arguments import Parser, UsageError, positive
+from lvxattn.reference.validation import FLOATING
 
+_PROGRAM = "python -m lvxattn.reference.plan"
 _WIDTHS = (12, 15, 12, 12, 12)
 # All steps of all ranks are played, and they grow as P^2.
 _MOST_RANKS = 512
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def main(arguments: list[str]) -> int:
@@ -39,14 +41,11 @@ def main(arguments: list[str]) -> int:
         The exit status: 0, or 2 if the arguments make no sense.
     """
     try:
-        options = _parser().parse_args(arguments)
-        machine = _machine(options.machine)
-        P = options.ranks or machine.ranks
-        if P > _MOST_RANKS:
-            raise UsageError(f"--ranks: expected at most {_MOST_RANKS:,}, got {P:,}")
-        text = plan(options, machine)
+        options = _options(arguments)
+        text = plan(options)
         if options.plot:
-            _plot(options, machine)
+            _plot(options)
+            text += f"\n\n  {options.plot} has the picture"
     except UsageError as error:
         print(str(error).removesuffix(" (on all ranks)"), file=sys.stderr)
         return 2
@@ -54,26 +53,27 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def plan(options: Namespace, machine: Machine) -> str:
+def plan(options: Namespace) -> str:
     """Return the tables: what each schedule costs a layer, and what fits.
 
     Parameters
     ----------
     options : Namespace
-        model, frames, text_tokens, ranks, dtype.
-    machine : Machine
+        model, frames, text_tokens, machine, ranks, dtype.
 
     Returns
     -------
     str
     """
-    model, P = MODELS[options.model], options.ranks or machine.ranks
+    model, machine, P = MODELS[options.model], options.machine, options.ranks
     q, k = model.shapes(options.text_tokens, options.frames)
+    frames, tokens = _count(options.frames, "frame"), _count(options.text_tokens, "text token")
     lines = [
         "LV-XAttn plan",
-        f"  problem   {model.name}, {options.frames:,} frames, {options.text_tokens:,} text tokens",
+        f"  problem   {model.name}, {frames}, {tokens}",
         f"  shapes    q {q}   k {k}   v {k}   {options.dtype}",
-        f"  machine   {machine.name}: {P} ranks, {machine.ranks_per_host} a host",
+        f"  machine   {machine.name}: {_count(P, 'rank')}, {min(P, machine.ranks_per_host)} a host",
+        *_measured(machine, model, options.dtype),
         "",
         "  one layer                         forward                                backward",
         f"  {'schedule':10}" + 2 * f"{'messages':>10}{'sent':>12}{'time':>12}     " + "over ring",
@@ -89,7 +89,7 @@ def plan(options: Namespace, machine: Machine) -> str:
         cells, times[schedule] = f"  {schedule:10}", 0.0
         for backward in (False, True):
             sent = max(
-                (messages(layout, rank, backward=backward) for rank in range(P)),
+                (messages(layout, rank, backward=backward) for rank in unlike_ranks(layout)),
                 key=lambda found: sum(message.nbytes for message in found),
             )
             seconds = play(layout, machine, backward=backward).seconds
@@ -100,14 +100,28 @@ def plan(options: Namespace, machine: Machine) -> str:
     for schedule, row in rows.items():
         faster = f"{times['ring'] / times[schedule]:8.1f} x" if schedule in times else ""
         lines.append(row + faster)
-    best = min(times, key=lambda schedule: times[schedule])
-    lines += ["", f"  least time  {best}", "", *_fitting(options, machine, P)]
+    best = min(times, key=lambda schedule: times[schedule]) if P > 1 else "any: nothing is sent"
+    lines += ["", f"  least time  {best}", "", *_fitting(options)]
     return "\n".join(lines)
 
 
-def _fitting(options: Namespace, machine: Machine, P: int) -> list[str]:
+def _measured(machine: Machine, model: Model, dtype: str) -> list[str]:
+    """Say what the machine's figures were measured with, and how the plan differs from that."""
+    of = machine.measured
+    if of is None:
+        return []
+    others = []
+    if (model.heads, model.kv_heads, model.head_dim) != (of.H, of.H_KV, of.D):
+        others += ["other heads"]
+    if dtype != of.dtype:
+        others += ["another dtype"]
+    remark = f"; the plan has {' and '.join(others)}" if others else ""
+    return [f"  measured  {of}{remark}"]
+
+
+def _fitting(options: Namespace) -> list[str]:
     """Return what all layers take of a rank, with keys and values kept and made again."""
-    model = MODELS[options.model]
+    model, machine, P = MODELS[options.model], options.machine, options.ranks
     lines = [
         f"  {model.cross_layers:>2} layers, a rank     features   keys, values        text"
         "      blocks       total   frames that fit"
@@ -124,56 +138,79 @@ def _fitting(options: Namespace, machine: Machine, P: int) -> list[str]:
         lines.append(
             f"  {fits[1] / fits[0]:.1f} times as many frames, if a rank keeps nothing else"
         )
-    return lines
+    room, frames = _bytes(machine.room), _count(options.frames, "frame")
+    if options.frames <= fits[0]:
+        return [*lines, f"  a rank has {room}: room for {frames} either way"]
+    if options.frames <= fits[1]:
+        return [*lines, f"  a rank has {room}: room for {frames} only if they are made again"]
+    return [*lines, f"  a rank has {room}: NO ROOM for {frames} either way"]
 
 
-def _parser() -> Parser:
+def _options(arguments: list[str]) -> Namespace:
+    """Read the arguments; what the machine says stands where nothing else is said."""
     parser = Parser(
-        prog="python -m lvxattn.reference.plan",
+        prog=_PROGRAM,
         description="What each schedule would cost on a cluster, and what fits.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="llama3v")
-    parser.add_argument("--frames", type=natural, default=1200, metavar="N")
-    parser.add_argument("--text-tokens", type=natural, default=2048, metavar="N")
+    parser.add_argument("--frames", type=positive, default=1200, metavar="N")
+    parser.add_argument("--text-tokens", type=positive, default=2048, metavar="N")
     parser.add_argument(
-        "--machine", default="a100-16", metavar="NAME",
-        help=f"{', '.join(MACHINES)}, or a file that Machine.save wrote",
+        "--machine", type=_machine, default="a100-16", metavar="NAME",
+        help=f"{', '.join(MACHINES)}, or a file that the command measure wrote",
     )  # fmt: skip
     parser.add_argument("--ranks", type=positive, metavar="P", help="the machine's unless given")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=FLOATING,
+        help="that which the machine was measured with unless given; of a preset, bfloat16",
+    )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="draw where which schedule wins")
-    return parser
+    options = parser.parse_args(arguments)
+    measured = options.machine.measured
+    options.ranks = options.ranks or options.machine.ranks
+    options.dtype = options.dtype or (measured.dtype if measured else "bfloat16")
+    if options.ranks > _MOST_RANKS:
+        parser.error(f"argument --ranks: expected at most {_MOST_RANKS:,}, got {options.ranks:,}")
+    if options.plot:
+        problem = _cannot_draw(Path(options.plot))
+        if problem:
+            parser.error(f"argument --plot: {problem}")
+    return options
+
+
+def _cannot_draw(picture: Path) -> str:
+    """Say what would be found out only after the work; nothing where all is well."""
+    if picture.suffix.lower() not in PICTURES:
+        return f"expected a name that ends in {', '.join(PICTURES)}, got {picture}"
+    if not picture.resolve().parent.is_dir():
+        return f"there is no folder {picture.resolve().parent}"
+    if find_spec("matplotlib") is None:
+        return "needs matplotlib, which is not installed"
+    return ""
 
 
 def _machine(text: str) -> Machine:
     try:
         return machine_of(text)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--machine: {error}") from None
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
-def _plot(options: Namespace, machine: Machine) -> None:
+def _plot(options: Namespace) -> None:
     from lvxattn.reference.plan.draw_plan import winners  # matplotlib takes its time
 
-    if Path(options.plot).suffix.lower() not in PICTURES:
-        raise UsageError(
-            f"--plot: expected a name that ends in {', '.join(PICTURES)}, got {options.plot}"
-        )
-    folder = Path(options.plot).resolve().parent
-    if not folder.is_dir():
-        raise UsageError(f"--plot: there is no folder {folder}")
-    figure = winners(
-        MODELS[options.model],
-        machine,
-        options.ranks or machine.ranks,
-        options.dtype,
-        options.text_tokens,
-    )
+    model, machine = MODELS[options.model], options.machine
+    figure = winners(model, machine, options.ranks, options.dtype, options.text_tokens)
     try:
-        figure.savefig(options.plot, dpi=110)
+        figure.savefig(options.plot)
     except OSError as error:
-        raise UsageError(f"--plot: {options.plot}: {error.strerror}") from None
+        problem = f"{options.plot}: {error.strerror}"
+        raise UsageError(f"{_PROGRAM}: error: argument --plot: {problem}") from None
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def _bytes(x: float) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
-VERSION = 2
+from lvxattn.reference.validation import FLOATING
+
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,63 @@ class Link:
 
     bandwidth: float
     latency: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a machine's figures were measured with: other problems may reach others.
+
+    Attributes
+    ----------
+    by : str
+        The implementation, as ``"mpi_impl"``.
+    device : str
+        Where ranks compute.
+    H, H_KV, D : int
+        Heads of queries and of keys, and their width.
+    dtype : str
+    """
+
+    by: str
+    device: str
+    H: int
+    H_KV: int
+    D: int
+    dtype: str
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return (
+            f"{self.H}/{self.H_KV} heads of {self.D} in {self.dtype}, by {self.by} on {self.device}"
+        )
+
+    def check(self, where: str) -> None:
+        """Refuse what no probe can have said.
+
+        Parameters
+        ----------
+        where : str
+            What the error is to name.
+
+        Raises
+        ------
+        ValueError
+        """
+        for name, x in (("by", self.by), ("device", self.device)):
+            if not isinstance(x, str):
+                raise ValueError(
+                    f"machine: expected a text for measured.{name} in {where}, got {x!r}"
+                )
+        for name, n in (("H", self.H), ("H_KV", self.H_KV), ("D", self.D)):
+            if not isinstance(n, int) or n < 1 or isinstance(n, bool):
+                raise ValueError(
+                    f"machine: expected an int above 0 for measured.{name} in {where}, got {n!r}"
+                )
+        if self.dtype not in FLOATING:
+            raise ValueError(
+                f"machine: expected one of {FLOATING} for measured.dtype in {where}, "
+                f"got {self.dtype!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,6 +115,8 @@ class Machine:
         Seconds that a pass takes beside its blocks, however small they are.
     hiding : float
         How much of the shorter one of arithmetic and reading the longer one hides, from 0 to 1.
+    measured : Measured or None
+        With what; None where the figures are published ones, or made up.
     """
 
     name: str
@@ -70,6 +131,7 @@ class Machine:
     copy: float
     call: float
     hiding: float = 1.0
+    measured: Measured | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the figures as JSON.
@@ -96,22 +158,26 @@ class Machine:
         Raises
         ------
         ValueError
-            The file is damaged, or of another version.
+            It is no such file, damaged, or of another version.
         OSError
             It cannot be read.
         """
+        expected = "machine: expected a file that measure or Machine.save wrote"
         try:
             found = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"machine: {path} is damaged: {error}") from None
-        got = found.get("version") if isinstance(found, dict) else type(found).__name__
+            raise ValueError(f"{expected}, got {path}, which is no JSON: {error}") from None
+        if not isinstance(found, dict) or "version" not in found:
+            raise ValueError(f"{expected}, got {path}, which says no version")
+        got = found.pop("version")
         if got != VERSION or isinstance(got, bool):
-            raise ValueError(f"machine: expected version {VERSION} in {path}, got {got!r}")
-        del found["version"]
+            raise ValueError(
+                f"machine: expected version {VERSION} in {path}, got {got!r}: measure it again"
+            )
         try:
             machine = Machine.of(found)
         except (TypeError, KeyError) as error:
-            raise ValueError(f"machine: {path} is damaged: {error}") from None
+            raise ValueError(f"{expected}, got {path}, which is damaged: {error}") from None
         machine.check(str(path))
         return machine
 
@@ -132,8 +198,10 @@ class Machine:
         TypeError, KeyError
             Some are missing, or there are others.
         """
-        links = {name: Link(**figures[name]) for name in ("inside", "between")}
-        return Machine(**{**figures, **links})
+        parts: dict[str, Any] = {name: Link(**figures[name]) for name in ("inside", "between")}
+        if figures.get("measured") is not None:
+            parts["measured"] = Measured(**figures["measured"])
+        return Machine(**{**figures, **parts})
 
     def check(self, where: str = "machine") -> None:
         """Refuse figures that nothing can be computed from.
@@ -168,6 +236,8 @@ class Machine:
                 )
             if name in counts and not isinstance(x, int):
                 raise ValueError(f"machine: expected an int for {name} in {where}, got {x!r}")
+        if self.measured is not None:
+            self.measured.check(where)
 
 
 def machine_of(text: str) -> Machine:
@@ -185,9 +255,8 @@ def machine_of(text: str) -> Machine:
     Raises
     ------
     ValueError
-        There is none of that name, or its file is damaged or of another version.
-    OSError
-        It cannot be read.
+        There is none of that name, or its file is no machine's, or cannot be read; the text does
+        not begin with the argument's name, which is the command line's.
     """
     if text in MACHINES:
         return MACHINES[text]
@@ -197,6 +266,10 @@ def machine_of(text: str) -> Machine:
         raise ValueError(
             f"expected one of {', '.join(MACHINES)}, or a file, got {text!r}"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{text}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("machine: ")) from None
 
 
 _NVLINK3, _NVLINK4 = Link(250e9, 5e-6), Link(400e9, 5e-6)

@@ -19,7 +19,7 @@ from statistics import median
 from time import perf_counter
 from typing import Protocol
 
-from lvxattn.reference.plan.machine import Link, Machine
+from lvxattn.reference.plan.machine import Link, Machine, Measured
 from lvxattn.reference.plan.steps import ITEMSIZE
 from lvxattn.reference.validation import FLOATING, Communicator, raise_together
 
@@ -33,6 +33,8 @@ MOST_KEYS, MOST_BYTES = 2**20, 2**26
 class Probe(Protocol):
     """What a rank does while the clock runs."""
 
+    by: str
+    """The implementation, as ``"mpi_impl"``."""
     shape: tuple[int, int, int]
     """H, H_KV, D."""
     dtype: str
@@ -40,6 +42,10 @@ class Probe(Protocol):
     @property
     def room(self) -> float:
         """Bytes of memory that this rank has."""
+
+    @property
+    def device_name(self) -> str:
+        """Where this rank computes."""
 
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
         """Return what attends from one block to so many keys, and waits until that is done."""
@@ -94,6 +100,7 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
     inside = _link(comm, probe, members)
     between = _link(comm, probe, [[ranks[0] for ranks in members]])
     alone = Link(memory, start)
+    devices = dict.fromkeys(comm.allgather(probe.device_name))
     return Machine(
         name,
         matmul,
@@ -107,6 +114,7 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
         nbytes / took,
         call,
         hiding,
+        Measured(probe.by, " and ".join(devices), *probe.shape, probe.dtype),
     )
 
 

@@ -16,8 +16,15 @@ from lvxattn.reference.validation import FLOATING, raise_together
 _NAME = "lvxattn measure"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``measure`` to a parser."""
+def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add the arguments of ``measure`` to a parser.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+    output : str
+        The default file: one for each implementation, for their figures differ.
+    """
     for name, default, what in (
         ("--heads", 8, "query heads, H"),
         ("--kv-heads", None, "key-value heads, H_KV (default: as many as heads)"),
@@ -28,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=FLOATING, default="float32", help="(default: float32)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument(
-        "--output", default="machine.json", metavar="FILE",
-        help="what --machine takes elsewhere (default: machine.json)",
+        "--output", default=output, metavar="FILE",
+        help="what --machine takes elsewhere (default: %(default)s)",
     )  # fmt: skip
 
 

@@ -81,12 +81,16 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
         [replace(cost, host=host, device=backend.device, threads=threads) for cost in costs]
     )
     report = Report.of(options, problem, layout, by_rank, checks, trace)
-    if ranks.rank == 0 and not options.quiet and options.json != "-":
+    speaks = ranks.rank == 0 and not options.quiet and options.json != "-"
+    if speaks:
         print_report(report, launched=ranks.launched)
     _on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)
     if trace is not None:
         hosts = [costs[0].host for costs in by_rank]
         _on_rank_0(lambda: save_trace(options, trace, layout, hosts), ranks)
+    written = [x for x in (options.output, options.json, options.trace, options.plot_trace) if x]
+    if speaks and written:
+        print("\n  written   " + "\n            ".join(written))
     return all(check.passed for check in checks)
 
 
@@ -94,7 +98,7 @@ def _read_machine(options: Namespace) -> Machine | None:
     """Return what the schedule is chosen for, if that is said."""
     try:
         return None if options.machine is None else machine_of(options.machine)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"--machine: {error}") from None
 
 

@@ -212,7 +212,10 @@ def _print_table(report: Report, *, fixed: bool) -> None:
 
 
 def _print_overlap(report: Report) -> None:
-    print("   rank  on the way   hidden behind computing   exposed   (of the last repetition)")
+    if report.repeats and report.repeats > 1:
+        last = f"the last of {report.repeats} repetitions"
+        print(f"  Above, seconds are medians; below is {last} alone, which the trace shows.\n")
+    print("   rank  on the way   hidden behind computing   exposed")
     for rank in (*report.ranks, report.totals | {"rank": "all"}):
         on_the_way, hidden, exposed = (rank[name] for name in Overlap._fields)
         line = f"  {rank['rank']:>5}{_seconds(on_the_way):>12}"
