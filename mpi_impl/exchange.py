@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.buffers import Transfer, Waited, buffer
+from lvxattn.mpi_impl.buffers import buffer
+from lvxattn.mpi_impl.transfers import Transfer, Waited
 from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import KINDS, Block, Meter

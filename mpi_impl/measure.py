@@ -8,8 +8,9 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import block_attention
-from lvxattn.mpi_impl.buffers import Transfer, Waited, buffer
+from lvxattn.mpi_impl.buffers import buffer
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
+from lvxattn.mpi_impl.transfers import Transfer, Waited
 from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import Machine

@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
-from lvxattn.mpi_impl import buffers, device, exchange
+from lvxattn.mpi_impl import buffers, device, exchange, transfers
 from tests import fake_cupy
 from tests.cases import Case
 
@@ -27,7 +27,7 @@ def own_stream() -> Iterator[fake_cupy.Stream]:
         yield stream
 
 
-def ready(promised: tuple[Any, buffers.Ready]) -> np.ndarray[Any, Any]:
+def ready(promised: tuple[Any, transfers.Ready]) -> np.ndarray[Any, Any]:
     """Ask until MPI may use the memory, and return what it sees at the address."""
     memory, is_ready = promised
     while not is_ready():
@@ -36,7 +36,7 @@ def ready(promised: tuple[Any, buffers.Ready]) -> np.ndarray[Any, Any]:
     return at_once((memory, is_ready))
 
 
-def at_once(promised: tuple[Any, buffers.Ready]) -> np.ndarray[Any, Any]:
+def at_once(promised: tuple[Any, transfers.Ready]) -> np.ndarray[Any, Any]:
     """Return what an MPI sees that does not ask."""
     memory, _ = promised
     return memory if isinstance(memory, np.ndarray) else memory.memory
@@ -229,7 +229,7 @@ class TestTransfer:
             made.append(1)
             return MPI.Request()
 
-        transfer = buffers.Transfer(start, lambda: is_ready[0], lambda: is_ready[1])
+        transfer = transfers.Transfer(start, lambda: is_ready[0], lambda: is_ready[1])
         for at in range(2):
             assert not transfer.Test()
             assert not made
@@ -247,9 +247,9 @@ class TestTransfer:
             asked[0] += 1
             return asked[0] > 3
 
-        coming = buffers.Transfer(lambda: comm.Irecv(here, 0))
-        going = buffers.Transfer(lambda: comm.Isend(there, 0), later)
-        waited = buffers.Waited(coming, going.begin)
+        coming = transfers.Transfer(lambda: comm.Irecv(here, 0))
+        going = transfers.Transfer(lambda: comm.Isend(there, 0), later)
+        waited = transfers.Waited(coming, going.begin)
         assert any(waited.Test() for _ in range(100))
         assert here == 5
         while not going.Test():
@@ -262,8 +262,8 @@ def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None
     hop = exchange.Exchange(MPI.COMM_SELF, layout, mpi_impl.Meter(), np)
     blocks = hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
     room, is_ready = np.zeros(1, int), [False]
-    blocks.receiving = buffers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
-    blocks.sending = buffers.Transfer(
+    blocks.receiving = transfers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
+    blocks.sending = transfers.Transfer(
         lambda: MPI.COMM_SELF.Isend(np.array([5]), 0), lambda: is_ready[0]
     )
     hop.progress()
