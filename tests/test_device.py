@@ -1,7 +1,9 @@
 """Buffers between a device that works late and an MPI that knows nothing of it, and its streams."""
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ from mpi4py import MPI
 
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl import buffers, device, exchange, transfers
+from lvxattn.mpi_impl.run.backend import choose_backend
+from lvxattn.reference.run.tensors import InputError
 from tests import fake_cupy
 from tests.cases import Case
 
@@ -380,6 +384,25 @@ def test_a_rank_takes_a_device_by_its_number_on_the_host(
     monkeypatch.setattr(device, "rank_on_host", lambda comm: number)
     assert mpi_impl.use_device(MPI.COMM_SELF, fake_cupy) == own
     assert fake_cupy.Device.used == own
+
+
+@pytest.mark.parametrize("version", ["13.6.0", "14.0.1"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_command_takes_bfloat16_to_a_gpu_where_cupy_has_it(
+    version: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: 1, getDeviceProperties=lambda device: {"name": b"H"}
+    )
+    monkeypatch.setattr(fake_cupy, "__version__", version)
+    monkeypatch.setattr(fake_cupy.cuda, "runtime", runtime)
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    if (version, dtype) == ("13.6.0", "bfloat16"):
+        with pytest.raises(InputError, match=r"needs CuPy 14, and here is 13\.6\.0"):
+            choose_backend("gpu", dtype, MPI.COMM_SELF)
+        assert choose_backend("auto", dtype, MPI.COMM_SELF).xp is np
+    else:
+        assert choose_backend("gpu", dtype, MPI.COMM_SELF).xp is fake_cupy
 
 
 def test_a_rank_that_is_alone_on_its_host_is_its_first() -> None:
