@@ -35,7 +35,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lvxattn.mpi_impl.awareness import cuda_aware
-from lvxattn.mpi_impl.device import event, memory_told, streams
+from lvxattn.mpi_impl.device import event, streams
 from lvxattn.mpi_impl.transfers import Ready
 
 Array = Any
@@ -80,14 +80,13 @@ def buffer(xp: Any, nbytes: int, *, direct: bool = True) -> Buffer:
     Raises
     ------
     MemoryError
-        Noting how many bytes were asked for and, of a device, how many are free.
+        Noting how many bytes were asked for; `computing` adds how many a device has free.
     """
     try:
         if xp is np:
             return HostBuffer(nbytes)
-        with memory_told(xp):
-            direct = direct and cuda_aware(xp)[0]
-            return DeviceBuffer(xp, nbytes) if direct else StagedBuffer(xp, nbytes)
+        direct = direct and cuda_aware(xp)[0]
+        return DeviceBuffer(xp, nbytes) if direct else StagedBuffer(xp, nbytes)
     except Exception as error:
         error.add_note(f"a buffer of {nbytes:,} bytes was asked for")
         raise

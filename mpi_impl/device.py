@@ -28,6 +28,9 @@ BLAS_VARIABLES = (
     "BLIS_NUM_THREADS",
 )
 
+# CuPy's pool raises a MemoryError; these are the runtime's, the driver's and cuBLAS's words.
+_OUT_OF_MEMORY = "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED"
+
 
 def array_module(x: Array) -> Any:
     """Return the module that computes with arrays such as `x`: numpy or cupy.
@@ -92,7 +95,7 @@ def computing(x: Array) -> Iterator[None]:
     if xp is np:
         yield
         return
-    with x.device, memory_told(xp):
+    with x.device, _memory_told(xp):
         callers, own = xp.cuda.get_current_stream(), streams(xp, x.device.id).computing
         own.wait_event(event(xp))
         with own:
@@ -103,12 +106,12 @@ def computing(x: Array) -> Iterator[None]:
 
 
 @contextmanager
-def memory_told(xp: Any) -> Iterator[None]:
+def _memory_told(xp: Any) -> Iterator[None]:
     """Add a note of how much memory is free to an error that says that it has run out."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, MemoryError) or "cudaErrorMemoryAllocation" in str(error):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
             device = xp.cuda.Device()
             free, total = device.mem_info
             error.add_note(f"device {device.id} has {free:,} of {total:,} bytes free")

@@ -328,7 +328,12 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("error", "text"),
-        [(MemoryError, "no"), (fake_cupy.CUDARuntimeError, "cudaErrorMemoryAllocation: no")],
+        [
+            (MemoryError, "no"),
+            (fake_cupy.CUDARuntimeError, "cudaErrorMemoryAllocation: no"),
+            (RuntimeError, "CUDA_ERROR_OUT_OF_MEMORY: no"),
+            (RuntimeError, "CUBLAS_STATUS_ALLOC_FAILED"),
+        ],
     )
     @pytest.mark.parametrize("aware", ["0", "1"])
     def test_for_a_buffer(
@@ -339,18 +344,17 @@ class TestMemory:
         def fail(*args: Any) -> Any:
             raise error(text)
 
-        q = fake_cupy.zeros((1, 1, 3, 4))
-        layout = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
+        x = {name: fake_cupy.asarray(part) for name, part in parts().items()}
         monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
-        hop = exchange.Exchange(MPI.COMM_SELF, layout, mpi_impl.Meter(), fake_cupy)
         monkeypatch.setattr(fake_cupy, "empty", fake_cupy.empty if aware == "0" else fail)
         monkeypatch.setattr(fake_cupy.cuda, "alloc_pinned_memory", fail)
         with pytest.raises(error) as raised:
-            hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
+            mpi_impl.cross_attention(x["q"], x["k"], x["v"], MPI.COMM_SELF)
         assert raised.value.__notes__ == [
-            "device 0 has 1,000,000 of 1,000,000,000 bytes free",
             "a buffer of 0 bytes was asked for",
             "it was to hold the queries of rank 0, the largest block",
+            "device 0 has 1,000,000 of 1,000,000,000 bytes free",
+            "raised on rank 0 of 1",
         ]
 
     def test_for_computing(self, monkeypatch: pytest.MonkeyPatch) -> None:
