@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mpi4py import MPI
 
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl import buffers, device, exchange, transfers
+from lvxattn.mpi_impl.lv_xattn import lv_xattn
 from lvxattn.mpi_impl.run.backend import choose_backend
 from lvxattn.reference.run.tensors import InputError
 from tests import fake_cupy
@@ -279,6 +281,16 @@ def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None
     hop.finish()
 
 
+def test_a_rank_that_is_alone_does_not_ask_what_memory_mpi_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(buffers, "cuda_aware", None)
+    q = fake_cupy.asarray(np.ones((1, 1, 3, 4)))
+    out, lse = mpi_impl.cross_attention(q, q, q, MPI.COMM_SELF)
+    mpi_impl.cross_attention_backward(out, q, q, q, out, lse, MPI.COMM_SELF)
+    assert fake_cupy.asnumpy(out).tolist() == np.ones((1, 1, 3, 4)).tolist()
+
+
 class TestStreams:
     """A pass computes on a stream of its own, in order with the caller's."""
 
@@ -344,17 +356,19 @@ class TestMemory:
         def fail(*args: Any) -> Any:
             raise error(text)
 
-        x = {name: fake_cupy.asarray(part) for name, part in parts().items()}
+        q = fake_cupy.zeros((1, 1, 3, 4))
+        alone = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
+        several = {name: getattr(alone, name) * 2 for name in ("s_q", "s_kv", "masks", "rules")}
+        layout = replace(alone, order=(0, 1), **several)
         monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
         monkeypatch.setattr(fake_cupy, "empty", fake_cupy.empty if aware == "0" else fail)
         monkeypatch.setattr(fake_cupy.cuda, "alloc_pinned_memory", fail)
-        with pytest.raises(error) as raised:
-            mpi_impl.cross_attention(x["q"], x["k"], x["v"], MPI.COMM_SELF)
+        with pytest.raises(error) as raised, device.computing(q):
+            lv_xattn(q, q, q, MPI.COMM_SELF, layout)
         assert raised.value.__notes__ == [
-            "a buffer of 0 bytes was asked for",
+            "a buffer of 96 bytes was asked for",
             "it was to hold the queries of rank 0, the largest block",
             "device 0 has 1,000,000 of 1,000,000,000 bytes free",
-            "raised on rank 0 of 1",
         ]
 
     def test_for_computing(self, monkeypatch: pytest.MonkeyPatch) -> None:
