@@ -87,6 +87,10 @@ def computing(x: Array) -> Iterator[None]:
     What the caller has queued on the current stream comes before, and what the caller queues there
     afterwards comes after; the host waits for neither.
 
+    Memory goes back to the stream that it was made on.  That of results is taken again by the next
+    pass, which comes after what was queued on the stream that is current then: a caller who uses
+    results on yet another stream lets that one wait for it.
+
     Parameters
     ----------
     x : array
