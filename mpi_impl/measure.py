@@ -71,13 +71,15 @@ class Probe:
 
     @property
     def room(self) -> float:
-        """Bytes of this rank's device, or its share of the host's memory."""
+        """Bytes of this rank's share of its device's memory, or of its host's."""
+        where, size = "", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.xp is not np:
-            return float(self.xp.cuda.Device().mem_info[1])
-        shared = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        ranks = shared.size
-        shared.Free()
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+            device = self.xp.cuda.Device()  # numbers of devices may be each rank's own
+            where, size = device.pci_bus_id, device.mem_info[1]
+        on_host = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        share = size / on_host.allgather(where).count(where)
+        on_host.Free()
+        return float(share)
 
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
         """Return one block's attention."""

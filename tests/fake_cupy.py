@@ -155,6 +155,7 @@ class Device:
     count = 1
     used = 0
     mem_info = 10**6, 10**9
+    pci_bus_id = "0000:0A:00.0"
 
     def __init__(self, device: int = 0) -> None:
         self.id = device

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl import buffers, device, exchange, transfers
 from lvxattn.mpi_impl.lv_xattn import lv_xattn
+from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.run.backend import choose_backend
 from lvxattn.reference.run.tensors import InputError
 from tests import fake_cupy
@@ -421,6 +422,13 @@ def test_a_command_takes_bfloat16_to_a_gpu_where_cupy_has_it(
         assert choose_backend("auto", dtype, MPI.COMM_SELF).xp is np
     else:
         assert choose_backend("gpu", dtype, MPI.COMM_SELF).xp is fake_cupy
+
+
+def test_ranks_that_share_a_gpu_share_its_memory() -> None:
+    mine, other = fake_cupy.Device.pci_bus_id, "0000:0B:00.0"
+    on_host = SimpleNamespace(allgather=lambda _: [other, mine, mine], Free=lambda: None)
+    comm: Any = SimpleNamespace(Split_type=lambda _: on_host)
+    assert Probe(comm, (1, 1, 1), "float32", fake_cupy).room == 10**9 / 2
 
 
 def test_a_rank_that_is_alone_on_its_host_is_its_first() -> None:
