@@ -35,9 +35,14 @@ _LAUNCHERS = re.compile(
     r"PMI|OMPI_|PRTE_|ORTE_|HYDRA_|HYDI_|MPIEXEC_|SLURM_|SRUN_|PALS_|ALPS_|FLUX_|MPI_LOCAL"
     r"|MV2_COMM_WORLD_|I_MPI_HYDRA_"
 )
-# The transports are the user's choice, and what is to be tested.  Variables of other kinds that
-# choose them (UCX_, FI_, MPICH_) name no launcher.
-_CHOICES = re.compile(r"OMPI_MCA_(accelerator|btl|coll|mpi|mtl|opal|pml|smsc)|OMPI_ALLOW_RUN_AS")
+# Where an MPI lies that has been moved, and its transports, the user's choice and what is to be
+# tested.  Variables of other kinds that choose them (UCX_, FI_, MPICH_) name no launcher.
+_CHOICES = re.compile(
+    r"(PMIX|PRTE)_PREFIX|OMPI_MCA_(accelerator|btl|coll|common|mca|mpi|mtl|opal|pml|rcache|smsc)"
+    r"|OMPI_ALLOW_RUN_AS"
+)
+# MPICH is libmpich in Debian and in old Crays; with MPI 5's binary interface it is libmpi_abi.
+_LIBMPI = re.compile(r"libmpi(ch)?(_(abi|amd|cray|gnu|intel|nvidia)\w*)?\.so")
 
 
 def cuda_aware(xp: Any = None, device: int | None = None) -> tuple[bool, str]:
@@ -174,6 +179,6 @@ def _libmpi() -> str | None:
     with open("/proc/self/maps") as maps:
         for line in maps:
             path = line.rstrip("\n").partition("/")[2]
-            if re.match(r"libmpi(_(cray|gnu|intel|nvidia|amd)\w*)?\.so", os.path.basename(path)):
+            if _LIBMPI.match(os.path.basename(path)):
                 return "/" + path
     return None

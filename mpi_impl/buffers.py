@@ -30,71 +30,16 @@ pool gives out again.  So a new buffer, too, has an event to wait for.
 """
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from mpi4py import MPI
 
 from lvxattn.mpi_impl.awareness import cuda_aware
-from lvxattn.mpi_impl.device import event, memory_told, streams
+from lvxattn.mpi_impl.device import event, streams
+from lvxattn.mpi_impl.transfers import Ready
 
 Array = Any
-# Asks whether a use of a buffer is over; never waits.
-Ready = Callable[[], bool]
 _SUCCESS, _NOT_READY = 0, 600  # cudaEventQuery's
-
-
-class Transfer:
-    """A request to MPI that is made when buffers are ready for it.
-
-    Parameters
-    ----------
-    start : callable
-        Makes the request.
-    *ready : callable
-        All are true from some moment on.
-
-    Attributes
-    ----------
-    request : MPI.Request
-        REQUEST_NULL until it is made, and when it is done.
-    """
-
-    def __init__(self, start: Callable[[], MPI.Request], *ready: Ready) -> None:
-        self.request, self._ready = MPI.Request(), ready
-        self._start: Callable[[], MPI.Request] | None = start
-        self.begin()
-
-    def begin(self) -> None:
-        """Make the request if that has become possible."""
-        if self._start is not None and all(ready() for ready in self._ready):
-            self.request, self._start = self._start(), None
-
-    def Test(self) -> bool:
-        """Tell whether it is done, as requests do."""
-        self.begin()
-        return self._start is None and self.request.Test()
-
-    @staticmethod
-    def nothing() -> "Transfer":
-        """Return one that is done."""
-        return Transfer(MPI.Request)
-
-
-class Waited(NamedTuple):
-    """What a rank waits for, while it makes its other requests too.
-
-    Another rank may be waiting for one of these, and this one for that rank.
-    """
-
-    transfer: Transfer
-    begin_others: Callable[[], None]
-
-    def Test(self) -> bool:
-        """Tell whether it is done, as requests do."""
-        self.begin_others()
-        return self.transfer.Test()
 
 
 class Buffer(Protocol):
@@ -135,14 +80,13 @@ def buffer(xp: Any, nbytes: int, *, direct: bool = True) -> Buffer:
     Raises
     ------
     MemoryError
-        Noting how many bytes were asked for and, of a device, how many are free.
+        Noting how many bytes were asked for; `computing` adds how many a device has free.
     """
     try:
         if xp is np:
             return HostBuffer(nbytes)
-        with memory_told(xp):
-            direct = direct and cuda_aware(xp)[0]
-            return DeviceBuffer(xp, nbytes) if direct else StagedBuffer(xp, nbytes)
+        direct = direct and cuda_aware(xp)[0]
+        return DeviceBuffer(xp, nbytes) if direct else StagedBuffer(xp, nbytes)
     except Exception as error:
         error.add_note(f"a buffer of {nbytes:,} bytes was asked for")
         raise

@@ -6,28 +6,29 @@ r"""How blocks move all at once: each rank with every other one, in the fewest b
     all_to_all        a part of its own to each rank             P - 1 messages
 
 What joins two partial results is `merge`, or `added` for plain sums; it becomes an `MPI.Op`, and
-MPI may call it on any ranks' results, in any order.  The messages are those of the best algorithm;
-how many there really are, MPI decides.
+MPI may call it on any ranks' results, in any order.  The messages of a reduction are those of the
+best algorithm; how many there really are, MPI decides.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, pairwise
-from math import prod
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.buffers import Ready, Transfer, buffer
+from lvxattn.mpi_impl.buffers import buffer
 from lvxattn.mpi_impl.exchange import Exchange, Field, Fields, cut, nbytes
-from lvxattn.mpi_impl.watchdog import wait
+from lvxattn.mpi_impl.rows import Rows, operator
+from lvxattn.mpi_impl.transfers import Transfer, Transfers
+from lvxattn.mpi_impl.watchdog import Pending, wait
 from lvxattn.reference.layout import share
 from lvxattn.reference.meter import Block
 
 Array = Any
 Join = Callable[..., tuple[Array, ...]]
+
+_TRADES = 7004  # a tag; 7003 is a command's
 
 
 def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
@@ -67,14 +68,14 @@ def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Arra
     """
     layout = exchange.layout
     bounds = list(accumulate(layout.s_q, initial=0))
-    sent = _Rows(exchange.xp, arrays, layout.s_q)
-    mine = _Rows(exchange.xp, arrays, [layout.s_q[layout.rank]])
+    sent = Rows(exchange.xp, arrays, layout.s_q)
+    mine = Rows(exchange.xp, arrays, [layout.s_q[layout.rank]])
     what = partial(Block, "all ranks' results to be joined")
     for owner, (start, stop) in enumerate(pairwise(bounds)):
         sent.put(owner, [x[:, :, start:stop] for x in arrays])
         if owner != layout.rank:
             exchange.meter.sent(sent.counts[owner] * sent.row_bytes, owner, what)
-    with _operator(join, arrays) as (op, row):
+    with operator(join, arrays) as (op, row):
         (rows, packed), (room, empty) = sent.sendable(), mine.receivable()
         transfer = Transfer(
             lambda: exchange.comm.Ireduce_scatter(
@@ -102,7 +103,7 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     """
     layout = exchange.layout
     S_Q, what = arrays[0].shape[2], partial(Block, "all ranks' results to be joined")
-    sent, result = (_Rows(exchange.xp, arrays, [S_Q]) for _ in range(2))
+    sent, result = (Rows(exchange.xp, arrays, [S_Q]) for _ in range(2))
     sent.put(0, arrays)
     shares = [share(S_Q, rank, layout.size) for rank in range(layout.size)]
     for rank, part in enumerate(shares):  # there and, joined, back
@@ -110,7 +111,7 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
             for owner in (part, shares[layout.rank]):
                 nbytes_each = sent.nbytes // max(1, S_Q)
                 exchange.meter.sent(nbytes_each * (owner.stop - owner.start), rank, what)
-    with _operator(join, arrays) as (op, row):
+    with operator(join, arrays) as (op, row):
         (rows, packed), (room, empty) = sent.sendable(), result.receivable()
         count = sum(sent.counts)
         transfer = Transfer(
@@ -152,18 +153,20 @@ def all_to_all(
         if dest != layout.rank:
             exchange.meter.sent(nbytes(part), dest, label)
     out.buffer.filled()
-    (sent, whole), (room, empty) = (
-        out.buffer.sendable(out.nbytes),
-        into.buffer.receivable(into.nbytes),
-    )
-    transfer = Transfer(
-        lambda: exchange.comm.Ialltoallv(
-            [sent, (out.counts, out.starts), MPI.BYTE], [room, (into.counts, into.starts), MPI.BYTE]
-        ),
-        whole,
-        empty,
-    )
-    _wait(exchange, transfer, label)
+    sent, whole = out.buffer.sendable(out.nbytes)
+    room, empty = into.buffer.receivable(into.nbytes)
+    # Point to point: an MPI that takes device memory there need not take it in collective calls.
+    comm, rank, P = exchange.comm, layout.rank, layout.size
+    transfers = []
+    for step in range(1, P):
+        source, dest = (rank - step) % P, (rank + step) % P
+        if into.counts[source]:
+            message = [into.part(room, source), MPI.BYTE]
+            transfers.append(Transfer(partial(comm.Irecv, message, source, _TRADES), empty))
+        if out.counts[dest]:
+            message = [out.part(sent, dest), MPI.BYTE]
+            transfers.append(Transfer(partial(comm.Isend, message, dest, _TRADES), whole))
+    _wait(exchange, Transfers(transfers), label)
     into.buffer.deliver(into.nbytes)
     into.buffer.settle()
     received = into.views()
@@ -186,104 +189,15 @@ class _Room:
         *self.starts, self.nbytes = accumulate(self.counts, initial=0)
         self.buffer = buffer(xp, self.nbytes)
 
+    def part(self, memory: Array, rank: int) -> Array:
+        """Return a rank's bytes of `memory`, the buffer's or its twin."""
+        return memory[self.starts[rank] : self.starts[rank] + self.counts[rank]]
+
     def views(self) -> list[list[Array]]:
         """Return every block's arrays."""
-        array = self.buffer.array
-        return [
-            cut(array[start : start + count], block)
-            for start, count, block in zip(self.starts, self.counts, self.blocks, strict=True)
-        ]
+        memory = self.buffer.array
+        return [cut(self.part(memory, rank), block) for rank, block in enumerate(self.blocks)]
 
 
-class _Rows:
-    """Rows of partial results: out and lse of one query in each, where MPI's operator may read.
-
-    On a device they are packed by kernels, and always go through the host: MPI calls the operator
-    there.
-
-    Parameters
-    ----------
-    xp : module
-    like : sequence of (B, H, s_q, ...)
-        Arrays of the shapes, but for their lengths, and the dtype that are to be packed.
-    lengths : sequence of int
-        How many queries each part has.
-    """
-
-    def __init__(self, xp: Any, like: Sequence[Array], lengths: Sequence[int]) -> None:
-        self.xp, self.like, self.lengths = xp, like, lengths
-        self.columns, width = _columns(like)
-        self.counts = [prod(like[0].shape[:2]) * length for length in lengths]
-        *self.starts, count = accumulate(self.counts, initial=0)
-        self.row_bytes = width * like[0].dtype.itemsize
-        self.nbytes = count * self.row_bytes
-        self.buffer = buffer(xp, self.nbytes, direct=False)
-        self.rows = self.buffer.array.view(like[0].dtype).reshape(count, width)
-
-    def put(self, part: int, arrays: Sequence[Array]) -> None:
-        """Write one part."""
-        rows = self._part(part)
-        for column, x in zip(self.columns, arrays, strict=True):
-            view = rows[column]
-            view[...] = x.reshape(view.shape)
-
-    def sendable(self) -> tuple[Array, Ready]:
-        """Return the rows for MPI, all parts having been put."""
-        self.buffer.filled()
-        return self.buffer.sendable(self.nbytes)
-
-    def receivable(self) -> tuple[Array, Ready]:
-        """Return the room for what MPI receives."""
-        return self.buffer.receivable(self.nbytes)
-
-    def arrays(self) -> tuple[Array, ...]:
-        """Return what MPI has received, the only part."""
-        self.buffer.deliver(self.nbytes)
-        self.buffer.settle()
-        (length,) = self.lengths
-        return tuple(
-            self.xp.ascontiguousarray(self.rows[column].reshape(*x.shape[:2], length, *x.shape[3:]))
-            for column, x in zip(self.columns, self.like, strict=True)
-        )
-
-    def _part(self, part: int) -> Array:
-        start = self.starts[part]
-        return self.rows[start : start + self.counts[part]]
-
-
-@contextmanager
-def _operator(join: Join, arrays: tuple[Array, ...]) -> Iterator[tuple[MPI.Op, MPI.Datatype]]:
-    """Make the MPI.Op that joins rows, and the datatype of a row: out and lse of one query.
-
-    Both are freed in the end: MPI has few operators.
-    """
-    dtype, columns, width = np.dtype(str(arrays[0].dtype)), *_columns(arrays)
-
-    def joined(a: Any, b: Any, _: MPI.Datatype) -> None:
-        rows_a, rows_b = (np.frombuffer(x, dtype).reshape(-1, width) for x in (a, b))
-        result = join(*(rows_a[c] for c in columns), *(rows_b[c] for c in columns))
-        for column, x in zip(columns, result, strict=True):
-            rows_b[column] = x  # in place: where MPI expects the result
-
-    row = MPI.Datatype.fromcode(dtype.char).Create_contiguous(width).Commit()
-    op = MPI.Op.Create(joined, commute=True)
-    try:
-        yield op, row
-    finally:
-        op.Free()
-        row.Free()
-
-
-def _columns(arrays: Sequence[Array]) -> tuple[list[Any], int]:
-    """Return where in a row each array's numbers are, and how long a row is."""
-    columns: list[Any] = []
-    end = 0
-    for x in arrays:
-        wide = len(x.shape) == 4
-        columns.append(np.s_[:, end : end + x.shape[3]] if wide else np.s_[:, end])
-        end += x.shape[3] if wide else 1
-    return columns, end
-
-
-def _wait(exchange: Exchange, transfer: Transfer, what: Callable[[], Block]) -> None:
+def _wait(exchange: Exchange, transfer: Pending, what: Callable[[], Block]) -> None:
     exchange.meter.waits(wait, what)(transfer, exchange.watchdog, what)

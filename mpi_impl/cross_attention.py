@@ -60,7 +60,7 @@ def cross_attention(
         This rank's keys and values; H is a multiple of H_KV, and head h reads group
         ``h // (H // H_KV)``.  Lengths may differ between ranks and may be 0.
     comm : MPI.Intracomm
-        Messages use tags 7001 and 7002 of it.
+        Messages use tags 7001, 7002 and 7004 of it.
     schedule : str
         What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
         once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each

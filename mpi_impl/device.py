@@ -28,6 +28,9 @@ BLAS_VARIABLES = (
     "BLIS_NUM_THREADS",
 )
 
+# CuPy's pool raises a MemoryError; these are the runtime's, the driver's and cuBLAS's words.
+_OUT_OF_MEMORY = "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED"
+
 
 def array_module(x: Array) -> Any:
     """Return the module that computes with arrays such as `x`: numpy or cupy.
@@ -84,6 +87,10 @@ def computing(x: Array) -> Iterator[None]:
     What the caller has queued on the current stream comes before, and what the caller queues there
     afterwards comes after; the host waits for neither.
 
+    Memory goes back to the stream that it was made on.  That of results is taken again by the next
+    pass, which comes after what was queued on the stream that is current then: a caller who uses
+    results on yet another stream lets that one wait for it.
+
     Parameters
     ----------
     x : array
@@ -92,7 +99,7 @@ def computing(x: Array) -> Iterator[None]:
     if xp is np:
         yield
         return
-    with x.device, memory_told(xp):
+    with x.device, _memory_told(xp):
         callers, own = xp.cuda.get_current_stream(), streams(xp, x.device.id).computing
         own.wait_event(event(xp))
         with own:
@@ -103,12 +110,12 @@ def computing(x: Array) -> Iterator[None]:
 
 
 @contextmanager
-def memory_told(xp: Any) -> Iterator[None]:
+def _memory_told(xp: Any) -> Iterator[None]:
     """Add a note of how much memory is free to an error that says that it has run out."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, MemoryError) or "cudaErrorMemoryAllocation" in str(error):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
             device = xp.cuda.Device()
             free, total = device.mem_info
             error.add_note(f"device {device.id} has {free:,} of {total:,} bytes free")

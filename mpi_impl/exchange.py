@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.buffers import Transfer, Waited, buffer
+from lvxattn.mpi_impl.buffers import buffer
+from lvxattn.mpi_impl.transfers import Transfer, Waited
 from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import KINDS, Block, Meter
@@ -116,10 +117,11 @@ class Rotation:
         self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
         self.kind = KINDS[exchange.layout.schedule][tag == RESULTS]
         self.nbytes = max(self._nbytes(owner) for owner in range(exchange.layout.size))
-        # In hand, and to be received into; a rank that is alone needs neither.
-        room = self.nbytes if exchange.layout.size > 1 else 0
+        # In hand, and to be received into; a rank that is alone needs neither, nor asks MPI what
+        # memory it takes.
+        count = 2 if exchange.layout.size > 1 else 0
         try:
-            self.buffers = [buffer(exchange.xp, room) for _ in range(2)]
+            self.buffers = [buffer(exchange.xp, self.nbytes) for _ in range(count)]
         except Exception as error:
             largest = max(range(exchange.layout.size), key=self._nbytes)
             error.add_note(f"it was to hold {self.kind.format(largest)}, the largest block")

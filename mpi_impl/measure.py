@@ -8,8 +8,9 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import block_attention
-from lvxattn.mpi_impl.buffers import Transfer, Waited, buffer
+from lvxattn.mpi_impl.buffers import buffer
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
+from lvxattn.mpi_impl.transfers import Transfer, Waited
 from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import Machine
@@ -72,13 +73,15 @@ class Probe:
 
     @property
     def room(self) -> float:
-        """Bytes of this rank's device, or its share of the host's memory."""
+        """Bytes of this rank's share of its device's memory, or of its host's."""
+        where, size = "", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.xp is not np:
-            return float(self.xp.cuda.Device().mem_info[1])
-        shared = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        ranks = shared.size
-        shared.Free()
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+            device = self.xp.cuda.Device()  # numbers of devices may be each rank's own
+            where, size = device.pci_bus_id, device.mem_info[1]
+        on_host = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        share = size / on_host.allgather(where).count(where)
+        on_host.Free()
+        return float(share)
 
     @property
     def device_name(self) -> str:

@@ -155,6 +155,7 @@ class Device:
     count = 1
     used = 0
     mem_info = 10**6, 10**9
+    pci_bus_id = "0000:0A:00.0"
 
     def __init__(self, device: int = 0) -> None:
         self.id = device
@@ -220,12 +221,14 @@ class MemoryPointer:
     def copy_to_host_async(self, mem: ctypes.c_void_p, size: int, stream: Stream) -> None:
         """Copy to pinned memory, when the stream comes to it."""
         device = self.memory.reshape(-1).view(np.uint8)
-        stream.launch(lambda: np.copyto(_host(mem)[:size], device[:size]))
+        if size:  # CuPy, too, queues nothing else
+            stream.launch(lambda: np.copyto(_host(mem)[:size], device[:size]))
 
     def copy_from_host_async(self, mem: ctypes.c_void_p, size: int, stream: Stream) -> None:
         """Copy from pinned memory, when the stream comes to it."""
         device = self.memory.reshape(-1).view(np.uint8)
-        stream.launch(lambda: np.copyto(device[:size], _host(mem)[:size]))
+        if size:
+            stream.launch(lambda: np.copyto(device[:size], _host(mem)[:size]))
 
 
 def _host(address: ctypes.c_void_p) -> Any:

@@ -1,5 +1,6 @@
 """Whether MPI takes device memory: who is asked, and how a yes is proved."""
 
+import io
 import os
 import sys
 import time
@@ -46,6 +47,28 @@ def test_unset_is_auto_and_the_library_is_asked(monkeypatch: pytest.MonkeyPatch)
     assert awareness.cuda_aware() == asked
     assert isinstance(asked[0], bool)
     assert asked[1].startswith(("MPIX_", "mpi_memory_alloc_kinds"))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("libmpi.so.40.40.7", True),
+        ("libmpich.so.12.3.1", True),
+        ("libmpi_abi.so.0", True),
+        ("libmpi_gnu_123.so.12", True),
+        ("libmpi_mpifh.so.40", False),
+        ("libmpicxx.so.12", False),
+        ("libmpi4py.so", False),
+    ],
+)
+def test_the_library_itself_is_asked_by_whatever_name(
+    name: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = f"7f-80 r-xp 0 08:01 1  /lib/libc.so.6\n80-81 r-xp 0 08:01 2  /opt/mpi of mine/{name}\n"
+    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(maps))
+    found = awareness._libmpi()
+    monkeypatch.undo()
+    assert found == (f"/opt/mpi of mine/{name}" if asked else None)
 
 
 class OpenMPI:
@@ -166,7 +189,8 @@ def test_the_self_test_knows_no_launcher_and_takes_the_same_transports() -> None
     kept = {
         "OMPI_MCA_pml": "ucx", "OMPI_MCA_btl": "^smcuda", "UCX_TLS": "sm,cuda_copy",
         "FI_PROVIDER": "tcp", "MPICH_GPU_SUPPORT_ENABLED": "1", "LD_LIBRARY_PATH": "/x",
-        "CUDA_VISIBLE_DEVICES": "3", "MPI4PY_LIBMPI": "/y",
+        "CUDA_VISIBLE_DEVICES": "3", "MPI4PY_LIBMPI": "/y", "OPAL_PREFIX": "/z",
+        "PMIX_PREFIX": "/z", "PRTE_PREFIX": "/z", "OMPI_MCA_common_cuda_verbose": "1",
     }  # fmt: skip
     alone = awareness.alone(launched | kept)
     assert alone.pop("PYTHONPATH").split(os.pathsep) == [path for path in sys.path if path]

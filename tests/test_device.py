@@ -1,7 +1,10 @@
 """Buffers between a device that works late and an MPI that knows nothing of it, and its streams."""
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,11 @@ import pytest
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
-from lvxattn.mpi_impl import buffers, device, exchange
+from lvxattn.mpi_impl import buffers, device, exchange, transfers
+from lvxattn.mpi_impl.lv_xattn import lv_xattn
+from lvxattn.mpi_impl.measure import Probe
+from lvxattn.mpi_impl.run.backend import choose_backend
+from lvxattn.reference.run.tensors import InputError
 from tests import fake_cupy
 from tests.cases import Case
 
@@ -27,7 +34,7 @@ def own_stream() -> Iterator[fake_cupy.Stream]:
         yield stream
 
 
-def ready(promised: tuple[Any, buffers.Ready]) -> np.ndarray[Any, Any]:
+def ready(promised: tuple[Any, transfers.Ready]) -> np.ndarray[Any, Any]:
     """Ask until MPI may use the memory, and return what it sees at the address."""
     memory, is_ready = promised
     while not is_ready():
@@ -36,7 +43,7 @@ def ready(promised: tuple[Any, buffers.Ready]) -> np.ndarray[Any, Any]:
     return at_once((memory, is_ready))
 
 
-def at_once(promised: tuple[Any, buffers.Ready]) -> np.ndarray[Any, Any]:
+def at_once(promised: tuple[Any, transfers.Ready]) -> np.ndarray[Any, Any]:
     """Return what an MPI sees that does not ask."""
     memory, _ = promised
     return memory if isinstance(memory, np.ndarray) else memory.memory
@@ -229,7 +236,7 @@ class TestTransfer:
             made.append(1)
             return MPI.Request()
 
-        transfer = buffers.Transfer(start, lambda: is_ready[0], lambda: is_ready[1])
+        transfer = transfers.Transfer(start, lambda: is_ready[0], lambda: is_ready[1])
         for at in range(2):
             assert not transfer.Test()
             assert not made
@@ -247,9 +254,9 @@ class TestTransfer:
             asked[0] += 1
             return asked[0] > 3
 
-        coming = buffers.Transfer(lambda: comm.Irecv(here, 0))
-        going = buffers.Transfer(lambda: comm.Isend(there, 0), later)
-        waited = buffers.Waited(coming, going.begin)
+        coming = transfers.Transfer(lambda: comm.Irecv(here, 0))
+        going = transfers.Transfer(lambda: comm.Isend(there, 0), later)
+        waited = transfers.Waited(coming, going.begin)
         assert any(waited.Test() for _ in range(100))
         assert here == 5
         while not going.Test():
@@ -262,8 +269,8 @@ def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None
     hop = exchange.Exchange(MPI.COMM_SELF, layout, mpi_impl.Meter(), np)
     blocks = hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
     room, is_ready = np.zeros(1, int), [False]
-    blocks.receiving = buffers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
-    blocks.sending = buffers.Transfer(
+    blocks.receiving = transfers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
+    blocks.sending = transfers.Transfer(
         lambda: MPI.COMM_SELF.Isend(np.array([5]), 0), lambda: is_ready[0]
     )
     hop.progress()
@@ -273,6 +280,16 @@ def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None
         hop.progress()
     assert room == 5
     hop.finish()
+
+
+def test_a_rank_that_is_alone_does_not_ask_what_memory_mpi_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(buffers, "cuda_aware", None)
+    q = fake_cupy.asarray(np.ones((1, 1, 3, 4)))
+    out, lse = mpi_impl.cross_attention(q, q, q, MPI.COMM_SELF)
+    mpi_impl.cross_attention_backward(out, q, q, q, out, lse, MPI.COMM_SELF)
+    assert fake_cupy.asnumpy(out).tolist() == np.ones((1, 1, 3, 4)).tolist()
 
 
 class TestStreams:
@@ -324,7 +341,12 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("error", "text"),
-        [(MemoryError, "no"), (fake_cupy.CUDARuntimeError, "cudaErrorMemoryAllocation: no")],
+        [
+            (MemoryError, "no"),
+            (fake_cupy.CUDARuntimeError, "cudaErrorMemoryAllocation: no"),
+            (RuntimeError, "CUDA_ERROR_OUT_OF_MEMORY: no"),
+            (RuntimeError, "CUBLAS_STATUS_ALLOC_FAILED"),
+        ],
     )
     @pytest.mark.parametrize("aware", ["0", "1"])
     def test_for_a_buffer(
@@ -336,17 +358,18 @@ class TestMemory:
             raise error(text)
 
         q = fake_cupy.zeros((1, 1, 3, 4))
-        layout = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
+        alone = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
+        several = {name: getattr(alone, name) * 2 for name in ("s_q", "s_kv", "masks", "rules")}
+        layout = replace(alone, order=(0, 1), **several)
         monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
-        hop = exchange.Exchange(MPI.COMM_SELF, layout, mpi_impl.Meter(), fake_cupy)
         monkeypatch.setattr(fake_cupy, "empty", fake_cupy.empty if aware == "0" else fail)
         monkeypatch.setattr(fake_cupy.cuda, "alloc_pinned_memory", fail)
-        with pytest.raises(error) as raised:
-            hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
+        with pytest.raises(error) as raised, device.computing(q):
+            lv_xattn(q, q, q, MPI.COMM_SELF, layout)
         assert raised.value.__notes__ == [
-            "device 0 has 1,000,000 of 1,000,000,000 bytes free",
-            "a buffer of 0 bytes was asked for",
+            "a buffer of 96 bytes was asked for",
             "it was to hold the queries of rank 0, the largest block",
+            "device 0 has 1,000,000 of 1,000,000,000 bytes free",
         ]
 
     def test_for_computing(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +403,32 @@ def test_a_rank_takes_a_device_by_its_number_on_the_host(
     monkeypatch.setattr(device, "rank_on_host", lambda comm: number)
     assert mpi_impl.use_device(MPI.COMM_SELF, fake_cupy) == own
     assert fake_cupy.Device.used == own
+
+
+@pytest.mark.parametrize("version", ["13.6.0", "14.0.1"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_command_takes_bfloat16_to_a_gpu_where_cupy_has_it(
+    version: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: 1, getDeviceProperties=lambda device: {"name": b"H"}
+    )
+    monkeypatch.setattr(fake_cupy, "__version__", version)
+    monkeypatch.setattr(fake_cupy.cuda, "runtime", runtime)
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    if (version, dtype) == ("13.6.0", "bfloat16"):
+        with pytest.raises(InputError, match=r"needs CuPy 14, and here is 13\.6\.0"):
+            choose_backend("gpu", dtype, MPI.COMM_SELF)
+        assert choose_backend("auto", dtype, MPI.COMM_SELF).xp is np
+    else:
+        assert choose_backend("gpu", dtype, MPI.COMM_SELF).xp is fake_cupy
+
+
+def test_ranks_that_share_a_gpu_share_its_memory() -> None:
+    mine, other = fake_cupy.Device.pci_bus_id, "0000:0B:00.0"
+    on_host = SimpleNamespace(allgather=lambda _: [other, mine, mine], Free=lambda: None)
+    comm: Any = SimpleNamespace(Split_type=lambda _: on_host)
+    assert Probe(comm, (1, 1, 1), "float32", fake_cupy).room == 10**9 / 2
 
 
 def test_a_rank_that_is_alone_on_its_host_is_its_first() -> None:

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
+from mpi4py import MPI
 
 from lvxattn.mpi_impl.doctor.advice import find_problems
-from lvxattn.mpi_impl.doctor.examination import _print_facts
+from lvxattn.mpi_impl.doctor.examination import _print_facts, examine
 from lvxattn.mpi_impl.doctor.facts import Facts
 from lvxattn.mpi_impl.doctor.ring import Link
 from lvxattn.mpi_impl.launcher import claim, mismatch, speaks
@@ -174,6 +176,25 @@ def test_what_was_decided_about_device_memory_is_said_with_the_ranks_that_it_is_
     assert "yes, by asked and a self-test: device memory arrived on ranks 1\n" in said
     _print_facts([SOUND, SOUND])
     assert "CUDA-aware  no, by asked\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("aware", ["0", "1"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_device_memory_is_sent_from_rank_to_rank_as_a_pass_sends_it(
+    aware: str, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cupy = import_module(f"tests.{'fake' if whole else 'wrong'}_cupy")
+    properties = {"name": b"H"}
+    monkeypatch.setattr(
+        cupy.cuda.runtime, "getDeviceProperties", lambda _: properties, raising=False
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert examine(MPI.COMM_SELF) == whole
+    said = capsys.readouterr().out
+    assert ("device memory came round whole" in said) == whole
+    assert ("ERROR: rank 0 did not get what rank 0 sent from its GPU" in said) != whole
 
 
 def test_what_keeps_ranks_from_talking_is_fatal() -> None:

@@ -287,7 +287,7 @@ def test_equations_and_schedules_agree(module: str, package: str) -> None:
 OWN = {
     "mpi_impl": {
         *("awareness", "buffers", "device", "jupyter", "last_words", "launcher", "measure"),
-        *("self_test", "watchdog"),
+        *("rows", "self_test", "transfers", "watchdog"),
     },
     "torch_impl": {"autograd", "group", "measure", "module"},
 }

@@ -389,11 +389,7 @@ def damaged(path: Path, header: Any, data: bytes = b"") -> Path:
 
 def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]:
     """Command lines, and what is said of each."""
-    no_gpu = {
-        "mpi_impl": (["--device", "gpu", "--dtype", "bfloat16", *SMALL], "CuPy has no bfloat16"),
-        "torch_impl": (["--device", "gpu", *SMALL], "--device gpu: "),
-    }
-    bad = [] if implementation == "torch_impl" and has_gpu() else [no_gpu[implementation]]
+    bad = [] if has_gpu() else [(["--device", "gpu", *SMALL], "--device gpu: ")]
     x = np.ones((1, 2, 6, 4), np.float32)
     good = {"q": x, "k": x, "v": x}
     whole = save(folder / "good", good).read_bytes()

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,6 +176,33 @@ def test_a_wait_that_asks_speaks_once_and_ends_after_the_grace(
     for waited in (0.1, 10.1):  # it came after all, and now another is awaited
         dog.check(waited, lambda: "another")
     assert "for another" in capfd.readouterr().err
+
+
+def test_a_wait_gives_its_core_away_at_once_and_lasts_a_twentieth_too_long_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, given, slept = [0.0], [0], list[float]()
+
+    def give() -> None:
+        given[0] += 1
+        now[0] += 3e-4
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds / now[0])
+        now[0] += seconds
+
+    class Comes:
+        def Test(self) -> bool:
+            return now[0] >= 0.1
+
+    monkeypatch.setattr(watchdog.os, "sched_yield", give)
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr(watchdog, "time", clock)
+    watchdog.wait(Comes(), None, lambda: "a block")
+    assert given == [4]  # a millisecond of it
+    assert slept[0] == pytest.approx(1 / 20)
+    assert 0.1 <= now[0] <= 0.101  # and a millisecond at most
+    assert len(slept) < 200
 
 
 def time_passes() -> None:

@@ -15,7 +15,10 @@ class Problem(NamedTuple):
 
 
 def find_problems(
-    ranks: Sequence[Facts], links: Sequence[Link], mismatch: str | None
+    ranks: Sequence[Facts],
+    links: Sequence[Link],
+    mismatch: str | None,
+    arrived: Sequence[bool] = (),
 ) -> list[Problem]:
     """Return what is wrong, the worst first.
 
@@ -26,6 +29,8 @@ def find_problems(
     links : sequence of Link
     mismatch : str or None
         From `launcher.mismatch`.
+    arrived : sequence of bool
+        Of each rank whether device memory came whole from the one before it, if any was sent.
     """
     problems = []
     if mismatch:
@@ -39,6 +44,15 @@ def find_problems(
         )
         for link in links
         if not link.whole
+    ]
+    problems += [
+        Problem(
+            f"rank {rank} did not get what rank {(rank - 1) % len(ranks)} sent from its GPU: set "
+            "LVXATTN_CUDA_AWARE=0, or try another transport (UCX_TLS)",
+            fatal=True,
+        )
+        for rank, whole in enumerate(arrived)
+        if not whole
     ]
     for name, what in (("library", "MPI libraries"), ("versions", "versions")):
         kinds = sorted({str(getattr(facts, name)) for facts in ranks})

@@ -1,16 +1,17 @@
 """The examination: look at every rank, send messages round, judge, print."""
 
 import os
+from importlib import import_module
 
 import mpi4py
 from mpi4py import MPI
 
 import lvxattn
 from lvxattn.mpi_impl.awareness import SELF_TEST_SECONDS
-from lvxattn.mpi_impl.device import limit_blas_threads, rank_on_host
+from lvxattn.mpi_impl.device import limit_blas_threads, rank_on_host, use_device
 from lvxattn.mpi_impl.doctor.advice import Problem, find_problems
 from lvxattn.mpi_impl.doctor.facts import Facts, look
-from lvxattn.mpi_impl.doctor.ring import Link, send_round
+from lvxattn.mpi_impl.doctor.ring import Link, send_from_device, send_round
 from lvxattn.mpi_impl.launcher import claim, mismatch, speaks
 from lvxattn.mpi_impl.watchdog import watching
 
@@ -30,16 +31,24 @@ def examine(comm: MPI.Intracomm) -> bool:
     Returns
     -------
     bool
-        Whether the ranks can talk; the same on all of them.
+        Whether the ranks can talk, of what is on their GPUs too; the same on all of them.
     """
     with watching(comm, "all ranks to say what they are", _PATIENCE + SELF_TEST_SECONDS):
         ranks = comm.allgather(look(limit_blas_threads(comm), rank_on_host(comm)))
     with watching(comm, "a message to come round", _PATIENCE):
         links = comm.allgather(send_round(comm)) if comm.size > 1 else []
-    problems = find_problems(ranks, links, mismatch(os.environ, comm.size))
+    arrived: list[bool] = []
+    if all(facts.devices and "expected" not in facts.cuda_aware[1] for facts in ranks):
+        xp = import_module("cupy")
+        use_device(comm, xp)
+        with watching(comm, "device memory to come round", _PATIENCE):
+            arrived = comm.allgather(send_from_device(comm, xp))
+    problems = find_problems(ranks, links, mismatch(os.environ, comm.size), arrived)
     if speaks(os.environ, comm.rank):
         _print_facts(ranks)
         _print_links(ranks, links)
+        if arrived and all(arrived):
+            _line("", "device memory came round whole")
         _print_problems(problems)
     return not any(problem.fatal for problem in problems)
 

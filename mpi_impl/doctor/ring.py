@@ -1,10 +1,16 @@
 """Messages really sent, from every rank to the next: whether they arrive whole, and how fast."""
 
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
+
+from lvxattn.mpi_impl.buffers import buffer
+from lvxattn.mpi_impl.transfers import Transfer, Transfers
+from lvxattn.mpi_impl.watchdog import wait
 
 _SMALL, _LARGE = 1, 2**22
 _STEPS, _LARGE_STEPS = 100, 5
@@ -51,3 +57,30 @@ def send_round(comm: MPI.Intracomm) -> Link:
             times.append((perf_counter() - start) / steps)
         best[size] = min(times)
     return Link(left, comm.rank, whole, best[_SMALL], _LARGE / best[_LARGE])
+
+
+def send_from_device(comm: MPI.Intracomm, xp: Any) -> bool:
+    """Send a small and a large block round as a pass does, and tell whether they arrived whole.
+
+    Collective: every rank of comm calls this.  The self-test is one process: it knows nothing of
+    the ways between processes and hosts.
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+    xp : module
+        cupy; blocks lie on the current device.
+    """
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    whole = True
+    for size in (_SMALL, _LARGE):
+        there, here = buffer(xp, size), buffer(xp, size)
+        there.array[...] = comm.rank % 251
+        there.filled()
+        (block, written), (room, empty) = there.sendable(size), here.receivable(size)
+        coming = Transfer(partial(comm.Irecv, [room, MPI.BYTE], left), empty)
+        going = Transfer(partial(comm.Isend, [block, MPI.BYTE], right), written)
+        wait(Transfers([coming, going]), None, lambda: "a block of device memory")
+        here.deliver(size)
+        whole = whole and bool((xp.asnumpy(here.array) == left % 251).all())
+    return whole

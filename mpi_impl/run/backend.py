@@ -90,7 +90,7 @@ def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
     wish : str
         ``"cpu"``, ``"gpu"`` or ``"auto"``: GPUs where every rank has one.
     dtype : str
-        Of the tensors; CuPy has no bfloat16.
+        Of the tensors.
     comm : mpi4py.MPI.Intracomm
 
     Raises
@@ -116,11 +116,15 @@ def _host(comm: MPI.Intracomm) -> Backend:
 
 
 def _obstacle(dtype: str) -> str | None:
-    """Say why this rank cannot compute on a GPU, if so."""
-    if dtype == "bfloat16":
-        return "--device gpu: CuPy has no bfloat16"
+    """Say why this rank cannot compute on a GPU, if so.
+
+    Touches no GPU: which one is this rank's is not settled yet.
+    """
     try:
-        count = import_module("cupy").cuda.runtime.getDeviceCount()
+        cupy = import_module("cupy")
+        count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # not installed, or no driver: whatever CuPy raises then
         return f"--device gpu: {error}"
+    if dtype == "bfloat16" and int(cupy.__version__.partition(".")[0]) < 14:
+        return f"--device gpu: bfloat16 needs CuPy 14, and here is {cupy.__version__}"
     return None if count else "--device gpu: no GPU found"

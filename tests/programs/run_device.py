@@ -16,7 +16,27 @@ from tests import fake_cupy
 from tests.cases import Case, Problem
 from tests.judge import worst_ratios
 
-comm = MPI.COMM_WORLD
+
+class PointToPoint(MPI.Intracomm):
+    """An MPI that takes device memory in messages, and in no collective call."""
+
+
+def of_the_host(name: str) -> Any:
+    """Return a collective call that refuses device memory."""
+    call = getattr(MPI.Intracomm, name)
+
+    def refusing(self: Any, *given: Any) -> Any:
+        for message in given:
+            if isinstance(message, list):
+                assert not any(isinstance(x, fake_cupy.ndarray) for x in message), name
+        return call(self, *given)
+
+    return refusing
+
+
+for name in ("Ialltoallv", "Iallgatherv", "Ireduce_scatter", "Iallreduce"):
+    setattr(PointToPoint, name, of_the_host(name))
+comm = PointToPoint(MPI.COMM_WORLD)
 CASES = [
     Case("float64", B=2, H=4, H_KV=2, mask="full", cut="ragged"),
     Case("float32", D_V=5, mask="additive", cut="ragged", dtype="float32"),

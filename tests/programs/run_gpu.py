@@ -17,9 +17,10 @@ from tests.judge import solve, worst_ratios
 
 comm = MPI.COMM_WORLD
 SCHEDULES = ("lv-xattn", "ring", "gather", "ulysses", "replicated")
+DTYPES = "float64", "float32", "float16", "bfloat16"
 WIDE = Case("64 wide", B=2, H=4, H_KV=4, S_Q=40, S_KV=1100, D=64, D_V=64, cut="ragged")
 CHOSEN = [
-    *(replace(WIDE, name=f"64 wide, {d}", dtype=d) for d in ("float64", "float32", "float16")),
+    *(replace(WIDE, name=f"64 wide, {d}", dtype=d) for d in DTYPES),
     Case("fewer queries than ranks", S_Q=2, S_KV=2),
     Case("additive mask", D_V=5, mask="additive", cut="ragged", dtype="float32"),
     Case("callable mask", mask="callable", dtype="float16"),
@@ -32,13 +33,11 @@ CHOSEN = [
 if "fake" in sys.argv:
     from tests import fake_cupy as xp
 
-    CHOSEN, SCHEDULES, CASES = CHOSEN[1:4], SCHEDULES[::2], CASES[:6]
+    CHOSEN, SCHEDULES, CASES = CHOSEN[1:5], SCHEDULES[::2], CASES[:6]
 else:
     import cupy as xp
 
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    xp.cuda.Device(node.rank % xp.cuda.runtime.getDeviceCount()).use()
-    node.Free()
+    mpi_impl.use_device(comm, xp)
 
 
 def to_device(x: Any) -> Any:
@@ -70,7 +69,7 @@ class OnDevice:
 
 report = {}
 for schedule in SCHEDULES:
-    for case in [*CHOSEN, *CASES[::6]] if schedule == "lv-xattn" else CHOSEN[:5]:
+    for case in [*CHOSEN, *CASES[::6]] if schedule == "lv-xattn" else CHOSEN[:6]:
         problem = case.on(schedule, comm.size).make()
         results = solve(problem, comm, OnDevice(), schedule=schedule)  # type: ignore[arg-type]
         right = max(worst_ratios(problem, results).values()) <= 1
