@@ -44,7 +44,10 @@ def parts_for(job: Job) -> int:
     if job.device != "cpu" and job.backward:  # shared out by keys as it is
         return 1
     workers = torch.get_num_threads() if job.device == "cpu" else BUSY
-    shares = job.H_KV if job.backward else job.H * -(-job.s_q // ROWS)
+    if job.device != "cpu":  # a group's heads are folded
+        shares = job.H_KV * -(-job.H // job.H_KV * job.s_q // ROWS)
+    else:
+        shares = job.H_KV if job.backward else job.H * -(-job.s_q // ROWS)
     return max(1, min(-(-workers // shares), job.s_kv // LEAST_KEYS))
 
 
