@@ -104,7 +104,7 @@ def ours(job: Job) -> Iterator[tuple[str, Callable[[Inputs], object]]]:
         yield name, partial(one_pass, job.backward, name)
     if job.backward:  # shared out by keys as it is
         return
-    shares = job.H * -(-job.s_q // ROWS)
+    shares = job.H_KV * -(-job.H // job.H_KV * job.s_q // ROWS)  # heads of a group are folded
     for inner in SPLIT_WITHIN[job.device]:
         if KERNELS[inner].unsupported(job) is not None:
             continue
