@@ -67,6 +67,10 @@ template <class T> static unsigned round_pair(T kind, float low, float high) {
     return narrow(kind, low) | narrow(kind, high) << 16;
 }
 
+template <class T> static float2 widen_pair(T kind, unsigned pair) {
+    return {widen(kind, pair & 0xffff), widen(kind, pair >> 16)};
+}
+
 // ------------------------------------------------------------------------------- fibers
 
 constexpr int MOST_THREADS = 1024, STACK = 1 << 17, GUARD = 4096;

@@ -43,7 +43,8 @@ def measure(device: Device) -> Iterator[dict[str, Any]]:
                     work = [partial(theirs, x, backward) for x in inputs]
                     attempt(f"sdpa {name}", device, work, torch_s, {}, failed, prepare=True)
             yield {
-                "dtype": str(dtype).removeprefix("torch."), "H": H, "H_KV": H_KV, "s_q": s_q, "s_kv": s_kv, "D": D,
+                "dtype": str(dtype).removeprefix("torch."),
+                "H": H, "H_KV": H_KV, "s_q": s_q, "s_kv": s_kv, "D": D,
                 "pass": "backward" if backward else "forward",
                 "flop": (10 if backward else 4) * H * s_q * s_kv * D,
                 "bytes": 2 * moved if backward else moved,

@@ -261,15 +261,27 @@ sum_splits(float* dq, const float* parts, int splits, long long size) {
     dq[i] = sum;
 }
 
-// dk, dv: added to in place.
+// Add two neighbours to what is there.
+__device__ __forceinline__ void add_pair(float* there, float x, float y) {
+    float2* pair = reinterpret_cast<float2*>(there);
+    *pair = make_float2(pair->x + x, pair->y + y);
+}
+
+template <class S> __device__ __forceinline__ void add_pair(S* there, float x, float y) {
+    unsigned* pair = reinterpret_cast<unsigned*>(there);
+    const float2 before = widen_pair(S(), *pair);
+    *pair = round_pair(S(), before.x + x, before.y + y);
+}
+
+// dk, dv: added to in place.  They are fp32 if `wide`, else T.
 extern "C" __global__ void __launch_bounds__(32 * BACKWARD_KV_WARPS)
-backward_kv(float* dk, float* dv, const T* dout, const T* q, const T* k, const T* v,
+backward_kv(void* dk, void* dv, const T* dout, const T* q, const T* k, const T* v,
             const float* lse, const float* delta,
             long long k_batch, long long k_head, long long k_row,
             long long v_batch, long long v_head, long long v_row,
             long long dk_batch, long long dk_head, long long dk_row,
             long long dv_batch, long long dv_head, long long dv_row,
-            int H_KV, int rows, int s_kv, float scale) {
+            int H_KV, int rows, int s_kv, int wide, float scale) {
     constexpr int WARPS = BACKWARD_KV_WARPS, R = BACKWARD_KV_ROW_TILES, COLS = BACKWARD_KV_COLS;
     constexpr int ROWS = 16 * R * WARPS, THREADS = 32 * WARPS, C = COLS / 8, TILE = COLS * PITCH<T>;
     T* k_tile = reinterpret_cast<T*>(block_memory());
@@ -339,8 +351,12 @@ backward_kv(float* dk, float* dv, const T* dout, const T* q, const T* k, const T
         __syncthreads();  // all have read this tile: the next step overwrites it
     }
 
-    dk += batch * dk_batch + head * dk_head;
-    dv += batch * dv_batch + head * dv_head;
+    const auto add = [&](void* sums, long long at, float x, float y) {
+        if (wide) add_pair(static_cast<float*>(sums) + at, x, y);
+        else add_pair(static_cast<T*>(sums) + at, x, y);
+    };
+    const long long dk_first = batch * dk_batch + head * dk_head;
+    const long long dv_first = batch * dv_batch + head * dv_head;
     #pragma unroll
     for (int r = 0; r < R; r++)
         #pragma unroll
@@ -352,14 +368,10 @@ backward_kv(float* dk, float* dv, const T* dout, const T* q, const T* k, const T
             #pragma unroll
             for (int n = 0; n < D / 8; n++) {
                 const int column = 8 * n + 2 * (lane_of() % 4);
-                float2* dk_there = reinterpret_cast<float2*>(dk + key * dk_row + column);
-                float2* dv_there = reinterpret_cast<float2*>(dv + key * dv_row + column);
                 const float* x = dk_sums[r][n] + 2 * h;
                 const float* y = dv_sums[r][n] + 2 * h;
-                *dk_there = make_float2(dk_there->x + x[0] * dk_weight,
-                                        dk_there->y + x[1] * dk_weight);
-                *dv_there = make_float2(dv_there->x + y[0] * dv_weight,
-                                        dv_there->y + y[1] * dv_weight);
+                add(dk, dk_first + key * dk_row + column, x[0] * dk_weight, x[1] * dk_weight);
+                add(dv, dv_first + key * dv_row + column, y[0] * dv_weight, y[1] * dv_weight);
             }
         }
 }
