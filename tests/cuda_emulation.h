@@ -268,6 +268,15 @@ static float __shfl_xor_sync(unsigned all, float x, int bits) {
     return __shfl_sync(all, x, running % 32 ^ bits);
 }
 
+static int __any_sync(unsigned, int mine) {
+    Slot slot;
+    slot.x[0] = mine;
+    const Slot* all = exchange(slot);
+    int any = 0;
+    for (int lane = 0; lane < 32; lane++) any |= all[lane].x[0] != 0;
+    return any;
+}
+
 // ------------------------------------------------------------------------------- launch
 
 // How a block runs: bits of `how`.

@@ -72,27 +72,34 @@ forward(float* out, float* lse, const T* q, const T* k, const T* v,
         __syncthreads();
 
         // 2. Scores, in powers of 2; -inf past the last key.
-        float p[R][C][4] = {};
+        float p[R][C][4] = {}, highest[R][2], shrink[R][2];
         multiply_rows(p, q_tile + warp_of() * 16 * R * PITCH<T>, k_tile + now * TILE);
         #pragma unroll
         for (int r = 0; r < R; r++)
             #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float highest = -INF;
+                highest[r][h] = top[r][h];
                 #pragma unroll
                 for (int n = 0; n < C; n++)
                     #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float& s = p[r][n][2 * h + e];
                         s = key + 8 * n + 2 * (lane_of() % 4) + e < end ? s * to_log2 : -INF;
-                        highest = fmaxf(highest, s);
+                        highest[r][h] = fmaxf(highest[r][h], s);
                     }
-                // 3. Softmax as it runs: what was summed shrinks when a higher score comes.
-                highest = fmaxf(top[r][h], row_max(highest));
-                const float base = highest == -INF ? 0 : highest;  // not -inf - -inf
-                const float shrink = exp2f(top[r][h] - base);
-                top[r][h] = highest;
-                total[r][h] *= shrink;
+                highest[r][h] = row_max(highest[r][h]);
+            }
+        // 3. Softmax as it runs: what was summed shrinks when a higher score comes.
+        bool higher = false;
+        #pragma unroll
+        for (int r = 0; r < R; r++)
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float base = highest[r][h] == -INF ? 0 : highest[r][h];  // not -inf - -inf
+                shrink[r][h] = exp2f(top[r][h] - base);
+                top[r][h] = highest[r][h];
+                total[r][h] *= shrink[r][h];
+                higher |= shrink[r][h] != 1;
                 #pragma unroll
                 for (int n = 0; n < C; n++)
                     #pragma unroll
@@ -101,12 +108,15 @@ forward(float* out, float* lse, const T* q, const T* k, const T* v,
                         s = exp2f(s - base + BOOST<T>);
                         total[r][h] += s;
                     }
-                #pragma unroll
-                for (int n = 0; n < D / 8; n++) {
-                    sums[r][n][2 * h] *= shrink;
-                    sums[r][n][2 * h + 1] *= shrink;
-                }
             }
+        if (__any_sync(~0u, higher)) {  // seldom: high scores are met early
+            #pragma unroll
+            for (int r = 0; r < R; r++)
+                #pragma unroll
+                for (int n = 0; n < D / 8; n++)
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) sums[r][n][i] *= shrink[r][i / 2];
+        }
         multiply_sums(sums, p, v_tile + now * TILE);
         __syncthreads();  // all have read this tile: the next step overwrites it
     }
