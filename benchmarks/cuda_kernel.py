@@ -29,6 +29,7 @@ def compile_with_nvcc(dtype: str, D: int, *architectures: int) -> dict[str, tupl
             done = subprocess.run(
                 [
                     "nvcc", "-Werror", "all-warnings", "-Xptxas", "-v", *options(dtype, D),
+                    "-ftz=true",  # CuPy adds it
                     f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
                     "-cubin", "-o", "attention.cubin", "attention.cu",
                 ],

@@ -135,8 +135,9 @@ def block_attention_backward(
         Over all keys.
     delta : (B, H, s_q)
         ``rowsum(dout * out) - dlse``, out over all keys.
-    dk, dv : shaped as k, v, accumulator dtype
-        Added to in place.
+    dk, dv : shaped as k, v
+        Added to in place.  In the accumulator dtype, or k's if nothing else is added to them: this
+        block's sums are in the former, and then rounded once.
 
     Returns
     -------
@@ -151,6 +152,8 @@ def block_attention_backward(
     work = _Tiles(q, k, MaskView.of(mask))
     xp = work.xp
     dq = work.new_rows(q.shape[3])
+    sums = [x if x.dtype == work.dtype else xp.zeros(x.shape, work.dtype) for x in (dk, dv)]
+    dk_sum, dv_sum = sums
     for at in work.row_tiles():
         q_tile = work.load(q, at) * float(scale)
         dout_tile, lse_tile, delta_tile = (work.load(x, at) for x in (dout, lse, delta))
@@ -167,11 +170,15 @@ def block_attention_backward(
             ds -= delta_tile[..., None]
             ds *= p
             # 3. Plain sums; the heads of a group share their key-value head.
-            dv[at[0], at[1], keys] += work.over_rows(p, dout_tile)
-            dk[at[0], at[1], keys] += work.over_rows(ds, q_tile)
+            dv_sum[at[0], at[1], keys] += work.over_rows(p, dout_tile)
+            dk_sum[at[0], at[1], keys] += work.over_rows(ds, q_tile)
             dq_tile += ds @ k_tile
             progress()
         work.store(dq, at, dq_tile * float(scale))
+    for x, share in zip((dk, dv), sums, strict=True):
+        if share is not x:
+            share += x.astype(work.dtype)
+            x[...] = share
     return dq
 
 

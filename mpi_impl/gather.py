@@ -18,7 +18,6 @@ Source: the reduction is that of arXiv:2408.04093, scattered; pass-Q of arXiv:24
 from functools import partial
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
@@ -81,14 +80,14 @@ def gather_backward(
     `cross_attention_backward`, already checked against the layout.
     """
     meter = meter or Meter()
-    xp, wide = array_module(q), np.dtype(layout.accumulator)
+    xp = array_module(q)
     exchange = Exchange(comm, layout, meter, xp)
     attend = exchange.computes(
         partial(block_attention_backward, scale=layout.scale), "all ranks' queries"
     )
     dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
-    dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
+    dk, dv = (xp.zeros(x.shape, x.dtype) for x in (k_shard, v_shard))  # added to once
 
     # 1. Give my block to all ranks, and take theirs.
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
@@ -97,8 +96,4 @@ def gather_backward(
     dq = attend(0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, dk, dv, mask=view)
     # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
     (dq,) = reduce_scatter(exchange, added, dq)
-    return (
-        dq.astype(q.dtype, copy=False),
-        dk.astype(k_shard.dtype, copy=False),
-        dv.astype(v_shard.dtype, copy=False),
-    )
+    return dq.astype(q.dtype, copy=False), dk, dv

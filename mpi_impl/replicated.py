@@ -13,7 +13,6 @@ Equation: the merge of arXiv:2502.02406, section 3.
 from functools import partial
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
@@ -76,7 +75,7 @@ def replicated_backward(
     `cross_attention_backward`, already checked against the layout; dq is whole on every rank.
     """
     meter = meter or Meter()
-    xp, wide = array_module(q), np.dtype(layout.accumulator)
+    xp = array_module(q)
     exchange = Exchange(comm, layout, meter, xp)
     attend = exchange.computes(
         partial(block_attention_backward, scale=layout.scale),
@@ -84,15 +83,11 @@ def replicated_backward(
     )
     dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
-    dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
+    dk, dv = (xp.zeros(x.shape, x.dtype) for x in (k_shard, v_shard))  # added to once
 
     # 1. What my keys have to say; dk and dv stay here.
     view = layout.view(mask, layout.rank, layout.rank)
     dq = attend(0, dout, q, k_shard, v_shard, lse, delta, dk, dv, mask=view)
     # 2. Add that to what the others' have to say.
     (dq,) = all_reduce(exchange, added, dq)
-    return (
-        dq.astype(q.dtype, copy=False),
-        dk.astype(k_shard.dtype, copy=False),
-        dv.astype(v_shard.dtype, copy=False),
-    )
+    return dq.astype(q.dtype, copy=False), dk, dv

@@ -113,7 +113,8 @@ def ring_attention_backward(
     home, cut = layout.view(mask, rank, rank), layout.home_cut(blocks.nbytes, results.nbytes)
     dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
     dout, delta = delta_of(dout, out, lse, dlse)
-    dk, dv = xp.zeros(k_shard.shape, wide), xp.zeros(v_shard.shape, wide)
+    sums = k_shard.dtype if P == 1 else wide  # alone, nothing else is added to dk and dv
+    dk, dv = xp.zeros(k_shard.shape, sums), xp.zeros(v_shard.shape, sums)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 
     # 1. Send my keys and values on; the first part of my own block's work hides their way.

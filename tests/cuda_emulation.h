@@ -67,6 +67,10 @@ template <class T> static unsigned round_pair(T kind, float low, float high) {
     return narrow(kind, low) | narrow(kind, high) << 16;
 }
 
+template <class T> static float2 widen_pair(T kind, unsigned pair) {
+    return {widen(kind, pair & 0xffff), widen(kind, pair >> 16)};
+}
+
 // ------------------------------------------------------------------------------- fibers
 
 constexpr int MOST_THREADS = 1024, STACK = 1 << 17, GUARD = 4096;
@@ -262,6 +266,15 @@ static float __shfl_sync(unsigned, float x, int lane) {
 
 static float __shfl_xor_sync(unsigned all, float x, int bits) {
     return __shfl_sync(all, x, running % 32 ^ bits);
+}
+
+static int __any_sync(unsigned, int mine) {
+    Slot slot;
+    slot.x[0] = mine;
+    const Slot* all = exchange(slot);
+    int any = 0;
+    for (int lane = 0; lane < 32; lane++) any |= all[lane].x[0] != 0;
+    return any;
 }
 
 // ------------------------------------------------------------------------------- launch

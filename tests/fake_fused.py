@@ -45,6 +45,7 @@ def differentiate(a: dict[str, Any], dout: Tensor, lse: Tensor, bias: Tensor | N
 
 def flash(*args: Any, **kwargs: Any) -> Any:
     a = bind("_scaled_dot_product_flash_attention", args, kwargs)
+    assert a["query"].shape[1] == a["key"].shape[1]
     out, lse = attend(a["query"], a["key"], a["value"], None, a["scale"])
     return out, lse, None, None, 0, 0, None, None, None
 
@@ -52,6 +53,7 @@ def flash(*args: Any, **kwargs: Any) -> Any:
 def flash_backward(*args: Any, **kwargs: Any) -> Any:
     a = bind("_scaled_dot_product_flash_attention_backward", args, kwargs)
     assert (a["max_q"], a["max_k"]) == (a["query"].shape[2], a["key"].shape[2])
+    assert a["query"].shape[1] == a["key"].shape[1]
     assert a["dropout_p"] == 0.0
     assert not a["is_causal"]
     return differentiate(a, a["grad_out"], a["logsumexp"], None)
@@ -60,6 +62,7 @@ def flash_backward(*args: Any, **kwargs: Any) -> Any:
 def cudnn(*args: Any, **kwargs: Any) -> Any:
     a = bind("_scaled_dot_product_cudnn_attention", args, kwargs)
     assert a["compute_log_sumexp"]
+    _grouped_only_where_rows_differ(a)
     out, lse = attend(a["query"], a["key"], a["value"], a["attn_bias"], a["scale"])
     return out, lse[..., None], None, None, 0, 0, None, None, None
 
@@ -68,6 +71,7 @@ def cudnn_backward(*args: Any, **kwargs: Any) -> Any:
     a = bind("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
     assert a["logsumexp"].shape == (*a["query"].shape[:3], 1)
     assert (a["max_q"], a["max_k"]) == (a["query"].shape[2], a["key"].shape[2])
+    _grouped_only_where_rows_differ(a)
     return differentiate(a, a["grad_out"], a["logsumexp"][..., 0], a["attn_bias"])
 
 
@@ -96,6 +100,12 @@ def _same_heads_and_aligned(a: dict[str, Any]) -> None:
     if bias is not None:
         assert bias.shape == (*q.shape[:3], k.shape[2])
         assert all(stride % 16 == 0 for stride in bias.stride()[:3])
+
+
+def _grouped_only_where_rows_differ(a: dict[str, Any]) -> None:
+    bias = a["attn_bias"]
+    if bias is None or bias.shape[1:3] == (1, 1):
+        assert a["query"].shape[1] == a["key"].shape[1]
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:

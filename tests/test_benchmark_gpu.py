@@ -48,8 +48,12 @@ def test_every_part_of_the_benchmarks_runs_without_a_device(
     for row in measured["local"]:
         assert set(row["failed"]) == {"sdpa cudnn", "sdpa efficient"}
         assert row["seconds"]["blocked"] > 0 < row["sdpa seconds"]["sdpa math"]
-    assert any("split blocked 33" in row["seconds"] for row in measured["local"])
-    assert all(row["off by"] < 2**-10 for row in measured["cupy"])
+    assert any("split blocked 66" in row["seconds"] for row in measured["local"])
+    for row in measured["cupy"]:
+        assert row["off by"] < 2**-10
+        assert row["dtype"] == "bfloat16"
+        assert set(row["failed"]) == {"sdpa cudnn", "sdpa efficient"}
+        assert set(row["seconds"]) == {"auto", "tiles"}
     for row in measured["errors"]:
         # Blocked products in bf16 round p and ds, too; three roundings at once are 1.8 of one.
         assert all(0.9 < ratio < 3 for ratio in row["over the floor"].values())

@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -205,6 +206,50 @@ def test_keys_are_part_of_longer_arrays_whose_rest_is_neither_read_nor_written(
         assert ratio(x[at].astype(float) - b[at], truth.results[name], added) <= 1
         x[at] = b[at]
         assert np.array_equal(x, b)
+
+
+@emulated
+@pytest.mark.parametrize("kernel", ["cuda", "tiles"])
+@pytest.mark.parametrize(("dtype", "D"), [("float16", 64), ("bfloat16", 128)])
+def test_gradients_in_16_bits_are_those_in_fp32_rounded_once(
+    dtype: str, D: int, kernel: str, emulator: Emulator
+) -> None:
+    problem = sized(dtype, D, "narrow", H=2, H_KV=1, S_Q=300, S_KV=40).make()
+    truth = problem.truth().results
+    rows = [truth["lse"].astype(np.float32), (problem.dout * truth["out"]).sum(-1, np.float32)]
+    place = device if kernel == "cuda" else lambda *x: list(x)  # NumPy has tiles of 256 rows
+    given = place(problem.dout, problem.q, problem.k, problem.v, *rows)
+    there = np.random.default_rng(0).standard_normal((2, *problem.k.shape)).astype(problem.k.dtype)
+
+    def add(sums: Any, dtype: Any) -> Any:
+        found = place(*sums.astype(dtype))
+        block_attention_backward(*given, *found, scale=problem.scale, kernel=kernel)
+        return np.stack([host(x) for x in found])
+
+    wide = add(np.zeros_like(there), np.float32)
+    narrow = add(np.zeros_like(there), there.dtype)
+    assert narrow.dtype == there.dtype
+    assert np.array_equal(narrow, wide.astype(there.dtype))
+    # What is there already is added to, and the sum is rounded.
+    unit, added = UNIT[dtype], add(there, there.dtype).astype(float)
+    exact = there.astype(float) + wide
+    assert (abs(added - exact) <= 2 * unit * (abs(exact) + abs(wide))).all()
+
+
+@emulated
+def test_a_rank_that_is_alone_makes_no_gradient_wider_than_its_keys(emulator: Emulator) -> None:
+    problem = sized("float16", 64, "memory", H=1, H_KV=1, S_Q=2, S_KV=2048).make()
+    q, k, v, dout = device(*(getattr(problem, x) for x in ("q", "k", "v", "dout")))
+    out, lse = cross_attention(q, k, v, MPI.COMM_SELF)
+    tracemalloc.start()
+    try:
+        _, dk, dv = cross_attention_backward(dout, q, k, v, out, lse, MPI.COMM_SELF)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (dk.dtype, dv.dtype) == (k.dtype, v.dtype)
+    # fake_cupy's zeros are made twice, one array at a time.  In fp32 it would be 2 and more.
+    assert peak <= 1.75 * (dk.nbytes + dv.nbytes)
 
 
 @emulated

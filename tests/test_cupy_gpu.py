@@ -109,6 +109,21 @@ def test_part_of_a_shard_s_keys_and_no_others_are_read_and_written(dtype: str) -
     assert not sums.any()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_in_16_bits_are_those_in_fp32_rounded_once(dtype: str) -> None:
+    problem = Case("narrow", H=4, H_KV=2, S_Q=97, S_KV=257, D=128, D_V=128, dtype=dtype).make()
+    q, k, v, dout = (cupy.asarray(x) for x in (problem.q, problem.k, problem.v, problem.dout))
+    options = {"scale": problem.scale, "kernel": "cuda"}
+    out, lse = block_attention(q, k, v, **options)
+    given = dout, q, k, v, lse, (dout.astype(cupy.float32) * out).sum(axis=-1)
+    wide, narrow = ([cupy.zeros(x.shape, kind) for x in (k, v)] for kind in (cupy.float32, k.dtype))
+    for sums in (wide, narrow):
+        block_attention_backward(*given, *sums, **options)
+    for x, y in zip(wide, narrow, strict=True):
+        assert y.dtype == k.dtype
+        assert np.array_equal(cupy.asnumpy(x.astype(k.dtype)), cupy.asnumpy(y))
+
+
 def test_a_block_that_the_fast_kernel_takes_is_given_to_it() -> None:
     x = cupy.zeros((1, 1, 64, 128), cupy.float16)
     assert kernels.unsupported(cupy, x, x, x, None) is None

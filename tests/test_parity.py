@@ -87,7 +87,7 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     },
     "torch_impl": {
         "block_attention": _KERNEL,
-        "block_attention_backward": _KERNEL,
+        "block_attention_backward": _KERNEL | {"dtype": "kernels return dk and dv new"},
         "Exchange.__init__": {"device": "where the buffers are"},
         "Exchange.rotation": _FIELDS,
         "Rotation.__init__": _FIELDS,

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lvxattn.torch_impl import CrossAttention, Layout, block_attention, cross_attention
 from lvxattn.torch_impl import autograd as autograd_module
 from lvxattn.torch_impl import recompute as recompute_module
 from lvxattn.torch_impl.cross_attention import FORWARD
+from lvxattn.torch_impl.kernels import cuda_flash
 from lvxattn.torch_impl.kernels.job import Job
 from tests.torch_ranks import all_right
 
@@ -36,6 +39,25 @@ class Caught(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(str(func).rpartition(".")[0])
         return func(*args, **(kwargs or {}))
+
+
+class Held(TorchDispatchMode):
+    """Notes how many bytes the results of operators hold at most, all together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.held = {key: x for key, x in self.held.items() if not x[0].expired()}
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.held.values()))
+        return found
 
 
 @contextmanager
@@ -100,6 +122,40 @@ def test_a_step_on_cuda_needs_no_number_of_the_device(
     assert (lse.dtype, lse.shape) == (torch.float32, q.shape[:3])
     if kind == "no mask":
         assert set(OPERATORS[dtype]) <= caught.names
+
+
+def test_a_million_keys_take_little_more_than_inputs_and_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with cuda(monkeypatch), Held() as held:
+        q, dout = (empty(1, 32, 512, 128) for _ in range(2))
+        k, v = (empty(1, 8, 1_000_000, 128) for _ in range(2))
+        given = [x.requires_grad_() for x in (q, k, v)]
+        out = cross_attention(*given)
+        grads = torch.autograd.grad(out, given, dout)
+    wanted = sum(x.nbytes for x in (*given, dout, out, *grads))
+    assert wanted <= held.peak <= 1.05 * wanted
+
+
+def test_rows_that_lie_askew_are_copied_before_a_kernel_reads_16_bytes_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A misaligned read ends a CUDA context, and with it the process.
+    q, straight = empty(1, 4, 64, 64), empty(1, 2, 600, 64)
+    views = empty(1, 2, 600, 67)[..., :64], empty(1, 2, 600, 72)[..., 1:65], empty(2, 600, 72)
+    given: list[torch.Tensor] = []
+
+    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        given.extend([k, v])
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    monkeypatch.setattr(cuda_flash, "_forward", forward)
+    with cuda(monkeypatch):
+        for k in (*views[:2], views[2][None, ..., 8:]):
+            block_attention(q, k, straight, scale=0.125, kernel="cuda_flash")
+    assert [x.stride(2) for x in given[::2]] == [64, 64, 72]  # the third is well placed
+    assert [x.data_ptr() for x in given[::2]] == [0, 0, 16]
+    assert all(x.stride(2) == 64 for x in given[1::2])
 
 
 @pytest.mark.parametrize("recompute", [True, False])

@@ -84,6 +84,7 @@ def block_attention_backward(
     scale: float,
     mask: MaskView | Tensor | MaskRule | None = None,
     kernel: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate `block_attention` given lse and delta over all keys of all ranks.
 
@@ -99,12 +100,15 @@ def block_attention_backward(
         Over all keys.
     delta : (B, H, s_q), accumulator dtype
         ``rowsum(dout * out) - dlse``, out over all keys.
+    dtype : torch.dtype, optional
+        Of dk and dv: the accumulator's, or k's where nothing will be added to them.  Of millions of
+        keys no gradient in fp32 is made then, if the kernel rounds its own.
 
     Returns
     -------
     dq : (B, H, s_q, D), accumulator dtype
         The share of these keys.
-    dk, dv : shaped as k, v, accumulator dtype
+    dk, dv : shaped as k, v, `dtype`
         The share of this block.  Not added to what is there, as elsewhere: fused kernels return
         them new, and to zero and add would cost a rank that is alone a twentieth of its time.
     """
@@ -112,9 +116,10 @@ def block_attention_backward(
     work = _kernel(kernel, Job.of(q, k, v, view, backward=True))
     if 0 in (q.shape[2], k.shape[2]):
         dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator_of(q)) for x in (q, k, v))
-        return dq, dk, dv
-    dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
-    return work.backward(dout, q, k, v, lse, delta, scale=float(scale), mask=view)
+    else:
+        dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
+        dq, dk, dv = work.backward(dout, q, k, v, lse, delta, scale=float(scale), mask=view)
+    return dq, dk.to(dtype or accumulator_of(q)), dv.to(dtype or accumulator_of(q))
 
 
 def delta_of(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -154,6 +159,10 @@ def _kernel(name: str, job: Job) -> Kernel:
 
 def _rows(x: Tensor) -> Tensor:
     """Return x as fused kernels take it for granted: rows in one piece, on CUDA aligned to 16 B."""
-    if x.stride(-1) != 1:
-        return x.contiguous()
-    return x.clone() if x.is_cuda and x.data_ptr() % 16 else x
+    apart = [n for n, size in zip(x.stride(), x.shape[:-1], strict=False) if size > 1]
+    places = [x.data_ptr(), *(n * x.element_size() for n in apart)]
+    # Rows that are no multiple of 16 B long go to no fused kernel.
+    aligned = x.device.type == "cpu" or x.shape[-1] * x.element_size() % 16 != 0
+    if x.stride(-1) == 1 and (aligned or not any(n % 16 for n in places)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -88,7 +88,9 @@ def gather_backward(
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
     # 2. What my keys have to say to all queries; dk and dv stay here.
     view = layout.view(mask, 0, layout.rank)
-    dq, dk, dv = attend(0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, mask=view)
+    dq, dk, dv = attend(
+        0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, mask=view, dtype=k_shard.dtype
+    )
     # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
     (dq,) = reduce_scatter(exchange, added, dq)
-    return dq.to(q.dtype), dk.to(k_shard.dtype), dv.to(v_shard.dtype)
+    return dq.to(q.dtype), dk, dv

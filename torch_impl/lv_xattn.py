@@ -135,7 +135,10 @@ def lv_xattn_backward(
     # 1. Send my block on; the first part of my own block's work hides its way.
     if P > 1:
         blocks.shift(q, dout, lse, delta)
-    dq, dk, dv = attend(0, dout, q, k_shard[:, :, :cut], v_shard[:, :, :cut], lse, delta, mask=home)
+    dq, dk, dv = attend(
+        0, dout, q, k_shard[:, :, :cut], v_shard[:, :, :cut], lse, delta, mask=home,
+        dtype=k_shard.dtype if P == 1 else wide,  # alone, nothing is added to dk and dv
+    )  # fmt: skip
     if P > 1:
         dk, dv = lengthen(dk, k_shard), lengthen(dv, v_shard)
 

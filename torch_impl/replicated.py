@@ -82,7 +82,7 @@ def replicated_backward(
 
     # 1. What my keys have to say; dk and dv stay here.
     view = layout.view(mask, layout.rank, layout.rank)
-    dq, dk, dv = attend(0, dout, q, k_shard, v_shard, lse, delta, mask=view)
+    dq, dk, dv = attend(0, dout, q, k_shard, v_shard, lse, delta, mask=view, dtype=k_shard.dtype)
     # 2. Add that to what the others' have to say.
     (dq,) = all_reduce(exchange, added, dq)
-    return dq.to(q.dtype), dk.to(k_shard.dtype), dv.to(v_shard.dtype)
+    return dq.to(q.dtype), dk, dv

@@ -111,7 +111,10 @@ def ring_attention_backward(
     # 1. Send my keys and values on; the first part of my own block's work hides their way.
     if P > 1:
         blocks.shift(k_shard, v_shard, *travelling(mask))
-    dq, dk, dv = attend(0, dout, q, k_shard[:, :, :cut], v_shard[:, :, :cut], lse, delta, mask=home)
+    dq, dk, dv = attend(
+        0, dout, q, k_shard[:, :, :cut], v_shard[:, :, :cut], lse, delta, mask=home,
+        dtype=k_shard.dtype if P == 1 else wide,  # alone, nothing is added to dk and dv
+    )  # fmt: skip
     if P > 1:
         dk, dv = lengthen(dk, k_shard), lengthen(dv, v_shard)
 

@@ -104,7 +104,7 @@ def ours(job: Job) -> Iterator[tuple[str, Callable[[Inputs], object]]]:
         yield name, partial(one_pass, job.backward, name)
     if job.backward:  # shared out by keys as it is
         return
-    shares = job.H * -(-job.s_q // ROWS)
+    shares = job.H_KV * -(-job.H // job.H_KV * job.s_q // ROWS)  # heads of a group are folded
     for inner in SPLIT_WITHIN[job.device]:
         if KERNELS[inner].unsupported(job) is not None:
             continue
@@ -114,11 +114,10 @@ def ours(job: Job) -> Iterator[tuple[str, Callable[[Inputs], object]]]:
 
 
 def one_pass(backward: bool, kernel: str, x: Inputs) -> object:
-    """Do one pass by a kernel."""
+    """Do one pass by a kernel; gradients of keys in their dtype, as PyTorch's are."""
     if backward:
-        return block_attention_backward(
-            x.dout, x.q, x.k, x.v, x.lse, x.delta, scale=x.scale, kernel=kernel
-        )
+        given = x.dout, x.q, x.k, x.v, x.lse, x.delta
+        return block_attention_backward(*given, scale=x.scale, kernel=kernel, dtype=x.k.dtype)
     return block_attention(x.q, x.k, x.v, scale=x.scale, kernel=kernel)
 
 

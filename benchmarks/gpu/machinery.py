@@ -37,9 +37,9 @@ def overhead(device: Device) -> dict[str, Any]:
 
     def block_backward() -> None:
         _, delta = delta_of(dout, rounded, lse, None)
-        grads = block_attention_backward(dout, q, k, v, lse, delta, scale=scale)
-        for grad in grads:
-            grad.to(q.dtype)
+        given = dout, q, k, v, lse, delta
+        dq, _, _ = block_attention_backward(*given, scale=scale, dtype=k.dtype)
+        dq.to(q.dtype)
 
     found = {}
     for name, whole, alone in (

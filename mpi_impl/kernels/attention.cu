@@ -72,27 +72,34 @@ forward(float* out, float* lse, const T* q, const T* k, const T* v,
         __syncthreads();
 
         // 2. Scores, in powers of 2; -inf past the last key.
-        float p[R][C][4] = {};
+        float p[R][C][4] = {}, highest[R][2], shrink[R][2];
         multiply_rows(p, q_tile + warp_of() * 16 * R * PITCH<T>, k_tile + now * TILE);
         #pragma unroll
         for (int r = 0; r < R; r++)
             #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float highest = -INF;
+                highest[r][h] = top[r][h];
                 #pragma unroll
                 for (int n = 0; n < C; n++)
                     #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float& s = p[r][n][2 * h + e];
                         s = key + 8 * n + 2 * (lane_of() % 4) + e < end ? s * to_log2 : -INF;
-                        highest = fmaxf(highest, s);
+                        highest[r][h] = fmaxf(highest[r][h], s);
                     }
-                // 3. Softmax as it runs: what was summed shrinks when a higher score comes.
-                highest = fmaxf(top[r][h], row_max(highest));
-                const float base = highest == -INF ? 0 : highest;  // not -inf - -inf
-                const float shrink = exp2f(top[r][h] - base);
-                top[r][h] = highest;
-                total[r][h] *= shrink;
+                highest[r][h] = row_max(highest[r][h]);
+            }
+        // 3. Softmax as it runs: what was summed shrinks when a higher score comes.
+        bool higher = false;
+        #pragma unroll
+        for (int r = 0; r < R; r++)
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float base = highest[r][h] == -INF ? 0 : highest[r][h];  // not -inf - -inf
+                shrink[r][h] = exp2f(top[r][h] - base);
+                top[r][h] = highest[r][h];
+                total[r][h] *= shrink[r][h];
+                higher |= shrink[r][h] != 1;
                 #pragma unroll
                 for (int n = 0; n < C; n++)
                     #pragma unroll
@@ -101,12 +108,15 @@ forward(float* out, float* lse, const T* q, const T* k, const T* v,
                         s = exp2f(s - base + BOOST<T>);
                         total[r][h] += s;
                     }
-                #pragma unroll
-                for (int n = 0; n < D / 8; n++) {
-                    sums[r][n][2 * h] *= shrink;
-                    sums[r][n][2 * h + 1] *= shrink;
-                }
             }
+        if (__any_sync(~0u, higher)) {  // seldom: high scores are met early
+            #pragma unroll
+            for (int r = 0; r < R; r++)
+                #pragma unroll
+                for (int n = 0; n < D / 8; n++)
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) sums[r][n][i] *= shrink[r][i / 2];
+        }
         multiply_sums(sums, p, v_tile + now * TILE);
         __syncthreads();  // all have read this tile: the next step overwrites it
     }
@@ -261,15 +271,27 @@ sum_splits(float* dq, const float* parts, int splits, long long size) {
     dq[i] = sum;
 }
 
-// dk, dv: added to in place.
+// Add two neighbours to what is there.
+__device__ __forceinline__ void add_pair(float* there, float x, float y) {
+    float2* pair = reinterpret_cast<float2*>(there);
+    *pair = make_float2(pair->x + x, pair->y + y);
+}
+
+template <class S> __device__ __forceinline__ void add_pair(S* there, float x, float y) {
+    unsigned* pair = reinterpret_cast<unsigned*>(there);
+    const float2 before = widen_pair(S(), *pair);
+    *pair = round_pair(S(), before.x + x, before.y + y);
+}
+
+// dk, dv: added to in place.  They are fp32 if `wide`, else T.
 extern "C" __global__ void __launch_bounds__(32 * BACKWARD_KV_WARPS)
-backward_kv(float* dk, float* dv, const T* dout, const T* q, const T* k, const T* v,
+backward_kv(void* dk, void* dv, const T* dout, const T* q, const T* k, const T* v,
             const float* lse, const float* delta,
             long long k_batch, long long k_head, long long k_row,
             long long v_batch, long long v_head, long long v_row,
             long long dk_batch, long long dk_head, long long dk_row,
             long long dv_batch, long long dv_head, long long dv_row,
-            int H_KV, int rows, int s_kv, float scale) {
+            int H_KV, int rows, int s_kv, int wide, float scale) {
     constexpr int WARPS = BACKWARD_KV_WARPS, R = BACKWARD_KV_ROW_TILES, COLS = BACKWARD_KV_COLS;
     constexpr int ROWS = 16 * R * WARPS, THREADS = 32 * WARPS, C = COLS / 8, TILE = COLS * PITCH<T>;
     T* k_tile = reinterpret_cast<T*>(block_memory());
@@ -339,8 +361,12 @@ backward_kv(float* dk, float* dv, const T* dout, const T* q, const T* k, const T
         __syncthreads();  // all have read this tile: the next step overwrites it
     }
 
-    dk += batch * dk_batch + head * dk_head;
-    dv += batch * dv_batch + head * dv_head;
+    const auto add = [&](void* sums, long long at, float x, float y) {
+        if (wide) add_pair(static_cast<float*>(sums) + at, x, y);
+        else add_pair(static_cast<T*>(sums) + at, x, y);
+    };
+    const long long dk_first = batch * dk_batch + head * dk_head;
+    const long long dv_first = batch * dv_batch + head * dv_head;
     #pragma unroll
     for (int r = 0; r < R; r++)
         #pragma unroll
@@ -352,14 +378,10 @@ backward_kv(float* dk, float* dv, const T* dout, const T* q, const T* k, const T
             #pragma unroll
             for (int n = 0; n < D / 8; n++) {
                 const int column = 8 * n + 2 * (lane_of() % 4);
-                float2* dk_there = reinterpret_cast<float2*>(dk + key * dk_row + column);
-                float2* dv_there = reinterpret_cast<float2*>(dv + key * dv_row + column);
                 const float* x = dk_sums[r][n] + 2 * h;
                 const float* y = dv_sums[r][n] + 2 * h;
-                *dk_there = make_float2(dk_there->x + x[0] * dk_weight,
-                                        dk_there->y + x[1] * dk_weight);
-                *dv_there = make_float2(dv_there->x + y[0] * dv_weight,
-                                        dv_there->y + y[1] * dv_weight);
+                add(dk, dk_first + key * dk_row + column, x[0] * dk_weight, x[1] * dk_weight);
+                add(dv, dv_first + key * dv_row + column, y[0] * dv_weight, y[1] * dv_weight);
             }
         }
 }

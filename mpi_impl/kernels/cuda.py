@@ -113,7 +113,7 @@ def backward(
     *,
     scale: float,
 ) -> Array:
-    """Return dq in fp32, and add to dk and dv, fp32, in place."""
+    """Return dq in fp32, and add to dk and dv, in fp32 or q's dtype, in place."""
     work = _Launches(xp, q, k)
     k, v = (_readable(xp, x) for x in (k, v))
     dout, q = (_packed(xp, x.astype(q.dtype, copy=False)) for x in (dout, q))
@@ -131,14 +131,18 @@ def backward(
         blocks = ceil(dq.size / (32 * JOIN_WARPS))
         work.launch("sum_splits", (blocks, 1, 1), (dq, parts, np.int32(splits), np.int64(dq.size)))
     # Written in pairs of numbers.  A view that these do not fit is added to by its own addition.
-    there = [x if _fits(x) else xp.zeros(x.shape, xp.float32) for x in (dk, dv)]
+    names = {dtype_name(dk), dtype_name(dv)}
+    fit = len(names) == 1 and names <= {"float32", dtype_name(q)} and _fits(dk) and _fits(dv)
+    there = [dk, dv] if fit else [xp.zeros(x.shape, xp.float32) for x in (dk, dv)]
+    wide = np.int32(dtype_name(there[0]) == "float32")
     work.launch(
         "backward_kv", (work.blocks("backward_kv", work.s_kv), 1, work.pairs),
-        (*there, *given, *_strides(there[0]), *_strides(there[1]), *work.sizes, scale),
+        (*there, *given, *_strides(there[0]), *_strides(there[1]), *work.sizes, wide, scale),
     )  # fmt: skip
     for x, share in zip((dk, dv), there, strict=True):
         if share is not x:
-            x += share
+            share += x.astype(xp.float32, copy=False)
+            x[...] = share
     return dq
 
 

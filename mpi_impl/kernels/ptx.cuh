@@ -1,8 +1,8 @@
 // The instructions that CUDA C++ has no word for, each in a function of its own.
 //
-// 16-bit numbers are bits to everything but the tensor cores: they are copied, multiplied and
-// rounded to, and nothing else is ever done with them.  So no header of CUDA's is needed, and
-// tests/cuda_emulation.h can stand in for this file where there is no GPU.
+// 16-bit numbers are bits to everything but the tensor cores and the functions at the end, which
+// round to them and widen them.  So no header of CUDA's is needed, and tests/cuda_emulation.h can
+// stand in for this file where there is no GPU.
 
 struct half16 { unsigned short bits; };    // fp16
 struct bfloat16 { unsigned short bits; };  // bf16
@@ -80,4 +80,16 @@ __device__ __forceinline__ unsigned round_pair(bfloat16, float low, float high) 
     unsigned pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
+}
+
+// What `round_pair` gave, as numbers in fp32.
+__device__ __forceinline__ float2 widen_pair(half16, unsigned pair) {
+    float2 x;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(x.x), "=f"(x.y) : "r"(pair));
+    return x;
+}
+
+__device__ __forceinline__ float2 widen_pair(bfloat16, unsigned pair) {
+    return make_float2(__int_as_float(pair << 16), __int_as_float(pair & 0xffff0000u));
 }

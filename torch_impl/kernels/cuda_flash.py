@@ -1,8 +1,9 @@
-"""FlashAttention-2 as PyTorch ships it for CUDA: bf16 and fp16, grouped heads, no mask.
+"""FlashAttention-2 as PyTorch ships it for CUDA: bf16 and fp16, no mask.
 
 Conventions, from PyTorch's source: lse is (B, H, s_q), fp32, natural log, and +inf where a row sees
 no keys (as a user would find them; they are -inf here); D is a multiple of 8 up to 256 and D_V = D;
-the backward wants a generator's state even without dropout, and reads nothing from it.
+the backward wants a generator's state even without dropout, and reads nothing from it.  Of grouped
+heads it would make too much: they are folded.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
+from lvxattn.torch_impl.kernels.fold import fold
 from lvxattn.torch_impl.kernels.job import Job, accumulator_of
 from lvxattn.torch_impl.kernels.stand_in import stand_in
 
@@ -35,7 +37,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Do what `block_attention` does."""
     assert mask.mask is None
-    out, lse = _forward(q, k, v, 0.0, False, False, scale=scale)[:2]
+    out, lse = _forward(fold(q, k), k, v, 0.0, False, False, scale=scale)[:2]
+    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
     return out.to(accumulator_of(q)), lse.masked_fill(lse == torch.inf, -torch.inf)
 
 
@@ -52,11 +55,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `block_attention_backward` does."""
     assert mask.mask is None
-    dout, out = stand_in(dout, delta, q.dtype)
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    grads = _backward(
-        dout, q, k, v, out, Bias(None, None).closed(lse), None, None, q.shape[2], k.shape[2],
+    lse = Bias(None, None).closed(lse)
+    rows, dout, out, lse = (fold(x, k) for x in (q, *stand_in(dout, delta, q.dtype), lse))
+    state = torch.empty(2, dtype=torch.uint64, device=q.device)
+    dq, dk, dv = _backward(
+        dout, rows, k, v, out, lse, None, None, rows.shape[2], k.shape[2],
         0.0, False, state, state[0], scale=scale,
     )  # fmt: skip
-    dq, dk, dv = (x.to(accumulator_of(q)) for x in grads)
-    return dq, dk, dv
+    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv

@@ -2,7 +2,8 @@
 
 Conventions, from PyTorch's source: lse is (B, H, s_q, 1), fp32, natural log; a bias in q's dtype is
 expanded to (B, H or 1, s_q, s_kv) by strides; D and D_V are multiples of 8 up to 128; the backward
-wants the generator's seed and offset even without dropout.
+wants the generator's seed and offset even without dropout.  Of grouped heads its backward makes too
+much, and they are folded wherever the bias is the same for all rows.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
+from lvxattn.torch_impl.kernels.fold import fold
 from lvxattn.torch_impl.kernels.job import Job, accumulator_of
 from lvxattn.torch_impl.kernels.stand_in import stand_in
 
@@ -33,7 +35,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Do what `block_attention` does."""
     bias = Bias.of(mask, q, k)
-    out, lse = _forward(q, k, v, bias.bias, True, 0.0, False, False, scale=scale)[:2]
+    rows = _fold(q, k, bias)
+    out, lse = _forward(rows, k, v, bias.bias, True, 0.0, False, False, scale=scale)[:2]
+    out = out.reshape(*q.shape[:3], v.shape[3])
     return bias.settle(out.to(accumulator_of(q)), lse.reshape(q.shape[:3]))
 
 
@@ -50,11 +54,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `block_attention_backward` does."""
     bias = Bias.of(mask, q, k)
-    dout, out = stand_in(dout, delta, q.dtype)
+    lse = bias.closed(lse)[..., None].contiguous()
+    given = q, *stand_in(dout, delta, q.dtype), lse
+    rows, dout, out, lse = (_fold(x, k, bias) for x in given)
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    grads = _backward(
-        dout, q, k, v, out, bias.closed(lse)[..., None].contiguous(), seed, seed, bias.bias, None,
-        None, q.shape[2], k.shape[2], 0.0, False, scale=scale,
+    dq, dk, dv = _backward(
+        dout, rows, k, v, out, lse, seed, seed, bias.bias, None,
+        None, rows.shape[2], k.shape[2], 0.0, False, scale=scale,
     )  # fmt: skip
-    dq, dk, dv = (x.to(accumulator_of(q)) for x in grads)
-    return dq, dk, dv
+    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv
+
+
+def _fold(x: Tensor, k: Tensor, bias: Bias) -> Tensor:
+    """Fold the heads of a group, if the bias is the same for all of their rows."""
+    alike = bias.bias is None or bias.bias.shape[1:3] == (1, 1)
+    return fold(x, k) if alike else x

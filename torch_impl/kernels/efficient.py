@@ -1,9 +1,8 @@
 """Memory-efficient attention (CUTLASS) as PyTorch ships it for CUDA: fp32 too, D_V != D, a bias.
 
-Conventions, from PyTorch's source: no grouped heads in the versions served here, so that a group's
-query heads are laid one under the other as rows of one head, (B, H_KV, G s_q, D), and nothing is
-repeated; lse is (B, H, s_q rounded up to a multiple of 32), fp32, natural log, the surplus +inf;
-a bias is in q's dtype, expanded by strides, its rows aligned to 16 elements in memory.
+Conventions, from PyTorch's source: no grouped heads in the versions served here, so that they are
+folded; lse is (B, H, s_q rounded up to a multiple of 32), fp32, natural log, the surplus +inf; a
+bias is in q's dtype, expanded by strides, its rows aligned to 16 elements in memory.
 """
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
+from lvxattn.torch_impl.kernels.fold import fold
 from lvxattn.torch_impl.kernels.job import Job, accumulator_of
 from lvxattn.torch_impl.kernels.stand_in import stand_in
 
@@ -35,7 +35,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Do what `block_attention` does."""
     bias = Bias.of(mask, q, k)
-    rows = _fold(q, k)
+    rows = fold(q, k)
     out, lse = _forward(rows, k, v, _aligned(bias.bias, q, k), True, 0.0, False, scale=scale)[:2]
     lse = lse[:, :, : rows.shape[2]].reshape(q.shape[:3])
     out = out.reshape(*q.shape[:3], v.shape[3])
@@ -56,20 +56,14 @@ def backward(
     """Do what `block_attention_backward` does."""
     bias = Bias.of(mask, q, k)
     dout, out = stand_in(dout, delta, q.dtype)
-    lse = _fold(bias.closed(lse), k)
+    lse = fold(bias.closed(lse), k)
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    *grads, _ = _backward(
-        _fold(dout, k), _fold(q, k), k, v, _aligned(bias.bias, q, k), _fold(out, k), lse, seed,
+    dq, dk, dv, _ = _backward(
+        fold(dout, k), fold(q, k), k, v, _aligned(bias.bias, q, k), fold(out, k), lse, seed,
         seed, 0.0, [True, True, True, False], False, scale=scale,
     )  # fmt: skip
-    dq, dk, dv = (x.to(accumulator_of(q)) for x in grads)
-    return dq.reshape(q.shape), dk, dv
-
-
-def _fold(x: Tensor, k: Tensor) -> Tensor:
-    """Lay the query heads of a group one under the other: (B, H_KV, G s_q, ...)."""
-    return x.reshape(x.shape[0], k.shape[1], -1, *x.shape[3:])
+    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv
 
 
 def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -82,7 +76,7 @@ def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     s_kv, G = bias.shape[3], q.shape[1] // k.shape[1]
     bias = torch.nn.functional.pad(bias, (0, -s_kv % 16))
     if bias.shape[1] != 1:
-        bias = _fold(bias.expand(-1, -1, q.shape[2], -1), k)
+        bias = fold(bias.expand(-1, -1, q.shape[2], -1), k)
     elif bias.shape[2] != 1:
         bias = bias.expand(-1, G, -1, -1).reshape(bias.shape[0], 1, -1, bias.shape[3])
     return bias[..., :s_kv].expand(q.shape[0], k.shape[1], G * q.shape[2], -1)

@@ -123,7 +123,7 @@ class Kernel(Protocol):
         scale: float,
         mask: MaskView,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv in the accumulator dtype."""
+        """Return dq in the accumulator dtype; dk, dv in it, or in k's if they are rounded to it."""
 
 
 def accumulator_of(x: Tensor) -> torch.dtype:

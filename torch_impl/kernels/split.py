@@ -44,7 +44,10 @@ def parts_for(job: Job) -> int:
     if job.device != "cpu" and job.backward:  # shared out by keys as it is
         return 1
     workers = torch.get_num_threads() if job.device == "cpu" else BUSY
-    shares = job.H_KV if job.backward else job.H * -(-job.s_q // ROWS)
+    if job.device != "cpu":  # a group's heads are folded
+        shares = job.H_KV * -(-job.H // job.H_KV * job.s_q // ROWS)
+    else:
+        shares = job.H_KV if job.backward else job.H * -(-job.s_q // ROWS)
     return max(1, min(-(-workers // shares), job.s_kv // LEAST_KEYS))
 
 
@@ -59,7 +62,7 @@ def forward(
         lse = torch.full(out.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
         for parts, keys in _cuts(parts_for(job), job.s_kv):
             k_parts, v_parts = (_parts(x[b, :, keys], parts) for x in (k, v))
-            q_parts = q[b : b + 1].expand(parts, -1, -1, -1)
+            q_parts = _repeated(q[b], parts)
             part_outs, part_lses = kernel.forward(
                 q_parts, k_parts, v_parts, scale=scale, mask=_NO_MASK
             )
@@ -85,7 +88,7 @@ def backward(
     dq, dk, dv = (torch.zeros(x.shape, dtype=accumulator_of(q), device=q.device) for x in (q, k, v))
     for b in range(job.B):
         for parts, keys in _cuts(parts_for(job), job.s_kv):
-            rows = (x[b : b + 1].expand(parts, *x.shape[1:]) for x in (dout, q, lse, delta))
+            rows = (_repeated(x[b], parts) for x in (dout, q, lse, delta))
             dout_parts, q_parts, lse_parts, delta_parts = rows
             k_parts, v_parts = (_parts(x[b, :, keys], parts) for x in (k, v))
             dq_parts, dk_parts, dv_parts = kernel.backward(
@@ -120,6 +123,11 @@ def _joined(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     base = torch.where(lse == -torch.inf, 0.0, lse)
     weights = torch.exp(lses - base)[..., None]
     return (weights * outs).sum(dim=0, keepdim=True), lse
+
+
+def _repeated(x: Tensor, parts: int) -> Tensor:
+    """Return x for every part.  In memory, which is little: not all kernels take strides of 0."""
+    return x.expand(parts, *x.shape).contiguous()
 
 
 def _parts(x: Tensor, parts: int) -> Tensor:
