@@ -446,7 +446,6 @@ figure
 
 # %%
 figure = winners(llama, MACHINES["a30-8"], 8, "bfloat16")
-figure.set_size_inches(10, 4.6)
 assert gain(slow, 1024, text=16) > 100 and gain(slow, 1, text=16384) < 0.5
 assert 5514 / (2386 * llama.tokens_per_frame) < 1e-3 and gain(slow, 2386, text=5514) > 20
 figure

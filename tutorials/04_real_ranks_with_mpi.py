@@ -35,7 +35,8 @@ from lvxattn.reference.timeline import Post, Span, Timeline
 # A cell that begins with `%%mpi 4` is not run by this notebook. It is sent to four new processes;
 # what each of them prints is shown with its number. `--take` names variables of the notebook that
 # every rank is to have; `--give` names variables of rank 0 that the notebook is to have afterwards.
-# Processes end with their cell, so that each such cell begins with its imports.
+# Processes end with their cell, so that each such cell begins with its imports, and defines the
+# functions that it calls.
 #
 # `gather` collects an object of every rank in a list, on rank 0.
 #

@@ -262,6 +262,7 @@ with exercise.check("your case finds the bug, and does not accuse a right kernel
 # | `start`, `call` | seconds that a block, and a pass, take however small they are |
 # | `inside`, `between` | links inside a host and between hosts: bytes a second, seconds a message |
 # | `copy`, `room`, `hiding` | rate of copying, bytes of memory, how far arithmetic hides reading |
+# | `measured` | what was measured: device, implementation, heads and dtype |
 
 # %%
 # %%mpi 4 --timeout 120 --give machine
