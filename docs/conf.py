@@ -26,6 +26,8 @@ exclude_patterns = ["_build", "tutorials/data", "tutorials/*.py"]
 html_theme = "furo"
 html_title = "LV-XAttn"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["code.css"]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
