@@ -19,7 +19,7 @@ FOLDER = ROOT / "benchmarks" / "gpu"
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """Return the modules of the folder, which are imported from there alone."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("examine", "steps", "table")
+    names = ("examine", "judge", "process", "steps", "store", "table")
     found = {name: import_module(name) for name in names}
     for name in names:
         monkeypatch.delitem(sys.modules, name)
@@ -119,20 +119,20 @@ def test_packages_that_are_missing_are_named(gpu: dict[str, ModuleType], tmp_pat
     assert machine.missing["x"] == "a package: ModuleNotFoundError: No module named 'no_such'"
     assert not examine.note(machine, "y", [str(tmp_path / "no such")], "a program")
     assert "a program: [Errno 2]" in machine.missing["y"]
-    with pytest.raises(SystemExit, match=r"CUDA_MPI: expected what build_cuda_mpi.sh made"):
+    with pytest.raises(ValueError, match=r"CUDA_MPI: expected what build_cuda_mpi.sh made"):
         examine.carried(tmp_path, tmp_path, {})
 
 
 def test_a_carried_mpi_brings_its_environment_and_its_launcher(
     gpu: dict[str, ModuleType], tmp_path: Path
 ) -> None:
-    mpirun = tmp_path / "ompi" / "bin" / "mpirun"
+    mpirun = tmp_path / "a folder" / "ompi" / "bin" / "mpirun"
     mpirun.parent.mkdir(parents=True)
     mpirun.write_text("#!/bin/sh\n")
     mpirun.chmod(0o755)
-    (tmp_path / "env.sh").write_text(
+    (tmp_path / "a folder" / "env.sh").write_text(
         f'export PATH="{mpirun.parent}:$PATH" CUDA_MPI_FLAGS="--mca pml ucx" LIBRARY=here\n'
     )
-    env, launcher = gpu["examine"].carried(tmp_path, tmp_path, dict(os.environ))
+    env, launcher = gpu["examine"].carried(tmp_path / "a folder", tmp_path, dict(os.environ))
     assert env["LIBRARY"] == "here"
-    assert launcher == f"{mpirun} --mca pml ucx"
+    assert launcher == [str(mpirun), "--mca", "pml", "ucx"]
