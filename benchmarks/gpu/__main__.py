@@ -18,6 +18,7 @@ sensible arguments; 128 and the signal's number if it was interrupted.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -61,17 +62,17 @@ def main() -> int:
                 machine = examine(options.mpiexec, options.cuda_mpi, scratch)
             except ValueError as error:
                 parser.error(str(error))
-            print(*machine.lines(), sep="\n", flush=True)
+            say(*machine.lines())
             if not options.dry and {"torch", "cupy"} <= set(machine.missing):
-                print("Neither PyTorch nor CuPy has a device: nothing to run. --dry rehearses.")
+                say("Neither PyTorch nor CuPy has a device: nothing to run. --dry rehearses.")
                 return 2
             if options.dry and not options.out:
-                print("A rehearsal: its results are thrown away, unless --out (OUT=) is given.")
+                say("A rehearsal: its results are thrown away, unless --out (OUT=) is given.")
             end = start + options.seconds
             return Run(machine, Path(scratch), out, dry=options.dry).all(start, end)
     except KeyboardInterrupt as stopped:
         number = stopped.args[0]
-        print(f"\nInterrupted by {signal.Signals(number).name}: nothing is left running.")
+        say(f"\nInterrupted by {signal.Signals(number).name}: nothing is left running.")
         return 128 + int(number)
 
 
@@ -81,6 +82,14 @@ def positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected more than 0 seconds, got {text}")
     return number
+
+
+def say(*lines: str) -> None:
+    """Print lines at once; where nobody reads any more, the run goes on without."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError:  # as when Ctrl-C ended `tee` with us
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def interrupt(number: int, _: object) -> None:
@@ -135,19 +144,21 @@ class Run:
 
     def one(self, step: Step, until: float) -> None:
         """Run a step, judge what it measured, and write what is known by then."""
-        print(f"\n{step.name}: {step.said()}", flush=True)
+        say(f"\n{step.name}: {step.said()}")
         self.rows[step.name] = step.row(CUT)
-        row = perform(step, self.machine, until - time.monotonic(), dry=self.dry)
-        bad = self.read(step) if step.part else []
+        try:
+            row = perform(step, self.machine, until - time.monotonic(), dry=self.dry)
+        finally:  # what has been measured counts, whatever ends the step
+            bad = self.read(step) if step.part else []
         if bad:
             row |= {"outcome": WRONG, "last": bad[0], "output": "\n".join([row["output"], *bad])}
         self.rows[step.name] = row
-        print(f"  {row['outcome']}, {row['seconds']} s  {row['last']}", flush=True)
+        say(f"  {row['outcome']}, {row['seconds']} s  {row['last']}")
         if row["outcome"].startswith(("FAILED", "OUT")):
-            print(*(f"  > {line}" for line in row["output"].splitlines()[-40:]), sep="\n")
+            say(*(f"  > {line}" for line in row["output"].splitlines()[-40:]))
         self.save(complete=False)
         if self.trouble:
-            print(f"  {self.trouble}", flush=True)
+            say(f"  {self.trouble}")
 
     def read(self, step: Step) -> list[str]:
         """Take over what a benchmark has measured, be it cut short, and return what is wrong."""
@@ -179,20 +190,20 @@ class Run:
     def print_end(self, text: str, *, complete: bool) -> None:
         """Print all outcomes, last, where a reader of the end of the output finds them."""
         if self.trouble:
-            print(f"\n{text}\n{self.trouble}")
-        print("\nAll steps:")
+            say(f"\n{text}\n{self.trouble}")
+        say("\nAll steps:")
         for row in self.rows.values():
-            print(f"  {row['outcome']:24} {row['seconds']:6} s  {row['name']}  {row['last'][:90]}")
-        print("\nGoals:")
+            say(f"  {row['outcome']:24} {row['seconds']:6} s  {row['name']}  {row['last'][:90]}")
+        say("\nGoals:")
         for goal in self.stored["goals"]:
             worst = "" if goal["worst"] is None else f" is {goal['worst']:.3g} ({goal['where']})"
-            print(f"  {goal['verdict']:14} {goal['what']}{worst}; wanted {goal['wanted']}")
+            say(f"  {goal['verdict']:14} {goal['what']}{worst}; wanted {goal['wanted']}")
         if not complete:
-            print("\nNot every step was run to its end, so that these results replace no others.")
-            print(
-                "If it is time that they lack, --seconds gives more: make gpu ARGS='--seconds 900'"
+            say(
+                "\nNot every step was run to its end, so that these results replace no others.",
+                "If it is time that they lack, --seconds gives more: make gpu ARGS='--seconds 900'",
             )
-        print(f"\nResults: {self.where}", flush=True)
+        say(f"\nResults: {self.where}")
 
 
 if __name__ == "__main__":

@@ -52,20 +52,21 @@ def run(
     """
     mark = uuid.uuid4().hex
     process = None
-    with TemporaryFile() as out, TemporaryFile() as err:
-        try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env | {MARK: mark}, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT if joined else err, start_new_session=True,
-            )  # fmt: skip
-            status: int | None = process.wait(seconds)
-        except OSError as error:
-            return Ended(127, str(error) if joined else "", str(error))
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            _end(process, mark)
-        return Ended(status, _tail(out), _tail(err))
+    try:
+        with TemporaryFile() as out, TemporaryFile() as err:
+            try:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=env | {MARK: mark}, stdin=subprocess.DEVNULL, stdout=out,
+                    stderr=subprocess.STDOUT if joined else err, start_new_session=True,
+                )  # fmt: skip
+                status: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                _end(process, mark)
+            return Ended(status, _tail(out), _tail(err))
+    except OSError as error:
+        return Ended(127, str(error) if joined else "", str(error))
 
 
 def _end(process: "subprocess.Popen[bytes] | None", mark: str) -> None:
