@@ -228,6 +228,12 @@ def test_results_that_cannot_be_written_are_printed_and_the_run_goes_on(tmp_path
     assert "| benchmark cupy | ok |" in ended.out
 
 
+def test_a_run_without_time_says_that_nothing_was_run_and_replaces_nothing(tmp_path: Path) -> None:
+    ended = run_gpu(tmp_path / "out", [("one", "print(1)", "")], "--seconds", "1")
+    assert ended.status == 2, ended.err
+    assert all(".unfinished-" in file.name for file in (tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -235,6 +241,7 @@ def test_results_that_cannot_be_written_are_printed_and_the_run_goes_on(tmp_path
         (["--seconds", "nan"], "expected more than 0 seconds, got nan"),
         (["--mpiexec", "a", "--cuda-mpi", "b"], "not allowed with"),
         (["--out", __file__], "expected a folder with room for results"),
+        (["--out", "/proc"], "expected a folder with room for results"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_run(
@@ -266,8 +273,8 @@ def test_a_step_out_of_time_takes_along_what_it_started_and_its_output_is_kept()
     [
         ([cupy_row()], "met", 1.0),
         ([cupy_row(), cupy_row(seconds={"auto": 2.0})], "MISSED", 0.5),
-        ([cupy_row(seconds={"auto": float("nan")}), cupy_row()], "MISSED", float("nan")),
-        ([cupy_row(seconds={}), cupy_row()], "MISSED", float("nan")),
+        ([cupy_row(), cupy_row(seconds={"auto": float("nan")})], "MISSED", float("nan")),
+        ([cupy_row(), cupy_row(seconds={})], "MISSED", float("nan")),
         ([cupy_row(**{"sdpa seconds": {}})], "not measured", None),
         ([], "not measured", None),
     ],
@@ -373,7 +380,7 @@ def test_a_rehearsal_does_without_a_device_but_not_without_a_package(
     assert steps.perform(step, machine, 9)["outcome"] == "not run: no torch"
     assert steps.perform(step, machine, 9, dry=True)["outcome"] == "ok"
     step.needs = "torch", "pytest"
-    machine.missing["pytest"] = "none"
+    assert not examine.note(machine, "pytest", [sys.executable, "-c", "import no_such"], "pytest")
     assert steps.perform(step, machine, 9, dry=True)["outcome"] == "not run: no pytest"
     dry = steps.steps(machine, Path("x"), dry=True)
     assert all("cupy" not in step.needs for step in dry)

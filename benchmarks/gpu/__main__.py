@@ -11,8 +11,8 @@ With --dry nothing needs a device: tests are collected, benchmarks rehearsed on 
 commands shown.  It uses this Python's own packages and takes nothing from a network.
 
 The status is 0 if every step that was run is right; 1 if one failed, ran out of time or showed a
-wrong result, or if results could not be written; 2 if nothing was run, for want of a device or of
-sensible arguments; 128 and the signal's number if it was interrupted.
+wrong result, or if results could not be written; 2 if nothing was run, for want of a device, of
+packages, of time or of sensible arguments; 128 and the signal's number if it was interrupted.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> int:
             if not options.dry and {"torch", "cupy"} <= set(machine.missing):
                 say("Neither PyTorch nor CuPy has a device: nothing to run. --dry rehearses.")
                 return 2
-            if options.dry and not options.out:
+            if out == Path(scratch):
                 say("A rehearsal: its results are thrown away, unless --out (OUT=) is given.")
             end = start + options.seconds
             return Run(machine, Path(scratch), out, dry=options.dry).all(start, end)
@@ -119,6 +119,7 @@ class Run:
         self.results = Results(out, f"gpu-{device}")
         self.rows: dict[str, dict[str, Any]] = {}
         self.where, self.trouble = "nowhere", ""
+        self.thrown_away = out == scratch
         self.stored: dict[str, Any] = {
             "device": device, "rehearsal": dry, "python": sys.version.split()[0],
             "found": machine.found, "missing": machine.missing,
@@ -139,6 +140,8 @@ class Run:
             outcomes = [row["outcome"] for row in self.rows.values()]
             complete = len(outcomes) == len(todo) and not {NO_TIME, CUT} & set(outcomes)
             self.print_end(self.save(complete=complete), complete=complete)
+        if all(outcome.startswith(("not run", "shown")) for outcome in outcomes):
+            return 2
         failed = any(outcome.startswith(("FAILED", "OUT")) for outcome in outcomes)
         return int(failed or bool(self.trouble))
 
@@ -203,7 +206,7 @@ class Run:
                 "\nNot every step was run to its end, so that these results replace no others.",
                 "If it is time that they lack, --seconds gives more: make gpu ARGS='--seconds 900'",
             )
-        say(f"\nResults: {self.where}")
+        say("\nResults: " + ("thrown away" if self.thrown_away else self.where))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,8 @@ def carried(mpi: Path, scratch: Path, env: dict[str, str]) -> tuple[dict[str, st
             with tarfile.open(mpi) as tar:
                 tar.extractall(scratch, filter="tar")
         except Exception as error:  # every way to compress has errors of its own
-            raise ValueError(f"{expected}, and {mpi} cannot be unpacked: {error}") from error
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"{expected}, and {mpi} cannot be unpacked: {why}") from error
         mpi = scratch / "cuda-mpi"
     script = mpi.resolve() / "env.sh"
     if not script.is_file():
