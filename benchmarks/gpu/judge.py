@@ -157,13 +157,7 @@ def _errors(row: Row) -> Iterator[tuple[float, str]]:
 
 GOALS = (
     Goal("local", "torch_impl: SDPA's best over ours, in time", 0.95, True, _against_best),
-    Goal(
-        "local",
-        "torch_impl: SDPA without a split over ours, few queries",
-        1.5,
-        True,
-        _against_unsplit,
-    ),
+    Goal("local", "torch_impl: unsplit SDPA over ours, few queries", 1.5, True, _against_unsplit),
     Goal("cupy", "mpi_impl on CuPy: SDPA's best over ours, in time", 0.8, True, _against_best),
     Goal("overhead", "a rank that is alone, over its block, in time", 1.01, False, _ratios),
     Goal("errors", "errors in half precision, over rounding the truth", 2.0, False, _errors),
