@@ -12,6 +12,9 @@ VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.ready-$(MPI)
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
 
+# What the user named, before one is chosen.
+NAMED_MPIEXEC := $(MPIEXEC)
+
 ifeq ($(MPI),mpich)
   MPIEXEC := $(VENV)/bin/mpiexec
   MPI_WHEEL := mpich
@@ -23,6 +26,15 @@ else ifeq ($(MPI),system)
 else
   $(error MPI is mpich or system, not '$(MPI)')
 endif
+
+define NEEDS_PYTHON
+@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) is not there. Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+	    "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+endef
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo train tutorials lab notebooks docs test lint soak bench gpu bench-quick
@@ -92,9 +104,12 @@ bench-quick: check-mpiexec $(STAMP) ## The same on small problems, 2 minutes on 
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --quick
 
 # On a GPU machine nothing is installed: PYTHON's own packages are used, with or without a network.
+# exec, so that what ends make ends the run.
+GPU_MPIEXEC := $(or $(NAMED_MPIEXEC),$(if $(filter system,$(MPI)),$(MPIEXEC)))
 gpu: ## Test and measure on this machine's GPUs with PYTHON's own packages, 9 minutes (DRY=1 rehearses)
-	$(PYTHON) benchmarks/gpu $(if $(OUT),--out "$(OUT)") $(if $(DRY),--dry) \
-	  $(if $(CUDA_MPI),--cuda-mpi "$(CUDA_MPI)") $(if $(filter system,$(MPI)),--mpiexec "$(MPIEXEC)") $(ARGS)
+	$(NEEDS_PYTHON)
+	@exec $(PYTHON) benchmarks/gpu $(if $(OUT),--out '$(OUT)') $(if $(filter-out 0,$(DRY)),--dry) \
+	  $(if $(CUDA_MPI),--cuda-mpi '$(CUDA_MPI)') $(if $(GPU_MPIEXEC),--mpiexec '$(GPU_MPIEXEC)') $(ARGS)
 
 clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist src/*.egg-info docs/_build demo.png train-run
@@ -104,12 +119,7 @@ clean: ## Remove .venv and everything built
 # The stamp comes last, so that an install cut short is done again. An environment of another
 # interpreter, or one that no longer starts, is made anew; any other is brought up to date.
 $(STAMP): pyproject.toml constraints.txt src/lvxattn/__init__.py
-	@command -v $(PYTHON) >/dev/null || { \
-	  echo "$(PYTHON) is not there. Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; \
-	  exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
-	    "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	$(NEEDS_PYTHON)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) has no venv or no ensurepip." \
 	    "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

@@ -1,12 +1,14 @@
 """What the compiler makes of mpi_impl's CUDA kernels: registers, shared memory, spills.
 
-    python benchmarks/cuda_kernel.py
+    python benchmarks/cuda_kernel.py [--out FILE]
 
 writes benchmarks/results/cuda-kernel.md.  It wants nvcc and no GPU: nothing is run, and nothing is
 timed.
 """
 
+import argparse
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,6 +78,18 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def main() -> None:
+    """Compile, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
+    out = parser.parse_args().out
+    if not shutil.which("nvcc"):
+        parser.error("nvcc, of a CUDA toolkit, is not on PATH")
+    if not out.parent.is_dir():
+        parser.error(f"--out: there is no folder {out.parent}")
+    out.write_text(table())
+    print(out)
+
+
 if __name__ == "__main__":
-    RESULTS.write_text(table())
-    print(RESULTS)
+    main()

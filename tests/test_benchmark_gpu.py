@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import ROOT, launch
+from tests.launch import ROOT, Ended, launch
 
 FOLDER = ROOT / "benchmarks" / "gpu"
 
@@ -19,7 +21,7 @@ FOLDER = ROOT / "benchmarks" / "gpu"
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """Return the modules of the folder, which are imported from there alone."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("examine", "steps", "table")
+    names = ("examine", "judge", "process", "steps", "store", "table")
     found = {name: import_module(name) for name in names}
     for name in names:
         monkeypatch.delitem(sys.modules, name)
@@ -123,20 +125,284 @@ def test_packages_that_are_missing_are_named(gpu: dict[str, ModuleType], tmp_pat
     assert machine.missing["x"] == "a package: ModuleNotFoundError: No module named 'no_such'"
     assert not examine.note(machine, "y", [str(tmp_path / "no such")], "a program")
     assert "a program: [Errno 2]" in machine.missing["y"]
-    with pytest.raises(SystemExit, match=r"CUDA_MPI: expected what build_cuda_mpi.sh made"):
+    with pytest.raises(ValueError, match=r"CUDA_MPI: expected what build_cuda_mpi.sh made"):
         examine.carried(tmp_path, tmp_path, {})
 
 
 def test_a_carried_mpi_brings_its_environment_and_its_launcher(
     gpu: dict[str, ModuleType], tmp_path: Path
 ) -> None:
-    mpirun = tmp_path / "ompi" / "bin" / "mpirun"
+    mpirun = tmp_path / "a folder" / "ompi" / "bin" / "mpirun"
     mpirun.parent.mkdir(parents=True)
     mpirun.write_text("#!/bin/sh\n")
     mpirun.chmod(0o755)
-    (tmp_path / "env.sh").write_text(
+    (tmp_path / "a folder" / "env.sh").write_text(
         f'export PATH="{mpirun.parent}:$PATH" CUDA_MPI_FLAGS="--mca pml ucx" LIBRARY=here\n'
     )
-    env, launcher = gpu["examine"].carried(tmp_path, tmp_path, dict(os.environ))
+    env, launcher = gpu["examine"].carried(tmp_path / "a folder", tmp_path, dict(os.environ))
     assert env["LIBRARY"] == "here"
-    assert launcher == f"{mpirun} --mca pml ucx"
+    assert launcher == [str(mpirun), "--mca", "pml", "ucx"]
+
+
+# A run of steps that are given as programs: all else is what `make gpu` does.
+RUN = """
+import json, os, runpy, sys
+sys.path.insert(0, FOLDER)
+import examine, steps
+found = {"torch": "2", "driver": "NVIDIA X 1, 580"}
+examine.examine = lambda *_: examine.Machine(dict(os.environ), found=found)
+steps.steps = lambda machine, scratch, dry: [
+    steps.Step(name, [sys.executable, "-c", program, str(scratch)], 20, (), part=part)
+    for name, program, part in STEPS
+]
+runpy.run_path(FOLDER, run_name="__main__")
+"""
+WRITE_CUPY = "import sys; open(sys.argv[1] + '/cupy.json', 'w').write({!r})"
+
+
+def run_gpu(out: Path, steps: list[tuple[str, str, str]], *args: str) -> Ended:
+    (out.parent / "scratch").mkdir()
+    program = f"FOLDER, STEPS = {str(FOLDER)!r}, {steps!r}\n{RUN}"
+    return launch(
+        [sys.executable, "-c", program, "--out", str(out), *args],
+        timeout=30,
+        env={"TMPDIR": str(out.parent / "scratch")},
+    )
+
+
+def cupy_row(**changed: Any) -> dict[str, Any]:
+    return {
+        "dtype": "bfloat16", "H": 32, "s_q": 64, "s_kv": 75_000, "pass": "forward", "flop": 1,
+        "bytes": 1, "seconds": {"auto": 1.0}, "auto": "auto", "failed": {}, "off by": 1e-5,
+        "sdpa seconds": {"sdpa flash": 1.0, "sdpa cudnn": 2.0},
+    } | changed  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_process_and_keeps_the_results_there_were(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "gpu-x-1.json").write_text("complete")
+    rows = json.dumps([cupy_row()])
+    cut = f"{WRITE_CUPY.format(rows)}; import os, subprocess, time\n"
+    # A rank in a session of its own, that holds the output and does not hear of the end.
+    cut += "subprocess.Popen(['sh', '-c', 'trap : TERM; sleep 50'], start_new_session=True)\n"
+    cut += f"os.kill(os.getppid(), {int(number)}); time.sleep(50)"
+    ended = run_gpu(out, [("one", "print(1)", ""), ("two", cut, "cupy"), ("three", "", "")])
+    assert ended.status == 128 + number, ended.err
+    assert not ended.left
+    assert "Traceback" not in ended.err
+    assert ended.seconds < 20
+    assert not list((tmp_path / "scratch").iterdir())
+    assert (out / "gpu-x-1.json").read_text() == "complete"
+    (unfinished,) = out.glob("gpu-x-1.unfinished-*.json")
+    stored = json.loads(unfinished.read_text())
+    assert [row["outcome"] for row in stored["steps"]] == ["ok", "INTERRUPTED"]
+    assert stored["parts"]["cupy"] == [cupy_row()]
+    assert "INTERRUPTED" in ended.out.partition("All steps:")[2]
+
+
+def test_a_complete_run_replaces_results_and_a_wrong_one_fails_its_step(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "gpu-x-1.json").write_text("complete")
+    rows = json.dumps([cupy_row(), cupy_row(**{"off by": float("nan")})])
+    wrong = "benchmark cupy", WRITE_CUPY.format(rows), "cupy"
+    unreadable = "benchmark errors", WRITE_CUPY.format("[{}]").replace("/cupy", "/errors"), "errors"
+    ended = run_gpu(out, [wrong, unreadable, ("last", "print(1)", "")])
+    assert ended.status == 1, ended.err
+    assert {file.name for file in out.iterdir()} == {"gpu-x-1.json", "gpu-x-1.md"}
+    stored = json.loads((out / "gpu-x-1.json").read_text())
+    outcomes = ["FAILED (wrong result)", "FAILED (wrong result)", "ok"]
+    assert [row["outcome"] for row in stored["steps"]] == outcomes
+    assert "off by nan, at most 5.6e-04" in stored["steps"][0]["last"]
+    assert "cannot be judged" in stored["steps"][1]["last"]
+
+
+def test_results_that_cannot_be_written_are_printed_and_the_run_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    remove = f"import shutil; shutil.rmtree({str(out)!r})"
+    rows = json.dumps([cupy_row()])
+    measured = "benchmark cupy", WRITE_CUPY.format(rows), "cupy"
+    ended = run_gpu(out, [("one", remove, ""), measured])
+    assert ended.status == 1, ended.err
+    assert "RESULTS COULD NOT BE WRITTEN" in ended.out
+    assert "| benchmark cupy | ok |" in ended.out
+
+
+def test_a_run_without_time_says_that_nothing_was_run_and_replaces_nothing(tmp_path: Path) -> None:
+    ended = run_gpu(tmp_path / "out", [("one", "print(1)", "")], "--seconds", "1")
+    assert ended.status == 2, ended.err
+    assert all(".unfinished-" in file.name for file in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--seconds", "0"], "expected more than 0 seconds, got 0"),
+        (["--seconds", "nan"], "expected more than 0 seconds, got nan"),
+        (["--mpiexec", "a", "--cuda-mpi", "b"], "not allowed with"),
+        (["--out", __file__], "expected a folder with room for results"),
+        (["--out", "/proc"], "expected a folder with room for results"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_run(
+    tmp_path: Path, args: list[str], message: str
+) -> None:
+    ended = run_gpu(tmp_path / "out", [("one", "print(1)", "")], *args)
+    assert (ended.status, ended.out) == (2, "")
+    assert message in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_step_out_of_time_takes_along_what_it_started_and_its_output_is_kept() -> None:
+    step = (
+        "import subprocess, time\n"
+        "subprocess.Popen(['sh', '-c', 'trap : TERM; sleep 50'], start_new_session=True)\n"
+        "print('began', flush=True); time.sleep(50)\n"
+    )
+    program = f"import os, process, sys; command = [sys.executable, '-c', {step!r}]\n"
+    program += "print(process.run(command, dict(os.environ), 1))"
+    path = os.pathsep.join(map(str, (FOLDER, ROOT / "src")))
+    ended = launch([sys.executable, "-c", program], timeout=30, env={"PYTHONPATH": path})
+    assert ended.out.strip() == r"Ended(status=None, out='began\n', err='')", ended.err
+    assert not ended.left
+    assert ended.seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "worst"),
+    [
+        ([cupy_row()], "met", 1.0),
+        ([cupy_row(), cupy_row(seconds={"auto": 2.0})], "MISSED", 0.5),
+        ([cupy_row(), cupy_row(seconds={"auto": float("nan")})], "MISSED", float("nan")),
+        ([cupy_row(), cupy_row(seconds={})], "MISSED", float("nan")),
+        ([cupy_row(**{"sdpa seconds": {}})], "not measured", None),
+        ([], "not measured", None),
+    ],
+)
+def test_a_goal_is_judged_by_the_worst_of_its_rows(
+    gpu: dict[str, ModuleType], rows: Any, verdict: str, worst: float | None
+) -> None:
+    steps = [{"name": "benchmark cupy", "outcome": "ok", "seconds": 1.0, "last": ""}]
+    kept = stored(parts={"cupy": rows}) | {"rehearsal": False, "steps": steps}
+    found = {row["what"]: row for row in gpu["judge"].verdicts(kept)}
+    goal = found["mpi_impl on CuPy: SDPA's best over ours, in time"]
+    assert (goal["verdict"], goal["worst"]) == (verdict, pytest.approx(worst, nan_ok=True))
+    steps[0]["outcome"] = "OUT OF TIME"
+    again = {row["what"]: row["verdict"] for row in gpu["judge"].verdicts(kept)}
+    assert again[goal["what"]] == (verdict if verdict == "not measured" else f"{verdict} so far")
+    assert "FAILED" in gpu["table"].page(kept) or all(row["seconds"] for row in rows)
+
+
+def test_a_result_is_wrong_beyond_its_rounding(gpu: dict[str, ModuleType]) -> None:
+    wrong, nan = gpu["judge"].wrong, float("nan")
+    # Two random results, which have nothing to do with one another, are hundreds of limits apart.
+    assert not wrong("cupy", [cupy_row()])
+    assert wrong("cupy", [cupy_row(**{"off by": 6e-3})])
+    assert wrong("cupy", [cupy_row(**{"off by": nan})])
+    errors = {"dtype": "float16", "shards": 2}
+    assert not wrong("errors", [errors | {"over the floor": {"out": 2.5}}])
+    assert wrong("errors", [errors | {"over the floor": {"out": 1.0, "dq": nan}}])
+    assert wrong("errors", [errors | {"over the floor": {"out": 1.0, "dq": 5.0}}])
+    assert not wrong("merging", [{"s_q": 64, "differs by": {"triton": 1e-6}}])
+    assert wrong("merging", [{"s_q": 64, "differs by": {"triton": 1e-3}}])
+
+
+def test_the_first_launcher_that_fits_is_taken_and_others_say_why_not(
+    gpu: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    box, alone, good = (tmp_path / name for name in ("box", "alone", "good"))
+    box.write_text("#!/bin/sh\nprintf -- '-----\\nno slots\\n-----\\n' >&2; exit 1\n")
+    alone.write_text("#!/bin/sh\necho 'answer: 1 Open MPI v5'\n")
+    good.write_text("#!/bin/sh\necho 'answer: 2 Open MPI v5'\n")
+    for file in (box, alone, good):
+        file.chmod(0o755)
+    bad = [[str(box), "--flag"], [str(alone)], ["/no such"]]
+    machine = gpu["examine"].Machine(dict(os.environ))
+    gpu["examine"].find_mpi(machine, bad)
+    assert machine.missing["mpi"] == (
+        f"two ranks by {box}: no slots; {alone} starts ranks that are each alone, of Open MPI v5; "
+        "two ranks by /no such: [Errno 2] No such file or directory: '/no such'"
+    )
+    assert not machine.launcher
+    gpu["examine"].find_mpi(machine, [*bad, [str(good), "-x", "A"]])
+    assert machine.launcher == [str(good), "-x", "A"]
+    assert machine.found["mpi"] == f"Open MPI v5, started by {good}"
+    assert "mpi" not in machine.missing
+
+
+def test_a_carried_mpi_is_likelier_than_the_one_beside_python(
+    gpu: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    (tmp_path / "mpirun").write_text("#!/bin/sh\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    env = {"PATH": str(tmp_path), "CUDA_MPI_FLAGS": "--mca pml ucx"}
+    found = list(gpu["examine"].launchers(env))
+    assert found[0] == [str(tmp_path / "mpirun"), "--mca", "pml", "ucx"]
+    assert [str(Path(sys.executable).with_name("mpiexec"))] in found
+    named = env | {"LVXATTN_MPIEXEC": "srun --mpi=pmix"}
+    assert list(gpu["examine"].launchers(named)) == [["srun", "--mpi=pmix"]]
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (None, "there is no"),
+        ("damaged", "cannot be unpacked"),
+        ("echo gone wrong >&2; false", "fails: gone wrong"),
+        ("export A=1", "it sets no CUDA_MPI_FLAGS"),
+        ("export CUDA_MPI_FLAGS=''", "found no mpirun"),
+    ],
+)
+def test_a_carried_mpi_that_cannot_be_used_is_refused(
+    gpu: dict[str, ModuleType], tmp_path: Path, script: str | None, why: str
+) -> None:
+    carried = tmp_path / "mpi"
+    if script == "damaged":
+        (tmp_path / "x").write_bytes(bytes(range(256)) * 99)
+        whole = shutil.make_archive(str(tmp_path / "whole"), "gztar", tmp_path, "x")
+        carried.write_bytes(Path(whole).read_bytes()[:-20])
+    elif script:
+        carried.mkdir()
+        (carried / "env.sh").write_text(script)
+    with pytest.raises(ValueError, match=f"CUDA_MPI: expected .*{why}"):
+        gpu["examine"].carried(carried, tmp_path, dict(os.environ))
+
+
+def test_a_rehearsal_does_without_a_device_but_not_without_a_package(
+    gpu: dict[str, ModuleType],
+) -> None:
+    examine, steps = gpu["examine"], gpu["steps"]
+    machine = examine.Machine(dict(os.environ))
+    program = "print('2.1', flush=True); assert False, 'it finds no device'"
+    assert not examine.note(machine, "torch", [sys.executable, "-c", program], "PyTorch")
+    assert machine.missing["torch"] == "PyTorch: AssertionError: it finds no device"
+    step = steps.Step("a step", [sys.executable, "-c", ""], 9, ("torch",))
+    assert steps.perform(step, machine, 9)["outcome"] == "not run: no torch"
+    assert steps.perform(step, machine, 9, dry=True)["outcome"] == "ok"
+    step.needs = "torch", "pytest"
+    assert not examine.note(machine, "pytest", [sys.executable, "-c", "import no_such"], "pytest")
+    assert steps.perform(step, machine, 9, dry=True)["outcome"] == "not run: no pytest"
+    dry = steps.steps(machine, Path("x"), dry=True)
+    assert all("cupy" not in step.needs for step in dry)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_gpu_hands_on_what_was_named(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\n[ $1 = -V ] && echo Python 3.9.1\nexit 1\n")
+    old.chmod(0o755)
+    refused = launch(["make", "-C", str(ROOT), "gpu", f"PYTHON={old}"], timeout=20)
+    assert refused.status == 2
+    assert f"Python 3.11 or newer is needed, and {old} is Python 3.9.1." in refused.err
+    for given, wanted in {
+        ("DRY=1", "MPIEXEC=mpi run"): "benchmarks/gpu --dry --mpiexec 'mpi run'",
+        ("DRY=0", "OUT=a b"): "benchmarks/gpu --out 'a b'",
+        ("MPI=system", "DRY="): "benchmarks/gpu --mpiexec 'mpiexec'",
+    }.items():
+        printed = launch(["make", "-n", "-C", str(ROOT), "gpu", *given], timeout=20).out
+        command = printed.replace("\\\n", " ").partition("benchmarks/gpu")[1:]
+        assert "".join(command).split("\n")[0].split() == wanted.split()

@@ -5,18 +5,20 @@ Nothing here imports a package in its own process: one that is broken must not e
 
 import json
 import os
+import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from process import ROOT, Ended, run
 
-# What a step needs, what asks for it, and what it takes to have it.
+# What a step needs, what asks for it, and what it takes to have it.  What is there without a device
+# says so first: that is enough for a rehearsal.
 PROBES = {
     "numpy": ("import numpy; print(numpy.__version__)", "NumPy 2"),
     "pytest": (
@@ -24,13 +26,15 @@ PROBES = {
         "pytest, pytest-timeout, hypothesis and ml_dtypes",
     ),
     "torch": (
-        "import torch; assert torch.cuda.is_available(), 'it finds no device';"
+        "import torch; print(torch.__version__, flush=True);"
+        "assert torch.cuda.is_available(), 'it finds no device';"
         "print(torch.__version__, torch.cuda.device_count(), torch.cuda.get_device_name(0))",
         "PyTorch with CUDA and a device",
     ),
     "cupy": (
-        "import cupy; assert cupy.cuda.runtime.getDeviceCount();"
-        "print(cupy.__version__, int(cupy.arange(4).sum()))",
+        "import cupy; print(cupy.__version__, flush=True);"
+        "assert cupy.cuda.runtime.getDeviceCount(); assert int(cupy.arange(4).sum()) == 6;"
+        "print(cupy.__version__, cupy.cuda.runtime.getDeviceProperties(0)['name'].decode())",
         "CuPy for the driver's CUDA and a device",
     ),
     "triton": ("import triton; print(triton.__version__)", "Triton"),
@@ -38,11 +42,23 @@ PROBES = {
     "mpi4py": ("import mpi4py; print(mpi4py.__version__)", "mpi4py"),
 }
 DRIVER = "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader"
+# Seconds that a probe may take, and the last one, which tests the MPI in a process of its own.
+PROBE, PROOF = 60.0, 80.0
 TWO = (
-    "from mpi4py import MPI; said = MPI.COMM_WORLD.size, MPI.Get_library_version().split(',')[0];"
-    "MPI.COMM_WORLD.rank or print('answer:', *said, flush=True)"
+    "from mpi4py import MPI;"
+    "said = MPI.Get_library_version().splitlines()[0].split(',')[0].split();"
+    "MPI.COMM_WORLD.rank or print('answer:', MPI.COMM_WORLD.size, *said, flush=True)"
 )
-AWARE = "from lvxattn.mpi_impl.awareness import cuda_aware; print('answer:', *cuda_aware())"
+AWARE = (
+    "from lvxattn.mpi_impl.awareness import cuda_aware; yes, why = cuda_aware();"
+    "print('answer:', 'yes,' if yes else 'no,', 'by', why)"
+)
+UNPROVED = (
+    "from lvxattn.mpi_impl.awareness import library_says; yes, why = library_says();"
+    "print('answer:', 'yes, unproved without CuPy,' if yes else 'no,', 'by', why)"
+)
+RULER = re.compile(r"[\W_]*")
+RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
 
 
 @dataclass
@@ -57,18 +73,24 @@ class Machine:
         That of MPI programs; empty where there is none that starts two ranks.
     found, missing : dict
         By need, what was said of it, and why it is not there.
+    installed : set of str
+        Needs that are there, be it without a device.
     """
 
     env: dict[str, str]
     launcher: list[str] = field(default_factory=list)
     found: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    installed: set[str] = field(default_factory=set)
 
     @property
     def device(self) -> str:
         """The name of the device, in letters, digits and dashes, to name files by."""
-        name = self.found.get("driver", "no device").splitlines()[0].partition(",")[0]
-        return "-".join(name.lower().replace("nvidia", "").split()) or "device"
+        name = self.found.get("driver", "").partition(",")[0]
+        name = name or self.found.get("torch", "").partition(" ")[2].partition(" ")[2]
+        name = name or self.found.get("cupy", "").partition(" ")[2]
+        words = re.findall("[a-z0-9]+", name.lower().replace("nvidia", ""))
+        return "-".join(words) or "device"
 
     def lines(self) -> list[str]:
         """Return what there is and what is missing, for a reader."""
@@ -88,84 +110,134 @@ def examine(mpiexec: str = "", cuda_mpi: str = "", scratch: str = "") -> Machine
         The folder or tar file that `build_cuda_mpi.sh` made.
     scratch : str
         A folder that a tar file may be unpacked into.
+
+    Raises
+    ------
+    ValueError
+        What `cuda_mpi` names is no such thing.
     """
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     env |= {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "4"), "PYTHONUNBUFFERED": "1"}
-    machine = Machine(env)
+    machine, named = Machine(env), shlex.split(mpiexec)
+    if cuda_mpi:
+        machine.env, named = carried(Path(cuda_mpi), Path(scratch), env)
     note(machine, "driver", shlex.split(DRIVER), "a driver of NVIDIA's")
     for need, (program, what) in PROBES.items():
         note(machine, need, [sys.executable, "-c", program], what)
-    if cuda_mpi:
-        machine.env, mpiexec = carried(Path(cuda_mpi), Path(scratch), env)
-    launcher = shlex.split(mpiexec) or first_launcher()
-    two = [*launcher, "-n", "2", sys.executable, "-c", TWO]
-    if not launcher:
-        machine.missing["mpi"] = "no mpiexec or mpirun: name one, or carry one (CUDA_MPI=)"
-    elif note(machine, "mpi", two, f"an MPI that {shlex.join(launcher)} and mpi4py agree on"):
-        said = machine.found["mpi"]
-        if said.startswith("2 "):
-            machine.launcher = launcher
-            machine.env["LVXATTN_MPIEXEC"] = shlex.join(launcher)
-            one = [*launcher, "-n", "1", sys.executable, "-c", AWARE]
-            note(machine, "aware", one, "an answer whether the MPI is CUDA-aware")
-        else:
-            del machine.found["mpi"]
-            machine.missing["mpi"] = f"two ranks were started, and each is alone: {said}"
+    find_mpi(machine, [named] if named else list(launchers(machine.env)))
+    if machine.launcher:
+        aware = AWARE if "cupy" in machine.found else UNPROVED
+        one = [*machine.launcher, "-n", "1", sys.executable, "-c", aware]
+        note(machine, "aware", one, "an answer whether the MPI is CUDA-aware", PROOF)
     return machine
 
 
-def note(machine: Machine, need: str, command: list[str], what: str) -> bool:
+def note(
+    machine: Machine, need: str, command: list[str], what: str, seconds: float = PROBE
+) -> bool:
     """Run a probe, and write down what it says or that it fails."""
-    try:
-        ended = subprocess.run(
-            command, env=machine.env, capture_output=True, text=True, timeout=60, check=False
-        )
-        last = (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]
-        failed = last if ended.returncode else ""
-        lines = ended.stdout.strip().splitlines()
-        # An MPI may have something to say of its own.
-        answers = [line.removeprefix("answer: ") for line in lines if line.startswith("answer: ")]
-        said = (answers or lines)[:1]
-    except (OSError, subprocess.TimeoutExpired) as error:
-        failed, said = str(error), []
-    if failed or not said:
-        machine.missing[need] = f"{what}: {failed or 'it says nothing'}"[:300]
-        return False
-    machine.found[need] = said[0]
-    return True
+    ended = run(command, machine.env, seconds)
+    lines = ended.out.strip().splitlines()
+    # An MPI may have something to say of its own.
+    answers = [line.removeprefix("answer: ") for line in lines if line.startswith("answer: ")]
+    said = (answers or lines)[-1:]
+    if said:
+        machine.installed.add(need)
+    if ended.status == 0 and said:
+        machine.found[need] = said[0]
+        return True
+    machine.missing[need] = f"{what}: {reason(ended, seconds)}"
+    return False
 
 
-def first_launcher() -> list[str]:
-    """Return the launcher of this Python's environment, or of the machine."""
+def reason(ended: Ended, seconds: float) -> str:
+    """Return why a probe failed, in a line: what Python raised, or else what was said first."""
+    if ended.status is None:
+        return f"not done after {seconds:g} s"
+    if ended.status == 0:
+        return "it says nothing"
+    lines = [line.strip() for line in (ended.err.strip() or ended.out).splitlines()]
+    lines = [line for line in lines if not RULER.fullmatch(line)]
+    raised = [number for number, line in enumerate(lines) if RAISED.match(line)]
+    # Open MPI's boxes begin with what is the matter; a message may go on in a second line.
+    if raised:
+        return " ".join(lines[raised[0] :][:2])[:300]
+    status = "" if ended.err.strip() else f"(status {ended.status})"
+    return f"{' '.join(lines[:3])[:300]} {status}".strip()
+
+
+def find_mpi(machine: Machine, candidates: list[list[str]]) -> None:
+    """Take the first launcher that starts two ranks that know of one another."""
+    reasons = []
+    for launcher in candidates:
+        two = [*launcher, "-n", "2", sys.executable, "-c", TWO]
+        if note(machine, "mpi", two, f"two ranks by {launcher[0]}"):
+            ranks, _, library = machine.found.pop("mpi").partition(" ")
+            if ranks == "2":
+                machine.missing.pop("mpi", None)
+                machine.found["mpi"] = f"{library}, started by {launcher[0]}"
+                machine.launcher = launcher
+                machine.env["LVXATTN_MPIEXEC"] = shlex.join(launcher)
+                return
+            reasons.append(f"{launcher[0]} starts ranks that are each alone, of {library}")
+        else:
+            reasons.append(machine.missing.pop("mpi"))
+    none = "no mpiexec or mpirun: name one (MPIEXEC=), or carry one (CUDA_MPI=)"
+    machine.missing["mpi"] = "; ".join(reasons) or none
+
+
+def launchers(env: dict[str, str]) -> Iterator[list[str]]:
+    """Yield launchers, the likeliest first: the one that tests use, a carried one, Python's own."""
+    if env.get("LVXATTN_MPIEXEC"):
+        yield shlex.split(env["LVXATTN_MPIEXEC"])
+        return
+    carried_ = shutil.which("mpirun", path=env.get("PATH"))
+    if carried_ and "CUDA_MPI_FLAGS" in env:
+        yield [carried_, *env["CUDA_MPI_FLAGS"].split()]
     beside = [str(Path(sys.executable).with_name(name)) for name in ("mpiexec", "mpirun")]
+    seen = set()
     for name in (*beside, "mpirun", "mpiexec"):
-        found = shutil.which(name)
-        if found:
-            return [found]
-    return []
+        path = shutil.which(name, path=env.get("PATH"))
+        if path and os.path.realpath(path) not in seen:  # both names are often one program
+            seen.add(os.path.realpath(path))
+            yield [path]
 
 
-def carried(mpi: Path, scratch: Path, env: dict[str, str]) -> tuple[dict[str, str], str]:
+def carried(mpi: Path, scratch: Path, env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Return the environment and the launcher of an MPI that `build_cuda_mpi.sh` made.
 
     Raises
     ------
-    SystemExit
-        There is none at that place.
+    ValueError
+        There is none at that place, or it is damaged.
     """
+    expected = "CUDA_MPI: expected what build_cuda_mpi.sh made"
+    mpi = mpi.expanduser()
+    if not mpi.exists():
+        raise ValueError(f"{expected}, and there is no {mpi}")
     if mpi.is_file():
-        with tarfile.open(mpi) as tar:
-            tar.extractall(scratch, filter="tar")
+        try:
+            with tarfile.open(mpi) as tar:
+                tar.extractall(scratch, filter="tar")
+        except Exception as error:  # every way to compress has errors of its own
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"{expected}, and {mpi} cannot be unpacked: {why}") from error
         mpi = scratch / "cuda-mpi"
     script = mpi.resolve() / "env.sh"
     if not script.is_file():
-        raise SystemExit(f"CUDA_MPI: expected what build_cuda_mpi.sh made, found no {script}")
+        raise ValueError(f"{expected}, found no {script}")
     program = f". {shlex.quote(str(script))} && exec {shlex.quote(sys.executable)} -c "
     program += shlex.quote("import json, os; print(json.dumps(dict(os.environ)))")
-    ended = subprocess.run(
-        ["bash", "-c", program], env=env, capture_output=True, text=True, check=True
-    )
-    inside: dict[str, Any] = json.loads(ended.stdout)
+    ended = run(["bash", "-c", program], env, PROBE)
+    try:
+        inside: dict[str, Any] = json.loads(ended.out)
+        flags = shlex.split(inside["CUDA_MPI_FLAGS"])
+    except (KeyError, ValueError):
+        why = reason(ended, PROBE) if ended.status else "it sets no CUDA_MPI_FLAGS"
+        raise ValueError(f"{expected}, and {script} fails: {why}") from None
+    bin_ = script.parent / "ompi" / "bin"
     mpirun = shutil.which("mpirun", path=inside["PATH"])
-    return inside, f"{mpirun} {inside['CUDA_MPI_FLAGS']}"
+    if not mpirun or not Path(mpirun).is_relative_to(script.parent):
+        raise ValueError(f"{expected}, found no mpirun in {bin_}")
+    return inside, [mpirun, *flags]

@@ -10,9 +10,11 @@ rehearsed on tiny shapes: such numbers mean nothing.
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from store import write
 from timing import Device, ceilings
 
 
@@ -20,19 +22,23 @@ def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=sorted(PARTS))
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--cpu", action="store_true", help="rehearse on tiny shapes")
     options = parser.parse_args()
     if not options.cpu and not torch.cuda.is_available():
         raise SystemExit("PyTorch finds no CUDA device; --cpu rehearses without one")
+    if options.json:
+        try:
+            write(options.json, "[]")
+        except OSError as error:
+            parser.error(f"--json: expected a file that can be written: {error}")
     torch.manual_seed(0)
     device, found = Device("cpu" if options.cpu else "cuda"), []
     for row in PARTS[options.part](device):
         found.append(row)
         print(json.dumps(row), flush=True)
         if options.json:
-            with open(options.json, "w") as file:
-                json.dump(found, file, indent=1)
+            write(options.json, json.dumps(found, indent=1))
     for line in summary(options.part, found):
         print(line)
     print(f"{len(found)} rows measured")

@@ -1,23 +1,21 @@
 """What is run on a GPU machine, in which order, and for how long at most."""
 
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examine import ROOT, Machine
+from examine import Machine
+from process import ROOT, run
 
 HERE = Path(__file__).resolve().parent
 # Seconds: of all, and of what comes before the benchmarks, so that these have theirs.
 ALL, CHECKS = 535.0, 265.0
 # Fewer seconds than this are not worth a start.
 WORTH = 8.0
+NO_TIME = "not run: no time left"
 SIZES = "--text-tokens 256 --visual-tokens 16384 --heads 8 --kv-heads 2 --head-dim 128"
 
 
@@ -33,6 +31,8 @@ class Step:
         What of `examine.PROBES` there has to be.
     part : str
         Of the benchmarks, the one that is measured.
+    shown : bool
+        Whether the command is only shown.
     """
 
     name: str
@@ -41,16 +41,33 @@ class Step:
     needs: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
     part: str = ""
+    shown: bool = False
 
     def said(self) -> str:
         """Return the command as one would type it."""
         given = [f"{name}={value}" for name, value in self.env.items()]
         return shlex.join([*given, *self.command])
 
+    def row(self, outcome: str, seconds: float = 0.0, output: str = "") -> dict[str, Any]:
+        """Return how it went, as it is stored: the end of the output, and its last line."""
+        lines = output.strip().splitlines()
+        return {
+            "name": self.name, "command": self.said(), "outcome": outcome,
+            "seconds": round(seconds, 1), "output": "\n".join(lines[-200:]),
+            "last": lines[-1][:120] if lines else "",
+        }  # fmt: skip
+
 
 def steps(machine: Machine, scratch: Path, *, dry: bool = False) -> list[Step]:
-    """Return all steps; rehearsed, tests are only collected and benchmarks take no device."""
-    return [*checks(machine, dry=dry), *parts(scratch, dry=dry)]
+    """Return all steps.
+
+    Rehearsed, tests are only collected, commands are shown, and benchmarks take no device: NumPy
+    stands in for CuPy.
+    """
+    found = [*checks(machine, dry=dry), *parts(scratch, dry=dry)]
+    for step in found if dry else ():
+        step.needs = tuple(need for need in step.needs if need != "cupy")
+    return found
 
 
 def checks(machine: Machine, *, dry: bool) -> list[Step]:
@@ -59,24 +76,36 @@ def checks(machine: Machine, *, dry: bool) -> list[Step]:
     # Warnings of another version's packages are not what is tested here.
     pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
     pytest += ["--collect-only"] if dry else ["-rs", "--maxfail=25"]
-    found = [
-        Step(f"tests {file.name}", [*pytest, str(file)], 130, ("pytest", gpu_package(file)))
-        for file in marked(ROOT / "tests")
-    ]
+    found = []
+    for file in marked(ROOT / "tests"):
+        needs = "numpy", "pytest", gpu_package(file)
+        found.append(Step(f"tests {file.name}", [*pytest, str(file)], 130, needs))
     mpi = [*(machine.launcher or ["mpiexec"]), "-n"]
     program = [python, "-m", "mpi4py", "-m", "lvxattn.mpi_impl"]
-    run = ["run", "--device", "gpu", "--dtype", "float16", "--backward", "--check", *SIZES.split()]
-    needs = ("cupy", "mpi4py", "mpi")
-    found.append(Step("doctor, 2 ranks", [*mpi, "2", *program, "doctor"], 60, needs))
+    attend = [
+        "run",
+        "--device",
+        "gpu",
+        "--dtype",
+        "float16",
+        "--backward",
+        "--check",
+        *SIZES.split(),
+    ]
+    needs = "numpy", "cupy", "mpi4py", "mpi"
+    command = [*mpi, "2", *program, "doctor"]
+    found.append(Step("doctor, 2 ranks", command, 60, needs, shown=dry))
     for P, aware in ((1, "auto"), (2, "auto"), (4, "auto"), (2, "0"), (4, "0")):
         name = f"mpi_impl run, {P} ranks, {'staged' if aware == '0' else 'as MPI takes it'}"
         env = {"LVXATTN_CUDA_AWARE": aware}
-        found.append(Step(name, [*mpi, str(P), *program, *run], 60, needs, env))
+        command = [*mpi, str(P), *program, *attend]
+        found.append(Step(name, command, 60, needs, env, shown=dry))
     torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    run[run.index("float16")] = "bfloat16"
+    attend[attend.index("float16")] = "bfloat16"
     for P in (1, 2, 4):
-        command = [*torchrun, str(P), "-m", "lvxattn.torch_impl", *run]
-        found.append(Step(f"torch_impl run, {P} ranks", command, 60, ("torch",)))
+        command = [*torchrun, str(P), "-m", "lvxattn.torch_impl", *attend]
+        name = f"torch_impl run, {P} ranks"
+        found.append(Step(name, command, 60, ("numpy", "torch"), shown=dry))
     return found
 
 
@@ -95,7 +124,7 @@ def parts(scratch: Path, *, dry: bool) -> list[Step]:
     for part, (limit, needs) in limits.items():
         command = [sys.executable, str(HERE / "part.py"), part, "--json"]
         command += [str(scratch / f"{part}.json"), *(["--cpu"] if dry else [])]
-        found.append(Step(f"benchmark {part}", command, limit, needs, part=part))
+        found.append(Step(f"benchmark {part}", command, limit, ("numpy", *needs), part=part))
     return found
 
 
@@ -116,62 +145,20 @@ def perform(step: Step, machine: Machine, seconds: float, *, dry: bool = False) 
     Returns
     -------
     dict
-        ``outcome``: ``"ok"``, ``"FAILED (status)"``, ``"OUT OF TIME"`` or ``"not run: why"``;
-        ``seconds``, ``output`` (its end), ``last`` (its last line), ``command``, ``name``.
+        ``outcome``: ``"ok"``, ``"FAILED (status)"``, ``"OUT OF TIME"``, ``"shown"`` or
+        ``"not run: why"``; ``seconds``, ``output`` (its end), ``last`` (its last line),
+        ``command``, ``name``.
     """
-    row: dict[str, Any] = {"name": step.name, "command": step.said(), "seconds": 0.0}
-    lacking = [need for need in step.needs if need in machine.missing and not dry]
+    there = machine.installed if dry else set()
+    lacking = [need for need in step.needs if need in machine.missing and need not in there]
+    if step.shown:
+        return step.row("shown")
     if lacking:
-        return {**row, "outcome": f"not run: no {', '.join(lacking)}", "output": "", "last": ""}
+        return step.row(f"not run: no {', '.join(lacking)}")
     limit = min(step.limit, seconds)
     if limit < min(WORTH, step.limit):
-        return {**row, "outcome": "not run: no time left", "output": "", "last": ""}
+        return step.row(NO_TIME)
     start = time.monotonic()
-    output, status = _run(step, machine, limit)
-    lines = output.strip().splitlines()
-    outcome = {0: "ok", None: "OUT OF TIME"}.get(status, f"FAILED ({status})")
-    return {
-        **row, "outcome": outcome, "seconds": round(time.monotonic() - start, 1),
-        "output": "\n".join(lines[-200:]), "last": lines[-1][:120] if lines else "",
-    }  # fmt: skip
-
-
-def _run(step: Step, machine: Machine, limit: float) -> tuple[str, int | None]:
-    """Return what a command printed, and its status, or None if it had to be stopped."""
-    try:
-        process = subprocess.Popen(
-            step.command,
-            cwd=ROOT,
-            env=machine.env | step.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        return str(error), 127
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        # Ranks may have sessions of their own: a launcher that is asked first takes them along.
-        _end(process)
-        return _rest(process), None
-    return output, process.returncode
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=3)
-
-
-def _rest(process: "subprocess.Popen[str]") -> str:
-    """Return what is left of the output, without waiting for others who hold the pipe."""
-    try:
-        return process.communicate(timeout=3)[0]
-    except subprocess.TimeoutExpired as late:
-        return str(late.stdout or "")
+    ended = run(step.command, machine.env | step.env, limit, joined=True)
+    outcome = {0: "ok", None: "OUT OF TIME"}.get(ended.status, f"FAILED ({ended.status})")
+    return step.row(outcome, time.monotonic() - start, ended.out)

@@ -2,11 +2,7 @@
 
 from typing import Any
 
-Row = dict[str, Any]
-
-# torch_impl's block over PyTorch's best backend; the same where that does not split over keys, as
-# only its flash does; CuPy's.
-GOAL, GOAL_UNSPLIT, GOAL_CUPY = 0.95, 1.5, 0.8
+from judge import Row, limit, speedup, unsplit, verdicts
 
 
 def page(stored: Row) -> str:
@@ -28,6 +24,7 @@ def page(stored: Row) -> str:
         lines += ["", f"The device's own rates, measured here: {rates} (read and written)."]
     sections = (
         ("What was run", [steps(stored["steps"])]),
+        ("Goals", [goals(verdicts(stored))]),
         ("torch_impl's block attention", local(parts.get("local", []), ceilings)),
         ("mpi_impl's block attention on CuPy", local(parts.get("cupy", []), ceilings)),
         ("A rank that is alone", [overhead(parts.get("overhead", []))]),
@@ -61,43 +58,55 @@ def steps(rows: list[Row]) -> str:
     )
 
 
+def goals(rows: list[Row]) -> str:
+    """Return what was wanted, what was found, and the verdicts."""
+    return table(
+        ["goal", "wanted", "worst", "where", "met in", "verdict"],
+        [
+            [row["what"], row["wanted"], "" if row["worst"] is None else f"{row['worst']:.3g}",
+             row["where"], row["met"], row["verdict"]]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
 def local(rows: list[Row], ceilings: Row) -> list[str]:
     """Return times beside PyTorch's, and what every way took."""
-    short, full = [], []
+    if not rows:
+        return [""]
+    short, full, judged = [], [], any("off by" in row for row in rows)
     for row in rows:
         ours = row["seconds"].get("auto")
         sdpa = row["sdpa seconds"]
         shape = [row["pass"], row["dtype"], row["s_q"], row["s_kv"]]
         ways = {**row["seconds"], **sdpa}
         full.append([*shape, "; ".join(f"{n} {1e3 * s:.3g}" for n, s in _ordered(ways))])
-        if ours is None:
-            continue
         best = min(sdpa, key=sdpa.__getitem__, default="")
-        unsplit = [s for name, s in sdpa.items() if name != "sdpa flash"]
         rate, copy = ceilings.get(row["dtype"]), ceilings.get("copy")
         short.append(
             [
-                *shape, row["auto"], f"{1e3 * ours:.3g}",
-                f"{row['flop'] / ours / rate:.2f}" if rate else "",
-                f"{row['bytes'] / ours / copy:.2f}" if copy else "",
+                *shape, row["auto"], f"{1e3 * ours:.3g}" if ours else "FAILED",
+                f"{row['flop'] / ours / rate:.2f}" if ours and rate else "",
+                f"{row['bytes'] / ours / copy:.2f}" if ours and copy else "",
                 f"{best} {1e3 * sdpa[best]:.3g}" if best else "",
-                f"{sdpa[best] / ours:.2f}" if best else "",
-                f"{min(unsplit) / ours:.2f}" if unsplit else "",
+                f"{speedup(row, sdpa):.2f}" if ours and best else "",
+                f"{speedup(row, unsplit(row)):.2f}" if ours and unsplit(row) else "",
+                *([_off_by(row)] if judged else []),
             ]
         )  # fmt: skip
     head = ["pass", "dtype", "s_q", "s_kv"]
-    if not short:
-        return [""]
     columns = ["kernel", "ms", "of matmul rate", "of copy rate", "SDPA's best, ms", "SDPA / ours"]
-    goals = f"Goals: SDPA / ours at least {GOAL}, on CuPy {GOAL_CUPY}; over those of its backends "
-    goals += f"that do not split over keys at least {GOAL_UNSPLIT}."
     found = [
-        goals,
-        table([*head, *columns, "unsplit / ours"], short),
+        table([*head, *columns, "unsplit / ours", *(["off by"] if judged else [])], short),
         table([*head, "ms by kernel"], full),
     ]
     failed = sorted({f"- {name}: {why}" for row in rows for name, why in row["failed"].items()})
     return [*found, "\n".join(["What could not be done:", "", *failed])] if failed else found
+
+
+def _off_by(row: Row) -> str:
+    """Return by how much a result is off, and whether that is wrong."""
+    return f"{row['off by']:.1e}" + ("" if row["off by"] <= limit(row) else ", WRONG")
 
 
 def overhead(rows: list[Row]) -> str:
