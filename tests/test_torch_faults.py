@@ -168,7 +168,8 @@ def test_a_rank_that_stops_is_waited_for_until_the_timeout(
     for rank, words in said(case).items():
         assert words in what[rank]
         assert reports()[case]["raised"][rank] > TIMEOUT - 0.5
-        assert f"{1000 * TIMEOUT:.0f}ms" in reports()[case]["err"][rank]
+    # Whoever gives up first may end another's wait for it, a moment before its own time is up.
+    assert any(f"{1000 * TIMEOUT:.0f}ms" in err for err in reports()[case]["err"])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2].startswith("stop")], ids=str)
