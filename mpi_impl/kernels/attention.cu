@@ -26,9 +26,9 @@
 // Names: R tiles of 16 rows are a warp's, r is one of them, and h its upper or lower eight rows (no
 // head); C tiles of 8 columns are a step's, n is one of them, and e one of a lane's two columns.
 //
-// Scores and lse are taken in powers of 2, whose exponential the device has.  fp16 reaches from 6e-8
-// to 65504: p, at most 1, is kept times 2^BOOST; ds may be of any size, so that `fit_rows` brings
-// each row into range by a power of two of its own.
+// Scores and lse are taken in powers of 2, whose exponential the device has.  fp16 reaches from
+// 6e-8 to 65504: p, at most 1, is kept times 2^BOOST; ds may be of any size, so that `fit_rows`
+// brings each row into range by a power of two of its own.
 //
 // What would make it faster on newer devices: sm_90's warpgroup products and bulk copies, for which
 // `multiply_rows`, `multiply_sums` and `load_tile` of tile.cuh are the places; and a backward that
