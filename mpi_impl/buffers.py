@@ -8,10 +8,10 @@ stream: events say when the last use before is over, and a message starts once t
     DeviceBuffer   kernels --| array ------------------------------- MPI     | = an event
     StagedBuffer   kernels --| array --| copy --| pinned host ------ MPI
 
-A rotation (`exchange`) has two.  Its `shift` copies the rank's own block into the first and says
-`filled`, or leaves there what came; asks when that may be sent (`sendable`) and when the second may
-be received into (`receivable`); and makes each request to MPI when its answer has become yes
-(`transfers`).  Its `wait` says `deliver` when a block has come, and the two change places.
+Who calls what: a rotation (`exchange`), in `shift`, copies the rank's own block into the buffer in
+hand and says `filled`, or leaves there what came; asks when that may be sent (`sendable`) and when
+the other may be received into (`receivable`); and makes each request to MPI when its answer has
+become yes (`transfers`).  In `wait` it says `deliver` when a block has come: that is in hand now.
 
 The host is ahead of the device: it queues the work of hop h as soon as block h is there, while that
 of hop h-1 still runs.  With LV-XAttn and device buffers, a and b being the events after the work of
