@@ -158,7 +158,7 @@ def obstacle(xp: Any) -> str | None:
     try:
         xp.asnumpy(xp.ones(1, "float32") + 1)
     except Exception as error:  # the compiler's, the driver's, the runtime's
-        needs = "it needs a driver, NVRTC and CUDA's headers: extra cuda12 or cuda13 brings the latter two"
+        needs = "it needs a driver, and NVRTC and headers, which the extra cuda12 or cuda13 brings"
         return f"CuPy cannot compute ({in_a_line(error)}); {needs}"
     return None
 
