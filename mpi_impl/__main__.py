@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mpi4py import MPI
 
+from lvxattn.mpi_impl import awareness, kernels
 from lvxattn.mpi_impl.doctor import examine
 from lvxattn.mpi_impl.last_words import announce_death
 from lvxattn.mpi_impl.launcher import mismatch, speaks
@@ -19,12 +20,20 @@ from lvxattn.reference.run.arguments import Parser, natural, positive
 from lvxattn.reference.run.measure import add_options as add_measure_options
 from lvxattn.reference.run.measure import run_measure
 from lvxattn.reference.run.options import add_options
+from lvxattn.reference.validation import on_rank
 
 _DEMO = "lvxattn demo"
 
 
+_ENVIRONMENT = (
+    "environment: LVXATTN_TIMEOUT=SECONDS ends a run in which a rank waits that long; "
+    "LVXATTN_CUDA_AWARE=auto|0|1 hands MPI device memory or not; LVXATTN_KERNEL=auto|cuda|tiles "
+    "chooses what attends to CuPy arrays. "
+)
+
+
 class _Parser(Parser):
-    speaks = MPI.COMM_WORLD.rank == 0
+    speaks = speaks(os.environ, MPI.COMM_WORLD.rank)
 
 
 def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD) -> int:
@@ -46,7 +55,7 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
         _check_environment(options.command, comm)
         return int(options.run(options, comm))
     except UsageError as error:
-        return refuse(str(error), comm.rank)
+        return refuse(str(error), 0 if speaks(os.environ, comm.rank) else 1)
 
 
 def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
@@ -77,18 +86,26 @@ def _doctor(_: argparse.Namespace, comm: MPI.Intracomm) -> int:
 
 
 def _check_environment(command: str, comm: MPI.Intracomm) -> None:
-    """Refuse a bad ``LVXATTN_TIMEOUT``, whichever rank has it; warn of a wrong launcher."""
-    error = None
+    """Refuse a wrong launcher, which the doctor examines, and a bad variable of any rank's."""
+    wrong = mismatch(os.environ, MPI.COMM_WORLD.size)
+    if wrong and command != "doctor":
+        raise UsageError(f"lvxattn: error: {wrong}")
+    errors = [error for error in comm.allgather(_bad_variable(comm)) if error is not None]
+    if errors:
+        raise UsageError(f"lvxattn: error: {errors[0]}")
+
+
+def _bad_variable(comm: MPI.Intracomm) -> Exception | None:
     try:
         timeout(comm)
-    except ValueError as problem:
-        error = UsageError(f"lvxattn: error: {problem}")
-    errors = [e for e in comm.allgather(error) if e is not None]
-    if errors:
-        raise errors[0]
-    wrong = mismatch(os.environ, comm.size)
-    if wrong and command != "doctor" and speaks(os.environ, comm.rank):
-        print(f"lvxattn: warning: {wrong}; see doctor", file=sys.stderr, flush=True)
+    except ValueError as error:  # which names the rank
+        return error
+    try:
+        awareness.wish()
+        kernels.wish()
+    except ValueError as error:
+        return on_rank(error, comm.rank, comm.size)
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="cross-attention on random tensors or on a file's",
         description="Exact distributed cross-attention: measured, checked and reported.",
+        epilog=_ENVIRONMENT + "exit status: 0; 1 if a check failed; 2 if the input is bad",
         allow_abbrev=False,
     )
     add_options(run)
@@ -148,6 +166,8 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="are these ranks fit for a run?",
         description="Look at every rank, send messages round, and say what to do better.",
+        epilog=_ENVIRONMENT + "exit status: 0; 1 if ranks cannot talk, or cannot compute on their "
+        "GPUs; 2 if an argument or a variable is bad",
         allow_abbrev=False,
     )
     doctor.set_defaults(run=_doctor)

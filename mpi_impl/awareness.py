@@ -5,11 +5,17 @@
                                      the library says yes ->  `self_test` in a process of its own
                                                               arrived: yes      anything else: no
 
-A library's yes may be wrong, as where a transport that it chooses cannot take such memory, and that
-is a segmentation fault or, worse, wrong bytes.  So a program of one process sends device memory to
-itself first.  Every process that asks does so once, for its own device: what is true of one GPU or
-of one rank's transports need not be of another's, and a question that is not collective can hang
-nobody.  Ranks may differ: a message looks the same from whichever memory it is sent.
+A library's yes may be wrong, and that is a segmentation fault or, worse, wrong bytes.  So a program
+of one process sends device memory to itself first.  Every process that asks does so once, for its
+own device: what is true of one GPU need not be of another, and a question that is not collective
+can hang nobody.  Ranks may differ: a message looks the same from whichever memory it is sent.
+
+What the self-test proves is that the library was built for CUDA and copies what lies on this device
+right.  It knows nothing of the ways from process to process, through shared memory
+or a network: over those `doctor` sends device memory.  It says no, and blocks are staged, where a
+second process may not use the GPU (compute mode "exclusive process") or a process without a
+launcher cannot start MPI (as on some machines where srun alone can): there `LVXATTN_CUDA_AWARE=1`
+after a look at `doctor` is the way.
 """
 
 import ctypes
@@ -66,13 +72,11 @@ def cuda_aware(xp: Any = None, device: int | None = None) -> tuple[bool, str]:
     Raises
     ------
     ValueError
-        The variable has another value.
+        As `wish`.
     """
-    wish = os.environ.get("LVXATTN_CUDA_AWARE", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise ValueError(f"LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got {wish!r}")
-    if wish != "auto":
-        return wish == "1", f"LVXATTN_CUDA_AWARE={wish}"
+    decided = wish()
+    if decided != "auto":
+        return decided == "1", f"LVXATTN_CUDA_AWARE={decided}"
     says, why = library_says()
     if not says:
         return False, why
@@ -80,6 +84,20 @@ def cuda_aware(xp: Any = None, device: int | None = None) -> tuple[bool, str]:
         device = 0 if xp is None else xp.cuda.Device().id
     proved, how = self_test("cupy" if xp is None else xp.__name__, device)
     return proved, f"{why} and a self-test: {how}"
+
+
+def wish() -> str:
+    """Return what ``LVXATTN_CUDA_AWARE`` says: auto, unless it is set, 0 or 1.
+
+    Raises
+    ------
+    ValueError
+        It says something else.
+    """
+    said = os.environ.get("LVXATTN_CUDA_AWARE") or "auto"
+    if said not in ("auto", "0", "1"):
+        raise ValueError(f"LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got {said!r}")
+    return said
 
 
 @cache

@@ -62,7 +62,7 @@ def block_attention(
         Called between tiles.
     kernel : str
         ``"tiles"``: these steps, which can do everything; ``"cuda"``: those of `kernels`;
-        ``"auto"``: the latter where they can.
+        ``"auto"``: what ``LVXATTN_KERNEL`` says or, unless it is set, the latter where they can.
 
     Returns
     -------
@@ -73,9 +73,11 @@ def block_attention(
     Raises
     ------
     ValueError
-        `kernel` is none of these, or cannot do this.
+        `kernel`, or the variable, is none of these, or cannot do this.
+    RuntimeError
+        ``"cuda"`` is asked for, and cannot be compiled.
     """
-    if _takes_cuda(kernel, q, k, v, MaskView.of(mask)):
+    if kernels.choose(q, k, v, MaskView.of(mask).mask, kernel).kernel == "cuda":
         out, lse = kernels.forward(array_module(q), q, k, v, scale=float(scale))
         progress()
         return out, lse
@@ -144,7 +146,7 @@ def block_attention_backward(
     dq : (B, H, s_q, D), accumulator dtype
         The share of these keys.
     """
-    if _takes_cuda(kernel, q, k, v, MaskView.of(mask)):
+    if kernels.choose(q, k, v, MaskView.of(mask).mask, kernel).kernel == "cuda":
         xp = array_module(q)
         dq = kernels.backward(xp, dout, q, k, v, lse, delta, dk, dv, scale=float(scale))
         progress()
@@ -206,18 +208,6 @@ def delta_of(dout: Array, out: Array, lse: Array, dlse: Array | None) -> tuple[A
     wide = np.dtype(accumulator(dtype_name(dout)))
     delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
     return dout, xp.where(seen, delta, 0.0)
-
-
-def _takes_cuda(kernel: str, q: Array, k: Array, v: Array, mask: MaskView) -> bool:
-    """Return whether the kernels of `kernels` take this block."""
-    if kernel not in ("auto", "cuda", "tiles"):
-        raise ValueError(f"kernel: expected auto, cuda or tiles, got {kernel!r}")
-    if kernel == "tiles":
-        return False
-    reason = kernels.unsupported(array_module(q), q, k, v, mask.mask)
-    if reason is not None and kernel == "cuda":
-        raise ValueError(f"kernel: 'cuda' expects {reason}")
-    return reason is None
 
 
 # Batch entry, key-value heads and query rows of one tile.

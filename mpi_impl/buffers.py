@@ -8,22 +8,28 @@ stream: events say when the last use before is over, and a message starts once t
     DeviceBuffer   kernels --| array ------------------------------- MPI     | = an event
     StagedBuffer   kernels --| array --| copy --| pinned host ------ MPI
 
-The host is ahead of the device: while the attention of hop h runs, that of hop h + 1 is queued as
-soon as its block is there.  LV-XAttn, device buffers; X to Y reads "from event X to event Y":
+Who calls what: a rotation (`exchange`), in `shift`, copies the rank's own block into the buffer in
+hand and says `filled`, or leaves there what came; asks when that may be sent (`sendable`) and when
+the other may be received into (`receivable`); and makes each request to MPI when its answer has
+become yes (`transfers`).  In `wait` it says `deliver` when a block has come: that is in hand now.
 
-    host        take block h   queue attention h, merge, copy to result buffer      take block h+1
-    computing   ..attention h-1, merge, copy] [attention h      , merge, copy] [attention h+1 ..
-                                            a                                b
-    q   send    block h at once: MPI has written it, and no kernel will
-    q   receive                             a .. block h+1, over block h-1, last read before a
-    result send                             a .. result h-1                  b .. result h
-    result receive   at once, over result h-2: its copy was done before it was sent
+The host is ahead of the device: it queues the work of hop h as soon as block h is there, while that
+of hop h-1 still runs.  With LV-XAttn and device buffers, a and b being the events after the work of
+hops h-1 and h:
 
-Staged, two more streams copy.  A block that is sent on is sent from the host, where it came.
+    computing   .. attention h-1, merge, copy of result h-1] a [attention h, merge, copy] b [..
 
-    to host                                 a .. copy result h-1, then send
-    to device        block h, once attention h-2 has read what it overwrites; attention h waits
-    receive          once the copy to the device of what was received there before is over
+    may begin   send block h             at once: MPI has written it, and kernels only read it
+                receive block h+1        at a: where block h-1 lies, which attention h-1 reads
+                send result h-1          at a: copying it is the last work before a
+                receive another result   at once: where result h-2 lies, which has been sent
+
+Staged, two more streams copy, and a block that is sent on is sent from the host, where it came in:
+
+                copy result h-1 down     at a; it is sent when that is done
+                copy block h up          when attention h-2 has read what lies there; attention h
+                                         waits for it
+                receive block h+1        when block h-1, which lies there, has been copied up
 
 A buffer's memory is used late from its first moment: kernels that are still queued may use what the
 pool gives out again.  So a new buffer, too, has an event to wait for.
@@ -43,12 +49,16 @@ _SUCCESS, _NOT_READY = 0, 600  # cudaEventQuery's
 
 
 class Buffer(Protocol):
-    """A fixed number of bytes beside the arrays, and the way to them for MPI."""
+    """A fixed number of bytes beside the arrays, and the way to them for MPI.
+
+    From `deliver` to the next `filled` or `receivable` it is *lent*: kernels that are yet to be
+    queued may read what MPI has written, so that no event can say yet when all have.
+    """
 
     array: Array
 
     def filled(self) -> None:
-        """Say that kernels queued so far write `array`, and none that follow use this block."""
+        """Say that `array` has been written by kernels queued so far, the last ones to use it."""
 
     def sendable(self, nbytes: int) -> tuple[Array, Ready]:
         """Return what MPI may read, and when: everything that writes the first bytes is done."""
@@ -56,11 +66,11 @@ class Buffer(Protocol):
     def receivable(self, nbytes: int) -> tuple[Array, Ready]:
         """Return what MPI may write, and when: everything that reads the bytes is done.
 
-        Kernels that are queued later do not use the block that was there.
+        Says, too, that no kernel queued later uses the block that was there.
         """
 
     def deliver(self, nbytes: int) -> None:
-        """Show what MPI has written to the kernels that follow, in `array`."""
+        """Show kernels that follow what MPI has written, in `array`: lend it to them."""
 
     def settle(self) -> None:
         """Wait for copies, so that the host's memory may be used otherwise."""
@@ -126,7 +136,7 @@ class DeviceBuffer:
     def __init__(self, xp: Any, nbytes: int) -> None:
         self.xp, self.array = xp, xp.empty(nbytes, xp.uint8)
         self.used = event(xp)
-        self.lent = False  # whether kernels that are yet to be queued may use the array
+        self.lent = False
 
     def filled(self) -> None:
         """Mark the kernels that write the array, the last ones to use it."""
@@ -160,7 +170,7 @@ class StagedBuffer:
         self._address = ctypes.c_void_p(self.host.ctypes.data)
         self.streams = streams(xp, self.array.device.id)
         self.used = self.copied = event(xp)
-        self.lent = False  # whether kernels that are yet to be queued may use the array
+        self.lent = False
 
     def filled(self) -> None:
         """Mark the kernels that write the array, the last ones to use it."""

@@ -144,6 +144,31 @@ def use_device(comm: MPI.Intracomm, xp: Any) -> int:
     return device
 
 
+def obstacle(xp: Any) -> str | None:
+    """Say what keeps CuPy from computing on the current device, or None.  Not collective.
+
+    CuPy compiles its own kernels, too, when they are first used.  What that takes, its package
+    alone does not bring.
+
+    Parameters
+    ----------
+    xp : module
+        cupy.
+    """
+    try:
+        xp.asnumpy(xp.ones(1, "float32") + 1)
+    except Exception as error:  # the compiler's, the driver's, the runtime's
+        needs = "it needs a driver, and NVRTC and headers, which the extra cuda12 or cuda13 brings"
+        return f"CuPy cannot compute ({in_a_line(error)}); {needs}"
+    return None
+
+
+def in_a_line(error: Exception) -> str:
+    """Return an error's kind and the first line of what it says: a compiler's log is long."""
+    lines = [*filter(None, map(str.strip, str(error).splitlines())), ""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
 def rank_on_host(comm: MPI.Intracomm) -> int:
     """Return this rank's number among those of its host.
 

@@ -15,6 +15,10 @@ _VARIABLES = (
     ("PMI_SIZE", "PMI_RANK", "MPICH's mpiexec or its like"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
 )
+# It starts the processes of any MPI, if it is told what that speaks.
+_CURES = {
+    "srun": "say srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH (srun --mpi=list names others)"
+}
 
 
 class Claim(NamedTuple):
@@ -45,7 +49,9 @@ def claim(environment: Mapping[str, str]) -> Claim | None:
 
 
 def mismatch(environment: Mapping[str, str], size: int) -> str | None:
-    """Say that MPI sees another number of ranks than the launcher has started, if so.
+    """Say that MPI sees fewer ranks than the launcher has started, if so, and what cures that.
+
+    It may well see more: of what started another launcher, as srun starts mpirun's helpers.
 
     Parameters
     ----------
@@ -53,6 +59,11 @@ def mismatch(environment: Mapping[str, str], size: int) -> str | None:
         ``os.environ``.
     size : int
         Of MPI.COMM_WORLD.
+
+    Returns
+    -------
+    str or None
+        ``"<who started how many>, but MPI sees <size>: <what to do>"``.
     """
     said = claim(environment)
     if said is None:
@@ -60,13 +71,15 @@ def mismatch(environment: Mapping[str, str], size: int) -> str | None:
     if said.size is None:
         if said.rank < size:
             return None
-        return (
-            f"{said.launcher} says that this is process {said.rank} (PMIX_RANK), and MPI that it "
-            f"is one of {size}"
-        )
-    if said.size == size:
+        number = f"started process {said.rank} (PMIX_RANK)"
+    elif said.size <= size:
         return None
-    return f"{said.launcher} started {said.size} processes ({said.variable}), but MPI sees {size}"
+    else:
+        number = f"started {said.size} processes ({said.variable})"
+    cure = _CURES.get(
+        said.launcher, "start the program with the launcher of the MPI that mpi4py uses"
+    )
+    return f"{said.launcher} {number}, but MPI sees {size}: {cure}"
 
 
 def speaks(environment: Mapping[str, str], rank: int) -> bool:

@@ -1,7 +1,7 @@
 """Requests to MPI that wait for their buffers before they are made.
 
-The host does not wait for a device: it asks now and then whether an event has passed, and makes the
-request then.  Whoever waits for one request asks for the others too.
+The host does not wait for a device: it asks now and then whether the event of a buffer (`buffers`)
+has passed, and makes the request then.  Whoever waits for one request asks for the others too.
 """
 
 from collections.abc import Callable, Sequence

@@ -22,6 +22,7 @@ from lvxattn.mpi_impl import (
     kernels,
 )
 from lvxattn.mpi_impl.kernels import build, cuda
+from lvxattn.mpi_impl.kernels.choose import _warn, unsupported
 from tests import fake_cupy
 from tests.backends import MPI_DEVICE, host
 from tests.cases import Case
@@ -380,14 +381,12 @@ REFUSED = [
     (replace(CASES[0], dtype="float64"), "one of float16, bfloat16, float32, got float64"),
     (replace(CASES[0], D=65), "D = D_V in (64, 128), got D = 65, D_V = 64"),
     (replace(CASES[0], D_V=128), "D = D_V in (64, 128), got D = 64, D_V = 128"),
-    (replace(CASES[0], S_Q=0), "a query and a key at least, got s_q = 0, s_kv = 97"),
-    (replace(CASES[0], S_KV=0), "a query and a key at least, got s_q = 31, s_kv = 0"),
 ]
 
 
 @pytest.mark.parametrize(("case", "reason"), REFUSED, ids=lambda x: x if type(x) is str else "")
 def test_what_it_cannot_do_is_refused_by_name_and_goes_to_the_tiles_by_itself(
-    case: Case, reason: str, emulator: Emulator
+    case: Case, reason: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = case.make()
     q, k, v = device(problem.q, problem.k, problem.v)
@@ -398,37 +397,121 @@ def test_what_it_cannot_do_is_refused_by_name_and_goes_to_the_tiles_by_itself(
         block_attention(q, k, v, scale=1.0, mask=mask, kernel="cuda")
     assert str(raised.value) == f"kernel: 'cuda' expects {reason}"
     block_attention(q, k, v, scale=1.0, mask=mask)
+    monkeypatch.setenv("LVXATTN_KERNEL", "cuda")
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        block_attention(q, k, v, scale=1.0, mask=mask)
+    assert str(raised.value) == f"LVXATTN_KERNEL: 'cuda' expects {reason}"
     assert not emulator.launches
 
 
 def test_the_device_decides_too(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = CASES[0].make()
     given = device(problem.q, problem.k, problem.v)
-    assert kernels.unsupported(fake_cupy, *given, None) is None
-    assert "numpy" in str(kernels.unsupported(np, problem.q, problem.k, problem.v, None))
+    assert unsupported(fake_cupy, *given, None) is None
+    assert "numpy" in str(unsupported(np, problem.q, problem.k, problem.v, None))
     other = [*given[:2], *device(problem.v.astype(np.float32))]
-    assert kernels.unsupported(fake_cupy, *other, None) == (
+    assert unsupported(fake_cupy, *other, None) == (
         "k and v of q's float16, got float16 and float32"
     )
     many = device(*np.zeros((3, 2**15, 2, 1, 64), np.float16))
-    assert kernels.unsupported(fake_cupy, *many, None) == "B H_KV of at most 65535, got 65536"
+    assert unsupported(fake_cupy, *many, None) == "B H_KV of at most 65535, got 65536"
     small = build.Tile(warps=8, row_tiles=2, cols=256, kept=2)
     with monkeypatch.context() as patch:
         patch.setitem(build.TILES, (2, 64), {"forward": small})
-        assert kernels.unsupported(fake_cupy, *given, None) == (
+        assert unsupported(fake_cupy, *given, None) == (
             f"a device with {small.shared_bytes('float16', 64)} bytes of shared memory a block, "
             "got 166912"
         )
     monkeypatch.setattr(fake_cupy.Device, "compute_capability", "75")
-    assert kernels.unsupported(fake_cupy, *given, None) == (
+    assert unsupported(fake_cupy, *given, None) == (
         "a device of compute capability 8.0 or more, got 7.5"
     )
 
 
-def test_another_kernel_is_refused() -> None:
+@emulated
+@pytest.mark.parametrize(
+    ("variable", "argument", "taken"),
+    [
+        (None, "auto", "cuda: float16, D = 64, no mask"),
+        ("", "auto", "cuda: float16, D = 64, no mask"),
+        ("cuda", "auto", "cuda: LVXATTN_KERNEL=cuda"),
+        ("tiles", "auto", "tiles: LVXATTN_KERNEL=tiles"),
+        ("tiles", "cuda", "cuda: kernel=cuda"),
+        ("cuda", "tiles", "tiles: kernel=tiles"),
+    ],
+)
+def test_the_argument_decides_before_the_environment(
+    variable: str | None,
+    argument: str,
+    taken: str,
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("LVXATTN_KERNEL", variable)
+    problem = CASES[0].make()
+    given = device(problem.q, problem.k, problem.v)
+    assert str(kernels.choose(*given, None, argument)) == taken
+    solve_block(problem, MPI_DEVICE, kernel=argument)
+    assert bool(emulator.launches) == taken.startswith("cuda")
+
+
+def test_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.zeros((1, 1, 1, 64))
     with pytest.raises(ValueError, match=r"^kernel: expected auto, cuda or tiles, got 'fast'$"):
         block_attention(x, x, x, scale=1.0, kernel="fast")
+    monkeypatch.setenv("LVXATTN_KERNEL", "Tiles")
+    wrong = r"^LVXATTN_KERNEL: expected auto, cuda or tiles, got 'Tiles'$"
+    with pytest.raises(ValueError, match=wrong):
+        block_attention(x, x, x, scale=1.0)
+
+
+@pytest.mark.parametrize("empty", ["S_Q", "S_KV"])
+def test_a_shard_without_queries_or_keys_is_no_work_for_any_kernel(
+    empty: str, emulator: Emulator
+) -> None:
+    problem = sized("float16", 64, **{empty: 0}).make()
+    results = solve_block(problem, MPI_DEVICE, kernel="cuda")
+    assert not results["out"].any()
+    assert not emulator.launches
+
+
+class CompileError(Exception):
+    """As CuPy's own: derived from nothing closer."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError('Failure finding "libnvrtc.so.13"'), 'RuntimeError: Failure finding "libnv'),
+        (
+            CompileError("\nattention.cu(3): error\n and more"),
+            "CompileError: attention.cu(3): error)",
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_is_tried_and_told_once_and_tiles_take_over(
+    error: Exception, line: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def fail(**given: Any) -> Any:
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(fake_cupy, "RawModule", fail)
+    _warn.cache_clear()
+    problem = CASES[0].make()
+    with pytest.warns(RuntimeWarning) as told:
+        results = solve_block(problem, MPI_DEVICE, kernel="auto")  # two blocks
+    assert max(worst_ratios(problem, results).values()) <= 1
+    assert [line in str(each.message) for each in told] == [True]
+    q, k, v = device(problem.q, problem.k, problem.v)
+    assert line in kernels.choose(q, k, v, None).why
+    with pytest.raises(RuntimeError, match="kernel: 'cuda' cannot be compiled") as raised:
+        block_attention(q, k, v, scale=1.0, kernel="cuda")
+    assert raised.value.__cause__ is error  # with all that the compiler says
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize("s_kv", [1, 100, 5000, 75_000, 1_000_000])

@@ -46,6 +46,13 @@ FAST = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def has_dtype(request: pytest.FixtureRequest) -> None:
+    """Skip what this CuPy has no numbers for."""
+    if "bfloat16" in request.node.name and int(cupy.__version__.partition(".")[0]) < 14:
+        pytest.skip(f"bfloat16 needs CuPy 14, and here is {cupy.__version__}")
+
+
 def solve(case: Case, kernel: str) -> dict[str, Any]:
     """Return all results of one block on the device."""
     problem = case.make()
@@ -126,4 +133,4 @@ def test_gradients_in_16_bits_are_those_in_fp32_rounded_once(dtype: str) -> None
 
 def test_a_block_that_the_fast_kernel_takes_is_given_to_it() -> None:
     x = cupy.zeros((1, 1, 64, 128), cupy.float16)
-    assert kernels.unsupported(cupy, x, x, x, None) is None
+    assert str(kernels.choose(x, x, x, None)) == "cuda: float16, D = 128, no mask"

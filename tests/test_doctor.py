@@ -5,15 +5,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import pytest
 from mpi4py import MPI
 
+from lvxattn.mpi_impl.__main__ import main
 from lvxattn.mpi_impl.doctor.advice import find_problems
 from lvxattn.mpi_impl.doctor.examination import _print_facts, examine
 from lvxattn.mpi_impl.doctor.facts import Facts
 from lvxattn.mpi_impl.doctor.ring import Link
 from lvxattn.mpi_impl.launcher import claim, mismatch, speaks
+from tests import fake_cupy
 from tests.commands import commands
 
 SOUND = Facts(
@@ -74,6 +77,34 @@ def test_a_launcher_of_another_mpi_is_an_error_that_one_process_prints() -> None
     assert (second.returncode, second.stdout) == (1, "")
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("command", ["run", "measure", "demo"])
+def test_no_other_command_works_when_every_rank_is_alone(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PMI_SIZE", "4")
+    for number, wrong in (("0", "started 4 processes (PMI_SIZE), but MPI sees 1"), ("2", "")):
+        monkeypatch.setenv("PMI_RANK", number)
+        assert main([command]) == 2
+        said = capsys.readouterr()
+        assert (wrong in said.err, said.out, bool(said.err)) == (True, "", number == "0")
+
+
+@pytest.mark.parametrize("name", ["LVXATTN_KERNEL", "LVXATTN_CUDA_AWARE", "LVXATTN_TIMEOUT"])
+def test_a_bad_variable_is_bad_input_of_every_command_and_an_empty_one_is_unset(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--text-tokens", "8", "--visual-tokens", "16", "--quiet"]
+    for words in (["run", *sizes], ["doctor"]):
+        monkeypatch.setenv(name, "yes")
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"lvxattn: error: {name}: expected ")
+        assert "'yes' (on rank 0 of 1)" in said
+        monkeypatch.setenv(name, "")
+        assert main(words) == 0
+
+
 @pytest.mark.parametrize(
     ("environment", "size", "wrong"),
     [
@@ -84,7 +115,8 @@ def test_a_launcher_of_another_mpi_is_an_error_that_one_process_prints() -> None
         ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE"),
         # mpirun inside an allocation: srun has started one helper a node
         ({"OMPI_COMM_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2"}, 8, None),
-        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}, 1, "SLURM_STEP_NUM_TASKS"),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}, 1, "srun --mpi=pmix"),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, 8, None),  # a launcher of its own, inside a step
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, None),  # the batch script itself
         ({"PMIX_RANK": "0"}, 1, None),
         ({"PMIX_RANK": "3"}, 1, "PMIX_RANK"),
@@ -128,7 +160,7 @@ def test_sound_ranks_have_no_problem() -> None:
         ),
         (
             [replace(SOUND, threads=1, threads_from="OMP_NUM_THREADS")] * 2,
-            "leave most of 4 cores idle",
+            "most of 4 cores are idle with 2 BLAS threads: unset OMP_NUM_THREADS",
         ),
         ([replace(SOUND, blas="")] * 2, "set OMP_NUM_THREADS to 2"),
         ([SOUND, replace(SOUND, library="MPI 2")], "different MPI libraries: MPI 1; MPI 2"),
@@ -137,7 +169,7 @@ def test_sound_ranks_have_no_problem() -> None:
         ([replace(SOUND, cupy="13")] * 2, "CuPy finds no GPU"),
         (
             [replace(SOUND, cupy="13", devices=("H",), cuda_aware=(True, ""))] * 2,
-            "2 ranks share 1 GPUs",
+            "2 ranks share 1 GPU:",
         ),
         ([replace(SOUND, cupy="13", devices=("H", "H"))] * 2, "pinned host memory"),
         (
@@ -154,8 +186,8 @@ def test_sound_ranks_have_no_problem() -> None:
             "ended by SIGSEGV): messages go through pinned host memory; see what the library lacks",
         ),
         (
-            [replace(SOUND, cuda_aware=(False, "LVXATTN_CUDA_AWARE: expected auto"))] * 2,
-            "LVXATTN_CUDA_AWARE: expected",
+            [replace(SOUND, cuda_aware=(True, "so"), denied="MPIX_Query_cuda_support")] * 2,
+            "against the library's word (MPIX_Query_cuda_support)",
         ),
     ],
 )
@@ -170,8 +202,10 @@ def test_what_was_decided_about_device_memory_is_said_with_the_ranks_that_it_is_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = replace(SOUND, cuda_aware=(True, "asked and a self-test: device memory arrived"))
+    other = replace(other, kernel="cuda: float16")
     _print_facts([SOUND, other, SOUND])
     said = capsys.readouterr().out
+    assert "  kernel      cuda: float16 on ranks 1\n" in said
     assert "CUDA-aware  no, by asked on ranks 0, 2\n" in said
     assert "yes, by asked and a self-test: device memory arrived on ranks 1\n" in said
     _print_facts([SOUND, SOUND])
@@ -193,8 +227,54 @@ def test_device_memory_is_sent_from_rank_to_rank_as_a_pass_sends_it(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert examine(MPI.COMM_SELF) == whole
     said = capsys.readouterr().out
+    assert "kernel      tiles: cuda expects a device of compute capability 8.0 or more" in said
+    assert ("against the library's word" in said) == (aware == "1")
     assert ("device memory came round whole" in said) == whole
     assert ("ERROR: rank 0 did not get what rank 0 sent from its GPU" in said) != whole
+
+
+def no_compiler(*given: Any) -> Any:
+    """What CuPy does where its kernels cannot be compiled."""
+    raise RuntimeError('Failure finding "libnvrtc.so.13"\nand where it was looked for')
+
+
+@pytest.mark.parametrize("missing", ["compiler", "kernel"])
+def test_a_gpu_on_which_nothing_can_be_computed_is_an_error_of_doctor_and_run(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    properties = {"name": b"H"}
+    monkeypatch.setattr(
+        fake_cupy.cuda.runtime, "getDeviceProperties", lambda _: properties, raising=False
+    )
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    expected = "LVXATTN_KERNEL: 'cuda' expects a device of compute capability 8.0 or more, got 7.5"
+    if missing == "compiler":
+        monkeypatch.setattr(fake_cupy.ndarray, "__add__", no_compiler)
+        expected = 'CuPy cannot compute (RuntimeError: Failure finding "libnvrtc.so.13"); it needs'
+    else:
+        monkeypatch.setenv("LVXATTN_KERNEL", "cuda")
+    assert not examine(MPI.COMM_SELF)
+    assert f"ERROR: {expected}" in capsys.readouterr().out
+    sizes = ["--text-tokens", "8", "--visual-tokens", "16", "--dtype", "float16"]
+    assert main(["run", "--device", "gpu", *sizes], MPI.COMM_SELF) == 2
+    assert f"error: {expected}" in capsys.readouterr().err
+
+
+def test_run_names_the_kernel_that_was_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    properties = {"name": b"H"}
+    monkeypatch.setattr(
+        fake_cupy.cuda.runtime, "getDeviceProperties", lambda _: properties, raising=False
+    )
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    monkeypatch.setenv("LVXATTN_KERNEL", "tiles")
+    sizes = ["--text-tokens", "8", "--visual-tokens", "16", "--check", "--backward"]
+    assert main(["run", "--device", "gpu", *sizes], MPI.COMM_SELF) == 0
+    said = capsys.readouterr().out
+    assert "\n  kernel    tiles: LVXATTN_KERNEL=tiles\n" in said
+    assert "GPU 0 H" in said
 
 
 def test_what_keeps_ranks_from_talking_is_fatal() -> None:

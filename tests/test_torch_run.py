@@ -83,7 +83,7 @@ def test_without_torchrun_it_is_one_rank(
 ) -> None:
     assert main(["run", *SMALL, "--check", "--backward"]) == 0
     said = capsys.readouterr()
-    assert "lv-xattn on 1 ranks" in said.out
+    assert "lv-xattn on 1 rank," in said.out
     assert not torch.distributed.is_initialized()
 
 

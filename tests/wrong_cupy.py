@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.fake_cupy import __version__, asarray, cuda, empty, uint8, zeros  # noqa: F401
+from tests.fake_cupy import __version__, asarray, cuda, empty, ones, uint8, zeros  # noqa: F401
 from tests.fake_cupy import asnumpy as right
 
 

@@ -8,7 +8,7 @@ from lvxattn.mpi_impl.doctor.ring import Link
 
 
 class Problem(NamedTuple):
-    """A line of advice; `fatal` if ranks cannot talk."""
+    """A line of advice; `fatal` if ranks cannot talk, or cannot compute on their GPUs."""
 
     text: str
     fatal: bool = False
@@ -34,8 +34,7 @@ def find_problems(
     """
     problems = []
     if mismatch:
-        advice = "start the program with the launcher of the MPI that mpi4py uses, named above"
-        problems.append(Problem(f"{mismatch}: {advice}", fatal=True))
+        problems.append(Problem(mismatch, fatal=True))
     problems += [
         Problem(
             f"rank {link.rank} did not get what rank {link.source} sent: this MPI installation is "
@@ -54,6 +53,11 @@ def find_problems(
         for rank, whole in enumerate(arrived)
         if not whole
     ]
+    problems += [
+        Problem(f"{found}, on rank {rank}", fatal=True)
+        for found, rank in {facts.obstacle: rank for rank, facts in enumerate(ranks)}.items()
+        if found
+    ]
     for name, what in (("library", "MPI libraries"), ("versions", "versions")):
         kinds = sorted({str(getattr(facts, name)) for facts in ranks})
         if len(kinds) > 1:
@@ -71,16 +75,17 @@ def _on_host(host: str, ranks: list[Facts]) -> list[Problem]:
     threads, count = sum(facts.threads for facts in ranks), len(ranks)
     if count > cores:
         problems.append(
-            f"{host}: {count} ranks on {cores} cores wait for one another: start at most {cores}"
+            f"{host}: {counted(count, 'rank')} on {counted(cores, 'core')} wait for one another: "
+            f"start at most {cores}"
         )
     elif threads > cores:
         problems.append(
-            f"{host}: {threads} BLAS threads on {cores} cores: unset {ranks[0].threads_from}, or "
-            f"set it to {cores // count}"
+            f"{host}: {counted(threads, 'BLAS thread')} on {counted(cores, 'core')}: unset "
+            f"{ranks[0].threads_from}, or set it to {cores // count}"
         )
     elif 2 * threads <= cores and ranks[0].threads_from.isupper():
         problems.append(
-            f"{host}: {threads} BLAS threads leave most of {cores} cores idle: unset "
+            f"{host}: most of {cores} cores are idle with {counted(threads, 'BLAS thread')}: unset "
             f"{ranks[0].threads_from}, or set it to {cores // count}"
         )
     if not all(facts.blas for facts in ranks):
@@ -96,7 +101,7 @@ def _on_host(host: str, ranks: list[Facts]) -> list[Problem]:
     elif first.cupy and not first.devices:
         problems.append(f"{host}: CuPy finds no GPU: check the driver and CUDA_VISIBLE_DEVICES")
     elif first.devices and count > (gpus := max(first.gpu_files, len(first.devices))):
-        problems.append(f"{host}: {count} ranks share {gpus} GPUs: start one a GPU")
+        problems.append(f"{host}: {count} ranks share {counted(gpus, 'GPU')}: start one a GPU")
     if first.devices and not all(facts.cuda_aware[0] for facts in ranks):
         why = next(facts.cuda_aware[1] for facts in ranks if not facts.cuda_aware[0])
         advice = (
@@ -108,6 +113,14 @@ def _on_host(host: str, ranks: list[Facts]) -> list[Problem]:
             f"{host}: MPI takes no device memory ({why}): messages go through pinned host memory; "
             f"{advice}"
         )
-    if "LVXATTN_CUDA_AWARE: expected" in first.cuda_aware[1]:
-        problems.append(f"{host}: {first.cuda_aware[1]}")
+    if first.denied:
+        problems.append(
+            f"{host}: LVXATTN_CUDA_AWARE=1 against the library's word ({first.denied}): if that is "
+            "right, passes over CuPy arrays crash or get wrong bytes"
+        )
     return [Problem(text) for text in problems]
+
+
+def counted(number: int, what: str) -> str:
+    """Return ``"1 rank"``, ``"2 ranks"``."""
+    return f"{number} {what}{'s' * (number != 1)}"

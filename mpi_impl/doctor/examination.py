@@ -9,7 +9,7 @@ from mpi4py import MPI
 import lvxattn
 from lvxattn.mpi_impl.awareness import SELF_TEST_SECONDS
 from lvxattn.mpi_impl.device import limit_blas_threads, rank_on_host, use_device
-from lvxattn.mpi_impl.doctor.advice import Problem, find_problems
+from lvxattn.mpi_impl.doctor.advice import Problem, counted, find_problems
 from lvxattn.mpi_impl.doctor.facts import Facts, look
 from lvxattn.mpi_impl.doctor.ring import Link, send_from_device, send_round
 from lvxattn.mpi_impl.launcher import claim, mismatch, speaks
@@ -31,19 +31,20 @@ def examine(comm: MPI.Intracomm) -> bool:
     Returns
     -------
     bool
-        Whether the ranks can talk, of what is on their GPUs too; the same on all of them.
+        Whether the ranks can talk, of what is on their GPUs too, and compute there; the same on all
+        of them.
     """
     with watching(comm, "all ranks to say what they are", _PATIENCE + SELF_TEST_SECONDS):
         ranks = comm.allgather(look(limit_blas_threads(comm), rank_on_host(comm)))
     with watching(comm, "a message to come round", _PATIENCE):
         links = comm.allgather(send_round(comm)) if comm.size > 1 else []
     arrived: list[bool] = []
-    if all(facts.devices and "expected" not in facts.cuda_aware[1] for facts in ranks):
+    if all(facts.devices and not facts.obstacle for facts in ranks):
         xp = import_module("cupy")
         use_device(comm, xp)
         with watching(comm, "device memory to come round", _PATIENCE):
             arrived = comm.allgather(send_from_device(comm, xp))
-    problems = find_problems(ranks, links, mismatch(os.environ, comm.size), arrived)
+    problems = find_problems(ranks, links, mismatch(os.environ, MPI.COMM_WORLD.size), arrived)
     if speaks(os.environ, comm.rank):
         _print_facts(ranks)
         _print_links(ranks, links)
@@ -60,14 +61,14 @@ def _print_facts(ranks: list[Facts]) -> None:
     _line("lvxattn", f"{lvxattn.__version__}, {first.versions}, mpi4py {mpi4py.__version__}")
     _line("MPI", first.library)
     _line("launcher", _launcher(len(ranks)))
-    _line("ranks", f"{len(ranks)} on {len(hosts)} host{'s' * (len(hosts) > 1)}")
+    _line("ranks", f"{len(ranks)} on {counted(len(hosts), 'host')}")
     for host in hosts:
         here = [facts for facts in ranks if facts.host == host]
         cores = len(frozenset().union(*(facts.cores for facts in here)))
         threads = "/".join(sorted({str(facts.threads) for facts in here}))
         _line(
             "",
-            f"{host}: {len(here)} rank{'s' * (len(here) > 1)}, "
+            f"{host}: {counted(len(here), 'rank')}, "
             f"BLAS threads of each: {threads}, cores: {cores}",
         )
     if sorted(range(len(ranks)), key=lambda r: list(hosts).index(ranks[r].host)) != list(
@@ -77,11 +78,22 @@ def _print_facts(ranks: list[Facts]) -> None:
     _line("arrays", f"NumPy with {first.blas or 'an unknown BLAS'}; threads: {first.threads_from}")
     devices = ", ".join(first.devices) or "no GPU"
     _line("", f"CuPy {first.cupy}: {devices}" if first.cupy else "CuPy is not installed")
-    label = "CUDA-aware"
-    for aware, why in dict.fromkeys(facts.cuda_aware for facts in ranks):
-        those = [str(r) for r, facts in enumerate(ranks) if facts.cuda_aware == (aware, why)]
-        whose = "" if len(those) == len(ranks) else f" on ranks {', '.join(those)}"
-        _line(label, f"{'yes' if aware else 'no'}, by {why}{whose}")
+    _differing("kernel", [facts.kernel for facts in ranks])
+    _differing(
+        "CUDA-aware",
+        [
+            ("yes" if aware else "no") + f", by {why}"
+            for aware, why in (x.cuda_aware for x in ranks)
+        ],
+    )
+
+
+def _differing(label: str, texts: list[str]) -> None:
+    """Print what all ranks have in common, or a line for each kind, with the ranks of that kind."""
+    for text in filter(None, dict.fromkeys(texts)):
+        those = [str(rank) for rank, other in enumerate(texts) if other == text]
+        whose = "" if len(those) == len(texts) else f" on ranks {', '.join(those)}"
+        _line(label, text + whose)
         label = ""
 
 
@@ -110,7 +122,7 @@ def _print_links(ranks: list[Facts], links: list[Link]) -> None:
             thinnest = min(some, key=lambda link: link.bandwidth)
             _line(
                 label,
-                f"{name}, {len(some)} links: 1 B in {1e6 * slowest.latency:.1f} us "
+                f"{name}, {counted(len(some), 'link')}: 1 B in {1e6 * slowest.latency:.1f} us "
                 f"({slowest.source} to {slowest.rank}), 4 MiB at {thinnest.bandwidth / 1e9:.2f} "
                 f"GB/s ({thinnest.source} to {thinnest.rank}) on the slowest",
             )

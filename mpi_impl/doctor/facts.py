@@ -10,8 +10,10 @@ from importlib import import_module
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.awareness import cuda_aware
+from lvxattn.mpi_impl.awareness import cuda_aware, library_says
 from lvxattn.mpi_impl.device import BLAS_VARIABLES
+from lvxattn.mpi_impl.device import obstacle as obstacle_of
+from lvxattn.mpi_impl.kernels import choose
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Facts:
         GPUs that the operating system shows.
     cuda_aware : tuple of bool and str
         Whether MPI takes device memory, and how that was decided.
+    denied : str
+        How the library was asked that denies it, where it is decided otherwise; else empty.
+    kernel : str
+        What attends to blocks on this rank's GPU, and why; empty without one.
+    obstacle : str
+        What keeps this rank from computing there; else empty.
     """
 
     host: str
@@ -54,6 +62,9 @@ class Facts:
     devices: tuple[str, ...]
     gpu_files: int
     cuda_aware: tuple[bool, str]
+    denied: str = ""
+    kernel: str = ""
+    obstacle: str = ""
 
 
 def look(threads: int, number: int = 0) -> Facts:
@@ -71,10 +82,12 @@ def look(threads: int, number: int = 0) -> Facts:
     pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
     setters = [name for name in BLAS_VARIABLES if os.environ.get(name)]
     cupy, devices = _devices()
+    device = number % max(1, len(devices))
     try:
-        aware = cuda_aware(device=number % max(1, len(devices)))
-    except (OSError, ValueError) as error:
-        aware = False, str(error)
+        aware, (says, how) = cuda_aware(device=device), library_says()
+    except OSError as error:
+        aware, says, how = (False, str(error)), False, ""
+    kernel, obstacle = _attention(device) if devices else ("", "")
     return Facts(
         host=socket.gethostname(),
         cores=frozenset(os.sched_getaffinity(0)),
@@ -87,6 +100,9 @@ def look(threads: int, number: int = 0) -> Facts:
         devices=devices,
         gpu_files=len(glob("/dev/nvidia[0-9]*")),
         cuda_aware=aware,
+        denied=how if aware[0] and not says else "",
+        kernel=kernel,
+        obstacle=obstacle,
     )
 
 
@@ -108,3 +124,17 @@ def _devices() -> tuple[str, tuple[str, ...]]:
         return str(cupy.__version__), tuple(device["name"].decode() for device in properties)
     except cupy.cuda.runtime.CUDARuntimeError:  # no driver, no device
         return str(cupy.__version__), ()
+
+
+def _attention(device: int) -> tuple[str, str]:
+    """Return what attends to blocks on a device, and what keeps it from computing at all."""
+    cupy = import_module("cupy")
+    with cupy.cuda.Device(device):
+        found = obstacle_of(cupy)
+        if found:
+            return "", found
+        x = cupy.zeros((1, 1, 1, 64), "float16")
+        try:
+            return str(choose(x, x, x, None)), ""
+        except (RuntimeError, ValueError) as error:  # LVXATTN_KERNEL=cuda, where it cannot be
+            return "", str(error)

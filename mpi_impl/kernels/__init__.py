@@ -1,13 +1,14 @@
 """Attention over a block in CUDA C++, for CuPy arrays.
 
 `attention.cu` holds the kernels, `build` their tiles and the compiler's options, `cuda` the
-launches.  They take fp32, fp16 and bf16 with D = D_V of 64 or 128 and no mask; everything else goes
-through the tiles of `block_attention`.
+launches, `choose` whether they take a block.  They take fp32, fp16 and bf16 with D = D_V of 64 or
+128 and no mask; everything else goes through the tiles of `block_attention`.
 
 The kernels compile for sm_80 and sm_90, and every thread of them has been run in emulation on a
 CPU, against the reference.  They have not been run on a GPU yet, nor been timed.
 """
 
-from lvxattn.mpi_impl.kernels.cuda import backward, forward, unsupported
+from lvxattn.mpi_impl.kernels.choose import Choice, choose, wish
+from lvxattn.mpi_impl.kernels.cuda import backward, forward
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["Choice", "backward", "choose", "forward", "wish"]

@@ -1,11 +1,15 @@
-// Attention of a block of queries over one rank's keys, and its gradients.
+// Attention of a block of queries over one rank's keys, and its gradients.  The head of tile.cuh
+// comes first: it says which lane holds which numbers of `p[r][n][i]`.
 //
 //     s = scale q k^T      p = exp(s - rowmax s)      out = p v / rowsum p
 //     p = exp(s - lse)     dv = p^T dout
 //     ds = p (dout v^T - delta)      dq = scale ds k      dk = scale ds^T q
 //
+// delta = rowsum(dout out) - dlse and, for the backward, lse over all keys of all ranks are given.
+//
 // A block of threads keeps a tile of rows in shared memory and lets tiles of columns pass by; the
-// next one is on its way while this one is worked on.
+// next one is on its way while this one is worked on.  Each step closes a group of copies, be it
+// empty, as the last one's is: so "all groups but the latest" is this step's tile in every step.
 //
 //     kernel          rows              columns        sums             then
 //     forward         queries           keys           out, max, sum    merge_splits
@@ -19,6 +23,13 @@
 // The query heads that share a key-value head lie one under the other in memory: its `rows` are
 // G s_q, and keys are read once for all of them.  `pair` counts batch entries and key-value heads.
 //
+// Names: R tiles of 16 rows are a warp's, r is one of them, and h its upper or lower eight rows (no
+// head); C tiles of 8 columns are a step's, n is one of them, and e one of a lane's two columns.
+//
+// Scores and lse are taken in powers of 2, whose exponential the device has.  fp16 reaches from
+// 6e-8 to 65504: p, at most 1, is kept times 2^BOOST; ds may be of any size, so that `fit_rows`
+// brings each row into range by a power of two of its own.
+//
 // What would make it faster on newer devices: sm_90's warpgroup products and bulk copies, for which
 // `multiply_rows`, `multiply_sums` and `load_tile` of tile.cuh are the places; and a backward that
 // makes the scores once, where here both of its kernels make them: seven products instead of five,
@@ -28,7 +39,7 @@
 // v and dout; HEAD_DIM; and for each kernel its WARPS, ROW_TILES (of 16 rows, for each warp) and
 // COLS.
 
-using T = SCALAR;
+using T = SCALAR;  // `T()`, as an argument, chooses among functions of one name
 
 // ---------------------------------------------------------------------------------- forward
 
@@ -51,6 +62,7 @@ forward(float* out, float* lse, const T* q, const T* k, const T* v,
     q += (static_cast<long long>(pair) * rows + first_row) * D;
 
     const float to_log2 = scale * LOG2E;
+    // Of each row: sums of p v, the highest score so far, and the sum of p in this lane's columns.
     float sums[R][D / 8][4] = {}, top[R][2], total[R][2] = {};
     #pragma unroll
     for (int r = 0; r < R; r++) top[r][0] = top[r][1] = -INF;
@@ -198,6 +210,7 @@ backward_q(float* dq, const T* dout, const T* q, const T* k, const T* v, const f
 
     const int warp_row = warp_of() * 16 * R;
     const float to_log2 = scale * LOG2E;
+    // Of each row: sums of ds k in units of `fit_rows`, the unit, lse as exp2 takes it, and delta.
     float sums[R][D / 8][4] = {}, unit[R][2], shift[R][2], minus[R][2];
     #pragma unroll
     for (int r = 0; r < R; r++)
@@ -240,7 +253,7 @@ backward_q(float* dq, const T* dout, const T* q, const T* k, const T* v, const f
                     const bool real = key + 8 * n + 2 * (lane_of() % 4) + i % 2 < end;
                     ds[r][n][i] = real ? x * (ds[r][n][i] - minus[r][i / 2]) : 0;
                 }
-        // 3. A plain sum over keys.
+        // 3. A sum over keys, its rows and those before in one unit.
         fit_rows(ds, unit, sums, T());
         multiply_sums(sums, ds, k_tile + now * TILE);
         __syncthreads();  // all have read this tile: the next step overwrites it
@@ -298,7 +311,7 @@ backward_kv(void* dk, void* dv, const T* dout, const T* q, const T* k, const T* 
     T* v_tile = k_tile + ROWS * PITCH<T>;
     T* q_tile = v_tile + ROWS * PITCH<T>;
     T* dout_tile = q_tile + 2 * TILE;
-    float* shift = reinterpret_cast<float*>(dout_tile + 2 * TILE);
+    float* shift = reinterpret_cast<float*>(dout_tile + 2 * TILE);  // of each query, and its delta
     float* minus = shift + 2 * COLS;
 
     const int pair = blockIdx.z, batch = pair / H_KV, head = pair % H_KV;
@@ -311,6 +324,7 @@ backward_kv(void* dk, void* dv, const T* dout, const T* q, const T* k, const T* 
     delta += static_cast<long long>(pair) * rows;
 
     const float to_log2 = scale * LOG2E;
+    // Of each key: sums of ds q in units of `fit_rows`, sums of p dout, and the unit.
     float dk_sums[R][D / 8][4] = {}, dv_sums[R][D / 8][4] = {}, unit[R][2];
     #pragma unroll
     for (int r = 0; r < R; r++) unit[r][0] = unit[r][1] = LARGEST_UNIT;
@@ -354,7 +368,7 @@ backward_kv(void* dk, void* dv, const T* dout, const T* q, const T* k, const T* 
                         ds[r][n][i] = p[r][n][i] * (ds[r][n][i] - from_gradient);
                     }
             }
-        // 3. Plain sums over queries, those of all heads of the group.
+        // 3. Sums over queries, those of all heads of the group; dk's in units of `fit_rows`.
         multiply_sums(dv_sums, p, dout_tile + now * TILE);
         fit_rows(ds, unit, dk_sums, T());
         multiply_sums(dk_sums, ds, q_tile + now * TILE);

@@ -8,20 +8,11 @@ Kernels run in the current stream; nothing here waits for them.
 
 from functools import cache
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lvxattn.mpi_impl.kernels.build import (
-    HEAD_DIMS,
-    JOIN_WARPS,
-    KERNELS,
-    SCALARS,
-    Tile,
-    options,
-    source,
-    tiles_of,
-)
+from lvxattn.mpi_impl.kernels.build import JOIN_WARPS, KERNELS, Tile, options, source, tiles_of
 from lvxattn.reference.validation import dtype_name
 
 Array = Any  # CuPy
@@ -30,50 +21,6 @@ Array = Any  # CuPy
 BLOCKS_PER_PROCESSOR = 4
 # A split has at least as many steps: what it writes must be little beside what it reads.
 STEPS_PER_SPLIT = 4
-# The third axis of a grid.
-MOST_PAIRS = 65535
-
-
-def unsupported(xp: Any, q: Array, k: Array, v: Array, mask: Any) -> str | None:
-    """Say what keeps the fast kernels from this block, or None.
-
-    Parameters
-    ----------
-    xp : module
-        numpy or cupy.
-    q : (B, H, s_q, D)
-    k : (B, H_KV, s_kv, D)
-    v : (B, H_KV, s_kv, D_V)
-    mask : None, array or callable
-
-    Returns
-    -------
-    reason : str or None
-        ``"<what is expected>, got <what is given>"``.
-    """
-    if xp is np:
-        return "a CuPy array, got one of numpy"
-    if dtype_name(q) not in SCALARS:
-        return f"one of {', '.join(SCALARS)}, got {dtype_name(q)}"
-    D, D_V = q.shape[3], v.shape[3]
-    if D not in HEAD_DIMS or D_V != D:
-        return f"D = D_V in {HEAD_DIMS}, got D = {D}, D_V = {D_V}"
-    if mask is not None:
-        return f"no mask, got {type(mask).__name__}"
-    if q.size == 0 or k.size == 0:
-        return f"a query and a key at least, got s_q = {q.shape[2]}, s_kv = {k.shape[2]}"
-    if (pairs := k.shape[0] * k.shape[1]) > MOST_PAIRS:
-        return f"B H_KV of at most {MOST_PAIRS}, got {pairs}"
-    if {dtype_name(k), dtype_name(v)} != {dtype_name(q)}:
-        return f"k and v of q's {dtype_name(q)}, got {dtype_name(k)} and {dtype_name(v)}"
-    capability = int(xp.cuda.Device().compute_capability)
-    if capability < 80:
-        return f"a device of compute capability 8.0 or more, got {capability / 10}"
-    here = _Device.current(xp)
-    most = max(t.shared_bytes(dtype_name(q), D) for t in tiles_of(dtype_name(q), D).values())
-    if most > here.shared_bytes:
-        return f"a device with {most} bytes of shared memory a block, got {here.shared_bytes}"
-    return None
 
 
 def forward(xp: Any, q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
@@ -146,10 +93,15 @@ def backward(
     return dq
 
 
+def failure(xp: Any, dtype: str, D: int) -> Exception | None:
+    """Compile for the current device, once; return what went wrong, or None."""
+    return _failure(xp, dtype, D, xp.cuda.Device().id)
+
+
 def forget() -> None:
     """Forget what was compiled, and what is known of devices."""
-    _device.cache_clear()
-    _built.cache_clear()
+    for known in (_facts, _built, _failure):
+        known.cache_clear()
 
 
 def splits_of(tile: Tile, pairs: int, rows: int, s_kv: int, processors: int) -> tuple[int, int]:
@@ -170,7 +122,7 @@ class _Launches:
         B, H, s_q, self.D = q.shape
         self.H_KV, self.s_kv = k.shape[1:3]
         self.dtype, self.pairs, self.rows = dtype_name(q), B * self.H_KV, H // self.H_KV * s_q
-        self.tiles, self.device = tiles_of(self.dtype, self.D), _Device.current(xp)
+        self.tiles, self.device = tiles_of(self.dtype, self.D), device_facts(xp)
         self.kernels = _built(xp, self.dtype, self.D, self.device.id)
         self.sizes = tuple(np.int32(n) for n in (self.H_KV, self.rows, self.s_kv))
 
@@ -192,26 +144,24 @@ class _Launches:
         self.kernels[name](grid, (32 * warps, 1, 1), args, shared_mem=shared)
 
 
-class _Device:
-    """What the launches want to know of a device."""
+class DeviceFacts(NamedTuple):
+    """What the launches want to know of a device: number, bytes a block may share, processors."""
 
-    def __init__(self, xp: Any, device: int) -> None:
-        def ask(attribute: int) -> int:
-            return int(xp.cuda.runtime.deviceGetAttribute(attribute, device))
+    id: int
+    shared_bytes: int
+    processors: int
 
-        self.id = device
-        self.shared_bytes = ask(97)  # cudaDevAttrMaxSharedMemoryPerBlockOptin
-        self.processors = ask(16)  # cudaDevAttrMultiProcessorCount
 
-    @staticmethod
-    def current(xp: Any) -> "_Device":
-        """Return the device in use."""
-        return _device(xp, xp.cuda.Device().id)
+def device_facts(xp: Any) -> DeviceFacts:
+    """Return those of the device in use."""
+    return _facts(xp, xp.cuda.Device().id)
 
 
 @cache
-def _device(xp: Any, device: int) -> _Device:
-    return _Device(xp, device)
+def _facts(xp: Any, device: int) -> DeviceFacts:
+    # cudaDevAttrMaxSharedMemoryPerBlockOptin and cudaDevAttrMultiProcessorCount
+    numbers = (int(xp.cuda.runtime.deviceGetAttribute(which, device)) for which in (97, 16))
+    return DeviceFacts(device, *numbers)
 
 
 @cache  # CuPy would read and hash the source at every call
@@ -224,6 +174,15 @@ def _built(xp: Any, dtype: str, D: int, device: int) -> dict[str, Any]:
             # Above 48 KB a kernel must ask.
             kernels[name].max_dynamic_shared_size_bytes = tile.shared_bytes(dtype, D)
     return kernels
+
+
+@cache  # a compiler that is not there is not looked for again at every block
+def _failure(xp: Any, dtype: str, D: int, device: int) -> Exception | None:
+    try:
+        _built(xp, dtype, D, device)
+    except Exception as error:  # CuPy's CompileException is no RuntimeError
+        return error.with_traceback(None)
+    return None
 
 
 def _fits(x: Array) -> bool:

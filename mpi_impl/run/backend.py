@@ -9,7 +9,8 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.device import use_device
+from lvxattn.mpi_impl.device import obstacle, use_device
+from lvxattn.mpi_impl.kernels import choose, wish
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.plan.machine import Machine
@@ -58,9 +59,23 @@ class Backend:
     ) -> Layout:
         """Return the layout of these tensors.  Collective: every rank of comm calls this."""
         q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
-        return Layout.agree(
+        layout = Layout.agree(
             q, k, v, self.comm, schedule=schedule, scale=scale, mask=mask, machine=machine
         )
+        error = None
+        try:
+            self.kernel(tensors)  # which compiles: nothing of that is measured
+        except (RuntimeError, ValueError) as problem:
+            error = ValueError(str(problem))
+        raise_together(error, self.comm)
+        return layout
+
+    def kernel(self, tensors: dict[str, Any]) -> str:
+        """Say what attends to blocks such as this rank's, and why; nothing of NumPy's."""
+        if self.xp is np and wish()[0] != "cuda":
+            return ""
+        q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
+        return str(choose(q, k, v, mask))
 
     def forward(self, tensors: dict[str, Any], layout: Layout, meter: Meter) -> dict[str, Any]:
         """Return out and lse.  Collective: every rank of comm calls this."""
@@ -96,7 +111,8 @@ def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
     Raises
     ------
     InputError
-        GPUs are wanted and a rank has none; the same on all ranks.
+        GPUs are wanted and a rank has none, or has one and cannot compute on it; the same on all
+        ranks.
     """
     if wish == "cpu":
         return _host(comm)
@@ -107,6 +123,8 @@ def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
         return _host(comm)
     xp = import_module("cupy")
     device = use_device(comm, xp)
+    problem = obstacle(xp)
+    raise_together(InputError(f"{problem}; or take --device cpu") if problem else None, comm)
     name = xp.cuda.runtime.getDeviceProperties(device)["name"].decode()
     return Backend(xp, f"GPU {device} {name}", comm)
 

@@ -77,8 +77,9 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
         checks = check_results(problem, share, results, ranks, scale=scale, seed=seed)
     # 5. rank 0 reports
     host = socket.gethostname()
+    device, kernel = backend.device, backend.kernel(tensors)
     by_rank = ranks.allgather(
-        [replace(cost, host=host, device=backend.device, threads=threads) for cost in costs]
+        [replace(cost, host=host, device=device, kernel=kernel, threads=threads) for cost in costs]
     )
     report = Report.of(options, problem, layout, by_rank, checks, trace)
     speaks = ranks.rank == 0 and not options.quiet and options.json != "-"

@@ -44,6 +44,12 @@ class Backend(Protocol):
             The ranks' arguments do not fit; the same on all ranks.
         """
 
+    def kernel(self, tensors: dict[str, Any]) -> str:
+        """Say which kernel attends to blocks such as this rank's, and why; empty if there is one.
+
+        After `agree`, which raises what is wrong with it.
+        """
+
     def forward(self, tensors: dict[str, Any], layout: Layout, meter: Meter) -> dict[str, Any]:
         """Return out and lse.
 

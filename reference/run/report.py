@@ -31,7 +31,8 @@ class Cost:
         Seconds, from a start that all ranks made together.
     meter : Meter
         Of both.
-    host, device : str
+    host, device, kernel : str
+        `kernel` is empty where there is but one.
     threads : int
         Of its arithmetic on the host.
     """
@@ -43,6 +44,7 @@ class Cost:
     meter: Meter
     host: str = ""
     device: str = ""
+    kernel: str = ""
     threads: int = 0
 
 
@@ -122,19 +124,21 @@ def print_report(report: Report, *, launched: bool) -> None:
         By a launcher; some give every rank a terminal, wherever its output goes in the end.
     """
     q, k, v = (report.shapes[name] for name in "qkv")
+    ranks = report.totals["ranks"]
     often = f"median of {report.repeats} after a warm-up" if report.repeats else "once"
     passes = "forward and backward" if report.totals["backward"] else "forward"
     print(f"""
 LV-XAttn run
   problem   {report.title}
   shapes    q {q}   k {k}   v {v}   {report.dtype}
-  schedule  {report.schedule} on {report.totals["ranks"]} ranks, {passes}, {often}\
-{
-        report.why
-        and f'''
-  chosen    {report.why}'''
-    }
-""")
+  schedule  {report.schedule} on {ranks} rank{"s" * (ranks > 1)}, {passes}, {often}""")
+    if report.why:
+        print(f"  chosen    {report.why}")
+    for kernel in dict.fromkeys(rank["kernel"] for rank in report.ranks if rank["kernel"]):
+        those = [str(rank["rank"]) for rank in report.ranks if rank["kernel"] == kernel]
+        whose = "" if len(those) == len(report.ranks) else f" (on ranks {', '.join(those)})"
+        print(f"  kernel    {kernel}{whose}")
+    print()
     _print_table(report, fixed=launched or not sys.stdout.isatty())
     if "hidden" in report.totals:
         _print_overlap(report)
@@ -173,6 +177,7 @@ def _rank(number: int, costs: list[Cost], layout: Layout) -> dict[str, Any]:
         "rank": number,
         "host": first.host,
         "device": first.device,
+        "kernel": first.kernel,
         "threads": first.threads,
         "queries": first.queries,
         "keys": first.keys,
