@@ -6,7 +6,7 @@ nothing.  Everything holds for NaN, too, which is below no limit and reaches no 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import e, inf, isnan, nan, sqrt
+from math import inf, isnan, nan
 from typing import Any
 
 Row = dict[str, Any]
@@ -17,8 +17,6 @@ WRONG = "FAILED (wrong result)"
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 # Results are rounded twice (the weights of a product, and it), ours and those beside them.
 ROUNDINGS = 4
-# None of the hundred million numbers of a result is as many standard deviations off.
-DEVIATIONS = 6
 # A merge: a dozen roundings of numbers below 64, as an lse of 10 standard deviations is.
 MERGE_LIMIT = 12 * 64 * UNIT["float32"]
 # Tiles of 128 queries that leave half of an H100's 132 multiprocessors idle, or more: only there
@@ -110,12 +108,8 @@ def wrong(part: str, rows: list[Row]) -> list[str]:
 
 
 def limit(row: Row) -> float:
-    """Return by how much rounding explains that out, of random arguments, is off.
-
-    Weights are exponentials of scores that are normal, so that out, a mean of s_kv normal values,
-    has a root mean square of sqrt(e / s_kv).
-    """
-    return ROUNDINGS * UNIT[row["dtype"]] * DEVIATIONS * sqrt(e / float(row["s_kv"]))
+    """Return how far rounding explains that a row is from another kernel's, in norms of it."""
+    return ROUNDINGS * UNIT[row["dtype"]]
 
 
 def place(row: Row) -> str:

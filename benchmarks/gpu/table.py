@@ -106,6 +106,8 @@ def local(rows: list[Row], ceilings: Row) -> list[str]:
 
 def _off_by(row: Row) -> str:
     """Return by how much a result is off, and whether that is wrong."""
+    if "off by" not in row:
+        return ""
     return f"{row['off by']:.1e}" + ("" if row["off by"] <= limit(row) else ", WRONG")
 
 
