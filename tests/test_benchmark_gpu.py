@@ -37,6 +37,11 @@ def test_every_part_of_the_benchmarks_runs_without_a_device(
         "for name in part.PARTS:\n"
         f"    sys.argv[1:] = [name, '--cpu', '--json', {str(tmp_path)!r} + f'/{{name}}.json']\n"
         "    part.main()\n"
+        "import local, timing, torch\n"
+        "x = local.Inputs.of(timing.Device('cpu'), torch.float32, 2, 1, 5, 9, 8)\n"
+        "assert local.farthest([x.out], x) < 1e-6\n"
+        "x.out[0, 1, 3] *= 1.5\n"  # one row of many
+        "assert 0.2 < local.farthest([x.out], x) < 0.6\n"
     )
     ended = launch(
         [sys.executable, "-W", "error", "-c", program],
