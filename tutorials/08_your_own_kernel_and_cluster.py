@@ -375,9 +375,10 @@ axes.set_title("Llama 3-V, 8 frames, a100-16 (computed, not measured)", size=11,
 plt.show()
 
 # %% [markdown]
-# Few queries: `gather` is best, because the latencies of one hop after another would add up. More
-# of them: `lv-xattn`, whose hops hide behind computing. And where the queries weigh as much as a
-# short video's keys, `ring`. (`ulysses` cannot be taken: 16 ranks do not divide 8 key-value heads.)
+# Few queries: `gather` is best. It pays for one latency and reads the keys once, where a ring pays
+# at every hop ([notebook 2](02_why_queries_move.ipynb)). More of them: `lv-xattn`, whose hops hide
+# behind computing. And where the queries weigh as much as a short video's keys, `ring`. (`ulysses`
+# cannot be taken: 16 ranks do not divide 8 key-value heads.)
 #
 # ### Exercise 3: where Ring Attention begins to win
 #
