@@ -106,7 +106,7 @@ P = 4
 q, k = llama.shapes(TEXT, FRAMES)
 for schedule in ("lv-xattn", "ring"):
     sent = messages(planned(q, k, P, schedule=schedule), rank=0)
-    print(schedule, [(m.kind, m.nbytes) for m in sent])
+    print(f"{schedule:9}", ", ".join(f"{m.kind} {m.nbytes / 1e6:,.1f} MB" for m in sent))
     assert len(sent) == (P - 1) * (2 if schedule == "lv-xattn" else 1)
 
 # %% [markdown]

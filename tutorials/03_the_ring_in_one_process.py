@@ -81,7 +81,7 @@ try:
     said = run_ranks(2, wait_before_sending)
 except RuntimeError as error:
     said = str(error)
-print(said)
+print(said.replace(", ", ",\n"))
 assert said.startswith("deadlock")
 
 # %% [markdown]
@@ -299,7 +299,7 @@ def agreed(comm, schedule):
 
 
 layout = run_ranks(P, agreed, "lv-xattn")[0]
-print([(message.kind, message.nbytes) for message in messages(layout, rank=0)])
+print(", ".join(f"{message.kind} {message.nbytes}" for message in messages(layout, rank=0)))
 assert sum(message.nbytes for message in messages(layout, rank=0)) == 3 * (512 + 576) == 3264
 
 # %%

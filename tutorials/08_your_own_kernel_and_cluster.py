@@ -99,8 +99,8 @@ assert np.allclose(lse, truth_lse, rtol=0, atol=1e-6)
 #
 # <details><summary>Reasoning</summary>
 #
-# Where all scores of a row are far below 0: then e^(s - 0) underflows to 0, in fp32 below about
-# -104, and the row looks as if it saw nothing.
+# Where all scores of a row are far below 0: then $e^{s - 0}$ underflows to 0, in fp32 below
+# about -104, and the row looks as if it saw nothing.
 #
 # </details>
 
