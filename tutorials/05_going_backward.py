@@ -147,8 +147,8 @@ print("delta", delta.shape, "from", dp.shape, "products, or from out alone")
 assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
 
 # %% [markdown]
-# `delta = rowsum(dout * out)` is one number a query, known where the query lives ($D$ in
-# arXiv:2307.08691, algorithm 2). Below is the whole chain, with the shapes for one head.
+# `delta = rowsum(dout * out)` is one number a query, known where the query lives (arXiv:2307.08691,
+# algorithm 2). Below is the whole chain, with the shapes for one head.
 #
 # **Predict.** Which of these products sum over keys, and which over queries?
 #
