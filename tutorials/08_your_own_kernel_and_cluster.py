@@ -548,8 +548,8 @@ Image(picture, alt="What four ranks did when, and an arrow for every block")
 # %% [markdown]
 # Three questions to ask of a trace. Is there orange? Then a rank only waits; the arrow that ends
 # there says for whose block. Is it always the same rank that the others wait for? Then that one has
-# more keys, fewer cores or a worse link. Is there white between the blue? Then neither computing
-# nor waiting takes the time: merging, copying, Python.
+# more keys, fewer cores or a worse link. Is there a gap between the blue, and no orange below it?
+# Then neither computing nor waiting takes the time: merging, copying, Python.
 #
 # ## What was shown
 #
