@@ -59,9 +59,10 @@ tutorials: check-mpiexec $(STAMP) ## Make ready what the notebooks in tutorials/
 	@echo "- a Jupyter of your own: take the kernel lvxattn, once you have called"
 	@echo "    $(VENV_PYTHON) -m ipykernel install --user --name lvxattn"
 
+# From here and not from tutorials/, or JupyterLab could not follow links to the code.
 lab: check-mpiexec $(STAMP) ## Open the tutorials in JupyterLab
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[lab]'
-	$(TEST_ENV) $(VENV_PYTHON) -m jupyterlab --notebook-dir tutorials $(ARGS)
+	$(TEST_ENV) $(VENV_PYTHON) -m jupyterlab --notebook-dir . tutorials/01_merging_softmax.ipynb $(ARGS)
 
 notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources, and write the notebooks (ARGS="NN_name --fresh")
 	$(TEST_ENV) $(VENV_PYTHON) tutorials/build.py $(ARGS)

@@ -14,7 +14,7 @@ nothing here rests on the merging that the distributed versions use and that thi
 check.  Queries and keys are tiled: beyond arguments and results, memory is that of a few tiles of
 scores (16 MB each) and of rows of queries, B H 1,024 D numbers each.
 
-Equations: arXiv:2307.08691, sections 2.2 and 2.3.
+Equations: arXiv:2307.08691, section 2.2; lse and delta are in its algorithms 1 and 2.
 """
 
 from collections.abc import Iterator

@@ -16,10 +16,15 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.colors import to_hex
 from matplotlib.patches import Ellipse, Rectangle
+from matplotlib.text import Annotation
 
+from lvxattn.reference.meter import KINDS, Block
 from lvxattn.reference.plan.draw import COLOURS, sheet
 from lvxattn.reference.plan.draw_bars import byte_bars, text_of
 from lvxattn.reference.plan.draw_film import animation, film_strip, scenes
+from lvxattn.reference.plan.draw_trace import draw_trace
+from lvxattn.reference.plan.trace import Trace
+from lvxattn.reference.timeline import Post, Span, Timeline
 
 RINGS = ["lv-xattn", "ring"]
 
@@ -178,6 +183,39 @@ class TestByteBars:
     )
     def test_sizes_are_said_in_three_digits(self, size: float, text: str) -> None:
         assert text_of(size) == text
+
+
+def test_a_trace_shows_what_every_rank_did_when_and_the_way_of_a_block() -> None:
+    queries, results = (Block(kind, owner=0, hop=1) for kind in KINDS["lv-xattn"])
+    sender = Timeline(
+        computed=[Span(0, 3e-3, queries)],
+        posted=[Post(0, 1, 800, queries), Post(1e-3, 1, 0, results)],  # an empty one: no arrow
+    )
+    receiver = Timeline(
+        computed=[Span(1e-3, 2e-3, Block("some other work"))],
+        waited=[
+            Span(2e-3, 3.5e-3, queries._replace(source=0)),
+            Span(3.5e-3, 4e-3, results._replace(source=0)),
+        ],
+    )
+    axes = draw_trace(Trace.of([sender, receiver]), "LV-XAttn").axes[0]
+    found = set()
+    for bars in axes.collections:
+        for path in bars.get_paths():
+            (left, top), (right, bottom) = path.get_extents().get_points()
+            colour = COLOURS.index(to_hex(bars.get_facecolor()[0]).upper())
+            assert int(top) == int(bottom)
+            found.add((colour, int(top), round(left, 9), round(right, 9)))
+    computing, waiting, sending = 0, 1, 2
+    assert found == {
+        (computing, 0, 0.0, 3.0), (computing, 1, 1.0, 2.0), (waiting, 1, 2.0, 3.5),
+        (waiting, 1, 3.5, 4.0), (sending, 0, 0.0, 3.5), (sending, 0, 1.0, 4.0),
+    }  # fmt: skip
+    (arrow,) = (text for text in axes.texts if isinstance(text, Annotation))
+    (start, from_rank), (end, to_rank) = arrow.xyann, arrow.xy
+    assert (start, int(from_rank), end, int(to_rank)) == (0, 0, 3.5, 1)
+    said = [text.get_text() for text in axes.texts if text is not arrow]
+    assert said == ["0"]  # whose block; other work is nobody's
 
 
 def test_a_sheet_is_800_pixels_wide_and_has_its_columns() -> None:

@@ -178,6 +178,17 @@ def test_a_deadlock_ends_and_names_the_lines(
     ]
 
 
+def test_a_rank_that_has_ended_is_not_asked(tmp_path: Path) -> None:
+    # Its number may be another process's by now, which SIGUSR1 would end.
+    other = subprocess.Popen(["sleep", "100"])
+    (tmp_path / "stack.0").write_text(f"{other.pid} 1\n")
+    (tmp_path / f"status.{other.pid}").write_text("0")
+    report.ask(tmp_path, 1)
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
 def test_what_a_rank_starts_is_ended_too() -> None:
     run_cell("import subprocess\nsubprocess.Popen(['sleep', '100'], start_new_session=True)", 1)
 

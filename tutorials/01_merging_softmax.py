@@ -13,6 +13,8 @@
 # %%
 from functools import reduce
 from itertools import pairwise
+from math import comb, factorial
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,9 +39,9 @@ plt.rcParams.update({
 #   \mathrm{out} = \sum_j e^{s_j - \mathrm{lse}}\, v_j$$
 #
 # The weights $e^{s_j - \mathrm{lse}}$ sum to 1; that is softmax. $\mathrm{lse}$, for log of a sum
-# of exponentials, is the log of its denominator (arXiv:2307.08691, section 2.2). Arrays have the
-# axes (B, H, S, D): batch, heads, tokens, size of a head. There are `S_Q` queries and `S_KV` keys;
-# values may have a size `D_V` of their own.
+# of exponentials, is the log of its denominator ($L$ in arXiv:2307.08691, algorithm 1). Arrays have
+# the axes (B, H, S, D): batch, heads, tokens, size of a head. There are `S_Q` queries and `S_KV`
+# keys; values may have a size `D_V` of their own.
 #
 # **Predict.** What are the shapes of `out` and `lse` below?
 #
@@ -165,9 +167,11 @@ def stable_lse(s):
 
 # %% tags=["check"]
 with check("lse is right at every level"), np.errstate(all="ignore"):
-    for level in (0, 100, 1000, -200):
-        got = stable_lse((scores + level).astype(np.float32))
-        assert got.dtype == np.float32, f"expected float32, got {got.dtype}"
+    rows = {level: scores + level for level in (0, 100, 1000, -200)}
+    found = stable_lse(np.stack(list(rows.values())).astype(np.float32))
+    assert found.shape == (4,), f"4 rows of scores: expected shape (4,), got {found.shape}"
+    assert found.dtype == np.float32, f"expected float32, got {found.dtype}"
+    for level, got in zip(rows, found, strict=True):
         expected = lse[0, 0, 0] + level
         wrong = f"scores near {level}: expected {expected:.3f}, got {got:.3f}"
         assert abs(got - expected) < 1e-3, wrong
@@ -288,7 +292,8 @@ assert error_high < 1e-12
 #
 # <details><summary>Reasoning</summary>
 #
-# 8! = 40,320 orders, and for each 429 ways of placing the brackets: 17 million.
+# 8! = 40,320 orders, and for each $\binom{14}{7} / 8 = 429$ ways of placing the brackets (a Catalan
+# number): 17 million.
 #
 # </details>
 #
@@ -319,6 +324,7 @@ eight = [
 ]
 results = {f: [f(eight, rng)[0] for _ in range(100)] for f in (in_a_chain, in_a_tree)}
 off = {f: [abs(x - out).max() / abs(out).max() for x in found] for f, found in results.items()}
+assert factorial(8) * comb(14, 7) // 8 == 17_297_280  # two hundred of them are tried here
 
 # %% [markdown]
 # What may the error be? A merge rounds lse to its own size and takes a difference of it, twice, and
@@ -446,8 +452,12 @@ with check("a stream of tiles, from the right start to the last key"):
     for S_KV, tile in ((512, 64), (10, 4), (3, 8), (0, 8)):
         few = k[:, :, :S_KV], v[:, :, :S_KV]
         want_out, want_lse = full_attention(q, *few, scale=scale)
-        got_out, got_lse = in_tiles(q, *few, tile)
+        with patch("__main__.block_attention", wraps=block_attention) as calls:
+            got_out, got_lse = in_tiles(q, *few, tile)
         where = f"{S_KV} keys in tiles of {tile}"
+        seen = [[*c.args, *c.kwargs.values()][1].shape[2] for c in calls.call_args_list]
+        assert max(seen, default=0) <= tile, f"{where}: one block has {max(seen)} keys"
+        assert sum(seen) == S_KV, f"{where}: the blocks have {sum(seen)} keys together"
         assert got_out is not None, f"{where}: expected out 0 and lse -inf, got None"
         wrong = f"{where}: expected lse {want_lse[0, 0, 0]:.4f}, got {got_lse[0, 0, 0]:.4f}"
         assert np.allclose(got_lse, want_lse, atol=1e-12, rtol=0), wrong

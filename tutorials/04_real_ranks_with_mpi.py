@@ -425,8 +425,8 @@ axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Orange is the time that a better order of steps, or a faster link, could still save. There is
-# little of it here: queries are few, and the keys that each of them meets are many.
+# Orange is the time that a better order of steps, or a faster link, could still save. Where queries
+# are few, and the keys that each of them meets are many, there need not be much of it.
 #
 # ### Exercise 2: read a timeline
 #
@@ -664,7 +664,7 @@ print(f"a rank sent {meters[0].bytes:,} bytes; keys and values: {3 * per_rank * 
 
 # %% tags=["hide-input"]
 figure, rows = plt.subplots(
-    2, 4, figsize=(8, 3.4), dpi=72, layout="constrained", height_ratios=(1, 1.6)
+    2, 4, figsize=(8, 3.4), dpi=100, layout="constrained", height_ratios=(1, 1.6)
 )
 for rank, ((truth, seen, out), n) in enumerate(zip(found, (1, 3, 3, 2), strict=True)):
     frame, row, col = np.rint(out[n]).astype(int)

@@ -25,9 +25,8 @@ from lvxattn.reference import (
     shard,
 )  # fmt: skip
 from lvxattn.reference.exchange import BLOCKS, RESULTS
-from lvxattn.reference.plan import MODELS, planned
+from lvxattn.reference.plan import MODELS, messages, planned
 from lvxattn.reference.plan.draw import COLOURS, INK, follow
-from lvxattn.reference.plan.steps import messages
 
 BLUE, ORANGE, GREEN, RED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]
 plt.rcParams.update({
@@ -123,8 +122,9 @@ plt.show()
 #
 # $\mathrm{out} = \sum_j p_j v_j$ gives two gradients at once, and the matrix above the third:
 #
-# $$dv_j = p_j\,\mathrm{dout} \qquad dp_j = \mathrm{dout} \cdot v_j \qquad
-#   ds_j = \sum_i dp_i\, p_i\left([i = j] - p_j\right)
+# $$dv_j = p_j\,\mathrm{dout} \qquad dp_j = \mathrm{dout} \cdot v_j$$
+#
+# $$ds_j = \sum_i dp_i\, p_i\left([i = j] - p_j\right)
 #        = p_j \Big(dp_j - \underbrace{\sum_i p_i\, dp_i}_{\delta}\Big)$$
 #
 # The sum $\delta$ runs over all keys. Once keys are on many ranks, that would be a sum over ranks,
@@ -148,7 +148,7 @@ assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
 
 # %% [markdown]
 # `delta = rowsum(dout * out)` is one number a query, known where the query lives (arXiv:2307.08691,
-# section 2.3). Below is the whole chain, with the shapes for one head.
+# algorithm 2). Below is the whole chain, with the shapes for one head.
 #
 # **Predict.** Which of these products sum over keys, and which over queries?
 #
@@ -356,7 +356,7 @@ assert np.allclose(dv_sum, dv, atol=1e-13, rtol=0)
 # %% [markdown]
 # ## The round
 #
-# That is the backward of LV-XAttn (arXiv:2502.02406, algorithm 1). Keys and values stay, and so do
+# That is the backward of LV-XAttn (arXiv:2502.02406, section 3). Keys and values stay, and so do
 # `dk` and `dv`. A block of queries goes round once more, with what its gradients take: `q`, `dout`,
 # `lse` and `delta`. Its `dq` follows one hop behind and ends at home. `delta` is computed once, at
 # home, from `out`; so `out` has no reason to travel.
@@ -488,6 +488,8 @@ with check("as many bytes as were sent"):
     layer = 8 * sent["lv-xattn"]
     got = backward_bytes(P=8, B=1, H=32, s_q=256, D=128, D_V=128, itemsize=2, wide=4)
     assert got == layer, f"the layer of Llama 3-V: expected {layer:,} bytes, got {got:,}"
+    got = backward_bytes(P=8, B=3, H=32, s_q=256, D=128, D_V=128, itemsize=2, wide=4)
+    assert got == 3 * layer, f"with B = 3: expected {3 * layer:,} bytes, got {got:,}"
     got = backward_bytes(P=1, B=1, H=32, s_q=256, D=128, D_V=128, itemsize=2, wide=4)
     assert got == 0, f"one rank alone: expected 0 bytes, got {got:,}"
 

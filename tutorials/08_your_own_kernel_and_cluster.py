@@ -21,6 +21,7 @@ from pathlib import Path
 import exercise
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Image
 
 from lvxattn.mpi_impl.jupyter.launch import find_mpiexec
 from lvxattn.reference import full_attention
@@ -99,8 +100,8 @@ assert np.allclose(lse, truth_lse, rtol=0, atol=1e-6)
 #
 # <details><summary>Reasoning</summary>
 #
-# Where all scores of a row are far below 0: then e^(s - 0) underflows to 0, in fp32 below about
-# -104, and the row looks as if it saw nothing.
+# Where all scores of a row are far below 0: then $e^{s - 0}$ underflows to 0, in fp32 below
+# about -104, and the row looks as if it saw nothing.
 #
 # </details>
 
@@ -375,9 +376,10 @@ axes.set_title("Llama 3-V, 8 frames, a100-16 (computed, not measured)", size=11,
 plt.show()
 
 # %% [markdown]
-# Few queries: `gather` is best, because the latencies of one hop after another would add up. More
-# of them: `lv-xattn`, whose hops hide behind computing. And where the queries weigh as much as a
-# short video's keys, `ring`. (`ulysses` cannot be taken: 16 ranks do not divide 8 key-value heads.)
+# Few queries: `gather` is best. It pays for one latency and reads the keys once, where a ring pays
+# at every hop ([notebook 2](02_why_queries_move.ipynb)). More of them: `lv-xattn`, whose hops hide
+# behind computing. And where the queries weigh as much as a short video's keys, `ring`. (`ulysses`
+# cannot be taken: 16 ranks do not divide 8 key-value heads.)
 #
 # ### Exercise 3: where Ring Attention begins to win
 #
@@ -504,7 +506,8 @@ assert [line[:6] for line in sorted(said)] == ["rank 0", "rank 1"]
 # %% [markdown]
 # ## Reading a trace
 #
-# `run --trace FILE` writes what every rank did when, in a format that
+# `run --plot-trace FILE.png` draws what every rank did when, as in
+# [notebook 4](04_real_ranks_with_mpi.ipynb). `--trace FILE` writes it in a format that
 # [ui.perfetto.dev](https://ui.perfetto.dev) opens: a process a rank, with a track for computing,
 # for sending and for waiting. It is JSON, a list of events. `"ph": "X"` is a slice of a track, with
 # its beginning `ts` and length `dur` in microseconds; `pid` is the rank and `tid` the track. `"s"`
@@ -524,9 +527,11 @@ assert [line[:6] for line in sorted(said)] == ["rank 0", "rank 1"]
 sizes = "--text-tokens 512 --visual-tokens 8192 --backward --repeat 2 --quiet"
 ranks = [*find_mpiexec(), "-n", "4", sys.executable, "-m", "mpi4py", "-m", "lvxattn.mpi_impl"]
 with tempfile.TemporaryDirectory() as folder:
-    file = Path(folder) / "trace.json"
-    subprocess.run([*ranks, "run", *sizes.split(), "--trace", str(file)], check=True)
-    events = json.loads(file.read_text())["traceEvents"]
+    files = [str(Path(folder) / name) for name in ("trace.json", "trace.png")]
+    options = [*sizes.split(), "--trace", files[0], "--plot-trace", files[1]]
+    subprocess.run([*ranks, "run", *options], check=True)
+    events = json.loads(Path(files[0]).read_text())["traceEvents"]
+    picture = Path(files[1]).read_bytes()
 
 # %%
 slices = [event for event in events if event["ph"] == "X"]
@@ -537,33 +542,14 @@ assert (count["send"], count["compute"]) == (48, 40)
 assert {event["pid"] for event in slices} == {0, 1, 2, 3}
 assert sum(event["ph"] == "s" for event in events) == 2 * 4 * 2  # a pass: 4 queries, 4 results
 
-# %% tags=["hide-input", "varies"]
-colours = dict(zip(("computing", "waiting", "sending"), COLOURS, strict=False))
-height = {"computing": 0, "sending": 0.3, "waiting": 0.6}
-figure, axes = plt.subplots(figsize=(8, 4), dpi=90, layout="constrained")
-for event in slices:
-    track = tracks[event["tid"]]
-    where = event["pid"] + height[track], 0.25
-    span = [(event["ts"] / 1e3, event["dur"] / 1e3)]
-    axes.broken_barh(span, where, facecolor=colours[track], edgecolor="white", lw=0.5)
-for event in events:
-    if event["ph"] == "i" and event["pid"] == 0:
-        axes.axvline(event["ts"] / 1e3, color=INK, lw=0.8, ls="--")
-        axes.text(event["ts"] / 1e3, -0.1, " " + event["name"], color=INK, va="bottom")
-for n, (track, colour) in enumerate(colours.items()):
-    axes.text((0, 0.14, 0.25)[n], 1.1, track, color=colour, weight="bold", transform=axes.transAxes)
-axes.set(ylim=(4, -0.1), xlabel="milliseconds")
-axes.set_yticks([0.4, 1.4, 2.4, 3.4], [f"rank {rank}" for rank in range(4)])
-axes.tick_params(axis="y", length=0)
-axes.spines[["top", "right", "left"]].set_visible(False)
-plt.show()
+# %% tags=["varies"]
+Image(picture, alt="What four ranks did when, and an arrow for every block")
 
 # %% [markdown]
 # Three questions to ask of a trace. Is there orange? Then a rank only waits; the arrow that ends
 # there says for whose block. Is it always the same rank that the others wait for? Then that one has
-# more keys, fewer cores or a worse link. Is there white between the blue? Then neither computing
-# nor waiting takes the time: merging, copying, Python. `--plot-trace FILE.png` draws the arrows,
-# too.
+# more keys, fewer cores or a worse link. Is there a gap between the blue, and no orange below it?
+# Then neither computing nor waiting takes the time: merging, copying, Python.
 #
 # ## What was shown
 #

@@ -49,9 +49,10 @@ def printed(folder: Path, ranks: int) -> list[str]:
 
 def ask(folder: Path, ranks: int) -> None:
     """Have all ranks write down where they are."""
-    for rank in range(ranks):
-        with suppress(ProcessLookupError):
-            if process := _rank(folder, rank).process:
+    for process in (_rank(folder, rank).process for rank in range(ranks)):
+        # A rank that has ended may have left its number to another process.
+        if process and not (folder / f"status.{process}").exists():
+            with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGUSR1)
     time.sleep(_GRACE)
 
