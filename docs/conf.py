@@ -25,8 +25,6 @@ exclude_patterns = ["_build", "tutorials/data", "tutorials/*.py"]
 
 html_theme = "furo"
 html_title = "LV-XAttn"
-# So that lines of 100 characters, as notebooks have them, are not cut off.
-html_theme_options = {"light_css_variables": {"code-font-size": "0.71rem"}}
 html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["code.css"]

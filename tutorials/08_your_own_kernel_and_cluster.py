@@ -426,10 +426,12 @@ job = """#!/bin/bash
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=16
+module load openmpi        # a CUDA-aware MPI, as the cluster calls it
+source .venv/bin/activate  # where all hosts see it
 export LVXATTN_TIMEOUT=120
-srun --cpus-per-task=16 python -m mpi4py -m lvxattn.mpi_impl doctor &&
-srun --cpus-per-task=16 python -m mpi4py -m lvxattn.mpi_impl run \\
-    --model llama3v --frames 64 --check
+lvxattn="srun --mpi=pmix --cpus-per-task=16 python -m mpi4py -m lvxattn.mpi_impl"
+$lvxattn doctor &&
+$lvxattn run --device gpu --model llama3v --frames 64 --backward --check
 """
 checked = subprocess.run(["bash", "-n"], input=job, text=True, check=False)
 assert checked.returncode == 0  # a valid script; there is no Slurm here to run it
@@ -437,8 +439,9 @@ assert checked.returncode == 0  # a valid script; there is no Slurm here to run 
 # %% [markdown]
 # `-m mpi4py` sees to it that an error on one rank ends all of them. `LVXATTN_TIMEOUT` ends a run in
 # which a rank waits longer than that. `run --check` holds sampled rows against a softmax in
-# float64. With CuPy, `q`, `k` and `v` are on the GPU, and MPI has to get at them: a *CUDA-aware*
-# MPI is handed the device's memory; for any other, blocks are copied through the host's.
+# float64. With CuPy, `q`, `k` and `v` are on the GPU (`--device gpu` ends a run that would have to
+# do without), and MPI has to get at them: a *CUDA-aware* MPI is handed the device's memory; for any
+# other, blocks are copied through the host's.
 #
 # `doctor` says what can be known before a job is wasted: whether the ranks see one another, how
 # many there are on which host, whether they fight for cores or share a GPU, whether MPI is
@@ -450,7 +453,8 @@ assert checked.returncode == 0  # a valid script; there is no Slurm here to run 
 # <details><summary>Reasoning</summary>
 #
 # 1 in every process: nobody told them of one another. Each computes alone, without an error, and
-# the whole job is done as many times as there are processes.
+# the whole job is done as many times as there are processes. (The commands of `lvxattn` compare
+# with what the launcher has set, and refuse; your own program will not.)
 #
 # </details>
 
