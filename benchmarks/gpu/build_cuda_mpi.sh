@@ -89,6 +89,8 @@ rm -rf cuda-mpi/ompi/include cuda-mpi/ompi/share/doc cuda-mpi/ucx/include
 rm -f cuda-mpi/ucx/lib/ucx/libucx_perftest*
 cat >cuda-mpi/env.sh <<'ENV'
 # Sourced: the MPI of this folder, wherever that lies, in place of any other.
+# Other shells do not say where a file lies that they source.
+[ -n "${BASH_VERSION:-}" ] || { echo "cuda-mpi/env.sh: source this in bash" >&2; return 1; }
 _cuda_mpi=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PATH="$_cuda_mpi/ompi/bin:$PATH"
 export LD_LIBRARY_PATH="$_cuda_mpi/ompi/lib:$_cuda_mpi/ucx/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
