@@ -422,10 +422,11 @@ def test_the_device_decides_too(emulator: Emulator, monkeypatch: pytest.MonkeyPa
             f"a device with {small.shared_bytes('float16', 64)} bytes of shared memory a block, "
             "got 166912"
         )
-    monkeypatch.setattr(fake_cupy.Device, "compute_capability", "75")
-    assert unsupported(fake_cupy, *given, None) == (
-        "a device of compute capability 8.0 or more, got 7.5"
-    )
+    with monkeypatch.context() as patch:  # undone before what the emulator has patched
+        patch.setattr(fake_cupy.Device, "compute_capability", "75")
+        assert unsupported(fake_cupy, *given, None) == (
+            "a device of compute capability 8.0 or more, got 7.5"
+        )
 
 
 @emulated

@@ -29,9 +29,13 @@ Kind = Callable[..., Any]
 def own_stream() -> Iterator[fake_cupy.Stream]:
     """Compute on a stream of its own, as in a pass; nothing may wait for all of a stream."""
     fake_cupy.whole.clear()
-    device.streams.cache_clear()  # a test may leave copies there
+    device.streams.cache_clear()
     with fake_cupy.Stream(non_blocking=True) as stream:
         yield stream
+    # A test may leave copies whose memory is gone: nobody is to wait for them.
+    fake_cupy.Stream.null.pending.clear()
+    fake_cupy.Stream.made[:] = [fake_cupy.Stream.null]
+    device.streams.cache_clear()
 
 
 def ready(promised: tuple[Any, transfers.Ready]) -> np.ndarray[Any, Any]:
