@@ -467,6 +467,15 @@ def test_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         block_attention(x, x, x, scale=1.0)
 
 
+def test_the_variable_says_nothing_of_numpys_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVXATTN_KERNEL", "cuda")
+    x = np.ones((1, 1, 1, 64))
+    out, _ = block_attention(x, x, x, scale=1.0)
+    assert np.array_equal(out, x)
+    with pytest.raises(ValueError, match=r"^kernel: 'cuda' expects a CuPy array, got one of numpy"):
+        block_attention(x, x, x, scale=1.0, kernel="cuda")
+
+
 @pytest.mark.parametrize("empty", ["S_Q", "S_KV"])
 def test_a_shard_without_queries_or_keys_is_no_work_for_any_kernel(
     empty: str, emulator: Emulator

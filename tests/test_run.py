@@ -21,6 +21,7 @@ import safetensors.numpy
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan import MACHINES, candidates, planned
+from lvxattn.reference.plan.machine import Measured
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.run import program, tensors
 from lvxattn.reference.run.arguments import Parser
@@ -268,7 +269,8 @@ def preset_lines(folder: Path) -> list[list[Any]]:
 
 def chosen_lines(folder: Path) -> list[list[Any]]:
     """Command lines that let the schedule be chosen."""
-    replace(MACHINES["h100"], name="mine").save(folder / "mine")
+    measured = Measured("mpi_impl", "a GPU", H=4, H_KV=2, D=8, dtype="float32")
+    replace(MACHINES["h100"], name="mine", measured=measured).save(folder / "mine")
     auto = "run", *SMALL, "--schedule", "auto"
     return [
         [*auto],
@@ -336,6 +338,10 @@ def test_auto_says_what_it_has_chosen_and_why(implementation: str, P: int, tell:
     report = json.loads(mine.out)
     assert report["schedule"] == best.schedule
     assert report["why"] == chosen(least.out).replace("h100", "mine")
+    assert report["machine"] == (
+        "4/2 heads of 8 in float32, by mpi_impl on a GPU; this has other heads; "
+        f"it had {MACHINES['h100'].ranks} ranks, not {P}"
+    )
     assert report["explained"].startswith(f"{best.schedule} is taken\n")
     assert len(report["explained"].splitlines()) == 2 + len(SCHEDULES)
 

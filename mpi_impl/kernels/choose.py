@@ -81,6 +81,8 @@ def choose(q: Array, k: Array, v: Array, mask: Any, kernel: str = "auto") -> Cho
     kernel, by = wish(kernel)
     if kernel == "tiles":
         return Choice("tiles", f"{by}=tiles")
+    if array_module(q) is np and by == _VARIABLE:  # which is about CuPy's
+        return Choice("tiles", "NumPy arrays")
     if q.size == 0 or k.size == 0:
         return Choice("tiles", "a block without queries or keys is no work")
     xp, dtype = array_module(q), dtype_name(q)

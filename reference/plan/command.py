@@ -107,16 +107,10 @@ def plan(options: Namespace) -> str:
 
 def _measured(machine: Machine, model: Model, dtype: str) -> list[str]:
     """Say what the machine's figures were measured with, and how the plan differs from that."""
-    of = machine.measured
-    if of is None:
+    if machine.measured is None:
         return []
-    others = []
-    if (model.heads, model.kv_heads, model.head_dim) != (of.H, of.H_KV, of.D):
-        others += ["other heads"]
-    if dtype != of.dtype:
-        others += ["another dtype"]
-    remark = f"; the plan has {' and '.join(others)}" if others else ""
-    return [f"  measured  {of}{remark}"]
+    heads = model.heads, model.kv_heads, model.head_dim
+    return [f"  measured  {machine.measured.beside('the plan', heads, dtype)}"]
 
 
 def _fitting(options: Namespace) -> list[str]:

@@ -59,6 +59,23 @@ class Measured:
             f"{self.H}/{self.H_KV} heads of {self.D} in {self.dtype}, by {self.by} on {self.device}"
         )
 
+    def beside(self, whose: str, heads: tuple[int, int, int], dtype: str) -> str:
+        """Say it in a line, and what is different elsewhere.
+
+        Parameters
+        ----------
+        whose : str
+            As ``"the plan"``.
+        heads : (H, H_KV, D)
+        dtype : str
+        """
+        others = []
+        if heads != (self.H, self.H_KV, self.D):
+            others += ["other heads"]
+        if dtype != self.dtype:
+            others += ["another dtype"]
+        return f"{self}; {whose} has {' and '.join(others)}" if others else str(self)
+
     def check(self, where: str) -> None:
         """Refuse what no probe can have said.
 

@@ -52,8 +52,8 @@ class Cost:
 class Report:
     """All that there is to say; seconds are medians of `measured`, those of the slowest rank.
 
-    `why` says why the schedule was chosen, in one line, and `explained` in a table; both are empty
-    where it was given.
+    `why` says why the schedule was chosen, in one line, `machine` what that rests on, if it was
+    measured, and `explained` all of it, in a table; they are empty where the schedule was given.
     """
 
     title: str
@@ -62,6 +62,7 @@ class Report:
     accumulator: str
     schedule: str
     why: str
+    machine: str
     explained: str
     scale: float
     repeats: int | None
@@ -104,6 +105,7 @@ class Report:
             layout.accumulator,
             layout.schedule,
             _why(layout, found) if found else "",
+            _machine(layout, problem) if found else "",
             layout.explain() if found else "",
             layout.scale,
             options.repeat,
@@ -134,6 +136,8 @@ LV-XAttn run
   schedule  {report.schedule} on {ranks} rank{"s" * (ranks > 1)}, {passes}, {often}""")
     if report.why:
         print(f"  chosen    {report.why}")
+    if report.machine:
+        print(f"  measured  {report.machine}")
     for kernel in dict.fromkeys(rank["kernel"] for rank in report.ranks if rank["kernel"]):
         those = [str(rank["rank"]) for rank in report.ranks if rank["kernel"] == kernel]
         whose = "" if len(those) == len(report.ranks) else f" (on ranks {', '.join(those)})"
@@ -158,6 +162,16 @@ def write_json(report: Report, path: str) -> None:
     else:
         with open(path, "w") as file:
             file.write(text + "\n")
+
+
+def _machine(layout: Layout, problem: Problem) -> str:
+    """Say what the machine was measured with, and how this problem differs."""
+    machine, P = layout.machine, layout.size
+    if machine is None or machine.measured is None:
+        return ""
+    q, k = problem.shapes["q"], problem.shapes["k"]
+    told = machine.measured.beside("this", (q[1], k[1], q[3]), problem.dtype)
+    return told if machine.ranks == P else f"{told}; it had {machine.ranks} ranks, not {P}"
 
 
 def _why(layout: Layout, found: list[Candidate]) -> str:
