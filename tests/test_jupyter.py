@@ -55,9 +55,17 @@ def test_every_rank_prints_for_itself_and_shows_its_last_value() -> None:
     assert ran.given == {}
 
 
-def test_of_very_much_output_the_beginning_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_SHOWN", 4)
-    assert run_cell("print('é' * 1000)\n1;", 1).printed == ["éé\n... and 1,997 bytes more\n"]
+def test_of_very_much_output_the_beginning_and_the_end_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "_SHOWN", 8)
+    told = "éé\n... 2,000 bytes are left out here ...\nabc\n"
+    assert run_cell("print('é' * 1002 + 'abc')\n1;", 1).printed == [told]
+
+
+def test_of_a_line_that_is_written_again_and_again_the_last_state_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "printed.0").write_bytes(b"\r 10%\r 99%\ndone\r\n\n5\rlast")
+    assert report.printed(tmp_path, 1) == [" 99%\ndone\n\nlast"]
 
 
 def test_variables_go_there_and_back_and_stay_one() -> None:
@@ -94,8 +102,9 @@ def test_a_traceback_begins_in_the_cell_and_is_told_once(monkeypatch: pytest.Mon
 def test_what_all_ranks_raise_is_told_once() -> None:
     # All are about to raise when the first one does, and ends the others.
     # An address is another one on each of them.
-    source = COMM + "comm.Barrier()\nraise ValueError(f'no {comm.rank + 1:#x}')"
-    assert str(error_of(source, 2)).count("ValueError: no") == 1
+    # UTF-8 has no half of a surrogate pair.
+    source = COMM + "comm.Barrier()\nraise ValueError(f'\\ud800 {comm.rank + 1:#x}')"
+    assert str(error_of(source, 2)).count("ValueError: \\ud800") == 1
 
 
 def test_leaving_with_a_status_is_a_failure_and_without_is_none() -> None:
@@ -113,6 +122,8 @@ def test_leaving_with_a_status_is_a_failure_and_without_is_none() -> None:
         ("x = 1\n%time f()", "ranks run plain Python, and line 2 is for IPython: %time f()"),
         ("files = !ls", "ranks run plain Python, and line 1 is for IPython: files = !ls"),
         ("print?", "ranks run plain Python, and line 1 is for IPython: print?"),
+        ("??os.path", "ranks run plain Python, and line 1 is for IPython: ??os.path"),
+        ("def f(: # why?", 'File "cell", line 1\n    def f(: # why?\n          ^'),
     ],
 )
 def test_what_is_no_python_is_refused_before_ranks_start(
@@ -189,8 +200,22 @@ def test_a_rank_that_has_ended_is_not_asked(tmp_path: Path) -> None:
     other.wait()
 
 
-def test_what_a_rank_starts_is_ended_too() -> None:
-    run_cell("import subprocess\nsubprocess.Popen(['sleep', '100'], start_new_session=True)", 1)
+def test_what_a_rank_starts_is_not_waited_for_and_ended_too() -> None:
+    source = (
+        "import os, subprocess\nos.system('sleep 100 &')\n"
+        "subprocess.Popen(['sleep', '100'], start_new_session=True, close_fds=False)\n1"
+    )
+    assert run_cell(source, 2, timeout=20).printed == ["1\n", "1\n"]
+
+
+def test_ranks_spawn_more() -> None:
+    child = "from mpi4py import MPI; up = MPI.Comm.Get_parent(); up.bcast(0); up.Disconnect()"
+    source = COMM + (
+        "import sys\nmore = comm.Spawn(sys.executable, ['-c', child], maxprocs=2)\n"
+        "n = more.remote_size\nmore.bcast(1, root=MPI.ROOT if comm.rank == 0 else MPI.PROC_NULL)\n"
+        "more.Disconnect()"
+    )
+    assert run_cell(source, 2, take={"child": child}, give=["n"]).given == {"n": 2}
 
 
 NOTEBOOK_THAT_ENDS = """
@@ -258,9 +283,22 @@ def test_what_cannot_be_given_is_named() -> None:
 
 
 def test_bad_numbers_and_launchers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ranks, timeout in ((0, 1.0), (1, 0.0), (1, float("nan"))):
-        with pytest.raises(ValueError, match="expected ranks >= 1 and timeout > 0, got"):
-            run_cell("", ranks, timeout=timeout)
+    bad: Any
+    for bad in (0, True, 1.5, "2"):
+        with pytest.raises(
+            ValueError, match=f"^ranks: expected a whole number from 1 up, got {bad!r}"
+        ):
+            run_cell("", bad)
+    for bad in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=f"^timeout: expected seconds above 0, got {bad!r}"):
+            run_cell("", 1, timeout=bad)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(5))
+    monkeypatch.setenv("LVXATTN_MPIEXEC", "true")
+    assert "no rank was started; true ended with status 0" in str(error_of("", 80))
+    assert str(error_of("", 81)) == "81 ranks are too many: at most 80 on 5 cores"
+    monkeypatch.setenv("LVXATTN_MPIEXEC", "mpiexec 'a")
+    told = "LVXATTN_MPIEXEC: expected a command, got mpiexec 'a (No closing quotation)"
+    assert str(error_of("", 1)) == told
     monkeypatch.setenv("LVXATTN_MPIEXEC", "no-such-launcher --flag")
     assert "there is no no-such-launcher" in str(error_of("", 1))
     monkeypatch.setenv("LVXATTN_MPIEXEC", "sh -c 'shift; exec \"$@\"' ")

@@ -15,6 +15,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,10 @@ from lvxattn.mpi_impl.jupyter.variables import load, store
 
 # Seconds after the limit at which guards end ranks that the notebook should have ended.
 _LATE = 10.0
+# How many ranks may be asked for: a few keys too many must not flood the machine.
+_RANKS, _RANKS_A_CORE = 64, 16
 # Magics, commands of the shell, and questions.
-_OF_IPYTHON = re.compile(r"^\s*(\w+\s*=\s*)?[%!]|\?\s*$")
+_OF_IPYTHON = re.compile(r"^\s*(\w+\s*=\s*)?[%!]|^\s*\?{1,2}[\w.*]+\s*$|^\s*[\w.*]+\?{1,2}\s*$")
 
 
 class Ran(NamedTuple):
@@ -58,6 +61,7 @@ def run_cell(
     ----------
     source : str
     ranks : int
+        At most 16 for each core that this process may use, or 64 if that is more.
     timeout : float
         Seconds; ranks that take longer are ended, with all that they started.
     take : dict, optional
@@ -74,16 +78,23 @@ def run_cell(
     CellError
         A rank raised: its traceback, once, whoever else raised the same.  Or it was killed, or
         left.  Or the time was up, or somebody interrupted: the line at which each rank was.  Or
-        the source is no Python, or a variable cannot be sent, or there is no launcher.  Its
-        `printed` is what the ranks had printed.
+        the source is no Python, or a variable cannot be sent, or there are too many ranks, or no
+        launcher.  Its `printed` is what the ranks had printed.
+    ValueError
+        `ranks` is no whole number from 1 up, or `timeout` is not above 0.
 
     Notes
     -----
     When this process dies, the ranks end, too.  Of what ranks start, that which takes both a
     session and an environment of its own (``setsid env -i``) is not found, and goes on.
     """
-    if ranks < 1 or not timeout > 0:
-        raise ValueError(f"expected ranks >= 1 and timeout > 0, got {ranks} and {timeout}")
+    if not isinstance(ranks, Integral) or isinstance(ranks, bool) or ranks < 1:
+        raise ValueError(f"ranks: expected a whole number from 1 up, got {ranks!r}")
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+    cores = len(os.sched_getaffinity(0))
+    if ranks > (most := max(_RANKS, _RANKS_A_CORE * cores)):
+        raise CellError(f"{ranks} ranks are too many: at most {most} on {cores} cores")
     _check(source)
     # A guard may have removed it.
     with tempfile.TemporaryDirectory(prefix="lvxattn-cell-", ignore_cleanup_errors=True) as name:
@@ -115,7 +126,11 @@ def find_mpiexec() -> list[str]:
     CellError
         There is none.
     """
-    command = shlex.split(os.environ.get("LVXATTN_MPIEXEC", ""))
+    told = os.environ.get("LVXATTN_MPIEXEC", "")
+    try:
+        command = shlex.split(told)
+    except ValueError as error:
+        raise CellError(f"LVXATTN_MPIEXEC: expected a command, got {told} ({error})") from None
     beside = Path(sys.executable).with_name("mpiexec")
     command = command or [str(beside) if beside.exists() else "mpiexec"]
     if shutil.which(command[0]) is None:
@@ -158,7 +173,7 @@ def _run(command: list[str], folder: Path, source: str, ranks: int, timeout: flo
     if status and time.monotonic() > limit:  # this process was stopped, and guards ended the ranks
         raise CellError(f"not done after {timeout:g} s, and ended")
     if status or not (folder / "give.pickle").exists():
-        raise CellError(failed(folder, source, ranks) or _ended(status, folder))
+        raise CellError(failed(folder, source, ranks) or _ended(status, folder, command[0]))
 
 
 @contextmanager
@@ -192,7 +207,10 @@ def _started(command: list[str], folder: Path, ranks: int) -> Iterator["subproce
             process.wait()
 
 
-def _ended(status: int, folder: Path) -> str:
+def _ended(status: int, folder: Path, launcher: str) -> str:
     said = (folder / "said").read_text(errors="replace").strip()
     tail = "\n".join(said.splitlines()[-15:])
-    return f"the ranks ended with status {status}, and no rank says why\n{tail}".rstrip()
+    started = [*folder.glob("stack.*"), *folder.glob("status.*")]  # of ranks, and of their guards
+    if started:
+        return f"the ranks ended with status {status}, and no rank says why\n{tail}".rstrip()
+    return f"no rank was started; {launcher} ended with status {status}\n{tail}".rstrip()

@@ -19,9 +19,10 @@ _SECONDS = 60.0
 def mpi(line: str, cell: str) -> None:
     """Run a cell on MPI ranks; print what each of them printed, and its last expression's value.
 
-    The cell is plain Python, without magics.  If it fails, what was printed until then is shown,
-    and the names after ``--give`` are gone from the notebook, unless they are after ``--take``,
-    too.
+    The cell is plain Python, without magics.  ``plt.show()`` shows nothing there: have ``--give``
+    bring a figure of rank 0 to the notebook, and show it in the next cell.  If a cell fails, what
+    was printed until then is shown, and the names after ``--give`` are gone from the notebook,
+    unless they are after ``--take``, too.
 
     Parameters
     ----------

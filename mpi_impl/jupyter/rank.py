@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ def main(folder: Path, ranks: int, give: list[str]) -> None:
         Names of variables to be kept.
     """
     rank = MPI.COMM_WORLD.rank
+    _keep_to_itself()
     _print_to(folder / f"printed.{rank}")
     _tell_when_asked(folder / f"stack.{rank}")
     # The cell's functions and classes are of __main__, where pickle looks for them.
@@ -55,16 +57,25 @@ def main(folder: Path, ranks: int, give: list[str]) -> None:
         name, text = (
             ("refused", str(error)) if isinstance(error, RefusedError) else ("raised", _told(error))
         )
-        (folder / f"{name}.{rank}").write_text(text, "utf-8")
+        (folder / f"{name}.{rank}").write_text(text, "utf-8", "backslashreplace")
         os._exit(1)  # the launcher ends all ranks: now, and not after this one's threads
     (folder / f"done.{os.getpid()}").touch()
 
 
-def _print_to(path: Path) -> None:
-    """Send what this process prints to a file, and what it starts, too.
+def _keep_to_itself() -> None:
+    """Have what this process starts inherit none of its descriptors, but the standard ones.
 
-    The launcher's pipe is left to the launcher: it waits for as long as anybody has it.
+    Among them are the launcher's pipes: it waits for as long as anybody has one.
     """
+    with suppress(FileNotFoundError):  # there is no /proc
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2:
+                with suppress(OSError):  # that of the listing itself
+                    os.set_inheritable(number, False)
+
+
+def _print_to(path: Path) -> None:
+    """Send what this process prints to a file, and what it starts, too."""
     with open(path, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 CELL = "cell"  # the name of its file in tracebacks
 # Seconds for all ranks to write down where they are.
 _GRACE = 0.5
-# Bytes of what a rank printed that are shown: one in an endless loop may print a great deal.
-_SHOWN = 1_000_000
+# Bytes of what a rank printed that are shown, half of them from its beginning and half from its
+# end: one in an endless loop may print a great deal.
+_SHOWN = 50_000
 
 
 class CellError(RuntimeError):
@@ -43,7 +44,7 @@ class RefusedError(CellError):
 
 
 def printed(folder: Path, ranks: int) -> list[str]:
-    """Return what each rank printed; the beginning, if that is very much."""
+    """Return what each rank printed; the beginning and the end, if that is very much."""
     return [_printed(folder / f"printed.{rank}") for rank in range(ranks)]
 
 
@@ -74,9 +75,19 @@ def _printed(path: Path) -> str:
     if not path.exists():
         return ""
     with open(path, "rb") as file:
-        text = file.read(_SHOWN).decode(errors="replace")
-    more = path.stat().st_size - _SHOWN
-    return text if more <= 0 else f"{text}\n... and {more:,} bytes more\n"
+        more = os.fstat(file.fileno()).st_size - _SHOWN
+        if more <= 0:
+            return _settled(file.read())
+        first = _settled(file.read(_SHOWN // 2))
+        file.seek(more, os.SEEK_CUR)
+        last = _settled(file.read(_SHOWN // 2))
+    return f"{first}\n... {more:,} bytes are left out here ...\n{last}"
+
+
+def _settled(text: bytes) -> str:
+    """Return text as a terminal leaves it: of a bar of progress the last state only."""
+    lines = text.decode(errors="replace").split("\n")
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
 
 
 def _raised(folder: Path, ranks: int) -> str:
