@@ -55,6 +55,10 @@ def test_every_rank_prints_for_itself_and_shows_its_last_value() -> None:
     assert ran.given == {}
 
 
+def test_the_input_of_every_rank_is_at_its_end() -> None:
+    assert run_cell("import sys\nsys.stdin.read()", 2, timeout=20).printed == ["''\n"] * 2
+
+
 def test_of_very_much_output_the_beginning_and_the_end_are_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

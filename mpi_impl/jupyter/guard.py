@@ -42,8 +42,9 @@ def main(folder: Path, seconds: float, command: list[str]) -> int:
     command : list of str
     """
     with open(folder / "notebook", "r+") as lock:
-        # The launcher talks with the rank through descriptors.
-        rank = subprocess.Popen(command, close_fds=False)
+        # The launcher talks with the rank through descriptors, and gives not every rank an input
+        # that ends.
+        rank = subprocess.Popen(command, close_fds=False, stdin=subprocess.DEVNULL)
         ended = threading.Event()
         threading.Thread(target=_await, args=(rank, ended), daemon=True).start()
         limit = time.monotonic() + seconds
