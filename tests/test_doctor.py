@@ -212,17 +212,21 @@ def test_what_was_decided_about_device_memory_is_said_with_the_ranks_that_it_is_
     assert "CUDA-aware  no, by asked\n" in capsys.readouterr().out
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, cupy: Any) -> None:
+    """Have the commands find arrays of the host in CuPy's place, on a GPU called H."""
+    runtime = cupy.cuda.runtime
+    properties = {"name": b"H"}
+    monkeypatch.setattr(runtime, "getDeviceProperties", lambda _: properties, raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+
 @pytest.mark.parametrize("aware", ["0", "1"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_device_memory_is_sent_from_rank_to_rank_as_a_pass_sends_it(
     aware: str, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cupy = import_module(f"tests.{'fake' if whole else 'wrong'}_cupy")
-    properties = {"name": b"H"}
-    monkeypatch.setattr(
-        cupy.cuda.runtime, "getDeviceProperties", lambda _: properties, raising=False
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    stand_in(monkeypatch, cupy)
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert examine(MPI.COMM_SELF) == whole
@@ -242,11 +246,7 @@ def no_compiler(*given: Any) -> Any:
 def test_a_gpu_on_which_nothing_can_be_computed_is_an_error_of_doctor_and_run(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    properties = {"name": b"H"}
-    monkeypatch.setattr(
-        fake_cupy.cuda.runtime, "getDeviceProperties", lambda _: properties, raising=False
-    )
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    stand_in(monkeypatch, fake_cupy)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     expected = "LVXATTN_KERNEL: 'cuda' expects a device of compute capability 8.0 or more, got 7.5"
     if missing == "compiler":
@@ -264,11 +264,7 @@ def test_a_gpu_on_which_nothing_can_be_computed_is_an_error_of_doctor_and_run(
 def test_run_names_the_kernel_that_was_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    properties = {"name": b"H"}
-    monkeypatch.setattr(
-        fake_cupy.cuda.runtime, "getDeviceProperties", lambda _: properties, raising=False
-    )
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    stand_in(monkeypatch, fake_cupy)
     monkeypatch.setenv("LVXATTN_KERNEL", "tiles")
     sizes = ["--text-tokens", "8", "--visual-tokens", "16", "--check", "--backward"]
     assert main(["run", "--device", "gpu", *sizes], MPI.COMM_SELF) == 0

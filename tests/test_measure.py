@@ -11,8 +11,9 @@ import pytest
 
 from lvxattn.reference import VirtualComm, run_ranks
 from lvxattn.reference.plan import measure as module
-from lvxattn.reference.plan.machine import Link, Machine, Measured
+from lvxattn.reference.plan.machine import Link, Machine
 from lvxattn.reference.plan.measure import BLOCK, MESSAGE, measure
+from lvxattn.reference.plan.measured import Measured
 from lvxattn.reference.plan.problem import planned
 from lvxattn.reference.plan.simulate import cost
 from lvxattn.reference.plan.steps import Compute

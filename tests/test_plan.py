@@ -15,7 +15,8 @@ from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan import command
 from lvxattn.reference.plan.choose import candidates, table, unlike_ranks
 from lvxattn.reference.plan.command import main
-from lvxattn.reference.plan.machine import MACHINES, Link, Machine, Measured
+from lvxattn.reference.plan.machine import MACHINES, Link, Machine
+from lvxattn.reference.plan.measured import Measured
 from lvxattn.reference.plan.memory import memory, most_frames
 from lvxattn.reference.plan.problem import planned
 from lvxattn.reference.plan.problems import MODELS

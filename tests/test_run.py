@@ -21,7 +21,7 @@ import safetensors.numpy
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan import MACHINES, candidates, planned
-from lvxattn.reference.plan.machine import Measured
+from lvxattn.reference.plan.measured import Measured
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.run import program, tensors
 from lvxattn.reference.run.arguments import Parser

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from local import BACKENDS, Inputs, attempt, farthest, shapes, theirs
+from local import BACKENDS, Inputs, attempt, farthest, shapes, theirs, work_of
 from timing import Device
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
@@ -45,11 +45,7 @@ def measure(device: Device) -> Iterator[dict[str, Any]]:
                     work = [partial(theirs, x, backward) for x in inputs]
                     attempt(f"sdpa {name}", device, work, torch_s, {}, failed, prepare=True)
             row = {
-                "dtype": str(dtype).removeprefix("torch."),
-                "H": H, "H_KV": H_KV, "s_q": s_q, "s_kv": s_kv, "D": D,
-                "pass": "backward" if backward else "forward",
-                "flop": (10 if backward else 4) * H * s_q * s_kv * D,
-                "bytes": 2 * moved if backward else moved,
+                **work_of(inputs[0], backward),
                 "seconds": kernels, "sdpa seconds": torch_s, "auto": auto, "failed": failed,
             }  # fmt: skip
             if "auto" in kernels:

@@ -67,11 +67,7 @@ def measure(device: Device, dtype: torch.dtype = torch.bfloat16) -> Iterator[dic
                     works = [partial(theirs, x, backward) for x in inputs]
                     attempt(f"sdpa {name}", device, works, torch_s, peaks, failed, prepare=True)
             row = {
-                "dtype": str(dtype).removeprefix("torch."),
-                "H": H, "H_KV": H_KV, "s_q": s_q, "s_kv": s_kv, "D": D,
-                "pass": "backward" if backward else "forward",
-                "flop": (10 if backward else 4) * H * s_q * s_kv * D,
-                "bytes": 2 * moved if backward else moved,
+                **work_of(inputs[0], backward),
                 "seconds": kernels, "sdpa seconds": torch_s, "peak bytes": peaks,
                 "auto": choose(job), "failed": failed,
             }  # fmt: skip
@@ -98,6 +94,19 @@ class Inputs:
         q, dout = (device.randn(1, H, s_q, D, dtype=dtype) for _ in range(2))
         k, v = (device.randn(1, H_KV, s_kv, D, dtype=dtype) for _ in range(2))
         return Inputs(q, k, v, dout)
+
+
+def work_of(x: Inputs, backward: bool) -> dict[str, Any]:
+    """Return what a pass works on, in operations and in bytes that it must read and write."""
+    (_, H, s_q, D), (_, H_KV, s_kv, _) = x.q.shape, x.k.shape
+    moved = x.q.dtype.itemsize * D * (2 * H * s_q + 2 * H_KV * s_kv)
+    return {
+        "dtype": str(x.q.dtype).removeprefix("torch."),
+        "H": H, "H_KV": H_KV, "s_q": s_q, "s_kv": s_kv, "D": D,
+        "pass": "backward" if backward else "forward",
+        "flop": (10 if backward else 4) * H * s_q * s_kv * D,
+        "bytes": 2 * moved if backward else moved,
+    }  # fmt: skip
 
 
 def ours(job: Job) -> Iterator[tuple[str, Callable[[Inputs], object]]]:

@@ -19,7 +19,8 @@ from statistics import median
 from time import perf_counter
 from typing import Protocol
 
-from lvxattn.reference.plan.machine import Link, Machine, Measured
+from lvxattn.reference.plan.machine import Link, Machine
+from lvxattn.reference.plan.measured import Measured
 from lvxattn.reference.plan.steps import ITEMSIZE
 from lvxattn.reference.validation import FLOATING, Communicator, raise_together
 
