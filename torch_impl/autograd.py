@@ -1,8 +1,8 @@
-"""Where the passes meet autograd: one function for attention, one for a layer that recomputes.
+"""Where the passes meet autograd.
 
 The passes themselves are plain functions on tensors.  What is saved between them is what the
-equations need: q, k, v, out and lse for attention; x, y, out and lse for a layer (`recompute.py`).
-The layout is kept too, so that a backward sends nothing but blocks.
+equations need: q, k, v, out and lse; of these, only out and lse where a layer makes the others
+again (`recompute.py`).  The layout is kept too, so that a backward sends nothing but blocks.
 
 A backward is collective like its forward: the loss of every rank has to depend on its out, be it
 times 0, and all ranks call their losses' backward.
@@ -25,7 +25,10 @@ Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Attention(torch.autograd.Function):
-    """``(q, k, v) -> (out, lse)`` by a schedule's forward, and its backward."""
+    """``(q, k, v) -> (out, lse)`` by a schedule's forward, and its backward.
+
+    It saves q, k and v unless `made` is given: a node of the graph whose saved tensors they are.
+    """
 
     @staticmethod
     def forward(
@@ -39,12 +42,17 @@ class Attention(torch.autograd.Function):
         forward: Forward,
         backward: Backward,
         meter: Meter | None,
+        made: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend, and save what the backward needs."""
         ctx.set_materialize_grads(False)
         with exactly(q.device):
             out, lse = forward(q, k, v, group, layout, mask=mask, meter=meter)
-        save(ctx, mask, q, k, v, out, lse)
+            # In memory (B, s_q, H, D_V): what joins the heads takes it as it is, and keeps no copy.
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        held = (q, k, v) if made is None else ()
+        save(ctx, mask, *held, out, lse)
+        ctx.made = made
         ctx.group, ctx.layout, ctx.backward, ctx.meter = group, layout, backward, meter
         return out, lse
 
@@ -52,14 +60,15 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate."""
-        (q, k, v, out, lse), mask = saved(ctx)
+        (*held, out, lse), mask = saved(ctx)
+        q, k, v = held or ctx.made.saved_tensors
         with exactly(q.device):
             dout = torch.zeros_like(out) if dout is None else dout
             dq, dk, dv = ctx.backward(
                 dout, q, k, v, out, lse, ctx.group, ctx.layout,
                 mask=mask, dlse=dlse, meter=ctx.meter,
             )  # fmt: skip
-        return dq, dk, dv, *[None] * 6
+        return dq, dk, dv, *[None] * 7
 
 
 def save(ctx: Any, mask: Tensor | MaskRule | None, *tensors: Tensor) -> None:
