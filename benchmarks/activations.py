@@ -60,7 +60,7 @@ def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> d
             layer.register_forward_pre_hook(lambda _, given: name(given[0], "x")),
             layer.out_proj.register_forward_pre_hook(lambda _, given: name(given[0], "out")),
         ]
-        if not layer.recompute_kv:  # which calls no projection, unless it is hooked
+        if not layer.recompute_kv:  # which keeps none of them
             handles += [
                 layer.q_proj.register_forward_hook(lambda _, __, q: name(q, "q")),
                 layer.k_proj.register_forward_hook(lambda _, __, k: name(k, "k")),

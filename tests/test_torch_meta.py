@@ -66,8 +66,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Caught]:
     monkeypatch.setattr(
         Job, "of", staticmethod(lambda *x, **y: replace(of(*x, **y), device="cuda"))
     )
-    for module in (autograd_module,):
-        monkeypatch.setattr(module, "exactly", lambda _: nullcontext())
+    monkeypatch.setattr(autograd_module, "exactly", lambda _: nullcontext())
     for name in ("tensor", "as_tensor", "asarray", "from_numpy"):
         monkeypatch.setattr(torch, name, copied)
     with Caught() as caught:
