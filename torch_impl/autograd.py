@@ -1,8 +1,9 @@
 """Where the passes meet autograd.
 
 The passes themselves are plain functions on tensors.  What is saved between them is what the
-equations need: q, k, v, out and lse; of these, only out and lse where a layer makes the others
-again (`recompute.py`).  The layout is kept too, so that a backward sends nothing but blocks.
+equations need: q, k, v, out and lse, and of lse what it has lost in rounding; of q, k and v nothing
+where a layer makes them again (`recompute.py`).  The layout is kept too, so that a backward sends
+nothing but blocks.
 
 A backward is collective like its forward: the loss of every rank has to depend on its out, be it
 times 0, and all ranks call their losses' backward.
@@ -17,10 +18,12 @@ from torch.autograd.function import once_differentiable
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
+from lvxattn.torch_impl.block_attention import delta_of
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.merge import lse_of, remainder_of
 
-Forward = Callable[..., tuple[Tensor, Tensor]]
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -47,11 +50,13 @@ class Attention(torch.autograd.Function):
         """Attend, and save what the backward needs."""
         ctx.set_materialize_grads(False)
         with exactly(q.device):
-            out, lse = forward(q, k, v, group, layout, mask=mask, meter=meter)
+            out, top, total = forward(q, k, v, group, layout, mask=mask, meter=meter)
+            lse = lse_of(top, total)
+            low = remainder_of(lse, top, total)
             # In memory (B, s_q, H, D_V): what joins the heads takes it as it is, and keeps no copy.
-            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+            out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         held = (q, k, v) if made is None else ()
-        save(ctx, mask, *held, out, lse)
+        save(ctx, mask, *held, out, lse, low)
         ctx.made = made
         ctx.group, ctx.layout, ctx.backward, ctx.meter = group, layout, backward, meter
         return out, lse
@@ -60,14 +65,16 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate."""
-        (*held, out, lse), mask = saved(ctx)
+        (*held, out, lse, low), mask = saved(ctx)
         q, k, v = held or ctx.made.saved_tensors
         with exactly(q.device):
-            dout = torch.zeros_like(out) if dout is None else dout
+            # dout in q's dtype, as it is on the ranks that it visits.
+            dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+            dout, delta = delta_of(dout, out, lse, low, dlse)
             dq, dk, dv = ctx.backward(
-                dout, q, k, v, out, lse, ctx.group, ctx.layout,
-                mask=mask, dlse=dlse, meter=ctx.meter,
-            )  # fmt: skip
+                dout, q, k, v, lse, delta, ctx.group, ctx.layout, mask=mask, meter=ctx.meter
+            )
+            dq, dk, dv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
         return dq, dk, dv, *[None] * 7
 
 
