@@ -137,23 +137,28 @@ class CrossAttention(nn.Module):
         -------
         Tensor : (B, s_q, E)
         """
-        comm = Group.of(self.group)
-        check_here_or_together(lambda: self._check(x, features), comm, together=layout is None)
+        self._check(x, features, together=layout is None)
         options: dict[str, Any] = {
             "mask": mask, "layout": layout, "schedule": schedule, "queries": queries,
             "meter": meter,
         }  # fmt: skip
         if self.recompute_kv:
             out = cross_attention_layer(
-                x, features, self._make_kv, comm, make_q=self._make_q, **options
+                x, features, self._make_kv, self.group, make_q=self._make_q, **options
             )
         else:
-            out = cross_attention(self._make_q(x), *self._make_kv(features), comm, **options)
+            out = cross_attention(self._make_q(x), *self._make_kv(features), self.group, **options)
         joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return joined
 
-    def _check(self, x: Tensor, features: Tensor) -> None:
-        """Check what the projections are given, on this rank."""
+    @torch.compiler.disable
+    def _check(self, x: Tensor, features: Tensor, *, together: bool) -> None:
+        """Check what the projections are given; collective where `together`."""
+        check_here_or_together(
+            lambda: self._check_alone(x, features), Group.of(self.group), together=together
+        )
+
+    def _check_alone(self, x: Tensor, features: Tensor) -> None:
         for name, given, length, width in (
             ("x", x, "s_q", self.embed_dim), ("features", features, "s_kv", self.kv_dim)
         ):  # fmt: skip
