@@ -97,9 +97,9 @@ assert taken.keys > 100 * taken.text and taken.keys > 3 * 80e9
 # DeepSpeed-Ulysses ([arXiv:2309.14509](https://arxiv.org/abs/2309.14509)).
 #
 # In each, a rank sends $P - 1$ messages of a kind. LV-XAttn has two kinds in the forward pass:
-# queries, and the partial results `(out, lse)` that follow them and are merged on the way. There lse
-# is two numbers, the largest score and the sum of exponentiated ones less that: where a mask hides a
-# row by -1e9, the log of a number of keys would be lost in one.
+# queries, and the partial results `(out, lse)` that follow them and are merged on the way. There
+# lse is two numbers, the largest score and the sum of all, exponentiated and divided by the
+# exponential of the largest: beside a mask of -1e9 a single number would lose the log of that sum.
 #
 # `planned` lays out a problem that nobody has yet, and `messages` lists what a rank would send.
 
