@@ -8,7 +8,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.device import computing
+from lvxattn.mpi_impl.device import check_arrays, computing
 from lvxattn.mpi_impl.gather import gather, gather_backward
 from lvxattn.mpi_impl.last_words import named
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
@@ -101,8 +101,9 @@ def cross_attention(
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
-                q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries
-            )
+                q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+                check=lambda: check_arrays(q),
+            )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
@@ -160,7 +161,7 @@ def cross_attention_backward(
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                backward=backward,
+                backward=backward, check=lambda: check_arrays(q),
             )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)

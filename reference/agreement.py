@@ -22,6 +22,7 @@ from lvxattn.reference.validation import (
     check_mask_shape_rows,
     device_kind,
     dtype_name,
+    library,
     on_rank,
     raise_lowest,
     raise_together,
@@ -48,11 +49,12 @@ EQUAL_ON_ALL_RANKS = {
     "scale": "scale",
     "schedule": "schedule",
     "queries": "queries",
+    "library": "q",
     "device": "q",
     "call": "call",
 }
 # What of that concerns the call alone, not its layout.
-ONLY_OF_THE_CALL = ("device", "call")
+ONLY_OF_THE_CALL = ("library", "device", "call")
 
 
 def agree_on(
@@ -68,7 +70,7 @@ def agree_on(
     queries: str = "sharded",
     call: str = "forward",
     machine: Any = None,
-    check: Callable[[], None] | None = None,
+    check: Callable[[], object] | None = None,
 ) -> list["Record"]:
     """Return the records of all ranks, in rank order.
 
@@ -85,7 +87,8 @@ def agree_on(
     machine : Machine, optional
         Rank 0's says what schedule ``"auto"`` is.
     check : callable, optional
-        What an implementation has to check besides: it raises what is wrong on this rank.
+        What an implementation has to check besides, such as whose arrays it computes with: it
+        raises what is wrong on this rank.
 
     Raises
     ------
@@ -151,6 +154,7 @@ class Record:
     scale: float
     schedule: str
     queries: str
+    library: str
     device: str
     call: str
     machine: Any
@@ -185,6 +189,7 @@ class Record:
             scale=1 / sqrt(D) if scale is None else float(scale),
             schedule=schedule,
             queries=queries,
+            library=library(q),
             device=device_kind(q),
             call=call,
             machine=machine,
@@ -216,7 +221,7 @@ def _check_equal(records: list[Record]) -> None:
                 close = name == "scale" and isclose(given, expected, rel_tol=1e-12)
                 if given != expected and not close:
                     symbol = "" if name == argument else f" {name} ="
-                    raise (TypeError if name == "dtype" else ValueError)(
+                    raise (TypeError if name in ("dtype", "library") else ValueError)(
                         f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
                     )
             if replicated and record.s_q != S_Q:

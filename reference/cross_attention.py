@@ -95,12 +95,13 @@ def cross_attention(
         Naming the argument, what was expected, what was given and the rank; on every rank alike,
         before anything is sent, unless `layout` is given: then on the rank that misfits.
     """
-    check_numpy(q)
     if layout is None:
         layout = Layout.agree(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries
-        )
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            check=lambda: check_numpy(q),
+        )  # fmt: skip
     else:
+        check_numpy(q)
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
     return forward(q, k, v, comm, layout, mask=mask, meter=meter)
@@ -151,13 +152,13 @@ def cross_attention_backward(
         As `cross_attention`.
     """
     backward = dout, out, lse, dlse
-    check_numpy(q)
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            backward=backward,
+            backward=backward, check=lambda: check_numpy(q),
         )  # fmt: skip
     else:
+        check_numpy(q)
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
     _, backward_pass = passes(layout)
     return backward_pass(dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter)

@@ -16,6 +16,8 @@ Array = Any
 T = TypeVar("T")
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
+# A subclass of one of their arrays is computed with as such.
+LIBRARIES = ("numpy", "cupy", "torch")
 
 
 class Communicator(Protocol):
@@ -76,7 +78,7 @@ def check_attention(q: Array, k: Array, v: Array, *, scale: float | None, mask: 
 
 def check_numpy(x: Array, name: str = "q") -> None:
     """Refuse the arrays of other libraries, with which the reference does not compute."""
-    if hasattr(x, "shape") and hasattr(x, "dtype") and library(x) != "numpy":
+    if is_array(x) and library(x) != "numpy":
         raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__} of {library(x)}")
 
 
@@ -273,7 +275,7 @@ def accumulator(dtype: str) -> str:
 
 
 def _check_array(name: str, x: Any, like: Any, of: str = "q") -> None:
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    if not is_array(x):
         raise TypeError(f"{name}: expected an array, got {_kind(x)}")
     if type(x).__module__.startswith("numpy.ma"):
         raise TypeError(f"{name}: expected a plain array and mask=, got a masked array")
@@ -294,9 +296,18 @@ def _check_axis(name: str, x: Array, axis: int, symbol: str, size: int, of: str)
         )
 
 
+def is_array(x: Any) -> bool:
+    """Return whether x is an array of any library."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
 def library(x: Any) -> str:
-    """Return the name of the package that defines the array's type, such as ``"numpy"``."""
-    return type(x).__module__.partition(".")[0]
+    """Return the name of the package that the array is computed with, such as ``"numpy"``.
+
+    A subclass belongs to the package of its base, wherever it is defined.
+    """
+    packages = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    return next((name for name in packages if name in LIBRARIES), packages[0])
 
 
 def arange(x: Array) -> Callable[[int, int], Array]:

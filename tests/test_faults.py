@@ -301,6 +301,41 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
 }
 
 
+# What is said otherwise of NumPy's arrays and CuPy's, and of communicators.
+_OTHER = "expected a NumPy or CuPy array, got Other of __main__"
+OF_ARRAYS: dict[str, tuple[type[Exception], str, Any]] = {
+    "q is of another library": (TypeError, f"q: {_OTHER}", 0),
+    "the backward's q is of another library": (TypeError, f"q: {_OTHER}", 0),
+    "the last rank's q is of another library": (TypeError, f"q: {_OTHER}", LAST),
+    "the last rank's mask is of another library": (
+        TypeError,
+        "mask: expected a numpy array as q is, got __main__",
+        LAST,
+    ),
+    "the last rank's lse is of another library": (
+        TypeError,
+        "lse: expected a numpy array as q is, got fake_cupy",
+        LAST,
+    ),
+    **{
+        f"ranks differ in {whose}library": (
+            TypeError,
+            "q: expected rank 0's library = 'numpy', got library = 'fake_cupy'",
+            LAST,
+        )
+        for whose in ("", "the backward's ")
+    },
+    "ranks differ in the library of their parts": (
+        TypeError,
+        "x: expected a numpy array as on rank 0, got Other",
+        LAST,
+    ),
+    "ranks differ in what they join": (
+        TypeError,
+        "x: expected a numpy array as on rank 0, got list",
+        LAST,
+    ),
+}
 # What only PyTorch's tensors, groups and modules can get wrong.
 OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
     "k is on another device": (ValueError, "k: expected q's device cpu, got meta", 0),
@@ -342,6 +377,23 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         0,
     ),
     "k is an array of NumPy": (TypeError, "k: expected a torch array as q is, got numpy", 0),
+    "q is an array of NumPy": (TypeError, "q: expected a torch tensor, got ndarray of numpy", 0),
+    "the last rank's arrays are NumPy's": (
+        TypeError,
+        "q: expected a torch tensor, got ndarray of numpy",
+        LAST,
+    ),
+    "the last rank's mask is NumPy's": (
+        TypeError,
+        "mask: expected a torch array as q is, got numpy",
+        LAST,
+    ),
+    "parts are NumPy's": (TypeError, "x: expected a torch tensor, got ndarray of numpy", EACH),
+    "ranks differ in the library of their parts, with tensors": (
+        TypeError,
+        "x: expected a torch array as on rank 0, got ndarray",
+        LAST,
+    ),
     "a mesh of two dimensions": (
         ValueError,
         "group: expected a mesh of one dimension, as mesh['context'] gives it, "
@@ -396,13 +448,14 @@ OF_BACKWARD |= {"backward with 3 axes in q", "the last rank's dout"}
 OF_BACKWARD |= {"ranks differ in the backward's schedule"}
 OF_BACKWARD |= {"several ranks and one head with ulysses, backward"}
 IN_TORCH = {n: e for n, e in EXPECTED.items() if n not in OF_BACKWARD} | OF_TENSORS
-BAD = [("mpi", name) for name in EXPECTED] + [("torch", name) for name in IN_TORCH]
+IN_MPI = EXPECTED | OF_ARRAYS
+BAD = [("mpi", name) for name in IN_MPI] + [("torch", name) for name in IN_TORCH]
 REPORTS = {"mpi": report, "torch": torch_report}
 
 
 def text(name: str, P: int, by: int) -> str:
     """Return the whole text of an error on P ranks, as rank `by` raises it."""
-    _, start, rank = (EXPECTED | OF_TENSORS)[name]
+    _, start, rank = (IN_MPI | IN_TORCH)[name]
     for symbol, number in (
         ("{P}", P),
         ("{5P}", 5 * P),
@@ -425,7 +478,7 @@ class TestBadInput:
             pytest.skip("one rank has nobody to differ from")
         ranks = REPORTS[implementation](P, "run_bad_input.py")[name]
         for rank, (kind, got, in_time, still_works) in enumerate(ranks):
-            expected = (EXPECTED | OF_TENSORS)[name][0].__name__
+            expected = (IN_MPI | IN_TORCH)[name][0].__name__
             assert (kind, got) == (expected, text(name, P, rank))
             assert in_time
             assert still_works
@@ -433,7 +486,7 @@ class TestBadInput:
     @pytest.mark.parametrize("implementation", REPORTS)
     def test_the_table_is_complete(self, implementation: str, P: int) -> None:
         ranks = REPORTS[implementation](P, "run_bad_input.py")
-        assert set(ranks) == set({"mpi": EXPECTED, "torch": IN_TORCH}[implementation])
+        assert set(ranks) == set({"mpi": IN_MPI, "torch": IN_TORCH}[implementation])
         assert all(len(results) == P for results in ranks.values())
 
 

@@ -292,8 +292,14 @@ def test_dtypes_go_by_their_plain_names() -> None:
     assert [accumulator(d) for d in FLOATS.split(", ")] == ["float32"] * 3 + ["float64"]
 
 
-def test_libraries_go_by_the_package_of_the_array_s_type() -> None:
+class Own(np.ndarray[Any, Any]):
+    """A user's array."""
+
+
+def test_libraries_go_by_the_package_of_the_array_s_type_or_its_base_s() -> None:
     assert (library(Q), library(fake_cupy.asarray(Q))) == ("numpy", "fake_cupy")
+    assert library(Q.view(Own)) == library(np.ma.masked_array(Q)) == "numpy"
+    attention(q=Q.view(Own), k=K.view(Own))
     assert array_module(Q) is np
     assert array_module(fake_cupy.asarray(Q)) is fake_cupy
 

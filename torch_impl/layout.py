@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lvxattn.reference import layout as shared
 from lvxattn.reference.agreement import agree_on
 from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.validation import on_rank
+from lvxattn.reference.validation import check_here_or_together, is_array, library, on_rank
 from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
 
 
@@ -184,21 +184,24 @@ def unshard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
 
     Raises
     ------
-    ValueError
-        On every rank, when the parts differ in dtype or in another axis.
+    ValueError, TypeError
+        On every rank, when the parts differ in dtype or in another axis, or are no tensors.
     """
-    whole: Tensor = shared.unshard(x.detach().cpu(), Group.of(group), axis)
+    comm, part = Group.of(group), x.detach().cpu() if isinstance(x, Tensor) else x
+    whole: Tensor = shared.unshard(part, comm, axis)
+    check_here_or_together(lambda: check_kind("x", x), comm, together=False)
     return whole.to(x.device)
 
 
 def check_tensors(q: Any, k: Any, v: Any, mask: Any, group: Group) -> None:
-    """Check what only tensors can get wrong; what is no tensor is left to the shared checks.
+    """Check what only tensors can get wrong; what is no array is left to the shared checks.
 
     Raises
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what was given.
     """
+    check_kind("q", q)
     arrays = {"q": q, "k": k, "v": v}
     if mask is not None and not callable(mask):
         arrays["mask"] = mask
@@ -208,6 +211,12 @@ def check_tensors(q: Any, k: Any, v: Any, mask: Any, group: Group) -> None:
         over_cpu(group, q.device)
     if getattr(mask, "requires_grad", False):
         raise ValueError("mask: expected a constant, got a tensor that requires a gradient")
+
+
+def check_kind(name: str, x: Any) -> None:
+    """Refuse the arrays of other libraries; what is no array is left to the shared checks."""
+    if is_array(x) and not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, got {type(x).__name__} of {library(x)}")
 
 
 def check_tensor(name: str, x: Any, q: Any, of: str = "q") -> None:
