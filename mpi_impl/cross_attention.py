@@ -19,6 +19,7 @@ from lvxattn.mpi_impl.watchdog import watching
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.validation import instead_of
 
 Array = Any  # NumPy or CuPy
 
@@ -188,7 +189,7 @@ def check_comm(comm: MPI.Intracomm) -> None:
         At once and on this rank: nobody can be asked over such a communicator.
     """
     if not hasattr(comm, "Isend"):
-        raise TypeError(f"comm: expected an MPI.Intracomm, got {type(comm).__name__}")
+        raise TypeError(f"comm: expected an MPI.Intracomm, got {instead_of(comm)}")
     if isinstance(comm, MPI.Comm) and (comm == MPI.COMM_NULL or comm.Is_inter()):
         kind = "COMM_NULL" if comm == MPI.COMM_NULL else "an intercommunicator"
         raise TypeError(f"comm: expected an MPI.Intracomm, got {kind}")

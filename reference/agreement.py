@@ -19,6 +19,7 @@ from lvxattn.reference.validation import (
     arange,
     check_attention,
     check_backward,
+    check_communicator,
     check_mask_shape_rows,
     device_kind,
     dtype_name,
@@ -95,6 +96,7 @@ def agree_on(
     ValueError, TypeError
         The same on every rank.
     """
+    check_communicator(comm)
     mine: Record | Exception
     try:
         if check is not None:

@@ -31,6 +31,7 @@ from lvxattn.reference.validation import (
     accumulator,
     check_attention,
     check_backward,
+    check_communicator,
     check_mask_rows,
     dtype_name,
     is_array,
@@ -218,6 +219,7 @@ class Layout:
         ValueError, TypeError
             On this rank only: under MPI the program's end then ends the others.
         """
+        check_communicator(comm)
         try:
             check_attention(q, k, v, scale=scale, mask=mask)
             check_mask_rows(mask, self.S_Q)
@@ -332,6 +334,7 @@ def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
     array
         A view of x.
     """
+    check_communicator(comm)
     cut = [slice(None)] * len(x.shape)
     cut[axis] = share(x.shape[axis], comm.rank, comm.size)
     return x[tuple(cut)]
@@ -365,6 +368,7 @@ def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
     ValueError, TypeError
         On every rank, when the parts differ in library, in dtype or in another axis.
     """
+    check_communicator(comm)
     parts = comm.allgather(x)
     first = parts[0]
     for rank, part in enumerate(parts):

@@ -82,6 +82,27 @@ def check_numpy(x: Array, name: str = "q") -> None:
         raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__} of {library(x)}")
 
 
+def check_communicator(comm: Any) -> None:
+    """Refuse what is no communicator.
+
+    Raises
+    ------
+    TypeError
+        At once and on this rank: nobody can be asked.
+    """
+    if not hasattr(comm, "allgather") or not hasattr(comm, "rank"):
+        raise TypeError(f"comm: expected a communicator, got {instead_of(comm)}")
+
+
+def instead_of(x: Any) -> str:
+    """Return what was given instead of ranks, in words: masks are, as a fourth argument."""
+    if is_array(x):
+        return f"{type(x).__name__} of shape {tuple(x.shape)}; a mask is given as mask="
+    if isinstance(x, type) or not callable(x):
+        return type(x).__name__
+    return f"{type(x).__name__} {getattr(x, '__name__', '')}; a mask is given as mask="
+
+
 def check_scale(scale: float | None) -> None:
     """Check that `scale` is None or a finite real number."""
     if scale is None:

@@ -304,6 +304,11 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
 # What is said otherwise of NumPy's arrays and CuPy's, and of communicators.
 _OTHER = "expected a NumPy or CuPy array, got Other of __main__"
 OF_ARRAYS: dict[str, tuple[type[Exception], str, Any]] = {
+    "a mask in the communicator's place": (
+        TypeError,
+        "comm: expected an MPI.Intracomm, got ndarray of shape (5, 7); a mask is given as mask=",
+        None,
+    ),
     "q is of another library": (TypeError, f"q: {_OTHER}", 0),
     "the backward's q is of another library": (TypeError, f"q: {_OTHER}", 0),
     "the last rank's q is of another library": (TypeError, f"q: {_OTHER}", LAST),
@@ -405,6 +410,18 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, got str",
         None,
     ),
+    **{
+        f"a {what} in the group's place": (
+            TypeError,
+            "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, "
+            f"got {got}; a mask is given as mask=",
+            None,
+        )
+        for what, got in (
+            ("mask", "Tensor of shape (5, 7)"),
+            ("rule", "function rule"),
+        )
+    },
     "a layout of other queries": (
         ValueError,
         "queries: expected the layout's 'sharded', got 'replicated'",

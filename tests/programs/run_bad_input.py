@@ -202,6 +202,11 @@ if not TORCH:
     def on_device(*names: str) -> dict[str, Any]:
         return {n: fake_cupy.asarray(x) for n, x in good().items() if n in names}
 
+    def wrong_comm(comm: Any) -> Any:
+        a = good()
+        return implementation.cross_attention(a["q"], a["k"], a["v"], comm)
+
+    bad("a mask in the communicator's place", wrong_comm, comm=zeros(5, 7, dtype=bool))
     bad("q is of another library", forward, q=Other())
     bad("the backward's q is of another library", backward, q=Other())
     bad_on_last("the last rank's q is of another library", forward, q=Other())
@@ -270,6 +275,8 @@ if TORCH:
     )
     bad("a mesh of two dimensions", tensors, group=mesh)
     bad("a group of another kind", tensors, group="world")
+    bad("a mask in the group's place", tensors, group=torch.ones(5, 7, dtype=torch.bool))
+    bad("a rule in the group's place", tensors, group=rule)
     bad("a layout of other queries", tensors, layout=layout, queries="replicated")
     bad("dropout", lambda: CrossAttention(8, 2, dropout=0.1))
     bad("heads that do not divide", lambda: CrossAttention(8, 3))
