@@ -15,6 +15,7 @@ from PIL import Image
 
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.mpi_impl.demo.camera import pan_over_photographs
+from lvxattn.mpi_impl.demo.gallery import check_output
 from lvxattn.mpi_impl.demo.judge import (
     AMBIGUOUS,
     FOUND,
@@ -218,6 +219,13 @@ BAD = {
     negative_queries: r"--queries: expected a whole number from 1 up, got '-3' \(on all ranks\)",
     no_output_folder: r"--output: .* there is no folder none \(on rank 0 of 2\)",
 }
+
+
+def test_a_picture_that_cannot_be_written_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"--output: x+\.png cannot be written: File name too long"
+    ):
+        check_output(Path("x" * 300 + ".png"))
 
 
 @pytest.mark.mpi

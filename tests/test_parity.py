@@ -286,7 +286,7 @@ def test_equations_and_schedules_agree(module: str, package: str) -> None:
 
 OWN = {
     "mpi_impl": {
-        *("awareness", "buffers", "device", "jupyter", "last_words", "launcher", "measure"),
+        *("awareness", "buffers", "device", "jupyter", "last_words", "measure"),
         *("rows", "self_test", "transfers", "watchdog"),
     },
     "torch_impl": {"autograd", "group", "measure", "module"},
