@@ -7,6 +7,7 @@ that has one, or the first mismatch, or agreement.
 """
 
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isclose, sqrt
@@ -160,6 +161,7 @@ class Record:
     device: str
     call: str
     machine: Any
+    clock: int
 
     @staticmethod
     def of(
@@ -195,6 +197,7 @@ class Record:
             device=device_kind(q),
             call=call,
             machine=machine,
+            clock=time.time_ns() // 1000,
         )
 
 

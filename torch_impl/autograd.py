@@ -45,7 +45,8 @@ class Attention(torch.autograd.Function):
         with exactly(q.device):
             out, lse = forward(q, k, v, group, layout, mask=mask, meter=meter)
         save(ctx, mask, q, k, v, out, lse)
-        ctx.group, ctx.layout, ctx.backward, ctx.meter = group, layout, backward, meter
+        ctx.group, ctx.layout = group, layout.numbered()
+        ctx.backward, ctx.meter = backward, meter
         return out, lse
 
     @staticmethod

@@ -4,7 +4,8 @@ It also keeps the buffers that blocks travel in, so that a layout that is used a
 small collectives nor allocations.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.validation import check_here_or_together, is_array, library, on_rank
 from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
 
+# Bytes that say which forward a block of a backward belongs to.
+STAMP = 8
+
 
 @dataclass(frozen=True)
 class Layout(shared.Layout):
@@ -27,6 +31,12 @@ class Layout(shared.Layout):
     """
 
     pool: "Pool" = field(default_factory=lambda: Pool(), compare=False, repr=False)
+    forwards: "Forwards" = field(default_factory=lambda: Forwards(0), compare=False, repr=False)
+    forward: int | None = field(default=None, compare=False, repr=False)
+
+    def numbered(self) -> "Layout":
+        """Return the layout for the backward of the forward that is under way."""
+        return replace(self, forward=self.forwards.number())
 
     @staticmethod
     def agree(  # type: ignore[override]
@@ -85,7 +95,9 @@ class Layout(shared.Layout):
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
             machine=machine, check=lambda: check_tensors(q, k, v, mask, comm),
         )  # fmt: skip
-        return Layout.of(records, comm.rank)
+        layout, read = Layout.of(records, comm.rank), over_cpu(comm, q.device)
+        stamp = STAMP if comm.size > 1 and read else 0
+        return replace(layout, stamp=stamp, forwards=Forwards(records[0].clock))
 
     def check(  # type: ignore[override]
         self,
@@ -111,6 +123,30 @@ class Layout(shared.Layout):
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
         super().check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
+
+
+class Forwards:
+    """Numbers the forwards of a layout: equal on all ranks, for each of them takes part in all.
+
+    Parameters
+    ----------
+    agreed : int
+        When the layout was agreed on, in microseconds of rank 0's clock.
+    """
+
+    def __init__(self, agreed: int) -> None:
+        self.agreed, self.count = agreed, 0
+
+    def number(self) -> int:
+        """Return the next number, which no other layout has either; it fits into 8 bytes."""
+        self.count += 1
+        return self.agreed << 12 | self.count % (1 << 12)
+
+    @staticmethod
+    def name(number: int) -> str:
+        """Return how messages name a forward."""
+        agreed = datetime.fromtimestamp((number >> 12) / 1e6, UTC)
+        return f"forward {number % (1 << 12)} of the layout of {agreed:%H:%M:%S.%f} UTC"
 
 
 class Pool:

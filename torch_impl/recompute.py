@@ -148,9 +148,10 @@ class Layer(torch.autograd.Function):
         ctx.dtype, ctx.group, ctx.meter = autocast_dtype(x), group, meter
         with exactly(x.device):
             q, k, v = _heads(ctx.dtype, x, y, w_q, w_k, w_v, b_q, b_k, b_v)
-            ctx.layout = agreed(q, k, v, group, layout, **options)
-            forward, _ = passes(ctx.layout, group)
-            out, lse = forward(q, k, v, group, ctx.layout, mask=options["mask"], meter=meter)
+            layout = agreed(q, k, v, group, layout, **options)
+            forward, _ = passes(layout, group)
+            out, lse = forward(q, k, v, group, layout, mask=options["mask"], meter=meter)
+            ctx.layout = layout.numbered()
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
         biases = [b for b in (b_q, b_k, b_v) if b is not None]
         ctx.biased = [b is not None for b in (b_q, b_k, b_v)]

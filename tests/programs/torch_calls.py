@@ -308,6 +308,7 @@ def messages_and_bytes_are_those_of_the_formula(group: Group) -> Any:
     verdicts = [meter.messages == 2 * (P - 1), meter.bytes == (forward if P > 1 else 0)]
     torch.autograd.grad(out.sum(), mine)
     backward = queries * (2 * 4 * 2 + 2 * 4) + results * 4 * 4
+    backward += 2 * (P - 1) * 8  # which forward a message belongs to
     verdicts += [meter.messages == 4 * (P - 1)]
     return [*verdicts, meter.bytes == (forward + backward if P > 1 else 0)]
 
