@@ -18,6 +18,8 @@ T = TypeVar("T")
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 # A subclass of one of their arrays is computed with as such.
 LIBRARIES = ("numpy", "cupy", "torch")
+# Up to this size lse alone will do: its rounding in fp32 is a factor of 1 + 1.5e-5 at most.
+LARGE_LSE = 256.0
 
 
 class Communicator(Protocol):
