@@ -10,6 +10,7 @@ times 0, and all ranks call their losses' backward.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -69,7 +70,14 @@ class Attention(torch.autograd.Function):
 def attend(
     forward: Forward, q: Tensor, k: Tensor, v: Tensor, group: Group, layout: Layout, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out in q's dtype, lse, and what lse has lost, of a schedule's forward."""
+    """Return out in q's dtype, lse, and what lse has lost, of a schedule's forward.
+
+    Of meta tensors these have shapes, and nothing is sent.
+    """
+    if q.is_meta:
+        out = q.new_empty((*q.shape[:3], v.shape[3]))
+        lse = q.new_empty(q.shape[:3], dtype=getattr(torch, layout.accumulator))
+        return out, lse, torch.empty_like(lse)
     out, top, total = forward(q, k, v, group, layout, **options)
     lse = lse_of(top, total)
     return out.to(q.dtype), lse, remainder_of(lse, top, total)
@@ -90,6 +98,8 @@ def differentiate(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv in their arguments' dtypes, of a schedule's backward."""
+    if q.is_meta:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     # dout in q's dtype, as it is on the ranks that it visits.
     dout, delta = delta_of(dout.to(q.dtype), out, lse, low, dlse)
     dq, dk, dv = backward(dout, q, k, v, lse, delta, group, layout, **options)
@@ -111,6 +121,8 @@ def saved(ctx: Any) -> tuple[list[Tensor], Tensor | MaskRule | None]:
     return tensors[: ctx.count], held[0] if held else ctx.rule
 
 
-def exactly(device: torch.device) -> torch.autocast:
+def exactly(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the dtypes that are given: autocast has had its say before."""
+    if not torch.amp.is_autocast_available(device.type):  # as of meta tensors
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)

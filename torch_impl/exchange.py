@@ -57,7 +57,7 @@ class Exchange:
         self.stamp: Tensor | None = None
         if layout.forward is not None and layout.stamp and over_host:
             number = layout.forward.to_bytes(layout.stamp, "little")
-            self.stamp = torch.tensor(list(number), dtype=torch.uint8)
+            self.stamp = torch.tensor(list(number), dtype=torch.uint8, device="cpu")
         self.rotations: list[Rotation] = []
 
     def rotation(self, tag: int, fields: Fields, hop: int = 0) -> "Rotation":

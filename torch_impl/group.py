@@ -140,14 +140,14 @@ class Group:
 
 
 def over_cpu(group: Group, device: torch.device) -> bool:
-    """Return whether tensors of this device travel through the host's memory.
+    """Return whether tensors of this device travel through the host's memory; meta ones do not.
 
     Raises
     ------
     ValueError
         The group has no backend for them.
     """
-    if group.group is None:
+    if group.group is None or device.type == "meta":
         return True
     backends = backends_of(str(dist.get_backend_config(group.group)))
     if device.type not in backends and "cpu" not in backends:

@@ -561,6 +561,48 @@ def twice_through_one_graph_but_not_a_second_derivative(group: Group) -> Any:
     return verdicts
 
 
+@check
+def meta_tensors_have_shapes(group: Group) -> Any:
+    """Of out and of every gradient; nothing is sent."""
+    shapes = wholes(heads=group.size)
+    verdicts, meter = [], Meter()
+    for schedule in (*SCHEDULES, "auto", "replicated"):
+        option = {"queries" if schedule == "replicated" else "schedule": schedule}
+        whole = schedule == "replicated"
+        for dtype in (torch.float64, torch.bfloat16):
+            mine = [x if whole and x is shapes[0] else shard(x, group) for x in shapes]
+            mine = [x.detach().to("meta", dtype).requires_grad_() for x in mine]
+            masks = (None, torch.ones(mine[1].shape[2], dtype=torch.bool, device="meta"), causal)
+            for mask in masks:
+                out, lse = cross_attention(
+                    *mine, group, mask=mask, return_lse=True, meter=meter, **option
+                )
+                grads = torch.autograd.grad(out.sum() + lse.sum(), mine)
+                verdicts += [out.is_meta, out.shape == mine[0].shape, out.dtype == dtype]
+                verdicts += [
+                    lse.shape == out.shape[:3],
+                    lse.dtype == torch.promote_types(dtype, torch.float32),
+                ]
+                verdicts += [
+                    g.is_meta and g.shape == x.shape and g.dtype == x.dtype
+                    for g, x in zip(grads, mine, strict=True)
+                ]
+    for recompute in (True, False):
+        with torch.device("meta"):
+            module = CrossAttention(16, 4, recompute_kv=recompute, group=group)
+            x, y = torch.empty(1, 3 + group.rank, 16), torch.empty(1, 5, 16)
+        out = module(x, y)
+        out.sum().backward()
+        verdicts += [out.is_meta and out.shape == x.shape]
+        verdicts += [p.grad is not None and p.grad.is_meta for p in module.parameters()]
+    return [*verdicts, meter.messages == 0]
+
+
+def causal(b: Any, h: Any, i: Any, j: Any) -> Any:
+    """Be a rule."""
+    return i >= j
+
+
 class Own(Tensor):
     """A tensor as data loaders of other projects hand them out."""
 
