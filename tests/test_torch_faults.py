@@ -47,9 +47,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map
 ORDERS = [
     (3, 1, "other order", "one layout", "lv-xattn", "backward"),
     (2, 0, "other order", "two layouts", "ring", "backward"),
-    (2, 1, "other order", "one layout", "ulysses", "backward"),
-    (2, 0, "other order", "two layouts", "gather", "backward"),
-    (2, 1, "other order", "one layout", "replicated", "backward"),
+    (2, 1, "other order", "one layout", "gather", "backward"),
 ]
 
 # Of the groups; what else a rank has to find out that another has failed; to end, as Python ends.
@@ -210,7 +208,6 @@ def test_backwards_in_another_order_are_an_error_that_names_both(case: tuple[Any
     ended = reports()[case]
     assert not ended["killed"], ended["err"]
     assert ended["out"] == [""] * P  # nobody reached the end
-    assert max(ended["seconds"]) < TIMEOUT + SLACK + ENDING
     forward = r"forward (\d) of the layout of (\d\d:\d\d:\d\d\.\d{6}) UTC"
     error = rf"RuntimeError: rank (\d) of {P} met, in the backward of {forward}, .*, of {forward}: "
     seen = {}
