@@ -225,8 +225,8 @@ def no_pictures(folder: Path) -> list[str]:
 
 
 def unknown_codec(folder: Path) -> list[str]:
-    data = write_video(folder / "whole.mp4", frames=3).read_bytes()
-    (folder / "strange.mp4").write_bytes(data.replace(b"mp4v", b"zzzz"))
+    data = write_video(folder / "whole.mp4", frames=3, codec="libx264").read_bytes()
+    (folder / "strange.mp4").write_bytes(data.replace(b"avc1", b"zzzz"))
     return ["--video", str(folder / "strange.mp4")]
 
 
