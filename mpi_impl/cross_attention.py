@@ -135,7 +135,8 @@ def cross_attention_backward(
 ) -> tuple[Array, Array, Array]:
     """Differentiate `cross_attention`.
 
-    Collective: every rank of comm calls this.
+    Collective: every rank of comm calls this.  Of several calls, all ranks differentiate the same
+    one: which that is, nothing but the program's order says.
 
     Parameters
     ----------
