@@ -181,21 +181,30 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
         "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
         0,
     ),
-    "x has 2 axes": (ValueError, "x: expected 3 axes (B, s_q, E), got shape (5, 8)", 0),
-    "y has another B": (ValueError, "y: expected B = 2 on axis 0 as in x, got shape (1, 7, 9)", 0),
-    "w_q has another E": (
-        ValueError,
-        "w_q: expected E = 8 on axis 0 as in x, got shape (7, 4, 6)",
-        0,
-    ),
-    "w_v has another H_KV": (
-        ValueError,
-        "w_v: expected H_KV = 2 on axis 1 as in w_k, got shape (9, 4, 3)",
-        0,
-    ),
-    "integer w_k": (
+    "make_kv is a name": (
         TypeError,
-        "w_k: expected one of float16, bfloat16, float32, float64, got int64",
+        "make_kv: expected a callable, make_kv(y) -> (k, v), got str 'k_proj'",
+        0,
+    ),
+    "make_kv returns nothing": (
+        TypeError,
+        "make_kv: expected it to return keys and values (k, v), got NoneType",
+        0,
+    ),
+    "make_kv returns three": (
+        TypeError,
+        "make_kv: expected it to return keys and values (k, v), got tuple of 3",
+        0,
+    ),
+    "make_kv makes keys of another D": (
+        ValueError,
+        "make_kv: k: expected D = 6 on axis 3 as in q, got shape (2, 2, 7, 8)",
+        0,
+    ),
+    "make_kv makes a list": (TypeError, "make_kv: v: expected an array, got list [1.0]", 0),
+    "a layer's q has 3 axes": (
+        ValueError,
+        "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
         0,
     ),
     "the last rank's q has 3 axes": (
@@ -219,9 +228,9 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
         "dout: expected shape (B, H, s_q, D_V) = (2, 4, 5, 3), got (2, 4, 5, 4)",
         LAST,
     ),
-    "the last rank's weight": (
+    "the last rank's make_kv": (
         ValueError,
-        "w_q: expected E = 8 on axis 0 as in x, got shape (7, 4, 6)",
+        "make_kv: v: expected s_kv = 7 on axis 2 as in k, got shape (2, 2, 6, 3)",
         LAST,
     ),
     "ranks differ in B": (ValueError, "q: expected rank 0's B = 2, got B = 1", LAST),
@@ -361,19 +370,30 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "mask: raised UnicodeDecodeError('utf-8', b'\\xff', 0, 1, 'invalid start byte')",
         LAST,
     ),
-    "the last rank's bias": (
+    "the last rank's make_kv makes sparse values": (
+        TypeError,
+        "make_kv: v: expected a strided tensor, got a tensor of layout torch.sparse_coo",
+        LAST,
+    ),
+    "the last rank's x": (ValueError, "x: expected shape (B, s_q, 8), got (2, 5, 9)", LAST),
+    "the last rank's features have another width": (
         ValueError,
-        "b_k: expected shape (2, 6) as w_k has it, got (1, 12)",
+        "features: expected shape (B, s_kv, 9), got (2, 7, 8)",
         LAST,
     ),
-    "the last rank's bias has another dtype": (
-        TypeError,
-        "b_v: expected x's dtype torch.float64, got torch.float32",
+    "the last rank's features have another B": (
+        ValueError,
+        "features: expected B = 2 as x has it, got (1, 7, 9)",
         LAST,
     ),
-    "the last rank's weight is sparse": (
+    "the last rank's features have 2 axes": (
+        ValueError,
+        "features: expected shape (B, s_kv, 9), got (7, 9)",
+        LAST,
+    ),
+    "the last rank's features are NumPy's": (
         TypeError,
-        "w_v: expected a strided tensor, got a tensor of layout torch.sparse_coo",
+        "features: expected a torch tensor, got ndarray",
         LAST,
     ),
     "q is sparse": (
