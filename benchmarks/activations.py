@@ -37,7 +37,8 @@ def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> d
     """Return how many bytes of activations autograd keeps for the backward, by what they are.
 
     A storage counts once, whole, however many tensors see it; parameters do not count, as they are
-    there in any case.  What has no name of its own is ``"lse"`` by its shape, or else ``"other"``.
+    there in any case.  What has no name of its own is ``"lse"`` by its shape, as is what lse has lost
+    in rounding, or else ``"other"``.
     """
     parameters = {storage(p) for p in model.parameters()}
     names: dict[int, str] = {}
@@ -60,7 +61,7 @@ def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> d
             layer.register_forward_pre_hook(lambda _, given: name(given[0], "x")),
             layer.out_proj.register_forward_pre_hook(lambda _, given: name(given[0], "out")),
         ]
-        if not layer.recompute_kv:  # which calls no projection, unless it is hooked
+        if not layer.recompute_kv:  # which keeps none of them
             handles += [
                 layer.q_proj.register_forward_hook(lambda _, __, q: name(q, "q")),
                 layer.k_proj.register_forward_hook(lambda _, __, k: name(k, "k")),

@@ -1,19 +1,20 @@
 r"""A cross-attention layer that forgets its keys and values, and makes them again in the backward.
 
-    q = x W_q     k = y W_k     v = y W_v     out, lse = cross_attention(q, k, v)
+    k, v = make_kv(y)     out, lse = cross_attention(q, k, v)
 
 All cross-attention layers of a model read the same visual features y, so a layer that keeps only
-x, y, out and lse keeps y once for the whole model, where keys and values would be kept for every
-layer.  The backward makes k and v again, at the price of two matrix products:
+q, y, out and lse keeps y once for the whole model, where keys and values would be kept for every
+layer.  The backward calls make_kv again, whatever that does.  Where it projects, that costs two
+matrix products, and gradients go on from dk and dv as
 
-    dx   = dq W_q^T                  dy   = dk W_k^T + dv W_v^T
-    dW_q = x^T dq                    dW_k = y^T dk       dW_v = y^T dv
+    k = y W_k     v = y W_v     dy = dk W_k^T + dv W_v^T     dW_k = y^T dk     dW_v = y^T dv
 
 Gradients of the weights are this rank's partial sums: add them up over the ranks, once a step.
 
 Source: arXiv:2502.02406, section 3.3.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,27 +25,40 @@ from lvxattn.mpi_impl.device import array_module
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.reference.validation import accumulator, check_features, dtype_name
+from lvxattn.reference.validation import (
+    Forms,
+    accumulator,
+    dtype_name,
+    forms,
+    make_keys_and_values,
+)
 
 Array = Any  # NumPy or CuPy
+MakeKV = Callable[[Any], tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """All that a layer keeps from its forward for its backward: no keys, no values."""
+    """All that a layer keeps from its forward for its backward: no keys, no values.
 
-    x: Array
-    y: Array
+    Attributes
+    ----------
+    q, y, out, lse : array
+    forms : tuple
+        The shapes and dtypes of k and v, as they have to come again.
+    """
+
+    q: Array
+    y: Any
     out: Array
     lse: Array
+    forms: Forms
 
 
 def cross_attention_layer(
-    x: Array,
-    y: Array,
-    w_q: Array,
-    w_k: Array,
-    w_v: Array,
+    q: Array,
+    y: Any,
+    make_kv: MakeKV,
     comm: MPI.Intracomm,
     *,
     schedule: str = "lv-xattn",
@@ -54,20 +68,20 @@ def cross_attention_layer(
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Saved]:
-    """Project text and visual features, and attend from the one to the other.
+    """Make keys and values of visual features, attend to them, and forget them.
 
     Collective: every rank of comm calls this.
 
     Parameters
     ----------
-    x : (B, s_q, E)
-        This rank's text features; all of them where queries are replicated.
+    q : (B, H, s_q, D)
+        This rank's queries; all of them where queries are replicated.
     y : (B, s_kv, E_V)
-        This rank's visual features.
-    w_q : (E, H, D)
-    w_k : (E_V, H_KV, D)
-    w_v : (E_V, H_KV, D_V)
-        Weights, equal on all ranks.
+        This rank's visual features, or whatever else `make_kv` takes.
+    make_kv : callable
+        ``make_kv(y) -> (k, v)``, of shapes (B, H_KV, s_kv, D) and (B, H_KV, s_kv, D_V), such as
+        ``lambda y: (project(y, w_k), project(y, w_v))``.  The backward calls it again, and it has
+        to make the same.
     comm, schedule, scale, mask, queries, layout, meter
         As in `cross_attention`.
 
@@ -80,23 +94,22 @@ def cross_attention_layer(
     Raises
     ------
     ValueError, TypeError
-        As `cross_attention`, for x, y and the weights too.
+        As `cross_attention`, for make_kv too.
     """
-    check_features(x, y, w_q, w_k, w_v, comm, together=layout is None)
-    q, k, v = project(x, w_q), project(y, w_k), project(y, w_v)
+    # 1. Make keys and values.
+    k, v = make_keys_and_values(make_kv, y, q, comm, together=layout is None)
+    # 2. Attend to them; with the end of this call they are forgotten.
     out, lse = cross_attention(
         q, k, v, comm,
         schedule=schedule, scale=scale, mask=mask, queries=queries, layout=layout, meter=meter,
     )  # fmt: skip
-    return out, Saved(x, y, out, lse)
+    return out, Saved(q, y, out, lse, forms((k, v)))
 
 
 def cross_attention_layer_backward(
     dout: Array,
     saved: Saved,
-    w_q: Array,
-    w_k: Array,
-    w_v: Array,
+    make_kv: MakeKV,
     comm: MPI.Intracomm,
     *,
     schedule: str = "lv-xattn",
@@ -105,7 +118,7 @@ def cross_attention_layer_backward(
     queries: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Differentiate `cross_attention_layer`, making keys and values again.
 
     Collective: every rank of comm calls this.
@@ -115,31 +128,28 @@ def cross_attention_layer_backward(
     dout : (B, H, s_q, D_V)
     saved : Saved
         From the forward.
-    w_q, w_k, w_v, comm, schedule, scale, mask, queries, layout, meter
+    make_kv, comm, schedule, scale, mask, queries, layout, meter
         As given to it.
 
     Returns
     -------
-    dx : (B, s_q, E)
-    dy : (B, s_kv, E_V)
-    dw_q, dw_k, dw_v : shaped as the weights
-        This rank's partial sums, in the accumulator dtype: add them up over the ranks in that.
-        Where queries are replicated, dw_q is whole on every rank.
+    dq : (B, H, s_q, D)
+    dk : (B, H_KV, s_kv, D)
+    dv : (B, H_KV, s_kv, D_V)
+        From dk and dv the caller goes back through make_kv, as by `project_backward`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `cross_attention_backward`, and where make_kv makes others than in the forward.
     """
-    x, y = saved.x, saved.y
-    # 1. Make again what was forgotten.
-    q, k, v = project(x, w_q), project(y, w_k), project(y, w_v)
-    # 2. Through the attention.
-    dq, dk, dv = cross_attention_backward(
+    q, y = saved.q, saved.y
+    # 3. Make again what was forgotten, and go back through the attention.
+    k, v = make_keys_and_values(make_kv, y, q, comm, together=layout is None, before=saved.forms)
+    return cross_attention_backward(
         dout, q, k, v, saved.out, saved.lse, comm,
         schedule=schedule, scale=scale, mask=mask, queries=queries, layout=layout, meter=meter,
     )  # fmt: skip
-    # 3. Through the projections.
-    dx, dw_q = project_backward(dq, x, w_q)
-    dy_k, dw_k = project_backward(dk, y, w_k)
-    dy_v, dw_v = project_backward(dv, y, w_v)
-    dx, dy = (d.astype(x.dtype, copy=False) for d in (dx, dy_k + dy_v))
-    return dx, dy, dw_q, dw_k, dw_v
 
 
 def project(features: Array, weight: Array) -> Array:

@@ -5,7 +5,7 @@ it.  `raise_together` turns an error on one rank into the same error on all of t
 is left waiting for a message that will never come.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from math import isfinite
@@ -14,8 +14,11 @@ from typing import Any, Protocol, TypeVar
 
 Array = Any
 T = TypeVar("T")
+Forms = tuple[tuple[tuple[int, ...], str], ...]
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
+# A subclass of one of their arrays is computed with as such.
+LIBRARIES = ("numpy", "cupy", "torch")
 # Up to this size lse alone will do: its rounding in fp32 is a factor of 1 + 1.5e-5 at most.
 LARGE_LSE = 256.0
 
@@ -78,8 +81,29 @@ def check_attention(q: Array, k: Array, v: Array, *, scale: float | None, mask: 
 
 def check_numpy(x: Array, name: str = "q") -> None:
     """Refuse the arrays of other libraries, with which the reference does not compute."""
-    if hasattr(x, "shape") and hasattr(x, "dtype") and library(x) != "numpy":
+    if is_array(x) and library(x) != "numpy":
         raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__} of {library(x)}")
+
+
+def check_communicator(comm: Any) -> None:
+    """Refuse what is no communicator.
+
+    Raises
+    ------
+    TypeError
+        At once and on this rank: nobody can be asked.
+    """
+    if not hasattr(comm, "allgather") or not hasattr(comm, "rank"):
+        raise TypeError(f"comm: expected a communicator, got {instead_of(comm)}")
+
+
+def instead_of(x: Any) -> str:
+    """Return what was given instead of ranks, in words: masks are, as a fourth argument."""
+    if is_array(x):
+        return f"{type(x).__name__} of shape {tuple(x.shape)}; a mask is given as mask="
+    if isinstance(x, type) or not callable(x):
+        return type(x).__name__
+    return f"{type(x).__name__} {getattr(x, '__name__', '')}; a mask is given as mask="
 
 
 def check_scale(scale: float | None) -> None:
@@ -172,50 +196,71 @@ def check_here_or_together(
         raise on_rank(error, comm.rank, comm.size) from None
 
 
-def check_features(
-    x: Array,
-    y: Array,
-    w_q: Array,
-    w_k: Array,
-    w_v: Array,
+def make_keys_and_values(
+    make_kv: Callable[[Any], tuple[Array, Array]],
+    y: Any,
+    q: Array,
     comm: Communicator,
     *,
     together: bool,
-) -> None:
-    """Check a layer's features and weights.
+    before: Forms | None = None,
+) -> tuple[Array, Array]:
+    """Return the keys and values that `make_kv` makes of y, checked against this rank's queries.
 
-    Collective where `together`: then the error is raised on every rank, else on this one.
+    Collective where `together`: then what is wrong is raised on every rank, else on this one.
+
+    Parameters
+    ----------
+    before : optional
+        `forms` of what it made in the forward, where it is a backward that makes them again.
     """
-    check_here_or_together(lambda: check_layer(x, y, w_q, w_k, w_v), comm, together=together)
+    made: Any = make_kv(y) if callable(make_kv) else None
+    check_here_or_together(lambda: check_made(make_kv, made, q, before), comm, together=together)
+    k, v = made
+    return k, v
 
 
-def check_layer(x: Array, y: Array, w_q: Array, w_k: Array, w_v: Array) -> None:
-    """Check a layer's features and weights against one another, on this rank.
+def check_made(
+    make_kv: Any,
+    made: Any,
+    q: Array,
+    before: Forms | None = None,
+    also: Callable[[Array, Array, Array], None] | None = None,
+) -> None:
+    """Check what `make_kv` has returned: keys and values that fit the queries, on this rank.
+
+    Parameters
+    ----------
+    also : callable, optional
+        What an implementation has to check besides, of q, k and v.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what was given.
+        Naming make_kv, what was expected and what was given.
     """
-    for name, a, axes in (
-        ("x", x, "(B, s_q, E)"),
-        ("y", y, "(B, s_kv, E_V)"),
-        ("w_q", w_q, "(E, H, D)"),
-        ("w_k", w_k, "(E_V, H_KV, D)"),
-        ("w_v", w_v, "(E_V, H_KV, D_V)"),
-    ):
-        _check_array(name, a, x, of="x")
-        _check_floating(name, a)
-        if dtype_name(a) != dtype_name(x):
-            raise TypeError(f"{name}: expected x's dtype {dtype_name(x)}, got {dtype_name(a)}")
-        if len(a.shape) != 3:
-            raise ValueError(f"{name}: expected 3 axes {axes}, got shape {tuple(a.shape)}")
-    _check_axis("y", y, 0, "B", x.shape[0], "x")
-    _check_axis("w_q", w_q, 0, "E", x.shape[2], "x")
-    _check_axis("w_k", w_k, 0, "E_V", y.shape[2], "y")
-    _check_axis("w_v", w_v, 0, "E_V", y.shape[2], "y")
-    _check_axis("w_k", w_k, 2, "D", w_q.shape[2], "w_q")
-    _check_axis("w_v", w_v, 1, "H_KV", w_k.shape[1], "w_k")
+    if not callable(make_kv):
+        raise TypeError(f"make_kv: expected a callable, make_kv(y) -> (k, v), got {_kind(make_kv)}")
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        got = f"{type(made).__name__}" + (f" of {len(made)}" if hasattr(made, "__len__") else "")
+        raise TypeError(f"make_kv: expected it to return keys and values (k, v), got {got}")
+    try:
+        if also is not None:
+            also(q, *made)
+        check_attention(q, *made, scale=None, mask=None)
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("q: "):
+            raise
+        raise type(error)(f"make_kv: {error}") from None
+    if before is not None and forms(made) != before:
+        raise ValueError(
+            f"make_kv: expected k and v as it made them in the forward, {before}, got {forms(made)}"
+        )
+
+
+def forms(made: Iterable[Array]) -> Forms:
+    """Return shape and dtype of each array."""
+    return tuple((tuple(x.shape), dtype_name(x)) for x in made)
 
 
 def check_seconds(name: str, text: str | None) -> float | None:
@@ -274,13 +319,13 @@ def accumulator(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def _check_array(name: str, x: Any, like: Any, of: str = "q") -> None:
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+def _check_array(name: str, x: Any, like: Any) -> None:
+    if not is_array(x):
         raise TypeError(f"{name}: expected an array, got {_kind(x)}")
     if type(x).__module__.startswith("numpy.ma"):
         raise TypeError(f"{name}: expected a plain array and mask=, got a masked array")
     if library(x) != library(like):
-        raise TypeError(f"{name}: expected a {library(like)} array as {of} is, got {library(x)}")
+        raise TypeError(f"{name}: expected a {library(like)} array as q is, got {library(x)}")
 
 
 def _check_floating(name: str, x: Array) -> None:
@@ -296,9 +341,18 @@ def _check_axis(name: str, x: Array, axis: int, symbol: str, size: int, of: str)
         )
 
 
+def is_array(x: Any) -> bool:
+    """Return whether x is an array of any library."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
 def library(x: Any) -> str:
-    """Return the name of the package that defines the array's type, such as ``"numpy"``."""
-    return type(x).__module__.partition(".")[0]
+    """Return the name of the package that the array is computed with, such as ``"numpy"``.
+
+    A subclass belongs to the package of its base, wherever it is defined.
+    """
+    packages = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    return next((name for name in packages if name in LIBRARIES), packages[0])
 
 
 def arange(x: Array) -> Callable[[int, int], Array]:

@@ -318,3 +318,15 @@ def test_ranks_end_alike_and_one_speaks(
     if launch is mpiexec:  # torchrun has its own words for a status that is not 0
         assert ended.err.count(err) == 1 if err else not ended.err
     assert ended.status == status
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("rank", "err"), [("0", "started 4 processes (PMI_SIZE)"), ("2", "")])
+def test_ranks_that_all_believe_to_be_alone_are_refused(
+    rank: str, err: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setenv("PMI_RANK", rank)
+    assert main([f"{NAME}:right", "--distributed"]) == 2
+    said = capsys.readouterr()
+    assert (err in said.err, bool(said.err), said.out) == (True, rank == "0", "")

@@ -181,21 +181,30 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
         "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
         0,
     ),
-    "x has 2 axes": (ValueError, "x: expected 3 axes (B, s_q, E), got shape (5, 8)", 0),
-    "y has another B": (ValueError, "y: expected B = 2 on axis 0 as in x, got shape (1, 7, 9)", 0),
-    "w_q has another E": (
-        ValueError,
-        "w_q: expected E = 8 on axis 0 as in x, got shape (7, 4, 6)",
-        0,
-    ),
-    "w_v has another H_KV": (
-        ValueError,
-        "w_v: expected H_KV = 2 on axis 1 as in w_k, got shape (9, 4, 3)",
-        0,
-    ),
-    "integer w_k": (
+    "make_kv is a name": (
         TypeError,
-        "w_k: expected one of float16, bfloat16, float32, float64, got int64",
+        "make_kv: expected a callable, make_kv(y) -> (k, v), got str 'k_proj'",
+        0,
+    ),
+    "make_kv returns nothing": (
+        TypeError,
+        "make_kv: expected it to return keys and values (k, v), got NoneType",
+        0,
+    ),
+    "make_kv returns three": (
+        TypeError,
+        "make_kv: expected it to return keys and values (k, v), got tuple of 3",
+        0,
+    ),
+    "make_kv makes keys of another D": (
+        ValueError,
+        "make_kv: k: expected D = 6 on axis 3 as in q, got shape (2, 2, 7, 8)",
+        0,
+    ),
+    "make_kv makes a list": (TypeError, "make_kv: v: expected an array, got list [1.0]", 0),
+    "a layer's q has 3 axes": (
+        ValueError,
+        "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
         0,
     ),
     "the last rank's q has 3 axes": (
@@ -219,9 +228,9 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
         "dout: expected shape (B, H, s_q, D_V) = (2, 4, 5, 3), got (2, 4, 5, 4)",
         LAST,
     ),
-    "the last rank's weight": (
+    "the last rank's make_kv": (
         ValueError,
-        "w_q: expected E = 8 on axis 0 as in x, got shape (7, 4, 6)",
+        "make_kv: v: expected s_kv = 7 on axis 2 as in k, got shape (2, 2, 6, 3)",
         LAST,
     ),
     "ranks differ in B": (ValueError, "q: expected rank 0's B = 2, got B = 1", LAST),
@@ -301,6 +310,46 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
 }
 
 
+# What is said otherwise of NumPy's arrays and CuPy's, and of communicators.
+_OTHER = "expected a NumPy or CuPy array, got Other of __main__"
+OF_ARRAYS: dict[str, tuple[type[Exception], str, Any]] = {
+    "a mask in the communicator's place": (
+        TypeError,
+        "comm: expected an MPI.Intracomm, got ndarray of shape (5, 7); a mask is given as mask=",
+        None,
+    ),
+    "q is of another library": (TypeError, f"q: {_OTHER}", 0),
+    "the backward's q is of another library": (TypeError, f"q: {_OTHER}", 0),
+    "the last rank's q is of another library": (TypeError, f"q: {_OTHER}", LAST),
+    "the last rank's mask is of another library": (
+        TypeError,
+        "mask: expected a numpy array as q is, got __main__",
+        LAST,
+    ),
+    "the last rank's lse is of another library": (
+        TypeError,
+        "lse: expected a numpy array as q is, got fake_cupy",
+        LAST,
+    ),
+    **{
+        f"ranks differ in {whose}library": (
+            TypeError,
+            "q: expected rank 0's library = 'numpy', got library = 'fake_cupy'",
+            LAST,
+        )
+        for whose in ("", "the backward's ")
+    },
+    "ranks differ in the library of their parts": (
+        TypeError,
+        "x: expected a numpy array as on rank 0, got Other",
+        LAST,
+    ),
+    "ranks differ in what they join": (
+        TypeError,
+        "x: expected a numpy array as on rank 0, got list",
+        LAST,
+    ),
+}
 # What only PyTorch's tensors, groups and modules can get wrong.
 OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
     "k is on another device": (ValueError, "k: expected q's device cpu, got meta", 0),
@@ -321,19 +370,30 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "mask: raised UnicodeDecodeError('utf-8', b'\\xff', 0, 1, 'invalid start byte')",
         LAST,
     ),
-    "the last rank's bias": (
+    "the last rank's make_kv makes sparse values": (
+        TypeError,
+        "make_kv: v: expected a strided tensor, got a tensor of layout torch.sparse_coo",
+        LAST,
+    ),
+    "the last rank's x": (ValueError, "x: expected shape (B, s_q, 8), got (2, 5, 9)", LAST),
+    "the last rank's features have another width": (
         ValueError,
-        "b_k: expected shape (2, 6) as w_k has it, got (1, 12)",
+        "features: expected shape (B, s_kv, 9), got (2, 7, 8)",
         LAST,
     ),
-    "the last rank's bias has another dtype": (
-        TypeError,
-        "b_v: expected x's dtype torch.float64, got torch.float32",
+    "the last rank's features have another B": (
+        ValueError,
+        "features: expected B = 2 as x has it, got (1, 7, 9)",
         LAST,
     ),
-    "the last rank's weight is sparse": (
+    "the last rank's features have 2 axes": (
+        ValueError,
+        "features: expected shape (B, s_kv, 9), got (7, 9)",
+        LAST,
+    ),
+    "the last rank's features are NumPy's": (
         TypeError,
-        "w_v: expected a strided tensor, got a tensor of layout torch.sparse_coo",
+        "features: expected a torch tensor, got ndarray",
         LAST,
     ),
     "q is sparse": (
@@ -342,6 +402,23 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         0,
     ),
     "k is an array of NumPy": (TypeError, "k: expected a torch array as q is, got numpy", 0),
+    "q is an array of NumPy": (TypeError, "q: expected a torch tensor, got ndarray of numpy", 0),
+    "the last rank's arrays are NumPy's": (
+        TypeError,
+        "q: expected a torch tensor, got ndarray of numpy",
+        LAST,
+    ),
+    "the last rank's mask is NumPy's": (
+        TypeError,
+        "mask: expected a torch array as q is, got numpy",
+        LAST,
+    ),
+    "parts are NumPy's": (TypeError, "x: expected a torch tensor, got ndarray of numpy", EACH),
+    "ranks differ in the library of their parts, with tensors": (
+        TypeError,
+        "x: expected a torch array as on rank 0, got ndarray",
+        LAST,
+    ),
     "a mesh of two dimensions": (
         ValueError,
         "group: expected a mesh of one dimension, as mesh['context'] gives it, "
@@ -353,6 +430,18 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, got str",
         None,
     ),
+    **{
+        f"a {what} in the group's place": (
+            TypeError,
+            "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, "
+            f"got {got}; a mask is given as mask=",
+            None,
+        )
+        for what, got in (
+            ("mask", "Tensor of shape (5, 7)"),
+            ("rule", "function rule"),
+        )
+    },
     "a layout of other queries": (
         ValueError,
         "queries: expected the layout's 'sharded', got 'replicated'",
@@ -396,13 +485,14 @@ OF_BACKWARD |= {"backward with 3 axes in q", "the last rank's dout"}
 OF_BACKWARD |= {"ranks differ in the backward's schedule"}
 OF_BACKWARD |= {"several ranks and one head with ulysses, backward"}
 IN_TORCH = {n: e for n, e in EXPECTED.items() if n not in OF_BACKWARD} | OF_TENSORS
-BAD = [("mpi", name) for name in EXPECTED] + [("torch", name) for name in IN_TORCH]
+IN_MPI = EXPECTED | OF_ARRAYS
+BAD = [("mpi", name) for name in IN_MPI] + [("torch", name) for name in IN_TORCH]
 REPORTS = {"mpi": report, "torch": torch_report}
 
 
 def text(name: str, P: int, by: int) -> str:
     """Return the whole text of an error on P ranks, as rank `by` raises it."""
-    _, start, rank = (EXPECTED | OF_TENSORS)[name]
+    _, start, rank = (IN_MPI | IN_TORCH)[name]
     for symbol, number in (
         ("{P}", P),
         ("{5P}", 5 * P),
@@ -425,7 +515,7 @@ class TestBadInput:
             pytest.skip("one rank has nobody to differ from")
         ranks = REPORTS[implementation](P, "run_bad_input.py")[name]
         for rank, (kind, got, in_time, still_works) in enumerate(ranks):
-            expected = (EXPECTED | OF_TENSORS)[name][0].__name__
+            expected = (IN_MPI | IN_TORCH)[name][0].__name__
             assert (kind, got) == (expected, text(name, P, rank))
             assert in_time
             assert still_works
@@ -433,7 +523,7 @@ class TestBadInput:
     @pytest.mark.parametrize("implementation", REPORTS)
     def test_the_table_is_complete(self, implementation: str, P: int) -> None:
         ranks = REPORTS[implementation](P, "run_bad_input.py")
-        assert set(ranks) == set({"mpi": EXPECTED, "torch": IN_TORCH}[implementation])
+        assert set(ranks) == set({"mpi": IN_MPI, "torch": IN_TORCH}[implementation])
         assert all(len(results) == P for results in ranks.values())
 
 

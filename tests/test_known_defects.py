@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from lvxattn import mpi_impl, reference
 from lvxattn.reference import Message, VirtualComm, run_ranks
+from lvxattn.reference.recompute import project, project_backward
 from tests.backends import BACKENDS, MPI_DEVICE, MPI_NUMPY, Backend, host
 from tests.cases import Case, Problem
 from tests.judge import ratio, solve, worst_ratios
@@ -311,9 +312,19 @@ def test_recomputation_returns_gradients_of_features_and_projections(P: int) -> 
 
     def fn(comm: VirtualComm) -> Any:
         part = [reference.shard(a, comm, axis=1) for a in (x, y)]
-        _, saved = reference.cross_attention_layer(*part, *weights, comm)
+        w_q, w_k, w_v = weights
+
+        def make_kv(y: Any) -> Any:
+            return project(y, w_k), project(y, w_v)
+
+        q = project(part[0], w_q)
+        _, saved = reference.cross_attention_layer(q, part[1], make_kv, comm)
         rows = reference.shard(dout, comm)
-        return reference.cross_attention_layer_backward(rows, saved, *weights, comm)
+        dq, dk, dv = reference.cross_attention_layer_backward(rows, saved, make_kv, comm)
+        dx, dw_q = project_backward(dq, part[0], w_q)
+        dy_k, dw_k = project_backward(dk, part[1], w_k)
+        dy_v, dw_v = project_backward(dv, part[1], w_v)
+        return dx, dy_k + dy_v, dw_q, dw_k, dw_v
 
     for grads in run_ranks(P, fn):
         for gradient, argument in zip(grads[2:], weights, strict=True):

@@ -25,6 +25,7 @@ MIRRORED = [
 
 PACKAGES = "mpi_impl", "torch_impl"
 # What an implementation has and the reference has not, and why.
+_CHECKPOINT = "torch.utils.checkpoint makes again what this saves"
 _AWAITED = "it must be known how much will come; virtual ranks take what comes"
 ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
@@ -46,6 +47,7 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
     },
     "torch_impl": {
         "exchange": {
+            "Exchange.check_stamp": "autograd's backwards may come in another order on some ranks",
             "Exchange.finish": "buffers go back to the layout when nothing of them is under way",
             "Rotation.device": "blocks may travel through the host's memory",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
@@ -58,23 +60,18 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
         "lv_xattn": {"lengthen": "kernels return dk and dv new"},
         "ring_attention": {"block_fields": _AWAITED},
         "cross_attention": {
-            "agreed": "a layer that recomputes agrees, too",
+            "agreed": "a layer that makes keys and values agrees, too",
             "autocast_dtype": "autocast is PyTorch's",
             "cast": "autocast is PyTorch's",
             "call_of": "whether a backward follows must be agreed on",
         },
-        "recompute": {
-            "Layer": "autograd calls the backward",
-            "Layer.forward": "autograd calls the backward",
-            "Layer.backward": "autograd calls the backward",
-        },
+        "recompute": dict.fromkeys(("Made", "Made.forward", "Made.backward"), _CHECKPOINT),
     },
 }
 # Parameters that its functions have beside the reference's, and why.
 _PROGRESS = {"progress": "lets MPI work between tiles"}
 _FIELDS = {"fields": _AWAITED}
 _KERNEL = {"kernel": "there are several"}
-_LAYER = dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases")
 EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "block_attention": _PROGRESS | _KERNEL,
@@ -97,13 +94,9 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "joined": {"device": "where the mask is made"},
         "cross_attention": {"return_lse": "most callers want out alone"},
         "passes": {"group": "errors name the rank"},
-        "cross_attention_layer": _LAYER,
-        "project": {"bias": "linear layers may have biases"},
-        "project_backward": {
-            "dtype": "autocast's",
-            "features_wanted": "what is frozen needs no gradient",
-            "onto": "two products make one gradient",
-            "weight_wanted": "what is frozen needs no gradient",
+        "cross_attention_layer": {
+            "make_q": "a module has what queries are made of, in any case",
+            "return_lse": "most callers want out alone",
         },
     },
 }
@@ -132,12 +125,11 @@ ONLY_IN_REFERENCE: dict[str, dict[str, dict[str, str]]] = {
         },
         "recompute": {
             **_FP64,
-            "Saved": _AUTOGRAD,
-            "Saved.x": _AUTOGRAD,
-            "Saved.y": _AUTOGRAD,
-            "Saved.out": _AUTOGRAD,
-            "Saved.lse": _AUTOGRAD,
+            **dict.fromkeys(("Saved", "Saved.q", "Saved.y", "Saved.out", "Saved.lse"), _AUTOGRAD),
+            "Saved.forms": _AUTOGRAD,
             "cross_attention_layer_backward": _AUTOGRAD,
+            "project": "the caller's modules do",
+            "project_backward": _AUTOGRAD,
         },
     },
 }
@@ -288,7 +280,7 @@ def test_equations_and_schedules_agree(module: str, package: str) -> None:
 
 OWN = {
     "mpi_impl": {
-        *("awareness", "buffers", "device", "jupyter", "last_words", "launcher", "measure"),
+        *("awareness", "buffers", "device", "jupyter", "last_words", "measure"),
         *("rows", "self_test", "transfers", "watchdog"),
     },
     "torch_impl": {"autograd", "group", "measure", "module"},

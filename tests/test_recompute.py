@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ def gradients(layer: Layer) -> tuple[dict[str, Array], dict[str, Array]]:
 def run_layer(layer: Layer, comm: Any, backend: Backend, **options: Any) -> Any:
     """Return out, what was saved, and the gradients of this rank's part, on the host."""
     implementation = backend.implementation
+    project, project_backward = projections(implementation)
     rows, keys = (slice(*cuts[comm.rank : comm.rank + 2]) for cuts in CASE.cuts(comm.size))
     rows = slice(None) if options.get("queries") == "replicated" else rows
     x, y, w_q, w_k, w_v, dout = (
@@ -95,11 +97,25 @@ def run_layer(layer: Layer, comm: Any, backend: Backend, **options: Any) -> Any:
         for a in (layer.x[:, rows], layer.y[:, keys], layer.w_q, layer.w_k, layer.w_v,
                   layer.dout[:, :, rows])
     )  # fmt: skip
-    out, saved = implementation.cross_attention_layer(x, y, w_q, w_k, w_v, comm, **options)
-    grads = implementation.cross_attention_layer_backward(
-        dout, saved, w_q, w_k, w_v, comm, **options
+
+    def make_kv(y: Any) -> Any:
+        return project(y, w_k), project(y, w_v)
+
+    given = project(x, w_q), y, make_kv, comm
+    out, saved = implementation.cross_attention_layer(*given, **options)
+    dq, dk, dv = implementation.cross_attention_layer_backward(
+        dout, saved, make_kv, comm, **options
     )
-    return host(out), saved, [host(g) for g in grads]
+    dx, dw_q = project_backward(dq, x, w_q)
+    dy_k, dw_k = project_backward(dk, y, w_k)
+    dy_v, dw_v = project_backward(dv, y, w_v)
+    return host(out), saved, [host(g) for g in (dx, dy_k + dy_v, dw_q, dw_k, dw_v)]
+
+
+def projections(implementation: Any) -> Any:
+    """Return the implementation's `project` and `project_backward`."""
+    module = import_module(f"{implementation.__name__}.recompute")
+    return module.project, module.project_backward
 
 
 def planned(comm: VirtualComm, **options: Any) -> int:
@@ -182,31 +198,33 @@ def test_gradients_are_the_slopes_of_the_loss(backend: Backend, name: str) -> No
         assert abs((losses[0] - losses[1]) / (2 * step) - (gradient * way).sum()) <= allowed
 
 
-def test_gradients_are_those_without_recomputation_to_the_bit() -> None:
+@pytest.mark.parametrize("schedule", ["lv-xattn", "ring", "gather"])
+def test_gradients_are_those_without_recomputation_to_the_bit(schedule: str) -> None:
+    # The same products of the same arrays, once more: not another way to compute them.
     layer = Layer.make()
+    project, _ = projections(reference)
 
-    def kept(comm: VirtualComm) -> list[Array]:
+    def both(comm: VirtualComm) -> list[bool]:
         rows, keys = (slice(*cuts[comm.rank : comm.rank + 2]) for cuts in CASE.cuts(comm.size))
-        x, y, dout = layer.x[:, rows], layer.y[:, keys], layer.dout[:, :, rows]
-        q, k, v = (
-            np.moveaxis(np.tensordot(a, w, axes=1), 1, 2)
-            for a, w in ((x, layer.w_q), (y, layer.w_k), (y, layer.w_v))
-        )
-        out, lse = reference.cross_attention(q, k, v, comm)
-        dq, dk, dv = reference.cross_attention_backward(dout, q, k, v, out, lse, comm)
+        y, dout = layer.y[:, keys], layer.dout[:, :, rows]
+        calls = []
 
-        def back(d: Array, w: Array) -> Array:
-            return np.tensordot(d, w, axes=((1, 3), (1, 2)))
+        def make_kv(y: Array) -> tuple[Array, Array]:
+            calls.append(y)
+            return project(y, layer.w_k), project(y, layer.w_v)
 
-        def weight(a: Array, d: Array) -> Array:
-            return np.tensordot(a, d, axes=((0, 1), (0, 2)))
+        q, option = project(layer.x[:, rows], layer.w_q), {"schedule": schedule}
+        out, saved = reference.cross_attention_layer(q, y, make_kv, comm, **option)
+        got = reference.cross_attention_layer_backward(dout, saved, make_kv, comm, **option)
+        called = len(calls)
+        k, v = make_kv(y)
+        kept, lse = reference.cross_attention(q, k, v, comm, **option)
+        want = reference.cross_attention_backward(dout, q, k, v, kept, lse, comm, **option)
+        pairs = zip((out, saved.lse, *got), (kept, lse, *want), strict=True)
+        return [called == 2, *(np.array_equal(a, b) for a, b in pairs)]
 
-        return [back(dq, layer.w_q), back(dk, layer.w_k) + back(dv, layer.w_v),
-                weight(x, dq), weight(y, dk), weight(y, dv)]  # fmt: skip
-
-    again = run_ranks(3, lambda comm: run_layer(layer, comm, BACKENDS[0])[2])
-    for rank, want in enumerate(run_ranks(3, kept)):
-        assert all(np.array_equal(a, b) for a, b in zip(again[rank], want, strict=True))
+    for verdicts in run_ranks(3, both):
+        assert all(verdicts)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
@@ -216,10 +234,71 @@ def test_saved_keeps_no_keys_and_no_values(backend: Backend) -> None:
         saved = run_layer(layer, MPI.COMM_SELF, backend)[1]
     else:
         saved = run_ranks(1, lambda comm: run_layer(layer, comm, backend)[1])[0]
-    assert [field.name for field in fields(saved)] == ["x", "y", "out", "lse"]
-    assert vars(saved).keys() == {"x", "y", "out", "lse"}
-    kept = sum(x.nbytes for x in vars(saved).values())
-    assert kept == 8 * (B * S_Q * E + B * S_KV * E_V + B * H * S_Q * (D_V + 1))
+    assert [field.name for field in fields(saved)] == ["q", "y", "out", "lse", "forms"]
+    assert vars(saved).keys() == {"q", "y", "out", "lse", "forms"}
+    kept = sum(x.nbytes for name, x in vars(saved).items() if name != "forms")
+    assert kept == 8 * (B * S_KV * E_V + B * H * S_Q * (D + D_V + 1))
+
+
+MAKERS: dict[str, tuple[Any, str]] = {
+    "no callable": (
+        (1, 2), "make_kv: expected a callable, make_kv(y) -> (k, v), got tuple (1, 2)",
+    ),
+    "no pair": (
+        lambda y: y, "make_kv: expected it to return keys and values (k, v), got ndarray of 2",
+    ),
+    "three": (
+        lambda y: (y, y, y),
+        "make_kv: expected it to return keys and values (k, v), got tuple of 3",
+    ),
+    "no array": (lambda y: (y[:, None], 3), "make_kv: v: expected an array, got int 3"),
+    "axes": (
+        lambda y: (y, y), "make_kv: k: expected 4 axes (B, H_KV, s_kv, D), got shape (2, 5, 3)",
+    ),
+    "lengths": (
+        lambda y: (y[:, None], y[:, None, 1:]),
+        "make_kv: v: expected s_kv = 5 on axis 2 as in k, got shape (2, 1, 4, 3)",
+    ),
+    "dtype": (
+        lambda y: (y[:, None].astype("f4"), y[:, None]),
+        "make_kv: k: expected q's dtype float64, got float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", MAKERS)
+def test_what_makes_no_keys_and_values_is_one_error_for_all(how: str) -> None:
+    bad, text = MAKERS[how]
+
+    def layer(comm: VirtualComm) -> str:
+        make_kv = bad if comm.rank == 1 else lambda y: (y[:, None], y[:, None])
+        with pytest.raises((TypeError, ValueError)) as raised:
+            reference.cross_attention_layer(
+                np.ones((2, 4, 7, 3)), np.ones((2, 5, 3)), make_kv, comm
+            )
+        return str(raised.value)
+
+    assert run_ranks(3, layer) == [f"{text} (on rank 1 of 3)"] * 3
+
+
+def test_keys_that_come_again_in_another_form_are_an_error_on_all_ranks() -> None:
+    def layer(comm: VirtualComm) -> str:
+        q, y = np.ones((1, 1, 2, 3)), np.ones((1, 1, 5, 3))
+        out, saved = reference.cross_attention_layer(q, y, lambda y: (y, y), comm)
+
+        def shorter(y: Array) -> tuple[Array, Array]:
+            return (y[:, :, comm.rank :],) * 2
+
+        with pytest.raises(ValueError, match="make_kv") as raised:
+            reference.cross_attention_layer_backward(out, saved, shorter, comm)
+        return str(raised.value)
+
+    text = (
+        "make_kv: expected k and v as it made them in the forward, (((1, 1, 5, 3), 'float64'), "
+        "((1, 1, 5, 3), 'float64')), got (((1, 1, 4, 3), 'float64'), ((1, 1, 4, 3), 'float64')) "
+        "(on rank 1 of 2)"
+    )
+    assert run_ranks(2, layer) == [text] * 2
 
 
 @pytest.mark.parametrize("implementation", [reference, mpi_impl], ids=["reference", "mpi"])
@@ -249,11 +328,10 @@ def test_options_reach_the_attention(implementation: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_gradients_have_the_dtype_of_their_arguments(dtype: str) -> None:
+def test_gradients_of_projections_have_the_dtype_in_which_sums_are_taken(dtype: str) -> None:
     layer = Layer(*(getattr(Layer.make(), f.name).astype(dtype) for f in fields(Layer)))
     out, saved, grads = run_layer(layer, MPI.COMM_SELF, MPI_NUMPY)
     assert out.dtype == dtype
-    assert {x.dtype for x in grads[:2]} == {np.dtype(dtype)}
-    # Partial sums are yet to be added up over the ranks, which is not done in 16 bits.
-    assert {x.dtype for x in grads[2:]} == {np.dtype("float32")}
+    # Partial sums are yet to be added up, of weights over the ranks: not in 16 bits.
+    assert {x.dtype for x in grads} == {np.dtype("float32")}
     assert saved.lse.dtype == np.float32

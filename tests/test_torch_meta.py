@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from lvxattn.torch_impl import CrossAttention, Layout, block_attention, cross_attention
 from lvxattn.torch_impl import autograd as autograd_module
-from lvxattn.torch_impl import recompute as recompute_module
 from lvxattn.torch_impl.cross_attention import FORWARD
 from lvxattn.torch_impl.kernels import cuda_flash
 from lvxattn.torch_impl.kernels.job import Job
@@ -67,8 +66,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Caught]:
     monkeypatch.setattr(
         Job, "of", staticmethod(lambda *x, **y: replace(of(*x, **y), device="cuda"))
     )
-    for module in (autograd_module, recompute_module):
-        monkeypatch.setattr(module, "exactly", lambda _: nullcontext())
+    monkeypatch.setattr(autograd_module, "exactly", lambda _: nullcontext())
     for name in ("tensor", "as_tensor", "asarray", "from_numpy"):
         monkeypatch.setattr(torch, name, copied)
     with Caught() as caught:

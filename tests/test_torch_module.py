@@ -65,9 +65,9 @@ def test_eight_layers_keep_at_most_two_fifths() -> None:
     again, kept = (saved_bytes(layers(a), x, features) for a in (True, False))
     assert sum(again.values()) <= 0.40 * sum(kept.values())
     narrow = 8 * B * S_Q * E
-    # Nothing twice, nothing else; the features once for all layers.
+    # Nothing twice, nothing else; the features once for all layers, lse and what it has lost.
     assert again == {
-        "x": LAYERS * narrow, "out": LAYERS * narrow, "lse": LAYERS * 8 * B * H * S_Q,
+        "x": LAYERS * narrow, "out": LAYERS * narrow, "lse": LAYERS * 2 * 8 * B * H * S_Q,
         "features": 16 * narrow,
     }  # fmt: skip
     assert kept == {**again, "q": LAYERS * narrow, "k": 32 * narrow, "v": 32 * narrow}
@@ -218,37 +218,7 @@ def test_gradients_of_all_ranks_add_up(P: int) -> None:
         assert difference <= LIMIT, name
     verdicts = report["sums"]
     assert verdicts == {name: [True] * P for name in verdicts}
-    assert len(verdicts) == 7
-
-
-class Adapted(torch.nn.Module):
-    """A projection with something added, which shows the weight of its base as adapters do."""
-
-    def __init__(self, base: torch.nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.weight, self.bias = base.weight, base.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + x.sum(dim=-1, keepdim=True)
-
-
-@pytest.mark.parametrize("how", ["replaced", "hooked"])
-@pytest.mark.parametrize("which", ["q_proj", "k_proj", "v_proj"])
-def test_a_projection_that_was_changed_is_called(which: str, how: str) -> None:
-    torch.manual_seed(0)
-    module = CrossAttention(16, 4)
-    x, y = torch.randn(1, 3, 16), torch.randn(1, 7, 16)
-    before = module(x, y)
-    projection = getattr(module, which)
-    if how == "replaced":
-        setattr(module, which, Adapted(projection))
-    else:
-        projection.register_forward_hook(lambda _, given, out: out + given[0].sum(-1, keepdim=True))
-    changed = module(x, y)
-    module.recompute_kv = False
-    assert torch.equal(changed, module(x, y))
-    assert (changed - before).abs().max() > 1e-3
+    assert len(verdicts) == 12
 
 
 def test_a_module_with_a_group_says_that_it_cannot_be_pickled_but_is_copied() -> None:

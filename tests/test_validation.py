@@ -13,7 +13,6 @@ from lvxattn.reference.validation import (
     accumulator,
     check_attention,
     check_backward,
-    check_features,
     check_mask_rows,
     dtype_name,
     library,
@@ -41,14 +40,6 @@ class Alone:
     """The only rank."""
 
     rank, size = 0, 1
-
-
-def features(**changed: Any) -> None:
-    given = {
-        "x": np.zeros((2, 5, 6)), "y": np.zeros((2, 7, 9)), "w_q": np.zeros((6, 4, 8)),
-        "w_k": np.zeros((9, 2, 8)), "w_v": np.zeros((9, 2, 3)), **changed,
-    }  # fmt: skip
-    check_features(*given.values(), Alone, together=False)  # type: ignore[call-arg, arg-type]
 
 
 SHAPES = [
@@ -148,26 +139,6 @@ BACKWARD = [
     ({"dlse": np.zeros((2, 4))}, "dlse: expected shape (B, H, s_q) = (2, 4, 5), got (2, 4)"),
 ]
 
-FEATURES = [
-    ({"x": np.zeros((5, 6))}, "x: expected 3 axes (B, s_q, E), got shape (5, 6)"),
-    ({"y": Q}, "y: expected 3 axes (B, s_kv, E_V), got shape (2, 4, 5, 8)"),
-    ({"w_q": np.zeros((6, 32))}, "w_q: expected 3 axes (E, H, D), got shape (6, 32)"),
-    ({"w_k": np.zeros(9)}, "w_k: expected 3 axes (E_V, H_KV, D), got shape (9,)"),
-    ({"w_v": np.zeros((9, 6))}, "w_v: expected 3 axes (E_V, H_KV, D_V), got shape (9, 6)"),
-    ({"x": [1.0]}, "x: expected an array, got list [1.0]"),
-    ({"y": np.zeros((2, 7, 9), int)}, f"y: expected one of {FLOATS}, got int64"),
-    ({"w_v": fake_cupy.asarray(V)}, "w_v: expected a numpy array as x is, got fake_cupy"),
-    ({"y": np.zeros((3, 7, 9))}, "y: expected B = 2 on axis 0 as in x, got shape (3, 7, 9)"),
-    ({"w_q": np.zeros((7, 4, 8))}, "w_q: expected E = 6 on axis 0 as in x, got shape (7, 4, 8)"),
-    ({"w_k": np.zeros((6, 2, 8))}, "w_k: expected E_V = 9 on axis 0 as in y, got shape (6, 2, 8)"),
-    ({"w_v": np.zeros((6, 2, 3))}, "w_v: expected E_V = 9 on axis 0 as in y, got shape (6, 2, 3)"),
-    ({"w_k": np.zeros((9, 2, 7))}, "w_k: expected D = 8 on axis 2 as in w_q, got shape (9, 2, 7)"),
-    (
-        {"w_v": np.zeros((9, 1, 3))},
-        "w_v: expected H_KV = 2 on axis 1 as in w_k, got shape (9, 1, 3)",
-    ),
-]  # fmt: skip
-
 
 def refusal(check: Any, changed: dict[str, Any]) -> str:
     """Return the error's text, once its type is seen to fit: a wrong kind or a wrong value."""
@@ -178,7 +149,6 @@ def refusal(check: Any, changed: dict[str, Any]) -> str:
         "an array",
         "a plain array",
         "array as q is",
-        "array as x is",
         "one of",
         "dtype",
         "a real number",
@@ -202,12 +172,6 @@ def test_the_backward_s_arguments(changed: dict[str, Any], text: str) -> None:
     backward()
     backward(dlse=None)
     assert refusal(backward, changed) == text
-
-
-@pytest.mark.parametrize(("changed", "text"), FEATURES, ids=named)
-def test_a_layer_s_arguments(changed: dict[str, Any], text: str) -> None:
-    features()
-    assert refusal(features, changed) == f"{text} (on rank 0 of 1)"
 
 
 @pytest.mark.parametrize(
@@ -253,19 +217,6 @@ def test_full_attention_backward_checks_what_it_takes_beside() -> None:
         reference.full_attention_backward(out, Q, K, V, out, lse, dlse=out)
 
 
-def test_a_layer_s_error_is_one_error_for_all() -> None:
-    weights = np.zeros((6, 4, 8)), np.zeros((9, 2, 8)), np.zeros((9, 2, 3))
-
-    def layer(comm: Any) -> str:
-        y = np.zeros((2, 7, 9 if comm.rank != 1 else 8))
-        with pytest.raises(ValueError) as raised:  # noqa: PT011
-            reference.cross_attention_layer(np.zeros((2, 5, 6)), y, *weights, comm)
-        return str(raised.value)
-
-    text = "w_k: expected E_V = 8 on axis 0 as in y, got shape (9, 2, 8) (on rank 1 of 3)"
-    assert reference.run_ranks(3, layer) == [text] * 3
-
-
 def test_the_error_of_the_lowest_rank_that_has_one_is_raised() -> None:
     def fn(comm: Any) -> str:
         errors = [None, KeyError("low"), OSError("high")]
@@ -292,8 +243,36 @@ def test_dtypes_go_by_their_plain_names() -> None:
     assert [accumulator(d) for d in FLOATS.split(", ")] == ["float32"] * 3 + ["float64"]
 
 
-def test_libraries_go_by_the_package_of_the_array_s_type() -> None:
+class Own(np.ndarray[Any, Any]):
+    """A user's array."""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (np.ones((5, 7), bool), "ndarray of shape (5, 7); a mask is given as mask="),
+        (max, "builtin_function_or_method max; a mask is given as mask="),
+        (None, "NoneType"),
+        (int, "type"),
+    ],
+)
+def test_what_is_given_instead_of_ranks_is_named(given: Any, words: str) -> None:
+    calls = (
+        lambda: reference.cross_attention(Q, K, V, given),
+        lambda: reference.Layout.agree(Q, K, V, given),
+        lambda: reference.shard(Q, given),
+        lambda: reference.unshard(Q, given),
+    )
+    for call in calls:
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value) == f"comm: expected a communicator, got {words}"
+
+
+def test_libraries_go_by_the_package_of_the_array_s_type_or_its_base_s() -> None:
     assert (library(Q), library(fake_cupy.asarray(Q))) == ("numpy", "fake_cupy")
+    assert library(Q.view(Own)) == library(np.ma.masked_array(Q)) == "numpy"
+    attention(q=Q.view(Own), k=K.view(Own))
     assert array_module(Q) is np
     assert array_module(fake_cupy.asarray(Q)) is fake_cupy
 

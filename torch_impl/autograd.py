@@ -1,15 +1,16 @@
-"""Where the passes meet autograd: one function for attention, one for a layer that recomputes.
+"""Where the passes meet autograd.
 
 The passes themselves are plain functions on tensors.  What is saved between them is what the
-equations need: q, k, v, out and lse for attention; x, y, out and lse for a layer (`recompute.py`);
-and of lse what it has lost in rounding.  The layout is kept too, so that a backward sends nothing
-but blocks.
+equations need: q, k, v, out and lse, and of lse what it has lost in rounding; of q, k and v nothing
+where a layer makes them again (`recompute.py`).  The layout is kept too, so that a backward sends
+nothing but blocks.
 
 A backward is collective like its forward: the loss of every rank has to depend on its out, be it
 times 0, and all ranks call their losses' backward.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Attention(torch.autograd.Function):
-    """``(q, k, v) -> (out, lse)`` by a schedule's forward, and its backward."""
+    """``(q, k, v) -> (out, lse)`` by a schedule's forward, and its backward.
+
+    It saves q, k and v unless `made` is given: a node of the graph whose saved tensors they are.
+    """
 
     @staticmethod
     def forward(
@@ -42,57 +46,50 @@ class Attention(torch.autograd.Function):
         forward: Forward,
         backward: Backward,
         meter: Meter | None,
+        made: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend, and save what the backward needs."""
         ctx.set_materialize_grads(False)
         with exactly(q.device):
-            out, lse, low = attend(forward, q, k, v, group, layout, mask=mask, meter=meter)
-        save(ctx, mask, q, k, v, out, lse, low)
-        ctx.group, ctx.layout, ctx.backward, ctx.meter = group, layout, backward, meter
+            attend = shapes if q.is_meta else forward
+            out, top, total = attend(q, k, v, group, layout, mask=mask, meter=meter)
+            lse = lse_of(top, total)
+            low = remainder_of(lse, top, total)
+            # In memory (B, s_q, H, D_V): what joins the heads takes it as it is, and keeps no copy.
+            out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        held = (q, k, v) if made is None else ()
+        save(ctx, mask, *held, out, lse, low)
+        ctx.made = made
+        ctx.group, ctx.layout = group, layout.numbered()
+        ctx.backward, ctx.meter = backward, meter
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate."""
-        (q, k, v, out, lse, low), mask = saved(ctx)
+        (*held, out, lse, low), mask = saved(ctx)
+        q, k, v = held or ctx.made.saved_tensors
+        if q.is_meta:
+            return *map(torch.empty_like, (q, k, v)), *[None] * 7
         with exactly(q.device):
-            dout = torch.zeros_like(out) if dout is None else dout
-            dq, dk, dv = differentiate(
-                ctx.backward, dout, q, k, v, out, lse, low, dlse, ctx.group, ctx.layout,
-                mask=mask, meter=ctx.meter,
-            )  # fmt: skip
-        return dq, dk, dv, *[None] * 6
+            # dout in q's dtype, as it is on the ranks that it visits.
+            dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+            dout, delta = delta_of(dout, out, lse, low, dlse)
+            dq, dk, dv = ctx.backward(
+                dout, q, k, v, lse, delta, ctx.group, ctx.layout, mask=mask, meter=ctx.meter
+            )
+            dq, dk, dv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        return dq, dk, dv, *[None] * 7
 
 
-def attend(
-    forward: Forward, q: Tensor, k: Tensor, v: Tensor, group: Group, layout: Layout, **options: Any
+def shapes(
+    q: Tensor, _k: Tensor, v: Tensor, _group: Group, layout: Layout, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out in q's dtype, lse, and what lse has lost, of a schedule's forward."""
-    out, top, total = forward(q, k, v, group, layout, **options)
-    lse = lse_of(top, total)
-    return out.to(q.dtype), lse, remainder_of(lse, top, total)
-
-
-def differentiate(
-    backward: Backward,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    low: Tensor,
-    dlse: Tensor | None,
-    group: Group,
-    layout: Layout,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv in their arguments' dtypes, of a schedule's backward."""
-    # dout in q's dtype, as it is on the ranks that it visits.
-    dout, delta = delta_of(dout.to(q.dtype), out, lse, low, dlse)
-    dq, dk, dv = backward(dout, q, k, v, lse, delta, group, layout, **options)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    """Return what a forward returns of meta tensors: shapes.  Nothing is sent."""
+    wide = getattr(torch, layout.accumulator)
+    top, total = (q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
+    return q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), top, total
 
 
 def save(ctx: Any, mask: Tensor | MaskRule | None, *tensors: Tensor) -> None:
@@ -110,6 +107,8 @@ def saved(ctx: Any) -> tuple[list[Tensor], Tensor | MaskRule | None]:
     return tensors[: ctx.count], held[0] if held else ctx.rule
 
 
-def exactly(device: torch.device) -> torch.autocast:
+def exactly(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the dtypes that are given: autocast has had its say before."""
+    if not torch.amp.is_autocast_available(device.type):  # as of meta tensors
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)

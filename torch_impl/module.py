@@ -9,10 +9,16 @@ from torch.distributed.tensor import DTensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.validation import check_here_or_together
 from lvxattn.torch_impl.cross_attention import cross_attention
 from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
-from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.layout import Layout, check_tensor
 from lvxattn.torch_impl.recompute import cross_attention_layer
+
+# Dtypes whose sums are taken in float64.
+_DOUBLE = torch.float64, torch.complex128
+# More sparse axes than any sparse gradient has: where ranks differ, it is dense.
+_DENSE = 1 << 16
 
 
 class CrossAttention(nn.Module):
@@ -41,9 +47,9 @@ class CrossAttention(nn.Module):
     group : ProcessGroup or one-dimensional DeviceMesh, optional
         The ranks that the features are spread over; the world at the time of a call unless given.
     recompute_kv : bool
-        Keep x, the features, out and lse for the backward, and make keys and values again: all
-        layers of a model keep the same features, once.  Gradients are the same.  Where a projection
-        has been replaced or hooked, as adapters do it, it is called and keys and values are kept.
+        Keep x, the features, out and lse for the backward, and call the projections again for
+        queries, keys and values: all layers of a model keep the same features, once.  Gradients are
+        the same, whatever the projections have become, as by adapters.
     dropout : float
         Only 0: attention over shards cannot drop out as one process would.
     device, dtype
@@ -93,6 +99,7 @@ class CrossAttention(nn.Module):
             raise ValueError(
                 f"dropout: expected 0, got {dropout}: ranks would not drop what one process drops"
             )
+        self.embed_dim, self.kv_dim = embed_dim, kv_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.group = None if group is None else Group.of(group)
@@ -135,31 +142,51 @@ class CrossAttention(nn.Module):
         -------
         Tensor : (B, s_q, E)
         """
+        self._check(x, features, together=layout is None)
         options: dict[str, Any] = {
             "mask": mask, "layout": layout, "schedule": schedule, "queries": queries,
             "meter": meter,
         }  # fmt: skip
-        projections = self.q_proj, self.k_proj, self.v_proj
-        if self.recompute_kv and all(plain(p) for p in projections):
-            weights = (self._by_head(p.weight).permute(2, 0, 1) for p in projections)
-            biases = {
-                name: self._by_head(p.bias)
-                for name, p in zip(("b_q", "b_k", "b_v"), projections, strict=True)
-                if p.bias is not None
-            }
-            out = cross_attention_layer(x, features, *weights, self.group, **biases, **options)
-        else:
-            q, k, v = (
-                p(source).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                for p, source in zip(projections, (x, features, features), strict=True)
+        if self.recompute_kv:
+            out = cross_attention_layer(
+                x, features, self._make_kv, self.group, make_q=self._make_q, **options
             )
-            out = cross_attention(q, k, v, self.group, **options)
+        else:
+            out = cross_attention(self._make_q(x), *self._make_kv(features), self.group, **options)
         joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return joined
 
-    def _by_head(self, parameter: Tensor) -> Tensor:
-        """Return a weight (H D, E) as (H, D, E), or a bias (H D) as (H, D)."""
-        return parameter.unflatten(0, (-1, self.head_dim))
+    @torch.compiler.disable
+    def _check(self, x: Tensor, features: Tensor, *, together: bool) -> None:
+        """Check what the projections are given; collective where `together`."""
+        check_here_or_together(
+            lambda: self._check_alone(x, features), Group.of(self.group), together=together
+        )
+
+    def _check_alone(self, x: Tensor, features: Tensor) -> None:
+        for name, given, length, width in (
+            ("x", x, "s_q", self.embed_dim), ("features", features, "s_kv", self.kv_dim)
+        ):  # fmt: skip
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name}: expected a torch tensor, got {type(given).__name__}")
+            check_tensor(name, given, x, of="x")
+            if given.ndim != 3 or given.shape[2] != width:
+                raise ValueError(
+                    f"{name}: expected shape (B, {length}, {width}), got {tuple(given.shape)}"
+                )
+        if features.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"features: expected B = {x.shape[0]} as x has it, got {tuple(features.shape)}"
+            )
+
+    def _make_q(self, x: Tensor) -> Tensor:
+        return self._heads(self.q_proj(x))
+
+    def _make_kv(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self._heads(self.k_proj(features)), self._heads(self.v_proj(features))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, s, D)
 
     def extra_repr(self) -> str:
         """Say what the projections do not show."""
@@ -169,24 +196,15 @@ class CrossAttention(nn.Module):
         )
 
 
-def plain(projection: nn.Module) -> bool:
-    """Whether a projection is its weight and bias and nothing besides, so that these will do."""
-    hooks = projection._forward_hooks, projection._forward_pre_hooks
-    backward_hooks = projection._backward_hooks, projection._backward_pre_hooks
-    return (
-        type(projection) is nn.Linear
-        and not any((*hooks, *backward_hooks))
-        and not isinstance(projection.weight, DTensor)
-    )
-
-
 @torch.no_grad()
 def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
     """Add up the gradients of a module's parameters over the ranks, in place.
 
     Collective: every rank of the group calls this, once a step, after the backward.  The sum is
-    taken in float32, or float64 for float64, in one all-reduce for each of the two.  A parameter
-    that has a gradient on any rank gets the sum on all.
+    taken in float32, or float64 for float64 and complex128, in one all-reduce for each of the two.
+    A parameter that has a gradient on any rank gets the sum on all: a sparse one, as
+    ``nn.Embedding(sparse=True)`` makes it, where all gradients of it are sparse.  On the way it
+    takes the room of a dense one.
 
     Every parameter is taken to be a partial sum on each rank, as it is when each rank's loss is its
     share of the whole: sum over its own tokens, divided by all ranks' number of tokens.  Parameters
@@ -208,21 +226,37 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
         return
     device = parameters[0].device
     wire = torch.device("cpu") if over_cpu(comm, device) else device
-    held = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=wire)
+    held = torch.tensor([_kind(p.grad) for p in parameters], dtype=torch.int32, device=wire)
     with comm.waiting(lambda: "all ranks to say which gradients they have"):
         dist.all_reduce(held, dist.ReduceOp.MAX, comm.group)
-    summed = [p for p, some in zip(parameters, held.tolist(), strict=True) if some]
+    summed = [(p, kind) for p, kind in zip(parameters, held.tolist(), strict=True) if kind]
     for wide in (torch.float32, torch.float64):
-        part = [p for p in summed if (p.dtype == torch.float64) == (wide == torch.float64)]
+        part = [(p, kind) for p, kind in summed if (p.dtype in _DOUBLE) == (wide in _DOUBLE)]
         if not part:
             continue
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
+        grads = [_dense(p) for p, _ in part]
         # A DTensor, as fully_shard makes them along another dimension of a mesh, has a part here.
         parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        flat = torch.cat([g.to(wire, wide).flatten() for g in parts])
+        numbers = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in parts]
+        flat = torch.cat([g.to(wire, wide).flatten() for g in numbers])
         with comm.waiting(lambda: "all ranks' gradients of the weights"):
             dist.all_reduce(flat, dist.ReduceOp.SUM, comm.group)
-        pieces = flat.split([g.numel() for g in parts])
-        for p, grad, local, piece in zip(part, grads, parts, pieces, strict=True):
-            local.copy_(piece.view_as(local))
-            p.grad = grad
+        pieces = flat.split([g.numel() for g in numbers])
+        for (p, kind), grad, local, piece in zip(part, grads, parts, pieces, strict=True):
+            total = torch.complex(*piece.view(-1, 2).T) if local.is_complex() else piece
+            local.copy_(total.view_as(local))
+            p.grad = grad if kind == _DENSE else grad.to_sparse(kind)
+
+
+def _kind(grad: Tensor | None) -> int:
+    """Return 0 for no gradient, a sparse one's number of sparse axes, or `_DENSE`."""
+    if grad is None:
+        return 0
+    return grad.sparse_dim() if grad.layout == torch.sparse_coo else _DENSE
+
+
+def _dense(p: Tensor) -> Tensor:
+    """Return a parameter's gradient, itself if it is dense."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad if p.grad.layout == torch.strided else p.grad.to_dense()

@@ -29,7 +29,7 @@ from lvxattn.reference import (
 )
 from lvxattn.reference.plan import MACHINES, MODELS, memory, most_frames
 from lvxattn.reference.plan.draw import COLOURS, INK
-from lvxattn.reference.recompute import project
+from lvxattn.reference.recompute import project, project_backward
 
 MiB, GB = 2**20, 1e9
 
@@ -91,14 +91,18 @@ assert kept["k"] + kept["v"] > 0.6 * sum(kept.values())
 # ## Forgetting them
 #
 # $k$ and $v$ follow from $y$ by one matrix product each, and $y$ is kept in any case. So a layer
-# can keep $x, y, out, lse$ and make the others again in its backward (arXiv:2502.02406). In the
-# reference this list is a class:
+# can forget them and make them again in its backward (arXiv:2502.02406). How they are made it need
+# not know: it is given a function, `make_kv(y)`, which returns $k$ and $v$, and calls it twice.
+# What it keeps between the passes is, in the reference, a class:
 
 # %%
 print("a layer keeps:", ", ".join(field.name for field in fields(Saved)))
-assert [field.name for field in fields(Saved)] == ["x", "y", "out", "lse"]
+assert [field.name for field in fields(Saved)] == ["q", "y", "out", "lse", "forms"]
 
 # %% [markdown]
+# `forms` are the shapes of $k$ and $v$, which have to come again as they were. The modules above
+# make $q$ again as well, from $x$: the rest of a model keeps $x$ in any case.
+#
 # **Predict.** Which share of the bytes above is still kept by all eight layers together?
 #
 # <details><summary>Reasoning</summary>
@@ -140,7 +144,7 @@ axes.spines[["top", "right", "left"]].set_visible(False)
 # ## The gradients are the same
 #
 # Made again from the same $y$ and the same weights, $k$ and $v$ are what they were. The backward
-# then goes through the attention and through the projections:
+# then goes through the attention and, from $dk$ and $dv$, through what `make_kv` did:
 #
 # $$dy = dk\,W_K^\top + dv\,W_V^\top \qquad dW_K = y^\top dk \qquad dW_V = y^\top dv$$
 #
@@ -193,11 +197,18 @@ with check("dy is right, through keys and through values"):
     from lvxattn.reference import full_attention_backward
 
     dout = np.random.default_rng(1).standard_normal((1, 4, 5, 3))
+    w_q, w_k, w_v = weights
+
+    def make_kv(y):
+        return project(y, w_k), project(y, w_v)
 
     def passes(comm):
-        """Run both passes of the project's own layer."""
-        out, saved = cross_attention_layer(text, video, *weights, comm)
-        return out, saved.lse, cross_attention_layer_backward(dout, saved, *weights, comm)[1]
+        """Run both passes of the project's own layer, and go on from dk and dv."""
+        out, saved = cross_attention_layer(project(text, w_q), video, make_kv, comm)
+        _, dk, dv = cross_attention_layer_backward(dout, saved, make_kv, comm)
+        dy_k, _ = project_backward(dk, video, w_k)
+        dy_v, _ = project_backward(dv, video, w_v)
+        return out, saved.lse, dy_k + dy_v
 
     ((out, lse, expected),) = run_ranks(1, passes)
     got = gradient_of_features(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lvxattn.reference.layout import unshard
 from lvxattn.reference.plan import MACHINES
 from tests.cases import Case
 from tests.judge import solve, worst_ratios
@@ -57,15 +58,15 @@ def agree(**options: Any) -> Any:
     return implementation.Layout.agree(a["q"], a["k"], a["v"], comm, schedule="auto", **options)
 
 
-def layer(**changes: Any) -> Any:
-    a = {
-        "x": np.ones((B, 5, 8)),
-        "y": np.ones((B, 7, 9)),
-        "w_q": np.ones((8, H, D)),
-        "w_k": np.ones((9, H_KV, D)),
-        "w_v": np.ones((9, H_KV, D_V)),
-    } | changes
-    return implementation.cross_attention_layer(a["x"], a["y"], a["w_q"], a["w_k"], a["w_v"], comm)
+def layer(q: Any = None, make_kv: Any = None) -> Any:
+    a = good()
+    q, make_kv = a["q"] if q is None else q, make_kv or makes(a["k"], a["v"])
+    return implementation.cross_attention_layer(q, None, make_kv, comm)
+
+
+def makes(*made: Any) -> Callable[[Any], Any]:
+    """Return a make_kv that returns this, whatever it is given."""
+    return lambda y: made
 
 
 def bad(name: str, function: Callable[..., Any], **changes: Any) -> None:
@@ -141,18 +142,20 @@ bad("dlse has another length", backward, dlse=zeros(B, H, 4))
 bad("integer dout", backward, dout=zeros(B, H, 5, D_V, dtype=np.int64))
 bad("lse is None", backward, lse=None)
 bad("backward with 3 axes in q", backward, q=zeros(H, 5, D))
-bad("x has 2 axes", layer, x=zeros(5, 8))
-bad("y has another B", layer, y=zeros(1, 7, 9))
-bad("w_q has another E", layer, w_q=zeros(7, H, D))
-bad("w_v has another H_KV", layer, w_v=zeros(9, 4, 3))
-bad("integer w_k", layer, w_k=zeros(9, H_KV, D, dtype=np.int64))
+bad("make_kv is a name", layer, make_kv="k_proj")
+bad("make_kv returns nothing", layer, make_kv=lambda y: None)
+bad("make_kv returns three", layer, make_kv=makes(1, 2, 3))
+bad("make_kv makes keys of another D", layer, make_kv=makes(zeros(B, H_KV, 7, 8), good()["v"]))
+bad("make_kv makes a list", layer, make_kv=makes(good()["k"], [1.0]))
+bad("a layer's q has 3 axes", layer, q=zeros(H, 5, D))
 # On one rank alone, and between ranks.
 bad_on_last("the last rank's q has 3 axes", forward, q=zeros(H, 5, D))
 bad_on_last("the last rank's v is a list", forward, v=[1.0])
 bad_on_last("the last rank's mask is of integers", forward, mask=zeros(7, dtype=np.int64))
 bad_on_last("the last rank's query axis", forward, mask=zeros(2, 7, dtype=bool))
 bad_on_last("the last rank's dout", backward, dout=zeros(B, H, 5, D_V + 1))
-bad_on_last("the last rank's weight", layer, w_q=zeros(7, H, D))
+values = zeros(B, H_KV, 6, D_V)
+bad_on_last("the last rank's make_kv", layer, make_kv=makes(good()["k"], values))
 bad_on_last(
     "ranks differ in B",
     forward,
@@ -190,17 +193,44 @@ bad_on_last("the last rank's machine has no link", agree, machine=replace(H100, 
 CALLS["every rank has its own error"] = lambda: (
     forward(q=zeros(H, 5, D)) if last else forward(scale=float("nan"))
 )
+if not TORCH:
+    from tests import fake_cupy
+
+    class Other:
+        """An array of a library that nobody here computes with."""
+
+        shape, dtype = (B, H, 5, D), "float64"
+
+    def on_device(*names: str) -> dict[str, Any]:
+        return {n: fake_cupy.asarray(x) for n, x in good().items() if n in names}
+
+    def wrong_comm(comm: Any) -> Any:
+        a = good()
+        return implementation.cross_attention(a["q"], a["k"], a["v"], comm)
+
+    bad("a mask in the communicator's place", wrong_comm, comm=zeros(5, 7, dtype=bool))
+    bad("q is of another library", forward, q=Other())
+    bad("the backward's q is of another library", backward, q=Other())
+    bad_on_last("the last rank's q is of another library", forward, q=Other())
+    bad_on_last("the last rank's mask is of another library", forward, mask=Other())
+    bad_on_last("the last rank's lse is of another library", backward, **on_device("lse"))
+    bad_on_last("ranks differ in library", forward, **on_device("q", "k", "v"))
+    bad_on_last(
+        "ranks differ in the backward's library",
+        backward,
+        **on_device("q", "k", "v", "out", "dout", "lse"),
+    )
+    CALLS["ranks differ in the library of their parts"] = lambda: unshard(
+        Other() if last else good()["q"], comm
+    )
+    CALLS["ranks differ in what they join"] = lambda: unshard([1.0] if last else good()["q"], comm)
 if TORCH:
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    from lvxattn.torch_impl import (
-        CrossAttention,
-        Layout,
-        cross_attention,
-        cross_attention_layer,
-    )
+    from lvxattn.torch_impl import CrossAttention, Layout, cross_attention
+    from lvxattn.torch_impl import unshard as torch_unshard
 
     def tensors(**changes: Any) -> Any:
         a = {n: torch.from_numpy(x) for n, x in good().items()} | changes
@@ -211,10 +241,9 @@ if TORCH:
     def ones(*shape: int, **options: Any) -> Any:
         return torch.ones(*shape, dtype=torch.float64, **options)
 
-    def layers(**changes: Any) -> Any:
-        given = {"x": ones(B, 5, 8), "y": ones(B, 7, 9), "w_q": ones(8, H, D)}
-        given |= {"w_k": ones(9, H_KV, D), "w_v": ones(9, H_KV, D_V)} | changes
-        return cross_attention_layer(**given)
+    def module(**changes: Any) -> Any:
+        given = {"x": ones(B, 5, 8), "features": ones(B, 7, 9)} | changes
+        return CrossAttention(8, 2, kv_dim=9, dtype=torch.float64)(**given)
 
     def garbled(b: Any, h: Any, i: Any, j: Any) -> Any:
         return b"\xff".decode()
@@ -228,13 +257,27 @@ if TORCH:
     nested = torch.nested.nested_tensor([ones(5, D), ones(4, D)], layout=torch.jagged)
     bad("q is nested", tensors, q=nested)
     bad_on_last("the last rank's rule fails", tensors, mask=garbled)
-    bad_on_last("the last rank's bias", layers, b_k=ones(1, H_KV * D))
-    bad_on_last("the last rank's bias has another dtype", layers, b_v=ones(H_KV, D_V).float())
-    bad_on_last("the last rank's weight is sparse", layers, w_v=ones(9, H_KV, D_V).to_sparse())
+    sparse = ones(B, H_KV, 7, D_V).to_sparse()
+    k = torch.from_numpy(good()["k"])
+    bad_on_last("the last rank's make_kv makes sparse values", layer, make_kv=makes(k, sparse))
+    bad_on_last("the last rank's x", module, x=ones(B, 5, 9))
+    bad_on_last("the last rank's features have another width", module, features=ones(B, 7, 8))
+    bad_on_last("the last rank's features have another B", module, features=ones(1, 7, 9))
+    bad_on_last("the last rank's features have 2 axes", module, features=ones(7, 9))
+    bad_on_last("the last rank's features are NumPy's", module, features=np.ones((B, 7, 9)))
     bad("q is sparse", tensors, q=ones(B, H, 5, D).to_sparse())
     bad("k is an array of NumPy", tensors, k=good()["k"])
+    bad("q is an array of NumPy", tensors, q=good()["q"])
+    bad_on_last("the last rank's arrays are NumPy's", tensors, **good())
+    bad_on_last("the last rank's mask is NumPy's", tensors, mask=np.ones(7, bool))
+    CALLS["parts are NumPy's"] = lambda: torch_unshard(good()["q"])
+    CALLS["ranks differ in the library of their parts, with tensors"] = lambda: torch_unshard(
+        good()["q"] if last else ones(1, 1, 5, 2)
+    )
     bad("a mesh of two dimensions", tensors, group=mesh)
     bad("a group of another kind", tensors, group="world")
+    bad("a mask in the group's place", tensors, group=torch.ones(5, 7, dtype=torch.bool))
+    bad("a rule in the group's place", tensors, group=rule)
     bad("a layout of other queries", tensors, layout=layout, queries="replicated")
     bad("dropout", lambda: CrossAttention(8, 2, dropout=0.1))
     bad("heads that do not divide", lambda: CrossAttention(8, 3))

@@ -115,11 +115,16 @@ class OnArrays:
             douts[1] = tensor(dlse).to(results[1].dtype)
         return tuple(map(array, torch.autograd.grad(results, given, douts)))
 
-    def cross_attention_layer(self, *given: Any) -> Any:
-        """Return out."""
+    def cross_attention_layer(self, q: Any, y: Any, make_kv: Any, comm: Any) -> Any:
+        """Return out; y is what make_kv takes, as it is."""
         from lvxattn import torch_impl
 
-        return array(torch_impl.cross_attention_layer(*map(tensor, given)))
+        def make_tensors(y: Any) -> Any:
+            made = make_kv(y)
+            return tuple(map(tensor, made)) if isinstance(made, tuple) else made
+
+        given = make_tensors if callable(make_kv) else make_kv
+        return array(torch_impl.cross_attention_layer(tensor(q), y, given, comm))
 
     def unshard(self, x: Any, comm: Any, axis: int = 2) -> Any:
         """Join all ranks' parts."""

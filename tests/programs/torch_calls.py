@@ -312,6 +312,7 @@ def messages_and_bytes_are_those_of_the_formula(group: Group) -> Any:
     verdicts = [meter.messages == 2 * (P - 1), meter.bytes == (forward if P > 1 else 0)]
     torch.autograd.grad(out.sum(), mine)
     backward = queries * (2 * 4 * 2 + 2 * 4) + results * 4 * 4
+    backward += 2 * (P - 1) * 8  # which forward a message belongs to
     verdicts += [meter.messages == 4 * (P - 1)]
     return [*verdicts, meter.bytes == (forward + backward if P > 1 else 0)]
 
@@ -557,6 +558,79 @@ def twice_through_one_graph_but_not_a_second_derivative(group: Group) -> Any:
         else:
             refused = False
         verdicts += [same(list(once), list(twice)), refused]
+    return verdicts
+
+
+@check
+def meta_tensors_have_shapes(group: Group) -> Any:
+    """Of out and of every gradient; nothing is sent."""
+    shapes = wholes(heads=group.size)
+    verdicts, meter = [], Meter()
+    for schedule in (*SCHEDULES, "auto", "replicated"):
+        option = {"queries" if schedule == "replicated" else "schedule": schedule}
+        whole = schedule == "replicated"
+        for dtype in (torch.float64, torch.bfloat16):
+            mine = [x if whole and x is shapes[0] else shard(x, group) for x in shapes]
+            mine = [x.detach().to("meta", dtype).requires_grad_() for x in mine]
+            masks = (None, torch.ones(mine[1].shape[2], dtype=torch.bool, device="meta"), causal)
+            for mask in masks:
+                out, lse = cross_attention(
+                    *mine, group, mask=mask, return_lse=True, meter=meter, **option
+                )
+                grads = torch.autograd.grad(out.sum() + lse.sum(), mine)
+                verdicts += [out.is_meta, out.shape == mine[0].shape, out.dtype == dtype]
+                verdicts += [
+                    lse.shape == out.shape[:3],
+                    lse.dtype == torch.promote_types(dtype, torch.float32),
+                ]
+                verdicts += [
+                    g.is_meta and g.shape == x.shape and g.dtype == x.dtype
+                    for g, x in zip(grads, mine, strict=True)
+                ]
+    for recompute in (True, False):
+        with torch.device("meta"):
+            module = CrossAttention(16, 4, recompute_kv=recompute, group=group)
+            x, y = torch.empty(1, 3 + group.rank, 16), torch.empty(1, 5, 16)
+        out = module(x, y)
+        out.sum().backward()
+        verdicts += [out.is_meta and out.shape == x.shape]
+        verdicts += [p.grad is not None and p.grad.is_meta for p in module.parameters()]
+    return [*verdicts, meter.messages == 0]
+
+
+def causal(b: Any, h: Any, i: Any, j: Any) -> Any:
+    """Be a rule."""
+    return i >= j
+
+
+class Own(Tensor):
+    """A tensor as data loaders of other projects hand them out."""
+
+
+@check
+def subclasses_are_computed_with_as_their_base_and_come_out(group: Group) -> Any:
+    mine, verdicts = parts(*wholes(heads=group.size), group=group), []
+    mask = torch.ones(1, 1, 1, mine[1].shape[2]).log()
+    for schedule in (*SCHEDULES, "replicated"):
+        option = {"queries" if schedule == "replicated" else "schedule": schedule}
+        given = [mine[0], *mine[1:]]
+        if schedule == "replicated":
+            given[0] = wholes(heads=group.size)[0].requires_grad_()
+
+        def attend(*x: Tensor, mask: Tensor = mask, option: Any = option) -> Tensor:
+            return cross_attention(*x, group, mask=mask, **option)
+
+        want = gradients(attend, *given)
+        own = [x.detach().as_subclass(Own).requires_grad_() for x in given]
+        got = gradients(partial(attend, mask=mask.as_subclass(Own)), *own)
+        frozen = [torch.nn.Parameter(x.detach()) for x in given]
+        verdicts += [type(got[0]) is Own, same(got, want), same(gradients(attend, *frozen), want)]
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 3, 16), torch.randn(1, 5, 16)
+    for recompute in (True, False):
+        module = CrossAttention(16, 4, recompute_kv=recompute, group=group)
+        out = module(x.as_subclass(Own), y.as_subclass(Own))
+        verdicts += [type(out) is Own, torch.equal(out, module(x, y))]
     return verdicts
 
 
