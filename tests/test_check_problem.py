@@ -12,6 +12,7 @@ import pytest
 from lvxattn.reference import full_attention
 from lvxattn.reference.check import Case, Problem, case_of, draw, suite_of
 from lvxattn.reference.check.cases import CASES, large
+from lvxattn.reference.check.judge import truth_of
 from lvxattn.reference.check.rounded import visible
 from lvxattn.reference.run.tensors import InputError
 
