@@ -82,23 +82,21 @@ class TwoPass:
         given = {"q": self.q} | ({} if self.dout is None else {"dout": self.dout})
         rows = self.pick(given, points, self.share.rows)
         q, rounding, N = rows["q"], self.rounding, len(points)
-        top, total = self._softmax(q, points)
+        top, total, moved, alone = self._softmax(q, points)
         seen, total = total > 0, np.where(total > 0, total, 1.0)[:, None]
 
-        out, of_p, squares = _Sums(N, self.v.shape[3]), _Sums(N, 1), np.zeros((N, 1))
+        out, squares = _Sums(N, self.v.shape[3]), np.zeros((N, 1))
         for n, s, a, across, _, v in self._pieces(q, points):
             e = np.exp(s - top[n, None])
-            alike, alone, rounded = rounding.probabilities(e, a, top[n, None] - s, across)
+            alike, _, rounded = rounding.probabilities(e, a, top[n, None] - s, across)
             out.add(n, e, alike, rounded, v)
-            of_p.add(n, e, alike, alone, np.ones((len(v), 1)))
             squares[n, 0] += (rounded**2).sum(axis=1)
         value = self._total(out.value) / total
-        # What moves a probability moves the total: lse by as much, out by as much of itself.
-        moved = (self._total(of_p.alike) / total)[:, 0] + 4 * rounding.u
-        out.alike += abs(value) * of_p.alike
+        # What moves a probability moves the total, and the mean by as much of itself.
         out.squares += value**2 * squares
-        limit = self._limit(value, out, total) + rounding.of_total * abs(value)
-        alone = self._total(of_p.squares)[:, 0] / total[:, 0] ** 2 + rounding.adding**2
+        limit = self._limit(value, out, total)
+        limit += (moved + rounding.of_total)[:, None] * abs(value)
+        moved, alone = moved + 4 * rounding.u, alone + rounding.adding**2
         lse = np.where(seen, top + np.log(total[:, 0]), -np.inf)
         held, coarse = rounding.u * np.where(seen, abs(lse), 0.0), rounding.coarse(lse)
         fine = np.flatnonzero(seen & ~coarse)
@@ -134,7 +132,7 @@ class TwoPass:
         for n, (b, group, _) in enumerate(points):
             k, v = (rows[name][n] for name in "kv")
             for h in self._heads(group):
-                top, total, coarse = bases[b, h]
+                top, total, moved, coarse = bases[b, h]
                 for piece in tiles(self.q.shape[2], _PIECE):
                     q, dout, out = (
                         _wide(x[b, h, piece])
@@ -145,8 +143,8 @@ class TwoPass:
                     s, across = rounding.scores(self.scale * (q @ k), a, bias)
                     p = np.exp(s - top[piece]) / total[piece]
                     alike, _, rounded = rounding.probabilities(p, a, abs(s - top[piece]), across)
-                    # A total that is taken anew has the errors of all p once more, lse its own.
-                    alike += coarse[piece] * (alike + p * (rounding.of_total + rounding.w))
+                    # A total that is taken anew has an error of its own, and lse a rounding.
+                    alike += coarse[piece] * p * (moved[piece] + rounding.of_total + rounding.w)
                     rounded += ~coarse[piece] * p * rounding.u * abs(top[piece])
                     dv.add([n], p, alike, rounded, dout)
                     delta, size = (dout * out).sum(axis=1), abs(dout) @ abs(v)
@@ -178,32 +176,47 @@ class TwoPass:
             for name, x in arrays.items()
         }
 
-    def _softmax(self, q: Array, points: list[Point]) -> tuple[Array, Array]:
-        """Return top, 0 where nothing is seen, and total of the queries at these points."""
-        top, total = np.full(len(q), -np.inf), np.zeros(len(q))
+    def _softmax(self, q: Array, points: list[Point]) -> tuple[Array, ...]:
+        """Return what the queries at these points divide by.
+
+        top, 0 where nothing is seen; total; and how far off total is, relatively, by errors that
+        are alike, and the squares of the others.
+        """
+        top, sums = np.full(len(q), -np.inf), np.zeros((3, len(q)))
         for n, s, *_ in self._pieces(q, points):
             top[n] = np.maximum(top[n], s.max(axis=1))
         top = self._total(top, np.maximum)
         top = np.where(top == -np.inf, 0.0, top)
-        for n, s, *_ in self._pieces(q, points):
-            total[n] += np.exp(s - top[n, None]).sum(axis=1)
-        return top, self._total(total)
+        for n, s, a, across, *_ in self._pieces(q, points):
+            e = np.exp(s - top[n, None])
+            alike, alone, _ = self.rounding.probabilities(e, a, top[n, None] - s, across)
+            sums[:, n] += np.array([e, alike, alone**2]).sum(axis=2)
+        total, alike, squares = self._total(sums)
+        whole = np.where(total > 0, total, 1.0)
+        return top, total, alike / whole, squares / whole**2
 
     def _bases(self, heads: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[Array, ...]]:
-        """Return top, total and where they are not the run's lse, of my queries of these heads."""
+        """Return what my queries of these heads divide by.
+
+        top and total, of which the first is the run's lse where that will do; how far off total is,
+        relatively; and where it will not do.
+        """
         found: dict[tuple[int, int], tuple[Array, ...]] = {}
         mine = []
         for b, h in sorted(heads):
             lse = _wide(self.results["lse"][b, h])
             coarse = self.rounding.coarse(lse)
-            found[b, h] = np.where(lse == -np.inf, 0.0, lse), np.ones_like(lse), coarse
+            base = np.where(lse == -np.inf, 0.0, lse)
+            found[b, h] = base, np.ones_like(lse), np.zeros_like(lse), coarse
             mine += [(b, h, self.share.rows.start + int(i)) for i in np.flatnonzero(coarse)]
         points = sorted(point for part in self.comm.allgather(mine) for point in part)
         q = self.pick({"q": self.q}, points, self.share.rows)["q"]
-        for (b, h, i), top, total in zip(points, *self._softmax(q, points), strict=True):
+        top, total, alike, squares = self._softmax(q, points)
+        moved = alike + SIGMAS * np.sqrt(squares)
+        for (b, h, i), *divisor in zip(points, top, total, moved, strict=True):
             if self.share.rows.start <= i < self.share.rows.stop:
-                at = i - self.share.rows.start
-                found[b, h][0][at], found[b, h][1][at] = top, total or 1.0
+                for x, one in zip(found[b, h], divisor, strict=False):
+                    x[i - self.share.rows.start] = one
         return found
 
     def _pieces(self, q: Array, points: list[Point]) -> Iterator[tuple[Array, ...]]:
