@@ -228,13 +228,13 @@ def _one_hot(drawn: Drawn) -> None:
 
 def _hidden(drawn: Drawn) -> None:
     """Make the scores of rows that are hidden whole equal: no rounding moves their plain mean."""
-    drawn.x["q"][:, :, -1 - len(LOWS) : -1] = 0
+    drawn.x["q"][:, :, -1 - len(LOWS) :] = 0
 
 
 def _ignored(drawn: Drawn) -> None:
-    """Do so, and let no gradient come from these rows, as a loss does that leaves out padding."""
-    _hidden(drawn)
-    drawn.x["dout"][:, :, -1 - len(LOWS) : -1] = 0
+    """Do so but in the last row; no gradient comes from the others, as from padding in a loss."""
+    for name in ("q", "dout"):
+        drawn.x[name][:, :, -1 - len(LOWS) : -1] = 0
 
 
 def _aligned(drawn: Drawn) -> None:
