@@ -139,7 +139,8 @@ def cross_attention_backward(
     q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
-        As returned by it.
+        As returned by it.  Where a rank's mask is additive and a row's lse is large, as that of a
+        row hidden by -1e9, which has lost how many keys there were, the forward is run once more.
     dlse : (B, H, s_q), optional
         Gradient of the loss with respect to lse, where lse is used too.
 
