@@ -104,8 +104,9 @@ class Told:
     ----------
     folder : Path
         Where its files are.
-    files, presets, chosen, broken, bad : list of Said
-        By `file_lines`, `preset_lines`, `chosen_lines`, `BREAKAGES` and `bad_inputs`.
+    files, presets, chosen, broken, hidden, bad : list of Said
+        By `file_lines`, `preset_lines`, `chosen_lines`, `BREAKAGES`, `hidden_lines` and
+        `bad_inputs`.
     """
 
     folder: Path
@@ -113,6 +114,7 @@ class Told:
     presets: list[Said]
     chosen: list[Said]
     broken: list[Said]
+    hidden: list[Said]
     bad: list[Said]
 
 
@@ -128,7 +130,9 @@ def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
         folder = tmp_path_factory.mktemp(f"{implementation}{P}")
         broken = [["run", *SMALL, "--backward", "--check"]] * len(BREAKAGES)
         bad = [["run", *line] for line, _ in bad_inputs(folder, implementation)]
-        parts = file_lines(folder), preset_lines(folder), chosen_lines(folder), broken, bad
+        hidden = hidden_lines(folder)
+        parts = file_lines(folder), preset_lines(folder), chosen_lines(folder), broken, hidden, bad
+        breakages = {id(broken): BREAKAGES, id(hidden): ("", "merge")}
         said = iter(
             commands(
                 P,
@@ -136,7 +140,7 @@ def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
                 breakages=[
                     breakage
                     for part in parts
-                    for breakage in (BREAKAGES if part is broken else [""] * len(part))
+                    for breakage in breakages.get(id(part), [""] * len(part))
                 ],
                 implementation=implementation,
                 timeout=100,
@@ -385,6 +389,25 @@ def test_check_catches_a_wrong_result(implementation: str, P: int, tell: Tell) -
         assert {"merge": "lse", "nan": "out"}.get(breakage, breakage) in failed
         if breakage in ("dq", "dk", "dv"):
             assert failed == {breakage}
+
+
+def hidden_lines(folder: Path) -> list[list[Any]]:
+    """Command lines with a mask that hides a row by a number."""
+    made = problem(Case("hidden", dtype="float32"))
+    mask = np.zeros((1, 1, made.q.shape[2], made.k.shape[2]), np.float32)
+    mask[:, :, 1] = -1e9
+    path = save_problem(folder / "hidden.in", replace(made, mask=mask))
+    return [["run", "--input", path, "--backward", "--check"]] * 2
+
+
+@EACH
+def test_a_row_that_a_number_hides_passes_its_check_if_it_is_right(
+    implementation: str, P: int, tell: Tell
+) -> None:
+    right, broken = tell(implementation, P).hidden
+    assert right.status == 0, right.out
+    assert broken.status == 1
+    assert re.search(r"out .* FAIL", broken.out)
 
 
 def damaged(path: Path, header: Any, data: bytes = b"") -> Path:

@@ -74,8 +74,8 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     # 4. sampled rows against an independent softmax
     checks: list[Check] = []
     if options.check:
-        scale, seed = layout.scale, options.seed
-        checks = check_results(problem, share, results, ranks, scale=scale, seed=seed)
+        scale, seed, gpu = layout.scale, options.seed, backend.device.startswith("GPU")
+        checks = check_results(problem, share, results, ranks, scale=scale, seed=seed, gpu=gpu)
     # 5. rank 0 reports
     host = socket.gethostname()
     device, kernel = backend.device, backend.kernel(tensors)
