@@ -25,7 +25,7 @@ def commands(
     *lines: list[Any],
     breakages: Sequence[str] = (),
     implementation: str = "mpi_impl",
-    timeout: float = 60.0,
+    timeout: float = 120.0,
 ) -> list[Said]:
     """Run command lines on P ranks, one after the other, each with its breakage, if any.
 

@@ -52,7 +52,7 @@ class Ended:
 def mpiexec(
     P: int,
     *args: str | Path,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     mpi4py: bool = True,
     strict: bool = True,
     env: dict[str, str | None] | None = None,
@@ -132,7 +132,7 @@ def launch(
 
 
 def report(
-    P: int, program: str, *args: str, env: dict[str, str | None] | None = None, timeout: float = 60
+    P: int, program: str, *args: str, env: dict[str, str | None] | None = None, timeout: float = 120
 ) -> Any:
     """Return the JSON that rank 0 of a program of `PROGRAMS` prints; it must end well.
 

@@ -182,8 +182,9 @@ def test_gradients_are_the_slopes_of_the_loss(backend: Backend, name: str) -> No
         assert abs((losses[0] - losses[1]) / (2 * step) - (gradient * way).sum()) <= allowed
 
 
-def test_gradients_are_those_without_recomputation_to_the_bit() -> None:
+def test_gradients_are_those_without_recomputation() -> None:
     layer = Layer.make()
+    _, limit = gradients(layer)
 
     def kept(comm: VirtualComm) -> list[Array]:
         rows, keys = (slice(*cuts[comm.rank : comm.rank + 2]) for cuts in CASE.cuts(comm.size))
@@ -206,7 +207,10 @@ def test_gradients_are_those_without_recomputation_to_the_bit() -> None:
 
     again = run_ranks(3, lambda comm: run_layer(layer, comm, BACKENDS[0])[2])
     for rank, want in enumerate(run_ranks(3, kept)):
-        assert all(np.array_equal(a, b) for a, b in zip(again[rank], want, strict=True))
+        rows, keys = (slice(*cuts[rank : rank + 2]) for cuts in CASE.cuts(3))
+        mine = {"x": limit["x"][:, rows], "y": limit["y"][:, keys]}
+        for name, a, b in zip(NAMES, again[rank], want, strict=True):
+            assert ratio(a, b, 2 * mine.get(name, limit[name])) <= 1, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)

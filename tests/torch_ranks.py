@@ -18,7 +18,7 @@ STORE, RANK, SIZE = "LVXATTN_TEST_STORE", "LVXATTN_TEST_RANK", "LVXATTN_TEST_SIZ
 
 
 def ranks(
-    P: int, program: str, *args: str, timeout: float = 60.0, strict: bool = True
+    P: int, program: str, *args: str, timeout: float = 120.0, strict: bool = True
 ) -> list[Ended]:
     """Run a program of `PROGRAMS` on P ranks; return how each of them ended.
 
@@ -37,7 +37,7 @@ def ranks(
         )
 
 
-def torch_report(P: int, program: str, *args: str, timeout: float = 100.0) -> Any:
+def torch_report(P: int, program: str, *args: str, timeout: float = 250.0) -> Any:
     """Return the JSON that rank 0 of a program of `PROGRAMS` prints; all ranks must end well.
 
     However often it is asked for, the program runs once.
@@ -53,7 +53,7 @@ def torch_report(P: int, program: str, *args: str, timeout: float = 100.0) -> An
     return printed
 
 
-def all_right(P: int, *args: str, timeout: float = 100.0) -> None:
+def all_right(P: int, *args: str, timeout: float = 250.0) -> None:
     """Run `torch_gpu.py` on P ranks; all that it solves must be right, on every rank."""
     ended = ranks(P, "torch_gpu.py", *args, timeout=timeout, strict=False)
     for rank, end in enumerate(ended):
