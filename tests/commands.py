@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.launch import PROGRAMS, mpiexec
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
-LAUNCHERS = {"mpi_impl": mpiexec, "torch_impl": torchrun}
+LAUNCHERS = {"mpi_impl": mpiexec, "torch_impl": forked}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from lvxattn.reference.check.ranks.outcome import (
 from lvxattn.reference.check.shards import CUTS, Cut, sweep_of, whole_of
 from tests.launch import PROGRAMS, Ended, mpiexec
 from tests.planted_ranks import Planted
+from tests.torch_ranks import forked
 from tests.torchrun import torchrun
 
 PROGRAM = PROGRAMS / "check_distributed.py"
@@ -90,7 +91,7 @@ def checked(fn: Any, ranks: int, **options: Any) -> Report:
 
 
 def launched(start: Any, P: int, **wishes: Any) -> Ended:
-    ended: Ended = start(P, PROGRAM, json.dumps(wishes), timeout=60)
+    ended: Ended = start(P, PROGRAM, json.dumps(wishes), timeout=120)
     assert not ended.timed_out, ended.err
     assert not ended.left
     return ended
@@ -348,7 +349,7 @@ class TestRealRanks:
         assert set(report["results"]) == set(RESULTS)
 
     def test_torch_impl_passes(self) -> None:
-        ended = launched(torchrun, 3, schedule="lv-xattn", dtypes=["bfloat16"])
+        ended = launched(forked, 3, schedule="lv-xattn", dtypes=["bfloat16"])
         assert ended.status == 0, ended.err
         report = json.loads(ended.out)
         assert report["passed"], report["text"]
