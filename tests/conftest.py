@@ -2,12 +2,30 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
+import numpy as np  # noqa: F401 - its BLAS must be there to be limited
 import pytest
 from hypothesis import settings
 
+with suppress(ImportError):  # on a machine with a GPU nobody has chosen the packages
+    from threadpoolctl import threadpool_limits
+
+    # Products are small here, and two threads on a busy machine wait for one another.
+    threadpool_limits(1, "blas")
+
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
+
+# What takes longest begins first, or one process would be left alone with it in the end.
+LONGEST = ["test_tutorials", "test_ranks", "test_torch_run", "test_torch_faults", "test_train"]
+LONGEST += ["test_faults", "test_torch", "test_check_distributed", "test_check_wrong"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    rank = {f"{name}.py": n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from lvxattn.reference.check.shards import CUTS, Cut, sweep_of, whole_of
 from tests.launch import PROGRAMS, Ended, mpiexec
 from tests.planted_ranks import Planted
 from tests.torch_ranks import forked
-from tests.torchrun import torchrun
 
 PROGRAM = PROGRAMS / "check_distributed.py"
 FEW = ("gaussian", "random-mask", "ragged-lengths")
@@ -372,8 +371,8 @@ class TestRealRanks:
         assert "the rest was not run" in ended.out
         assert "rank 1 of 3: ValueError: no such thing" in ended.out
 
-    def test_ranks_of_torchrun_too(self) -> None:
-        ended = launched(torchrun, 2, waits=True, cases=FEW, time_limit=0.5)
+    def test_ranks_of_pytorch_too(self) -> None:
+        ended = launched(forked, 2, waits=True, cases=FEW, time_limit=0.5)
         assert ended.status == 1
         assert "rank 1 of 2: ValueError: no such thing" in ended.out
         assert "the rest was not run" in ended.out

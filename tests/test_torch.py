@@ -1,7 +1,6 @@
 """torch_impl on the ranks of a process group, called in all the ways people do."""
 
 import ast
-from typing import Any
 
 import pytest
 import torch

@@ -3,7 +3,6 @@
 # ruff: noqa: E402 - what follows needs torch
 
 import re
-from collections.abc import Callable
 
 import pytest
 
@@ -13,7 +12,6 @@ from lvxattn.torch_impl.examples import two_dimensional_mesh as mesh
 from tests.launch import Ended
 from tests.tolerances import UNIT, summed
 from tests.torch_ranks import forked
-from tests.torchrun import torchrun
 
 # A gradient passes through about as many sums as the model has products, forward and back, and a
 # step hands on its error to the next.  None of the sums is longer than the keys or all tokens of
@@ -22,14 +20,14 @@ PRODUCTS, STEPS = 2 * (6 * mesh.LAYERS + 3), 3
 LIMIT = 4 * STEPS * PRODUCTS * summed(UNIT["float64"], max(mesh.S_KV, 5 * mesh.S_Q, mesh.E))
 
 
-def ended(start: Callable[..., Ended], P: int, *options: str) -> Ended:
+def ended(P: int, *options: str) -> Ended:
     """How the example ends on P ranks."""
-    return start(P, "-m", mesh.__name__, "--steps", str(STEPS), *options)
+    return forked(P, "-m", mesh.__name__, "--steps", str(STEPS), *options)
 
 
 def table(P: int, *options: str) -> list[tuple[float, float, float]]:
     """What it prints: by step, the loss on the mesh, the loss alone, how far gradients differ."""
-    end = ended(forked, P, *options)
+    end = ended(P, *options)
     assert (end.status, end.err, end.left) == (0, "", ())
     assert end.out.startswith(f"{P // 2} x 2 ranks (data x context), gloo, cpu\n")
     rows = re.findall(r"^ +\d+  (\S+) +(\S+) +(\S+)$", end.out, re.MULTILINE)
@@ -51,7 +49,7 @@ def test_means_over_each_ranks_own_tokens_are_something_else() -> None:
 
 
 def test_ranks_that_make_no_mesh_are_refused_once() -> None:
-    end = ended(torchrun, 2, "--context", "3")
+    end = ended(2, "--context", "3")
     first = end.err.splitlines()[0]
     assert first == "--context: expected a divisor of the number of ranks, 2, got 3"
     assert end.err.count("--context: expected") == 1

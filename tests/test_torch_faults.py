@@ -203,6 +203,7 @@ def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
     ) in reports()[case]["err"][1]
 
 
+@pytest.mark.slow  # a rank that raises is among the cases above
 def test_torchrun_ends_the_others_when_one_raises() -> None:
     ended = torchrun(2, PROGRAMS / "torch_mask.py")
     assert not ended.timed_out

@@ -116,11 +116,12 @@ def _fork(
     """Run a program on as many forks as there are environments; return how each of them ended."""
     mark, start = uuid.uuid4().hex, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        known = {n: os.environ.get(n) for n in ("LVXATTN_TIMEOUT", "TMPDIR")}
         request = {
             "program": program, "folder": folder, "timeout": timeout, "together": together,
+            "cwd": os.getcwd(),
             "ranks": [
-                {**known, MARK: mark, **{name: str(x) for name, x in env.items()}} for env in envs
+                environment({MARK: mark, **{name: str(x) for name, x in env.items()}})
+                for env in envs
             ],
         }  # fmt: skip
         forks = _forks()

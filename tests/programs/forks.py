@@ -4,7 +4,8 @@ Reads a request from each line of its input, as JSON, and answers with a line: t
 every rank, None for one that was killed because the time was up.  With the input it ends.
 
 program   what follows ``python``: a file, or "-m" and a module, and the arguments
-ranks     each rank's environment, added to the one here; null takes a variable out of it
+ranks     each rank's environment, all of it
+cwd       where they run
 folder    where rank N's output goes: to ``outN`` and ``errN``
 timeout   seconds
 together  whether all end when one has failed, as torchrun has it
@@ -62,14 +63,13 @@ def run(what: dict[str, Any]) -> None:
     files = "/dev/null", *(f"{what['folder']}/{name}{what['rank']}" for name in ("out", "err"))
     for fd, name in enumerate(files):
         os.dup2(os.open(name, os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT), fd)
-    for name, value in what["env"].items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
+    os.environ.clear()
+    os.environ.update(what["env"])
+    os.chdir(what["cwd"])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     first, *rest = what["program"]
     if first == "-m":
-        sys.argv = rest
+        sys.argv, sys.path[0] = rest, what["cwd"]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = what["program"]
@@ -79,6 +79,6 @@ def run(what: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     gc.freeze()  # else every rank, as it ends, would take a second to collect PyTorch's modules
-    # At top level, and with nothing to be caught: what is raised ends a rank as it would any process.
+    # At top level, with nothing to be caught: what is raised ends a rank as it would any process.
     if mine := serve():
         run(mine)
