@@ -33,10 +33,11 @@ from machine import describe
 from netlab.lab import Lab, LabError, address, bits_per_second, find_mpiexec
 from torch import Tensor
 
-from lvxattn.torch_impl import Layout, Meter, merge
+from lvxattn.torch_impl import Layout, Meter
 from lvxattn.torch_impl.collectives import reduce_scatter
 from lvxattn.torch_impl.exchange import Exchange
 from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.merge import lse_of, merge_partials
 
 Results = dict[str, Any]
 Way = Callable[[Exchange, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -47,8 +48,8 @@ RATE, PORT = "1gbit", 29511
 
 def merged_at_home(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return this rank's rows of all ranks' partial results, as torch_impl does."""
-    out, lse = reduce_scatter(exchange, merge, out, lse)
-    return out, lse
+    out, top, total = reduce_scatter(exchange, merge_partials, out, lse, torch.ones_like(lse))
+    return out, lse_of(top, total)
 
 
 def reduce_scattered(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

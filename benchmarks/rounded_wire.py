@@ -36,8 +36,8 @@ Array = npt.NDArray[Any]
 class RoundedResults:
     """Stands in for a communicator; partial results are rounded when they are sent.
 
-    Blocks of queries are told from results by how many arrays they have: q against out and lse in
-    a forward; q, dout, lse and delta against dq in a backward.
+    Blocks of queries are told from results by how many arrays they have: q against out and lse, as
+    a pair, in a forward; q, dout, lse and delta against dq in a backward.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class Problem:
         """Return out and lse of P ranks whose results travel in these dtypes."""
 
         def on_a_rank(comm: VirtualComm) -> tuple[Array, Array]:
-            wire: Any = RoundedResults(comm, dtypes)
+            wire: Any = RoundedResults(comm, [*dtypes, dtypes[-1]])
             parts = (shard(x, comm) for x in (self.q, self.k, self.v))
             return cross_attention(*parts, wire, schedule=schedule)
 

@@ -1,10 +1,10 @@
 r"""One block of queries against one rank's keys.
 
-Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge` joins it with
-the tiles before; scores are never kept for more than one tile.
+Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge_partials` joins
+it with the tiles before; scores are never kept for more than one tile.
 
-    s = scale q k^T + mask       p = exp(s - rowmax s)
-    out = p v / rowsum p         lse = rowmax s + log rowsum p
+    s = scale q k^T + mask       p = exp(s - top)      top = rowmax s
+    out = p v / total            total = rowsum p      lse = top + log total
 
 The backward needs no such care: with lse over all keys of all ranks known, every tile's
 probabilities are what they are in the whole,
@@ -12,7 +12,9 @@ probabilities are what they are in the whole,
     p  = exp(s - lse)           dv = p^T dout
     ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
 
-so its sums over tiles, blocks and ranks are plain sums.
+so its sums over tiles, blocks and ranks are plain sums.  What lse has lost in rounding, `low`, is a
+factor exp(-low) of every p of a row.  dout and delta have it instead, to which all gradients are
+proportional: nothing more travels.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 
@@ -31,7 +33,7 @@ import numpy as np
 
 from lvxattn.mpi_impl import kernels
 from lvxattn.mpi_impl.device import array_module
-from lvxattn.mpi_impl.merge import merge
+from lvxattn.mpi_impl.merge import lse_of, merge_partials
 from lvxattn.reference.masks import MaskRule, MaskView, tiles
 from lvxattn.reference.validation import accumulator, dtype_name
 
@@ -77,17 +79,44 @@ def block_attention(
     RuntimeError
         ``"cuda"`` is asked for, and cannot be compiled.
     """
+    out, top, total = partial_attention(
+        q, k, v, scale=scale, mask=mask, progress=progress, kernel=kernel
+    )
+    return out, lse_of(top, total)
+
+
+def partial_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    mask: MaskView | Array | MaskRule | None = None,
+    progress: Callable[[], None] = lambda: None,
+    kernel: str = "auto",
+) -> tuple[Array, Array, Array]:
+    """Do what `block_attention` does, with lse as the pair that `merge_partials` joins.
+
+    Returns
+    -------
+    out : (B, H, s_q, D_V), accumulator dtype
+    top, total : (B, H, s_q), accumulator dtype
+        The largest score, and the sum of exponentiated scores divided by exp(top); (0, -inf, 0)
+        where a query may attend to none of the keys.  Of `kernels`: lse and 1.
+    """
     if kernels.choose(q, k, v, MaskView.of(mask).mask, kernel).kernel == "cuda":
-        out, lse = kernels.forward(array_module(q), q, k, v, scale=float(scale))
+        xp = array_module(q)
+        out, lse = kernels.forward(xp, q, k, v, scale=float(scale))
         progress()
-        return out, lse
+        return out, lse, xp.ones_like(lse)
     work = _Tiles(q, k, MaskView.of(mask))
     xp = work.xp
-    out, lse = work.new_rows(v.shape[3]), work.new_rows()
+    out, top, total = work.new_rows(v.shape[3]), work.new_rows(), work.new_rows()
     for at in work.row_tiles():
         q_tile = work.load(q, at) * float(scale)
         out_tile = xp.zeros((*q_tile.shape[:2], v.shape[3]), work.dtype)
-        lse_tile = xp.full(q_tile.shape[:2], -xp.inf, work.dtype)
+        top_tile = xp.full(q_tile.shape[:2], -xp.inf, work.dtype)
+        total_tile = xp.zeros(q_tile.shape[:2], work.dtype)
         for keys in work.key_tiles():
             # 1. Scores, with -inf where a query may not look.
             p = work.scores(q_tile, work.load_keys(k, at, keys), at, keys)
@@ -97,16 +126,16 @@ def block_attention(
             p -= base[..., None]
             xp.exp(p, out=p)
             row_sum = p.sum(axis=-1)
-            seen = row_sum != 0
-            part_lse = xp.where(seen, base + xp.log(xp.where(seen, row_sum, 1.0)), -xp.inf)
-            part_out = p @ work.load_keys(v, at, keys)
-            part_out /= xp.where(seen, row_sum, 1.0)[..., None]
+            part = p @ work.load_keys(v, at, keys)
+            part /= xp.where(row_sum == 0, 1.0, row_sum)[..., None]
             # 3. Join it with the tiles before.
-            out_tile, lse_tile = merge(out_tile, lse_tile, part_out, part_lse)
+            out_tile, top_tile, total_tile = merge_partials(
+                out_tile, top_tile, total_tile, part, row_max, row_sum
+            )
             progress()
-        work.store(out, at, out_tile)
-        work.store(lse, at, lse_tile)
-    return out, lse
+        for x, tile in ((out, out_tile), (top, top_tile), (total, total_tile)):
+            work.store(x, at, tile)
+    return out, top, total
 
 
 def block_attention_backward(
@@ -184,17 +213,21 @@ def block_attention_backward(
     return dq
 
 
-def delta_of(dout: Array, out: Array, lse: Array, dlse: Array | None) -> tuple[Array, Array]:
+def delta_of(
+    dout: Array, out: Array, lse: Array, low: Array | None, dlse: Array | None
+) -> tuple[Array, Array]:
     """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
 
-    Both are 0 in rows that see nothing (lse = -inf), whatever comes from above, NaN too: no
-    gradient goes through them.
+    Both have the factor exp(-low), and are 0 in rows that see nothing (lse = -inf), whatever comes
+    from above, NaN too: no gradient goes through them.
 
     Parameters
     ----------
     dout, out : (B, H, s_q, D_V)
     lse : (B, H, s_q)
         Over all keys.
+    low : (B, H, s_q), optional
+        What lse has lost in rounding (`remainder_of`); 0 unless given.
     dlse : (B, H, s_q), optional
 
     Returns
@@ -203,10 +236,14 @@ def delta_of(dout: Array, out: Array, lse: Array, dlse: Array | None) -> tuple[A
     delta : (B, H, s_q), accumulator dtype
     """
     xp, zero = array_module(lse), dout.dtype.type(0)
-    seen = lse != -xp.inf
-    dout = xp.where(seen[..., None], dout, zero)
     wide = np.dtype(accumulator(dtype_name(dout)))
-    delta = (dout.astype(wide) * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    seen = lse != -xp.inf
+    dout, dlse = xp.where(seen[..., None], dout, zero), xp.zeros_like(lse) if dlse is None else dlse
+    if low is not None:
+        factor = xp.exp(-low)
+        # Rounded to its dtype before delta is taken from it: the two must fit each other.
+        dout, dlse = (dout.astype(wide) * factor[..., None]).astype(dout.dtype), dlse * factor
+    delta = (dout.astype(wide) * out).sum(axis=-1) - dlse
     return dout, xp.where(seen, delta, 0.0)
 
 

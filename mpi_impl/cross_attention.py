@@ -1,6 +1,7 @@
 """Exact cross-attention over keys and values that are spread over ranks: the front door.
 
-Both functions agree on a layout, unless they are given one, and hand over to the schedule.
+Both functions agree on a layout, unless they are given one, and hand over to the schedule, whose
+partial result, over all keys, is out and lse.
 """
 
 from collections.abc import Callable
@@ -8,10 +9,12 @@ from typing import Any
 
 from mpi4py import MPI
 
+from lvxattn.mpi_impl.block_attention import delta_of
 from lvxattn.mpi_impl.device import computing
 from lvxattn.mpi_impl.gather import gather, gather_backward
 from lvxattn.mpi_impl.last_words import named
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
+from lvxattn.mpi_impl.merge import lse_of, remainder_of, too_large
 from lvxattn.mpi_impl.replicated import replicated, replicated_backward
 from lvxattn.mpi_impl.ring_attention import ring_attention, ring_attention_backward
 from lvxattn.mpi_impl.ulysses import ulysses, ulysses_backward
@@ -22,7 +25,7 @@ from lvxattn.reference.meter import Meter
 
 Array = Any  # NumPy or CuPy
 
-Forward = Callable[..., tuple[Array, Array]]
+Forward = Callable[..., tuple[Array, Array, Array]]
 Backward = Callable[..., tuple[Array, Array, Array]]
 
 FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
@@ -107,7 +110,8 @@ def cross_attention(
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
     with named(comm), computing(q):
-        return forward(q, k, v, comm, layout, mask=mask, meter=meter)
+        out, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+        return out.astype(q.dtype, copy=False), lse_of(top, total)
 
 
 def cross_attention_backward(
@@ -138,7 +142,8 @@ def cross_attention_backward(
     q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
-        As returned by it.
+        As returned by it.  Where a rank's mask is additive and a row's lse is large, as that of a
+        row hidden by -1e9, which has lost how many keys there were, the forward is run once more.
     dlse : (B, H, s_q), optional
         Gradient of the loss with respect to lse, where lse is used too.
 
@@ -164,11 +169,18 @@ def cross_attention_backward(
             )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
-    _, backward_pass = passes(layout)
+    forward, backward_pass = passes(layout)
     with named(comm), computing(q):
-        return backward_pass(
-            dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter
-        )
+        dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
+        low = None
+        # Where a finite number hides a row, lse cannot say how many keys it saw: the forward can.
+        if layout.additive and any(comm.allgather(too_large(lse))):
+            _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+            low = remainder_of(lse, top, total)
+        dout, delta = delta_of(dout, out, lse, low, dlse)
+        gradients = backward_pass(dout, q, k, v, lse, delta, comm, layout, mask=mask, meter=meter)
+        dq, dk, dv = (x.astype(q.dtype, copy=False) for x in gradients)
+        return dq, dk, dv
 
 
 def passes(layout: Layout) -> tuple[Forward, Backward]:

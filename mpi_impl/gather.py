@@ -20,11 +20,11 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.mpi_impl.collectives import added, all_gather, reduce_scatter
 from lvxattn.mpi_impl.device import array_module
 from lvxattn.mpi_impl.exchange import Exchange
-from lvxattn.mpi_impl.merge import merge
+from lvxattn.mpi_impl.merge import merge_partials
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
@@ -41,23 +41,23 @@ def gather(
     *,
     mask: Array | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter, array_module(q))
-    attend = exchange.computes(partial(block_attention, scale=layout.scale), "all ranks' queries")
+    attend = exchange.computes(partial(partial_attention, scale=layout.scale), "all ranks' queries")
 
     # 1. Give my queries to all ranks, and take theirs.
     (q_all,) = all_gather(exchange, q)
     # 2. What my keys have to say to all queries.
-    out, lse = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
+    part = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
     # 3. Every result goes home, and is merged there with what the other ranks' keys had to say.
-    out, lse = reduce_scatter(exchange, merge, out, lse)
-    return out.astype(q.dtype, copy=False), lse
+    out, top, total = reduce_scatter(exchange, merge_partials, *part)
+    return out, top, total
 
 
 def gather_backward(
@@ -65,19 +65,19 @@ def gather_backward(
     q: Array,
     k_shard: Array,
     v_shard: Array,
-    out: Array,
     lse: Array,
+    delta: Array,
     comm: MPI.Intracomm,
     layout: Layout,
     *,
     mask: Array | MaskRule | None = None,
-    dlse: Array | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `gather`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout.
+    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
+    (`delta_of`); sums are in the accumulator dtype.
     """
     meter = meter or Meter()
     xp = array_module(q)
@@ -85,8 +85,6 @@ def gather_backward(
     attend = exchange.computes(
         partial(block_attention_backward, scale=layout.scale), "all ranks' queries"
     )
-    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
     dk, dv = (xp.zeros(x.shape, x.dtype) for x in (k_shard, v_shard))  # added to once
 
     # 1. Give my block to all ranks, and take theirs.
@@ -96,4 +94,4 @@ def gather_backward(
     dq = attend(0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, dk, dv, mask=view)
     # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
     (dq,) = reduce_scatter(exchange, added, dq)
-    return dq.astype(q.dtype, copy=False), dk, dv
+    return dq, dk, dv

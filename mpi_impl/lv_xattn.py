@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.mpi_impl.device import array_module
 from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange, Field
-from lvxattn.mpi_impl.merge import merge
+from lvxattn.mpi_impl.merge import merge_partials
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
@@ -47,11 +47,11 @@ def lv_xattn(
     *,
     mask: Array | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     xp, wide = array_module(q), np.dtype(layout.accumulator)
@@ -62,19 +62,19 @@ def lv_xattn(
 
     def result(owner: int) -> list[Field]:
         rows = layout.B, layout.H, layout.s_q[owner]
-        return [((*rows, layout.D_V), wide), (rows, wide)]
+        return [((*rows, layout.D_V), wide), (rows, wide), (rows, wide)]
 
     queries, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
     attend = exchange.computes(
-        partial(block_attention, scale=layout.scale, progress=exchange.progress)
+        partial(partial_attention, scale=layout.scale, progress=exchange.progress)
     )
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut(queries.nbytes, results.nbytes)
+    cut = layout.home_cut
 
     # 1. Send my queries on; the first part of my own block's work hides their way.
     if P > 1:
         queries.shift(q)
-    out, lse = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -86,17 +86,17 @@ def lv_xattn(
         part = attend(hop, q_block, k_shard, v_shard, mask=view)
         # 4. Merge that with what the ranks before me have said, and send it after the block.
         if hop > 1:
-            part = merge(*part, *results.wait())
+            part = merge_partials(*part, *results.wait())
         results.shift(*part)
 
     if P > 1:
         # 5. The rest of my own block's work hides the way home of its result.
         rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
-        out, lse = merge(out, lse, *rest)
+        mine = merge_partials(*mine, *rest)
         # 6. What all the others have said to my queries.
-        out, lse = merge(out, lse, *results.wait())
+        mine = merge_partials(*mine, *results.wait())
     exchange.finish()
-    return out.astype(q.dtype, copy=False), lse
+    return mine
 
 
 def lv_xattn_backward(
@@ -104,19 +104,19 @@ def lv_xattn_backward(
     q: Array,
     k_shard: Array,
     v_shard: Array,
-    out: Array,
     lse: Array,
+    delta: Array,
     comm: MPI.Intracomm,
     layout: Layout,
     *,
     mask: Array | MaskRule | None = None,
-    dlse: Array | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `lv_xattn`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout.
+    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
+    (`delta_of`); sums are in the accumulator dtype.
     """
     meter = meter or Meter()
     xp, wide = array_module(q), np.dtype(layout.accumulator)
@@ -135,9 +135,7 @@ def lv_xattn_backward(
         partial(block_attention_backward, scale=layout.scale, progress=exchange.progress)
     )
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut(blocks.nbytes, results.nbytes)
-    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
+    cut = layout.home_cut
     sums = k_shard.dtype if P == 1 else wide  # alone, nothing else is added to dk and dv
     dk, dv = xp.zeros(k_shard.shape, sums), xp.zeros(v_shard.shape, sums)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
@@ -173,8 +171,4 @@ def lv_xattn_backward(
         # 6. What all the others have said to my queries.
         dq += results.wait()[0]
     exchange.finish()
-    return (
-        dq.astype(q.dtype, copy=False),
-        dk.astype(k_shard.dtype, copy=False),
-        dv.astype(v_shard.dtype, copy=False),
-    )
+    return dq, dk, dv

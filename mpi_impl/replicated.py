@@ -15,11 +15,11 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.mpi_impl.collectives import added, all_reduce
 from lvxattn.mpi_impl.device import array_module
 from lvxattn.mpi_impl.exchange import Exchange
-from lvxattn.mpi_impl.merge import merge
+from lvxattn.mpi_impl.merge import merge_partials
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
@@ -36,23 +36,23 @@ def replicated(
     *,
     mask: Array | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from all queries to all ranks' keys; the result is on every rank.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter, array_module(q))
     attend = exchange.computes(
-        partial(block_attention, scale=layout.scale), "all queries, with the keys of rank {}"
+        partial(partial_attention, scale=layout.scale), "all queries, with the keys of rank {}"
     )
 
     # 1. What my keys have to say to all queries.
-    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
+    part = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
     # 2. Join that with what the others' have to say.
-    out, lse = all_reduce(exchange, merge, out, lse)
-    return out.astype(q.dtype, copy=False), lse
+    out, top, total = all_reduce(exchange, merge_partials, *part)
+    return out, top, total
 
 
 def replicated_backward(
@@ -60,19 +60,19 @@ def replicated_backward(
     q: Array,
     k_shard: Array,
     v_shard: Array,
-    out: Array,
     lse: Array,
+    delta: Array,
     comm: MPI.Intracomm,
     layout: Layout,
     *,
     mask: Array | MaskRule | None = None,
-    dlse: Array | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `replicated`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout; dq is whole on every rank.
+    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
+    (`delta_of`); sums are in the accumulator dtype; dq is whole on every rank.
     """
     meter = meter or Meter()
     xp = array_module(q)
@@ -81,8 +81,6 @@ def replicated_backward(
         partial(block_attention_backward, scale=layout.scale),
         "all queries, with the keys of rank {}",
     )
-    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
     dk, dv = (xp.zeros(x.shape, x.dtype) for x in (k_shard, v_shard))  # added to once
 
     # 1. What my keys have to say; dk and dv stay here.
@@ -90,4 +88,4 @@ def replicated_backward(
     dq = attend(0, dout, q, k_shard, v_shard, lse, delta, dk, dv, mask=view)
     # 2. Add that to what the others' have to say.
     (dq,) = all_reduce(exchange, added, dq)
-    return dq.astype(q.dtype, copy=False), dk, dv
+    return dq, dk, dv

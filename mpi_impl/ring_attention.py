@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.mpi_impl.device import array_module
 from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange, Field
-from lvxattn.mpi_impl.merge import merge
+from lvxattn.mpi_impl.merge import merge_partials
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
@@ -44,24 +44,29 @@ def ring_attention(
     *,
     mask: Array | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter, array_module(q))
     blocks = exchange.rotation(BLOCKS, partial(block_fields, layout, q.dtype))
     attend = exchange.computes(
-        partial(block_attention, scale=layout.scale, progress=exchange.progress)
+        partial(partial_attention, scale=layout.scale, progress=exchange.progress)
     )
     P, rank = layout.size, layout.rank
+    home, cut = layout.view(mask, rank, rank), layout.home_cut
 
     # 1. Send my keys and values on; my own block's work hides their way.
     if P > 1:
         blocks.shift(k_shard, v_shard, *travelling(mask))
-    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, rank, rank))
+    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    if P > 1:
+        # Cut as the backward cuts it: scores are then rounded in the same way.
+        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        mine = merge_partials(*mine, *rest)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -72,9 +77,9 @@ def ring_attention(
         view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
         part = attend(hop, q, k_block, v_block, mask=view)
         # 4. Merge that with what the blocks before have said.
-        out, lse = merge(out, lse, *part)
+        mine = merge_partials(*mine, *part)
     exchange.finish()
-    return out.astype(q.dtype, copy=False), lse
+    return mine
 
 
 def ring_attention_backward(
@@ -82,19 +87,19 @@ def ring_attention_backward(
     q: Array,
     k_shard: Array,
     v_shard: Array,
-    out: Array,
     lse: Array,
+    delta: Array,
     comm: MPI.Intracomm,
     layout: Layout,
     *,
     mask: Array | MaskRule | None = None,
-    dlse: Array | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `ring_attention`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout.
+    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
+    (`delta_of`); sums are in the accumulator dtype.
     """
     meter = meter or Meter()
     xp, wide = array_module(q), np.dtype(layout.accumulator)
@@ -110,9 +115,7 @@ def ring_attention_backward(
         partial(block_attention_backward, scale=layout.scale, progress=exchange.progress)
     )
     P, rank = layout.size, layout.rank
-    home, cut = layout.view(mask, rank, rank), layout.home_cut(blocks.nbytes, results.nbytes)
-    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
+    home, cut = layout.view(mask, rank, rank), layout.home_cut
     sums = k_shard.dtype if P == 1 else wide  # alone, nothing else is added to dk and dv
     dk, dv = xp.zeros(k_shard.shape, sums), xp.zeros(v_shard.shape, sums)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
@@ -151,11 +154,7 @@ def ring_attention_backward(
         dk += dk_others
         dv += dv_others
     exchange.finish()
-    return (
-        dq.astype(q.dtype, copy=False),
-        dk.astype(k_shard.dtype, copy=False),
-        dv.astype(v_shard.dtype, copy=False),
-    )
+    return dq, dk, dv
 
 
 def block_fields(layout: Layout, dtype: Any, owner: int) -> list[Field]:

@@ -7,7 +7,7 @@ The way of DeepSpeed-Ulysses.  Rank r of P, before and after the trade:
 
     1  all-to-all    q, k, v: of each rank's heads, my part    all lengths of my heads
     2  attend        nothing is merged: all keys are here
-    3  all-to-all    out, lse: each rank's rows                all heads of my queries
+    3  all-to-all    results: each rank's rows                 all heads of my queries
 
 P has to divide H_KV, and the long keys travel: 1 / P of them to each rank.  A rank's share of the
 results is whole, so that nothing has to be merged.
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.mpi_impl.collectives import all_to_all
 from lvxattn.mpi_impl.device import array_module
 from lvxattn.mpi_impl.exchange import Exchange, Field
@@ -47,16 +47,16 @@ def ulysses(
     *,
     mask: Array | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter, array_module(q))
     attend = exchange.computes(
-        partial(block_attention, scale=layout.scale), "this rank's heads of all queries"
+        partial(partial_attention, scale=layout.scale), "this rank's heads of all queries"
     )
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
@@ -64,10 +64,10 @@ def ulysses(
     k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
     view = heads_view(exchange, mask)
     # 2. My heads of all queries, over all keys.
-    out, lse = attend(0, q_heads, k_heads, v_heads, mask=view)
+    part = attend(0, q_heads, k_heads, v_heads, mask=view)
     # 3. Trade back.
-    out, lse = to_lengths(exchange, layout.s_q, out, lse)
-    return out.astype(q.dtype, copy=False), lse
+    out, top, total = to_lengths(exchange, layout.s_q, *part)
+    return out, top, total
 
 
 def ulysses_backward(
@@ -75,19 +75,19 @@ def ulysses_backward(
     q: Array,
     k_shard: Array,
     v_shard: Array,
-    out: Array,
     lse: Array,
+    delta: Array,
     comm: MPI.Intracomm,
     layout: Layout,
     *,
     mask: Array | MaskRule | None = None,
-    dlse: Array | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `ulysses`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout.
+    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
+    (`delta_of`); sums are in the accumulator dtype.
     """
     meter = meter or Meter()
     xp, wide = array_module(q), np.dtype(layout.accumulator)
@@ -95,8 +95,6 @@ def ulysses_backward(
     attend = exchange.computes(
         partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
     )
-    dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
     q_heads, dout_heads, lse_heads, delta_heads = to_heads(
@@ -113,11 +111,7 @@ def ulysses_backward(
     # 3. Trade back.
     (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
     dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)
-    return (
-        dq.astype(q.dtype, copy=False),
-        dk.astype(k_shard.dtype, copy=False),
-        dv.astype(v_shard.dtype, copy=False),
-    )
+    return dq, dk, dv
 
 
 def to_heads(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:

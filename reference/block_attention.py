@@ -1,10 +1,10 @@
 r"""One block of queries against one rank's keys.
 
-Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge` joins it with
-the tiles before; scores are never kept for more than one tile.
+Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge_partials` joins
+it with the tiles before; scores are never kept for more than one tile.
 
-    s = scale q k^T + mask       p = exp(s - rowmax s)
-    out = p v / rowsum p         lse = rowmax s + log rowsum p
+    s = scale q k^T + mask       p = exp(s - top)      top = rowmax s
+    out = p v / total            total = rowsum p      lse = top + log total
 
 The backward needs no such care: with lse over all keys of all ranks known, every tile's
 probabilities are what they are in the whole,
@@ -12,7 +12,9 @@ probabilities are what they are in the whole,
     p  = exp(s - lse)           dv = p^T dout
     ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
 
-so its sums over tiles, blocks and ranks are plain sums.
+so its sums over tiles, blocks and ranks are plain sums.  What lse has lost in rounding, `low`, is a
+factor exp(-low) of every p of a row.  dout and delta have it instead, to which all gradients are
+proportional: nothing more travels.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 """
@@ -24,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvxattn.reference.masks import MaskRule, MaskView, tiles
-from lvxattn.reference.merge import merge
+from lvxattn.reference.merge import lse_of, merge_partials
 
 Array = npt.NDArray[np.float64]
 
@@ -57,8 +59,29 @@ def block_attention(
     lse : (B, H, s_q)
         Natural log; (0, -inf) where a query may attend to none of the keys.
     """
+    out, top, total = partial_attention(q, k, v, scale=scale, mask=mask)
+    return out, lse_of(top, total)
+
+
+def partial_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    mask: MaskView | npt.NDArray[Any] | MaskRule | None = None,
+) -> tuple[Array, Array, Array]:
+    """Do what `block_attention` does, with lse as the pair that `merge_partials` joins.
+
+    Returns
+    -------
+    out : (B, H, s_q, D_V)
+    top, total : (B, H, s_q)
+        The largest score, and the sum of exponentiated scores divided by exp(top); (0, -inf, 0)
+        where a query may attend to none of the keys.
+    """
     out = np.zeros((*q.shape[:3], v.shape[3]))
-    lse = np.full(q.shape[:3], -np.inf)
+    top, total = np.full(q.shape[:3], -np.inf), np.zeros(q.shape[:3])
     for keys in tiles(k.shape[2], _tile_keys(q)):
         # 1. Scores, with -inf where a query may not look.
         scores = _scores(q, k, keys, scale, MaskView.of(mask))
@@ -67,13 +90,11 @@ def block_attention(
         base = np.where(row_max == -np.inf, 0.0, row_max)
         p = np.exp(scores - base[..., None])
         row_sum = p.sum(axis=-1)
-        seen = row_sum != 0
-        part_lse = np.where(seen, base + np.log(np.where(seen, row_sum, 1.0)), -np.inf)
-        part_out = _ungroup(_group(p, k) @ v[:, :, None, keys])
-        part_out /= np.where(seen, row_sum, 1.0)[..., None]
+        part = _ungroup(_group(p, k) @ v[:, :, None, keys])
+        part /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
         # 3. Join it with the tiles before.
-        out, lse = merge(out, lse, part_out, part_lse)
-    return out, lse
+        out, top, total = merge_partials(out, top, total, part, row_max, row_sum)
+    return out, top, total
 
 
 def block_attention_backward(
@@ -125,17 +146,21 @@ def block_attention_backward(
     return dq
 
 
-def delta_of(dout: Array, out: Array, lse: Array, dlse: Array | None) -> tuple[Array, Array]:
+def delta_of(
+    dout: Array, out: Array, lse: Array, low: Array | None, dlse: Array | None
+) -> tuple[Array, Array]:
     """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
 
-    Both are 0 in rows that see nothing (lse = -inf), whatever comes from above, NaN too: no
-    gradient goes through them.
+    Both have the factor exp(-low), and are 0 in rows that see nothing (lse = -inf), whatever comes
+    from above, NaN too: no gradient goes through them.
 
     Parameters
     ----------
     dout, out : (B, H, s_q, D_V)
     lse : (B, H, s_q)
         Over all keys.
+    low : (B, H, s_q), optional
+        What lse has lost in rounding (`remainder_of`); 0 unless given.
     dlse : (B, H, s_q), optional
 
     Returns
@@ -144,8 +169,11 @@ def delta_of(dout: Array, out: Array, lse: Array, dlse: Array | None) -> tuple[A
     delta : (B, H, s_q)
     """
     seen = lse != -np.inf
-    dout = np.where(seen[..., None], dout, 0.0)
-    delta = (dout * out).sum(axis=-1) - (0.0 if dlse is None else dlse)
+    dout, dlse = np.where(seen[..., None], dout, 0.0), np.zeros_like(lse) if dlse is None else dlse
+    if low is not None:
+        factor = np.exp(-low)
+        dout, dlse = dout * factor[..., None], dlse * factor
+    delta = (dout * out).sum(axis=-1) - dlse
     return dout, np.where(seen, delta, 0.0)
 
 

@@ -1,6 +1,7 @@
 """Exact cross-attention over keys and values that are spread over ranks: the front door.
 
-Both functions agree on a layout, unless they are given one, and hand over to the schedule.
+Both functions agree on a layout, unless they are given one, and hand over to the schedule, whose
+partial result, over all keys, is out and lse.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.reference.block_attention import delta_of
 from lvxattn.reference.gather import gather, gather_backward
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.reference.masks import MaskRule
+from lvxattn.reference.merge import lse_of, remainder_of, too_large
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.replicated import replicated, replicated_backward
 from lvxattn.reference.ring_attention import ring_attention, ring_attention_backward
@@ -23,7 +26,7 @@ from lvxattn.reference.virtual_ranks import VirtualComm
 Array = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
 
-Forward = Callable[..., tuple[Array, Array]]
+Forward = Callable[..., tuple[Array, Array, Array]]
 Backward = Callable[..., tuple[Array, Array, Array]]
 
 FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
@@ -103,7 +106,9 @@ def cross_attention(
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
-    return forward(q, k, v, comm, layout, mask=mask, meter=meter)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+    return out, lse_of(top, total)
 
 
 def cross_attention_backward(
@@ -134,7 +139,8 @@ def cross_attention_backward(
     q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
-        As returned by it.
+        As returned by it.  Where a rank's mask is additive and a row's lse is large, as that of a
+        row hidden by -1e9, which has lost how many keys there were, the forward is run once more.
     dlse : (B, H, s_q), optional
         Gradient of the loss with respect to lse, where lse is used too.
 
@@ -159,8 +165,15 @@ def cross_attention_backward(
         )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
-    _, backward_pass = passes(layout)
-    return backward_pass(dout, q, k, v, out, lse, comm, layout, mask=mask, dlse=dlse, meter=meter)
+    forward, backward_pass = passes(layout)
+    dout, q, k, v, out, lse = (x.astype(np.float64) for x in (dout, q, k, v, out, lse))
+    low = None
+    # Where a finite number hides a row, lse cannot say how many keys it saw: the forward can.
+    if layout.additive and any(comm.allgather(too_large(lse))):
+        _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+        low = remainder_of(lse, top, total)
+    dout, delta = delta_of(dout, out, lse, low, dlse)
+    return backward_pass(dout, q, k, v, lse, delta, comm, layout, mask=mask, meter=meter)
 
 
 def passes(layout: Layout) -> tuple[Forward, Backward]:

@@ -6,13 +6,14 @@ r"""The truth: attention of all queries over all keys, in one process and in fp6
 
 and, with delta = rowsum(dout * out) - dlse,
 
-    p  = exp(s - lse)          dv = p^T dout
-    ds = p (dout v^T - delta)  dq = scale ds k       dk = scale ds^T q
+    p  = exp(s) / sum_j exp(s_j)     dv = p^T dout
+    ds = p (dout v^T - delta)        dq = scale ds k       dk = scale ds^T q
 
 Softmax is taken in two passes, first the maximum of each row over all keys, then the sums, so that
 nothing here rests on the merging that the distributed versions use and that this file is there to
-check.  Queries and keys are tiled: beyond arguments and results, memory is that of a few tiles of
-scores (16 MB each) and of rows of queries, B H 1,024 D numbers each.
+check.  The backward takes it anew: a large lse, as of a row that a mask of -1e9 hides, has lost in
+rounding how many keys there were.  Queries and keys are tiled: beyond arguments and results, memory
+is that of a few tiles of scores (16 MB each) and of rows of queries, B H 1,024 D numbers each.
 
 Equations: arXiv:2307.08691, section 2.2; lse and delta are in its algorithms 1 and 2.
 """
@@ -82,10 +83,7 @@ def full_attention(
     out = np.zeros((*q.shape[:3], v.shape[3]))
     lse = np.full(q.shape[:3], -np.inf)
     for rows in _row_tiles(q):
-        maximum = np.full(lse[:, :, rows].shape, -np.inf)
-        for keys in _key_tiles(q, k):
-            maximum = np.maximum(maximum, _scores(q, k, rows, keys, scale, mask).max(axis=-1))
-        maximum = np.where(maximum == -np.inf, 0.0, maximum)  # a row that sees nothing: exp gives 0
+        maximum = _maximum(q, k, rows, scale, mask)
         total = np.zeros_like(maximum)
         for keys in _key_tiles(q, k):
             p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
@@ -142,10 +140,15 @@ def full_attention_backward(
         delta = (dout_rows * out[:, :, rows].astype(np.float64)).sum(axis=-1)
         if dlse is not None:
             delta -= dlse[:, :, rows]
-        # A dead row's scores are all -inf: against 0 instead of -inf its p is 0, not NaN.
-        lse_rows = np.where(lse[:, :, rows] == -np.inf, 0.0, lse[:, :, rows])
+        maximum = _maximum(q, k, rows, scale, mask)
+        total = np.zeros_like(maximum)
         for keys in _key_tiles(q, k):
-            p = np.exp(_scores(q, k, rows, keys, scale, mask) - lse_rows[..., None])
+            p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
+            total += p.sum(axis=-1)
+        total = np.where(total == 0, 1.0, total)
+        for keys in _key_tiles(q, k):
+            p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
+            p /= total[..., None]
             dp = _ungroup(_group(dout_rows, k) @ _fp64(v, keys).swapaxes(-1, -2))
             ds = scale * p * (dp - delta[..., None])
             q_rows = q[:, :, rows].astype(np.float64)
@@ -153,6 +156,16 @@ def full_attention_backward(
             dk[:, :, keys] += (_group(ds, k).swapaxes(-1, -2) @ _group(q_rows, k)).sum(axis=2)
             dq[:, :, rows] += _ungroup(_group(ds, k) @ _fp64(k, keys))
     return dq, dk, dv
+
+
+def _maximum(
+    q: AnyArray, k: AnyArray, rows: slice, scale: float, mask: AnyArray | MaskRule | None
+) -> Array:
+    """Return the largest score of each row; 0 in a row that sees nothing, where exp gives 0."""
+    maximum = np.full((*q.shape[:2], rows.stop - rows.start), -np.inf)
+    for keys in _key_tiles(q, k):
+        maximum = np.maximum(maximum, _scores(q, k, rows, keys, scale, mask).max(axis=-1))
+    return np.where(maximum == -np.inf, 0.0, maximum)
 
 
 def _scores(

@@ -248,10 +248,17 @@ class Layout:
                     "mask: expected a callable only if the layout was agreed with one, "
                     f"got {type(mask).__name__}"
                 )
-            if travels and mask_kind(mask, self.dtype) != self.masks[self.rank]:
+            kind = mask_kind(mask, self.dtype)
+            if travels and kind != self.masks[self.rank]:
                 raise ValueError(
                     "mask: expected the layout's shape and travelling dtype "
-                    f"{self.masks[self.rank]}, got {mask_kind(mask, self.dtype)}"
+                    f"{self.masks[self.rank]}, got {kind}"
+                )
+            # Ranks look at lse together where a mask is additive, which all must know.
+            if backward is not None and _additive(kind) and not self.additive:
+                raise ValueError(
+                    "mask: expected for a backward a layout that was agreed on with an additive "
+                    f"mask, got one without, and an additive mask {dtype_name(mask)}"
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
@@ -277,6 +284,11 @@ class Layout:
         return accumulator(self.dtype)
 
     @property
+    def additive(self) -> bool:
+        """Whether any rank's mask is additive: it can hide a row by a finite number."""
+        return any(map(_additive, self.masks))
+
+    @property
     def right(self) -> int:
         """The rank that this rank sends to."""
         return self.owner(-1)
@@ -295,21 +307,20 @@ class Layout:
         q_start = 0 if self.queries == "replicated" else sum(self.s_q[:q_owner])
         return MaskView(mask, q_start=q_start, kv_start=sum(self.s_kv[:kv_owner]))
 
-    def home_cut(self, block: int, result: int) -> int:
-        """Cut this rank's keys in two, for its own block: one part to hide each end of the trip.
+    @property
+    def home_cut(self) -> int:
+        """How many of this rank's keys its own queries meet first; the others come last.
 
-        Parameters
-        ----------
-        block, result : int
-            What a block weighs on the wire, and what a result weighs, in the same unit.
-
-        Returns
-        -------
-        int
-            How many of the keys come first; all of them where nothing travels.
+        A half, to hide either end of the trip, or all where nothing travels.  The same in forward
+        and backward, so that both round scores in the same way: where those are large, a row's
+        gradient would not cancel as it should.
         """
         s_kv = self.s_kv[self.rank]
-        return s_kv if self.size == 1 else round(s_kv * block / max(1, block + result))
+        return s_kv if self.size == 1 else s_kv // 2
+
+
+def _additive(kind: MaskKind) -> bool:
+    return kind is not None and kind[1] != "bool"
 
 
 def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:

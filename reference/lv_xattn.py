@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.reference.block_attention import block_attention_backward, partial_attention
 from lvxattn.reference.exchange import BLOCKS, RESULTS, Exchange
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.merge import merge
+from lvxattn.reference.merge import merge_partials
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.virtual_ranks import VirtualComm
 
@@ -40,32 +40,31 @@ AnyArray = npt.NDArray[Any]
 
 
 def lv_xattn(
-    q: AnyArray,
-    k_shard: AnyArray,
-    v_shard: AnyArray,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
     comm: VirtualComm,
     layout: Layout,
     *,
     mask: AnyArray | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout, in fp64; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
     queries, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS, hop=1)
-    attend = exchange.computes(partial(block_attention, scale=layout.scale))
-    q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
+    attend = exchange.computes(partial(partial_attention, scale=layout.scale))
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut(layout.D, layout.D_V + 1)
+    cut = layout.home_cut
 
     # 1. Send my queries on; the first part of my own block's work hides their way.
     if P > 1:
         queries.shift(q)
-    out, lse = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -77,47 +76,43 @@ def lv_xattn(
         part = attend(hop, q_block, k_shard, v_shard, mask=view)
         # 4. Merge that with what the ranks before me have said, and send it after the block.
         if hop > 1:
-            part = merge(*part, *results.wait())
+            part = merge_partials(*part, *results.wait())
         results.shift(*part)
 
     if P > 1:
         # 5. The rest of my own block's work hides the way home of its result.
         rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
-        out, lse = merge(out, lse, *rest)
+        mine = merge_partials(*mine, *rest)
         # 6. What all the others have said to my queries.
-        out, lse = merge(out, lse, *results.wait())
-    return out, lse
+        mine = merge_partials(*mine, *results.wait())
+    return mine
 
 
 def lv_xattn_backward(
-    dout: AnyArray,
-    q: AnyArray,
-    k_shard: AnyArray,
-    v_shard: AnyArray,
-    out: AnyArray,
-    lse: AnyArray,
+    dout: Array,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    lse: Array,
+    delta: Array,
     comm: VirtualComm,
     layout: Layout,
     *,
     mask: AnyArray | MaskRule | None = None,
-    dlse: AnyArray | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `lv_xattn`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout.
+    `cross_attention_backward`, checked against the layout, in fp64, with delta in place of out and
+    dlse (`delta_of`).
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
     blocks, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS, hop=1)
     attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
-    dout, q, k_shard, v_shard, out, lse = (
-        x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
-    )
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut(layout.D + layout.D_V + 2, layout.D)
-    dout, delta = delta_of(dout, out, lse, dlse)
+    cut = layout.home_cut
     dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 

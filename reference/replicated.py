@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.reference.block_attention import block_attention_backward, partial_attention
 from lvxattn.reference.collectives import added, all_reduce
 from lvxattn.reference.exchange import Exchange
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.merge import merge
+from lvxattn.reference.merge import merge_partials
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.virtual_ranks import VirtualComm
 
@@ -30,52 +30,51 @@ AnyArray = npt.NDArray[Any]
 
 
 def replicated(
-    q: AnyArray,
-    k_shard: AnyArray,
-    v_shard: AnyArray,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
     comm: VirtualComm,
     layout: Layout,
     *,
     mask: AnyArray | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from all queries to all ranks' keys; the result is on every rank.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout, in fp64; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
     attend = exchange.computes(
-        partial(block_attention, scale=layout.scale), "all queries, with the keys of rank {}"
+        partial(partial_attention, scale=layout.scale), "all queries, with the keys of rank {}"
     )
-    q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
 
     # 1. What my keys have to say to all queries.
-    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
+    part = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
     # 2. Join that with what the others' have to say.
-    out, lse = all_reduce(exchange, merge, out, lse)
-    return out, lse
+    out, top, total = all_reduce(exchange, merge_partials, *part)
+    return out, top, total
 
 
 def replicated_backward(
-    dout: AnyArray,
-    q: AnyArray,
-    k_shard: AnyArray,
-    v_shard: AnyArray,
-    out: AnyArray,
-    lse: AnyArray,
+    dout: Array,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    lse: Array,
+    delta: Array,
     comm: VirtualComm,
     layout: Layout,
     *,
     mask: AnyArray | MaskRule | None = None,
-    dlse: AnyArray | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `replicated`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout; dq is whole on every rank.
+    `cross_attention_backward`, checked against the layout, in fp64, with delta in place of out and
+    dlse (`delta_of`); dq is whole on every rank.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
@@ -83,10 +82,6 @@ def replicated_backward(
         partial(block_attention_backward, scale=layout.scale),
         "all queries, with the keys of rank {}",
     )
-    dout, q, k_shard, v_shard, out, lse = (
-        x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
-    )
-    dout, delta = delta_of(dout, out, lse, dlse)
     dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
 
     # 1. What my keys have to say; dk and dv stay here.

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.reference.block_attention import block_attention_backward, partial_attention
 from lvxattn.reference.exchange import BLOCKS, RESULTS, Exchange
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.merge import merge
+from lvxattn.reference.merge import merge_partials
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.virtual_ranks import VirtualComm
 
@@ -37,31 +37,35 @@ AnyArray = npt.NDArray[Any]
 
 
 def ring_attention(
-    q: AnyArray,
-    k_shard: AnyArray,
-    v_shard: AnyArray,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
     comm: VirtualComm,
     layout: Layout,
     *,
     mask: AnyArray | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout, in fp64; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
     blocks = exchange.rotation(BLOCKS)
-    attend = exchange.computes(partial(block_attention, scale=layout.scale))
-    q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
+    attend = exchange.computes(partial(partial_attention, scale=layout.scale))
     P, rank = layout.size, layout.rank
+    home, cut = layout.view(mask, rank, rank), layout.home_cut
 
     # 1. Send my keys and values on; my own block's work hides their way.
     if P > 1:
         blocks.shift(k_shard, v_shard, *travelling(mask))
-    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, rank, rank))
+    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    if P > 1:
+        # Cut as the backward cuts it: scores are then rounded in the same way.
+        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        mine = merge_partials(*mine, *rest)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -72,39 +76,35 @@ def ring_attention(
         view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
         part = attend(hop, q, k_block, v_block, mask=view)
         # 4. Merge that with what the blocks before have said.
-        out, lse = merge(out, lse, *part)
-    return out, lse
+        mine = merge_partials(*mine, *part)
+    return mine
 
 
 def ring_attention_backward(
-    dout: AnyArray,
-    q: AnyArray,
-    k_shard: AnyArray,
-    v_shard: AnyArray,
-    out: AnyArray,
-    lse: AnyArray,
+    dout: Array,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    lse: Array,
+    delta: Array,
     comm: VirtualComm,
     layout: Layout,
     *,
     mask: AnyArray | MaskRule | None = None,
-    dlse: AnyArray | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `ring_attention`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout.
+    `cross_attention_backward`, checked against the layout, in fp64, with delta in place of out and
+    dlse (`delta_of`).
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
     blocks, results = exchange.rotation(BLOCKS), exchange.rotation(RESULTS, hop=1)
     attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
-    dout, q, k_shard, v_shard, out, lse = (
-        x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
-    )
     P, rank = layout.size, layout.rank
-    home, cut = layout.view(mask, rank, rank), layout.home_cut(1, 1)
-    dout, delta = delta_of(dout, out, lse, dlse)
+    home, cut = layout.view(mask, rank, rank), layout.home_cut
     dk, dv = np.zeros(k_shard.shape), np.zeros(v_shard.shape)
     first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
 

@@ -7,7 +7,7 @@ The way of DeepSpeed-Ulysses.  Rank r of P, before and after the trade:
 
     1  all-to-all    q, k, v: of each rank's heads, my part    all lengths of my heads
     2  attend        nothing is merged: all keys are here
-    3  all-to-all    out, lse: each rank's rows                all heads of my queries
+    3  all-to-all    results: each rank's rows                 all heads of my queries
 
 P has to divide H_KV, and the long keys travel: 1 / P of them to each rank.  A rank's share of the
 results is whole, so that nothing has to be merged.
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.reference.block_attention import block_attention_backward, partial_attention
 from lvxattn.reference.collectives import all_to_all
 from lvxattn.reference.exchange import Exchange
 from lvxattn.reference.layout import Layout
@@ -39,66 +39,61 @@ AnyArray = npt.NDArray[Any]
 
 
 def ulysses(
-    q: AnyArray,
-    k_shard: AnyArray,
-    v_shard: AnyArray,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
     comm: VirtualComm,
     layout: Layout,
     *,
     mask: AnyArray | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout.
+    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
+    against the layout, in fp64; the result is a partial one, over all keys: out, top and total.
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
     attend = exchange.computes(
-        partial(block_attention, scale=layout.scale), "this rank's heads of all queries"
+        partial(partial_attention, scale=layout.scale), "this rank's heads of all queries"
     )
-    q, k_shard, v_shard = (x.astype(np.float64) for x in (q, k_shard, v_shard))
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
     (q_heads,) = to_heads(exchange, layout.s_q, q)
     k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
     view = heads_view(exchange, mask)
     # 2. My heads of all queries, over all keys.
-    out, lse = attend(0, q_heads, k_heads, v_heads, mask=view)
+    part = attend(0, q_heads, k_heads, v_heads, mask=view)
     # 3. Trade back.
-    out, lse = to_lengths(exchange, layout.s_q, out, lse)
-    return out, lse
+    out, top, total = to_lengths(exchange, layout.s_q, *part)
+    return out, top, total
 
 
 def ulysses_backward(
-    dout: AnyArray,
-    q: AnyArray,
-    k_shard: AnyArray,
-    v_shard: AnyArray,
-    out: AnyArray,
-    lse: AnyArray,
+    dout: Array,
+    q: Array,
+    k_shard: Array,
+    v_shard: Array,
+    lse: Array,
+    delta: Array,
     comm: VirtualComm,
     layout: Layout,
     *,
     mask: AnyArray | MaskRule | None = None,
-    dlse: AnyArray | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
     """Differentiate `ulysses`.
 
     Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, already checked against the layout.
+    `cross_attention_backward`, checked against the layout, in fp64, with delta in place of out and
+    dlse (`delta_of`).
     """
     meter = meter or Meter()
     exchange = Exchange(comm, layout, meter)
     attend = exchange.computes(
         partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
     )
-    dout, q, k_shard, v_shard, out, lse = (
-        x.astype(np.float64) for x in (dout, q, k_shard, v_shard, out, lse)
-    )
-    dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
     q_heads, dout_heads, lse_heads, delta_heads = to_heads(

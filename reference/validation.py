@@ -16,6 +16,8 @@ Array = Any
 T = TypeVar("T")
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
+# Up to this size lse alone will do: its rounding in fp32 is a factor of 1 + 1.5e-5 at most.
+LARGE_LSE = 256.0
 
 
 class Communicator(Protocol):

@@ -323,6 +323,9 @@ class ndarray:  # noqa: N801
     def sum(self, axis: Any = None) -> "ndarray":
         return _kernel(lambda x: x.sum(axis=axis), self)
 
+    def any(self, axis: Any = None) -> "ndarray":
+        return _kernel(lambda x: x.any(axis=axis), self)
+
     def max(self, axis: Any = None) -> "ndarray":
         return _kernel(lambda x: x.max(axis=axis), self)
 
@@ -345,7 +348,7 @@ def _elementwise(function: Any) -> Callable[..., ndarray]:
     return lambda *args, out=None: _kernel(function, *args, out=out)
 
 
-exp, log, logaddexp, matmul = (_elementwise(f) for f in (np.exp, np.log, np.logaddexp, np.matmul))
+exp, log, maximum, matmul = (_elementwise(f) for f in (np.exp, np.log, np.maximum, np.matmul))
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
@@ -365,6 +368,10 @@ def zeros(shape: Any, dtype: Any = float) -> ndarray:
 
 def zeros_like(a: ndarray) -> ndarray:
     return zeros(a.shape, a.dtype)
+
+
+def ones_like(a: ndarray) -> ndarray:
+    return full(a.shape, 1, a.dtype)
 
 
 def arange(start: Any, stop: Any = None) -> ndarray:

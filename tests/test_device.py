@@ -382,7 +382,7 @@ class TestMemory:
 
         x = {name: fake_cupy.asarray(part) for name, part in parts().items()}
         monkeypatch.setenv("LVXATTN_CUDA_AWARE", "0")
-        monkeypatch.setattr("lvxattn.mpi_impl.lv_xattn.block_attention", fail)
+        monkeypatch.setattr("lvxattn.mpi_impl.lv_xattn.partial_attention", fail)
         with pytest.raises(MemoryError) as raised:
             mpi_impl.cross_attention(x["q"], x["k"], x["v"], MPI.COMM_SELF)
         assert raised.value.__notes__ == [

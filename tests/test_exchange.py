@@ -51,7 +51,7 @@ def expected(case: Case, P: int, rank: int, which: str) -> tuple[list[int], list
     rows = [case.B * case.H * (cuts[owner + 1] - cuts[owner]) for owner in owners]
     w, a = np.dtype(case.dtype).itemsize, np.dtype(accumulator(case.dtype)).itemsize
     block, result = {
-        "forward": (case.D * w, (case.D_V + 1) * a),
+        "forward": (case.D * w, (case.D_V + 2) * a),
         "backward": ((case.D + case.D_V) * w + 2 * a, case.D * a),
     }[which]
     return [n * block for n in rows[:-1]], [n * result for n in rows[1:]]

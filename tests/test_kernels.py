@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from lvxattn.reference.masks import MaskView
-from lvxattn.torch_impl import block_attention, block_attention_backward, merge
+from lvxattn.torch_impl import block_attention, block_attention_backward
+from lvxattn.torch_impl.block_attention import partial_attention
 from lvxattn.torch_impl.kernels import KERNELS, Job, cpu_flash, cuda_flash, cudnn, efficient, split
 from lvxattn.torch_impl.kernels.choose import RULES, choose
 from lvxattn.torch_impl.kernels.stand_in import stand_in
+from lvxattn.torch_impl.merge import lse_of, merge_partials
 from tests import fake_fused
 from tests.backends import tensor
 from tests.cases import Case, Problem
@@ -34,16 +36,17 @@ def solve(problem: Problem, kernel: Any, parts: int = 1, dtype: str = "float32")
     dlse, view = tensor(problem.dlse).to(wide), MaskView.of(problem.mask)
     if isinstance(problem.mask, np.ndarray):
         view = MaskView(tensor(problem.mask))
-    forward, backward, options = block_attention, block_attention_backward, {"kernel": kernel}
+    forward, backward, options = partial_attention, block_attention_backward, {"kernel": kernel}
     if not isinstance(kernel, str):
         forward, backward, options = kernel.forward, kernel.backward, {}
     cuts = [k.shape[2] * i // parts for i in range(parts + 1)]
     options |= {"scale": problem.scale}
-    out = torch.zeros(dout.shape, dtype=wide)
-    lse = torch.full(dout.shape[:3], -torch.inf, dtype=wide)
+    top = torch.full(dout.shape[:3], -torch.inf, dtype=wide)
+    result = torch.zeros(dout.shape, dtype=wide), top, torch.zeros_like(top)
     for a, b in pairwise(cuts):
-        mine = view.from_key(a)
-        out, lse = merge(out, lse, *forward(q, k[:, :, a:b], v[:, :, a:b], mask=mine, **options))
+        part = forward(q, k[:, :, a:b], v[:, :, a:b], mask=view.from_key(a), **options)
+        result = merge_partials(*result, *part)
+    out, lse = result[0], lse_of(*result[1:])
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
     delta = (dout.to(wide) * out).sum(dim=-1) - dlse
     for a, b in pairwise(cuts):
@@ -175,7 +178,7 @@ def test_fused_kernels_get_and_give_what_their_operators_say(
 @pytest.mark.parametrize("fused", ["cuda_flash"], indirect=True)
 def test_flash_s_infinity_for_no_keys_becomes_minus_infinity(fused: Any) -> None:
     q, k = torch.ones(1, 2, 3, 8), torch.zeros(1, 2, 0, 8)
-    out, lse = fused.forward(q, k, k, scale=1.0, mask=MaskView(None))
+    out, lse, _ = fused.forward(q, k, k, scale=1.0, mask=MaskView(None))
     assert (lse == -torch.inf).all()
     assert not out.any()
 
@@ -188,7 +191,7 @@ def test_the_operators_themselves_take_the_arguments(name: str, dtype: torch.dty
     q = torch.empty(2, 4, 7, 8, dtype=dtype, device="meta")
     k = torch.empty(2, 2, 100, 8, dtype=dtype, device="meta")
     rows = torch.empty(2, 4, 7, device="meta")
-    out, lse = kernel.forward(q, k, k, scale=0.3, mask=none)
+    out, lse, _ = kernel.forward(q, k, k, scale=0.3, mask=none)
     grads = kernel.backward(q, q, k, k, rows, rows, scale=0.3, mask=none)
     assert (out.shape, lse.shape) == (q.shape, rows.shape)
     assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
@@ -243,19 +246,23 @@ def test_split_makes_as_many_parts_as_workers_lack_heads(monkeypatch: pytest.Mon
 
 
 def test_parts_are_joined_as_merge_does_and_those_that_see_nothing_count_for_nothing() -> None:
-    outs, lses = torch.randn(5, 2, 3, 4), 10 * torch.randn(5, 2, 3)
+    parts = torch.randn(5, 2, 3, 4), 10 * torch.randn(5, 2, 3), 9 * torch.rand(5, 2, 3)
     for dead in ((slice(None), 0, 0), (1, 1, 1)):
-        outs[dead], lses[dead] = 0, -torch.inf
-    out, lse = split._joined(outs, lses)
-    want = outs[:1], lses[:1]
+        for x, value in zip(parts, (0, -torch.inf, 0), strict=True):
+            x[dead] = value
+    out, lse = (result := split._joined(*parts))[0], lse_of(*result[1:])
+    joined = tuple(x[:1] for x in parts)
     for part in range(1, 5):
-        want = merge(*want, outs[part : part + 1], lses[part : part + 1])
+        joined = merge_partials(*joined, *(x[part : part + 1] for x in parts))
+    want = joined[0], lse_of(*joined[1:])
     assert torch.equal(lse == -torch.inf, want[1] == -torch.inf)
     assert bool((out[0, 0, 0] == 0).all())
     # Five parts: as many roundings of weights and sums, lse of 40 at most.
     u = UNIT["float32"]
     assert torch.allclose(lse, want[1], rtol=0, atol=5 * (2 * 40 + 8) * u)
-    assert torch.allclose(out, want[0], rtol=0, atol=5 * (2 * 40 + 8) * u * float(outs.abs().max()))
+    assert torch.allclose(
+        out, want[0], rtol=0, atol=5 * (2 * 40 + 8) * u * float(parts[0].abs().max())
+    )
 
 
 # The stand-in for out.
@@ -365,7 +372,12 @@ def test_half_precision_scores_are_not_rounded(dtype: str, parts: int) -> None:
         (job("cuda", torch.bfloat16, mask="array", mask_dtype=torch.bool, s_q=4096), "cudnn"),
         (job("cuda", torch.bfloat16, mask="array", mask_dtype=torch.bool, H_KV=8), "efficient"),
         (job("cuda", torch.bfloat16, mask="array", mask_dtype=torch.float32), "blocked"),
-        (job("cuda", torch.float32, mask="padding", mask_dtype=torch.float32), "efficient"),
+        (job("cuda", torch.float32, mask="padding", mask_dtype=torch.bool), "efficient"),
+        (job("cuda", torch.float32, mask="padding", mask_dtype=torch.float32), "blocked"),
+        (
+            job("cuda", mask="padding", mask_dtype=torch.float32, backward=True),
+            "efficient",
+        ),
         (job("cuda", torch.bfloat16, mask="callable"), "blocked"),
         (job("cuda", torch.float64), "blocked"),
         (job("xpu", torch.bfloat16), "blocked"),

@@ -126,13 +126,11 @@ def test_view_places_a_block_among_all_queries_and_keys() -> None:
             assert view.column == 0
 
 
-def test_home_work_is_cut_as_the_two_ends_of_the_trip_weigh() -> None:
+def test_home_work_is_cut_in_half_for_the_two_ends_of_the_trip() -> None:
     layouts = run_ranks(2, lambda comm: Layout.agree(*arrays(3, 10 * comm.rank), comm))
-    assert [layout.home_cut(1, 3) for layout in layouts] == [0, 2]
-    assert [layout.home_cut(3, 1) for layout in layouts] == [0, 8]
-    assert [layout.home_cut(0, 0) for layout in layouts] == [0, 0]
+    assert [layout.home_cut for layout in layouts] == [0, 5]
     (alone,) = run_ranks(1, lambda comm: Layout.agree(*arrays(3, 10), comm))
-    assert alone.home_cut(1, 3) == 10  # nothing travels: nothing to hide
+    assert alone.home_cut == 10  # nothing travels: nothing to hide
 
 
 def test_ring_takes_callables_from_all_ranks_or_from_none() -> None:

@@ -78,6 +78,7 @@ _LAYER = dict.fromkeys(("b_q", "b_k", "b_v"), "linear layers may have biases")
 EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "block_attention": _PROGRESS | _KERNEL,
+        "partial_attention": _PROGRESS | _KERNEL,
         "block_attention_backward": _PROGRESS | _KERNEL,
         "Exchange.__init__": {"xp": "NumPy or CuPy decides about the buffers"},
         "Exchange.rotation": _FIELDS,
@@ -87,6 +88,7 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     },
     "torch_impl": {
         "block_attention": _KERNEL,
+        "partial_attention": _KERNEL,
         "block_attention_backward": _KERNEL | {"dtype": "kernels return dk and dv new"},
         "Exchange.__init__": {"device": "where the buffers are"},
         "Exchange.rotation": _FIELDS,

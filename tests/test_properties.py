@@ -233,7 +233,7 @@ def test_each_block_is_sent_P_minus_1_times_and_nothing_else_is(P: int, cyclic: 
     run_ranks(P, attend, False, hosts=hosts, log=forward)
     results = run_ranks(P, attend, True, hosts=hosts, log=both)
     for log, widths, kind in (
-        (forward, (p.case.D, p.case.D_V + 1), 0),
+        (forward, (p.case.D, p.case.D_V + 2), 0),
         (both, (p.case.D + p.case.D_V + 2, p.case.D), 1),
     ):
         if kind == 1:

@@ -1,10 +1,10 @@
 r"""One block of queries against one rank's keys.
 
-Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge` joins it with
-the tiles before; scores are never kept for more than one tile.
+Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge_partials` joins
+it with the tiles before; scores are never kept for more than one tile.
 
-    s = scale q k^T + mask       p = exp(s - rowmax s)
-    out = p v / rowsum p         lse = rowmax s + log rowsum p
+    s = scale q k^T + mask       p = exp(s - top)      top = rowmax s
+    out = p v / total            total = rowsum p      lse = top + log total
 
 The backward needs no such care: with lse over all keys of all ranks known, every tile's
 probabilities are what they are in the whole,
@@ -12,7 +12,9 @@ probabilities are what they are in the whole,
     p  = exp(s - lse)           dv = p^T dout
     ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
 
-so its sums over tiles, blocks and ranks are plain sums.
+so its sums over tiles, blocks and ranks are plain sums.  What lse has lost in rounding, `low`, is a
+factor exp(-low) of every p of a row.  dout and delta have it instead, to which all gradients are
+proportional: nothing more travels.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 
@@ -27,6 +29,7 @@ from lvxattn.reference.masks import MaskRule, MaskView
 from lvxattn.torch_impl.kernels import KERNELS
 from lvxattn.torch_impl.kernels.choose import choose
 from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
+from lvxattn.torch_impl.merge import lse_of
 
 
 @torch.no_grad()
@@ -63,11 +66,35 @@ def block_attention(
     ValueError
         `kernel` is not the name of a kernel, or of one that cannot do this.
     """
+    out, top, total = partial_attention(q, k, v, scale=scale, mask=mask, kernel=kernel)
+    return out, lse_of(top, total)
+
+
+@torch.no_grad()
+def partial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: MaskView | Tensor | MaskRule | None = None,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `block_attention` does, with lse as the pair that `merge_partials` joins.
+
+    Returns
+    -------
+    out : (B, H, s_q, D_V), accumulator dtype
+    top, total : (B, H, s_q), accumulator dtype
+        A bound such as the largest score, and the sum of exponentiated scores divided by exp(top);
+        (0, -inf, any) where a query may attend to none of the keys.
+    """
     view = MaskView.of(mask)
     work = _kernel(kernel, Job.of(q, k, v, view, backward=False))
     if 0 in (q.shape[2], k.shape[2]):  # with which fused kernels end the process
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=accumulator_of(q))
-        return out, out.new_full(q.shape[:3], -torch.inf)
+        top = out.new_full(q.shape[:3], -torch.inf)
+        return out, top, torch.zeros_like(top)
     q, k, v = (_rows(x) for x in (q, k, v))
     return work.forward(q, k, v, scale=float(scale), mask=view)
 
@@ -122,17 +149,21 @@ def block_attention_backward(
     return dq, dk.to(dtype or accumulator_of(q)), dv.to(dtype or accumulator_of(q))
 
 
-def delta_of(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+def delta_of(
+    dout: Tensor, out: Tensor, lse: Tensor, low: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
 
-    Both are 0 in rows that see nothing (lse = -inf), whatever comes from above, NaN too: no
-    gradient goes through them.
+    Both have the factor exp(-low), and are 0 in rows that see nothing (lse = -inf), whatever comes
+    from above, NaN too: no gradient goes through them.
 
     Parameters
     ----------
     dout, out : (B, H, s_q, D_V)
     lse : (B, H, s_q)
         Over all keys.
+    low : (B, H, s_q), optional
+        What lse has lost in rounding (`remainder_of`); 0 unless given.
     dlse : (B, H, s_q), optional
 
     Returns
@@ -140,9 +171,15 @@ def delta_of(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tup
     dout : (B, H, s_q, D_V)
     delta : (B, H, s_q), accumulator dtype
     """
+    wide = accumulator_of(dout)
     dead = lse == -torch.inf
     dout = dout.masked_fill(dead[..., None], 0.0)
-    delta = (dout.to(accumulator_of(dout)) * out).sum(dim=-1) - (0.0 if dlse is None else dlse)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    if low is not None:
+        factor = torch.exp(-low)
+        # Rounded to its dtype before delta is taken from it: the two must fit each other.
+        dout, dlse = (dout.to(wide) * factor[..., None]).to(dout.dtype), dlse * factor
+    delta = (dout.to(wide) * out).sum(dim=-1) - dlse
     return dout, delta.masked_fill(dead, 0.0)
 
 

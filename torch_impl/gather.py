@@ -21,12 +21,12 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.torch_impl.collectives import added, all_gather, reduce_scatter
 from lvxattn.torch_impl.exchange import Exchange
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
-from lvxattn.torch_impl.merge import merge
+from lvxattn.torch_impl.merge import merge_partials
 
 
 def gather(
@@ -38,23 +38,24 @@ def gather(
     *,
     mask: Tensor | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout; autograd sees nothing of it.
+    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
+    checked against the layout; the result is a partial one, over all keys: out, top and total.
+    Autograd sees nothing of it.
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
-    attend = exchange.computes(partial(block_attention, scale=layout.scale), "all ranks' queries")
+    attend = exchange.computes(partial(partial_attention, scale=layout.scale), "all ranks' queries")
 
     # 1. Give my queries to all ranks, and take theirs.
     (q_all,) = all_gather(exchange, q)
     # 2. What my keys have to say to all queries.
-    out, lse = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
+    part = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
     # 3. Every result goes home, and is merged there with what the other ranks' keys had to say.
-    out, lse = reduce_scatter(exchange, merge, out, lse)
-    return out.to(q.dtype), lse
+    out, top, total = reduce_scatter(exchange, merge_partials, *part)
+    return out, top, total
 
 
 def gather_backward(
@@ -62,27 +63,25 @@ def gather_backward(
     q: Tensor,
     k_shard: Tensor,
     v_shard: Tensor,
-    out: Tensor,
     lse: Tensor,
+    delta: Tensor,
     group: Group,
     layout: Layout,
     *,
     mask: Tensor | MaskRule | None = None,
-    dlse: Tensor | None = None,
     meter: Meter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate `gather`.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of the
-    forward and their gradients; dk and dv are those of this rank's keys, summed over all queries.
+    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
+    in place of out and dlse (`delta_of`); dk and dv are those of this rank's keys, summed over all
+    queries in the accumulator dtype.
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
     attend = exchange.computes(
         partial(block_attention_backward, scale=layout.scale), "all ranks' queries"
     )
-    dout = dout.to(q.dtype)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. Give my block to all ranks, and take theirs.
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
@@ -93,4 +92,4 @@ def gather_backward(
     )
     # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
     (dq,) = reduce_scatter(exchange, added, dq)
-    return dq.to(q.dtype), dk, dv
+    return dq, dk, dv

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.torch_impl.exchange import BLOCKS, RESULTS, Exchange, Field
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
-from lvxattn.torch_impl.merge import merge
+from lvxattn.torch_impl.merge import merge_partials
 
 
 def lv_xattn(
@@ -44,11 +44,12 @@ def lv_xattn(
     *,
     mask: Tensor | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout; autograd sees nothing of it.
+    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
+    checked against the layout; the result is a partial one, over all keys: out, top and total.
+    Autograd sees nothing of it.
     """
     meter = meter or Meter()
     wide = getattr(torch, layout.accumulator)
@@ -59,17 +60,17 @@ def lv_xattn(
 
     def result(owner: int) -> list[Field]:
         rows = layout.B, layout.H, layout.s_q[owner]
-        return [((*rows, layout.D_V), wide), (rows, wide)]
+        return [((*rows, layout.D_V), wide), (rows, wide), (rows, wide)]
 
     queries, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
-    attend = exchange.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(partial(partial_attention, scale=layout.scale))
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut(queries.nbytes, results.nbytes)
+    cut = layout.home_cut
 
     # 1. Send my queries on; the first part of my own block's work hides their way.
     if P > 1:
         queries.shift(q)
-    out, lse = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -81,17 +82,17 @@ def lv_xattn(
         part = attend(hop, q_block, k_shard, v_shard, mask=view)
         # 4. Merge that with what the ranks before me have said, and send it after the block.
         if hop > 1:
-            part = merge(*part, *results.wait())
+            part = merge_partials(*part, *results.wait())
         results.shift(*part)
 
     if P > 1:
         # 5. The rest of my own block's work hides the way home of its result.
         rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
-        out, lse = merge(out, lse, *rest)
+        mine = merge_partials(*mine, *rest)
         # 6. What all the others have said to my queries.
-        out, lse = merge(out, lse, *results.wait())
+        mine = merge_partials(*mine, *results.wait())
     exchange.finish()
-    return out.to(q.dtype), lse
+    return mine
 
 
 def lv_xattn_backward(
@@ -99,19 +100,19 @@ def lv_xattn_backward(
     q: Tensor,
     k_shard: Tensor,
     v_shard: Tensor,
-    out: Tensor,
     lse: Tensor,
+    delta: Tensor,
     group: Group,
     layout: Layout,
     *,
     mask: Tensor | MaskRule | None = None,
-    dlse: Tensor | None = None,
     meter: Meter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate `lv_xattn`.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of the
-    forward and their gradients; dk and dv are those of this rank's keys, summed over all queries.
+    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
+    in place of out and dlse (`delta_of`); dk and dv are those of this rank's keys, summed over all
+    queries in the accumulator dtype.
     """
     meter = meter or Meter()
     wide = getattr(torch, layout.accumulator)
@@ -128,9 +129,7 @@ def lv_xattn_backward(
     blocks, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
     attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
     P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut(blocks.nbytes, results.nbytes)
-    dout = dout.to(q.dtype)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
+    cut = layout.home_cut
 
     # 1. Send my block on; the first part of my own block's work hides its way.
     if P > 1:
@@ -171,7 +170,7 @@ def lv_xattn_backward(
         # 6. What all the others have said to my queries.
         dq += results.wait()[0]
     exchange.finish()
-    return dq.to(q.dtype), dk.to(k_shard.dtype), dv.to(v_shard.dtype)
+    return dq, dk, dv
 
 
 def lengthen(part: Tensor, whole: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.validation import check_here_or_together, check_layer
-from lvxattn.torch_impl.autograd import exactly, save, saved
+from lvxattn.torch_impl.autograd import attend, differentiate, exactly, save, saved
 from lvxattn.torch_impl.cross_attention import agreed, autocast_dtype, call_of, cast, passes
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.layout import Layout, check_tensor
@@ -150,27 +150,30 @@ class Layer(torch.autograd.Function):
             q, k, v = _heads(ctx.dtype, x, y, w_q, w_k, w_v, b_q, b_k, b_v)
             ctx.layout = agreed(q, k, v, group, layout, **options)
             forward, _ = passes(ctx.layout, group)
-            out, lse = forward(q, k, v, group, ctx.layout, mask=options["mask"], meter=meter)
+            out, lse, low = attend(
+                forward, q, k, v, group, ctx.layout, mask=options["mask"], meter=meter
+            )
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
         biases = [b for b in (b_q, b_k, b_v) if b is not None]
         ctx.biased = [b is not None for b in (b_q, b_k, b_v)]
-        save(ctx, options["mask"], x, y, w_q, w_k, w_v, out, lse, *biases)
+        save(ctx, options["mask"], x, y, w_q, w_k, w_v, out, lse, low, *biases)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiate, making keys and values again."""
-        (x, y, w_q, w_k, w_v, out, lse, *held), mask = saved(ctx)
+        (x, y, w_q, w_k, w_v, out, lse, low, *held), mask = saved(ctx)
         biases = [held.pop(0) if there else None for there in ctx.biased]
         with exactly(x.device):
             # 1. Make again what was forgotten.
             q, k, v = _heads(ctx.dtype, x, y, w_q, w_k, w_v, *biases)
             # 2. Through the attention.
             _, backward = passes(ctx.layout, ctx.group)
-            dq, dk, dv = backward(
-                dout, q, k, v, out, lse, ctx.group, ctx.layout, mask=mask, meter=ctx.meter
-            )
+            dq, dk, dv = differentiate(
+                backward, dout, q, k, v, out, lse, low, None, ctx.group, ctx.layout,
+                mask=mask, meter=ctx.meter,
+            )  # fmt: skip
             del q, k, v
             # 3. Through the projections.
             need = ctx.needs_input_grad

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.torch_impl.collectives import added, all_reduce
 from lvxattn.torch_impl.exchange import Exchange
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
-from lvxattn.torch_impl.merge import merge
+from lvxattn.torch_impl.merge import merge_partials
 
 
 def replicated(
@@ -33,23 +33,24 @@ def replicated(
     *,
     mask: Tensor | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend from all queries to all ranks' keys; the result is on every rank.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout; autograd sees nothing of it.
+    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
+    checked against the layout; the result is a partial one, over all keys: out, top and total.
+    Autograd sees nothing of it.
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
     attend = exchange.computes(
-        partial(block_attention, scale=layout.scale), "all queries, with the keys of rank {}"
+        partial(partial_attention, scale=layout.scale), "all queries, with the keys of rank {}"
     )
 
     # 1. What my keys have to say to all queries.
-    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
+    part = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
     # 2. Join that with what the others' have to say.
-    out, lse = all_reduce(exchange, merge, out, lse)
-    return out.to(q.dtype), lse
+    out, top, total = all_reduce(exchange, merge_partials, *part)
+    return out, top, total
 
 
 def replicated_backward(
@@ -57,19 +58,18 @@ def replicated_backward(
     q: Tensor,
     k_shard: Tensor,
     v_shard: Tensor,
-    out: Tensor,
     lse: Tensor,
+    delta: Tensor,
     group: Group,
     layout: Layout,
     *,
     mask: Tensor | MaskRule | None = None,
-    dlse: Tensor | None = None,
     meter: Meter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate `replicated`.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of the
-    forward and their gradients; dq is whole on every rank.
+    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
+    in place of out and dlse (`delta_of`); dq is whole on every rank.
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
@@ -77,12 +77,10 @@ def replicated_backward(
         partial(block_attention_backward, scale=layout.scale),
         "all queries, with the keys of rank {}",
     )
-    dout = dout.to(q.dtype)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. What my keys have to say; dk and dv stay here.
     view = layout.view(mask, layout.rank, layout.rank)
     dq, dk, dv = attend(0, dout, q, k_shard, v_shard, lse, delta, mask=view, dtype=k_shard.dtype)
     # 2. Add that to what the others' have to say.
     (dq,) = all_reduce(exchange, added, dq)
-    return dq.to(q.dtype), dk, dv
+    return dq, dk, dv

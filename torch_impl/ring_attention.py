@@ -25,12 +25,12 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.torch_impl.exchange import BLOCKS, RESULTS, Exchange, Field
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
 from lvxattn.torch_impl.lv_xattn import lengthen
-from lvxattn.torch_impl.merge import merge
+from lvxattn.torch_impl.merge import merge_partials
 
 
 def ring_attention(
@@ -42,22 +42,28 @@ def ring_attention(
     *,
     mask: Tensor | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout; autograd sees nothing of it.
+    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
+    checked against the layout; the result is a partial one, over all keys: out, top and total.
+    Autograd sees nothing of it.
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
     blocks = exchange.rotation(BLOCKS, partial(block_fields, layout, q.dtype))
-    attend = exchange.computes(partial(block_attention, scale=layout.scale))
+    attend = exchange.computes(partial(partial_attention, scale=layout.scale))
     P, rank = layout.size, layout.rank
+    home, cut = layout.view(mask, rank, rank), layout.home_cut
 
     # 1. Send my keys and values on; my own block's work hides their way.
     if P > 1:
         blocks.shift(k_shard, v_shard, *travelling(mask))
-    out, lse = attend(0, q, k_shard, v_shard, mask=layout.view(mask, rank, rank))
+    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    if P > 1:
+        # Cut as the backward cuts it: scores are then rounded in the same way.
+        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        mine = merge_partials(*mine, *rest)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
@@ -68,9 +74,9 @@ def ring_attention(
         view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
         part = attend(hop, q, k_block, v_block, mask=view)
         # 4. Merge that with what the blocks before have said.
-        out, lse = merge(out, lse, *part)
+        mine = merge_partials(*mine, *part)
     exchange.finish()
-    return out.to(q.dtype), lse
+    return mine
 
 
 def ring_attention_backward(
@@ -78,19 +84,19 @@ def ring_attention_backward(
     q: Tensor,
     k_shard: Tensor,
     v_shard: Tensor,
-    out: Tensor,
     lse: Tensor,
+    delta: Tensor,
     group: Group,
     layout: Layout,
     *,
     mask: Tensor | MaskRule | None = None,
-    dlse: Tensor | None = None,
     meter: Meter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate `ring_attention`.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of the
-    forward and their gradients; dk and dv are those of this rank's keys, summed over all queries.
+    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
+    in place of out and dlse (`delta_of`); dk and dv are those of this rank's keys, summed over all
+    queries in the accumulator dtype.
     """
     meter = meter or Meter()
     wide = getattr(torch, layout.accumulator)
@@ -104,9 +110,7 @@ def ring_attention_backward(
     results = exchange.rotation(RESULTS, result, hop=1)
     attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
     P, rank = layout.size, layout.rank
-    home, cut = layout.view(mask, rank, rank), layout.home_cut(blocks.nbytes, results.nbytes)
-    dout = dout.to(q.dtype)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
+    home, cut = layout.view(mask, rank, rank), layout.home_cut
 
     # 1. Send my keys and values on; the first part of my own block's work hides their way.
     if P > 1:
@@ -148,7 +152,7 @@ def ring_attention_backward(
         dk += dk_others
         dv += dv_others
     exchange.finish()
-    return dq.to(q.dtype), dk.to(k_shard.dtype), dv.to(v_shard.dtype)
+    return dq, dk, dv
 
 
 def block_fields(layout: Layout, dtype: torch.dtype, owner: int) -> list[Field]:

@@ -7,7 +7,7 @@ The way of DeepSpeed-Ulysses.  Rank r of P, before and after the trade:
 
     1  all-to-all    q, k, v: of each rank's heads, my part    all lengths of my heads
     2  attend        nothing is merged: all keys are here
-    3  all-to-all    out, lse: each rank's rows                all heads of my queries
+    3  all-to-all    results: each rank's rows                 all heads of my queries
 
 P has to divide H_KV, and the long keys travel: 1 / P of them to each rank.  A rank's share of the
 results is whole, so that nothing has to be merged.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskRule, MaskView
 from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention, block_attention_backward, delta_of
+from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
 from lvxattn.torch_impl.collectives import all_to_all
 from lvxattn.torch_impl.exchange import Exchange, Field
 from lvxattn.torch_impl.group import Group
@@ -43,16 +43,17 @@ def ulysses(
     *,
     mask: Tensor | MaskRule | None = None,
     meter: Meter | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of
-    `cross_attention`, already checked against the layout; autograd sees nothing of it.
+    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
+    checked against the layout; the result is a partial one, over all keys: out, top and total.
+    Autograd sees nothing of it.
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
     attend = exchange.computes(
-        partial(block_attention, scale=layout.scale), "this rank's heads of all queries"
+        partial(partial_attention, scale=layout.scale), "this rank's heads of all queries"
     )
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
@@ -60,10 +61,10 @@ def ulysses(
     k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
     view = heads_view(exchange, mask)
     # 2. My heads of all queries, over all keys.
-    out, lse = attend(0, q_heads, k_heads, v_heads, mask=view)
+    part = attend(0, q_heads, k_heads, v_heads, mask=view)
     # 3. Trade back.
-    out, lse = to_lengths(exchange, layout.s_q, out, lse)
-    return out.to(q.dtype), lse
+    out, top, total = to_lengths(exchange, layout.s_q, *part)
+    return out, top, total
 
 
 def ulysses_backward(
@@ -71,27 +72,25 @@ def ulysses_backward(
     q: Tensor,
     k_shard: Tensor,
     v_shard: Tensor,
-    out: Tensor,
     lse: Tensor,
+    delta: Tensor,
     group: Group,
     layout: Layout,
     *,
     mask: Tensor | MaskRule | None = None,
-    dlse: Tensor | None = None,
     meter: Meter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate `ulysses`.
 
-    Collective: every rank of the group calls this.  Arguments and results are those of the
-    forward and their gradients; dk and dv are those of this rank's keys, summed over all queries.
+    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
+    in place of out and dlse (`delta_of`); dk and dv are those of this rank's keys, summed over all
+    queries in the accumulator dtype.
     """
     meter = meter or Meter()
     exchange = Exchange(group, layout, meter, q.device)
     attend = exchange.computes(
         partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
     )
-    dout = dout.to(q.dtype)  # as it is on the ranks that it visits
-    dout, delta = delta_of(dout, out, lse, dlse)
 
     # 1. Trade: all lengths of my heads for all heads of my lengths.
     q_heads, dout_heads, lse_heads, delta_heads = to_heads(
@@ -106,7 +105,7 @@ def ulysses_backward(
     # 3. Trade back.
     (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
     dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)
-    return dq.to(q.dtype), dk.to(k_shard.dtype), dv.to(v_shard.dtype)
+    return dq, dk, dv
 
 
 def to_heads(exchange: Exchange, lengths: tuple[int, ...], *tensors: Tensor) -> list[Tensor]:

@@ -287,8 +287,8 @@ with check("the forward on any number of ranks, with nothing sent but queries an
 #
 # <details><summary>Reasoning</summary>
 #
-# Queries: 2 heads · 4 rows · 8 numbers · 8 bytes = 512. Result: out, as many again, and lse, 2 · 4
-# · 8 = 64: 576. Three of each: 3,264.
+# Queries: 2 heads · 4 rows · 8 numbers · 8 bytes = 512. Result: out, as many again, and lse, a pair
+# on the way, 2 · 4 · 2 · 8 = 128: 640. Three of each: 3,456.
 #
 # </details>
 
@@ -300,7 +300,7 @@ def agreed(comm, schedule):
 
 layout = run_ranks(P, agreed, "lv-xattn")[0]
 print(", ".join(f"{message.kind} {message.nbytes}" for message in messages(layout, rank=0)))
-assert sum(message.nbytes for message in messages(layout, rank=0)) == 3 * (512 + 576) == 3264
+assert sum(message.nbytes for message in messages(layout, rank=0)) == 3 * (512 + 640) == 3456
 
 # %%
 for schedule, log in logs.items():
@@ -317,18 +317,19 @@ for schedule, log in logs.items():
 # sent on early, each result after the work on it.
 #
 # **Predict.** The first trip of the queries and the last one of the results have to be hidden
-# behind something, too: a rank cuts the work on its own queries in two, in proportion to the bytes
-# of the two trips. How many of its 100 keys come first?
+# behind something, too: a rank cuts the work on its own queries in two. How many of its 100 keys
+# would you take first, and how many last?
 #
 # <details><summary>Reasoning</summary>
 #
-# A query is 8 numbers, its result 9: 100 · 8 / 17 = 47.
+# The trips weigh about the same here, and each gets half: 50 and 50. In fp16 a result is twice as
+# heavy as its query, but the halves stay: forward and backward then round scores in the same way.
 #
 # </details>
 
 # %%
 for layout in run_ranks(P, agreed, "lv-xattn"):
-    assert layout.s_kv[layout.rank] == 100 and layout.home_cut(D, D + 1) == 47
+    assert layout.s_kv[layout.rank] == 100 and layout.home_cut == 50
 
 # %% [markdown]
 # **Predict.** The lengths stay, and $P$ grows. How do the bytes grow that one rank sends, and those
@@ -343,7 +344,7 @@ for layout in run_ranks(P, agreed, "lv-xattn"):
 
 # %%
 numbers, of_a_rank = [1, 2, 4, 8, 16], {"lv-xattn": [], "ring": []}
-rows_of_all = {"lv-xattn": H * S_Q * (D + D + 1), "ring": H_KV * S_KV * (D + D)}
+rows_of_all = {"lv-xattn": H * S_Q * (D + D + 2), "ring": H_KV * S_KV * (D + D)}
 for schedule, sent in of_a_rank.items():
     for n in numbers:
         by_rank = [meter.bytes for _, _, meter in run_ranks(n, forward, schedule)]
@@ -428,7 +429,7 @@ with check("the size of every message, with shares of any length"):
 #     P = len(s_q)
 #     visitor = [s_q[(rank - hop) % P] for hop in range(P)]  # its length, by hop
 #     blocks = [H * n * D * 8 for n in visitor[:-1]]  # its own first, the last is not sent on
-#     results = [H * n * (D_V + 1) * 8 for n in visitor[1:]]  # of all but its own
+#     results = [H * n * (D_V + 2) * 8 for n in visitor[1:]]  # of all but its own
 #     return blocks, results
 # ```
 #

@@ -616,13 +616,13 @@ assert abs(lse - truth_lse).max() < 1e-12
 # So the product of a query and a key is how alike two patches are. The scale is large, 1000: nearly
 # all the weight goes to the key that is most alike, and `out` is its place.
 #
-# **Predict.** A rank asks 4 queries of 64 numbers; a result is 3 numbers of `out` and one of `lse`;
+# **Predict.** A rank asks 4 queries of 64 numbers; a result is 3 numbers of `out` and two of `lse`;
 # a number has 4 bytes. How many bytes does a rank send? How many if its 3,600 keys and values, of
 # 64 and 3 numbers, went round instead?
 #
 # <details><summary>Reasoning</summary>
 #
-# Three hops each: 3 · 4 · (64 + 3 + 1) · 4 = 3,264 bytes, against 3 · 3,600 · 67 · 4 = 2.9 MB.
+# Three hops each: 3 · 4 · (64 + 3 + 2) · 4 = 3,312 bytes, against 3 · 3,600 · 67 · 4 = 2.9 MB.
 #
 # </details>
 
@@ -653,7 +653,7 @@ found, meters = comm.gather((truth, seen, out[0, 0])), comm.gather(meter.totals(
 # %%
 right = [np.all(np.rint(out) == truth.place, axis=1) for truth, _, out in found]
 assert np.concatenate(right).mean() >= 0.9
-assert [meter.bytes for meter in meters] == 4 * [3 * 4 * (64 + 3 + 1) * 4]
+assert [meter.bytes for meter in meters] == 4 * [3 * 4 * (64 + 3 + 2) * 4]
 per_rank = 48 // 4 * video.rows * video.cols
 assert per_rank == 3600
 print(f"a rank sent {meters[0].bytes:,} bytes; keys and values: {3 * per_rank * 67 * 4:,}")

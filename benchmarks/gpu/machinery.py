@@ -36,7 +36,7 @@ def overhead(device: Device) -> dict[str, Any]:
     rounded = wide.to(q.dtype)
 
     def block_backward() -> None:
-        _, delta = delta_of(dout, rounded, lse, None)
+        _, delta = delta_of(dout, rounded, lse, None, None)
         given = dout, q, k, v, lse, delta
         dq, _, _ = block_attention_backward(*given, scale=scale, dtype=k.dtype)
         dq.to(q.dtype)

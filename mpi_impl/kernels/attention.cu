@@ -154,7 +154,8 @@ forward(float* out, float* lse, const T* q, const T* k, const T* v,
 
 // The merge of splits: a warp takes a row.
 //
-//     lse = log sum exp(lse_i)      out = sum exp(lse_i - lse) out_i
+//     total = sum exp(lse_i - top)      out = sum exp(lse_i - top) / total out_i
+//     lse = top + log total             top = max lse_i
 extern "C" __global__ void __launch_bounds__(32 * JOIN_WARPS)
 merge_splits(float* out, float* lse, const float* out_parts, const float* lse_parts,
              int splits, long long lines) {
@@ -164,18 +165,17 @@ merge_splits(float* out, float* lse, const float* out_parts, const float* lse_pa
     for (int i = 0; i < splits; i++) top = fmaxf(top, lse_parts[i * lines + line]);
     top = top == -INF ? 0 : top;
     for (int i = 0; i < splits; i++) total += expf(lse_parts[i * lines + line] - top);
-    const float whole = total == 0 ? -INF : top + logf(total);
-    const float base = total == 0 ? 0 : whole;
+    const float share = total == 0 ? 0 : 1 / total;
     float sums[D / 32] = {};
     for (int i = 0; i < splits; i++) {
-        const float weight = expf(lse_parts[i * lines + line] - base);
+        const float weight = share * expf(lse_parts[i * lines + line] - top);
         #pragma unroll
         for (int n = 0; n < D / 32; n++)
             sums[n] += weight * out_parts[(i * lines + line) * D + 32 * n + lane_of()];
     }
     #pragma unroll
     for (int n = 0; n < D / 32; n++) out[line * D + 32 * n + lane_of()] = sums[n];
-    if (lane_of() == 0) lse[line] = whole;
+    if (lane_of() == 0) lse[line] = total == 0 ? -INF : top + logf(total);
 }
 
 // --------------------------------------------------------------------------------- backward

@@ -16,7 +16,7 @@ masks that travel.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from lvxattn.reference.layout import Layout, share
@@ -157,9 +157,9 @@ class Blocks:
         return of.B * of.H * s_q * row
 
     def result(self, s_q: int, backward: bool) -> int:
-        """Return the size of what is computed for a block of queries: out and lse, or dq."""
+        """Return the size of what is computed for a block of queries: out, top, total; or dq."""
         of = self.layout
-        return of.B * of.H * s_q * (of.D if backward else of.D_V + 1) * self._wide
+        return of.B * of.H * s_q * (of.D if backward else of.D_V + 2) * self._wide
 
     def keys(self, owner: int) -> int:
         """Return the size of a rank's keys and values."""
@@ -180,21 +180,9 @@ class Blocks:
         parts = heads if shape[1] > 1 else 1
         return prod(shape) * ITEMSIZE[kind[1]] // parts
 
-    def home_cut(self, rank: int, backward: bool) -> int:
-        """Return how many of a rank's keys its own queries meet before the hops, with lv-xattn."""
-        longest = max(self.layout.s_q)
-        there, back = self.queries(longest, backward), self.result(longest, backward)
-        return self._cut(rank, there, back)
-
-    def home_cut_of_ring(self, rank: int) -> int:
-        """Return how many of a rank's keys its own queries meet before the hops, with ring."""
-        ranks = range(self.layout.size)
-        there = max(self.keys(owner) + self.mask(owner) for owner in ranks)
-        return self._cut(rank, there, max(map(self.key_gradients, ranks)))
-
-    def _cut(self, rank: int, there: int, back: int) -> int:
-        s_kv = self.layout.s_kv[rank]
-        return s_kv if self.layout.size == 1 else round(s_kv * there / max(1, there + back))
+    def home_cut(self, rank: int) -> int:
+        """Return how many of a rank's keys its own queries meet before the hops."""
+        return replace(self.layout, rank=rank).home_cut
 
     @property
     def _narrow(self) -> int:
@@ -211,7 +199,7 @@ def _lv_xattn(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     owner = [layout.order[(at - hop) % P] for hop in range(P)]  # whose block is here, by hop
     left, right = owner[1 % P], layout.order[(at + 1) % P]
     mine, s_kv, s_q = layout.s_q[rank], layout.s_kv[rank], layout.s_q
-    cut = blocks.home_cut(rank, backward)
+    cut = blocks.home_cut(rank)
     if backward:
         yield Fill(blocks.key_gradients(rank))
     if P > 1:
@@ -239,12 +227,15 @@ def _ring(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     owner = [layout.order[(at - hop) % P] for hop in range(P)]
     left, right = owner[1 % P], layout.order[(at + 1) % P]
     mine, s_kv = layout.s_q[rank], layout.s_kv
-    cut = blocks.home_cut_of_ring(rank) if backward else s_kv[rank]
+    cut = blocks.home_cut(rank)
     if backward:
         yield Fill(blocks.key_gradients(rank))
     if P > 1:
         yield Send(right, blocks.keys(rank) + blocks.mask(rank), BLOCKS)
     yield Compute(mine, cut)
+    if P > 1 and not backward:
+        yield Compute(mine, s_kv[rank] - cut)
+        yield Join(blocks.result(mine, backward))
     for hop in range(1, P):
         yield Wait(left, BLOCKS)
         if hop < P - 1:

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lvxattn import mpi_impl
 from lvxattn.mpi_impl.recompute import project, project_backward
 from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan import MACHINES
+from tests import hidden
 from tests.cases import Case, Problem
 from tests.judge import solve, worst_ratios
 from tests.watched import Watched
@@ -259,6 +261,33 @@ def only_rank_0_s_machine_counts(comm: MPI.Intracomm) -> Any:
     # Latency is what takes time here; alone a rank sends nothing.
     wanted = ["gather", "ring"] if comm.size > 1 else chosen[0]
     return [chosen == [wanted] * comm.size, layout.machine == machines[0], not by_bytes.machine]
+
+
+@check
+def rows_hidden_by_a_finite_number(comm: MPI.Intracomm) -> Any:
+    return [
+        right
+        for schedule in (*SCHEDULES, "replicated")
+        for right in hidden.all_right(
+            partial(solve, comm=comm, implementation=mpi_impl, schedule=schedule),
+            schedule,
+            comm.size,
+        )
+    ]
+
+
+@check
+def errors_at_a_large_lse_are_hardly_those_of_more_ranks(comm: MPI.Intracomm) -> Any:
+    """At most twice those of one rank, in the mean over the elements of a result."""
+    verdicts = []
+    for level in (-1e4, -900.0, 900.0, 1e4):
+        problem = Case("large lse", H=4, S_Q=65, S_KV=601, dtype="float32", shift=level).make()
+        together, alone = (solve(problem, c, mpi_impl) for c in (comm, MPI.COMM_SELF))
+        truth = problem.truth().results
+        for name in together:
+            many, one = (np.square(x[name] - truth[name]).mean() for x in (together, alone))
+            verdicts.append(many <= 2**2 * one)
+    return verdicts
 
 
 @check

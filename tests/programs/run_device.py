@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl import awareness, buffers
-from tests import fake_cupy
+from tests import fake_cupy, hidden
 from tests.cases import Case, Problem
 from tests.judge import worst_ratios
 
@@ -109,6 +109,10 @@ for schedule in every[:2] if len(sys.argv) > 1 else every:
         results, waits = solve(problem, schedule)
         report[f"{case.name}, {schedule}"] = max(worst_ratios(problem, results).values()) <= 1
         waited[f"{case.name}, {schedule}"] = waits
+    problems = hidden.problems(schedule, comm.size)
+    report[f"hidden rows, {schedule}"] = all(
+        hidden.worst(problem, solve(problem, schedule)[0]) <= 1 for problem in problems
+    )
 ranks = comm.gather((report, waited))
 if comm.rank == 0:
     json.dump({"ranks": ranks, "decision": [aware, why], "buffer": kind}, sys.stdout)

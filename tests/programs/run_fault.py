@@ -61,7 +61,7 @@ options: dict[str, Any] = {"layout": mpi_impl.Layout.agree(q, k, v, comm)}
 out, lse = mpi_impl.cross_attention(q, k, v, comm, **options)
 
 if place == "in the first attend" or place == "in the second attend":
-    name = "block_attention" if which == "forward" else "block_attention_backward"
+    name = "partial_attention" if which == "forward" else "block_attention_backward"
     number = 1 if place == "in the first attend" else 2
     setattr(lv_xattn, name, fails_at(number, getattr(lv_xattn, name)))
 elif place == "in a wait":
@@ -75,7 +75,7 @@ elif place.startswith("hop "):  # of lv-xattn
         number = 1 if hop == 1 else 2 * hop - 2
         exchange.Rotation.wait = fails_at(number, exchange.Rotation.wait)  # type: ignore[method-assign]
     elif moment == "computes":  # after my own block
-        name = "block_attention" if which == "forward" else "block_attention_backward"
+        name = "partial_attention" if which == "forward" else "block_attention_backward"
         setattr(lv_xattn, name, fails_at(1 + hop, getattr(lv_xattn, name)))
     else:  # its result is on its way; before it went my own block, and all but the last visitor
         number = min(2 * hop + 1, 2 * (P - 1))

@@ -76,7 +76,7 @@ def passes() -> dict[str, Any]:
         return call
 
     exchange.Rotation.shift = recorded("shift", exchange.Rotation.shift)  # type: ignore[method-assign]
-    for name in ("block_attention", "block_attention_backward"):
+    for name in ("partial_attention", "block_attention_backward"):
         setattr(lv_xattn, name, recorded("attend", getattr(lv_xattn, name)))
     _Tiles.key_tiles = counted(_Tiles.key_tiles)  # type: ignore[method-assign]
 

@@ -34,7 +34,7 @@ def dawdling(function: Callable[..., Any]) -> Callable[..., Any]:
 
 exchange.Rotation.shift = dawdling(exchange.Rotation.shift)  # type: ignore[method-assign]
 exchange.Rotation.wait = dawdling(exchange.Rotation.wait)  # type: ignore[method-assign]
-lv_xattn.block_attention = dawdling(lv_xattn.block_attention)  # type: ignore[attr-defined]
+lv_xattn.partial_attention = dawdling(lv_xattn.partial_attention)  # type: ignore[attr-defined]
 lv_xattn.block_attention_backward = dawdling(  # type: ignore[attr-defined]
     lv_xattn.block_attention_backward
 )

@@ -22,7 +22,7 @@ comm = MPI.COMM_WORLD
 module = import_module(
     f"lvxattn.mpi_impl.{schedule.replace('-', '_').replace('ring', 'ring_attention')}"
 )
-name = {"forward": "block_attention", "backward": "block_attention_backward"}.get(where)
+name = {"forward": "partial_attention", "backward": "block_attention_backward"}.get(where)
 pids = comm.gather(os.getpid())
 if pids is not None:
     print(*pids, flush=True)

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,7 +27,10 @@ from lvxattn.reference.agreement import SCHEDULES
 from lvxattn.reference.plan import MACHINES
 from lvxattn.torch_impl import CrossAttention, Layout, Meter, cross_attention, shard, unshard
 from lvxattn.torch_impl.group import Group
-from tests.programs.start import finish, start
+from tests import hidden
+from tests.cases import Case
+from tests.judge import solve
+from tests.programs.start import OnArrays, finish, start
 
 CHECKS: dict[str, Callable[[Group], Any]] = {}
 ROTATIONS = "lv-xattn", "ring"
@@ -303,7 +307,7 @@ def messages_and_bytes_are_those_of_the_formula(group: Group) -> Any:
     # On: all queries but those of the right neighbour; results: all but my own.  16 bits and 32.
     queries = (sum(s_q) - s_q[(group.rank + 1) % P]) * rows
     results = (sum(s_q) - s_q[group.rank]) * rows
-    forward = queries * 4 * 2 + results * (4 + 1) * 4
+    forward = queries * 4 * 2 + results * (4 + 2) * 4
     verdicts = [meter.messages == 2 * (P - 1), meter.bytes == (forward if P > 1 else 0)]
     torch.autograd.grad(out.sum(), mine)
     backward = queries * (2 * 4 * 2 + 2 * 4) + results * 4 * 4
@@ -587,6 +591,33 @@ def a_module_equals_its_parts(group: Group) -> Any:
     for result in results:
         verdicts += [len(result) == len(want) == 11]
         verdicts += [close(a, b, ulps=4096) for a, b in zip(result, want, strict=True)]
+    return verdicts
+
+
+@check
+def rows_hidden_by_a_finite_number(group: Group) -> Any:
+    return [
+        right
+        for schedule in (*SCHEDULES, "replicated")
+        for right in hidden.all_right(
+            partial(solve, comm=group, implementation=OnArrays(), schedule=schedule),
+            schedule,
+            group.size,
+        )
+    ]
+
+
+@check
+def errors_at_a_large_lse_are_hardly_those_of_more_ranks(group: Group) -> Any:
+    """At most twice those of one rank, in the mean over the elements of a result."""
+    verdicts = []
+    for level in (-1e4, -900.0, 900.0, 1e4):
+        problem = Case("large lse", H=4, S_Q=65, S_KV=601, dtype="float32", shift=level).make()
+        together, alone = (solve(problem, c, OnArrays()) for c in (group, Group(None)))
+        truth = problem.truth().results
+        for name in together:
+            many, one = (np.square(x[name] - truth[name]).mean() for x in (together, alone))
+            verdicts.append(many <= 2**2 * one)
     return verdicts
 
 

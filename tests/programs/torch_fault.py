@@ -101,9 +101,11 @@ class Rank:
             self.fails_at(max(1, number), exchange.Rotation, "wait")
         elif moment == "computes":
             file = {"lv-xattn": "lv_xattn", "ring": "ring_attention"}.get(self.schedule, "")
-            name = "block_attention" + ("_backward" if self.which == "backward" else "")
+            forward = self.which == "forward"
+            name = "partial_attention" if forward else "block_attention_backward"
+            before = 2 if forward and self.schedule == "ring" else 1  # ring begins with both parts
             module = import_module(f"lvxattn.torch_impl.{file or self.schedule}")
-            self.fails_at(1 + h, module, name)
+            self.fails_at(before + h, module, name)
         else:  # what it sends is on its way: my own block and each visitor but the last, results
             number = min(2 * h + 1, 2 * (self.P - 1))
             self.fails_at(number, exchange.Rotation, "shift")

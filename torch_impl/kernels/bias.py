@@ -46,12 +46,12 @@ class Bias:
             bias = bias.masked_fill(dead[..., None], 0.0)
         return Bias(bias, dead)
 
-    def settle(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what a kernel gave with (0, -inf) in dead rows."""
-        if self.dead is None:
-            return out, lse
-        dead = self.dead
-        return out.masked_fill(dead[..., None], 0.0), lse.masked_fill(dead, -torch.inf)
+    def settle(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the partial result that a kernel's out and lse are; (0, -inf) in dead rows."""
+        if self.dead is not None:
+            out = out.masked_fill(self.dead[..., None], 0.0)
+            lse = lse.masked_fill(self.dead, -torch.inf)
+        return out, lse, torch.ones_like(lse)
 
     def closed(self, lse: Tensor) -> Tensor:
         """Return lse for a backward kernel: +inf in rows that see nothing, here or anywhere."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lvxattn.reference.masks import MaskView, tiles
 from lvxattn.torch_impl.kernels.job import Job, accumulator_of
-from lvxattn.torch_impl.merge import merge
+from lvxattn.torch_impl.merge import merge_partials
 
 NAME = "blocked"
 
@@ -37,14 +37,15 @@ def unsupported(job: Job) -> str | None:  # noqa: ARG001
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
-) -> tuple[Tensor, Tensor]:
-    """Do what `block_attention` does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `partial_attention` does."""
     work = _Tiles(q, k, mask)
-    out, lse = work.new_rows(v.shape[3]), work.new_rows()
+    out, top, total = work.new_rows(v.shape[3]), work.new_rows(), work.new_rows()
     for at in work.row_tiles():
         q_tile = work.load_queries(q, at, scale)
         out_tile = torch.zeros((*q_tile.shape[:2], v.shape[3]), dtype=work.dtype, device=q.device)
-        lse_tile = torch.full(q_tile.shape[:2], -torch.inf, dtype=work.dtype, device=q.device)
+        top_tile = torch.full(q_tile.shape[:2], -torch.inf, dtype=work.dtype, device=q.device)
+        total_tile = torch.zeros_like(top_tile)
         for keys in work.key_tiles():
             # 1. Scores, with -inf where a query may not look.
             p = work.scores(q_tile, k, at, keys, scale)
@@ -54,15 +55,15 @@ def forward(
             p -= base[..., None]
             p.exp_()
             row_sum = p.sum(dim=-1)
-            seen = row_sum != 0
-            part_lse = torch.where(seen, base + torch.where(seen, row_sum, 1.0).log(), -torch.inf)
-            part_out = work.weighted(p, v[at[0], at[1], keys])
-            part_out /= torch.where(seen, row_sum, 1.0)[..., None]
+            part = work.weighted(p, v[at[0], at[1], keys])
+            part /= torch.where(row_sum == 0, 1.0, row_sum)[..., None]
             # 3. Join it with the tiles before.
-            out_tile, lse_tile = merge(out_tile, lse_tile, part_out, part_lse)
-        work.store(out, at, out_tile)
-        work.store(lse, at, lse_tile)
-    return out, lse
+            out_tile, top_tile, total_tile = merge_partials(
+                out_tile, top_tile, total_tile, part, row_max, row_sum
+            )
+        for x, tile in ((out, out_tile), (top, top_tile), (total, total_tile)):
+            work.store(x, at, tile)
+    return out, top, total
 
 
 def backward(

@@ -24,6 +24,11 @@ class Rule:
 
 RULES = (
     Rule(
+        "blocked",
+        lambda job: job.device == "cuda" and job.additive and not job.backward,
+        "only tiles give (top, total), and to look whether lse will do is to wait for the device",
+    ),
+    Rule(
         "cuda_flash",
         lambda job: job.device == "cuda",
         "the fastest for 16 bits in PyTorch's own order, splits by itself; not measured",

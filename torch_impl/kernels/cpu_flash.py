@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lvxattn.reference.masks import MaskView
+from lvxattn.torch_impl.kernels import blocked
 from lvxattn.torch_impl.kernels.bias import Bias
 from lvxattn.torch_impl.kernels.job import Job
 from lvxattn.torch_impl.kernels.stand_in import stand_in
+from lvxattn.torch_impl.merge import too_large
 
 NAME = "cpu_flash"
 
@@ -31,10 +33,12 @@ def unsupported(job: Job) -> str | None:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
-) -> tuple[Tensor, Tensor]:
-    """Do what `block_attention` does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `partial_attention` does."""
     bias = Bias.of(mask, q, k)
     out, lse = _forward(q, k, v, 0.0, False, attn_mask=bias.bias, scale=scale)
+    if too_large(lse):  # it cannot say how many keys a row saw: the tiles can
+        return blocked.forward(q, k, v, scale=scale, mask=mask)
     return bias.settle(out, lse)
 
 

@@ -34,12 +34,13 @@ def unsupported(job: Job) -> str | None:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
-) -> tuple[Tensor, Tensor]:
-    """Do what `block_attention` does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `partial_attention` does."""
     assert mask.mask is None
     out, lse = _forward(fold(q, k), k, v, 0.0, False, False, scale=scale)[:2]
     out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
-    return out.to(accumulator_of(q)), lse.masked_fill(lse == torch.inf, -torch.inf)
+    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+    return Bias(None, None).settle(out.to(accumulator_of(q)), lse)
 
 
 def backward(

@@ -32,8 +32,8 @@ def unsupported(job: Job) -> str | None:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
-) -> tuple[Tensor, Tensor]:
-    """Do what `block_attention` does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `partial_attention` does."""
     bias = Bias.of(mask, q, k)
     rows = fold(q, k)
     out, lse = _forward(rows, k, v, _aligned(bias.bias, q, k), True, 0.0, False, scale=scale)[:2]

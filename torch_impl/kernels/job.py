@@ -72,6 +72,11 @@ class Job:
             return f"one of {', '.join(_name(d) for d in dtypes)}, got {_name(self.dtype)}"
         return None
 
+    @property
+    def additive(self) -> bool:
+        """Whether a mask can hide by a finite number, so that lse may be too large for its row."""
+        return self.mask in ("padding", "array") and self.mask_dtype != torch.bool
+
     def since_ampere(self) -> str | None:
         """Say what is wrong if the device is older than the kernels for 16 bits want it."""
         if self.capability < (8, 0):
@@ -97,7 +102,7 @@ class Job:
 class Kernel(Protocol):
     """What the module of a kernel offers.
 
-    Shapes and meaning are those of `block_attention` and `block_attention_backward`, except that
+    Shapes and meaning are those of `partial_attention` and `block_attention_backward`, except that
     there is at least one query and one key, and that the job has been found supported.
     """
 
@@ -108,8 +113,8 @@ class Kernel(Protocol):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
-    ) -> tuple[Tensor, Tensor]:
-        """Return out and lse in the accumulator dtype."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return out, top and total in the accumulator dtype."""
 
     def backward(
         self,

@@ -3,7 +3,7 @@
 A fused forward shares its work out by batch entry, head and rows of queries, CPU flash's backward
 by batch entry and key-value head alone.  With few of those, part of the machine has nothing to do.
 Here the keys of a batch entry are viewed as several entries, which any kernel takes, and the
-results are merged by lse; in the backward the shares of dq are added, and those of dk and dv lie
+results are merged; in the backward the shares of dq are added, and those of dk and dv lie
 apart.
 
     k (H_KV, parts * n, D) -> (parts, H_KV, n, D), a view       q (H, s_q, D) -> (parts, H, s_q, D)
@@ -19,7 +19,7 @@ from torch import Tensor
 from lvxattn.reference.masks import MaskView
 from lvxattn.torch_impl.kernels import blocked, cpu_flash, cuda_flash, cudnn, efficient
 from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
-from lvxattn.torch_impl.merge import merge
+from lvxattn.torch_impl.merge import merge_partials
 
 NAME = "split"
 
@@ -53,23 +53,22 @@ def parts_for(job: Job) -> int:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
-) -> tuple[Tensor, Tensor]:
-    """Do what `block_attention` does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `partial_attention` does."""
     job, kernel = _within(q, k, v, mask, backward=False)
-    outs, lses = [], []
+    results = []
     for b in range(job.B):
         out = torch.zeros((1, *q.shape[1:3], v.shape[3]), dtype=accumulator_of(q), device=q.device)
-        lse = torch.full(out.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
+        top = torch.full(out.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
+        result = out, top, torch.zeros_like(top)
         for parts, keys in _cuts(parts_for(job), job.s_kv):
             k_parts, v_parts = (_parts(x[b, :, keys], parts) for x in (k, v))
             q_parts = _repeated(q[b], parts)
-            part_outs, part_lses = kernel.forward(
-                q_parts, k_parts, v_parts, scale=scale, mask=_NO_MASK
-            )
-            out, lse = merge(out, lse, *_joined(part_outs, part_lses))
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+            part = kernel.forward(q_parts, k_parts, v_parts, scale=scale, mask=_NO_MASK)
+            result = merge_partials(*result, *_joined(*part))
+        results.append(result)
+    out, top, total = (torch.cat(entries) for entries in zip(*results, strict=True))
+    return out, top, total
 
 
 def backward(
@@ -116,13 +115,15 @@ def _cuts(parts: int, s_kv: int) -> Iterator[tuple[int, slice]]:
         yield 1, slice(even, s_kv)
 
 
-def _joined(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(outs: Tensor, tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Merge all parts (parts, ...) at once into (1, ...): each call costs a device its launch."""
-    lse = lses.logsumexp(dim=0, keepdim=True)
-    # As in `merge`: where all are -inf, all weights are 0 and nothing is NaN.
-    base = torch.where(lse == -torch.inf, 0.0, lse)
-    weights = torch.exp(lses - base)[..., None]
-    return (weights * outs).sum(dim=0, keepdim=True), lse
+    top = tops.amax(dim=0, keepdim=True)
+    # As in `merge_partials`: where all are -inf, all weights are 0 and nothing is NaN.
+    base = torch.where(top == -torch.inf, 0.0, top)
+    weights = totals * torch.exp(tops - base)
+    total = weights.sum(dim=0, keepdim=True)
+    shares = (weights / torch.where(total == 0, 1.0, total))[..., None]
+    return (shares * outs).sum(dim=0, keepdim=True), top, total
 
 
 def _repeated(x: Tensor, parts: int) -> Tensor:

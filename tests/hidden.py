@@ -1,0 +1,66 @@
+"""Rows that a mask hides by a finite number: equal scores have a result that no rounding moves.
+
+The scores of a row are exactly equal, so that whatever a low mask leaves of them in rounding, its
+softmax is the plain mean over the keys that are left: all of them where the mask hides all alike.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tests.cases import Case, Problem, _dtype
+from tests.naive import Array
+from tests.tolerances import LEAST, UNIT
+
+LOWS = -1e4, -1e9, -1e15, "min"
+CUTS = "even", "ragged", "first"
+
+
+def problems(schedule: str, P: int) -> Iterator[Problem]:
+    """Yield the problems that `schedule` is to solve on P ranks: lows, dtypes, masks and cuts."""
+    for low in LOWS:
+        for dtype, mask_dtype in (("float32", "float32"), ("float64", "float64")):
+            for cut in CUTS:
+                yield _problem(low, dtype, mask_dtype, cut, schedule, P)
+    for dtype, mask_dtype in (
+        ("float32", "float16"), ("float32", "bfloat16"), ("float16", "float16"),
+        ("bfloat16", "bfloat16"), ("bfloat16", "float32"),
+    ):  # fmt: skip
+        yield _problem("min", dtype, mask_dtype, "ragged", schedule, P)
+
+
+def worst(problem: Problem, results: dict[str, Array], *, fp64: bool = False) -> float:
+    """Return the largest error of all results over its limit, which no score's size is in.
+
+    1e-9 in fp64 and 1e-4 in fp32 of a result's size; in 16 bits two roundings of inputs or outputs.
+    """
+    dtype = "float64" if fp64 else problem.case.dtype
+    relative = {"float64": 1e-9, "float32": 1e-4}.get(dtype, 1e-4 + 2 * UNIT[dtype])
+    truth, ratios = problem.truth(), []
+    for name, got in results.items():
+        want = truth.results[name]
+        size = np.maximum(abs(want), 1.0) if name == "lse" else truth.sizes[name]
+        error = abs(np.asarray(got, np.float64) - want)
+        ratios.append(error / (relative * size + 10 * LEAST[dtype]))
+    return float(max(x.max(initial=0.0) for x in ratios))  # NaN where one is
+
+
+def all_right(solve: Callable[[Problem], dict[str, Array]], schedule: str, P: int) -> list[bool]:
+    """Return a verdict for each problem."""
+    return [worst(problem, solve(problem)) <= 1 for problem in problems(schedule, P)]
+
+
+def _problem(low: Any, dtype: str, mask_dtype: str, cut: str, schedule: str, P: int) -> Problem:
+    case = Case(
+        f"hidden by {low} of {mask_dtype}", B=2, H=4, H_KV=2, S_Q=7, S_KV=11, dtype=dtype, cut=cut
+    ).on(schedule, P)
+    problem, kind = case.make(), _dtype(mask_dtype)
+    # q k^T is that of one component, exactly; k has others, so that dq is not 0.
+    q, k = problem.q, problem.k
+    q[..., 0], q[..., 1:], k[..., 0] = np.sign(q[..., 0].astype(float)), 0, 1
+    lowest = float(np.finfo(kind).min if mask_dtype != "bfloat16" else -(2.0**127) * 1.9921875)
+    bias = np.zeros((1, 1, case.S_Q, case.S_KV), kind)
+    bias[..., ::3, :] = lowest if low == "min" else low  # wholly hidden
+    bias[..., 1::3, ::2] = bias.min()  # partly
+    return Problem(case, q, k, problem.v, problem.dout, problem.dlse, problem.scale, bias)

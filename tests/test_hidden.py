@@ -1,0 +1,30 @@
+"""Rows that a mask hides by a finite number are right.
+
+Real ranks solve the same problems in `run_calls.py`, `torch_calls.py` and `run_device.py`.
+"""
+
+import pytest
+
+from lvxattn import reference
+from lvxattn.reference.agreement import SCHEDULES
+from tests.hidden import problems, worst
+from tests.judge import solve
+from tests.test_full_attention import solve_whole
+
+
+def test_the_truth_rests_on_no_lse() -> None:
+    """It is held against the naive softmax, which takes no logarithm."""
+    for problem in problems("lv-xattn", 1):
+        assert worst(problem, solve_whole(problem), fp64=True) <= 1
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 5])
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "replicated"])
+def test_on_virtual_ranks(schedule: str, P: int) -> None:
+    def on_a_rank(comm: reference.VirtualComm) -> float:
+        return max(
+            worst(problem, solve(problem, comm, reference, schedule=schedule), fp64=True)
+            for problem in problems(schedule, P)
+        )
+
+    assert max(reference.run_ranks(P, on_a_rank)) <= 1
