@@ -26,6 +26,9 @@ import torch.distributed.device_mesh
 
 import lvxattn.torch_impl.run  # noqa: F401
 
+# Seconds that the others have when one has failed.
+GRACE = 3.0
+
 
 def serve() -> dict[str, Any] | None:
     """Answer requests until there are no more; in a rank, return what it is to do."""
@@ -43,11 +46,13 @@ def serve() -> dict[str, Any] | None:
 def ends(pids: list[int], timeout: float, together: bool) -> list[int | None]:
     """Wait for ranks; return their exit statuses."""
     statuses: dict[int, int | None] = {}
-    limit = time.monotonic() + timeout
+    limit, late = time.monotonic() + timeout, False
     while len(statuses) < len(pids):
         running = [pid for pid in pids if pid not in statuses]
-        late = time.monotonic() > limit
-        if late or (together and any(statuses.values())):
+        if together and any(statuses.values()):
+            limit, together = min(limit, time.monotonic() + GRACE), False
+        if time.monotonic() > limit:
+            late = not any(statuses.values())
             for pid in running:
                 os.kill(pid, signal.SIGKILL)
         for pid in running:
