@@ -22,7 +22,7 @@ from lvxattn.reference.check.command import main
 from lvxattn.reference.check.files import read_tensors
 from tests.check_kernels import SOURCE
 from tests.launch import PROGRAMS, ROOT, mpiexec
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
 NAME = "kernels_of_command_tests"
 COMMAND = (sys.executable, "-m", "lvxattn.reference.check")
@@ -305,7 +305,7 @@ def test_the_command_bears_that_nobody_reads_on() -> None:
         (mpiexec, "passed", 0, "the report", ""),
         (mpiexec, "failed", 1, "the report", ""),
         (mpiexec, "no module on the last rank", 2, "", "no module"),
-        (torchrun, "failed", 1, "the report", ""),
+        (forked, "failed", 1, "the report", ""),
     ],
 )
 def test_ranks_end_alike_and_one_speaks(

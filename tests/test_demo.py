@@ -44,7 +44,7 @@ def demo(ranks: int, folder: Path, *arguments: str) -> Finished:
         [*command, "lvxattn.mpi_impl", "demo", *arguments, *output],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         cwd=folder,
         env={**os.environ, "LVXATTN_PROGRESS": "plain"},
     )

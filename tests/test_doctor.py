@@ -46,7 +46,7 @@ def doctor_alone(**environment: str) -> subprocess.CompletedProcess[str]:
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
     )
 
 

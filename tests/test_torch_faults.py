@@ -51,7 +51,7 @@ ORDERS = [
 ]
 
 # Of the groups; what else a rank has to find out that another has failed; to end, as Python ends.
-TIMEOUT, SLACK, ENDING = 3.0, 3.0, 10.0
+TIMEOUT, SLACK, ENDING = 3.0, 15.0, 30.0
 
 BLOCKS = {
     "lv-xattn": ("the queries of rank {}", "the results for rank {}'s queries"),
@@ -64,7 +64,7 @@ TOGETHER = {"what all ranks have to say", "all ranks' results to be joined"}
 def reports() -> dict[tuple[Any, ...], dict[str, Any]]:
     """Return how the ranks of every case ended; they all run once, in one launch."""
     program = [sys.executable, "-W", "error", str(PROGRAMS / "torch_fault.py")]
-    ended = launch([*program, json.dumps(CASES + ORDERS)], timeout=150.0)
+    ended = launch([*program, json.dumps(CASES + ORDERS)], timeout=280.0)
     assert (ended.status, ended.err, ended.left, ended.timed_out) == (0, "", (), False)
     return dict(zip(CASES + ORDERS, json.loads(ended.out), strict=True))
 
@@ -237,8 +237,9 @@ def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
     ) in reports()[case]["err"][1]
 
 
+@pytest.mark.slow  # a rank that raises is among the cases above
 def test_torchrun_ends_the_others_when_one_raises() -> None:
-    ended = torchrun(2, PROGRAMS / "torch_mask.py", timeout=60.0)
+    ended = torchrun(2, PROGRAMS / "torch_mask.py")
     assert not ended.timed_out
     assert (ended.status, ended.out, ended.left) == (1, "", ())
     assert "ZeroDivisionError: of the user's own\n" in ended.err

@@ -149,7 +149,6 @@ def test_autocast_computes_the_same_with_recomputation() -> None:
         assert {grad.dtype for grad in results[-1][1:]} == {torch.float32}
     # A gradient of the features is the sum of two that were rounded, and may be rounded itself.
     assert apart(*results) <= 4 * UNIT["bfloat16"]
-    assert torch.equal(results[0][0], results[1][0])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
