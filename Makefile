@@ -5,6 +5,8 @@
 PYTHON ?= python3
 MPI ?= mpich
 RANKS ?= 4
+# Processes that run tests.
+JOBS ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -37,8 +39,8 @@ define NEEDS_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train tutorials lab notebooks docs test lint soak bench gpu bench-quick
-.PHONY: clean check-mpiexec
+.PHONY: help setup demo train tutorials lab notebooks docs test test-all test-rest test-core lint
+.PHONY: soak bench gpu bench-quick clean check-mpiexec
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -72,8 +74,26 @@ docs: $(STAMP) ## Make a site of README, tutorials and API in docs/_build/html
 	$(VENV_PYTHON) -m sphinx -W --keep-going --quiet docs docs/_build/html $(ARGS)
 	@echo "Open docs/_build/html/index.html"
 
-test: check-mpiexec $(STAMP) ## Run the tests (ARGS="-k merge" is handed to pytest)
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest $(ARGS)
+# Tests of one file share what they have started, and stay together.
+PYTEST := $(TEST_ENV) $(VENV_PYTHON) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test: check-mpiexec $(STAMP) ## Run the tests, 5 minutes on 2 idle cores (ARGS="-k merge" is handed to pytest)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: check-mpiexec $(STAMP) ## Run the slow ones too
+	$(PYTEST) $(ARGS)
+
+test-rest: check-mpiexec $(STAMP) ## Run what make test leaves out
+	$(PYTEST) -m slow $(ARGS)
+
+# Other kernels of OpenBLAS and of PyTorch than the processor's own, and older ones: they are there.
+CORE ?= $(if $(shell grep -sw avx512f /proc/cpuinfo),Haswell,Nehalem)
+NUMERIC := $(addprefix tests/test_,block_attention.py check_golden.py cross_attention.py \
+  full_attention.py kernels.py known_defects.py merge.py mpi.py precision.py recompute.py schedules.py \
+  torch.py torch_module.py)
+
+test-core: check-mpiexec $(STAMP) ## Run the numeric tests as on an older processor (CORE=Nehalem)
+	OPENBLAS_CORETYPE=$(CORE) ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" $(NUMERIC) $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(VENV_PYTHON) -m ruff check

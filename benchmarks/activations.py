@@ -37,8 +37,8 @@ def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> d
     """Return how many bytes of activations autograd keeps for the backward, by what they are.
 
     A storage counts once, whole, however many tensors see it; parameters do not count, as they are
-    there in any case.  What has no name of its own is ``"lse"`` by its shape, with what lse has lost
-    in rounding, or else ``"other"``.
+    there in any case.  What has no name of its own is ``"lse"`` by its shape, as is what that has
+    lost in rounding, or else ``"other"``.
     """
     parameters = {storage(p) for p in model.parameters()}
     names: dict[int, str] = {}

@@ -18,6 +18,7 @@ from machine import describe
 from threadpoolctl import threadpool_limits
 
 from lvxattn.mpi_impl import block_attention, block_attention_backward
+from lvxattn.reference.run.arguments import writable
 
 GOAL = 0.8  # at D = 128, S_Q = 512, S_KV = 32,768, forward
 
@@ -25,7 +26,7 @@ GOAL = 0.8  # at D = 128, S_Q = 512, S_KV = 32,768, forward
 def main() -> None:
     """Print, and on request store, the ratio for several shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", type=writable)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="an eighth of the keys")
     options = parser.parse_args()

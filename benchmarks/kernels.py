@@ -21,6 +21,7 @@ from machine import describe
 from torch import Tensor
 
 from lvxattn.reference.masks import MaskView
+from lvxattn.reference.run.arguments import writable
 from lvxattn.torch_impl import block_attention, block_attention_backward, cross_attention
 from lvxattn.torch_impl.kernels import KERNELS, Job
 from lvxattn.torch_impl.kernels.choose import choose
@@ -32,7 +33,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def main() -> None:
     """Print, and on request store, milliseconds by kernel for several shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", type=writable)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a few sizes in fp32, once")

@@ -20,6 +20,8 @@ from activations import Layers, peak_bytes, saved_bytes
 from machine import describe
 from torch import Tensor
 
+from lvxattn.reference.run.arguments import writable
+
 MEMORY_GOAL, TIME_GOAL = 0.40, 1.08
 LAYERS, HEADS_TO_ONE = 8, 4
 
@@ -27,7 +29,7 @@ LAYERS, HEADS_TO_ONE = 8, 4
 def main() -> None:
     """Print, and on request store, the bytes saved and the time that takes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", type=writable)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="E = 256 only, 2 pairs")

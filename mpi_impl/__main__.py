@@ -10,11 +10,11 @@ from mpi4py import MPI
 from lvxattn.mpi_impl import awareness, kernels
 from lvxattn.mpi_impl.doctor import examine
 from lvxattn.mpi_impl.last_words import announce_death
-from lvxattn.mpi_impl.launcher import mismatch, speaks
 from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.run import MPIRanks
 from lvxattn.mpi_impl.run.backend import Backend
 from lvxattn.mpi_impl.watchdog import timeout
+from lvxattn.reference.launcher import mismatch, speaks
 from lvxattn.reference.run import UsageError, refuse, run_command
 from lvxattn.reference.run.arguments import Parser, natural, positive
 from lvxattn.reference.run.measure import add_options as add_measure_options

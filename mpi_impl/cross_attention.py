@@ -10,7 +10,7 @@ from typing import Any
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import delta_of
-from lvxattn.mpi_impl.device import computing
+from lvxattn.mpi_impl.device import check_arrays, computing
 from lvxattn.mpi_impl.gather import gather, gather_backward
 from lvxattn.mpi_impl.last_words import named
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
@@ -22,6 +22,7 @@ from lvxattn.mpi_impl.watchdog import watching
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
+from lvxattn.reference.validation import instead_of
 
 Array = Any  # NumPy or CuPy
 
@@ -104,8 +105,9 @@ def cross_attention(
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
-                q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries
-            )
+                q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+                check=lambda: check_arrays(q),
+            )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
@@ -133,7 +135,8 @@ def cross_attention_backward(
 ) -> tuple[Array, Array, Array]:
     """Differentiate `cross_attention`.
 
-    Collective: every rank of comm calls this.
+    Collective: every rank of comm calls this.  Of several calls, all ranks differentiate the same
+    one: which that is, nothing but the program's order says.
 
     Parameters
     ----------
@@ -165,7 +168,7 @@ def cross_attention_backward(
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                backward=backward,
+                backward=backward, check=lambda: check_arrays(q),
             )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
@@ -199,7 +202,7 @@ def check_comm(comm: MPI.Intracomm) -> None:
         At once and on this rank: nobody can be asked over such a communicator.
     """
     if not hasattr(comm, "Isend"):
-        raise TypeError(f"comm: expected an MPI.Intracomm, got {type(comm).__name__}")
+        raise TypeError(f"comm: expected an MPI.Intracomm, got {instead_of(comm)}")
     if isinstance(comm, MPI.Comm) and (comm == MPI.COMM_NULL or comm.Is_inter()):
         kind = "COMM_NULL" if comm == MPI.COMM_NULL else "an intercommunicator"
         raise TypeError(f"comm: expected an MPI.Intracomm, got {kind}")

@@ -7,6 +7,7 @@ wait for, and through which they would wait for the attention that is queued the
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.reference.validation import library
+from lvxattn.reference.validation import is_array, library
 
 Array = Any
 
@@ -40,12 +41,18 @@ def array_module(x: Array) -> Any:
     TypeError
         Its package is not NumPy and has no CUDA arrays as CuPy has.
     """
-    module = import_module(library(x))
+    module = import_module(library(x)) if library(x) in sys.modules else None
     if module is not np and not (hasattr(module, "cuda") and hasattr(module, "asnumpy")):
         raise TypeError(
             f"q: expected a NumPy or CuPy array, got {type(x).__name__} of {library(x)}"
         )
     return module
+
+
+def check_arrays(q: Any) -> None:
+    """Refuse the arrays of other libraries; what is no array is left to the shared checks."""
+    if is_array(q):
+        array_module(q)
 
 
 class Streams(NamedTuple):

@@ -7,6 +7,7 @@ that has one, or the first mismatch, or agreement.
 """
 
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isclose, sqrt
@@ -19,9 +20,11 @@ from lvxattn.reference.validation import (
     arange,
     check_attention,
     check_backward,
+    check_communicator,
     check_mask_shape_rows,
     device_kind,
     dtype_name,
+    library,
     on_rank,
     raise_lowest,
     raise_together,
@@ -48,11 +51,12 @@ EQUAL_ON_ALL_RANKS = {
     "scale": "scale",
     "schedule": "schedule",
     "queries": "queries",
+    "library": "q",
     "device": "q",
     "call": "call",
 }
 # What of that concerns the call alone, not its layout.
-ONLY_OF_THE_CALL = ("device", "call")
+ONLY_OF_THE_CALL = ("library", "device", "call")
 
 
 def agree_on(
@@ -68,7 +72,7 @@ def agree_on(
     queries: str = "sharded",
     call: str = "forward",
     machine: Any = None,
-    check: Callable[[], None] | None = None,
+    check: Callable[[], object] | None = None,
 ) -> list["Record"]:
     """Return the records of all ranks, in rank order.
 
@@ -85,13 +89,15 @@ def agree_on(
     machine : Machine, optional
         Rank 0's says what schedule ``"auto"`` is.
     check : callable, optional
-        What an implementation has to check besides: it raises what is wrong on this rank.
+        What an implementation has to check besides, such as whose arrays it computes with: it
+        raises what is wrong on this rank.
 
     Raises
     ------
     ValueError, TypeError
         The same on every rank.
     """
+    check_communicator(comm)
     mine: Record | Exception
     try:
         if check is not None:
@@ -151,9 +157,11 @@ class Record:
     scale: float
     schedule: str
     queries: str
+    library: str
     device: str
     call: str
     machine: Any
+    clock: int
 
     @staticmethod
     def of(
@@ -185,9 +193,11 @@ class Record:
             scale=1 / sqrt(D) if scale is None else float(scale),
             schedule=schedule,
             queries=queries,
+            library=library(q),
             device=device_kind(q),
             call=call,
             machine=machine,
+            clock=time.time_ns() // 1000,
         )
 
 
@@ -216,7 +226,7 @@ def _check_equal(records: list[Record]) -> None:
                 close = name == "scale" and isclose(given, expected, rel_tol=1e-12)
                 if given != expected and not close:
                     symbol = "" if name == argument else f" {name} ="
-                    raise (TypeError if name == "dtype" else ValueError)(
+                    raise (TypeError if name in ("dtype", "library") else ValueError)(
                         f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
                     )
             if replicated and record.s_q != S_Q:

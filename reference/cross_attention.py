@@ -98,12 +98,13 @@ def cross_attention(
         Naming the argument, what was expected, what was given and the rank; on every rank alike,
         before anything is sent, unless `layout` is given: then on the rank that misfits.
     """
-    check_numpy(q)
     if layout is None:
         layout = Layout.agree(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries
-        )
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            check=lambda: check_numpy(q),
+        )  # fmt: skip
     else:
+        check_numpy(q)
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
@@ -157,13 +158,13 @@ def cross_attention_backward(
         As `cross_attention`.
     """
     backward = dout, out, lse, dlse
-    check_numpy(q)
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            backward=backward,
+            backward=backward, check=lambda: check_numpy(q),
         )  # fmt: skip
     else:
+        check_numpy(q)
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
     forward, backward_pass = passes(layout)
     dout, q, k, v, out, lse = (x.astype(np.float64) for x in (dout, q, k, v, out, lse))

@@ -7,6 +7,7 @@ launcher gave them, so that P - 1 hops cross a slow link between hosts no more o
     ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from math import isclose
@@ -30,8 +31,10 @@ from lvxattn.reference.validation import (
     accumulator,
     check_attention,
     check_backward,
+    check_communicator,
     check_mask_rows,
     dtype_name,
+    is_array,
     library,
     on_rank,
 )
@@ -66,6 +69,8 @@ class Layout:
         ``"sharded"``, or ``"replicated"``: every rank holds all queries.
     machine : lvxattn.reference.plan.Machine or None
         What `explain` reckons with.
+    stamp : int
+        How many bytes every message of a backward has besides, which say whose it is.
     """
 
     rank: int
@@ -84,6 +89,7 @@ class Layout:
     schedule: str
     queries: str = "sharded"
     machine: Any = None
+    stamp: int = 0
 
     @staticmethod
     def agree(
@@ -98,6 +104,7 @@ class Layout:
         queries: str = "sharded",
         machine: Any = None,
         backward: Backward | None = None,
+        check: Callable[[], object] | None = None,
     ) -> "Layout":
         """Check all ranks' arguments together and lay out the ring.
 
@@ -126,6 +133,8 @@ class Layout:
             Where the ranks are; rank 0's counts.
         backward : (dout, out, lse, dlse), optional
             Checked too, where a backward is to follow.
+        check : callable, optional
+            Raises what else is wrong on this rank.
 
         Returns
         -------
@@ -140,7 +149,7 @@ class Layout:
         call = "forward" if backward is None else "backward"
         records = agree_on(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            machine=machine, backward=backward, call=call,
+            machine=machine, backward=backward, call=call, check=check,
         )  # fmt: skip
         return Layout.of(records, comm.rank)
 
@@ -213,6 +222,7 @@ class Layout:
         ValueError, TypeError
             On this rank only: under MPI the program's end then ends the others.
         """
+        check_communicator(comm)
         try:
             check_attention(q, k, v, scale=scale, mask=mask)
             check_mask_rows(mask, self.S_Q)
@@ -338,6 +348,7 @@ def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
     array
         A view of x.
     """
+    check_communicator(comm)
     cut = [slice(None)] * len(x.shape)
     cut[axis] = share(x.shape[axis], comm.rank, comm.size)
     return x[tuple(cut)]
@@ -368,12 +379,17 @@ def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
 
     Raises
     ------
-    ValueError
-        On every rank, when the parts differ in dtype or in another axis.
+    ValueError, TypeError
+        On every rank, when the parts differ in library, in dtype or in another axis.
     """
+    check_communicator(comm)
     parts = comm.allgather(x)
     first = parts[0]
     for rank, part in enumerate(parts):
+        if not is_array(part) or library(part) != library(first):
+            wanted = f"a {library(first)} array as on rank 0" if is_array(first) else "an array"
+            error: Exception = TypeError(f"x: expected {wanted}, got {type(part).__name__}")
+            raise on_rank(error, rank, comm.size)
         others = [n for i, n in enumerate(part.shape) if i != axis % len(first.shape)]
         expected = [n for i, n in enumerate(first.shape) if i != axis % len(first.shape)]
         if (others, dtype_name(part)) != (expected, dtype_name(first)):

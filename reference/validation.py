@@ -17,6 +17,8 @@ T = TypeVar("T")
 Forms = tuple[tuple[tuple[int, ...], str], ...]
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
+# A subclass of one of their arrays is computed with as such.
+LIBRARIES = ("numpy", "cupy", "torch")
 # Up to this size lse alone will do: its rounding in fp32 is a factor of 1 + 1.5e-5 at most.
 LARGE_LSE = 256.0
 
@@ -79,8 +81,29 @@ def check_attention(q: Array, k: Array, v: Array, *, scale: float | None, mask: 
 
 def check_numpy(x: Array, name: str = "q") -> None:
     """Refuse the arrays of other libraries, with which the reference does not compute."""
-    if hasattr(x, "shape") and hasattr(x, "dtype") and library(x) != "numpy":
+    if is_array(x) and library(x) != "numpy":
         raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__} of {library(x)}")
+
+
+def check_communicator(comm: Any) -> None:
+    """Refuse what is no communicator.
+
+    Raises
+    ------
+    TypeError
+        At once and on this rank: nobody can be asked.
+    """
+    if not hasattr(comm, "allgather") or not hasattr(comm, "rank"):
+        raise TypeError(f"comm: expected a communicator, got {instead_of(comm)}")
+
+
+def instead_of(x: Any) -> str:
+    """Return what was given instead of ranks, in words: masks are, as a fourth argument."""
+    if is_array(x):
+        return f"{type(x).__name__} of shape {tuple(x.shape)}; a mask is given as mask="
+    if isinstance(x, type) or not callable(x):
+        return type(x).__name__
+    return f"{type(x).__name__} {getattr(x, '__name__', '')}; a mask is given as mask="
 
 
 def check_scale(scale: float | None) -> None:
@@ -297,7 +320,7 @@ def accumulator(dtype: str) -> str:
 
 
 def _check_array(name: str, x: Any, like: Any) -> None:
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    if not is_array(x):
         raise TypeError(f"{name}: expected an array, got {_kind(x)}")
     if type(x).__module__.startswith("numpy.ma"):
         raise TypeError(f"{name}: expected a plain array and mask=, got a masked array")
@@ -318,9 +341,18 @@ def _check_axis(name: str, x: Array, axis: int, symbol: str, size: int, of: str)
         )
 
 
+def is_array(x: Any) -> bool:
+    """Return whether x is an array of any library."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
 def library(x: Any) -> str:
-    """Return the name of the package that defines the array's type, such as ``"numpy"``."""
-    return type(x).__module__.partition(".")[0]
+    """Return the name of the package that the array is computed with, such as ``"numpy"``.
+
+    A subclass belongs to the package of its base, wherever it is defined.
+    """
+    packages = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    return next((name for name in packages if name in LIBRARIES), packages[0])
 
 
 def arange(x: Array) -> Callable[[int, int], Array]:

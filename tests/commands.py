@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.launch import PROGRAMS, mpiexec
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
-LAUNCHERS = {"mpi_impl": mpiexec, "torch_impl": torchrun}
+LAUNCHERS = {"mpi_impl": mpiexec, "torch_impl": forked}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def commands(
     *lines: list[Any],
     breakages: Sequence[str] = (),
     implementation: str = "mpi_impl",
-    timeout: float = 60.0,
+    timeout: float = 120.0,
 ) -> list[Said]:
     """Run command lines on P ranks, one after the other, each with its breakage, if any.
 

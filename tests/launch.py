@@ -52,7 +52,7 @@ class Ended:
 def mpiexec(
     P: int,
     *args: str | Path,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     mpi4py: bool = True,
     strict: bool = True,
     env: dict[str, str | None] | None = None,
@@ -98,14 +98,6 @@ def launch(
         Added to the environment; None takes a variable out of it.
     """
     mark = uuid.uuid4().hex
-    wanted: dict[str, str | None] = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        # Programs import tests.*; and this checkout, wherever lvxattn is installed from.
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src"), *_python_path()]),
-        MARK: mark,
-        **(env or {}),
-    }
     start = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -113,7 +105,7 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={name: value for name, value in wanted.items() if value is not None},
+        env=environment({MARK: mark, **(env or {})}),
         start_new_session=True,
     )
     timed_out = False
@@ -125,14 +117,32 @@ def launch(
         _kill(_marked(mark))
         out, err = process.communicate()
     seconds = time.monotonic() - start
-    while (left := _marked(mark)) and time.monotonic() < start + seconds + GRACE:
+    return Ended(process.returncode, out, err, timed_out, seconds, outlived(mark))
+
+
+def environment(changes: dict[str, str | None] | None = None) -> dict[str, str]:
+    """Return the environment of a program; None takes a variable out of it."""
+    wanted: dict[str, str | None] = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        # Programs import tests.*; and this checkout, wherever lvxattn is installed from.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src"), *_python_path()]),
+        **(changes or {}),
+    }
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def outlived(mark: str) -> tuple[str, ...]:
+    """Kill the processes of a run that are still there after the grace; return their commands."""
+    limit = time.monotonic() + GRACE
+    while (left := _marked(mark)) and time.monotonic() < limit:
         time.sleep(0.02)
     _kill(left)
-    return Ended(process.returncode, out, err, timed_out, seconds, tuple(left.values()))
+    return tuple(left.values())
 
 
 def report(
-    P: int, program: str, *args: str, env: dict[str, str | None] | None = None, timeout: float = 60
+    P: int, program: str, *args: str, env: dict[str, str | None] | None = None, timeout: float = 120
 ) -> Any:
     """Return the JSON that rank 0 of a program of `PROGRAMS` prints; it must end well.
 

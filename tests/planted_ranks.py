@@ -49,27 +49,28 @@ class Planted:
             s = self._scores(q_block, k, columns, scale, start[owner], first_key)
             top = np.maximum(s.max(axis=-1, initial=-np.inf), np.finfo(wide).min)
             p = np.exp(s - top[..., None])
-            total = p.sum(axis=-1)
-            with np.errstate(divide="ignore"):
-                lse = np.where(dropped, -np.inf, top + np.log(total)).astype(wide)
+            total = np.where(dropped, 0, p.sum(axis=-1)).astype(wide)
             p = p.astype(dtype).astype(wide) if self.round_p else p
             out = p @ _repeated(v, q, wide) / np.where(total > 0, total, 1)[..., None]
-            out = np.where(lse[..., None] == -np.inf, 0, out)
-            parts.append((out.astype(dtype) if self.blocks_in_half else out, lse))
+            out = np.where(total[..., None] > 0, out, 0)
+            parts.append((out.astype(dtype) if self.blocks_in_half else out, top, total))
         owner = comm.rank
         if self.fault == "neighbour at odd P" and comm.size % 2 and comm.size > 1:
             owner = (owner + 1) % comm.size
         mine = [gathered[owner] for gathered in comm.allgather(parts)]
-        out, lse = mine[0][0].astype(wide), mine[0][1]
-        for part, part_lse in mine[1:]:
-            together = np.logaddexp(lse, part_lse)
-            base = np.where(together == -np.inf, 0, together)
-            a, b = np.exp(lse - base)[..., None], np.exp(part_lse - base)[..., None]
+        out, top, total = mine[0][0].astype(wide), *mine[0][1:]
+        for part, part_top, part_total in mine[1:]:
+            highest = np.maximum(top, part_top)
+            a, b = total * np.exp(top - highest), part_total * np.exp(part_top - highest)
+            top, total = highest, a + b
+            a, b = (x / np.where(total > 0, total, 1) for x in (a, b))
             if self.fault == "unweighted merge":
-                a = b = np.asarray(0.5, wide)
-            out, lse = a * out + b * part.astype(wide), together
+                a = b = np.full_like(total, 0.5)
+            out = a[..., None] * out + b[..., None] * part.astype(wide)
             if self.fault == "merge in half":
                 out = out.astype(dtype).astype(wide)
+        with np.errstate(divide="ignore"):
+            lse = np.where(total > 0, top + np.log(total), -np.inf).astype(wide)
         if self.fault == "another rank's shape" and comm.size > 1:
             return out[:, :, :-1].astype(dtype), lse
         return out.astype(dtype), lse
@@ -90,15 +91,27 @@ class Planted:
         """Return this rank's dq, dk and dv."""
         dtype, wide = q.dtype, lse.dtype
         delta = (dout.astype(wide) * out.astype(wide)).sum(axis=-1)
-        blocks = comm.allgather((q, dout, lse, delta))
+        blocks = comm.allgather((q, dout, delta))
         columns = self._columns(k, mask, comm)
         first_key = sum(comm.allgather(k.shape[2])[: comm.rank])
         start = np.cumsum([0, *(block[0].shape[2] for block in blocks)])
         dq_parts: list[Array] = []
         dkv_parts: list[tuple[Array, Array]] = []
-        for owner, (q_block, dout_block, lse_block, delta_block) in enumerate(blocks):
-            s = self._scores(q_block, k, columns, scale, start[owner], first_key)
-            p = np.exp(s - np.where(lse_block == -np.inf, 0, lse_block)[..., None])
+        scores = [
+            self._scores(block[0], k, columns, scale, start[owner], first_key)
+            for owner, block in enumerate(blocks)
+        ]
+        # lse may have lost how many keys there are: the softmax is taken anew.
+        tops = comm.allgather([s.max(axis=-1, initial=-np.inf) for s in scores])
+        tops = [np.maximum(np.max(x, axis=0), np.finfo(wide).min) for x in zip(*tops, strict=True)]
+        own = [np.exp(s - top[..., None]) for s, top in zip(scores, tops, strict=True)]
+        totals = [
+            np.sum(x, axis=0)
+            for x in zip(*comm.allgather([p.sum(axis=-1) for p in own]), strict=True)
+        ]
+        for owner, (q_block, dout_block, delta_block) in enumerate(blocks):
+            total = totals[owner][..., None]
+            p = own[owner] / np.where(total > 0, total, 1)
             dout_block = dout_block.astype(wide)
             dp = dout_block @ _repeated(v, q, wide).swapaxes(-1, -2)
             ds = p * (dp - delta_block[..., None])

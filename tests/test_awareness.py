@@ -158,10 +158,13 @@ def test_one_that_hangs_is_killed_with_what_it_has_started(tmp_path: Path) -> No
         "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(60)"
     )
     where, start = tmp_path / "child", time.monotonic()
-    got = awareness.outcome([sys.executable, "-c", program, str(where)], 2)
-    assert got == (False, "not done after 2 s")
+    for seconds in (2, 20):  # the second, where it takes longer to start
+        got = awareness.outcome([sys.executable, "-c", program, str(where)], seconds)
+        assert got == (False, f"not done after {seconds} s")
+        if where.exists():
+            break
     while runs(int(where.read_text())):
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 60
         time.sleep(0.01)
 
 

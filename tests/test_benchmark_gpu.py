@@ -90,7 +90,7 @@ def stored(parts: Any) -> dict[str, Any]:
         ("print('first'); print('last')", 20, (), "ok", "last"),
         ("print('said'); raise SystemExit(3)", 20, (), "FAILED (3)", "said"),
         ("import os; os.abort()", 20, (), "FAILED (-6)", ""),
-        ("import time; print('began', flush=True); time.sleep(60)", 1, (), "OUT OF TIME", "began"),
+        ("import time; print('began', flush=True); time.sleep(100)", 3, (), "OUT OF TIME", "began"),
         ("print('never')", 20, ("cupy",), "not run: no cupy", ""),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_step_ends_in_its_time_and_says_how(
     step = gpu["steps"].Step("a step", command, limit, needs)
     row = gpu["steps"].perform(step, machine, 500)
     assert (row["outcome"], row["last"]) == (outcome, last)
-    assert row["seconds"] < 10
+    assert row["seconds"] < 40
 
 
 def test_a_step_that_has_no_time_left_is_not_run(gpu: dict[str, ModuleType]) -> None:
@@ -172,7 +172,7 @@ def run_gpu(out: Path, steps: list[tuple[str, str, str]], *args: str) -> Ended:
     program = f"FOLDER, STEPS = {str(FOLDER)!r}, {steps!r}\n{RUN}"
     return launch(
         [sys.executable, "-c", program, "--out", str(out), *args],
-        timeout=30,
+        timeout=100,
         env={"TMPDIR": str(out.parent / "scratch")},
     )
 
@@ -185,6 +185,7 @@ def cupy_row(**changed: Any) -> dict[str, Any]:
     } | changed  # fmt: skip
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_no_process_and_keeps_the_results_there_were(
     tmp_path: Path, number: signal.Signals
@@ -195,13 +196,13 @@ def test_an_interrupted_run_leaves_no_process_and_keeps_the_results_there_were(
     rows = json.dumps([cupy_row()])
     cut = f"{WRITE_CUPY.format(rows)}; import os, subprocess, time\n"
     # A rank in a session of its own, that holds the output and does not hear of the end.
-    cut += "subprocess.Popen(['sh', '-c', 'trap : TERM; sleep 50'], start_new_session=True)\n"
-    cut += f"os.kill(os.getppid(), {int(number)}); time.sleep(50)"
+    cut += "subprocess.Popen(['sh', '-c', 'trap : TERM; sleep 100'], start_new_session=True)\n"
+    cut += f"os.kill(os.getppid(), {int(number)}); time.sleep(100)"
     ended = run_gpu(out, [("one", "print(1)", ""), ("two", cut, "cupy"), ("three", "", "")])
     assert ended.status == 128 + number, ended.err
     assert not ended.left
     assert "Traceback" not in ended.err
-    assert ended.seconds < 20
+    assert ended.seconds < 40
     assert not list((tmp_path / "scratch").iterdir())
     assert (out / "gpu-x-1.json").read_text() == "complete"
     (unfinished,) = out.glob("gpu-x-1.unfinished-*.json")
@@ -267,16 +268,16 @@ def test_bad_arguments_are_refused_before_anything_is_run(
 def test_a_step_out_of_time_takes_along_what_it_started_and_its_output_is_kept() -> None:
     step = (
         "import subprocess, time\n"
-        "subprocess.Popen(['sh', '-c', 'trap : TERM; sleep 50'], start_new_session=True)\n"
-        "print('began', flush=True); time.sleep(50)\n"
+        "subprocess.Popen(['sh', '-c', 'trap : TERM; sleep 100'], start_new_session=True)\n"
+        "print('began', flush=True); time.sleep(100)\n"
     )
     program = f"import os, process, sys; command = [sys.executable, '-c', {step!r}]\n"
-    program += "print(process.run(command, dict(os.environ), 1))"
+    program += "print(process.run(command, dict(os.environ), 3))"
     path = os.pathsep.join(map(str, (FOLDER, ROOT / "src")))
-    ended = launch([sys.executable, "-c", program], timeout=30, env={"PYTHONPATH": path})
+    ended = launch([sys.executable, "-c", program], timeout=100, env={"PYTHONPATH": path})
     assert ended.out.strip() == r"Ended(status=None, out='began\n', err='')", ended.err
     assert not ended.left
-    assert ended.seconds < 10
+    assert ended.seconds < 40
 
 
 @pytest.mark.parametrize(
@@ -402,7 +403,7 @@ def test_make_gpu_hands_on_what_was_named(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\n[ $1 = -V ] && echo Python 3.9.1\nexit 1\n")
     old.chmod(0o755)
-    refused = launch(["make", "-C", str(ROOT), "gpu", f"PYTHON={old}"], timeout=20)
+    refused = launch(["make", "-C", str(ROOT), "gpu", f"PYTHON={old}"], timeout=100)
     assert refused.status == 2
     assert f"Python 3.11 or newer is needed, and {old} is Python 3.9.1." in refused.err
     for given, wanted in {
@@ -410,6 +411,6 @@ def test_make_gpu_hands_on_what_was_named(tmp_path: Path) -> None:
         ("DRY=0", "OUT=a b"): "benchmarks/gpu --out 'a b'",
         ("MPI=system", "DRY="): "benchmarks/gpu --mpiexec 'mpiexec'",
     }.items():
-        printed = launch(["make", "-n", "-C", str(ROOT), "gpu", *given], timeout=20).out
+        printed = launch(["make", "-n", "-C", str(ROOT), "gpu", *given], timeout=100).out
         command = printed.replace("\\\n", " ").partition("benchmarks/gpu")[1:]
         assert "".join(command).split("\n")[0].split() == wanted.split()

@@ -42,14 +42,21 @@ takes_any_mask = pytest.mark.parametrize(
 
 
 def solvable(cases: list[Case]) -> pytest.MarkDecorator:
-    """Parametrise over cases and the backends that solve them."""
-    pairs = [
-        pytest.param(case, backend, id=f"{case.name}-{backend.name}")
-        for case in cases
-        for backend in BLOCK_BACKENDS
+    """Parametrise over cases and the backends that solve them, in one part or, by turns, in three.
+
+    The other number is slow.
+    """
+    found = [
+        pytest.param(
+            case, backend, parts, id=f"{case.name}-{backend.name}-{parts}",
+            marks=[] if (n + m + parts // 2) % 2 else pytest.mark.slow,
+        )
+        for n, case in enumerate(cases)
+        for m, backend in enumerate(BLOCK_BACKENDS)
         if backend.can(case)
-    ]
-    return pytest.mark.parametrize(("case", "backend"), pairs)
+        for parts in (1, 3)
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("case", "backend", "parts"), found)
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +112,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> None:
         monkeypatch.setattr(module, "_Tiles", Tiles)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
 @solvable(CASES + BF16)
-def test_equals_naive_softmax_and_its_gradients(case: Case, parts: int, backend: Backend) -> None:
+def test_equals_naive_softmax_and_its_gradients(case: Case, backend: Backend, parts: int) -> None:
     problem = case.make()
     results = solve_block(problem, backend, parts)
     assert max(worst_ratios(problem, results, fp64=backend.fp64).values()) <= 1

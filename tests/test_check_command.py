@@ -22,7 +22,7 @@ from lvxattn.reference.check.command import main
 from lvxattn.reference.check.files import read_tensors
 from tests.check_kernels import SOURCE
 from tests.launch import PROGRAMS, ROOT, mpiexec
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
 NAME = "kernels_of_command_tests"
 COMMAND = (sys.executable, "-m", "lvxattn.reference.check")
@@ -305,7 +305,7 @@ def test_the_command_bears_that_nobody_reads_on() -> None:
         (mpiexec, "passed", 0, "the report", ""),
         (mpiexec, "failed", 1, "the report", ""),
         (mpiexec, "no module on the last rank", 2, "", "no module"),
-        (torchrun, "failed", 1, "the report", ""),
+        (forked, "failed", 1, "the report", ""),
     ],
 )
 def test_ranks_end_alike_and_one_speaks(
@@ -318,3 +318,15 @@ def test_ranks_end_alike_and_one_speaks(
     if launch is mpiexec:  # torchrun has its own words for a status that is not 0
         assert ended.err.count(err) == 1 if err else not ended.err
     assert ended.status == status
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("rank", "err"), [("0", "started 4 processes (PMI_SIZE)"), ("2", "")])
+def test_ranks_that_all_believe_to_be_alone_are_refused(
+    rank: str, err: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setenv("PMI_RANK", rank)
+    assert main([f"{NAME}:right", "--distributed"]) == 2
+    said = capsys.readouterr()
+    assert (err in said.err, bool(said.err), said.out) == (True, rank == "0", "")

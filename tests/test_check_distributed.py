@@ -32,7 +32,7 @@ from lvxattn.reference.check.ranks.outcome import (
 from lvxattn.reference.check.shards import CUTS, Cut, sweep_of, whole_of
 from tests.launch import PROGRAMS, Ended, mpiexec
 from tests.planted_ranks import Planted
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
 PROGRAM = PROGRAMS / "check_distributed.py"
 FEW = ("gaussian", "random-mask", "ragged-lengths")
@@ -90,7 +90,7 @@ def checked(fn: Any, ranks: int, **options: Any) -> Report:
 
 
 def launched(start: Any, P: int, **wishes: Any) -> Ended:
-    ended: Ended = start(P, PROGRAM, json.dumps(wishes), timeout=60)
+    ended: Ended = start(P, PROGRAM, json.dumps(wishes), timeout=120)
     assert not ended.timed_out, ended.err
     assert not ended.left
     return ended
@@ -348,7 +348,7 @@ class TestRealRanks:
         assert set(report["results"]) == set(RESULTS)
 
     def test_torch_impl_passes(self) -> None:
-        ended = launched(torchrun, 3, schedule="lv-xattn", dtypes=["bfloat16"])
+        ended = launched(forked, 3, schedule="lv-xattn", dtypes=["bfloat16"])
         assert ended.status == 0, ended.err
         report = json.loads(ended.out)
         assert report["passed"], report["text"]
@@ -371,8 +371,8 @@ class TestRealRanks:
         assert "the rest was not run" in ended.out
         assert "rank 1 of 3: ValueError: no such thing" in ended.out
 
-    def test_ranks_of_torchrun_too(self) -> None:
-        ended = launched(torchrun, 2, waits=True, cases=FEW, time_limit=0.5)
+    def test_ranks_of_pytorch_too(self) -> None:
+        ended = launched(forked, 2, waits=True, cases=FEW, time_limit=0.5)
         assert ended.status == 1
         assert "rank 1 of 2: ValueError: no such thing" in ended.out
         assert "the rest was not run" in ended.out

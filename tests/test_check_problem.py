@@ -12,6 +12,7 @@ import pytest
 from lvxattn.reference import full_attention
 from lvxattn.reference.check import Case, Problem, case_of, draw, suite_of
 from lvxattn.reference.check.cases import CASES, large
+from lvxattn.reference.check.judge import truth_of
 from lvxattn.reference.check.rounded import visible
 from lvxattn.reference.run.tensors import InputError
 
@@ -117,7 +118,7 @@ def test_every_row_sees_something_unless_the_case_is_about_rows_that_see_nothing
 )
 def test_a_mask_hides_something_from_a_row_that_sees_something(name: str) -> None:
     rows = seen(drawn(name, "float32"))
-    if name == "finite-minimum":
+    if name in ("finite-minimum", "hidden-rows"):
         problem = drawn(name, "float32")
         assert isinstance(problem.mask, np.ndarray)
         rows = np.broadcast_to(problem.mask > np.finfo(np.float32).min, rows.shape)
@@ -174,7 +175,30 @@ def test_the_finite_minimum_is_the_dtype_s_and_the_last_row_is_near_minus_10000(
     assert np.isfinite(wide).all()
     assert wide.min() == least[dtype]
     assert (wide[:, :, -1] == {"bfloat16": -9984.0}.get(dtype, -10000.0)).all()
-    assert drawn("finite-minimum", dtype).q_kinds.tolist() == [0] * 8 + [1]
+    assert drawn("finite-minimum", dtype).q_kinds.tolist() == [0] * 6 + [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["finite-minimum", "hidden-rows"])
+def test_rows_that_a_number_hides_whole_are_the_plain_mean(name: str, dtype: str) -> None:
+    problem = drawn(name, dtype)
+    truth, rows = truth_of(problem), slice(6, 11)
+    group = problem.case.H // problem.case.H_KV
+    mean = np.repeat(problem.v.astype(float).mean(axis=2, keepdims=True), group, axis=1)
+    wide = np.asarray(problem.mask, float)
+    assert len(np.unique(wide[0, 0, rows, 0])) == (2 if dtype == "float16" else 5)
+    np.testing.assert_allclose(
+        truth.results["out"][:, :, rows], mean.repeat(5, axis=2), rtol=1e-9, atol=1e-12
+    )
+    # Each key has 1 / n of what comes from above, in one of the cases.
+    dout = problem.dout[:, :, rows].astype(float)
+    assert (name == "hidden-rows") == dout.any()
+    others = replace(problem, dout=problem.dout.copy(), known={})
+    others.dout[:, :, rows] = 0
+    share = truth.results["dv"] - truth_of(others).results["dv"]
+    equal = dout.sum(axis=2).reshape(*problem.k.shape[:2], group, -1).sum(axis=2)[:, :, None] / 37
+    np.testing.assert_allclose(share, equal.repeat(37, axis=2), rtol=1e-6, atol=1e-9)
+    assert all((limit < 1).all() for limit in (truth.limits["out"], truth.limits["dv"]))
 
 
 @pytest.mark.parametrize("case", ["dead-rows", "minus-infinity"])

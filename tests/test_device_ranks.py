@@ -66,7 +66,7 @@ def test_the_mpi_of_the_wheel_is_not_cuda_aware_and_blocks_are_staged() -> None:
 
 
 def test_another_wish_is_a_clear_error() -> None:
-    ended = mpiexec(2, PROGRAMS / "run_device.py", env={"LVXATTN_CUDA_AWARE": "yes"}, timeout=30)
+    ended = mpiexec(2, PROGRAMS / "run_device.py", env={"LVXATTN_CUDA_AWARE": "yes"}, timeout=100)
     assert (ended.timed_out, ended.left) == (False, ())
     assert ended.status != 0
     assert "ValueError: LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got 'yes'" in ended.err

@@ -15,7 +15,7 @@ from lvxattn.mpi_impl.doctor.advice import find_problems
 from lvxattn.mpi_impl.doctor.examination import _print_facts, examine
 from lvxattn.mpi_impl.doctor.facts import Facts
 from lvxattn.mpi_impl.doctor.ring import Link
-from lvxattn.mpi_impl.launcher import claim, mismatch, speaks
+from lvxattn.reference.launcher import claim, mismatch, speaks
 from tests import fake_cupy
 from tests.commands import commands
 
@@ -32,19 +32,21 @@ SOUND = Facts(
     gpu_files=0,
     cuda_aware=(False, "asked"),
 )
+# As torchrun tells the first of its processes.
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
 LINKS = [Link(1, 0, True, 1e-6, 1e9), Link(0, 1, True, 1e-6, 1e9)]
 
 
 def doctor_alone(**environment: str) -> subprocess.CompletedProcess[str]:
     """Run the doctor without mpiexec."""
-    launched = ("PMI", "OMPI_", "SLURM_", "MV2_")
+    launched = ("PMI", "OMPI_", "SLURM_", "MV2_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
     clean = {n: v for n, v in os.environ.items() if not n.startswith(launched)}
     return subprocess.run(
         [sys.executable, "-m", "mpi4py", "-m", "lvxattn.mpi_impl", "doctor"],
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
     )
 
 
@@ -75,16 +77,27 @@ def test_a_launcher_of_another_mpi_is_an_error_that_one_process_prints() -> None
     assert "started 4 processes (PMI_SIZE), but MPI sees 1" in first.stdout
     second = doctor_alone(PMI_SIZE="4", PMI_RANK="2")
     assert (second.returncode, second.stdout) == (1, "")
+    by_torch = doctor_alone(**TORCHRUN)
+    assert by_torch.returncode == 1
+    assert "ERROR: torchrun or its like started 4 processes (WORLD_SIZE)" in by_torch.stdout
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("command", ["run", "measure", "demo"])
+@pytest.mark.parametrize(
+    ("size", "rank"), [("PMI_SIZE", "PMI_RANK"), ("WORLD_SIZE", "RANK")], ids=["mpi", "torchrun"]
+)
 def test_no_other_command_works_when_every_rank_is_alone(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    size: str,
+    rank: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("PMI_SIZE", "4")
-    for number, wrong in (("0", "started 4 processes (PMI_SIZE), but MPI sees 1"), ("2", "")):
-        monkeypatch.setenv("PMI_RANK", number)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv(size, "4")
+    for number, wrong in (("0", f"started 4 processes ({size}), but MPI sees 1"), ("2", "")):
+        monkeypatch.setenv(rank, number)
         assert main([command]) == 2
         said = capsys.readouterr()
         assert (wrong in said.err, said.out, bool(said.err)) == (True, "", number == "0")
@@ -122,6 +135,10 @@ def test_a_bad_variable_is_bad_input_of_every_command_and_an_empty_one_is_unset(
         ({"PMIX_RANK": "3"}, 1, "PMIX_RANK"),
         ({"PMIX_RANK": "3"}, 4, None),
         ({"PMI_SIZE": "x"}, 1, None),
+        (TORCHRUN, 1, "torchrun or its like started 4 processes (WORLD_SIZE), but MPI sees 1"),
+        (TORCHRUN | {"PMI_SIZE": "1", "PMI_RANK": "0"}, 1, "start the program with mpiexec"),
+        (TORCHRUN, 4, None),  # a script sets them under mpiexec
+        ({"WORLD_SIZE": "4", "RANK": "0"}, 1, None),
     ],
 )
 def test_launcher_and_library_are_compared(

@@ -130,7 +130,6 @@ def test_nan_stays_with_its_row_or_its_head(which: str, kernel: str) -> None:
 @HERE
 def test_views_of_bytes_and_of_some_keys_are_taken_as_they_are(kernel: str) -> None:
     problem = Case("strided", B=2, H=4, H_KV=2, S_KV=40, dtype="float32").make()
-    want = solve(problem, kernel)
     sizes = [problem.k.nbytes, problem.v.nbytes]
     block = torch.empty(sum(sizes) + 16, dtype=torch.uint8)
     k, v = (
@@ -141,8 +140,8 @@ def test_views_of_bytes_and_of_some_keys_are_taken_as_they_are(kernel: str) -> N
     long[:, :, :40] = tensor(problem.v)
     v = long[:, :, :40]
     out, lse = block_attention(tensor(problem.q), k, v, scale=problem.scale, kernel=kernel)
-    assert torch.equal(lse, tensor(want["lse"]))
-    assert torch.equal(out, tensor(want["out"]))
+    results = {"out": out.numpy(), "lse": lse.numpy()}
+    assert max(worst_ratios(problem, results).values()) <= 1
 
 
 # CUDA's kernels, emulated with their conventions.

@@ -18,7 +18,7 @@ from lvxattn.reference.plan.problem import planned
 from lvxattn.reference.plan.simulate import cost
 from lvxattn.reference.plan.steps import Compute
 from tests.launch import mpiexec
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
 INSIDE, BETWEEN = Link(5e9, 1e-5), Link(2e8, 5e-5)
 MACHINE = Machine("made up", 4e10, 2e10, 5e-5, 1e9, INSIDE, BETWEEN, 2, 4, 3e9, 2e-4, 0.25)
@@ -170,7 +170,7 @@ def test_problems_that_there_are_not_are_refused_on_all_ranks(
     run_ranks(2, on_a_rank)
 
 
-@pytest.mark.parametrize("launch", [mpiexec, torchrun], ids=["mpi", "torch"])
+@pytest.mark.parametrize("launch", [mpiexec, forked], ids=["mpi", "torch"])
 def test_the_command_saves_what_plan_can_load_in_a_file_of_its_own(
     launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def _lab_can_be_built() -> None:
 def output(lab: Lab, program: str, *args: object) -> str:
     """Return what a program of tests/programs prints on the ranks of a lab."""
     command = [sys.executable, "-m", "mpi4py", str(PROGRAMS / program), *map(str, args)]
-    done = lab.mpiexec(command, timeout=30, env=ENV)
+    done = lab.mpiexec(command, timeout=100, env=ENV)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -109,6 +109,7 @@ def test_unprivileged_user_namespace_will_do() -> None:
 
 
 @needs_lab
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("how", "number"),
     [
@@ -121,27 +122,28 @@ def test_unprivileged_user_namespace_will_do() -> None:
 )
 def test_leaves_nothing_behind(how: str, number: signal.Signals | None) -> None:
     name, links = socket.gethostname(), Path("/proc/self/net/dev").read_text().count(":")
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, PROGRAMS / "hold_lab.py", how],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **ENV},
-    )
-    assert process.stdout is not None
-    try:
-        namespaces = set(process.stdout.readline().split())
-        assert len(namespaces) == 3
-        assert [process.stdout.readline() for _ in range(2)] == ["awake\n"] * 2
-        assert namespaces <= set(namespaces_in_use())
-        if number:
-            process.send_signal(number)
-        _, err = process.communicate(timeout=20)
-    finally:
-        process.kill()
+    ) as process:
+        assert process.stdout is not None
+        try:
+            namespaces = set(process.stdout.readline().split())
+            assert len(namespaces) == 3
+            assert [process.stdout.readline() for _ in range(2)] == ["awake\n"] * 2
+            assert namespaces <= set(namespaces_in_use())
+            if number:
+                process.send_signal(number)
+            _, err = process.communicate(timeout=60)  # closes its input
+        finally:
+            process.kill()
     assert ("to be seen outside" in err) == (how == "by-exception"), err
 
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while (left := namespaces & set(namespaces_in_use())) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left
@@ -187,7 +189,7 @@ def stand_in(path: Path, script: str) -> str:
 def run(command: list[str | Path], **env: str) -> "subprocess.CompletedProcess[str]":
     """Run a command with some of the environment changed."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=30, env={**os.environ, **env}, check=False
+        command, capture_output=True, text=True, timeout=100, env={**os.environ, **env}, check=False
     )
 
 

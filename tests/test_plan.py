@@ -98,11 +98,11 @@ class TestClock:
 
     def test_what_is_new_is_copied_before_it_leaves_and_what_is_passed_on_is_not(self) -> None:
         slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
-        query, result = 4 * 2 * 2 * 4, 4 * 2 * 3 * 4
+        query, result = 4 * 2 * 2 * 4, 4 * 2 * 4 * 4
         keys = 2 * 4 * 4 * 2 * 4
         copied = {
             "lv-xattn": query + 3 * result + 3 * result,  # sent, and merged
-            "ring": keys + 3 * result,
+            "ring": keys + 4 * result,  # merged: its own two parts, and three visitors
             "gather": 3 * query + 3 * query + 3 * result + 3 * result,  # sent, laid side by side
             "ulysses": 3 * (query + keys) / 4 * 2 + 3 * result / 4 * 2,
         }

@@ -12,57 +12,64 @@ pytestmark = pytest.mark.mpi
 
 # Every n-th case, by implementation, schedule and number of ranks.
 EVERY = {
-    ("mpi", "lv-xattn"): {1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 7: 4},
-    ("mpi", "ring"): {1: 4, 2: 1, 3: 1, 4: 4, 5: 4},
-    ("mpi", "gather"): {1: 4, 2: 2, 3: 1, 5: 4},
-    ("mpi", "ulysses"): {2: 2, 3: 1, 4: 4},
-    ("mpi", "replicated"): {2: 4, 3: 1, 4: 4},
-    ("torch", "lv-xattn"): {1: 1, 2: 1, 3: 1, 4: 3},
-    ("torch", "ring"): {1: 4, 2: 1, 3: 2},
-    ("torch", "gather"): {1: 4, 2: 4, 3: 1},
-    ("torch", "ulysses"): {2: 4, 3: 1},
+    ("mpi", "lv-xattn"): {1: 4, 2: 2, 3: 1, 4: 4, 5: 3},
+    ("mpi", "ring"): {2: 3, 3: 1},
+    ("mpi", "gather"): {2: 4, 3: 1},
+    ("mpi", "ulysses"): {3: 1},
+    ("mpi", "replicated"): {3: 1},
+    ("torch", "lv-xattn"): {1: 3, 2: 3, 3: 1, 4: 6},
+    ("torch", "ring"): {2: 3, 3: 2},
+    ("torch", "gather"): {3: 1},
+    ("torch", "ulysses"): {3: 1},
     ("torch", "replicated"): {3: 1},
 }
 REPORTS = {"mpi": report, "torch": torch_report}
-ALL = [
-    (implementation, schedule, P, case)
-    for (implementation, schedule), numbers in EVERY.items()
+# Other numbers of ranks, and more cases, in which nothing was found yet that is not found above.
+MORE = {
+    ("mpi", "lv-xattn"): {1: 1, 2: 1, 4: 1, 5: 1, 7: 4},
+    ("mpi", "ring"): {1: 4, 2: 1, 4: 4, 5: 4},
+    ("mpi", "gather"): {1: 4, 2: 2, 5: 4},
+    ("mpi", "ulysses"): {2: 2, 4: 4},
+    ("mpi", "replicated"): {2: 4, 4: 4},
+    ("torch", "lv-xattn"): {1: 1, 2: 1, 4: 3},
+    ("torch", "ring"): {1: 4, 2: 1, 3: 1},
+    ("torch", "gather"): {1: 4, 2: 4},
+    ("torch", "ulysses"): {2: 4},
+    ("torch", "replicated"): {2: 4},
+}
+RUNS = [
+    pytest.param(*of, P, every, marks=marks)
+    for table, marks in ((EVERY, []), (MORE, pytest.mark.slow))
+    for of, numbers in table.items()
     for P, every in numbers.items()
-    for case in (CASES + BF16)[::every]
 ]
+RESULTS = {"out", "lse", "dq", "dk", "dv"}
 
 
-def cases(implementation: str, schedule: str, P: int) -> Any:
-    every = EVERY[implementation, schedule][P]
-    return REPORTS[implementation](P, "run_cases.py", schedule, str(every))
-
-
-@pytest.mark.parametrize(
-    ("implementation", "schedule", "P", "case"), ALL, ids=lambda x: getattr(x, "name", None)
-)
+@pytest.mark.parametrize(("implementation", "schedule", "P", "every"), RUNS)
 class TestCases:
-    def test_equals_naive_softmax_and_its_gradients(
-        self, implementation: str, schedule: str, P: int, case: Any
-    ) -> None:
-        errors = cases(implementation, schedule, P)[case.name]["truth"]
-        assert set(errors) == {"out", "lse", "dq", "dk", "dv"}
-        assert max(errors.values()) <= 1, errors
+    @pytest.fixture
+    def found(self, implementation: str, schedule: str, P: int, every: int) -> dict[str, Any]:
+        """Return what is found of every case, by its name."""
+        found = REPORTS[implementation](P, "run_cases.py", schedule, str(every))
+        assert set(found) == {case.name for case in (CASES + BF16)[::every]}
+        return found
 
-    def test_equals_the_reference_on_virtual_ranks(
-        self, implementation: str, schedule: str, P: int, case: Any
+    @pytest.mark.parametrize("against", ["truth", "reference"])
+    def test_equals_naive_softmax_its_gradients_and_the_reference(
+        self, found: dict[str, Any], against: str
     ) -> None:
-        errors = cases(implementation, schedule, P)[case.name]["reference"]
-        assert set(errors) == {"out", "lse", "dq", "dk", "dv"}
-        assert max(errors.values()) <= 1, errors
+        assert all(set(of[against]) == RESULTS for of in found.values())
+        wrong = {name: of[against] for name, of in found.items() if max(of[against].values()) > 1}
+        assert not wrong
 
-    def test_gives_the_same_bits_again_and_with_a_layout(
-        self, implementation: str, schedule: str, P: int, case: Any
-    ) -> None:
-        assert cases(implementation, schedule, P)[case.name]["same bits"]
+    def test_gives_the_same_bits_again_and_with_a_layout(self, found: dict[str, Any]) -> None:
+        assert not [name for name, of in found.items() if not of["same bits"]]
 
     def test_results_have_the_dtype_of_the_inputs_and_lse_that_of_sums(
-        self, implementation: str, schedule: str, P: int, case: Any
+        self, found: dict[str, Any]
     ) -> None:
-        dtypes = cases(implementation, schedule, P)[case.name]["dtypes"]
-        assert dtypes.pop("lse") == ("float64" if case.dtype == "float64" else "float32")
-        assert set(dtypes.values()) == {case.dtype}
+        for case in CASES + BF16:
+            dtypes = found.get(case.name, {}).get("dtypes", {})
+            sums = "float64" if case.dtype == "float64" else "float32"
+            assert all(dtypes[x] == (sums if x == "lse" else case.dtype) for x in dtypes), case.name

@@ -24,7 +24,7 @@ from lvxattn.reference.plan import MACHINES, candidates, planned
 from lvxattn.reference.plan.measured import Measured
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.run import program, tensors
-from lvxattn.reference.run.arguments import Parser
+from lvxattn.reference.run.arguments import Parser, try_to_write
 from lvxattn.reference.run.options import add_options
 from lvxattn.reference.run.problem import Problem as RunProblem
 from lvxattn.reference.run.problem import RandomTensors, describe, take_share
@@ -104,8 +104,9 @@ class Told:
     ----------
     folder : Path
         Where its files are.
-    files, presets, chosen, broken, bad : list of Said
-        By `file_lines`, `preset_lines`, `chosen_lines`, `BREAKAGES` and `bad_inputs`.
+    files, presets, chosen, broken, hidden, bad : list of Said
+        By `file_lines`, `preset_lines`, `chosen_lines`, `BREAKAGES`, `hidden_lines` and
+        `bad_inputs`.
     """
 
     folder: Path
@@ -113,6 +114,7 @@ class Told:
     presets: list[Said]
     chosen: list[Said]
     broken: list[Said]
+    hidden: list[Said]
     bad: list[Said]
 
 
@@ -128,7 +130,9 @@ def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
         folder = tmp_path_factory.mktemp(f"{implementation}{P}")
         broken = [["run", *SMALL, "--backward", "--check"]] * len(BREAKAGES)
         bad = [["run", *line] for line, _ in bad_inputs(folder, implementation)]
-        parts = file_lines(folder), preset_lines(folder), chosen_lines(folder), broken, bad
+        hidden = hidden_lines(folder)
+        parts = file_lines(folder), preset_lines(folder), chosen_lines(folder), broken, hidden, bad
+        breakages = {id(broken): BREAKAGES, id(hidden): ("", "merge")}
         said = iter(
             commands(
                 P,
@@ -136,7 +140,7 @@ def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
                 breakages=[
                     breakage
                     for part in parts
-                    for breakage in (BREAKAGES if part is broken else [""] * len(part))
+                    for breakage in breakages.get(id(part), [""] * len(part))
                 ],
                 implementation=implementation,
                 timeout=100,
@@ -387,6 +391,25 @@ def test_check_catches_a_wrong_result(implementation: str, P: int, tell: Tell) -
             assert failed == {breakage}
 
 
+def hidden_lines(folder: Path) -> list[list[Any]]:
+    """Command lines with a mask that hides a row by a number."""
+    made = problem(Case("hidden", dtype="float32"))
+    mask = np.zeros((1, 1, made.q.shape[2], made.k.shape[2]), np.float32)
+    mask[:, :, 1] = -1e9
+    path = save_problem(folder / "hidden.in", replace(made, mask=mask))
+    return [["run", "--input", path, "--backward", "--check"]] * 2
+
+
+@EACH
+def test_a_row_that_a_number_hides_passes_its_check_if_it_is_right(
+    implementation: str, P: int, tell: Tell
+) -> None:
+    right, broken = tell(implementation, P).hidden
+    assert right.status == 0, right.out
+    assert broken.status == 1
+    assert re.search(r"out .* FAIL", broken.out)
+
+
 def damaged(path: Path, header: Any, data: bytes = b"") -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -431,6 +454,8 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
     ]
     nowhere, pipe = folder / "nowhere" / "file", folder / "pipe"
     os.mkfifo(pipe)
+    # Where there is /proc, nobody can make a file in it, root included.
+    sealed = "error: {}: /proc/lvxattn" if Path("/proc").is_dir() else "there is no folder"
     return [
         *bad,
         *[(["--input", path], text) for path, text in files],
@@ -449,6 +474,10 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         ([*SMALL, "--output", pipe], "got a directory or a device"),
         (["--input", folder / "good", "--output", folder], "directory"),
         ([*SMALL, "--json", nowhere, "--quiet"], "there is no folder"),
+        *[
+            ([*SMALL, option, f"/proc/lvxattn{end}", "--quiet"], sealed.format(option))
+            for option, end in (("--json", ""), ("--trace", ""), ("--plot-trace", ".png"))
+        ],
         (["--model", "gpt"], "invalid choice: 'gpt'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--schedule", "star"], "invalid choice: 'star'"),
@@ -505,6 +534,37 @@ def test_bad_input_is_refused_in_one_line(
 
 
 @pytest.mark.mpi
+def test_a_file_is_tried_before_the_work_and_left_as_it_is(tmp_path: Path) -> None:
+    there, link, pipe = tmp_path / "there", tmp_path / "link", tmp_path / "pipe"
+    there.write_text("what was there")
+    link.symlink_to(tmp_path / "not yet")
+    os.mkfifo(pipe)  # has no reader: who opens it waits
+    for path in (there, link, pipe, tmp_path / "new"):
+        try_to_write(path)
+    assert set(tmp_path.iterdir()) == {there, link, pipe}
+    assert there.read_text() == "what was there"
+    for path in (tmp_path, there / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError, match=r"directory|name too long"):
+            try_to_write(path)
+
+
+@pytest.mark.parametrize("command", ["run --json", "run --trace", "measure --output"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, option = command.split()
+    sizes = SMALL if name == "run" else ["--heads", "2", "--head-dim", "16"]
+    assert main([name, *sizes, option, "x" * 300]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "File name too long" in said.err
+
+
 def test_the_output_goes_where_a_link_leads(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (said,) = commands(2, ["run", *SMALL, "--output", tmp_path / "link", "--quiet"])

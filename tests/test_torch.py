@@ -1,7 +1,6 @@
 """torch_impl on the ranks of a process group, called in all the ways people do."""
 
 import ast
-from typing import Any
 
 import pytest
 import torch
@@ -24,20 +23,17 @@ def _checks() -> list[str]:
     ]
 
 
-CHECKS = _checks()
+# Dynamo sees no ranks: two are as good as any number.
+OF_TWO = ("inside_a_compiled_module",)
+OF_ANY = tuple(name for name in _checks() if name not in OF_TWO)
 # Four ranks are two rings of two; the rest is no different from three.
 OF_FOUR = ("groups_and_meshes_beside_one_another", "equals_sdpa_on_gathered_tensors")
+CHECKS = {1: OF_ANY, 2: OF_ANY + OF_TWO, 3: OF_ANY, 4: OF_FOUR}
 
 
-def calls(P: int) -> Any:
-    return torch_report(P, "torch_calls.py", *(OF_FOUR if P == 4 else ()))
-
-
-@pytest.mark.parametrize(
-    ("P", "check"), [(P, c) for P in (1, 2, 3) for c in CHECKS] + [(4, c) for c in OF_FOUR]
-)
+@pytest.mark.parametrize(("P", "check"), [(P, c) for P in CHECKS for c in CHECKS[P]])
 def test_calls(check: str, P: int) -> None:
-    verdicts = calls(P)[check]
+    verdicts = torch_report(P, "torch_calls.py", *CHECKS[P])[check]
     assert len(verdicts) == P
     assert all(verdict and all(verdict) for verdict in verdicts), verdicts
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from lvxattn.torch_impl.examples import two_dimensional_mesh as mesh
 from tests.launch import Ended
 from tests.tolerances import UNIT, summed
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
 # A gradient passes through about as many sums as the model has products, forward and back, and a
 # step hands on its error to the next.  None of the sums is longer than the keys or all tokens of
@@ -22,7 +22,7 @@ LIMIT = 4 * STEPS * PRODUCTS * summed(UNIT["float64"], max(mesh.S_KV, 5 * mesh.S
 
 def ended(P: int, *options: str) -> Ended:
     """How the example ends on P ranks."""
-    return torchrun(P, "-m", mesh.__name__, "--steps", str(STEPS), *options)
+    return forked(P, "-m", mesh.__name__, "--steps", str(STEPS), *options)
 
 
 def table(P: int, *options: str) -> list[tuple[float, float, float]]:

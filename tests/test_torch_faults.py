@@ -43,8 +43,15 @@ CASES = [
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 
+# The rank calls two backwards in another order than the others.
+ORDERS = [
+    (3, 1, "other order", "one layout", "lv-xattn", "backward"),
+    (2, 0, "other order", "two layouts", "ring", "backward"),
+    (2, 1, "other order", "one layout", "gather", "backward"),
+]
+
 # Of the groups; what else a rank has to find out that another has failed; to end, as Python ends.
-TIMEOUT, SLACK, ENDING = 3.0, 3.0, 10.0
+TIMEOUT, SLACK, ENDING = 3.0, 15.0, 30.0
 
 BLOCKS = {
     "lv-xattn": ("the queries of rank {}", "the results for rank {}'s queries"),
@@ -57,9 +64,9 @@ TOGETHER = {"what all ranks have to say", "all ranks' results to be joined"}
 def reports() -> dict[tuple[Any, ...], dict[str, Any]]:
     """Return how the ranks of every case ended; they all run once, in one launch."""
     program = [sys.executable, "-W", "error", str(PROGRAMS / "torch_fault.py")]
-    ended = launch([*program, json.dumps(CASES)], timeout=150.0)
+    ended = launch([*program, json.dumps(CASES + ORDERS)], timeout=280.0)
     assert (ended.status, ended.err, ended.left, ended.timed_out) == (0, "", (), False)
-    return dict(zip(CASES, json.loads(ended.out), strict=True))
+    return dict(zip(CASES + ORDERS, json.loads(ended.out), strict=True))
 
 
 def awaited(case: tuple[Any, ...], rank: int) -> set[str]:
@@ -195,6 +202,33 @@ def test_a_users_own_error_stays_what_it_is_and_names_its_rank(case: tuple[Any, 
     assert "RuntimeError" not in err
 
 
+@pytest.mark.parametrize("case", ORDERS, ids=lambda case: "-".join(map(str, case)))
+def test_backwards_in_another_order_are_an_error_that_names_both(case: tuple[Any, ...]) -> None:
+    P, other, _, place = case[:4]
+    ended = reports()[case]
+    assert not ended["killed"], ended["err"]
+    assert ended["out"] == [""] * P  # nobody reached the end
+    forward = r"forward (\d) of the layout of (\d\d:\d\d:\d\d\.\d{6}) UTC"
+    error = rf"RuntimeError: rank (\d) of {P} met, in the backward of {forward}, .*, of {forward}: "
+    seen = {}
+    for rank, err in enumerate(ended["err"]):
+        for number, *names in re.findall(error, err):
+            assert int(number) == rank
+            seen[rank] = tuple(names[:2]), tuple(names[2:])
+            assert "call the backwards of several forwards in one order on all ranks" in err
+    # The one that has another, and whoever gets its block; the third waits for them in vain.
+    assert set(seen) == {other, (other + 1) % P}
+    mine, its = seen[other]
+    assert seen[(other + 1) % P] == (its, mine)
+    if place == "one layout":
+        assert (mine[0], its[0], mine[1]) == ("2", "1", its[1])
+    else:
+        assert (mine[0], its[0]) == ("1", "1")
+        assert mine[1] > its[1]
+    for rank in set(range(P)) - set(seen):
+        assert "in vain" in ended["err"][rank]
+
+
 def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
     case = (3, 1, "refuse", "a post", "lv-xattn", "forward")
     assert (
@@ -203,8 +237,9 @@ def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
     ) in reports()[case]["err"][1]
 
 
+@pytest.mark.slow  # a rank that raises is among the cases above
 def test_torchrun_ends_the_others_when_one_raises() -> None:
-    ended = torchrun(2, PROGRAMS / "torch_mask.py", timeout=60.0)
+    ended = torchrun(2, PROGRAMS / "torch_mask.py")
     assert not ended.timed_out
     assert (ended.status, ended.out, ended.left) == (1, "", ())
     assert "ZeroDivisionError: of the user's own\n" in ended.err

@@ -149,7 +149,6 @@ def test_autocast_computes_the_same_with_recomputation() -> None:
         assert {grad.dtype for grad in results[-1][1:]} == {torch.float32}
     # A gradient of the features is the sum of two that were rounded, and may be rounded itself.
     assert apart(*results) <= 4 * UNIT["bfloat16"]
-    assert torch.equal(results[0][0], results[1][0])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -218,7 +217,7 @@ def test_gradients_of_all_ranks_add_up(P: int) -> None:
         assert difference <= LIMIT, name
     verdicts = report["sums"]
     assert verdicts == {name: [True] * P for name in verdicts}
-    assert len(verdicts) == 7
+    assert len(verdicts) == 12
 
 
 def test_a_module_with_a_group_says_that_it_cannot_be_pickled_but_is_copied() -> None:

@@ -33,7 +33,7 @@ from lvxattn.torch_impl.train.loop import Run
 from lvxattn.torch_impl.train.options import InputError, Settings
 from lvxattn.torch_impl.train.report import Test as Answers
 from tests.launch import PROGRAMS
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
 # Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
 SETTINGS = Settings(frames=10, first_frames=3, batch=4, dtype="float64", seed=3)
@@ -117,7 +117,7 @@ def on_4_ranks(half_way: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("ranks") / "resumed"
     shutil.copytree(half_way, folder)
     args = str(STEPS), *SMALL, "--resume", "--schedule", "gather", "--output", str(folder)
-    ended = torchrun(4, PROGRAMS / "train.py", *args)
+    ended = forked(4, PROGRAMS / "train.py", *args)
     assert ended.status == 0, ended.out + ended.err
     assert not ended.left
     return {"folder": folder, **json.loads(ended.out)}

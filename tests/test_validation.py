@@ -243,8 +243,36 @@ def test_dtypes_go_by_their_plain_names() -> None:
     assert [accumulator(d) for d in FLOATS.split(", ")] == ["float32"] * 3 + ["float64"]
 
 
-def test_libraries_go_by_the_package_of_the_array_s_type() -> None:
+class Own(np.ndarray[Any, Any]):
+    """A user's array."""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (np.ones((5, 7), bool), "ndarray of shape (5, 7); a mask is given as mask="),
+        (max, "builtin_function_or_method max; a mask is given as mask="),
+        (None, "NoneType"),
+        (int, "type"),
+    ],
+)
+def test_what_is_given_instead_of_ranks_is_named(given: Any, words: str) -> None:
+    calls = (
+        lambda: reference.cross_attention(Q, K, V, given),
+        lambda: reference.Layout.agree(Q, K, V, given),
+        lambda: reference.shard(Q, given),
+        lambda: reference.unshard(Q, given),
+    )
+    for call in calls:
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value) == f"comm: expected a communicator, got {words}"
+
+
+def test_libraries_go_by_the_package_of_the_array_s_type_or_its_base_s() -> None:
     assert (library(Q), library(fake_cupy.asarray(Q))) == ("numpy", "fake_cupy")
+    assert library(Q.view(Own)) == library(np.ma.masked_array(Q)) == "numpy"
+    attention(q=Q.view(Own), k=K.view(Own))
     assert array_module(Q) is np
     assert array_module(fake_cupy.asarray(Q)) is fake_cupy
 

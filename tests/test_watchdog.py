@@ -64,17 +64,17 @@ def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
 ) -> None:
     ended = mpiexec(
         3, PROGRAMS / "stop_rank.py", schedule, str(rank), where, str(block),
-        env={"LVXATTN_TIMEOUT": "1.5"},
+        env={"LVXATTN_TIMEOUT": "3"},
     )  # fmt: skip
     assert not ended.timed_out
     assert ended.status != 0
-    said = dict(re.findall(r"rank (\d) of 3 has waited 1.5 s for (.*); it is at", ended.err))
+    said = dict(re.findall(r"rank (\d) of 3 has waited 3 s for (.*); it is at", ended.err))
     # An MPI may take a small message before its receiver asks for it, or not.
     assert {int(rank) for rank in said} == set(waits)
     for number, what in said.items():
         assert what in waits[int(number)]
     assert "stop_rank.py" in ended.err  # the caller's line
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     pids = [int(word) for word in ended.out.split("\n")[0].split()]
     assert len(pids) == 3
     while not all(map(gone, pids)):

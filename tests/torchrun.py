@@ -12,7 +12,7 @@ _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def torchrun(
     P: int,
     *args: str | Path,
-    timeout: float = 100.0,
+    timeout: float = 250.0,
     env: dict[str, str | None] | None = None,
 ) -> Ended:
     """Run ``torchrun --standalone --nproc-per-node P *args``; kill it if it outlives `timeout`.

@@ -10,6 +10,7 @@ times 0, and all ranks call their losses' backward.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class Attention(torch.autograd.Function):
         """Attend, and save what the backward needs."""
         ctx.set_materialize_grads(False)
         with exactly(q.device):
-            out, top, total = forward(q, k, v, group, layout, mask=mask, meter=meter)
+            attend = shapes if q.is_meta else forward
+            out, top, total = attend(q, k, v, group, layout, mask=mask, meter=meter)
             lse = lse_of(top, total)
             low = remainder_of(lse, top, total)
             # In memory (B, s_q, H, D_V): what joins the heads takes it as it is, and keeps no copy.
@@ -58,7 +60,8 @@ class Attention(torch.autograd.Function):
         held = (q, k, v) if made is None else ()
         save(ctx, mask, *held, out, lse, low)
         ctx.made = made
-        ctx.group, ctx.layout, ctx.backward, ctx.meter = group, layout, backward, meter
+        ctx.group, ctx.layout = group, layout.numbered()
+        ctx.backward, ctx.meter = backward, meter
         return out, lse
 
     @staticmethod
@@ -67,6 +70,8 @@ class Attention(torch.autograd.Function):
         """Differentiate."""
         (*held, out, lse, low), mask = saved(ctx)
         q, k, v = held or ctx.made.saved_tensors
+        if q.is_meta:
+            return *map(torch.empty_like, (q, k, v)), *[None] * 7
         with exactly(q.device):
             # dout in q's dtype, as it is on the ranks that it visits.
             dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
@@ -76,6 +81,15 @@ class Attention(torch.autograd.Function):
             )
             dq, dk, dv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
         return dq, dk, dv, *[None] * 7
+
+
+def shapes(
+    q: Tensor, _k: Tensor, v: Tensor, _group: Group, layout: Layout, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a forward returns of meta tensors: shapes.  Nothing is sent."""
+    wide = getattr(torch, layout.accumulator)
+    top, total = (q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
+    return q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), top, total
 
 
 def save(ctx: Any, mask: Tensor | MaskRule | None, *tensors: Tensor) -> None:
@@ -93,6 +107,8 @@ def saved(ctx: Any) -> tuple[list[Tensor], Tensor | MaskRule | None]:
     return tensors[: ctx.count], held[0] if held else ctx.rule
 
 
-def exactly(device: torch.device) -> torch.autocast:
+def exactly(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the dtypes that are given: autocast has had its say before."""
+    if not torch.amp.is_autocast_available(device.type):  # as of meta tensors
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)

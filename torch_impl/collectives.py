@@ -93,13 +93,15 @@ def all_to_all(
     layout, group = exchange.layout, exchange.group
     if layout.size == 1:
         return parts
-    going = [[(tuple(x.shape), x.dtype) for x in part] for part in parts]
-    coming = [fields(source) for source in range(layout.size)]
+    stamp = [] if exchange.stamp is None else [exchange.stamp]
+    given = [[*part, *stamp] for part in parts]
+    going = [_fields(part) for part in given]
+    coming = [[*fields(source), *_fields(stamp)] for source in range(layout.size)]
     going[layout.rank] = coming[layout.rank] = []  # what I give to myself stays where it is
     device = torch.device("cpu") if exchange.staged else exchange.device
     sent, room = (_room(blocks, device) for blocks in (going, coming))
     for dest, views in enumerate(_views(sent, going)):
-        for view, x in zip(views, parts[dest], strict=False):
+        for view, x in zip(views, given[dest], strict=False):
             view.copy_(x)
     label = partial(Block, what)
     for dest, part in enumerate(going):
@@ -109,7 +111,11 @@ def all_to_all(
         exchange.meter.waits(dist.all_to_all_single, label)(
             room, sent, _counts(coming), _counts(going), group=group.group
         )
-    received = [[x.to(exchange.device) for x in part] for part in _views(room, coming)]
+    received = []
+    for source, views in enumerate(_views(room, coming)):
+        if stamp and views:
+            exchange.check_stamp(views.pop(), Block(what, source=source))
+        received.append([x.to(exchange.device) for x in views])
     received[layout.rank] = parts[layout.rank]
     return received
 
@@ -148,6 +154,10 @@ def _joined_rows(
     for part in others:
         result = join(*result, *part)
     return result
+
+
+def _fields(tensors: list[Tensor]) -> list[Field]:
+    return [(tuple(x.shape), x.dtype) for x in tensors]
 
 
 def _counts(blocks: list[list[Field]]) -> list[int]:

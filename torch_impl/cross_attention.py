@@ -58,7 +58,8 @@ def cross_attention(
 
     Collective: every rank of the group calls this.  Differentiable, once; its backward is
     collective too, so that every rank's loss has to depend on its out, be it times 0, and backwards
-    of several calls have to come in the same order on all ranks.
+    of several calls have to come in the same order on all ranks.  Another order is a RuntimeError
+    where blocks go through the host's memory, and wrong gradients with NCCL.
 
     Parameters
     ----------

@@ -7,6 +7,11 @@ A `Rotation` is one kind of block going round: queries, or the results that foll
 buffers: while one is on its way to the right, the next block comes from the left into the other,
 and gloo's threads, or NCCL's stream, move both while the rank computes.  With NCCL the program
 never waits here: it only tells the device's stream to.
+
+What a backward sends through the host's memory says which forward it belongs to, in 8 bytes at the
+end of every message: backwards in another order on some ranks would otherwise take one another's
+blocks, of the same shape, and return wrong gradients.  With NCCL nobody could read them without
+waiting for the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from lvxattn.reference.meter import KINDS, Block, Meter
 from lvxattn.torch_impl.group import Group, over_cpu
-from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.layout import Forwards, Layout
 
 Result = TypeVar("Result")
 # Shape and dtype of one tensor of a block, and those of a block by its owner.
@@ -47,7 +52,12 @@ class Exchange:
     def __init__(self, group: Group, layout: Layout, meter: Meter, device: torch.device) -> None:
         self.group, self.layout, self.meter, self.device = group, layout, meter, device
         # gloo takes tensors of the host only: blocks of a GPU are then copied there and back.
-        self.staged = device.type != "cpu" and over_cpu(group, device)
+        over_host = over_cpu(group, device)
+        self.staged = device.type != "cpu" and over_host
+        self.stamp: Tensor | None = None
+        if layout.forward is not None and layout.stamp and over_host:
+            number = layout.forward.to_bytes(layout.stamp, "little")
+            self.stamp = torch.tensor(list(number), dtype=torch.uint8, device="cpu")
         self.rotations: list[Rotation] = []
 
     def rotation(self, tag: int, fields: Fields, hop: int = 0) -> "Rotation":
@@ -80,6 +90,25 @@ class Exchange:
 
         return computing
 
+    def check_stamp(self, stamp: Tensor, block: Block) -> None:
+        """Refuse a block of another forward than the one whose backward this is.
+
+        Raises
+        ------
+        RuntimeError
+            On this rank; the others end as after any exception.
+        """
+        if self.stamp is None or torch.equal(stamp, self.stamp):
+            return
+        mine, its = (
+            Forwards.name(int.from_bytes(x.tolist(), "little")) for x in (self.stamp, stamp)
+        )
+        raise RuntimeError(
+            f"{self.group.name} met, in the backward of {mine}, {block}, of {its}: call the "
+            "backwards of several forwards in one order on all ranks, or one for the sum of "
+            "their losses"
+        )
+
     def finish(self) -> None:
         """Wait until what this rank has sent is gone, so that its buffers are free again."""
         for rotation in self.rotations:
@@ -96,7 +125,7 @@ class Rotation:
     Attributes
     ----------
     nbytes : int
-        The size of the largest block.
+        The size of the largest block, without its stamp.
     """
 
     def __init__(self, exchange: Exchange, tag: int, fields: Fields, hop: int) -> None:
@@ -107,7 +136,9 @@ class Rotation:
         device = torch.device("cpu") if staged else exchange.device
         # In hand, and to be received into; a rank that is alone needs neither.
         count = 2 if layout.size > 1 else 0
-        self.buffers = [layout.pool.take(self.nbytes, device, pinned=staged) for _ in range(count)]
+        self.stamp = 0 if exchange.stamp is None else exchange.stamp.numel()
+        room = self.nbytes + self.stamp
+        self.buffers = [layout.pool.take(room, device, pinned=staged) for _ in range(count)]
         self.sending: list[dist.Work] = []
         self.receiving: list[dist.Work] = []
 
@@ -119,11 +150,13 @@ class Rotation:
         """
         layout = self.exchange.layout
         in_hand, free = self.buffers
-        mine = self._nbytes(layout.owner(self.hop))
-        coming = self._nbytes(layout.owner(self.hop + 1))
+        mine = self._nbytes(layout.owner(self.hop)) + self.stamp
+        coming = self._nbytes(layout.owner(self.hop + 1)) + self.stamp
         if tensors:
             for view, x in zip(self._views(), tensors, strict=True):
                 view.copy_(x)  # in place: what was received there has been used
+            if self.exchange.stamp is not None:
+                in_hand[mine - self.stamp : mine] = self.exchange.stamp
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
         self.hop += 1
@@ -142,6 +175,8 @@ class Rotation:
         what = self._awaited().name
         with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.device):
             self._wait_for(self.receiving, self._awaited)
+        end = self._nbytes(layout.owner(self.hop))
+        self.exchange.check_stamp(self.buffers[0][end : end + self.stamp], self._awaited())
         # Staged, the copy has to be done before the next block may come into the same memory.
         return [x.to(self.device) for x in self._views()]
 

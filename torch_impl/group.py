@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lvxattn.reference.validation import instead_of
+
 T = TypeVar("T")
 
 # What a public function's `group` may be.
@@ -91,12 +93,12 @@ class Group:
             if group.get_coordinate() is None:
                 raise ValueError(f"group: this process is not in the mesh {group}")
             return Group(group.get_group())
-        if group == dist.GroupMember.NON_GROUP_MEMBER:
+        if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group: this process is not in it (new_group gave it no member)")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, "
-                f"got {type(group).__name__}"
+                f"got {instead_of(group)}"
             )
         if dist.get_rank(group) < 0:
             raise ValueError(f"group: rank {dist.get_rank()} of the world is not in it")
@@ -138,14 +140,14 @@ class Group:
 
 
 def over_cpu(group: Group, device: torch.device) -> bool:
-    """Return whether tensors of this device travel through the host's memory.
+    """Return whether tensors of this device travel through the host's memory; meta ones do not.
 
     Raises
     ------
     ValueError
         The group has no backend for them.
     """
-    if group.group is None:
+    if group.group is None or device.type == "meta":
         return True
     backends = backends_of(str(dist.get_backend_config(group.group)))
     if device.type not in backends and "cpu" not in backends:

@@ -4,7 +4,8 @@ It also keeps the buffers that blocks travel in, so that a layout that is used a
 small collectives nor allocations.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from torch.distributed.tensor import DTensor
 from lvxattn.reference import layout as shared
 from lvxattn.reference.agreement import agree_on
 from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.validation import on_rank
+from lvxattn.reference.validation import check_here_or_together, is_array, library, on_rank
 from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
+
+# Bytes that say which forward a block of a backward belongs to.
+STAMP = 8
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,12 @@ class Layout(shared.Layout):
     """
 
     pool: "Pool" = field(default_factory=lambda: Pool(), compare=False, repr=False)
+    forwards: "Forwards" = field(default_factory=lambda: Forwards(0), compare=False, repr=False)
+    forward: int | None = field(default=None, compare=False, repr=False)
+
+    def numbered(self) -> "Layout":
+        """Return the layout for the backward of the forward that is under way."""
+        return replace(self, forward=self.forwards.number())
 
     @staticmethod
     def agree(  # type: ignore[override]
@@ -85,7 +95,9 @@ class Layout(shared.Layout):
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
             machine=machine, check=lambda: check_tensors(q, k, v, mask, comm),
         )  # fmt: skip
-        return Layout.of(records, comm.rank)
+        layout, read = Layout.of(records, comm.rank), over_cpu(comm, q.device)
+        stamp = STAMP if comm.size > 1 and read else 0
+        return replace(layout, stamp=stamp, forwards=Forwards(records[0].clock))
 
     def check(  # type: ignore[override]
         self,
@@ -111,6 +123,30 @@ class Layout(shared.Layout):
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
         super().check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
+
+
+class Forwards:
+    """Numbers the forwards of a layout: equal on all ranks, for each of them takes part in all.
+
+    Parameters
+    ----------
+    agreed : int
+        When the layout was agreed on, in microseconds of rank 0's clock.
+    """
+
+    def __init__(self, agreed: int) -> None:
+        self.agreed, self.count = agreed, 0
+
+    def number(self) -> int:
+        """Return the next number, which no other layout has either; it fits into 8 bytes."""
+        self.count += 1
+        return self.agreed << 12 | self.count % (1 << 12)
+
+    @staticmethod
+    def name(number: int) -> str:
+        """Return how messages name a forward."""
+        agreed = datetime.fromtimestamp((number >> 12) / 1e6, UTC)
+        return f"forward {number % (1 << 12)} of the layout of {agreed:%H:%M:%S.%f} UTC"
 
 
 class Pool:
@@ -184,21 +220,24 @@ def unshard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
 
     Raises
     ------
-    ValueError
-        On every rank, when the parts differ in dtype or in another axis.
+    ValueError, TypeError
+        On every rank, when the parts differ in dtype or in another axis, or are no tensors.
     """
-    whole: Tensor = shared.unshard(x.detach().cpu(), Group.of(group), axis)
+    comm, part = Group.of(group), x.detach().cpu() if isinstance(x, Tensor) else x
+    whole: Tensor = shared.unshard(part, comm, axis)
+    check_here_or_together(lambda: check_kind("x", x), comm, together=False)
     return whole.to(x.device)
 
 
 def check_tensors(q: Any, k: Any, v: Any, mask: Any, group: Group) -> None:
-    """Check what only tensors can get wrong; what is no tensor is left to the shared checks.
+    """Check what only tensors can get wrong; what is no array is left to the shared checks.
 
     Raises
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what was given.
     """
+    check_kind("q", q)
     arrays = {"q": q, "k": k, "v": v}
     if mask is not None and not callable(mask):
         arrays["mask"] = mask
@@ -208,6 +247,12 @@ def check_tensors(q: Any, k: Any, v: Any, mask: Any, group: Group) -> None:
         over_cpu(group, q.device)
     if getattr(mask, "requires_grad", False):
         raise ValueError("mask: expected a constant, got a tensor that requires a gradient")
+
+
+def check_kind(name: str, x: Any) -> None:
+    """Refuse the arrays of other libraries; what is no array is left to the shared checks."""
+    if is_array(x) and not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, got {type(x).__name__} of {library(x)}")
 
 
 def check_tensor(name: str, x: Any, q: Any, of: str = "q") -> None:

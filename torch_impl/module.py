@@ -15,6 +15,11 @@ from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
 from lvxattn.torch_impl.layout import Layout, check_tensor
 from lvxattn.torch_impl.recompute import cross_attention_layer
 
+# Dtypes whose sums are taken in float64.
+_DOUBLE = torch.float64, torch.complex128
+# More sparse axes than any sparse gradient has: where ranks differ, it is dense.
+_DENSE = 1 << 16
+
 
 class CrossAttention(nn.Module):
     """Attend from text to visual features that are spread over ranks.
@@ -196,8 +201,10 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
     """Add up the gradients of a module's parameters over the ranks, in place.
 
     Collective: every rank of the group calls this, once a step, after the backward.  The sum is
-    taken in float32, or float64 for float64, in one all-reduce for each of the two.  A parameter
-    that has a gradient on any rank gets the sum on all.
+    taken in float32, or float64 for float64 and complex128, in one all-reduce for each of the two.
+    A parameter that has a gradient on any rank gets the sum on all: a sparse one, as
+    ``nn.Embedding(sparse=True)`` makes it, where all gradients of it are sparse.  On the way it
+    takes the room of a dense one.
 
     Every parameter is taken to be a partial sum on each rank, as it is when each rank's loss is its
     share of the whole: sum over its own tokens, divided by all ranks' number of tokens.  Parameters
@@ -219,21 +226,37 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
         return
     device = parameters[0].device
     wire = torch.device("cpu") if over_cpu(comm, device) else device
-    held = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=wire)
+    held = torch.tensor([_kind(p.grad) for p in parameters], dtype=torch.int32, device=wire)
     with comm.waiting(lambda: "all ranks to say which gradients they have"):
         dist.all_reduce(held, dist.ReduceOp.MAX, comm.group)
-    summed = [p for p, some in zip(parameters, held.tolist(), strict=True) if some]
+    summed = [(p, kind) for p, kind in zip(parameters, held.tolist(), strict=True) if kind]
     for wide in (torch.float32, torch.float64):
-        part = [p for p in summed if (p.dtype == torch.float64) == (wide == torch.float64)]
+        part = [(p, kind) for p, kind in summed if (p.dtype in _DOUBLE) == (wide in _DOUBLE)]
         if not part:
             continue
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
+        grads = [_dense(p) for p, _ in part]
         # A DTensor, as fully_shard makes them along another dimension of a mesh, has a part here.
         parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        flat = torch.cat([g.to(wire, wide).flatten() for g in parts])
+        numbers = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in parts]
+        flat = torch.cat([g.to(wire, wide).flatten() for g in numbers])
         with comm.waiting(lambda: "all ranks' gradients of the weights"):
             dist.all_reduce(flat, dist.ReduceOp.SUM, comm.group)
-        pieces = flat.split([g.numel() for g in parts])
-        for p, grad, local, piece in zip(part, grads, parts, pieces, strict=True):
-            local.copy_(piece.view_as(local))
-            p.grad = grad
+        pieces = flat.split([g.numel() for g in numbers])
+        for (p, kind), grad, local, piece in zip(part, grads, parts, pieces, strict=True):
+            total = torch.complex(*piece.view(-1, 2).T) if local.is_complex() else piece
+            local.copy_(total.view_as(local))
+            p.grad = grad if kind == _DENSE else grad.to_sparse(kind)
+
+
+def _kind(grad: Tensor | None) -> int:
+    """Return 0 for no gradient, a sparse one's number of sparse axes, or `_DENSE`."""
+    if grad is None:
+        return 0
+    return grad.sparse_dim() if grad.layout == torch.sparse_coo else _DENSE
+
+
+def _dense(p: Tensor) -> Tensor:
+    """Return a parameter's gradient, itself if it is dense."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad if p.grad.layout == torch.strided else p.grad.to_dense()

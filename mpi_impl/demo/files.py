@@ -2,16 +2,19 @@
 
 A video is indexed once: the times of its frames, in the order of showing, and which of them are
 keyframes. Whoever wants frames then seeks to the last keyframe before them and decodes from there,
-so that a rank decodes its own part of the file only.
+so that a rank decodes its own part of the file only. Where times say nothing, because a raw stream
+has none, or because files were joined and their times begin again, frames are counted from the
+first one on.
 """
 
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +30,21 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What a video holds: sizes in pixels, `pts` and keyframes by number of frame."""
+    """What a video holds, as it is shown: sizes in pixels, its number of frames.
+
+    `pts` are their times in units of the time base, ascending, and `starts` the numbers of the
+    keyframes, the first of them 0; both are empty where times say nothing.
+    """
 
     height: int
     width: int
+    frames: int
     pts: list[int]
     starts: list[int]
 
 
 def index_video(path: Path) -> VideoIndex:
-    """List the frames of a video without decoding them.
+    """List the frames of a video, if possible without decoding them.
 
     Parameters
     ----------
@@ -46,8 +54,6 @@ def index_video(path: Path) -> VideoIndex:
     Returns
     -------
     VideoIndex
-        ``pts`` are the times of its frames in units of its time base, ascending; ``starts`` are the
-        numbers of the keyframes, the first of them 0.
 
     Raises
     ------
@@ -59,12 +65,15 @@ def index_video(path: Path) -> VideoIndex:
     container, stream = _open(path)
     with container:
         try:
-            packets, end = [], 0.0
+            packets, end, last, timed = [], 0.0, -inf, True
             for packet in container.demux():  # all streams: sound may go on where pictures end
                 if packet.pts is not None and packet.time_base is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                    if packet.stream_index == stream.index and not packet.is_discard:
-                        packets.append((packet.pts, packet.is_keyframe))
+                if packet.stream_index == stream.index and packet.size and not packet.is_discard:
+                    at = last if packet.dts is None else packet.dts
+                    timed = timed and packet.pts is not None and at >= last
+                    last = at
+                    packets.append((packet.pts or 0, packet.is_keyframe))
         except av.FFmpegError as error:
             raise _damaged(path, error.strerror or str(error)) from error
         packets.sort()
@@ -77,16 +86,21 @@ def index_video(path: Path) -> VideoIndex:
             raise _damaged(path, f"an end after {end:.1f} of the {announced:.1f} s it announces")
         if min(stream.height, stream.width) < 1:
             raise _damaged(path, f"frames of {stream.width} x {stream.height} pixels")
-        pts = [time for time, _ in packets]
-        starts = [number for number, (_, key) in enumerate(packets) if key or number == 0]
-        return VideoIndex(stream.height, stream.width, pts, starts)
+        sizes = stream.height, stream.width
+    decoded, count = _count(path, every=not timed)
+    if _matrix(decoded)[0, 0] == 0:  # it is turned
+        sizes = sizes[::-1]
+    if not timed:
+        return VideoIndex(*sizes, count, [], [])
+    pts = [time for time, _ in packets]
+    starts = [number for number, (_, key) in enumerate(packets) if key or number == 0]
+    return VideoIndex(*sizes, len(pts), pts, starts)
 
 
 def read_video(
     path: Path,
     picks: Sequence[int],
-    pts: Sequence[int],
-    starts: Sequence[int],
+    index: VideoIndex,
     height: int,
     width: int,
     progress: Callable[[int], None],
@@ -99,8 +113,8 @@ def read_video(
         The file.
     picks : sequence of int
         Numbers of the frames wanted, ascending; may be empty.
-    pts, starts : sequence of int
-        Its times and keyframes, from `index_video`.
+    index : VideoIndex
+        From `index_video`.
     height, width : int
         Size in pixels to which the frames are scaled.
     progress : callable
@@ -122,18 +136,21 @@ def read_video(
     if not picks:
         return video
     container, stream = _open(path)
+    pts, starts = index.pts, index.starts
     with container:
         try:
             decoded, at = container.decode(stream), 0
             for place, pick in enumerate(picks):
-                if starts[bisect_right(starts, pick) - 1] > at:  # a keyframe lies between
+                if starts and starts[bisect_right(starts, pick) - 1] > at:  # one lies between
                     decoded = _decode_from(container, stream, pick, pts, starts)
-                frame = next((f for f in decoded if f.pts is None or f.pts >= pts[pick]), None)
+                if pts:
+                    frame = next((f for f in decoded if f.pts is None or f.pts >= pts[pick]), None)
+                else:
+                    frame = next(islice(decoded, pick - at, None), None)
                 if frame is None or frame.is_corrupt:
                     found = "an end at" if frame is None else "a broken"
-                    raise _damaged(path, f"{found} frame {pick} of {len(pts)}")
-                picture = frame.reformat(width=width, height=height, format="rgb24")
-                video[place], at = picture.to_ndarray(), pick + 1
+                    raise _damaged(path, f"{found} frame {pick} of {index.frames}")
+                video[place], at = _shown(frame, height, width), pick + 1
                 progress(place + 1)
         except av.FFmpegError as error:
             raise _damaged(path, error.strerror or str(error)) from error
@@ -190,7 +207,7 @@ def read_images(
         try:
             with Image.open(path) as image:
                 image.draft("RGB", (width, height))  # JPEG: decode no finer than needed
-                picture = ImageOps.exif_transpose(image).convert("RGB")
+                picture = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise _unreadable(path, error) from error
         video[place] = np.asarray(ImageOps.fit(picture, (width, height)))
@@ -212,16 +229,78 @@ def _open(path: Path) -> "tuple[InputContainer, VideoStream]":
             f"--video: expected PyAV, which reads {path}; it is not installed (pip install av)"
         ) from error
     try:
-        container = av.open(str(path))
+        container = av.open(f"file:{path}")  # a name may have a colon, as protocols do
     except av.FFmpegError as error:
         raise _damaged(path, error.strerror or str(error)) from error
     if not container.streams.video:
         container.close()
         raise ValueError(f"--video: expected a video; {path} holds no stream of frames")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise ValueError(
+            f"--video: expected a video in a format that PyAV decodes; it does not know {path}'s"
+        )
     stream.thread_type = "SLICE"  # one frame at a time: the other ranks use the other cores
     stream.codec_context.thread_count = 1
     return container, stream
+
+
+def _count(path: Path, *, every: bool) -> "tuple[VideoFrame | None, int]":
+    """Decode the first frame of a video; where all are asked for, count them too."""
+    import av
+
+    container, stream = _open(path)
+    with container:
+        first, count = None, 0
+        try:
+            for frame in container.decode(stream):
+                first, count = first or frame, count + 1
+                if not every:
+                    break
+        except av.FFmpegError as error:
+            if every:
+                raise _damaged(path, error.strerror or str(error)) from error
+        if every and not count:
+            raise _damaged(path, "no frame that can be decoded")
+        return first, count
+
+
+def _matrix(frame: "VideoFrame | None") -> NDArray[np.int64]:
+    """Return where a frame's axes x and y are shown: (2, 2), of -1, 0 and 1.
+
+    A container's display matrix says so in numbers; what is turned by no quarter is shown as by the
+    nearest one.
+    """
+    found: Any = None if frame is None else frame.side_data.get("DISPLAYMATRIX")
+    if found is None:
+        return np.eye(2, dtype=np.int64)
+    # x' = m[0] x + m[3] y,  y' = m[1] x + m[4] y; the rest is no concern of directions.
+    a, b, _, c, d, *_ = np.frombuffer(found, np.int32, 9).astype(np.int64)
+    turned = abs(b) > abs(a)
+    return np.sign([[0, c or 1], [b, 0]] if turned else [[a or 1, 0], [0, d or 1]])
+
+
+def _shown(frame: "VideoFrame", height: int, width: int) -> NDArray[np.uint8]:
+    """Return a frame's pixels as they are shown, scaled: (height, width, 3)."""
+    matrix = _matrix(frame)
+    turned = matrix[0, 0] == 0
+    if turned:
+        height, width = width, height
+    picture: Any = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+    if turned:
+        picture = picture.transpose(1, 0, 2)
+    to_x, to_y = matrix.sum(axis=1)  # each axis shown is one of the frame's, or its reverse
+    shown: NDArray[np.uint8] = picture[::to_y, ::to_x]
+    return shown
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image with grey of 16 bits scaled to 8; Pillow would cut off what is above 255."""
+    if not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image, np.int64)
+    return Image.fromarray((np.clip(grey, 0, 65535) >> 8).astype(np.uint8))
 
 
 def _decode_from(

@@ -1,7 +1,6 @@
 """What the picture shows: decided before anything is drawn, and without the drawing library."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from lvxattn.mpi_impl.demo.answers import Answers
 from lvxattn.mpi_impl.demo.judge import FOUND
+from lvxattn.reference.run.arguments import try_to_write
 
 ROWS, COLS = 3, 3
 """Examples from top to bottom, and side by side."""
@@ -32,13 +32,15 @@ def check_output(path: Path) -> None:
         )
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"--output: expected a name in {' '.join(_SUFFIXES)}; got {path}")
-    if path.is_dir() or not path.parent.is_dir():
-        problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise ValueError(
-            f"--output: expected a file in a folder that exists; got {path}: {problem}"
-        )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--output: expected a file that can be written; {path} may not be")
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise ValueError(
+                f"--output: expected a file in a folder that exists; got {path}: {problem}"
+            )
+        try_to_write(path)
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
 
 
 def choose_examples(answers: Answers, verdicts: Sequence[str]) -> list[int]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lvxattn.mpi_impl.demo.camera import pan_over_photographs
 from lvxattn.mpi_impl.demo.descriptors import PATCH
 from lvxattn.mpi_impl.demo.files import (
+    VideoIndex,
     index_video,
     list_images,
     read_images,
@@ -78,8 +79,7 @@ def open_source(options: Namespace) -> Source:
     if options.video is not None:
         index = index_video(Path(options.video))
         rows, cols = _grid(index.height, index.width)
-        picks = _spread(len(index.pts), wanted)
-        return _Film(Path(options.video), rows, cols, picks, index.pts, index.starts)
+        return _Film(Path(options.video), rows, cols, _spread(index.frames, wanted), index)
     if options.images is not None:
         paths = list_images(Path(options.images))
         rows, cols = _grid(*size_of_image(paths[0]))
@@ -113,19 +113,18 @@ class Pan:
 
 @dataclass(frozen=True)
 class _Film:
-    """A video file: `picks` are the frames taken, `pts` all frames' times, `starts` keyframes."""
+    """A video file: `picks` are the frames taken."""
 
     path: Path
     rows: int
     cols: int
     picks: list[int]
-    pts: list[int]
-    starts: list[int]
+    index: VideoIndex
 
     @property
     def title(self) -> str:
         """What is searched, in words."""
-        return _of(self.path.name, len(self.picks), len(self.pts))
+        return _of(self.path.name, len(self.picks), self.index.frames)
 
     @property
     def frames(self) -> int:
@@ -136,7 +135,7 @@ class _Film:
         """Read frames ``first`` to ``last - 1``."""
         height, width = self.rows * PATCH, self.cols * PATCH
         picks = self.picks[first:last]
-        return read_video(self.path, picks, self.pts, self.starts, height, width, progress)
+        return read_video(self.path, picks, self.index, height, width, progress)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from lvxattn.mpi_impl.device import limit_blas_threads, rank_on_host, use_device
 from lvxattn.mpi_impl.doctor.advice import Problem, counted, find_problems
 from lvxattn.mpi_impl.doctor.facts import Facts, look
 from lvxattn.mpi_impl.doctor.ring import Link, send_from_device, send_round
-from lvxattn.mpi_impl.launcher import claim, mismatch, speaks
 from lvxattn.mpi_impl.watchdog import watching
+from lvxattn.reference.launcher import claim, mismatch, speaks
 
 _PATIENCE = 30.0  # seconds, unless LVXATTN_TIMEOUT says otherwise
 

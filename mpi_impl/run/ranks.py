@@ -8,9 +8,9 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.device import limit_blas_threads
-from lvxattn.mpi_impl.launcher import claim
 from lvxattn.mpi_impl.run.backend import Backend, choose_backend
 from lvxattn.mpi_impl.watchdog import wait, watching
+from lvxattn.reference.launcher import claim
 
 T = TypeVar("T")
 

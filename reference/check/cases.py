@@ -137,7 +137,8 @@ CASES: list[Case] = [
     Case("random-mask", "mask kinds", "bool, another for every batch entry, head and query",
          mask="random", B=2, S_Q=9),
     Case("finite-minimum", "mask kinds", "additive; what is hidden gets the smallest finite number;"
-         " one row is all -10,000, which hides nothing", mask="finite minimum", B=2, S_Q=9),
+         " rows that are all -10,000 to that are the mean of the values", mask="finite minimum",
+         B=2, S_Q=12, S_KV=37, data="ignored rows"),
     Case("minus-infinity", "mask kinds", "additive with -inf, some rows dead",
          mask="minus infinity", B=2, S_Q=9),
     Case("callable-mask", "mask kinds", "a rule of global indices", mask="callable", B=2, S_Q=9),
@@ -152,6 +153,10 @@ CASES: list[Case] = [
     Case("dead-rows", "dead", "some rows see nothing: out 0, lse -inf, no gradient",
          mask="dead rows", B=2, S_Q=9),
     Case("everything-dead", "dead", "no row sees anything", mask="all dead", B=2, S_Q=9),
+    # Rows that a number hides.
+    Case("hidden-rows", "hidden rows", "gradients through rows that are all -10,000 or less: lse"
+         " has lost how many keys there are", mask="finite minimum", H=4, S_Q=12, S_KV=37,
+         data="hidden rows"),
     # Heads.
     Case("grouped-heads", "heads", "four query heads read each key-value head", H=8),
     Case("one-kv-head", "heads", "all query heads read one key-value head", H=6, H_KV=1),

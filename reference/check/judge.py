@@ -7,11 +7,11 @@ For every result, and for every kind of row in it, in the L2 norm over those row
 E is the error that the reference itself makes with the dtype's roundings (`rounded.py`), the
 largest of several ways to do it; u the unit roundoff of the dtype in which the result is returned;
 a that of the accumulator; size what the result would be if nothing in its sums cancelled and every
-probability were larger by the size of its score: p (1 + scale |q| |k| + |mask|) |v| for out.  The
-last two are floors, for where E happens to be small: a result is rounded once when it is stored,
-its terms a few times on the way, and an absolute error in a score is a relative one in its
-probability.  The size of lse is 1 + scale |q| |k| + |mask| + |lse|: every merge rounds it to its
-own.
+probability were larger by the size of its score: p (1 + scale |q| |k| + |mask|) |v| for out, where
+|mask| counts only beside a score that it can round, which 0 is not.  The last two are floors, for
+where E happens to be small: a result is rounded once when it is stored, its terms a few times on
+the way, and an absolute error in a score is a relative one in its probability.  The size of lse is
+1 + scale |q| |k| + |mask| + |lse|: every merge rounds it to its own.
 
 In fp64 there is nothing more exact to compare with: E is measured in fp32, to whose unit roundoff
 every rounding is proportional, and divided by 2**29.
@@ -224,11 +224,15 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
     mask = visible(wide)
     if mask is not None:
         s = np.where(mask, s, -np.inf) if mask.dtype == bool else s + mask
-    p = np.exp(s - np.where(lse == -np.inf, 0.0, lse)[..., None])
+    top = s.max(axis=-1, keepdims=True)
+    p = np.exp(s - np.where(top == -np.inf, 0.0, top))
+    total = p.sum(axis=-1, keepdims=True)
+    p /= np.where(total == 0, 1.0, total)
     score = scale * abs(q) @ abs(k_all).swapaxes(-1, -2)
     bias: Any = 0.0
     if mask is not None and mask.dtype != bool:
-        bias = np.where(np.isfinite(mask), abs(mask), 0.0)
+        # A score of 0 loses nothing beside a mask, however large.
+        bias = np.where(np.isfinite(mask) & (score > 0), abs(mask), 0.0)
     # A merge rounds lse to its own size, which is more than a score's where keys are many.
     lse_size = 1 + np.where(p > 0, score + bias, 0.0).max(axis=-1, initial=0.0)
     lse_size = lse_size + np.where(np.isfinite(lse), abs(lse), 0.0)

@@ -27,14 +27,20 @@ def _padding(case: Case, rng: np.random.Generator) -> Array:
     return (np.arange(case.S_KV) < lengths[:, None])[:, None, None]
 
 
+# What people hide whole rows with, from the last row but one upwards; -inf is the dtype's minimum.
+LOWS = (-1e4, -2e5, -1e9, -1e15, -np.inf)
+
+
 def _finite_minimum(case: Case, rng: np.random.Generator) -> Array:
     """Return a bias whose hidden entries are -inf: `problem.draw` puts the dtype's minimum there.
 
-    The last row is hidden as a whole, by a number that lse can hold beside the scores.
+    The last row is hidden as a whole, by a number that lse can hold beside the scores; those before
+    it by `LOWS`.
     """
     bias = rng.standard_normal((1, 1, case.S_Q, case.S_KV))
     bias[~_random(case, rng)[:1, :1]] = -np.inf
     bias[:, :, -1] = -10000
+    bias[:, :, -1 - len(LOWS) : -1] = np.array(LOWS)[:, None]
     return bias
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvxattn.reference.check.cases import Case
-from lvxattn.reference.check.masks import MASKS, Mask, seeing
+from lvxattn.reference.check.masks import LOWS, MASKS, Mask, seeing
 from lvxattn.reference.run.tensors import dtype_of
 
 Array = npt.NDArray[Any]
@@ -122,7 +122,8 @@ def _draw(case: Case, dtype: str, seed: int) -> Problem:
     if isinstance(mask, np.ndarray) and mask.dtype != bool:
         if case.mask == "finite minimum":
             mask = np.maximum(mask, _least(dtype))
-            x["q_kinds"][-1] = 1  # its lse is near -10,000
+            # Their lse is near what hides them.
+            x["q_kinds"][-1 - len(LOWS) :] = np.arange(1, 2 + len(LOWS))
         mask = mask.astype(target)
     # Their results are exactly 0: errors there must not hide among those of the others.
     x["q_kinds"][~seeing(mask, case)] = x["q_kinds"].max(initial=0) + 1
@@ -225,6 +226,17 @@ def _one_hot(drawn: Drawn) -> None:
     )
 
 
+def _hidden(drawn: Drawn) -> None:
+    """Make the scores of rows that are hidden whole equal: no rounding moves their plain mean."""
+    drawn.x["q"][:, :, -1 - len(LOWS) :] = 0
+
+
+def _ignored(drawn: Drawn) -> None:
+    """Do so but in the last row; no gradient comes from the others, as from padding in a loss."""
+    for name in ("q", "dout"):
+        drawn.x[name][:, :, -1 - len(LOWS) : -1] = 0
+
+
 def _aligned(drawn: Drawn) -> None:
     """Let the parts that some queries or keys contribute to a result all point the same way."""
     for name in ("q", "dout", "v"):
@@ -245,6 +257,8 @@ DATA: dict[str, Callable[[Drawn], None]] = {
     "offset": _offset,
     "uniform": _uniform,
     "one-hot": _one_hot,
+    "hidden rows": _hidden,
+    "ignored rows": _ignored,
     "aligned": _aligned,
 }
 

@@ -1,5 +1,6 @@
 """What the check found: a table to read, a JSON file for machines, an error for tests."""
 
+import inspect
 import json
 import platform
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import lvxattn
 from lvxattn.reference.check.judge import Verdict
+from lvxattn.reference.check.wrong import WRONG
 
 SCHEMA = 1
 _FEW = 1e5  # ulps; more say nothing
@@ -208,6 +210,8 @@ class Report:
         lines += [f"  {note}" for note in self.notes]
         if self.probably:
             lines.append(f"  {self.probably}")
+            names = dict.fromkeys(self.probably.split("*")[1::2])
+            lines += [f"    {name}: {inspect.getdoc(WRONG[name])}" for name in names]
         if not self.failed and not self.passed:
             lines.append("  nothing was judged")
         return "\n".join(lines)

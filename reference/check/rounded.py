@@ -99,18 +99,20 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
     s = ungrouped(matmul(grouped(rounded(scale * q)), k.swapaxes(-1, -2)))
     s = _hide(rounded(s) if way.round_scores else s, problem)
     out = np.zeros(dout.shape, np.float32)
-    lse = np.full(out.shape[:3], -np.inf, np.float32)
+    highest = np.full(out.shape[:3], -np.inf, np.float32)
+    total = np.zeros_like(highest)
     for keys in tiles(k.shape[2], max(1, -(-k.shape[2] // way.pieces))):
         top = s[..., keys].max(axis=-1)
-        top = np.where(top == -np.inf, np.float32(0), top)
-        p = np.exp(s[..., keys] - top[..., None])
-        total = _total(p, way)
-        part_out = ungrouped(product(grouped(rounded(p)), v[:, :, keys]))
-        part_out /= np.where(total > 0, total, 1)[..., None]
-        out, lse = _merge(out, lse, part_out, top + np.log(total))
+        p = np.exp(s[..., keys] - _base(top)[..., None])
+        part_total = _total(p, way)
+        part = ungrouped(product(grouped(rounded(p)), v[:, :, keys]))
+        part /= _divisor(part_total)[..., None]
+        out, highest, total = _merge(out, highest, total, part, top, part_total)
     out = rounded(out)
+    lse = highest + np.log(total)
     delta = (dout * out).sum(axis=-1)
-    p = np.exp(s - np.where(lse == -np.inf, np.float32(0), lse)[..., None])
+    # exp(s - lse) in two steps: a large lse has lost how many keys there are.
+    p = np.exp(s - _base(highest)[..., None]) / _divisor(total)[..., None]
     p = rounded(p) if way.round_scores else p
     dp = ungrouped(matmul(grouped(dout), v.swapaxes(-1, -2)))
     ds = rounded(p * ((rounded(dp) if way.round_scores else dp) - delta[..., None]))
@@ -144,11 +146,22 @@ def _total(p: Array, way: Way) -> Array:
     return total
 
 
-def _merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
-    lse = np.logaddexp(lse_a, lse_b)
-    base = np.where(lse == -np.inf, np.float32(0), lse)
-    weight_a, weight_b = np.exp(lse_a - base)[..., None], np.exp(lse_b - base)[..., None]
-    return weight_a * out_a + weight_b * out_b, lse
+def _merge(
+    out_a: Array, top_a: Array, total_a: Array, out_b: Array, top_b: Array, total_b: Array
+) -> tuple[Array, Array, Array]:
+    top = np.maximum(top_a, top_b)
+    a, b = total_a * np.exp(top_a - _base(top)), total_b * np.exp(top_b - _base(top))
+    share_a, share_b = ((x / _divisor(a + b))[..., None] for x in (a, b))
+    return share_a * out_a + share_b * out_b, top, a + b
+
+
+def _base(top: Array) -> Array:
+    """Return what scores are taken against: 0 where all are -inf."""
+    return np.where(top == -np.inf, np.float32(0), top)
+
+
+def _divisor(total: Array) -> Array:
+    return np.where(total > 0, total, np.float32(1))
 
 
 def _one_by_one(x: Array, y: Array) -> Array:

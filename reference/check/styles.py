@@ -63,14 +63,16 @@ class Naive:
         k: Array,
         v: Array,
         out: Array,
-        lse: Array,
+        lse: Array,  # noqa: ARG002
         *,
         scale: float,
         mask: Mask,
     ) -> tuple[Array, Array, Array]:
         """Return dq, dk and dv."""
         s, dout, out = _scores(q, k, scale, mask), _wide(dout), _wide(out)
-        p = np.exp(s - np.where(lse == -np.inf, 0, lse).astype(s.dtype)[..., None])
+        p = np.exp(s - _top(s))  # lse may have lost how many keys there are
+        total = p.sum(axis=-1, keepdims=True)
+        p /= np.where(total > 0, total, 1)
         dp = dout @ _repeated(v, q).swapaxes(-1, -2)
         ds = scale * p * (dp - np.einsum("bhqd,bhqd->bhq", dout, out)[..., None])
         dq = ds @ _repeated(k, q)
@@ -83,8 +85,7 @@ class Naive:
         return dq.astype(q.dtype), summed(dk, k), summed(dv, v)
 
     def _softmax(self, s: Array, v: Array) -> tuple[Array, Array]:
-        top = s.max(axis=-1, keepdims=True)
-        top = np.where(top == -np.inf, 0, top).astype(s.dtype)
+        top = _top(s)
         p = np.exp(s - top)
         total = p.sum(axis=-1, keepdims=True)
         return p / np.where(total > 0, total, 1) @ v, (top + np.log(total))[..., 0]
@@ -108,6 +109,12 @@ class Online(Naive):
         return out / np.where(total > 0, total, 1), (top + np.log(total))[..., 0]
 
 
+def _top(s: Array) -> Array:
+    """Return the largest score of each row, 0 where all are -inf."""
+    top = s.max(axis=-1, keepdims=True)
+    return np.where(top == -np.inf, 0, top).astype(s.dtype)
+
+
 def _scores(q: Array, k: Array, scale: float, mask: Mask) -> Array:
     s: Array = scale * (_wide(q) @ _repeated(k, q).swapaxes(-1, -2))
     if callable(mask):
@@ -128,11 +135,16 @@ def _repeated(x: Array, q: Array) -> Array:
 
 def _sdpa(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if callable(mask):
         shape = (*q.shape[:3], k.shape[2])
         index = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
         mask = mask(*index)
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    # The fused kernel goes backward from lse, beside a large mask by n times too much.
+    additive = mask is not None and mask.dtype != torch.bool
+    backends = [SDPBackend.MATH] if additive else [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+    with sdpa_kernel(backends):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )

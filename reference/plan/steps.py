@@ -3,7 +3,8 @@ r"""What every rank does in a pass, step by step: the schedules without their ar
 The steps are those of `lv_xattn.py`, `ring_attention.py`, `ulysses.py`, `gather.py` and
 `replicated.py`, in their order, so that what is sent is known to the byte before anything is sent,
 and a pass can be played on the clocks of any machine (`simulate.py`).  A collective is one message
-to and from each other rank: the fewest bytes that do it.
+to and from each other rank: the fewest bytes that do it.  What a message of a backward is stamped
+with, as torch_impl's are that go through the host, is counted too: `Layout.stamp` bytes each.
 
 Everything follows from a `Layout`: shapes, dtype, every rank's lengths, the order of the ring, the
 masks that travel.
@@ -121,7 +122,13 @@ def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
     -------
     list of Compute, Fill, Send, Wait and Join
     """
-    return list(_BY_SCHEDULE[layout.way](Blocks(layout), rank, backward))
+    found = list(_BY_SCHEDULE[layout.way](Blocks(layout), rank, backward))
+    if not backward:
+        return found
+    return [
+        replace(step, nbytes=step.nbytes + layout.stamp) if isinstance(step, Send) else step
+        for step in found
+    ]
 
 
 def messages(layout: Layout, rank: int, *, backward: bool = False) -> list[Send]:

@@ -10,6 +10,7 @@
 `tensors`    safetensors files, read and written slice by slice
 `check`      is the result right?
 `two_pass`   what it is compared with
+`rounding`   how far off it may be
 `report`     the text and the JSON
 `clocks`     every rank's clock, compared with rank 0's, for a trace
 `tracing`    what a trace needs of a run, and where it goes

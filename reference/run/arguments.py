@@ -1,6 +1,9 @@
 """What the commands share: a parser that speaks once, and the numbers that arguments may be."""
 
 import argparse
+import os
+from errno import EACCES
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -31,6 +34,37 @@ class Parser(argparse.ArgumentParser):
         """Print on one rank."""
         if self.speaks:
             super()._print_message(message, file)
+
+
+def try_to_write(path: str | Path) -> None:
+    """Find out whether a file can be written; one that is there is left as it is.
+
+    A pipe or a device is not opened: whoever opens a pipe waits for its reader.
+
+    Raises
+    ------
+    OSError
+        It cannot.
+    """
+    file = Path(os.path.realpath(path))  # what is made and removed is never a link
+    there = file.exists()
+    if there and not file.is_file() and not file.is_dir():
+        if not os.access(file, os.W_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES), str(path))
+        return
+    with file.open("ab"):
+        pass
+    if not there:
+        file.unlink(missing_ok=True)  # another rank may have looked, too
+
+
+def writable(text: str) -> str:
+    """Read the name of a file that can be written."""
+    try:
+        try_to_write(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
+    return text
 
 
 def positive(text: str) -> int:

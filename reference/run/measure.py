@@ -7,7 +7,7 @@ from typing import Any
 
 from lvxattn.reference.plan.machine import Link
 from lvxattn.reference.plan.measure import Probe, measure
-from lvxattn.reference.run.arguments import positive
+from lvxattn.reference.run.arguments import positive, try_to_write
 from lvxattn.reference.run.command import refuse
 from lvxattn.reference.run.ranks import Ranks
 from lvxattn.reference.run.tensors import InputError
@@ -101,10 +101,14 @@ def _wrong(path: Path, shape: tuple[int, int, int], rank: int) -> InputError | N
         return InputError(f"--kv-heads: expected a divisor of --heads {H}, got {H_KV}")
     if rank:  # the file is rank 0's, and other hosts may not have its folder
         return None
-    if path.is_dir():
-        return InputError(f"--output: expected a file, got the folder {path}")
-    if not path.resolve().parent.is_dir():
-        return InputError(f"--output: there is no folder {path.resolve().parent}")
+    try:
+        if path.is_dir():
+            return InputError(f"--output: expected a file, got the folder {path}")
+        if not path.resolve().parent.is_dir():
+            return InputError(f"--output: there is no folder {path.resolve().parent}")
+        try_to_write(path)
+    except OSError as error:
+        return InputError(f"--output: {path} cannot be written: {error.strerror}")
     return None
 
 

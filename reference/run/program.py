@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import MACHINES, Machine, machine_of
+from lvxattn.reference.run.arguments import try_to_write
 from lvxattn.reference.run.check import Check, check_results
 from lvxattn.reference.run.problem import Problem, Share, describe, take_share
 from lvxattn.reference.run.ranks import Backend, Ranks
@@ -73,8 +74,8 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     # 4. sampled rows against an independent softmax
     checks: list[Check] = []
     if options.check:
-        scale, seed = layout.scale, options.seed
-        checks = check_results(problem, share, results, ranks, scale=scale, seed=seed)
+        scale, seed, gpu = layout.scale, options.seed, backend.device.startswith("GPU")
+        checks = check_results(problem, share, results, ranks, scale=scale, seed=seed, gpu=gpu)
     # 5. rank 0 reports
     host = socket.gethostname()
     device, kernel = backend.device, backend.kernel(tensors)
@@ -171,6 +172,12 @@ def _check_paths(options: Namespace) -> None:
             raise InputError(f"{text}: there is no folder {path.parent}")
         if path.is_dir():
             raise InputError(f"{option}: expected a file, got the directory {text}")
+        if option == "--output":  # `_create` makes it before the work
+            continue
+        try:
+            try_to_write(path)
+        except OSError as error:
+            raise InputError(f"{option}: {text} cannot be written: {error.strerror}") from None
 
 
 def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile | None:

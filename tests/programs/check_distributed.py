@@ -17,7 +17,7 @@ from lvxattn.reference.check import case_of, distributed, suite_of
 from lvxattn.reference.check.growth import GROWTH
 from tests.planted_ranks import Planted
 
-TORCH = "TORCHELASTIC_RUN_ID" in os.environ
+TORCH = "RANK" in os.environ  # torchrun's
 ours: Any = import_module(f"lvxattn.{'torch_impl' if TORCH else 'mpi_impl'}")
 
 

@@ -50,8 +50,9 @@ def spoiling(function: Any, name: str, factor: float = 1.001) -> Any:
 
 
 BREAKAGES: dict[str, tuple[Any, str, Any]] = {
-    "": (lv_xattn, "merge", lv_xattn.merge),
-    "merge": (lv_xattn, "merge", lambda out, lse, *_: (out, lse)),  # forgets what others said
+    "": (lv_xattn, "merge_partials", lv_xattn.merge_partials),
+    # Forgets what others said.
+    "merge": (lv_xattn, "merge_partials", lambda out, top, total, *_: (out, top, total)),
     "nan": (Backend, "forward", spoiling(forward, "out", float("nan"))),
     **{name: (Backend, "forward", spoiling(forward, name)) for name in ("out", "lse")},
     **{name: (Backend, "backward", spoiling(backward, name)) for name in ("dq", "dk", "dv")},

@@ -1,12 +1,13 @@
 """Build a lab, start two sleeping ranks on it, print its namespaces, then end as told.
 
+It ends with its input, or by a signal.
+
 hold_lab.py normally | by-exception | when-killed
 """
 
 import os
 import sys
 from threading import Thread
-from time import sleep
 
 from benchmarks.netlab.lab import Lab
 
@@ -19,6 +20,6 @@ with Lab(hosts=2, rate="1gbit") as lab:
     if how == "when-killed":
         lab.mpiexec(SLEEP, capture=False)
     Thread(target=lab.mpiexec, args=[SLEEP], kwargs={"capture": False}).start()
-    sleep(1)
+    sys.stdin.read()
     if how == "by-exception":
         raise RuntimeError("to be seen outside")

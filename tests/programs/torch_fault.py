@@ -5,9 +5,11 @@ usage: torch_fault.py CASES
 CASES is a JSON list of [P, RANK, HOW, PLACE, SCHEDULE, PASS]:
 
 HOW         raise; kill; stop, and go on when all others have ended; or "mask raises".  With "again"
-            after it the others catch what they get, and call once more before they raise it
-PLACE       "before" all ranks agree; "hop N begins", "computes" or "ends"; "a post" that refuses
-SCHEDULE    lv-xattn; ring; or replicated, which has hop 0 only
+            after it the others catch what they get, and call once more before they raise it.
+            "other order": the rank calls the backwards of two forwards the other way round
+PLACE       "before" all ranks agree; "hop N begins", "computes" or "ends"; "a post" that refuses;
+            of the other order, "one layout" or "two layouts"
+SCHEDULE    lv-xattn; ring; or replicated, which has hop 0 only; of the other order, any
 PASS        forward or backward
 
 A rank is a fork of this process, so that PyTorch is imported once for all; from then on it is a
@@ -35,7 +37,7 @@ from tests.programs.start import finish, start
 from tests.torch_ranks import RANK, SIZE, STORE
 
 TIMEOUT = 3.0  # of the groups, in seconds
-PATIENCE = 25.0  # for one case
+PATIENCE = 60.0  # for one case
 AT_ONCE = 6  # cases
 Case = tuple[int, int, str, str, str, str]
 
@@ -61,9 +63,14 @@ class Rank:
             options = {"queries": "replicated"}
         if self.how == "mask raises":
             options["mask"] = self.rule if comm.rank == self.number else causal
-        if self.place != "before":
+        if self.place not in ("before", "two layouts"):
             call = "forward and backward"
             options["layout"] = Layout.agree(*given, comm, **options, call=call)
+        if self.how == "other order":
+            self.both_ways(lambda: cross_attention(*given, comm, **options), comm.rank)
+            finish(comm)
+            print("reached the end")
+            return
         out = cross_attention(*given, comm, **options)  # every rank has met its neighbours
         kept = [x.detach().clone() for x in (*given, out)]
         if comm.rank == self.number:
@@ -81,6 +88,17 @@ class Rank:
             raise
         finish(comm)
         print("reached the end")
+
+    def both_ways(self, attend: Any, rank: int) -> None:
+        """Call two backwards, on one rank the last one first."""
+        losses = [attend().sum() for _ in range(2)]
+        self.say("failed", time.monotonic())
+        try:
+            for loss in losses[:: -1 if rank == self.number else 1]:
+                loss.backward()
+        except RuntimeError:
+            self.say(f"raised{rank}", time.monotonic())
+            raise
 
     def prepare(self) -> None:
         """Fail now, or see to it that this rank will."""

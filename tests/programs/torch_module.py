@@ -75,6 +75,11 @@ class Mixed(nn.Module):
         self.fp32 = nn.Parameter(torch.zeros(2, 3))
         self.fp64 = nn.Parameter(torch.zeros(3, dtype=torch.float64))
         self.bf16 = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))
+        self.complex64 = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
+        self.complex128 = nn.Parameter(torch.zeros(3, dtype=torch.complex128))
+        self.sparse = nn.Embedding(5, 2, sparse=True)  # its rows 0 and, by rank, another
+        self.sparse_on_rank_1 = nn.Embedding(5, 2, sparse=True)
+        self.dense_on_rank_1 = nn.Embedding(5, 2, sparse=True)
         self.on_rank_1 = nn.Parameter(torch.zeros(2, 2))
         self.nowhere = nn.Parameter(torch.zeros(4))
         self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
@@ -83,6 +88,15 @@ class Mixed(nn.Module):
         self.fp32.grad = self.bucket.T
         self.fp64.grad = torch.full((3,), rank + 1 + 2.0**-40, dtype=torch.float64)
         self.bf16.grad = torch.full((5,), rank + 1.0, dtype=torch.bfloat16)
+        self.complex64.grad = torch.full((2, 2), (rank + 1) * (1 + 2j))
+        double = torch.full((3,), rank + 1 + 2.0**-40 * 1j, dtype=torch.complex128)
+        self.complex128.grad = double.conj()
+        self.sparse(torch.tensor([0, 1 + rank])).sum().backward()
+        if rank == 1:
+            self.sparse_on_rank_1(torch.tensor([3])).sum().backward()
+            self.dense_on_rank_1.weight.grad = torch.ones(5, 2)
+        else:
+            self.dense_on_rank_1(torch.tensor([3])).sum().backward()
         if rank == 1:
             self.on_rank_1.grad = torch.full((2, 2), 5.0)
         else:  # what another rank has frozen counts for this one's number of parameters, too
@@ -95,14 +109,28 @@ def sums(comm: Any) -> dict[str, bool]:
     sum_gradients(model, comm.group)
     total = comm.size * (comm.size + 1) / 2
 
-    def all_are(grad: Tensor | None, value: float, dtype: torch.dtype) -> bool:
+    def all_are(grad: Tensor | None, value: complex, dtype: torch.dtype) -> bool:
         return grad is not None and grad.dtype == dtype and bool((grad == value).all())
+
+    def rows(embedding: nn.Embedding, *, sparse: bool = True) -> list[float]:
+        grad = embedding.weight.grad
+        if grad is None or grad.is_sparse is not sparse:
+            return []
+        grad = grad.to_dense()
+        return grad[:, 0].tolist() if grad[:, 0].equal(grad[:, 1]) else []
 
     return {
         "float32": all_are(model.fp32.grad, total, torch.float32),
         "in place": bool((model.bucket == total).all()),
         "float64 as such": all_are(model.fp64.grad, total + comm.size * 2.0**-40, torch.float64),
         "bfloat16": all_are(model.bf16.grad, total, torch.bfloat16),
+        "complex64": all_are(model.complex64.grad, total * (1 + 2j), torch.complex64),
+        "complex128": all_are(
+            model.complex128.grad, total - comm.size * 2.0**-40 * 1j, torch.complex128
+        ),
+        "sparse": rows(model.sparse) == [comm.size, *(int(r < comm.size) for r in range(4))],
+        "one rank's sparse": rows(model.sparse_on_rank_1) == [0, 0, 0, 1, 0],
+        "one rank's dense": rows(model.dense_on_rank_1, sparse=False) == [1, 1, 1, comm.size, 1],
         "one rank's": all_are(model.on_rank_1.grad, 5.0, torch.float32),
         "no rank's": model.nowhere.grad is None,
         "frozen": model.frozen.grad is None,

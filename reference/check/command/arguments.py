@@ -4,13 +4,12 @@ import argparse
 from argparse import Namespace
 from collections.abc import Callable
 from math import isfinite
-from pathlib import Path
 from typing import Any, NoReturn
 
 from lvxattn.reference.check.frameworks import Framework, framework_of
 from lvxattn.reference.check.target import load
 from lvxattn.reference.run import arguments
-from lvxattn.reference.run.arguments import UsageError
+from lvxattn.reference.run.arguments import UsageError, try_to_write
 from lvxattn.reference.validation import FLOATING
 
 
@@ -93,12 +92,7 @@ def look_at_file(path: str | None, argument: str) -> None:
     """
     if path is None or path == "-":
         return
-    file = Path(path)
-    there = file.exists()
     try:
-        with file.open("ab"):
-            pass
-        if not there:
-            file.unlink(missing_ok=True)  # another rank may have looked, too
+        try_to_write(path)
     except OSError as error:
         raise UsageError(f"{argument}: {path} cannot be written: {error.strerror}") from None

@@ -11,7 +11,7 @@ from lvxattn.reference.check.command.golden import add_golden
 from lvxattn.reference.check.command.listing import list_cases
 from lvxattn.reference.check.command.one_case import replay
 from lvxattn.reference.check.command.proof import add_self_test
-from lvxattn.reference.check.command.ranks import rank_of
+from lvxattn.reference.check.command.ranks import check_launcher, rank_of
 from lvxattn.reference.check.frameworks import NAMES
 from lvxattn.reference.run.arguments import UsageError, natural, positive
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = rank_of(argv)
     try:
         options = _parser(argv, rank).parse_args(argv)
+        check_launcher(argv)
         status: int = options.run(options)
         return status
     except UsageError as error:

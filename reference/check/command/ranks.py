@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lvxattn.reference.check.ranks import launched_by_torchrun
+from lvxattn.reference.launcher import mismatch, speaks
+from lvxattn.reference.run.arguments import UsageError
 
 
 def rank_of(argv: Sequence[str]) -> int:
@@ -21,7 +23,23 @@ def rank_of(argv: Sequence[str]) -> int:
     if launched_by_torchrun():
         return int(os.environ["RANK"])
     world = _world()
-    return 0 if world is None else int(world.rank)
+    if world is None:
+        return 0
+    return 0 if speaks(os.environ, world.rank) else max(1, int(world.rank))
+
+
+def check_launcher(argv: Sequence[str]) -> None:
+    """Refuse ranks that all believe to be alone.
+
+    Raises
+    ------
+    UsageError
+        The launcher has started more of them than MPI sees.
+    """
+    world = _world() if "--distributed" in argv and not launched_by_torchrun() else None
+    wrong = None if world is None else mismatch(os.environ, world.size)
+    if wrong:
+        raise UsageError(wrong)
 
 
 def allgather(x: Any, device: str | None) -> list[Any]:

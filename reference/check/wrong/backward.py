@@ -45,6 +45,13 @@ class ShardProbabilities(Right):
         return normalized
 
 
+class RoundedLse(Right):
+    """The backward takes exp(s - lse), n times too large where lse has lost log n."""
+
+    def _low(self, *_arguments: Any, **_options: Any) -> None:
+        return None
+
+
 class SkippedProbabilities(Right):
     """The backward leaves out probabilities below 1e-6."""
 
@@ -112,6 +119,7 @@ BACKWARD: dict[str, type[Right]] = {
     "delta added": AddedDelta,
     "delta of one shard": ShardDelta,
     "probabilities of one shard in the backward": ShardProbabilities,
+    "backward by an lse that has lost log n": RoundedLse,
     "probabilities below 1e-6 skipped": SkippedProbabilities,
     "no mask in the backward": Unmasked,
     "dq not scaled": NoScaleInDq,

@@ -1,8 +1,8 @@
 """A right kernel, in small steps for wrong ones to override.
 
     a shard of the keys:   s = scale q k^T + mask,  p = exp(s - max s),  out = p v / sum p
-    their union:           merged by log-sum-exp
-    backward:              p = exp(s - lse),  ds = p (dout v^T - delta)
+    their union:           merged, with lse as the two numbers max s and log sum p
+    backward:              p = exp(s - lse - low),  ds = p (dout v^T - delta)
 
 It is in another style than `rounded.py`, which sets the limit: keys cut in shards, heads of keys
 repeated, gradients taken shard by shard.
@@ -80,10 +80,7 @@ class Right:
         shape = (*q.shape[:3], k.shape[2])
         q, k, v = self._arguments(q, k, v)
         scale, mask = self._scale(scale, q.shape[3]), self._mask(mask, shape)
-        parts = []
-        for keys in self._cut(shape[3]):
-            s = self._hide(scale * self._scores(q, k[:, :, keys]), self._tile(mask, shape, keys))
-            parts.append(self._attend(s, v[:, :, keys]))
+        parts = self._parts(q, k, v, scale=scale, mask=mask)
         out, lse = self._join(parts, np.zeros((*shape[:3], v.shape[3]), v.dtype))
         return out.astype(self.dtype), lse
 
@@ -105,10 +102,12 @@ class Right:
         dout, out = self._wide(self._read(dout)), self._wide(out)
         scale, mask = self._scale(scale, q.shape[3]), self._mask(mask, shape)
         delta = self._delta(dout, out)
+        low = self._low(q, k, v, lse, scale=scale, mask=mask)
         dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
         for keys in self._cut(shape[3]):
             s = self._hide(scale * self._scores(q, k[:, :, keys]), self._tile(mask, shape, keys))
             p = self._probabilities(s, lse)
+            p = p if low is None else p * np.exp(-low)[..., None]
             dp = self._dot(dout, v[:, :, keys].swapaxes(-1, -2))
             ds = self._rounded(self._score_gradients(p, dp, delta))
             dq = self._add(dq, self._dq(ds, k[:, :, keys], scale))
@@ -165,12 +164,23 @@ class Right:
 
     # One shard, and the union of all.
 
+    def _parts(
+        self, q: Array, k: Array, v: Array, *, scale: Any, mask: Mask
+    ) -> list[tuple[Array, Array]]:
+        """Return out and lse, as two numbers whose sum it is, of every shard."""
+        shape = (*q.shape[:3], k.shape[2])
+        parts = []
+        for keys in self._cut(shape[3]):
+            s = self._hide(scale * self._scores(q, k[:, :, keys]), self._tile(mask, shape, keys))
+            parts.append(self._attend(s, v[:, :, keys]))
+        return parts
+
     def _attend(self, s: Array, v: Array) -> tuple[Array, Array]:
         top = self._top(s)
         p = self._exp(s - top)
         total = self._total(p)
         out = self._dot(self._rounded(p), v) / np.where(total == 0, 1, total)
-        return out, (top + np.log(total))[..., 0]
+        return out, np.concatenate([top, np.log(total)], axis=-1)
 
     def _top(self, s: Array) -> Array:
         top = s.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -185,18 +195,41 @@ class Right:
 
     def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
         """Merge all shards into out, which is zeros."""
-        lse = np.full(out.shape[:3], -np.inf, out.dtype)
+        out, lse = self._union(parts, out)
+        return out, lse.sum(axis=-1)
+
+    def _union(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
+        lse = np.full((*out.shape[:3], 2), (0, -np.inf), out.dtype)
         for part in parts:
             out, lse = self._merge(out, lse, *part)
         return out, lse
 
     def _merge(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
-        lse = np.logaddexp(lse_a, lse_b)
-        base = np.where(lse == -np.inf, 0, lse)
-        weight_a, weight_b = np.exp(lse_a - base)[..., None], np.exp(lse_b - base)[..., None]
-        return weight_a * out_a + weight_b * out_b, lse
+        seen_a, seen_b = lse_a[..., 1:] > -np.inf, lse_b[..., 1:] > -np.inf
+        top_a, top_b = lse_a[..., :1], lse_b[..., :1]
+        top = np.where(seen_a & seen_b, np.maximum(top_a, top_b), np.where(seen_a, top_a, top_b))
+        # Each at most its own sum of probabilities: what a shard does not see is exp(-inf).
+        a, b = np.exp(top_a - top + lse_a[..., 1:]), np.exp(top_b - top + lse_b[..., 1:])
+        a, b = np.where(seen_a, a, 0), np.where(seen_b, b, 0)
+        total = np.where(a + b == 0, 1, a + b).astype(a.dtype)
+        lse = np.concatenate([top, np.log(a + b)], axis=-1)
+        return a / total * out_a + b / total * out_b, lse
 
     # The backward's own.
+
+    def _low(
+        self, q: Array, k: Array, v: Array, lse: Array, *, scale: Any, mask: Mask
+    ) -> Array | None:
+        """Return what an lse has lost in rounding, from which a forward finds it, if any is large.
+
+        Beside -1e9, lse does not say how many keys there are.
+        """
+        if not (abs(lse[lse > -np.inf]) > 256).any():
+            return None
+        parts = self._parts(q, k, v, scale=scale, mask=mask)
+        _, whole = self._union(parts, np.zeros((*q.shape[:3], v.shape[3]), v.dtype))
+        top, total = whole[..., 0], whole[..., 1]
+        return np.where(lse == -np.inf, 0, top - lse + total).astype(v.dtype)
 
     def _delta(self, dout: Array, out: Array) -> Array:
         delta: Array = (dout * out).sum(axis=-1, keepdims=True)

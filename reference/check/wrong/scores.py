@@ -63,6 +63,13 @@ class MaximumFromZero(Right):
         return np.maximum(super()._top(s), 0)
 
 
+class MaximumFromLow(Right):
+    """The running maximum starts at -1e5 instead of -inf, as if no score could be lower."""
+
+    def _top(self, s: Array) -> Array:
+        return np.maximum(super()._top(s), -1e5).astype(s.dtype)
+
+
 class CappedScores(Right):
     """Scores are cut off at 700, so that exp does not overflow."""
 
@@ -100,6 +107,7 @@ SCORES: dict[str, type[Right]] = {
     "exp wraps around below -87": WrappingExp,
     "mean subtracted for the maximum": MeanForMaximum,
     "maximum starts at 0": MaximumFromZero,
+    "maximum starts at -1e5": MaximumFromLow,
     "scores capped at 700": CappedScores,
     "exp without a maximum": NoMaximum,
     "first shard's maximum for all": FirstMaximum,

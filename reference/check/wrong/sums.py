@@ -14,7 +14,7 @@ class PhantomKey(Right):
     """The running lse starts at 0, which is one more key, of score 0 and value 0."""
 
     def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
-        return super()._join([(out, np.zeros(out.shape[:3], out.dtype)), *parts], out)
+        return super()._join([(out, np.zeros((*out.shape[:3], 2), out.dtype)), *parts], out)
 
 
 class PhantomKeys(Right):
@@ -95,10 +95,41 @@ class MergeWithoutMaximum(Right):
     """Shards are merged with weights exp(lse), which overflow and underflow."""
 
     def _join(self, parts: list[tuple[Array, Array]], _out: Array) -> tuple[Array, Array]:
-        weights = [np.exp(lse)[..., None] for _, lse in parts]
+        weights = [np.exp(lse.sum(axis=-1))[..., None] for _, lse in parts]
         total = np.sum(weights, axis=0)
         summed = np.sum([weight * x for weight, (x, _) in zip(weights, parts, strict=True)], axis=0)
         return summed / np.where(total == 0, 1, total), np.log(total)[..., 0]
+
+
+class LseWeights(Right):
+    """Shards weigh exp(lse_a - lse), which sum to more than 1 where lse has lost log n."""
+
+    variants = SHARDS
+
+    def _merge(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+        lse_a, lse_b = lse_a.sum(axis=-1, keepdims=True), lse_b.sum(axis=-1, keepdims=True)
+        lse = np.logaddexp(lse_a, lse_b)
+        base = np.where(lse == -np.inf, 0, lse)
+        out = np.exp(lse_a - base) * out_a + np.exp(lse_b - base) * out_b
+        return out, np.concatenate([np.zeros_like(lse), lse], axis=-1)
+
+
+class OneNumber(Right):
+    """Shards are merged by lse alone: where it has lost log n, they count alike, long or short."""
+
+    variants = tuple({"shards": shards} for shards in (4, 2, 3, 5, 8))
+
+    def _attend(self, s: Array, v: Array) -> tuple[Array, Array]:
+        out, lse = super()._attend(s, v)
+        seen = lse[..., 1:] > -np.inf
+        lse = np.where(seen, lse.sum(axis=-1, keepdims=True), -np.inf)
+        return out, np.concatenate([lse, np.where(seen, 0, -np.inf)], axis=-1).astype(s.dtype)
+
+    def _merge(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+        out, lse = super()._merge(out_a, lse_a, out_b, lse_b)
+        seen = lse[..., 1:] > -np.inf
+        one = np.where(seen, lse.sum(axis=-1, keepdims=True), -np.inf)
+        return out, np.concatenate([one, np.where(seen, 0, -np.inf)], axis=-1).astype(out.dtype)
 
 
 class LastLse(Right):
@@ -107,7 +138,7 @@ class LastLse(Right):
     variants = SHARDS
 
     def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
-        return super()._join(parts, out)[0], parts[-1][1]
+        return super()._join(parts, out)[0], parts[-1][1].sum(axis=-1)
 
 
 class EmptyShard(Right):
@@ -127,7 +158,8 @@ class BlindShard(Right):
 
     def _attend(self, s: Array, v: Array) -> tuple[Array, Array]:
         out, lse = super()._attend(s, v)
-        return out, (np.where(lse == -np.inf, 0, lse).astype(lse.dtype) if s.shape[3] else lse)
+        blind = lse[..., 1:] == -np.inf
+        return out, (np.where(blind, 0, lse).astype(lse.dtype) if s.shape[3] else lse)
 
 
 class NeighbourBlock(Right):
@@ -209,6 +241,8 @@ SUMS: dict[str, type[Right]] = {
     "lse of a single key is 0": OneKey,
     "unweighted merge": UnweightedMerge,
     "merge without maximum": MergeWithoutMaximum,
+    "merge weights that do not sum to 1": LseWeights,
+    "merge by an lse that has lost log n": OneNumber,
     "lse of the last shard": LastLse,
     "an empty shard has lse 0": EmptyShard,
     "a shard that sees nothing has lse 0": BlindShard,

@@ -1,23 +1,27 @@
 """Does the launcher know the MPI library?  If not, every rank believes that it is alone.
 
 ``mpiexec -n 4`` of one MPI, with a program that is linked to another, starts four processes each of
-which is rank 0 of 1.  Launchers tell their processes in the environment how many they are.
+which is rank 0 of 1; so does torchrun, whatever MPI there is.  Launchers tell their processes in
+the environment how many they are.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 # How many processes there are, which one this is, and who says so; inner launchers first, as srun
-# may have started mpirun's helpers.
+# may have started mpirun's helpers, and any of them torchrun.
+_TORCHRUN = "torchrun or its like"
 _VARIABLES = (
+    ("WORLD_SIZE", "RANK", _TORCHRUN),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpirun"),
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MVAPICH's launcher"),
     ("PMI_SIZE", "PMI_RANK", "MPICH's mpiexec or its like"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
 )
-# It starts the processes of any MPI, if it is told what that speaks.
 _CURES = {
-    "srun": "say srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH (srun --mpi=list names others)"
+    _TORCHRUN: "start the program with mpiexec; torchrun starts python -m lvxattn.torch_impl",
+    # It starts the processes of any MPI, if it is told what that speaks.
+    "srun": "say srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH (srun --mpi=list names others)",
 }
 
 
@@ -39,6 +43,8 @@ def claim(environment: Mapping[str, str]) -> Claim | None:
         ``os.environ``.
     """
     for size, rank, launcher in _VARIABLES:
+        if launcher == _TORCHRUN and not environment.get("LOCAL_RANK", "").isdigit():
+            continue  # scripts have variables of these names, too
         if environment.get(size, "").isdigit():
             number = environment.get(rank, "0")
             return Claim(size, int(environment[size]), int(number or 0), launcher)
