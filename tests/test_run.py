@@ -295,8 +295,8 @@ def test_presets_and_sizes_pass_their_check_and_are_reported(
     assert (tuple(report["shapes"]["q"]), tuple(report["shapes"]["k"])) == (q, k)
     assert [check["name"] for check in report["checks"]] == ["out", "lse"]
     assert report["totals"]["keys"] == k[2] == sum(rank["keys"] for rank in report["ranks"])
-    # P - 1 hops of the queries and as many of the results (out and lse, wide), all of them in all.
-    assert report["totals"]["bytes"] == (P - 1) * (4 * np.prod(q) * 2 + 4 * np.prod(q[:3]))
+    # P - 1 hops of the queries and as many of the results (out, lse as two numbers), all in all.
+    assert report["totals"]["bytes"] == (P - 1) * (4 * np.prod(q) * 2 + 8 * np.prod(q[:3]))
     assert report["totals"]["messages"] == P * 2 * (P - 1)
 
     report = json.loads((told.folder / "all.json").read_text())

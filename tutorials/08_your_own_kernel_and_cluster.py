@@ -114,7 +114,7 @@ for row in report.failed:
 print(report.probably)
 
 # %%
-assert {row.case for row in report.failed} == {"lse-low", "finite-minimum"}
+assert {row.case for row in report.failed} == {"lse-low", "finite-minimum", "hidden-rows"}
 assert "maximum starts at 0" in report.probably
 assert len(WRONG) > 48
 
