@@ -5,29 +5,41 @@ softmax is the plain mean over the keys that are left: all of them where the mas
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from lvxattn.reference.agreement import SCHEDULES
 from tests.cases import Case, Problem, _dtype
 from tests.naive import Array
 from tests.tolerances import LEAST, UNIT
 
 LOWS = -1e4, -1e9, -1e15, "min"
 CUTS = "even", "ragged", "first"
+WAYS = (*SCHEDULES, "replicated")
 
 
-def problems(schedule: str, P: int) -> Iterator[Problem]:
-    """Yield the problems that `schedule` is to solve on P ranks: lows, dtypes, masks and cuts."""
+def problems(schedule: str, P: int, by_turns: int = 1) -> Iterator[Problem]:
+    """Yield the problems that `schedule` is to solve on P ranks: lows, dtypes, masks and cuts.
+
+    With `by_turns` one in so many, others for the next schedule and P.
+    """
+    first = (WAYS.index(schedule) + P) % by_turns
+    for make in list(_problems(schedule, P))[first::by_turns]:
+        yield make()
+
+
+def _problems(schedule: str, P: int) -> Iterator[Callable[[], Problem]]:
     for low in LOWS:
         for dtype, mask_dtype in (("float32", "float32"), ("float64", "float64")):
             for cut in CUTS:
-                yield _problem(low, dtype, mask_dtype, cut, schedule, P)
+                yield partial(_problem, low, dtype, mask_dtype, cut, schedule, P)
     for dtype, mask_dtype in (
         ("float32", "float16"), ("float32", "bfloat16"), ("float16", "float16"),
         ("bfloat16", "bfloat16"), ("bfloat16", "float32"),
     ):  # fmt: skip
-        yield _problem("min", dtype, mask_dtype, "ragged", schedule, P)
+        yield partial(_problem, "min", dtype, mask_dtype, "ragged", schedule, P)
 
 
 def worst(problem: Problem, results: dict[str, Array], *, fp64: bool = False) -> float:
@@ -47,8 +59,8 @@ def worst(problem: Problem, results: dict[str, Array], *, fp64: bool = False) ->
 
 
 def all_right(solve: Callable[[Problem], dict[str, Array]], schedule: str, P: int) -> list[bool]:
-    """Return a verdict for each problem."""
-    return [worst(problem, solve(problem)) <= 1 for problem in problems(schedule, P)]
+    """Return a verdict for every third problem: virtual ranks solve all."""
+    return [worst(problem, solve(problem)) <= 1 for problem in problems(schedule, P, by_turns=3)]
 
 
 def _problem(low: Any, dtype: str, mask_dtype: str, cut: str, schedule: str, P: int) -> Problem:

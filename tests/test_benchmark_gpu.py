@@ -411,6 +411,7 @@ def test_make_gpu_hands_on_what_was_named(tmp_path: Path) -> None:
         ("DRY=0", "OUT=a b"): "benchmarks/gpu --out 'a b'",
         ("MPI=system", "DRY="): "benchmarks/gpu --mpiexec 'mpiexec'",
     }.items():
-        printed = launch(["make", "-n", "-C", str(ROOT), "gpu", *given], timeout=100).out
+        command = ["make", "-n", "-C", str(ROOT), "gpu", *given]
+        printed = launch(command, timeout=100, env={"MAKEFLAGS": None, "MAKEOVERRIDES": None}).out
         command = printed.replace("\\\n", " ").partition("benchmarks/gpu")[1:]
         assert "".join(command).split("\n")[0].split() == wanted.split()

@@ -152,6 +152,7 @@ def available_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_memory() < 16 * 2**30, reason="needs 16 GiB of memory")
 def test_a_block_of_more_than_two_to_the_31_bytes_arrives() -> None:
     ended = mpiexec(2, PROGRAMS / "large_block.py", timeout=100)

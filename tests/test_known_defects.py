@@ -247,7 +247,7 @@ def test_backward_does_not_send_the_output(P: int) -> None:
     log: list[Message] = []
     p = Case("wide", S_Q=P, S_KV=P, D=1, D_V=64).make()  # out would be most of what is sent
     run_ranks(P, lambda comm: solve(p, comm, reference), log=log)
-    queries, results = 1, 64 + 1
+    queries, results = 1, 64 + 2
     blocks, gradients = 1 + 64 + 2, 1
     rows = 8 * p.case.H
     want = P * (P - 1) * rows * (queries + results + blocks + gradients)
@@ -284,7 +284,7 @@ def test_heads_of_a_group_are_never_repeated_on_the_wire(P: int) -> None:
         return [m.nbytes for m in log if m.tag in (7001, 7002)]
 
     # Keys and values stay: their heads and their number do not show on the wire at all.
-    rows = 8 * 8 * (8 + 8 + 1 + 8 + 8 + 2 + 8)  # bytes, heads, widths of q, out, lse and so on
+    rows = 8 * 8 * (8 + 8 + 2 + 8 + 8 + 2 + 8)  # bytes, heads, widths of q, out, lse and so on
     assert sum(sent(8)) == sum(sent(1)) == (P - 1) * 5 * rows
 
 

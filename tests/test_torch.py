@@ -28,12 +28,19 @@ OF_TWO = ("inside_a_compiled_module",)
 OF_ANY = tuple(name for name in _checks() if name not in OF_TWO)
 # Four ranks are two rings of two; the rest is no different from three.
 OF_FOUR = ("groups_and_meshes_beside_one_another", "equals_sdpa_on_gathered_tensors")
-CHECKS = {1: OF_ANY, 2: OF_ANY + OF_TWO, 3: OF_ANY, 4: OF_FOUR}
+LAUNCHES = [(1, OF_ANY), (2, OF_TWO), (3, OF_ANY), (4, OF_FOUR)]
+CALLS = [(P, launch, check) for P, launch in LAUNCHES for check in launch]
 
 
-@pytest.mark.parametrize(("P", "check"), [(P, c) for P in CHECKS for c in CHECKS[P]])
-def test_calls(check: str, P: int) -> None:
-    verdicts = torch_report(P, "torch_calls.py", *CHECKS[P])[check]
+@pytest.mark.parametrize(
+    ("P", "launch", "check"),
+    [
+        *(pytest.param(*call, id=f"{call[0]}-{call[2]}") for call in CALLS),
+        *(pytest.param(2, OF_ANY, c, id=f"2-{c}", marks=pytest.mark.slow) for c in OF_ANY),
+    ],
+)
+def test_calls(check: str, launch: tuple[str, ...], P: int) -> None:
+    verdicts = torch_report(P, "torch_calls.py", *launch)[check]
     assert len(verdicts) == P
     assert all(verdict and all(verdict) for verdict in verdicts), verdicts
 

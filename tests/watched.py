@@ -48,6 +48,10 @@ class Watched:
     def start_send(self, message: Any, dest: int, tag: int) -> MPI.Request:
         return self.comm.Isend(message, dest, tag)
 
+    def allgather(self, sendobj: Any) -> Any:
+        self.calls["allgather"] += 1
+        return self.comm.allgather(sendobj)
+
     def __getattr__(self, name: str) -> Any:
         self.calls[name] += 1
         return getattr(self.comm, name)

@@ -51,7 +51,7 @@ class Attention(torch.autograd.Function):
         """Attend, and save what the backward needs."""
         ctx.set_materialize_grads(False)
         with exactly(q.device):
-            attend = shapes if q.is_meta else forward
+            attend = shapes if q.is_meta and layout.size > 1 else forward
             out, top, total = attend(q, k, v, group, layout, mask=mask, meter=meter)
             lse = lse_of(top, total)
             low = remainder_of(lse, top, total)
@@ -70,7 +70,7 @@ class Attention(torch.autograd.Function):
         """Differentiate."""
         (*held, out, lse, low), mask = saved(ctx)
         q, k, v = held or ctx.made.saved_tensors
-        if q.is_meta:
+        if q.is_meta and ctx.layout.size > 1:
             return *map(torch.empty_like, (q, k, v)), *[None] * 7
         with exactly(q.device):
             # dout in q's dtype, as it is on the ranks that it visits.
@@ -86,7 +86,7 @@ class Attention(torch.autograd.Function):
 def shapes(
     q: Tensor, _k: Tensor, v: Tensor, _group: Group, layout: Layout, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a forward returns of meta tensors: shapes.  Nothing is sent."""
+    """Return what a forward over ranks returns of meta tensors: shapes.  Nothing is sent."""
     wide = getattr(torch, layout.accumulator)
     top, total = (q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
     return q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), top, total

@@ -109,7 +109,7 @@ for schedule in every[:2] if len(sys.argv) > 1 else every:
         results, waits = solve(problem, schedule)
         report[f"{case.name}, {schedule}"] = max(worst_ratios(problem, results).values()) <= 1
         waited[f"{case.name}, {schedule}"] = waits
-    problems = hidden.problems(schedule, comm.size)
+    problems = hidden.problems(schedule, comm.size, by_turns=7)
     report[f"hidden rows, {schedule}"] = all(
         hidden.worst(problem, solve(problem, schedule)[0]) <= 1 for problem in problems
     )
