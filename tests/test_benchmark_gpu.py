@@ -412,6 +412,6 @@ def test_make_gpu_hands_on_what_was_named(tmp_path: Path) -> None:
         ("MPI=system", "DRY="): "benchmarks/gpu --mpiexec 'mpiexec'",
     }.items():
         command = ["make", "-n", "-C", str(ROOT), "gpu", *given]
-        printed = launch(command, timeout=100, env={"MAKEFLAGS": None, "MAKEOVERRIDES": None}).out
+        printed = launch(command, timeout=100, env=dict.fromkeys(("MAKEFLAGS", "ARGS"))).out
         command = printed.replace("\\\n", " ").partition("benchmarks/gpu")[1:]
         assert "".join(command).split("\n")[0].split() == wanted.split()
