@@ -177,9 +177,12 @@ def cross_attention_backward(
         dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
         low = None
         # Where a finite number hides a row, lse cannot say how many keys it saw: the forward can.
-        if layout.additive and any(comm.allgather(too_large(lse))):
-            _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
-            low = remainder_of(lse, top, total)
+        if layout.additive:
+            with watching(comm, "all ranks to look at lse"):
+                lost = any(comm.allgather(too_large(lse)))
+            if lost:
+                _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+                low = remainder_of(lse, top, total)
         dout, delta = delta_of(dout, out, lse, low, dlse)
         gradients = backward_pass(dout, q, k, v, lse, delta, comm, layout, mask=mask, meter=meter)
         dq, dk, dv = (x.astype(q.dtype, copy=False) for x in gradients)
