@@ -15,6 +15,7 @@ from lvxattn.torch_impl.autograd import Attention, Backward, Forward
 from lvxattn.torch_impl.gather import gather, gather_backward
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.layout import Layout, Pool
+from lvxattn.torch_impl.lazy import not_compiled
 from lvxattn.torch_impl.lv_xattn import lv_xattn, lv_xattn_backward
 from lvxattn.torch_impl.replicated import replicated, replicated_backward
 from lvxattn.torch_impl.ring_attention import ring_attention, ring_attention_backward
@@ -39,7 +40,7 @@ def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, group: AnyGroup = None, *,
     return_lse: Literal[True], **options: Any,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@torch.compiler.disable
+@not_compiled
 def cross_attention(
     q: Tensor,
     k: Tensor,

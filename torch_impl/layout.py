@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lvxattn.reference import layout as shared
 from lvxattn.reference.agreement import agree_on
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.validation import check_here_or_together, is_array, library, on_rank
 from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
+from lvxattn.torch_impl.lazy import is_dtensor
 
 # Bytes that say which forward a block of a backward belongs to.
 STAMP = 8
@@ -259,7 +259,7 @@ def check_tensor(name: str, x: Any, q: Any, of: str = "q") -> None:
     """Check that `x`, if a tensor, is a plain one on the device of `q`, which is argument `of`."""
     if not isinstance(x, Tensor):
         return
-    if isinstance(x, DTensor):
+    if is_dtensor(x):
         raise TypeError(
             f"{name}: expected this rank's part as a plain tensor, got a DTensor; "
             f"{name}.to_local() gives it"

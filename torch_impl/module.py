@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
@@ -13,6 +12,7 @@ from lvxattn.reference.validation import check_here_or_together
 from lvxattn.torch_impl.cross_attention import cross_attention
 from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
 from lvxattn.torch_impl.layout import Layout, check_tensor
+from lvxattn.torch_impl.lazy import local, not_compiled
 from lvxattn.torch_impl.recompute import cross_attention_layer
 
 # Dtypes whose sums are taken in float64.
@@ -156,7 +156,7 @@ class CrossAttention(nn.Module):
         joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return joined
 
-    @torch.compiler.disable
+    @not_compiled
     def _check(self, x: Tensor, features: Tensor, *, together: bool) -> None:
         """Check what the projections are given; collective where `together`."""
         check_here_or_together(
@@ -236,15 +236,15 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
             continue
         grads = [_dense(p) for p, _ in part]
         # A DTensor, as fully_shard makes them along another dimension of a mesh, has a part here.
-        parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        parts = [local(g) for g in grads]
         numbers = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in parts]
         flat = torch.cat([g.to(wire, wide).flatten() for g in numbers])
         with comm.waiting(lambda: "all ranks' gradients of the weights"):
             dist.all_reduce(flat, dist.ReduceOp.SUM, comm.group)
         pieces = flat.split([g.numel() for g in numbers])
-        for (p, kind), grad, local, piece in zip(part, grads, parts, pieces, strict=True):
-            total = torch.complex(*piece.view(-1, 2).T) if local.is_complex() else piece
-            local.copy_(total.view_as(local))
+        for (p, kind), grad, mine, piece in zip(part, grads, parts, pieces, strict=True):
+            total = torch.complex(*piece.view(-1, 2).T) if mine.is_complex() else piece
+            mine.copy_(total.view_as(mine))
             p.grad = grad if kind == _DENSE else grad.to_sparse(kind)
 
 

@@ -37,6 +37,7 @@ from lvxattn.torch_impl.autograd import Attention
 from lvxattn.torch_impl.cross_attention import agreed, autocast_dtype, call_of, cast, passes
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.layout import Layout, check_tensors
+from lvxattn.torch_impl.lazy import not_compiled
 
 MakeKV = Callable[[Any], tuple[Tensor, Tensor]]
 
@@ -51,7 +52,7 @@ def cross_attention_layer(
     q: Tensor, y: Any, make_kv: MakeKV, group: AnyGroup = None, *,
     return_lse: Literal[True], **options: Any,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@torch.compiler.disable
+@not_compiled
 def cross_attention_layer(
     q: Tensor,
     y: Any,
