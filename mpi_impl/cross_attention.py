@@ -145,8 +145,8 @@ def cross_attention_backward(
     q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
-        As returned by it.  Where a rank's mask is additive and a row's lse is large, as that of a
-        row hidden by -1e9, which has lost how many keys there were, the forward is run once more.
+        As returned by it.  Where any rank's lse is large, as that of a row hidden by -1e9, which
+        has lost how many keys there were, the forward is run once more, with its messages.
     dlse : (B, H, s_q), optional
         Gradient of the loss with respect to lse, where lse is used too.
 
@@ -176,13 +176,13 @@ def cross_attention_backward(
     with named(comm), computing(q):
         dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
         low = None
-        # Where a finite number hides a row, lse cannot say how many keys it saw: the forward can.
-        if layout.additive:
-            with watching(comm, "all ranks to look at lse"):
-                lost = any(comm.allgather(too_large(lse)))
-            if lost:
-                _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
-                low = remainder_of(lse, top, total)
+        # Where lse is large, as in a row hidden by -1e9, it cannot say how many keys a row saw: the
+        # forward can.
+        with watching(comm, "all ranks to look at lse"):
+            lost = any(comm.allgather(too_large(lse)))
+        if lost:
+            _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+            low = remainder_of(lse, top, total)
         dout, delta = delta_of(dout, out, lse, low, dlse)
         gradients = backward_pass(dout, q, k, v, lse, delta, comm, layout, mask=mask, meter=meter)
         dq, dk, dv = (x.astype(q.dtype, copy=False) for x in gradients)

@@ -21,16 +21,19 @@ from typing import Any
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.device import array_module
+from lvxattn.mpi_impl.device import array_module, check_arrays
+from lvxattn.mpi_impl.watchdog import watching
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.validation import (
     Forms,
     accumulator,
+    attempt,
+    check_here_or_together,
+    check_made,
     dtype_name,
     forms,
-    make_keys_and_values,
 )
 
 Array = Any  # NumPy or CuPy
@@ -97,7 +100,7 @@ def cross_attention_layer(
         As `cross_attention`, for make_kv too.
     """
     # 1. Make keys and values.
-    k, v = make_keys_and_values(make_kv, y, q, comm, together=layout is None)
+    k, v = _keys_and_values(make_kv, y, q, comm, layout)
     # 2. Attend to them; with the end of this call they are forgotten.
     out, lse = cross_attention(
         q, k, v, comm,
@@ -145,11 +148,35 @@ def cross_attention_layer_backward(
     """
     q, y = saved.q, saved.y
     # 3. Make again what was forgotten, and go back through the attention.
-    k, v = make_keys_and_values(make_kv, y, q, comm, together=layout is None, before=saved.forms)
+    k, v = _keys_and_values(make_kv, y, q, comm, layout, saved.forms)
     return cross_attention_backward(
         dout, q, k, v, saved.out, saved.lse, comm,
         schedule=schedule, scale=scale, mask=mask, queries=queries, layout=layout, meter=meter,
     )  # fmt: skip
+
+
+def _keys_and_values(
+    make_kv: MakeKV,
+    y: Any,
+    q: Array,
+    comm: MPI.Intracomm,
+    layout: Layout | None,
+    before: Forms | None = None,
+) -> tuple[Array, Array]:
+    """Return what `make_kv` makes of y, checked: on all ranks together, unless a layout is there.
+
+    In a backward it has to be what it was `before`.
+    """
+
+    def check() -> None:
+        check_made(make_kv, made, q, before, also=lambda q, *_: check_arrays(q))
+
+    together = layout is None
+    made = attempt(lambda: make_kv(y) if callable(make_kv) else None, comm, together=together)
+    with watching(comm, "all ranks to make keys and values"):
+        check_here_or_together(check, comm, together=together)
+    k, v = made
+    return k, v
 
 
 def project(features: Array, weight: Array) -> Array:

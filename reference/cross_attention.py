@@ -140,8 +140,8 @@ def cross_attention_backward(
     q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
-        As returned by it.  Where a rank's mask is additive and a row's lse is large, as that of a
-        row hidden by -1e9, which has lost how many keys there were, the forward is run once more.
+        As returned by it.  Where any rank's lse is large, as that of a row hidden by -1e9, which
+        has lost how many keys there were, the forward is run once more, with its messages.
     dlse : (B, H, s_q), optional
         Gradient of the loss with respect to lse, where lse is used too.
 
@@ -169,8 +169,9 @@ def cross_attention_backward(
     forward, backward_pass = passes(layout)
     dout, q, k, v, out, lse = (x.astype(np.float64) for x in (dout, q, k, v, out, lse))
     low = None
-    # Where a finite number hides a row, lse cannot say how many keys it saw: the forward can.
-    if layout.additive and any(comm.allgather(too_large(lse))):
+    # Where lse is large, as in a row hidden by -1e9, it cannot say how many keys a row saw: the
+    # forward can.
+    if any(comm.allgather(too_large(lse))):
         _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
         low = remainder_of(lse, top, total)
     dout, delta = delta_of(dout, out, lse, low, dlse)

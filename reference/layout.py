@@ -264,12 +264,6 @@ class Layout:
                     "mask: expected the layout's shape and travelling dtype "
                     f"{self.masks[self.rank]}, got {kind}"
                 )
-            # Ranks look at lse together where a mask is additive, which all must know.
-            if backward is not None and _additive(kind) and not self.additive:
-                raise ValueError(
-                    "mask: expected for a backward a layout that was agreed on with an additive "
-                    f"mask, got one without, and an additive mask {dtype_name(mask)}"
-                )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
 
@@ -292,11 +286,6 @@ class Layout:
     def accumulator(self) -> str:
         """The dtype of sums and of what travels as a partial result."""
         return accumulator(self.dtype)
-
-    @property
-    def additive(self) -> bool:
-        """Whether any rank's mask is additive: it can hide a row by a finite number."""
-        return any(map(_additive, self.masks))
 
     @property
     def right(self) -> int:
@@ -327,10 +316,6 @@ class Layout:
         """
         s_kv = self.s_kv[self.rank]
         return s_kv if self.size == 1 else s_kv // 2
-
-
-def _additive(kind: MaskKind) -> bool:
-    return kind is not None and kind[1] != "bool"
 
 
 def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:

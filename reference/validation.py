@@ -19,8 +19,6 @@ Forms = tuple[tuple[tuple[int, ...], str], ...]
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 # A subclass of one of their arrays is computed with as such.
 LIBRARIES = ("numpy", "cupy", "torch")
-# Up to this size lse alone will do: its rounding in fp32 is a factor of 1 + 1.5e-5 at most.
-LARGE_LSE = 256.0
 
 
 class Communicator(Protocol):
@@ -188,36 +186,26 @@ def check_here_or_together(
     error: Exception | None = None
     try:
         check()
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
         error = e
+    cause = error and error.__cause__  # which does not travel
     if together:
-        raise_together(error, comm)
+        try:
+            raise_together(error, comm)
+        except Exception as said:
+            raise said from cause
     elif error is not None:
-        raise on_rank(error, comm.rank, comm.size) from None
+        raise on_rank(error, comm.rank, comm.size) from cause
 
 
-def make_keys_and_values(
-    make_kv: Callable[[Any], tuple[Array, Array]],
-    y: Any,
-    q: Array,
-    comm: Communicator,
-    *,
-    together: bool,
-    before: Forms | None = None,
-) -> tuple[Array, Array]:
-    """Return the keys and values that `make_kv` makes of y, checked against this rank's queries.
-
-    Collective where `together`: then what is wrong is raised on every rank, else on this one.
-
-    Parameters
-    ----------
-    before : optional
-        `forms` of what it made in the forward, where it is a backward that makes them again.
-    """
-    made: Any = make_kv(y) if callable(make_kv) else None
-    check_here_or_together(lambda: check_made(make_kv, made, q, before), comm, together=together)
-    k, v = made
-    return k, v
+def attempt(make: Callable[[], Any], comm: Communicator, *, together: bool) -> Any:
+    """Return what `make` returns or, where ranks are to be told of it together, what it raises."""
+    if not together or comm.size == 1:
+        return make()
+    try:
+        return make()
+    except Exception as error:
+        return error
 
 
 def check_made(
@@ -231,6 +219,8 @@ def check_made(
 
     Parameters
     ----------
+    made
+        What it returned, or an exception that it raised.
     also : callable, optional
         What an implementation has to check besides, of q, k and v.
 
@@ -238,7 +228,13 @@ def check_made(
     ------
     TypeError, ValueError
         Naming make_kv, what was expected and what was given.
+    RuntimeError
+        It raised something.
     """
+    if isinstance(made, Exception):
+        raise RuntimeError(
+            f"make_kv: expected keys and values, got {type(made).__name__}: {made}"
+        ) from made
     if not callable(make_kv):
         raise TypeError(f"make_kv: expected a callable, make_kv(y) -> (k, v), got {_kind(make_kv)}")
     if not isinstance(made, tuple | list) or len(made) != 2:

@@ -334,7 +334,7 @@ def test_nothing_but_the_agreement_is_sent_when_it_fails() -> None:
 
 
 @RANKS
-def test_calls_with_a_layout_send_blocks_alone(P: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_with_a_layout_agree_on_nothing(P: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gathers: list[int] = []
     allgather = VirtualComm.allgather
 
@@ -356,10 +356,10 @@ def test_calls_with_a_layout_send_blocks_alone(P: int, monkeypatch: pytest.Monke
             reference.cross_attention_backward(part["dout"], *given, out, lse, comm, **options)
 
     run_ranks(P, fn, True)
-    assert len(gathers) == P  # the agreement itself
+    assert len(gathers) == (1 + 2) * P  # the agreement itself, and a look at lse in each backward
     gathers.clear()
     run_ranks(P, fn, False)
-    assert len(gathers) == 4 * P  # one for each call
+    assert len(gathers) == (4 + 2) * P  # an agreement for each call
 
 
 def misfits() -> dict[str, Any]:

@@ -196,10 +196,10 @@ def _kernel(name: str, job: Job) -> Kernel:
 
 def _rows(x: Tensor) -> Tensor:
     """Return x as fused kernels take it for granted: rows in one piece, on CUDA aligned to 16 B."""
-    apart = [n for n, size in zip(x.stride(), x.shape[:-1], strict=False) if size > 1]
-    places = [x.data_ptr(), *(n * x.element_size() for n in apart)]
     # Rows that are no multiple of 16 B long go to no fused kernel.
-    aligned = x.device.type == "cpu" or x.shape[-1] * x.element_size() % 16 != 0
-    if x.stride(-1) == 1 and (aligned or not any(n % 16 for n in places)):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    if x.device.type == "cpu" or x.shape[-1] * x.element_size() % 16:
+        aligned = True
+    else:
+        apart = [n for n, size in zip(x.stride(), x.shape[:-1], strict=False) if size > 1]
+        aligned = not any(n % 16 for n in (x.data_ptr(), *(n * x.element_size() for n in apart)))
+    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)

@@ -27,8 +27,6 @@ Equation: arXiv:2502.02406, section 3; the running form is in arXiv:2307.08691, 
 import torch
 from torch import Tensor
 
-from lvxattn.reference.validation import LARGE_LSE
-
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Join attention over one set of keys with attention over another, disjoint one.
@@ -98,8 +96,3 @@ def remainder_of(lse: Tensor, top: Tensor, total: Tensor) -> Tensor:
     seen = lse != -torch.inf
     top, lse = (torch.where(seen, x, 0.0) for x in (top, lse))  # -inf - -inf would be NaN
     return (top - lse) + torch.log(torch.where(seen, total, 1.0))
-
-
-def too_large(lse: Tensor) -> bool:
-    """Return whether an lse is so large that its rounding would show in a gradient."""
-    return bool(((abs(lse) > LARGE_LSE) & (lse != -torch.inf)).any())

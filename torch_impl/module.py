@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.validation import check_here_or_together
-from lvxattn.torch_impl.cross_attention import cross_attention
 from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
 from lvxattn.torch_impl.layout import Layout, check_tensor
 from lvxattn.torch_impl.lazy import local, not_compiled
@@ -147,12 +146,10 @@ class CrossAttention(nn.Module):
             "mask": mask, "layout": layout, "schedule": schedule, "queries": queries,
             "meter": meter,
         }  # fmt: skip
-        if self.recompute_kv:
-            out = cross_attention_layer(
-                x, features, self._make_kv, self.group, make_q=self._make_q, **options
-            )
-        else:
-            out = cross_attention(self._make_q(x), *self._make_kv(features), self.group, **options)
+        out = cross_attention_layer(
+            x, features, self._make_kv, self.group, make_q=self._make_q,
+            recompute=self.recompute_kv, **options,
+        )  # fmt: skip
         joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return joined
 

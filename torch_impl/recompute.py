@@ -18,7 +18,7 @@ what it computes on the way is not kept, as in any checkpointed part of a model.
 Source: arXiv:2502.02406, section 3.3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -29,6 +29,7 @@ from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.reference.validation import (
     Forms,
+    attempt,
     check_here_or_together,
     check_made,
     forms,
@@ -60,6 +61,7 @@ def cross_attention_layer(
     group: AnyGroup = None,
     *,
     make_q: Callable[[Tensor], Tensor] | None = None,
+    recompute: bool = True,
     schedule: str = "lv-xattn",
     scale: float | None = None,
     mask: Tensor | MaskRule | None = None,
@@ -82,10 +84,13 @@ def cross_attention_layer(
     make_kv : callable
         ``make_kv(y) -> (k, v)``, of shapes (B, H_KV, s_kv, D) and (B, H_KV, s_kv, D_V).  The
         backward calls it again, as `torch.utils.checkpoint.checkpoint` does: hooks run again, and
-        it has to make the same.
+        it has to make the same, of the same weights.  What counts its calls does not, such as a
+        spectral norm in training, which takes another step of its power iteration.
     make_q : callable, optional
         Makes the queries of what is given as q.  They are then made again, too, and q is kept: for
         text features, which other parts of a model keep in any case.
+    recompute : bool
+        False keeps keys and values, and calls nothing again.  Ranks may differ.
     group, schedule, scale, mask, queries, layout, return_lse, meter
         As in `cross_attention`.
 
@@ -98,27 +103,39 @@ def cross_attention_layer(
     Raises
     ------
     ValueError, TypeError, RuntimeError
-        As `cross_attention`, for make_kv too; and from the backward, on the rank where make_kv
-        makes others than in the forward.
+        As `cross_attention`, for make_kv too, and what that raises; and from the backward, on the
+        rank where make_kv makes others than in the forward, or has used other weights or weights
+        that were changed in place, as those of `torch.func.functional_call` are.
     """
     comm = Group.of(group)
-    before: list[Forms] = []
+    before: list[tuple[Forms, Leaves]] = []
 
     def make(x: Tensor, y: Any) -> Any:
         """Return q, k and v, saved; the forward calls this, and the backward again."""
-        with comm.named():
+        again, together = bool(before), layout is None and not before
+
+        def both() -> tuple[Tensor, Any]:
             q = x if make_q is None else make_q(x)
-            made: Any = make_kv(y) if callable(make_kv) else None
+            return q, make_kv(y) if callable(make_kv) else None
+
+        with comm.named():
+            made = attempt(both, comm, together=together)
+        failed = isinstance(made, Exception)  # which is raised below
+        q, kv = (x, made) if failed else made
         dtype = autocast_dtype(q)
         q = cast(q, dtype)
-        if isinstance(made, tuple | list):
-            made = tuple(cast(a, dtype) for a in made)
+        if isinstance(kv, tuple | list):
+            kv = tuple(cast(a, dtype) for a in kv)
         check_here_or_together(
-            lambda: check_made(make_kv, made, q, before[0] if before else None, also), comm,
-            together=layout is None and not before,
+            lambda: check_made(make_kv, kv, q, before[0][0] if again else None, also), comm,
+            together=together,
         )  # fmt: skip
-        before[:] = [forms(made)]
-        return Made.apply(q, *made)  # type: ignore[no-untyped-call]
+        leaves = leaves_of((q, *kv), (x, y))
+        if again:
+            check_leaves(before[0][1], leaves, comm)
+        else:
+            before.append((forms(kv), leaves))
+        return Made.apply(q, *kv)  # type: ignore[no-untyped-call]
 
     def also(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(q, Tensor):
@@ -126,7 +143,7 @@ def cross_attention_layer(
         check_tensors(q, k, v, None, comm)
 
     # 1. Make keys and values.
-    q, k, v = checkpoint(make, q, y, use_reentrant=False)
+    q, k, v = checkpoint(make, q, y, use_reentrant=False) if recompute else make(q, y)
     # 2. Attend to them; with the end of this call they are forgotten.
     call = call_of(q, k, v, return_lse=return_lse)
     layout = agreed(
@@ -156,3 +173,42 @@ class Made(torch.autograd.Function):
     def backward(_: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         """Pass gradients on."""
         return grads
+
+
+# Tensors in which a graph's gradients end, and the versions of their data.
+Leaves = dict[Tensor, int]
+
+
+def leaves_of(made: Iterable[Tensor], given: Iterable[Any]) -> Leaves:
+    """Return the leaves of the graph that leads from what was given to what was made of it."""
+    leaves: Leaves = {}
+    nodes: list[Any] = [x.grad_fn for x in made]
+    seen = {None, *(x.grad_fn for x in given if isinstance(x, Tensor))}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # where a gradient is accumulated
+            leaves[node.variable] = node.variable._version
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
+
+
+def check_leaves(before: Leaves, after: Leaves, comm: Group) -> None:
+    """Refuse to go back through others than the forward has used: those would get its gradients.
+
+    Raises
+    ------
+    RuntimeError
+        On this rank alone.
+    """
+    other = [tuple(x.shape) for x in before.keys() ^ after.keys()]
+    changed = [tuple(x.shape) for x in before.keys() & after.keys() if before[x] != after[x]]
+    if not other and not changed:
+        return
+    what = f"others, of shapes {other}" if other else f"shapes {changed} changed in place"
+    raise RuntimeError(
+        f"make_kv: expected the features and weights of the forward in the backward, got {what}; "
+        f"recompute_kv=False keeps what was made of them (on {comm.name})"
+    )

@@ -9,15 +9,18 @@ had q's; a row that sees nothing gets lse 0; no queries, or no keys, end the pro
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from lvxattn.reference.masks import MaskView
 from lvxattn.torch_impl.kernels import blocked
 from lvxattn.torch_impl.kernels.bias import Bias
 from lvxattn.torch_impl.kernels.job import Job
 from lvxattn.torch_impl.kernels.stand_in import stand_in
-from lvxattn.torch_impl.merge import too_large
 
 NAME = "cpu_flash"
+
+# Beyond this size the rounding of an lse in fp32, 2e-6 of a weight, would show in a merge.
+LARGE_LSE = 32.0
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -37,7 +40,7 @@ def forward(
     """Do what `partial_attention` does."""
     bias = Bias.of(mask, q, k)
     out, lse = _forward(q, k, v, 0.0, False, attn_mask=bias.bias, scale=scale)
-    if too_large(lse):  # it cannot say how many keys a row saw: the tiles can
+    if _too_large(lse):  # to be joined with other keys' results: the tiles give (top, total)
         return blocked.forward(q, k, v, scale=scale, mask=mask)
     return bias.settle(out, lse)
 
@@ -60,3 +63,9 @@ def backward(
         dout, q, k, v, out, bias.closed(lse), 0.0, False, attn_mask=bias.bias, scale=scale
     )
     return dq, dk, dv
+
+
+def _too_large(lse: Tensor) -> bool:
+    if isinstance(lse, FakeTensor):  # there is nothing to look at, and only shapes count
+        return False
+    return bool(((abs(lse) > LARGE_LSE) & (lse != -torch.inf)).any())
