@@ -1,10 +1,12 @@
-"""Rows that a mask hides by a finite number: equal scores have a result that no rounding moves.
+"""Rows of low or large scores: equal ones have a result that no rounding moves.
 
-The scores of a row are exactly equal, so that whatever a low mask leaves of them in rounding, its
-softmax is the plain mean over the keys that are left: all of them where the mask hides all alike.
+The scores of a row are exactly equal, so that whatever a mask of a finite number leaves of them in
+rounding, its softmax is the plain mean over the keys that are left: all of them where the mask
+hides all alike.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +42,8 @@ def _problems(schedule: str, P: int) -> Iterator[Callable[[], Problem]]:
         ("bfloat16", "bfloat16"), ("bfloat16", "float32"),
     ):  # fmt: skip
         yield partial(_problem, "min", dtype, mask_dtype, "ragged", schedule, P)
+    for dtype, size in (("float32", 1e9), ("float64", 1e17)):
+        yield partial(_large, size, dtype, schedule, P)
 
 
 def worst(problem: Problem, results: dict[str, Array], *, fp64: bool = False) -> float:
@@ -64,15 +68,25 @@ def all_right(solve: Callable[[Problem], dict[str, Array]], schedule: str, P: in
 
 
 def _problem(low: Any, dtype: str, mask_dtype: str, cut: str, schedule: str, P: int) -> Problem:
-    case = Case(
-        f"hidden by {low} of {mask_dtype}", B=2, H=4, H_KV=2, S_Q=7, S_KV=11, dtype=dtype, cut=cut
-    ).on(schedule, P)
-    problem, kind = case.make(), _dtype(mask_dtype)
-    # q k^T is that of one component, exactly; k has others, so that dq is not 0.
-    q, k = problem.q, problem.k
-    q[..., 0], q[..., 1:], k[..., 0] = np.sign(q[..., 0].astype(float)), 0, 1
+    problem = _equal(f"hidden by {low} of {mask_dtype}", dtype, cut, schedule, P)
+    case, kind = problem.case, _dtype(mask_dtype)
     lowest = float(np.finfo(kind).min if mask_dtype != "bfloat16" else -(2.0**127) * 1.9921875)
     bias = np.zeros((1, 1, case.S_Q, case.S_KV), kind)
     bias[..., ::3, :] = lowest if low == "min" else low  # wholly hidden
     bias[..., 1::3, ::2] = bias.min()  # partly
-    return Problem(case, q, k, problem.v, problem.dout, problem.dlse, problem.scale, bias)
+    return replace(problem, mask=bias)
+
+
+def _large(size: float, dtype: str, schedule: str, P: int) -> Problem:
+    """Return a problem with scores of this size, of which lse cannot say how many there were."""
+    return replace(_equal(f"scores of {size:g}", dtype, "ragged", schedule, P), scale=size)
+
+
+def _equal(name: str, dtype: str, cut: str, schedule: str, P: int) -> Problem:
+    """Return a problem in which a row's scores are one number, exactly."""
+    case = Case(name, B=2, H=4, H_KV=2, S_Q=7, S_KV=11, dtype=dtype, cut=cut).on(schedule, P)
+    problem = case.make()
+    # q k^T is that of one component; k has others, so that dq is not 0.
+    problem.q[..., 0], problem.q[..., 1:] = np.sign(problem.q[..., 0].astype(float)), 0
+    problem.k[..., 0] = 1
+    return problem

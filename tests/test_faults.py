@@ -233,6 +233,11 @@ EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
         "make_kv: v: expected s_kv = 7 on axis 2 as in k, got shape (2, 2, 6, 3)",
         LAST,
     ),
+    "several ranks, and the last one's make_kv raises": (
+        RuntimeError,
+        "make_kv: expected keys and values, got KeyError: 'k_proj'",
+        LAST,
+    ),
     "ranks differ in B": (ValueError, "q: expected rank 0's B = 2, got B = 1", LAST),
     "ranks differ in H": (ValueError, "q: expected rank 0's H = 4, got H = 2", LAST),
     "ranks differ in H_KV": (ValueError, "k: expected rank 0's H_KV = 2, got H_KV = 4", LAST),

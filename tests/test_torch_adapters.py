@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lvxattn.torch_impl import cross_attention, cross_attention_layer
+from lvxattn.torch_impl import CrossAttention, cross_attention, cross_attention_layer
 from tests.adapters import (
     CHANGES,
     E_V,
@@ -245,3 +245,28 @@ def test_what_a_callable_raises_comes_out_as_it_is_with_the_rank_beside_it(call:
         layer(make, q, y, w).sum().backward()
     assert len(calls) == call
     assert "raised on rank 0 of 1" in raised.value.__notes__
+
+
+def test_weights_changed_in_place_before_the_backward_are_an_error() -> None:
+    q, y, w = layer_inputs()
+    out = layer(both_at_once, q, y, w)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="make_kv: expected the features and weights") as raised:
+        out.sum().backward()
+    assert f"got shapes [{tuple(w.shape)}] changed in place" in str(raised.value)
+    assert w.grad is None
+
+
+def test_weights_of_a_functional_call_are_no_others_in_the_backward() -> None:
+    q, y, _ = layer_inputs()
+    given = q.detach()[:, 0], y
+    module = CrossAttention(D, 1, kv_dim=y.shape[2], dtype=torch.float64)
+    new = {n: (2 * p).detach().requires_grad_() for n, p in module.named_parameters()}
+    out = torch.func.functional_call(module, new, given)
+    with pytest.raises(RuntimeError, match="make_kv: expected the features and weights") as raised:
+        out.sum().backward()
+    assert "others, of shapes" in str(raised.value)
+    module.recompute_kv = False
+    torch.func.functional_call(module, new, given).sum().backward()
+    assert all(p.grad is not None for p in new.values())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -201,3 +202,13 @@ def test_what_would_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, leak: str) 
 @pytest.mark.mpi
 def test_what_runs_on_a_gpu_runs_on_the_cpu() -> None:
     all_right(2, "gloo", "cpu")
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_shapes_of_a_step_come_out_of_fake_tensors(recompute: bool) -> None:
+    with FakeTensorMode():
+        module = CrossAttention(64, 4, recompute_kv=recompute)
+        out = module(torch.empty(1, 16, 64), torch.empty(1, 600, 64))
+        out.sum().backward()
+    assert out.shape == (1, 16, 64)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())

@@ -157,6 +157,9 @@ bad_on_last("the last rank's dout", backward, dout=zeros(B, H, 5, D_V + 1))
 values = zeros(B, H_KV, 6, D_V)
 bad_on_last("the last rank's make_kv", layer, make_kv=makes(good()["k"], values))
 bad_on_last(
+    "several ranks, and the last one's make_kv raises", layer, make_kv=lambda y: {}["k_proj"]
+)
+bad_on_last(
     "ranks differ in B",
     forward,
     **{n: x[:1] for n, x in good().items() if n in ("q", "k", "v")},
