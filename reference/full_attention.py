@@ -137,15 +137,16 @@ def full_attention_backward(
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     for rows in _row_tiles(q):
         dout_rows = dout[:, :, rows].astype(np.float64)
-        delta = (dout_rows * out[:, :, rows].astype(np.float64)).sum(axis=-1)
-        if dlse is not None:
-            delta -= dlse[:, :, rows]
         maximum = _maximum(q, k, rows, scale, mask)
         total = np.zeros_like(maximum)
         for keys in _key_tiles(q, k):
             p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
             total += p.sum(axis=-1)
-        total = np.where(total == 0, 1.0, total)
+        dead = total == 0  # no gradient goes through them, whatever comes from above, NaN too
+        total[dead], dout_rows[dead] = 1.0, 0.0
+        delta = (dout_rows * out[:, :, rows].astype(np.float64)).sum(axis=-1)
+        if dlse is not None:
+            delta -= np.where(dead, 0.0, dlse[:, :, rows])
         for keys in _key_tiles(q, k):
             p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
             p /= total[..., None]

@@ -45,6 +45,8 @@ def claim(environment: Mapping[str, str]) -> Claim | None:
     for size, rank, launcher in _VARIABLES:
         if launcher == _TORCHRUN and not environment.get("LOCAL_RANK", "").isdigit():
             continue  # scripts have variables of these names, too
+        if launcher == _TORCHRUN and environment.get(size) == "1":
+            continue  # left over, perhaps, and alone is what every rank is in any case
         if environment.get(size, "").isdigit():
             number = environment.get(rank, "0")
             return Claim(size, int(environment[size]), int(number or 0), launcher)

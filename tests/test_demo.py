@@ -175,6 +175,14 @@ def test_grey_of_16_bits_is_scaled(suffix: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(picture, (grey // 257)[..., None].repeat(3, axis=2))
 
 
+@pytest.mark.parametrize("white", [1, 255])
+def test_grey_in_fractions_is_scaled(white: int, tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.float32).repeat(256).reshape(256, 256)
+    Image.fromarray(grey * np.float32(white / 255)).save(tmp_path / "grey.tiff")
+    (picture,) = read_images([tmp_path / "grey.tiff"], 256, 256, lambda _: None)
+    np.testing.assert_allclose(picture, grey[..., None].repeat(3, axis=2), atol=1)
+
+
 def test_a_name_may_have_a_colon(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", frames=3).rename(tmp_path / "12:30.mp4")
     assert index_video(path).frames == 3

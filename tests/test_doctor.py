@@ -139,6 +139,7 @@ def test_a_bad_variable_is_bad_input_of_every_command_and_an_empty_one_is_unset(
         (TORCHRUN | {"PMI_SIZE": "1", "PMI_RANK": "0"}, 1, "start the program with mpiexec"),
         (TORCHRUN, 4, None),  # a script sets them under mpiexec
         ({"WORLD_SIZE": "4", "RANK": "0"}, 1, None),
+        (TORCHRUN | {"WORLD_SIZE": "1", "PMI_SIZE": "4"}, 1, "PMI_SIZE"),
     ],
 )
 def test_launcher_and_library_are_compared(

@@ -134,3 +134,16 @@ def test_a_million_keys_fit_in_2_5_gigabytes() -> None:
 
 def test_is_what_the_package_exports() -> None:
     assert reference.full_attention is MODULE.full_attention
+
+
+def test_no_gradient_goes_through_a_row_that_sees_nothing_whatever_comes_from_above() -> None:
+    problem = Case("dead", B=2, mask="dead rows").make()
+    given, options = (problem.q, problem.k, problem.v), {"mask": problem.mask}
+    out, lse = full_attention(*given, **options)
+    dead = lse == -np.inf
+    dout = np.where(dead[..., None], np.nan, problem.dout)
+    got = full_attention_backward(dout, *given, out, lse, **options)
+    zero = np.where(dead[..., None], 0.0, problem.dout)
+    want = full_attention_backward(zero, *given, out, lse, **options)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)

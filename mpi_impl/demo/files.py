@@ -296,7 +296,11 @@ def _shown(frame: "VideoFrame", height: int, width: int) -> NDArray[np.uint8]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return an image with grey of 16 bits scaled to 8; Pillow would cut off what is above 255."""
+    """Return an image with grey of 16 bits, or in fractions, scaled to 8; Pillow would clip it."""
+    if image.mode == "F":
+        light = np.nan_to_num(np.asarray(image))
+        full = 255 if light.max(initial=0) <= 1 else 1
+        return Image.fromarray((light * full).clip(0, 255).astype(np.uint8))
     if not image.mode.startswith("I"):
         return image
     grey = np.asarray(image, np.int64)
