@@ -127,6 +127,8 @@ def environment(changes: dict[str, str | None] | None = None) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         # There are more ranks than cores: those of MPICH that wait sleep, and do not spin.
         "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
+        # Compiled code is kept, or every rank would compile the package anew.
+        "PYTHONDONTWRITEBYTECODE": None,
         # Programs import tests.*; and this checkout, wherever lvxattn is installed from.
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src"), *_python_path()]),
         **(changes or {}),

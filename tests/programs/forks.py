@@ -22,7 +22,10 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401 - what follows is imported for the ranks
 import torch
+import torch._dynamo
 import torch.distributed.device_mesh
+import torch.fx.experimental.symbolic_shapes
+import torch.profiler
 
 import lvxattn.torch_impl.run  # noqa: F401
 
