@@ -17,7 +17,7 @@ NUMBERS = (1, 2, 3, 4, 5, 7)
 WAYS = [
     pytest.param(
         schedule, case, P, id=f"{case.name}-{P}-{schedule}",
-        marks=[] if P == NUMBERS[(n + m) % len(NUMBERS)] else pytest.mark.slow,
+        marks=[] if NUMBERS[(n + m) % len(NUMBERS)] == P else pytest.mark.slow,
     )
     for m, schedule in enumerate((*SCHEDULES, "replicated"))
     for n, case in enumerate(CASES)
