@@ -1,8 +1,8 @@
 """Count what real ranks send in random problems; rank 0 prints, as JSON, where the plan is wrong.
 
-Arguments: how many problems two schedules get, by turns, and the dtypes.  The meter of every rank is held
-against `lvxattn.reference.plan.messages`, each pass by itself.  Ranks believe that they are on two
-hosts, in turns, so that the ring is not in rank order.
+Arguments: how many problems two schedules share by turns, and the dtypes.  The meter of every rank
+is held against `lvxattn.reference.plan.messages`, each pass by itself.  Ranks believe that they are
+on two hosts, in turns, so that the ring is not in rank order.
 """
 
 import json
