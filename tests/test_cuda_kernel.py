@@ -55,7 +55,9 @@ CASES = [
     sized("float32", 64, "lse near 10,000", shift=1e4),
     sized("float32", 64, "lse near -10,000", shift=-1e4),
     sized("float32", 64, "scores of 1000", score=1000.0),
-    sized("float32", 128, "grouped", H=2, H_KV=1, S_Q=31, S_KV=97),
+    pytest.param(
+        sized("float32", 128, "grouped", H=2, H_KV=1, S_Q=31, S_KV=97), marks=pytest.mark.slow
+    ),
 ]
 
 

@@ -112,7 +112,8 @@ def passes(careless: bool) -> Any:
     report, waited = {}, {}
     every = "lv-xattn", "ring", "gather", "ulysses", "replicated"
     for schedule in every[:2] if careless else every:
-        for case in CASES if schedule == "lv-xattn" and not careless else CASES[:3]:
+        cases = CASES if schedule == "lv-xattn" else CASES[:3]
+        for case in CASES[:1] if careless else cases:
             problem = case.on(schedule, comm.size).make()
             results, waits = solve(problem, schedule)
             report[f"{case.name}, {schedule}"] = max(worst_ratios(problem, results).values()) <= 1
