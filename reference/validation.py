@@ -356,11 +356,12 @@ def library(x: Any) -> str:
 
     A subclass belongs to the package of its base, wherever it is defined.
     """
-    return _library(type(x))
+    kind: Any = type(x)
+    return _library(kind)
 
 
 @lru_cache(64)
-def _library(kind: type) -> str:
+def _library(kind: Any) -> str:
     packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
     return next((name for name in packages if name in LIBRARIES), packages[0])
 
