@@ -362,7 +362,7 @@ def library(x: Any) -> str:
 
 @lru_cache(64)
 def _library(kind: Any) -> str:
-    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    packages: list[str] = [base.__module__.partition(".")[0] for base in kind.__mro__]
     return next((name for name in packages if name in LIBRARIES), packages[0])
 
 
