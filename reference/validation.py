@@ -6,7 +6,7 @@ is left waiting for a message that will never come.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from math import isfinite
 from numbers import Real
@@ -307,7 +307,12 @@ def on_rank(error: Exception, rank: int, size: int) -> Exception:
 
 def dtype_name(x: Array) -> str:
     """Return the dtype's plain name, such as ``"bfloat16"``, for any kind of array."""
-    return str(x.dtype).removeprefix("torch.")
+    return _name(x.dtype)
+
+
+@lru_cache(64)  # NumPy puts a name together anew each time
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def accumulator(dtype: str) -> str:
@@ -347,7 +352,13 @@ def library(x: Any) -> str:
 
     A subclass belongs to the package of its base, wherever it is defined.
     """
-    packages = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    kind: Any = type(x)
+    return _library(kind)
+
+
+@lru_cache(64)
+def _library(kind: Any) -> str:
+    packages: list[str] = [base.__module__.partition(".")[0] for base in kind.__mro__]
     return next((name for name in packages if name in LIBRARIES), packages[0])
 
 

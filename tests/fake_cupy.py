@@ -20,6 +20,8 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -250,7 +252,15 @@ class ndarray:  # noqa: N801
         self.memory, self.allocation = memory, allocation
         self.shape, self.dtype, self.strides = memory.shape, memory.dtype, memory.strides
         self.ndim, self.size, self.nbytes = memory.ndim, memory.size, memory.nbytes
-        self.itemsize, self.device, self.data = memory.itemsize, Device(), MemoryPointer(memory)
+        self.itemsize = memory.itemsize
+
+    @property
+    def device(self) -> Device:
+        return Device()
+
+    @property
+    def data(self) -> MemoryPointer:
+        return MemoryPointer(self.memory)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -313,21 +323,21 @@ class ndarray:  # noqa: N801
     # Kernels.
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _kernel(lambda x: x, value, out=self[key])
+        _kernel(np.asarray, value, out=self[key])
 
     def astype(self, dtype: Any, copy: bool = True) -> "ndarray":
         if self.dtype == dtype and not copy:
             return self
-        return _kernel(lambda x: x.astype(dtype), self)
+        return _kernel(np.ndarray.astype, self, dtype=np.dtype(dtype))
 
     def sum(self, axis: Any = None) -> "ndarray":
-        return _kernel(lambda x: x.sum(axis=axis), self)
+        return _kernel(np.sum, self, axis=axis)
 
     def any(self, axis: Any = None) -> "ndarray":
-        return _kernel(lambda x: x.any(axis=axis), self)
+        return _kernel(np.any, self, axis=axis)
 
     def max(self, axis: Any = None) -> "ndarray":
-        return _kernel(lambda x: x.max(axis=axis), self)
+        return _kernel(np.max, self, axis=axis)
 
 
 def _operator(name: str) -> None:
@@ -354,12 +364,14 @@ exp, log, maximum, matmul = (_elementwise(f) for f in (np.exp, np.log, np.maximu
 def empty(shape: Any, dtype: Any = float) -> ndarray:
     """Return garbage: NaN in every floating dtype, or what was there."""
     dtype = np.dtype(dtype)
-    allocation = Allocation(int(np.prod(shape, dtype=int)) * dtype.itemsize)
+    size = shape if isinstance(shape, int) else prod(shape)
+    allocation = Allocation(int(size) * dtype.itemsize)
     return ndarray(allocation.memory.view(dtype).reshape(shape), allocation)
 
 
 def full(shape: Any, fill_value: Any, dtype: Any = None) -> ndarray:
-    return _kernel(lambda: np.full(shape, fill_value, dtype))
+    shape = tuple(shape) if isinstance(shape, list) else shape
+    return _kernel(np.full, shape=shape, fill_value=fill_value, dtype=dtype)
 
 
 def zeros(shape: Any, dtype: Any = float) -> ndarray:
@@ -375,7 +387,7 @@ def ones_like(a: ndarray) -> ndarray:
 
 
 def arange(start: Any, stop: Any = None) -> ndarray:
-    return _kernel(lambda: np.arange(start, stop))
+    return _kernel(np.arange, *((start,) if stop is None else (start, stop)))
 
 
 def where(condition: ndarray, x: Any, y: Any) -> ndarray:
@@ -383,11 +395,11 @@ def where(condition: ndarray, x: Any, y: Any) -> ndarray:
 
 
 def copyto(dst: ndarray, src: Any, where: Any = True) -> None:
-    _kernel(lambda s, w, d: np.where(w, s, d), src, where, dst, out=dst)
+    _kernel(np.where, where, src, dst, out=dst)
 
 
 def tensordot(a: ndarray, b: ndarray, axes: Any = 2) -> ndarray:
-    return _kernel(lambda a, b: np.tensordot(a, b, axes), a, b)
+    return _kernel(np.tensordot, a, b, axes=axes)
 
 
 def moveaxis(a: ndarray, source: int, destination: int) -> ndarray:
@@ -411,7 +423,7 @@ def ones(shape: Any, dtype: Any = float) -> ndarray:
 
 
 def concatenate(tup: Any, axis: int = 0) -> ndarray:
-    return _kernel(lambda *parts: np.concatenate(parts, axis), *tup)
+    return _kernel(_join, *tup, axis=axis)
 
 
 def asarray(a: Any) -> ndarray:
@@ -438,22 +450,33 @@ def _launch(work: Callable[[], None]) -> None:
     get_current_stream().launch(work)
 
 
-def _kernel(function: Callable[..., Any], *args: Any, out: ndarray | None = None) -> ndarray:
-    """Queue ``function(*args)``; where to, and of which shape, is known at once."""
+def _kernel(
+    function: Callable[..., Any], *args: Any, out: ndarray | None = None, **options: Any
+) -> ndarray:
+    """Queue ``function(*args, **options)``; where to, and of which shape, is known at once."""
     for x in args:
         if not isinstance(x, ndarray | bool | int | float | np.generic):
             raise TypeError(f"Unsupported type {type(x)}")
-    with np.errstate(all="ignore"):
-        like = function(*(_ones(x) if isinstance(x, ndarray) else x for x in args))
-    result = empty(np.shape(like), np.asarray(like).dtype) if out is None else out
+    kinds = [(x.shape, x.dtype) if isinstance(x, ndarray) else x for x in args]
+    kind = _kind(function, *kinds, **options)
+    result = empty(*kind) if out is None else out
     values = [x.memory if isinstance(x, ndarray) else x for x in args]
     there = result.memory  # alone: what is queued does not keep an array
-    _launch(lambda: np.copyto(there, function(*values), casting="same_kind"))
+    _launch(lambda: np.copyto(there, function(*values, **options), casting="same_kind"))
     return result
 
 
-def _ones(x: ndarray) -> Any:
-    return np.broadcast_to(np.ones((), x.dtype), x.shape)
+@lru_cache(10_000, typed=True)
+def _kind(function: Callable[..., Any], *kinds: Any, **options: Any) -> tuple[Any, Any]:
+    """Return shape and dtype of what comes of arrays of such kinds, by trying it with ones."""
+    args = (np.broadcast_to(np.ones((), x[1]), x[0]) if isinstance(x, tuple) else x for x in kinds)
+    with np.errstate(all="ignore"):
+        like = np.asarray(function(*args, **options))
+    return like.shape, like.dtype
+
+
+def _join(*parts: Any, axis: int) -> Any:
+    return np.concatenate(parts, axis)
 
 
 def _basic(key: Any) -> Any:

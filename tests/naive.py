@@ -30,8 +30,8 @@ def naive_attention(
     H_KV, S_KV = k.shape[1:3]
     q, k, v, dout, dlse = (x.astype(np.float64) for x in (q, k, v, dout, dlse))
     k_all, v_all = (np.repeat(x, H // H_KV, axis=1) for x in (k, v))
-    s = scale * np.einsum("bhid,bhjd->bhij", q, k_all)
-    largest = scale * np.einsum("bhid,bhjd->bhij", abs(q), abs(k_all)).max(initial=0.0)
+    s = scale * (q @ _t(k_all))
+    largest = scale * (abs(q) @ _t(abs(k_all))).max(initial=0.0)
     if callable(mask):
         index = np.ix_(*(np.arange(n) for n in (B, H, S_Q, S_KV)))
         mask = np.broadcast_to(mask(*index), s.shape)
@@ -47,8 +47,8 @@ def naive_attention(
     safe = np.where(alive, total, 1.0)
     p = e / safe[..., None]
     lse = np.where(alive, top + np.log(safe), -np.inf)
-    out = np.einsum("bhij,bhjd->bhid", p, v_all)
-    dp = np.einsum("bhid,bhjd->bhij", dout, v_all)
+    out = p @ v_all
+    dp = dout @ _t(v_all)
     delta = (dout * out).sum(axis=-1) - dlse
     ds = p * (dp - delta[..., None])
 
@@ -58,19 +58,23 @@ def naive_attention(
     results = {
         "out": out,
         "lse": lse,
-        "dq": scale * np.einsum("bhij,bhjd->bhid", ds, k_all),
-        "dk": scale * ungroup(np.einsum("bhij,bhid->bhjd", ds, q)),
-        "dv": ungroup(np.einsum("bhij,bhid->bhjd", p, dout)),
+        "dq": scale * (ds @ k_all),
+        "dk": scale * ungroup(_t(ds) @ q),
+        "dv": ungroup(_t(p) @ dout),
     }
-    out_size = np.einsum("bhij,bhjd->bhid", p, abs(v_all))
+    out_size = p @ abs(v_all)
     delta_size = (abs(dout) * out_size).sum(axis=-1) + abs(dlse)
-    ds_size = p * (np.einsum("bhid,bhjd->bhij", abs(dout), abs(v_all)) + delta_size[..., None])
+    ds_size = p * (abs(dout) @ _t(abs(v_all)) + delta_size[..., None])
     sizes = {
         "out": out_size,
         "lse": np.where(alive, 1.0, 0.0),
-        "dq": scale * np.einsum("bhij,bhjd->bhid", ds_size, abs(k_all)),
-        "dk": scale * ungroup(np.einsum("bhij,bhid->bhjd", ds_size, abs(q))),
-        "dv": ungroup(np.einsum("bhij,bhid->bhjd", p, abs(dout))),
+        "dq": scale * (ds_size @ abs(k_all)),
+        "dk": scale * ungroup(_t(ds_size) @ abs(q)),
+        "dv": ungroup(_t(p) @ abs(dout)),
     }
     magnitudes = [1 + abs(x).max(initial=0.0) for x in (q, k, v, dout, dlse)]
     return Truth(results, sizes, float(largest), float(np.prod(magnitudes)) * q.shape[3])
+
+
+def _t(x: Array) -> Array:
+    return x.swapaxes(-1, -2)

@@ -33,6 +33,7 @@ TILED = [
         for m in ("full", "additive", "callable", "padding", "dead rows", "over heads")
     ),
 ]
+TILES = [(1, 1), (5, 7), (31, 32), (8, 97)]  # rows and keys
 backends = pytest.mark.parametrize("backend", BLOCK_BACKENDS, ids=lambda backend: backend.name)
 takes_any_mask = pytest.mark.parametrize(
     "backend",
@@ -120,10 +121,17 @@ def test_equals_naive_softmax_and_its_gradients(case: Case, backend: Backend, pa
 
 
 @pytest.mark.parametrize(
-    "backend", [REFERENCE, MPI_NUMPY, MPI_DEVICE, TORCH_BLOCKED], ids=lambda backend: backend.name
-)
-@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (5, 7), (31, 32), (8, 97)])
-@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+    ("case", "rows", "keys", "backend"),
+    [
+        pytest.param(
+            case, *tile, backend, id=f"{case.name}-{tile}-{backend.name}",
+            marks=[] if (i + j + k) % len(TILES) == 0 else pytest.mark.slow,
+        )
+        for i, case in enumerate(TILED)
+        for j, tile in enumerate(TILES)
+        for k, backend in enumerate((REFERENCE, MPI_NUMPY, MPI_DEVICE, TORCH_BLOCKED))
+    ],
+)  # fmt: skip
 def test_tiles_of_any_size_give_the_same(
     case: Case, rows: int, keys: int, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,6 @@
 """The way of device arrays through MPI, on real ranks, with arrays whose kernels run late."""
 
 import os
-from functools import cache
 from typing import Any
 
 import pytest
@@ -13,13 +12,21 @@ pytestmark = pytest.mark.mpi
 KINDS = {"0": "StagedBuffer", "1": "DeviceBuffer"}
 
 
-@cache
-def device(P: int, aware: str | None, *left_out: str) -> Any:
-    return report(P, "run_device.py", *left_out, env={"LVXATTN_CUDA_AWARE": aware})
+CARELESS = (
+    "0:StagedBuffer.filled",
+    "0:StagedBuffer.sendable",
+    "0:StagedBuffer.deliver",
+    "1:DeviceBuffer.filled",
+    "1:DeviceBuffer.sendable",
+)
 
 
-@pytest.mark.parametrize("aware", ["0", "1"])
-@pytest.mark.parametrize("P", [1, 2, 3, 4])
+def device(P: int, way: str, ways: tuple[str, ...] = ("0", "1")) -> Any:
+    return report(P, "run_device.py", *ways)[way]
+
+
+@pytest.mark.parametrize("aware", KINDS)
+@pytest.mark.parametrize("P", [1, *(pytest.param(P, marks=pytest.mark.slow) for P in (2, 4)), 3])
 class TestPasses:
     """Every schedule, forward and backward."""
 
@@ -39,32 +46,23 @@ class TestPasses:
             assert all(n == {"stream": 1} for n in waits.values()), waits
 
 
-@pytest.mark.parametrize(
-    ("aware", "left_out"),
-    [
-        ("0", "StagedBuffer.filled"),
-        ("0", "StagedBuffer.sendable"),
-        ("0", "StagedBuffer.deliver"),
-        ("1", "DeviceBuffer.filled"),
-        ("1", "DeviceBuffer.sendable"),
-    ],
-)
-def test_an_event_is_missed_when_it_is_left_out(aware: str, left_out: str) -> None:
+@pytest.mark.parametrize("way", CARELESS)
+def test_an_event_is_missed_when_it_is_left_out(way: str) -> None:
     """The fake device tells: so the tests above would notice."""
-    assert any(not all(right.values()) for right, _ in device(3, aware, left_out)["ranks"])
+    assert any(not all(right.values()) for right, _ in device(3, way, CARELESS)["ranks"])
 
 
 def test_the_mpi_of_the_wheel_is_not_cuda_aware_and_blocks_are_staged() -> None:
     if os.environ.get("LVXATTN_MPIEXEC"):
         pytest.skip("the machine's MPI is used")
-    got = device(1, None)
+    got = device(1, "", ("",))
     assert got["buffer"] == "StagedBuffer"
     assert got["decision"][0] is False
     assert got["decision"][1].startswith(("MPIX_", "mpi_memory_alloc_kinds"))
 
 
 def test_another_wish_is_a_clear_error() -> None:
-    ended = mpiexec(2, PROGRAMS / "run_device.py", env={"LVXATTN_CUDA_AWARE": "yes"}, timeout=100)
+    ended = mpiexec(2, PROGRAMS / "run_device.py", "yes", timeout=100)
     assert (ended.timed_out, ended.left) == (False, ())
     assert ended.status != 0
     assert "ValueError: LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got 'yes'" in ended.err

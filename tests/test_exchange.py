@@ -29,6 +29,9 @@ PROBLEMS = {
 }
 
 
+NUMBERS = pytest.mark.parametrize("P", [1, 2, 3, 4, pytest.param(5, marks=pytest.mark.slow)])
+
+
 def traffic(P: int) -> Any:
     return report(P, "run_traffic.py")
 
@@ -58,7 +61,7 @@ def expected(case: Case, P: int, rank: int, which: str) -> tuple[list[int], list
 
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
-@pytest.mark.parametrize("P", [1, 2, 3, 4, 5])
+@NUMBERS
 @pytest.mark.parametrize("name", PROBLEMS)
 class TestTraffic:
     def test_every_message_has_the_size_of_the_formula(self, name: str, P: int, which: str) -> None:
@@ -99,7 +102,7 @@ class TestTraffic:
             assert got["calls"] == (hops if P > 1 else {})
 
 
-@pytest.mark.parametrize("P", [1, 2, 3, 4, 5])
+@NUMBERS
 def test_virtual_ranks_send_the_same_messages(P: int) -> None:
     """The reference's own log, in fp64, equals what real ranks sent."""
     problem = PROBLEMS["float64"].make()
@@ -118,7 +121,7 @@ def test_virtual_ranks_send_the_same_messages(P: int) -> None:
         assert sent == traffic(P)["float64"]["ranks"][rank]["forward"]["sent"]
 
 
-@pytest.mark.parametrize("P", [2, 3])
+@pytest.mark.parametrize("P", [pytest.param(2, marks=pytest.mark.slow), 3])
 class TestProgress:
     """Large messages move while a rank computes, because it lets MPI work between tiles."""
 

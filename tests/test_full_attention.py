@@ -48,6 +48,8 @@ def test_equals_naive_softmax_and_its_gradients(case: Case) -> None:
 def test_tiles_of_any_size_give_the_same(
     case: Case, scores: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if scores == 1:
+        case = replace(case, S_Q=7, S_KV=11)  # the same, in less time
     monkeypatch.setattr(MODULE, "TILE_SCORES", scores)
     monkeypatch.setattr(MODULE, "TILE_ROWS", rows)
     problem = case.make()

@@ -1,10 +1,11 @@
 """What a block may see: cutting tiles out of a rank's mask."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvxattn.reference.masks import MaskView, tiles
@@ -26,7 +27,13 @@ def slices(length: int) -> st.SearchStrategy[slice]:
     return bounds.map(lambda pair: slice(*pair))
 
 
+@cache
+def mask_of(kind: str) -> Any:
+    return Case("tile", B=B, H=H, S_Q=S_Q, S_KV=S_KV, mask=kind).make().mask
+
+
 @pytest.mark.parametrize("kind", [name for name in MASKS if name != "none"])
+@settings(max_examples=50)
 @given(
     rows=slices(S_Q), keys=slices(S_KV), batches=slices(B), heads=slices(H),
     q_start=st.integers(0, S_Q), first=st.integers(0, S_KV), skipped=st.integers(0, S_KV),
@@ -35,7 +42,7 @@ def test_tile_is_the_part_of_the_whole_mask(
     kind: str, rows: slice, keys: slice, batches: slice, heads: slice,
     q_start: int, first: int, skipped: int,
 ) -> None:  # fmt: skip
-    mask = Case("tile", B=B, H=H, S_Q=S_Q, S_KV=S_KV, mask=kind).make().mask
+    mask = mask_of(kind)
     want = whole(mask)[:, :, q_start:, first:][..., skipped:][batches, heads, rows, keys]
     # The rank holds the keys from `first` on; an array mask has their columns alone.
     held = mask if callable(mask) else mask[..., first:]

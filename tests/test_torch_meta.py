@@ -23,7 +23,7 @@ from lvxattn.torch_impl import autograd as autograd_module
 from lvxattn.torch_impl.cross_attention import FORWARD
 from lvxattn.torch_impl.kernels import cuda_flash
 from lvxattn.torch_impl.kernels.job import Job
-from tests.torch_ranks import all_right
+from tests.torch_ranks import torch_report
 
 FLASH = "aten._scaled_dot_product_flash_attention"
 EFFICIENT = "aten._scaled_dot_product_efficient_attention"
@@ -201,7 +201,9 @@ def test_what_would_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, leak: str) 
 
 @pytest.mark.mpi
 def test_what_runs_on_a_gpu_runs_on_the_cpu() -> None:
-    all_right(2, "gloo", "cpu")
+    for right in torch_report(2, "torch_gpu.py", "gloo", "cpu")["ranks"]:
+        assert right
+        assert all(right.values()), right
 
 
 @pytest.mark.parametrize("recompute", [True, False])

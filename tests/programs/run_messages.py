@@ -1,8 +1,8 @@
 """Count what real ranks send in random problems; rank 0 prints, as JSON, where the plan is wrong.
 
-Arguments: how many problems each schedule gets, and the dtypes.  The meter of every rank is held
-against `lvxattn.reference.plan.messages`, each pass by itself.  Ranks believe that they are on two
-hosts, in turns, so that the ring is not in rank order.
+Arguments: how many problems two schedules share by turns, and the dtypes.  The meter of every rank
+is held against `lvxattn.reference.plan.messages`, each pass by itself.  Ranks believe that they are
+on two hosts, in turns, so that the ring is not in rank order.
 """
 
 import json
@@ -80,8 +80,10 @@ def difference(case: Case, kind: str, seed: int) -> list[Any] | None:
 
 count, *dtypes = sys.argv[1:]
 wrong, seen = [], set()
-for kind in (*SCHEDULES, "replicated"):
+for nth, kind in enumerate((*SCHEDULES, "replicated")):
     for seed in range(int(count)):
+        if (nth + seed + seed // len(MASKS)) % 2:
+            continue
         case = case_of(seed, kind)
         wrong += [found for found in comm.allgather(difference(case, kind, seed)) if found]
         grouped = "grouped" if case.H > case.H_KV else "not grouped"
