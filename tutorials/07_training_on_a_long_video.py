@@ -9,8 +9,6 @@
 
 # %%
 import csv
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -158,19 +156,24 @@ one_process = {name: weight.grad.clone() for name, weight in layer.named_paramet
 
 # %% [markdown]
 # `%%mpi` starts four processes ([notebook 4](04_real_ranks_with_mpi.ipynb)). In them PyTorch talks
-# over its own group of processes; gloo is what carries it between CPUs.
+# over its own group of processes; gloo is what carries it between CPUs. Once they are there, they
+# also take the first thirty steps of a training, of which more below.
 
 # %%
 # %load_ext lvxattn.mpi_impl.jupyter
 meeting = tempfile.TemporaryDirectory()  # PyTorch's processes find one another by a file
 place = f"file://{meeting.name}/here"
+images = (train_images, watch_images, test_images)
+settings = Settings(frames=8, first_frames=2, batch=4, dtype="float64", seed=0)
 
 # %%
-# %%mpi 4 --take layer,text,video,place --give by_rank
+# %%mpi 4 --take layer,text,video,place,images,settings --give by_rank,frames,four
 import torch.distributed as dist
 from mpi4py import MPI
 
 from lvxattn.torch_impl import shard, sum_gradients
+from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.train.loop import Run
 
 comm = MPI.COMM_WORLD
 dist.init_process_group("gloo", place, rank=comm.rank, world_size=comm.size)
@@ -180,6 +183,11 @@ x, y = shard(text, axis=1), shard(video, axis=1)  # this rank's
 own = {name: weight.grad.clone() for name, weight in layer.named_parameters()}
 sum_gradients(layer)
 by_rank = comm.gather((own, {name: weight.grad for name, weight in layer.named_parameters()}))
+
+run = Run.begin(settings, images, Group.of(None))  # of all four
+for _ in range(30):
+    run.step()
+frames, four = run.curve.column("frames"), run.curve.column("loss")
 dist.destroy_process_group()
 
 
@@ -202,20 +210,13 @@ meeting.cleanup()
 #
 # ## Four processes
 #
-# `python -m lvxattn.torch_impl train` does all of this, under PyTorch's launcher torchrun. Clips
-# begin with 2 frames and double every 25 steps, because from long clips nothing is learnt at first
-# ([train/curriculum.py](../torch_impl/train/curriculum.py)). Thirty steps, in float64:
+# Thirty steps have been taken by the four processes above, in float64. Clips begin with 2 frames
+# and double every 25 steps, because from long clips nothing is learnt at first
+# ([train/curriculum.py](../torch_impl/train/curriculum.py)). As a program of its own that is
+# `python -m lvxattn.torch_impl train`, under PyTorch's launcher torchrun, or `make train`.
 
 # %%
-launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-train = ["-m", "lvxattn.torch_impl", "train", "--quiet", "--dtype", "float64"]
-with tempfile.TemporaryDirectory() as folder:
-    size = ["--steps", "30", "--frames", "8", "--output", folder]
-    subprocess.run([*launcher, *train, *size], check=True, capture_output=True)
-    four = list(csv.DictReader(Path(folder, "curve.csv").read_text().splitlines()))
-
-# %%
-print(f"{len(four)} steps, from clips of {four[0]['frames']} frames to {four[-1]['frames']}")
+print(f"{len(four)} steps, from clips of {frames[0]:.0f} frames to {frames[-1]:.0f}")
 assert len(four) == 30
 first = [share(2, rank, 4) for rank in range(4)]
 assert [held.stop - held.start for held in first] == [1, 1, 0, 0]
@@ -235,13 +236,11 @@ assert [held.stop - held.start for held in first] == [1, 1, 0, 0]
 # </details>
 
 # %%
-images = (train_images, watch_images, test_images)
-settings = Settings(frames=8, first_frames=2, batch=4, dtype="float64", seed=0)
 alone = Run.begin(settings, images, Group(None))  # a group of this process alone
 for _ in range(30):
     alone.step()
 one = np.array(alone.curve.column("loss"))
-apart = abs(np.array([float(row["loss"]) for row in four]) - one) / one
+apart = abs(np.array(four) - one) / one
 assert apart.max() < 1e-9
 
 # %% [markdown]
@@ -263,7 +262,7 @@ figure, (left, right) = plt.subplots(
     1, 2, figsize=(8, 3.4), layout="constrained", width_ratios=(2, 3)
 )
 left.plot(range(1, 31), one, color=COLOURS[1], lw=5, alpha=0.6)
-left.plot(range(1, 31), [float(row["loss"]) for row in four], color=COLOURS[0], lw=1.5)
+left.plot(range(1, 31), four, color=COLOURS[0], lw=1.5)
 left.text(1, 1.5, "one process", color=COLOURS[1], weight="bold")
 left.text(1, 1.3, "four processes", color=COLOURS[0], weight="bold")
 left.axhline(np.log(10), color=INK, lw=1, ls=":")
@@ -357,7 +356,7 @@ def reordered(clips):
 
 
 # %%
-def losses_of(fault, steps=60):
+def losses_of(fault, steps=50):
     """Return the losses of a run whose clips, of 4 frames, have a fault."""
     run = Run.begin(replace(settings, frames=4, first_frames=4), images, Group(None))
     clips = run.clips
@@ -382,20 +381,20 @@ for name in ("dropped", "one_late"):
 # %% tags=["hide-input", "varies"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
 colours = {"right": COLOURS[0], "dropped": COLOURS[5], "one_late": COLOURS[2], "reordered": INK}
-numbers = np.arange(1, 61)
+numbers = np.arange(1, 51)
 for name, found in {**curves, "right": right_curve}.items():
     style = {"color": colours[name], "ls": "--" if name == "reordered" else "-"}
     smooth = np.convolve(found, np.ones(5) / 5, mode="valid")
     left.plot(numbers[2:-2], smooth, **style, lw=1.8)
     if name != "reordered":
         label = " right, reordered" if name == "right" else f" {name}"
-        left.text(59, smooth[-1], label, color=colours[name], va="center", size=9)
+        left.text(49, smooth[-1], label, color=colours[name], va="center", size=9)
     if name != "right":
         right.semilogy(numbers, np.maximum(gaps[name], 1e-17), **style, lw=1.8)
         place = {"dropped": 4e-2, "one_late": 8.0, "reordered": 1e-15}[name]
-        right.text(61, place, name, color=colours[name], va="center", size=9)
-left.set(xlabel="step", ylabel="loss (nats a question), mean of 5 steps", xlim=(0, 90))
-right.set(xlabel="step", ylabel="distance from the right loss, relative", xlim=(0, 80))
+        right.text(51, place, name, color=colours[name], va="center", size=9)
+left.set(xlabel="step", ylabel="loss (nats a question), mean of 5 steps", xlim=(0, 75))
+right.set(xlabel="step", ylabel="distance from the right loss, relative", xlim=(0, 67))
 right.set_ylim(1e-17, 100)
 for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)
