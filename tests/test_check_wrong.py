@@ -5,15 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from lvxattn.reference.check import Case, case_of, check
+from lvxattn.reference.check import Case, case_of, check, matching
 from lvxattn.reference.check.cases import CASES
 from lvxattn.reference.check.matrix import SelfTest
 from lvxattn.reference.check.self_test import play_right, play_wrong, self_test
 from lvxattn.reference.check.wrong import WRONG, Right
+from tests.library import played_once
 
 Caught = dict[str, dict[str, list[str]]]
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "oracle.md"
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "played", played_once)
+
 
 every_wrong_kernel = pytest.mark.parametrize("name", WRONG)
 
