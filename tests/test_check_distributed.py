@@ -17,6 +17,7 @@ from lvxattn.reference.check import (
     check_distributed,
     distributed,
     draw,
+    matching,
     suite_of,
 )
 from lvxattn.reference.check.growth import GROWTH, LIMIT, judged_growth
@@ -31,6 +32,7 @@ from lvxattn.reference.check.ranks.outcome import (
 )
 from lvxattn.reference.check.shards import CUTS, Cut, sweep_of, whole_of
 from tests.launch import PROGRAMS, Ended, mpiexec
+from tests.library import played_once
 from tests.planted_ranks import Planted
 from tests.torch_ranks import forked
 
@@ -76,6 +78,11 @@ class ProductsInHalf:
 
     def _product(self, x: Any, y: Any, dtype: Any) -> Any:
         return (x.astype(dtype).astype("f4") @ y.astype("f4")).astype(dtype).astype("f4")
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "played", played_once)
 
 
 @pytest.fixture

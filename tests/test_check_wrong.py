@@ -43,7 +43,8 @@ def test_a_case_catches_it(name: str, found: SelfTest) -> None:
 def test_the_diagnosis_names_it(name: str, found: SelfTest) -> None:
     caught = found.caught[name]
     by_effort = sorted(caught, key=lambda case: case_of(case).S_KV)
-    names = dict.fromkeys([*by_effort[:2], "gaussian", "lse-low", "one-hot-table", "padding-mask"])
+    # The library is played on the first that fails: most often one that others have asked for.
+    names = dict.fromkeys(["gaussian", "lse-low", "one-hot-table", "padding-mask", *by_effort[:2]])
     dtype = next(iter(caught.values()))[0]
     report = check(WRONG[name](), cases=[case_of(name) for name in names], dtypes=(dtype,))
     assert report.failed
