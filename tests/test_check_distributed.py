@@ -38,6 +38,13 @@ from tests.torch_ranks import forked
 
 PROGRAM = PROGRAMS / "check_distributed.py"
 FEW = ("gaussian", "random-mask", "ragged-lengths")
+# At least one of each group.
+SOME = (
+    *("gaussian", "fewer-keys-than-shards", "dead-shard", "scores-600", "finite-minimum"),
+    *("callable-mask", "padding-mask", "dead-rows", "hidden-rows", "grouped-heads", "value-size"),
+    *("ragged-lengths", "stride-0", "one-hot-table", "backward-before"),
+)
+OTHERS = ((3, "ring"), (4, "gather"), (3, "replicated"))
 
 
 class Ours:
@@ -325,12 +332,18 @@ class TestArguments:
 @pytest.mark.mpi
 class TestRealRanks:
     @pytest.mark.parametrize(
-        ("P", "schedule"),
-        [(1, "lv-xattn"), (3, "ring"), (4, "lv-xattn"), (4, "gather"), (3, "replicated")],
+        ("P", "schedule", "cases"),
+        [
+            (1, "lv-xattn", SOME),
+            (4, "lv-xattn", None),
+            *[(P, schedule, SOME) for P, schedule in OTHERS],
+            *[pytest.param(*other, None, marks=pytest.mark.slow) for other in OTHERS],
+        ],
+        ids=lambda x: {SOME: "some", None: "all"}.get(x, x),
     )
-    def test_mpi_impl_passes(self, P: int, schedule: str) -> None:
+    def test_mpi_impl_passes(self, P: int, schedule: str, cases: tuple[str, ...] | None) -> None:
         dtypes = ["bfloat16"] if P == 4 else ["float64"]
-        ended = launched(mpiexec, P, schedule=schedule, dtypes=dtypes)
+        ended = launched(mpiexec, P, schedule=schedule, dtypes=dtypes, cases=cases)
         assert ended.status == 0, ended.err
         assert not ended.err
         report = json.loads(ended.out)

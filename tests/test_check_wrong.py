@@ -1,5 +1,6 @@
 """The oracle on kernels that are known to be wrong, all to be caught and named, or right."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def test_the_case_is_alone_in_its_group_to_catch_a_wrong_kernel(
     assert found.alone()[case.name]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let PyTorch's threads not wait for one another: the problems are small."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_right_kernels_raise_no_alarm() -> None:
     ratios, alarms = play_right(seeds=1)
     assert alarms == ()
