@@ -44,7 +44,7 @@ SOME = (
     *("callable-mask", "padding-mask", "dead-rows", "hidden-rows", "grouped-heads", "value-size"),
     *("ragged-lengths", "stride-0", "one-hot-table", "backward-before"),
 )
-OTHERS = ((3, "ring"), (4, "gather"), (3, "replicated"))
+OTHERS = ((1, "lv-xattn"), (3, "ring"), (4, "gather"), (3, "replicated"))
 
 
 class Ours:
@@ -334,7 +334,6 @@ class TestRealRanks:
     @pytest.mark.parametrize(
         ("P", "schedule", "cases"),
         [
-            (1, "lv-xattn", SOME),
             (4, "lv-xattn", None),
             *[(P, schedule, SOME) for P, schedule in OTHERS],
             *[pytest.param(*other, None, marks=pytest.mark.slow) for other in OTHERS],
