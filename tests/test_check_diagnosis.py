@@ -5,15 +5,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.reference.check import Report, case_of, check
+from lvxattn.reference.check import Report, case_of, check, matching
 from lvxattn.reference.check.diagnosis import Suspects
 from lvxattn.reference.check.masks import Mask
 from lvxattn.reference.check.wrong import WRONG, Right
 from lvxattn.reference.check.wrong.right import Array, Shape
+from tests.library import played_once
 
 CASES = [
     case_of(name) for name in ("gaussian", "one-query", "random-mask", "dead-rows", "grouped-heads")
 ]
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "played", played_once)
 
 
 def diagnoses(report: Report) -> set[str]:

@@ -17,6 +17,7 @@ from lvxattn.reference.check import (
     check_distributed,
     distributed,
     draw,
+    matching,
     suite_of,
 )
 from lvxattn.reference.check.growth import GROWTH, LIMIT, judged_growth
@@ -31,11 +32,19 @@ from lvxattn.reference.check.ranks.outcome import (
 )
 from lvxattn.reference.check.shards import CUTS, Cut, sweep_of, whole_of
 from tests.launch import PROGRAMS, Ended, mpiexec
+from tests.library import played_once
 from tests.planted_ranks import Planted
 from tests.torch_ranks import forked
 
 PROGRAM = PROGRAMS / "check_distributed.py"
 FEW = ("gaussian", "random-mask", "ragged-lengths")
+# At least one of each group.
+SOME = (
+    *("gaussian", "fewer-keys-than-shards", "dead-shard", "scores-600", "finite-minimum"),
+    *("callable-mask", "padding-mask", "dead-rows", "hidden-rows", "grouped-heads", "value-size"),
+    *("ragged-lengths", "stride-0", "one-hot-table", "backward-before"),
+)
+OTHERS = ((1, "lv-xattn"), (3, "ring"), (4, "gather"), (3, "replicated"))
 
 
 class Ours:
@@ -76,6 +85,11 @@ class ProductsInHalf:
 
     def _product(self, x: Any, y: Any, dtype: Any) -> Any:
         return (x.astype(dtype).astype("f4") @ y.astype("f4")).astype(dtype).astype("f4")
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "played", played_once)
 
 
 @pytest.fixture
@@ -318,12 +332,17 @@ class TestArguments:
 @pytest.mark.mpi
 class TestRealRanks:
     @pytest.mark.parametrize(
-        ("P", "schedule"),
-        [(1, "lv-xattn"), (3, "ring"), (4, "lv-xattn"), (4, "gather"), (3, "replicated")],
+        ("P", "schedule", "cases"),
+        [
+            (4, "lv-xattn", None),
+            *[(P, schedule, SOME) for P, schedule in OTHERS],
+            *[pytest.param(*other, None, marks=pytest.mark.slow) for other in OTHERS],
+        ],
+        ids=lambda x: {SOME: "some", None: "all"}.get(x, x),
     )
-    def test_mpi_impl_passes(self, P: int, schedule: str) -> None:
+    def test_mpi_impl_passes(self, P: int, schedule: str, cases: tuple[str, ...] | None) -> None:
         dtypes = ["bfloat16"] if P == 4 else ["float64"]
-        ended = launched(mpiexec, P, schedule=schedule, dtypes=dtypes)
+        ended = launched(mpiexec, P, schedule=schedule, dtypes=dtypes, cases=cases)
         assert ended.status == 0, ended.err
         assert not ended.err
         report = json.loads(ended.out)

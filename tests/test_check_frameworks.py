@@ -368,6 +368,7 @@ def test_what_runs_without_gradients_is_checked_forward_and_fails_unless_that_is
     assert checked(fn, [GAUSSIAN], framework="torch", backward=False).passed
 
 
+@pytest.mark.slow
 def test_a_compiled_function_is_checked_as_compiled_however_many_shapes_there_are() -> None:
     as_written = []
 

@@ -6,7 +6,6 @@ import re
 import struct
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from lvxattn.mpi_impl.demo.judge import (
     judge_answers,
 )
 from lvxattn.mpi_impl.demo.sources import open_source
+from tests.commands import Said, commands
 
 av = pytest.importorskip("av")
 MPIEXEC = os.environ.get("LVXATTN_MPIEXEC") or str(Path(sys.executable).with_name("mpiexec"))
@@ -50,15 +50,14 @@ def demo(ranks: int, folder: Path, *arguments: str) -> Finished:
     )
 
 
-def assert_found(finished: Finished, folder: Path, queries: int) -> None:
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    counts = re.search(r"found (\d+) of (\d+)", finished.stdout)
+def assert_found(printed: str, picture_at: Path, queries: int) -> None:
+    counts = re.search(r"found (\d+) of (\d+)", printed)
     assert counts is not None
     assert int(counts[2]) == queries
     assert int(counts[1]) >= 0.9 * queries
-    assert "all checks passed" in finished.stdout
-    assert max(map(len, finished.stdout.splitlines())) <= 100
-    with Image.open(folder / "demo.png") as picture:
+    assert "all checks passed" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    with Image.open(picture_at) as picture:
         assert picture.width >= 1200
 
 
@@ -85,27 +84,54 @@ def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_patches_of_the_default_video_are_found(ranks: int, tmp_path: Path) -> None:
-    finished = demo(ranks, tmp_path, "--frames", "16", "--queries", "40")
-    assert_found(finished, tmp_path, 40)
+def test_patches_of_the_default_video_are_found_on_three_ranks(tmp_path: Path) -> None:
+    finished = demo(3, tmp_path, "--frames", "16", "--queries", "40")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert_found(finished.stdout, tmp_path / "demo.png", 40)
     assert "4,800 visual tokens" in finished.stdout
+
+
+def test_patches_of_the_default_video_are_found_on_one_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["demo", "--frames", "16", "--queries", "40", "--output", str(tmp_path / "demo.png")]
+    assert main(line, MPI.COMM_SELF) == 0
+    printed = capsys.readouterr().out
+    assert_found(printed, tmp_path / "demo.png", 40)
+    assert "4,800 visual tokens" in printed
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Said, Path]]:
+    """What three ranks, in one launch, find in images of different sizes and in a video."""
+    folder = tmp_path_factory.mktemp("searched")
+    images = write_images(folder / "images", [(320, 240), (500, 300)])
+    clip = write_video(folder / "clip.mp4")
+    lines = {
+        "images": ["--images", images, "--queries", "10"],
+        "video": ["--video", clip, "--queries", "20", "--frames", "13"],
+    }
+    said = commands(
+        3, *[["demo", *line, "--output", folder / f"{name}.png"] for name, line in lines.items()]
+    )
+    return {name: (x, folder / f"{name}.png") for name, x in zip(lines, said, strict=True)}
 
 
 @pytest.mark.mpi
 def test_images_of_different_sizes_are_searched_by_more_ranks_than_there_are_images(
-    tmp_path: Path,
+    searched: dict[str, tuple[Said, Path]],
 ) -> None:
-    images = write_images(tmp_path / "images", [(320, 240), (500, 300)])
-    assert_found(demo(3, tmp_path, "--images", str(images), "--queries", "10"), tmp_path, 10)
+    said, picture = searched["images"]
+    assert said.status == 0, said
+    assert_found(said.out, picture, 10)
 
 
 @pytest.mark.mpi
-def test_a_video_file_is_searched(tmp_path: Path) -> None:
-    clip = write_video(tmp_path / "clip.mp4")
-    finished = demo(2, tmp_path, "--video", str(clip), "--queries", "20", "--frames", "13")
-    assert_found(finished, tmp_path, 20)
-    assert "13 of its 20 frames" in finished.stdout
+def test_a_video_file_is_searched(searched: dict[str, tuple[Said, Path]]) -> None:
+    said, picture = searched["video"]
+    assert said.status == 0, said
+    assert_found(said.out, picture, 20)
+    assert "13 of its 20 frames" in said.out
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])  # a .ts is seldom sought exactly
@@ -304,15 +330,32 @@ def test_a_picture_that_cannot_be_written_is_refused() -> None:
         check_output(Path("x" * 300 + ".png"))
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Said, Path]]:
+    """What two ranks say of each bad input, all in one launch, and where its picture would be."""
+    folders = [tmp_path_factory.mktemp(make.__name__) for make in BAD]
+    pictures = [folder / "demo.png" for folder in folders]
+    lines = [
+        ["demo", "--output", picture, *make(folder)]
+        for make, folder, picture in zip(BAD, folders, pictures, strict=True)
+    ]
+    return dict(zip(BAD, zip(commands(2, *lines), pictures, strict=True), strict=True))
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("make", BAD, ids=lambda make: make.__name__)
-def test_bad_input_is_one_line_and_status_2(make, tmp_path: Path) -> None:
-    arguments = make(tmp_path)
-    start = time.perf_counter()
-    finished = demo(2, tmp_path, *arguments)
-    assert time.perf_counter() - start < 30
+def test_bad_input_is_one_line_and_status_2(make, told) -> None:
+    said, picture = told[make]
+    assert said.status == 2, said
+    assert re.fullmatch(f"lvxattn demo: error: .*{BAD[make]}.*\n", said.err)
+    assert not picture.exists()
+
+
+@pytest.mark.mpi
+def test_a_broken_frame_is_one_line_of_the_whole_process(tmp_path: Path) -> None:
+    finished = demo(2, tmp_path, *overwritten(tmp_path))  # FFmpeg has something to say itself
     assert finished.returncode == 2, finished.stdout + finished.stderr
-    assert re.fullmatch(f"lvxattn demo: error: .*{BAD[make]}.*\n", finished.stderr)
+    assert re.fullmatch(f"lvxattn demo: error: .*{BAD[overwritten]}.*\n", finished.stderr)
     assert not (tmp_path / "demo.png").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT, mpiexec
-from tests.torchrun import torchrun
+from tests.torch_ranks import forked
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -43,7 +43,7 @@ def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
     weights = "sum(float(p.detach().double().abs().sum()) for p in layers.parameters())"
     shown = ["\n", f'sys.stdout.write(f"weights {{{weights}}}" + chr(10))', "\n", end]
     (tmp_path / "train.py").write_text(program.replace(end, "".join(shown)))
-    ended = torchrun(2, tmp_path / "train.py")
+    ended = forked(2, tmp_path / "train.py")
     assert ended.status == 0, ended.err
     found = re.findall(r"^step (\d) loss (\S+)$", ended.out, re.MULTILINE)
     losses = [{float(loss) for at, loss in found if int(at) == step} for step in range(3)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy.typing as npt
 
 from lvxattn.reference.check.cases import Case
-from lvxattn.reference.check.judge import RESULTS, Truth, judge, truth_of
+from lvxattn.reference.check.judge import RESULTS, Truth, ratio_of, truth_for
 from lvxattn.reference.check.matching import (
     Failure,
     Match,
@@ -161,12 +161,12 @@ class Suspects:
             return against
         for row in {row.case: row for row in reversed(passed)}.values():
             problem = draw(cases[row.case], row.dtype, row.seed)
-            truth = truth_of(problem)
+            truth = truth_for(problem.case, row.dtype, row.seed)
             judged = [verdict.name for verdict in row.verdicts]
             for name in names:
                 results = played(WRONG[name](**arguments[name]), problem, judged)
                 against[name] += isinstance(results, str) or not all(
-                    judge(x, results[x], problem, truth).passed for x in judged
+                    ratio_of(x, results[x], problem, truth) <= 1 for x in judged
                 )
         return against
 

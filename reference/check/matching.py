@@ -10,6 +10,7 @@ error, where nothing else matches.
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from lvxattn.reference.check.problem import Problem
 from lvxattn.reference.check.wrong import WRONG, Right
 
 Array = npt.NDArray[Any]
+
+_NUMPY = NumPy()  # looks for packages when it is made
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,16 @@ class Failure:
 
     def errors(self, name: str) -> Array:
         """Return the error of a result, for each kind of row."""
-        apart = difference(self.results[name], self.truth.results[name])
-        return norms(self.problem, name, apart)
+        return self._errors[name]
+
+    @cached_property
+    def _errors(self) -> dict[str, Array]:
+        """Needed for every kernel that is compared."""
+        want = self.truth.results
+        return {
+            name: norms(self.problem, name, difference(x, want[name]))
+            for name, x in self.results.items()
+        }
 
     def along(self, name: str) -> float:
         """Return the cosine of a result's error and the truth: near 0 if it is only rounded."""
@@ -168,7 +179,7 @@ def played(kernel: Right, problem: Problem, names: Collection[str]) -> dict[str,
     """
     gradients = bool({"dq", "dk", "dv"} & set(names))
     try:
-        return play(kernel, problem, NumPy(), backward=kernel.backward, gradients=gradients)
+        return play(kernel, problem, _NUMPY, backward=kernel.backward, gradients=gradients)
     except Exception as error:  # a complaint, or what NumPy says, such as that q is read-only
         return str(error)
 

@@ -13,7 +13,7 @@ import pytest
 
 from lvxattn.reference.check.cases import Case, suite_of
 from lvxattn.reference.check.frameworks import Framework, framework_of
-from lvxattn.reference.check.judge import Truth, judge, truth_of
+from lvxattn.reference.check.judge import Truth, judge, truth_for
 from lvxattn.reference.check.patience import Patience
 from lvxattn.reference.check.play import play
 from lvxattn.reference.check.problem import Problem, draw
@@ -243,7 +243,7 @@ class XattnCase:
 def xattn_case_of(chosen: Chosen, choice: Choice) -> XattnCase:
     """Make the arrays of a choice."""
     problem = draw(*choice)
-    truth, given = truth_of(problem), _given(problem, chosen.framework)
+    truth, given = truth_for(*choice), _given(problem, chosen.framework)
     return XattnCase(
         *choice,
         **given,

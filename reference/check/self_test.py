@@ -12,12 +12,12 @@ from typing import Any
 
 from lvxattn.reference.check.cases import CASES
 from lvxattn.reference.check.frameworks import Framework, framework_of
-from lvxattn.reference.check.judge import Truth, truth_of
+from lvxattn.reference.check.judge import RESULTS, Truth, ratio_of, truth_for
 from lvxattn.reference.check.matrix import SelfTest
 from lvxattn.reference.check.play import play
 from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.check.styles import styles
-from lvxattn.reference.check.suite import attempt, verdicts_of
+from lvxattn.reference.check.suite import attempt
 from lvxattn.reference.check.wrong import WRONG
 
 
@@ -65,8 +65,7 @@ def play_wrong(
     caught: dict[str, dict[str, list[str]]] = {name: {} for name in names}
     for case in CASES:
         for dtype in dtypes or numpy.dtypes:
-            problem = draw(case, dtype)
-            truth = truth_of(problem)
+            problem, truth = draw(case, dtype), truth_for(case, dtype, 0)
             for name, cases in caught.items():
                 if not _worst(WRONG[name](), numpy, problem, truth) <= 1:
                     cases.setdefault(case.name, []).append(dtype)
@@ -87,8 +86,7 @@ def play_right(seeds: int) -> tuple[dict[str, dict[str, float]], tuple[str, ...]
     for case in CASES:
         for seed in range(seeds if case.quick else 1):
             for dtype in dtypes:
-                problem = draw(case, dtype, seed)
-                truth = truth_of(problem)
+                problem, truth = draw(case, dtype, seed), truth_for(case, dtype, seed)
                 for style in styles():
                     ratio = _worst(style.make(), style.framework, problem, truth)
                     ratios[style.name][dtype] = max(ratios[style.name][dtype], ratio)
@@ -125,4 +123,4 @@ def _worst(fn: Callable[..., Any], framework: Framework, problem: Problem, truth
     results, status, _ = attempt(work)
     if status:
         return inf
-    return max(verdict.ratio for verdict in verdicts_of(results, problem, truth))
+    return max(ratio_of(x, results[x], problem, truth) for x in RESULTS if x in results)

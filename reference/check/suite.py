@@ -13,7 +13,7 @@ from lvxattn.reference.check.blame import one_line, raised
 from lvxattn.reference.check.cases import Case, suite_of
 from lvxattn.reference.check.diagnosis import Suspects
 from lvxattn.reference.check.frameworks import DTYPES, Framework, framework_of
-from lvxattn.reference.check.judge import RESULTS, Truth, Verdict, judge, truth_of
+from lvxattn.reference.check.judge import RESULTS, Truth, Verdict, judge, truth_for
 from lvxattn.reference.check.patience import EndedError, Patience, TimeIsUpError
 from lvxattn.reference.check.play import ComplaintError, play
 from lvxattn.reference.check.problem import Problem, draw
@@ -158,7 +158,7 @@ def judged(
         if suspects and status == "error":
             suspects.examine(row, problem)
         return row
-    truth = truth_of(problem)
+    truth = truth_for(case, dtype, seed)
     verdicts = verdicts_of(results, problem, truth)
     status = "ok" if all(verdict.passed for verdict in verdicts) else "wrong"
     row = Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)

@@ -12,7 +12,7 @@ from lvxattn.reference.check.cases import Case, case_of
 from lvxattn.reference.check.command.arguments import framework_in, functions_in, look_at_file
 from lvxattn.reference.check.command.listing import shapes_of
 from lvxattn.reference.check.files import inputs_of, mask_text, write_tensors
-from lvxattn.reference.check.judge import truth_of
+from lvxattn.reference.check.judge import truth_for
 from lvxattn.reference.check.patience import Patience
 from lvxattn.reference.check.problem import Problem, draw
 from lvxattn.reference.check.report import Report, Row
@@ -111,7 +111,7 @@ def _about(case: Case, problem: Problem, row: Row | None) -> str:
 
 
 def _save(path: str, problem: Problem, got: dict[str, Array]) -> None:
-    truth = truth_of(problem)
+    truth = truth_for(problem.case, problem.dtype, problem.seed)
     arrays = {
         **inputs_of(problem),
         **truth.results,

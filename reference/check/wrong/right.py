@@ -8,6 +8,7 @@ It is in another style than `rounded.py`, which sets the limit: keys cut in shar
 repeated, gradients taken shard by shard.
 """
 
+from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -128,7 +129,7 @@ class Right:
         return x
 
     def _wide(self, x: Array) -> Array:
-        return x.astype(accumulator(self.dtype.name))
+        return x.astype(_accumulator(self.dtype))
 
     def _kv_head(self, H: int, H_KV: int) -> Array:
         """Return which key-value head each query head reads."""
@@ -269,3 +270,8 @@ class Right:
 
     def _rounded(self, x: Array) -> Array:
         return x.astype(self.dtype).astype(x.dtype)
+
+
+@cache  # NumPy takes its time to tell a dtype's name
+def _accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(accumulator(dtype.name))
