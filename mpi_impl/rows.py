@@ -1,6 +1,7 @@
 """Partial results as MPI reduces them: rows, and the merge as an operator on rows.
 
-A row is out and lse of one query.  On a device kernels pack rows; the operator works on the host.
+A row is what there is of one query: out, top and total.  On a device kernels pack rows; the
+operator works on the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,7 @@ class Rows:
 def operator(
     join: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...]
 ) -> Iterator[tuple[MPI.Op, MPI.Datatype]]:
-    """Make the MPI.Op that joins rows, and the datatype of a row: out and lse of one query.
+    """Make the MPI.Op that joins rows, and the datatype of a row.
 
     Both are freed in the end: MPI has few operators.
     """

@@ -69,7 +69,7 @@ class Layout:
         ``"sharded"``, or ``"replicated"``: every rank holds all queries.
     machine : lvxattn.reference.plan.Machine or None
         What `explain` reckons with.
-    stamp : int
+    stamp_nbytes : int
         How many bytes every message of a backward has besides, which say whose it is.
     """
 
@@ -89,7 +89,7 @@ class Layout:
     schedule: str
     queries: str = "sharded"
     machine: Any = None
-    stamp: int = 0
+    stamp_nbytes: int = 0
 
     @staticmethod
     def agree(

@@ -55,8 +55,8 @@ class Exchange:
         over_host = over_cpu(group, device)
         self.staged = device.type != "cpu" and over_host
         self.stamp: Tensor | None = None
-        if layout.forward is not None and layout.stamp and over_host:
-            number = layout.forward.to_bytes(layout.stamp, "little")
+        if layout.forward is not None and layout.stamp_nbytes and over_host:
+            number = layout.forward.to_bytes(layout.stamp_nbytes, "little")
             self.stamp = torch.tensor(list(number), dtype=torch.uint8, device="cpu")
         self.rotations: list[Rotation] = []
 
@@ -136,8 +136,8 @@ class Rotation:
         device = torch.device("cpu") if staged else exchange.device
         # In hand, and to be received into; a rank that is alone needs neither.
         count = 2 if layout.size > 1 else 0
-        self.stamp = 0 if exchange.stamp is None else exchange.stamp.numel()
-        room = self.nbytes + self.stamp
+        self.stamp_nbytes = 0 if exchange.stamp is None else exchange.stamp.numel()
+        room = self.nbytes + self.stamp_nbytes
         self.buffers = [layout.pool.take(room, device, pinned=staged) for _ in range(count)]
         self.sending: list[dist.Work] = []
         self.receiving: list[dist.Work] = []
@@ -150,13 +150,13 @@ class Rotation:
         """
         layout = self.exchange.layout
         in_hand, free = self.buffers
-        mine = self._nbytes(layout.owner(self.hop)) + self.stamp
-        coming = self._nbytes(layout.owner(self.hop + 1)) + self.stamp
+        mine = self._nbytes(layout.owner(self.hop)) + self.stamp_nbytes
+        coming = self._nbytes(layout.owner(self.hop + 1)) + self.stamp_nbytes
         if tensors:
             for view, x in zip(self._views(), tensors, strict=True):
                 view.copy_(x)  # in place: what was received there has been used
             if self.exchange.stamp is not None:
-                in_hand[mine - self.stamp : mine] = self.exchange.stamp
+                in_hand[mine - self.stamp_nbytes : mine] = self.exchange.stamp
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
         self.hop += 1
@@ -176,7 +176,7 @@ class Rotation:
         with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.device):
             self._wait_for(self.receiving, self._awaited)
         end = self._nbytes(layout.owner(self.hop))
-        self.exchange.check_stamp(self.buffers[0][end : end + self.stamp], self._awaited())
+        self.exchange.check_stamp(self.buffers[0][end : end + self.stamp_nbytes], self._awaited())
         # Staged, the copy has to be done before the next block may come into the same memory.
         return [x.to(self.device) for x in self._views()]
 

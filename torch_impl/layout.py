@@ -96,8 +96,8 @@ class Layout(shared.Layout):
             machine=machine, check=lambda: check_tensors(q, k, v, mask, comm),
         )  # fmt: skip
         layout, read = Layout.of(records, comm.rank), over_cpu(comm, q.device)
-        stamp = STAMP if comm.size > 1 and read else 0
-        return replace(layout, stamp=stamp, forwards=Forwards(records[0].clock))
+        stamp_nbytes = STAMP if comm.size > 1 and read else 0
+        return replace(layout, stamp_nbytes=stamp_nbytes, forwards=Forwards(records[0].clock))
 
     def check(  # type: ignore[override]
         self,

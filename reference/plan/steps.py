@@ -4,7 +4,9 @@ The steps are those of `lv_xattn.py`, `ring_attention.py`, `ulysses.py`, `gather
 `replicated.py`, in their order, so that what is sent is known to the byte before anything is sent,
 and a pass can be played on the clocks of any machine (`simulate.py`).  A collective is one message
 to and from each other rank: the fewest bytes that do it.  What a message of a backward is stamped
-with, as torch_impl's are that go through the host, is counted too: `Layout.stamp` bytes each.
+with, as torch_impl's are that go through the host, is counted too: `Layout.stamp_nbytes` each.  Not
+foreseen, since shapes do not tell, is the forward that a backward of `reference` and `mpi_impl`
+begins with where an lse is large.
 
 Everything follows from a `Layout`: shapes, dtype, every rank's lengths, the order of the ring, the
 masks that travel.
@@ -126,7 +128,7 @@ def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
     if not backward:
         return found
     return [
-        replace(step, nbytes=step.nbytes + layout.stamp) if isinstance(step, Send) else step
+        replace(step, nbytes=step.nbytes + layout.stamp_nbytes) if isinstance(step, Send) else step
         for step in found
     ]
 
