@@ -5,7 +5,7 @@ r"""How blocks move all at once: each rank with every other one, in the fewest b
     all_reduce        joined rows to every rank, in two steps    2 (P - 1) messages
     all_to_all        a part of its own to each rank             P - 1 messages
 
-What joins two partial results is `merge_partials`, or `added` for plain sums; it becomes an `MPI.Op`, and
+What joins two partial results is `merge_partials`, or `added` for sums; it becomes an `MPI.Op`, and
 MPI may call it on any ranks' results, in any order.  The messages of a reduction are those of the
 best algorithm; how many there really are, MPI decides.
 """

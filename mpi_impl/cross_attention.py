@@ -7,6 +7,7 @@ partial result, over all keys, is out and lse.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import delta_of
@@ -14,7 +15,7 @@ from lvxattn.mpi_impl.device import check_arrays, computing
 from lvxattn.mpi_impl.gather import gather, gather_backward
 from lvxattn.mpi_impl.last_words import named
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
-from lvxattn.mpi_impl.merge import lse_of, remainder_of, too_large
+from lvxattn.mpi_impl.merge import lse_of, remainder_of
 from lvxattn.mpi_impl.replicated import replicated, replicated_backward
 from lvxattn.mpi_impl.ring_attention import ring_attention, ring_attention_backward
 from lvxattn.mpi_impl.ulysses import ulysses, ulysses_backward
@@ -25,6 +26,8 @@ from lvxattn.reference.meter import Meter
 from lvxattn.reference.validation import instead_of
 
 Array = Any  # NumPy or CuPy
+# Up to this size lse alone will do for a backward.
+LARGE_LSE = 256.0
 
 Forward = Callable[..., tuple[Array, Array, Array]]
 Backward = Callable[..., tuple[Array, Array, Array]]
@@ -179,7 +182,7 @@ def cross_attention_backward(
         # Where lse is large, as in a row hidden by -1e9, it cannot say how many keys a row saw: the
         # forward can.
         with watching(comm, "all ranks to look at lse"):
-            lost = any(comm.allgather(too_large(lse)))
+            lost = any(comm.allgather(_too_large(lse)))
         if lost:
             _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
             low = remainder_of(lse, top, total)
@@ -209,3 +212,8 @@ def check_comm(comm: MPI.Intracomm) -> None:
     if isinstance(comm, MPI.Comm) and (comm == MPI.COMM_NULL or comm.Is_inter()):
         kind = "COMM_NULL" if comm == MPI.COMM_NULL else "an intercommunicator"
         raise TypeError(f"comm: expected an MPI.Intracomm, got {kind}")
+
+
+def _too_large(lse: Array) -> bool:
+    """Return whether the rounding of an lse in fp32, 1.5e-5 of p at 256, would show."""
+    return bool(((abs(lse) > LARGE_LSE) & (lse != -np.inf)).any())

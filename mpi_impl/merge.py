@@ -32,9 +32,6 @@ from lvxattn.mpi_impl.device import array_module
 
 Array = Any  # NumPy or CuPy, in the accumulator dtype
 
-# Up to this size lse alone will do for a backward: its rounding in fp32 is 1.5e-5 of p at most.
-LARGE_LSE = 256.0
-
 
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
     """Join attention over one set of keys with attention over another, disjoint one.
@@ -107,8 +104,3 @@ def remainder_of(lse: Array, top: Array, total: Array) -> Array:
     seen = lse != -xp.inf
     top, lse = (xp.where(seen, x, 0.0) for x in (top, lse))  # -inf - -inf would be NaN
     return (top - lse) + xp.log(xp.where(seen, total, 1.0))
-
-
-def too_large(lse: Array) -> bool:
-    """Return whether an lse is so large that its rounding would show in a gradient."""
-    return bool(((abs(lse) > LARGE_LSE) & (lse != -np.inf)).any())

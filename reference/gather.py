@@ -7,7 +7,7 @@ counts, and one large block feeds the hardware better than P small ones.  Rank r
     2  attend            all q to the keys of r
     3  reduce-scatter    result q to its owner     results of all ranks for q of r, merged
 
-The reduction's operator is the merge itself: associative, commutative, with (0, -inf, 0) as identity.
+The reduction's operator is the merge: associative, commutative, with (0, -inf, 0) as identity.
 The same bytes travel as with lv-xattn, P - 1 blocks and P - 1 results, but nothing hides them.
 
 Backward.  q, dout, lse and delta are gathered; dq is reduced by plain sums; dk and dv stay.

@@ -29,9 +29,6 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-# Up to this size lse alone will do for a backward: its rounding in fp32 is 1.5e-5 of p at most.
-LARGE_LSE = 256.0
-
 
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
     """Join attention over one set of keys with attention over another, disjoint one.
@@ -100,8 +97,3 @@ def remainder_of(lse: Array, top: Array, total: Array) -> Array:
     seen = lse != -np.inf
     top, lse = (np.where(seen, x, 0.0) for x in (top, lse))  # -inf - -inf would be NaN
     return (top - lse) + np.log(np.where(seen, total, 1.0))
-
-
-def too_large(lse: Array) -> bool:
-    """Return whether an lse is so large that its rounding would show in a gradient."""
-    return bool(((abs(lse) > LARGE_LSE) & (lse != -np.inf)).any())

@@ -26,7 +26,7 @@ def calls(P: int) -> Any:
     return report(P, "run_calls.py")
 
 
-@pytest.mark.parametrize("P", [1, 2, 4])
+@pytest.mark.parametrize("P", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("check", _checks())
 def test_calls(check: str, P: int) -> None:
     verdicts = calls(P)[check]
@@ -34,7 +34,7 @@ def test_calls(check: str, P: int) -> None:
     assert all(verdict and all(verdict) for verdict in verdicts), verdicts
 
 
-@pytest.mark.parametrize("P", [2, 3, 4, 5])
+@pytest.mark.parametrize("P", [3, *(pytest.param(P, marks=pytest.mark.slow) for P in (2, 4, 5))])
 def test_right_with_synchronous_sends_and_random_delays(P: int) -> None:
     ranks = report(P, "run_slow.py", "3", "0.02", timeout=60)
     assert len(ranks) == P
@@ -47,10 +47,10 @@ CORES = len(os.sched_getaffinity(0))
 @pytest.mark.parametrize(
     ("P", "env", "threads"),
     [
-        (1, {}, CORES),
+        pytest.param(1, {}, CORES, marks=pytest.mark.slow),
         (4, {}, max(1, CORES // 4)),
         (1, {"OMP_NUM_THREADS": "1"}, 1),
-        (2, {"OMP_NUM_THREADS": str(CORES)}, CORES),
+        pytest.param(2, {"OMP_NUM_THREADS": str(CORES)}, CORES, marks=pytest.mark.slow),
         (2, {"OPENBLAS_NUM_THREADS": str(CORES)}, CORES),
     ],
 )

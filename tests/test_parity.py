@@ -96,6 +96,7 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "passes": {"group": "errors name the rank"},
         "cross_attention_layer": {
             "make_q": "a module has what queries are made of, in any case",
+            "recompute": "a module keeps keys and values, too, if it is told to",
             "return_lse": "most callers want out alone",
         },
     },
@@ -122,6 +123,7 @@ ONLY_IN_REFERENCE: dict[str, dict[str, dict[str, str]]] = {
         "cross_attention": {
             **_FP64,
             **dict.fromkeys(("cross_attention_backward", "Forward", "Backward"), _AUTOGRAD),
+            "LARGE_LSE": "what lse has lost is saved",
         },
         "recompute": {
             **_FP64,
@@ -283,7 +285,7 @@ OWN = {
         *("awareness", "buffers", "device", "jupyter", "last_words", "measure"),
         *("rows", "self_test", "transfers", "watchdog"),
     },
-    "torch_impl": {"autograd", "group", "measure", "module"},
+    "torch_impl": {"autograd", "group", "lazy", "measure", "module"},
 }
 
 

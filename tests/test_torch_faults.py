@@ -16,32 +16,41 @@ from tests.torchrun import torchrun
 # As programs/torch_fault.py has them: P, rank, how, where, schedule, pass.
 CASES = [
     (3, 1, "kill", "before", "lv-xattn", "forward"),
-    (3, 1, "kill", "before", "ring", "backward"),
     (3, 1, "kill", "hop 1 begins", "lv-xattn", "forward"),
-    (3, 1, "kill", "hop 1 ends", "lv-xattn", "forward"),
     (3, 0, "kill", "hop 2 computes", "lv-xattn", "backward"),
-    (3, 1, "kill", "hop 1 computes", "ring", "backward"),
-    (2, 1, "kill", "hop 1 begins", "lv-xattn", "backward"),
     (3, 2, "kill", "hop 0 computes", "replicated", "forward"),
     (3, 1, "kill again", "hop 1 computes", "ring", "backward"),
-    (3, 1, "raise", "before", "lv-xattn", "forward"),
     (2, 1, "raise", "hop 1 computes", "lv-xattn", "forward"),
-    (3, 1, "raise", "hop 1 begins", "ring", "forward"),
     (3, 1, "raise", "hop 1 ends", "ring", "backward"),
-    (3, 1, "raise", "hop 0 computes", "replicated", "backward"),
     (3, 1, "refuse", "a post", "lv-xattn", "forward"),
-    (2, 0, "refuse", "a post", "ring", "backward"),
-    (3, 1, "mask raises", "at once", "lv-xattn", "forward"),
     (3, 1, "mask raises", "at once", "ring", "backward"),
     (2, 0, "mask raises", "at once", "replicated", "forward"),
-    (3, 1, "stop", "before", "lv-xattn", "forward"),
     (3, 1, "stop", "hop 1 computes", "lv-xattn", "forward"),
     (3, 1, "stop", "hop 1 begins", "ring", "forward"),
     (2, 1, "stop", "hop 1 computes", "ring", "backward"),
     (3, 1, "stop", "hop 0 computes", "replicated", "backward"),
     (3, 1, "stop again", "hop 1 computes", "lv-xattn", "backward"),
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+MORE = [
+    (3, 1, "kill", "before", "ring", "backward"),
+    (3, 1, "kill", "hop 1 ends", "lv-xattn", "forward"),
+    (3, 1, "kill", "hop 1 computes", "ring", "backward"),
+    (2, 1, "kill", "hop 1 begins", "lv-xattn", "backward"),
+    (3, 1, "raise", "before", "lv-xattn", "forward"),
+    (3, 1, "raise", "hop 1 begins", "ring", "forward"),
+    (3, 1, "raise", "hop 0 computes", "replicated", "backward"),
+    (2, 0, "refuse", "a post", "ring", "backward"),
+    (3, 1, "mask raises", "at once", "lv-xattn", "forward"),
+    (3, 1, "stop", "before", "lv-xattn", "forward"),
+]
+
+
+def cases(how: str = "") -> pytest.MarkDecorator:
+    """Return a mark: a test is for all cases in which a rank fails so, some of them slow."""
+    fast = [case for case in CASES if how in case[2]]
+    slow = [pytest.param(case, marks=pytest.mark.slow) for case in MORE if how in case[2]]
+    return pytest.mark.parametrize("case", fast + slow, ids=lambda case: "-".join(map(str, case)))
+
 
 # The rank calls two backwards in another order than the others.
 ORDERS = [
@@ -60,13 +69,19 @@ BLOCKS = {
 TOGETHER = {"what all ranks have to say", "all ranks' results to be joined"}
 
 
+def report(case: tuple[Any, ...]) -> dict[str, Any]:
+    """Return how the ranks of a case ended."""
+    return _reports(case in MORE)[case]
+
+
 @cache
-def reports() -> dict[tuple[Any, ...], dict[str, Any]]:
+def _reports(more: bool) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Return how the ranks of every case ended; they all run once, in one launch."""
+    all_cases = MORE if more else CASES + ORDERS
     program = [sys.executable, "-W", "error", str(PROGRAMS / "torch_fault.py")]
-    ended = launch([*program, json.dumps(CASES + ORDERS)], timeout=280.0)
+    ended = launch([*program, json.dumps(all_cases)], timeout=280.0)
     assert (ended.status, ended.err, ended.left, ended.timed_out) == (0, "", (), False)
-    return dict(zip(CASES + ORDERS, json.loads(ended.out), strict=True))
+    return dict(zip(all_cases, json.loads(ended.out), strict=True))
 
 
 def awaited(case: tuple[Any, ...], rank: int) -> set[str]:
@@ -89,7 +104,7 @@ def awaited(case: tuple[Any, ...], rank: int) -> set[str]:
 def said(case: tuple[Any, ...]) -> dict[int, str]:
     """Return what each rank but the failing one says that it waited for."""
     found = {}
-    for rank, err in enumerate(reports()[case]["err"]):
+    for rank, err in enumerate(report(case)["err"]):
         if rank != case[1]:
             errors = re.findall(r"RuntimeError: (rank \d of \d waited for .*?), in vain: .+", err)
             assert len(errors) == 1, err
@@ -97,10 +112,10 @@ def said(case: tuple[Any, ...]) -> dict[int, str]:
     return found
 
 
-@each_case
+@cases()
 def test_the_others_end_in_time_and_say_what_they_waited_for(case: tuple[Any, ...]) -> None:
     P, failing, how = case[:3]
-    ended = reports()[case]
+    ended = report(case)
     assert not ended["killed"], ended["err"]
     assert ended["out"] == [""] * P  # nobody reached the end
     for rank, status in enumerate(ended["status"]):
@@ -117,9 +132,9 @@ def test_the_others_end_in_time_and_say_what_they_waited_for(case: tuple[Any, ..
     assert waits <= TOGETHER or any(map(names.search, waits)), waits
 
 
-@each_case
+@cases()
 def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
-    for rank, err in enumerate(reports()[case]["err"]):
+    for rank, err in enumerate(report(case)["err"]):
         if rank != case[1]:  # what gloo said, and below it our words for it
             assert err.count("The above exception was the direct cause") >= 1
             gloo, ours = re.findall(r"RuntimeError: (.*)", err)[:2]
@@ -174,29 +189,29 @@ def test_a_rank_that_stops_is_waited_for_until_the_timeout(
 ) -> None:
     for rank, words in said(case).items():
         assert words in what[rank]
-        assert reports()[case]["raised"][rank] > TIMEOUT - 0.5
+        assert report(case)["raised"][rank] > TIMEOUT - 0.5
     # Whoever gives up first may end another's wait for it, a moment before its own time is up.
-    assert any(f"{1000 * TIMEOUT:.0f}ms" in err for err in reports()[case]["err"])
+    assert any(f"{1000 * TIMEOUT:.0f}ms" in err for err in report(case)["err"])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[2].startswith("stop")], ids=str)
+@cases("stop")
 def test_a_rank_that_goes_on_when_the_others_are_gone_ends_too(case: tuple[Any, ...]) -> None:
-    last = reports()[case]["err"][case[1]].rstrip().split("RuntimeError: ")[-1]
+    last = report(case)["err"][case[1]].rstrip().split("RuntimeError: ")[-1]
     assert last.startswith(f"rank {case[1]} of {case[0]} waited for ")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[2].endswith("again")], ids=str)
+@cases("again")
 def test_a_group_that_is_used_again_raises_again(case: tuple[Any, ...]) -> None:
-    for rank, again in enumerate(reports()[case]["again"]):
+    for rank, again in enumerate(report(case)["again"]):
         if rank != case[1]:
             seconds, words = again
             assert seconds < TIMEOUT + SLACK
             assert words.startswith(f"rank {rank} of {case[0]} waited for ")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[2] == "mask raises"], ids=str)
+@cases("mask raises")
 def test_a_users_own_error_stays_what_it_is_and_names_its_rank(case: tuple[Any, ...]) -> None:
-    err = reports()[case]["err"][case[1]]
+    err = report(case)["err"][case[1]]
     assert "ZeroDivisionError: of the user's own\n" in err
     assert err.count(f"raised on rank {case[1]} of {case[0]}") == 1
     assert "RuntimeError" not in err
@@ -205,7 +220,7 @@ def test_a_users_own_error_stays_what_it_is_and_names_its_rank(case: tuple[Any, 
 @pytest.mark.parametrize("case", ORDERS, ids=lambda case: "-".join(map(str, case)))
 def test_backwards_in_another_order_are_an_error_that_names_both(case: tuple[Any, ...]) -> None:
     P, other, _, place = case[:4]
-    ended = reports()[case]
+    ended = report(case)
     assert not ended["killed"], ended["err"]
     assert ended["out"] == [""] * P  # nobody reached the end
     forward = r"forward (\d) of the layout of (\d\d:\d\d:\d\d\.\d{6}) UTC"
@@ -234,7 +249,7 @@ def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
     assert (
         "RuntimeError: rank 1 of 3 waited for the queries of rank 0 at hop 1, from rank 0, or "
         "rank 2 to take the queries of rank 1 at hop 1, in vain: the transport took none of 2"
-    ) in reports()[case]["err"][1]
+    ) in report(case)["err"][1]
 
 
 @pytest.mark.slow  # a rank that raises is among the cases above

@@ -44,6 +44,7 @@ def test_torchrun_runs_it_and_nothing_is_left(tmp_path: Path) -> None:
     assert [rank["threads"] for rank in report["ranks"]] == [cores] * 2  # as the user has it
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_before_torchrun_ends_the_ranks() -> None:
     ended = torchrun(2, PROGRAMS / "torch_refuse.py", "run", "--head-dim", "0")
     assert ended.status == 1  # torchrun's own: the ranks' is in its report
@@ -58,6 +59,7 @@ def test_bad_input_is_said_before_torchrun_ends_the_ranks() -> None:
     assert (ended.out, ended.left) == ("", ())
 
 
+@pytest.mark.slow
 def test_threads_are_shared_out_and_a_wait_ends_in_time(tmp_path: Path) -> None:
     env: dict[str, str | None] = {"LVXATTN_TIMEOUT": "2", "OMP_NUM_THREADS": None}
     ended = torchrun(2, PROGRAMS / "torch_world.py", tmp_path / "done", env=env)

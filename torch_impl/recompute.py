@@ -108,7 +108,7 @@ def cross_attention_layer(
         that were changed in place, as those of `torch.func.functional_call` are.
     """
     comm = Group.of(group)
-    before: list[tuple[Forms, Leaves]] = []
+    before: list[tuple[Forms, _Leaves]] = []
 
     def make(x: Tensor, y: Any) -> Any:
         """Return q, k and v, saved; the forward calls this, and the backward again."""
@@ -130,9 +130,9 @@ def cross_attention_layer(
             lambda: check_made(make_kv, kv, q, before[0][0] if again else None, also), comm,
             together=together,
         )  # fmt: skip
-        leaves = leaves_of((q, *kv), (x, y))
+        leaves = _leaves_of((q, *kv), (x, y))
         if again:
-            check_leaves(before[0][1], leaves, comm)
+            _check_leaves(before[0][1], leaves, comm)
         else:
             before.append((forms(kv), leaves))
         return Made.apply(q, *kv)  # type: ignore[no-untyped-call]
@@ -176,12 +176,12 @@ class Made(torch.autograd.Function):
 
 
 # Tensors in which a graph's gradients end, and the versions of their data.
-Leaves = dict[Tensor, int]
+_Leaves = dict[Tensor, int]
 
 
-def leaves_of(made: Iterable[Tensor], given: Iterable[Any]) -> Leaves:
+def _leaves_of(made: Iterable[Tensor], given: Iterable[Any]) -> _Leaves:
     """Return the leaves of the graph that leads from what was given to what was made of it."""
-    leaves: Leaves = {}
+    leaves: _Leaves = {}
     nodes: list[Any] = [x.grad_fn for x in made]
     seen = {None, *(x.grad_fn for x in given if isinstance(x, Tensor))}
     while nodes:
@@ -195,7 +195,7 @@ def leaves_of(made: Iterable[Tensor], given: Iterable[Any]) -> Leaves:
     return leaves
 
 
-def check_leaves(before: Leaves, after: Leaves, comm: Group) -> None:
+def _check_leaves(before: _Leaves, after: _Leaves, comm: Group) -> None:
     """Refuse to go back through others than the forward has used: those would get its gradients.
 
     Raises
