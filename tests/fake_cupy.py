@@ -323,7 +323,7 @@ class ndarray:  # noqa: N801
     # Kernels.
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _kernel(np.asarray, value, out=self[key])
+        _kernel(_same, value, out=self[key])
 
     def astype(self, dtype: Any, copy: bool = True) -> "ndarray":
         if self.dtype == dtype and not copy:
@@ -473,6 +473,10 @@ def _kind(function: Callable[..., Any], *kinds: Any, **options: Any) -> tuple[An
     with np.errstate(all="ignore"):
         like = np.asarray(function(*args, **options))
     return like.shape, like.dtype
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def _join(*parts: Any, axis: int) -> Any:
