@@ -9,6 +9,9 @@ RANKS ?= 4
 JOBS ?= 2
 ARGS ?=
 
+# Compiled code is kept, or every process would compile all anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.ready-$(MPI)

@@ -36,8 +36,8 @@ from tests.launch import PROGRAMS
 from tests.torch_ranks import forked
 
 # Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
-SETTINGS = Settings(frames=10, first_frames=3, batch=4, dtype="float64", seed=3)
-STEPS = 50
+SETTINGS = Settings(frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
+STEPS = 48
 SMALL = [
     "--frames",
     "9",
@@ -113,7 +113,7 @@ def half_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_4_ranks(half_way: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """50 steps on 4 ranks, and then the run of 5 steps, of one rank, resumed on 4."""
+    """48 steps on 4 ranks, and then the run of 5 steps, of one rank, resumed on 4."""
     folder = tmp_path_factory.mktemp("ranks") / "resumed"
     shutil.copytree(half_way, folder)
     args = str(STEPS), *SMALL, "--resume", "--schedule", "gather", "--output", str(folder)

@@ -16,7 +16,18 @@
 ===============  =================================================================================
 """
 
+from argparse import Namespace
+
+from lvxattn.torch_impl.group import AnyGroup
 from lvxattn.torch_impl.train.options import add_options
-from lvxattn.torch_impl.train.program import run_training
+
+
+def run_training(options: Namespace, group: AnyGroup = None) -> int:
+    """Train, and return the exit status: `program.run_training`."""
+    # Here, since PyTorch's checkpoints take seconds to import, and other commands need none.
+    from lvxattn.torch_impl.train.program import run_training
+
+    return run_training(options, group)
+
 
 __all__ = ["add_options", "run_training"]

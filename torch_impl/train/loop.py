@@ -14,7 +14,6 @@ import torch
 from lvxattn.reference.run import InputError
 from lvxattn.reference.validation import raise_together
 from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.train import checkpoint
 from lvxattn.torch_impl.train.curve import Curve
 from lvxattn.torch_impl.train.data import TRAIN, WATCH, Clips, Images, make_clips
 from lvxattn.torch_impl.train.model import Finder
@@ -150,6 +149,9 @@ def save(run: Run, folder: Path) -> None:
         They cannot be written; the same on all ranks.
     """
     group, error = run.model.group, None
+    # Here, since it takes seconds to import, and steps need none of it.
+    from lvxattn.torch_impl.train import checkpoint
+
     checkpoint.save(folder, run.model, run.optimizer, run.curve, run.settings, group)
     if group.rank == 0:
         try:
