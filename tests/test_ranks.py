@@ -12,12 +12,12 @@ pytestmark = pytest.mark.mpi
 
 # Every n-th case, by implementation, schedule and number of ranks.
 EVERY = {
-    ("mpi", "lv-xattn"): {1: 6, 2: 4, 3: 1, 5: 4},
+    ("mpi", "lv-xattn"): {1: 6, 2: 4, 3: 1, 5: 8},
     ("mpi", "ring"): {3: 2},
     ("mpi", "gather"): {3: 2},
     ("mpi", "ulysses"): {3: 2},
     ("mpi", "replicated"): {3: 2},
-    ("torch", "lv-xattn"): {1: 6, 2: 4, 3: 1},
+    ("torch", "lv-xattn"): {1: 6, 2: 4, 3: 2},
     ("torch", "ring"): {3: 2},
     ("torch", "gather"): {3: 2},
     ("torch", "ulysses"): {3: 2},
@@ -31,7 +31,7 @@ MORE = {
     ("mpi", "gather"): {1: 4, 2: 2, 3: 1, 5: 4},
     ("mpi", "ulysses"): {2: 2, 3: 1, 4: 4},
     ("mpi", "replicated"): {2: 4, 3: 1, 4: 4},
-    ("torch", "lv-xattn"): {1: 1, 2: 1, 4: 3},
+    ("torch", "lv-xattn"): {1: 1, 2: 1, 3: 1, 4: 3},
     ("torch", "ring"): {1: 4, 2: 1, 3: 1},
     ("torch", "gather"): {1: 4, 2: 4, 3: 1},
     ("torch", "ulysses"): {2: 4, 3: 1},
