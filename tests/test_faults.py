@@ -551,8 +551,15 @@ def assert_ended(ended: Ended) -> None:
     assert "reached the end" not in ended.out
 
 
-@pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize("place", PLACES)
+# By turns, one place in a forward and the next in a backward are for every day.
+RAISES = [
+    pytest.param(place, which, marks=[] if (n + m) % 2 == 0 else pytest.mark.slow)
+    for n, place in enumerate(PLACES)
+    for m, which in enumerate(PASSES)
+]
+
+
+@pytest.mark.parametrize(("place", "which"), RAISES)
 def test_a_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> None:
     ended = fail(3, 1, "raise", place, which)
     assert_ended(ended)
@@ -563,6 +570,7 @@ def test_a_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> Non
         assert ended.err.count("raised on rank 1 of 3") == 1
 
 
+@pytest.mark.parametrize("which", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -572,7 +580,6 @@ def test_a_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> Non
         ("other scale", "ValueError: scale: expected the layout's 0.5, got 0.25 (on rank 2 of 4)"),
     ],
 )
-@pytest.mark.parametrize("which", PASSES)
 def test_what_only_one_rank_can_notice_ends_all_and_is_named(
     how: str, message: str, which: str
 ) -> None:
