@@ -5,8 +5,8 @@
 PYTHON ?= python3
 MPI ?= mpich
 RANKS ?= 4
-# Processes that run tests.
-JOBS ?= 2
+# Processes that run tests: one more than two cores, as some tests wait.
+JOBS ?= 3
 ARGS ?=
 
 # Compiled code is kept, or every process would compile all anew.

@@ -15,7 +15,6 @@ from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import Machine
 from lvxattn.reference.plan.measure import measure as measure_with
-from lvxattn.reference.run.tensors import dtype_of
 
 _TAG = 7010
 
@@ -72,6 +71,12 @@ class Probe:
         self.comm, self.shape, self.dtype, self.xp = comm, shape, dtype, xp
 
     @property
+    def _numpy_dtype(self) -> Any:
+        from lvxattn.reference.run.tensors import dtype_of  # with all that commands import
+
+        return dtype_of(self.dtype)
+
+    @property
     def room(self) -> float:
         """Bytes of this rank's share of its device's memory, or of its host's."""
         where, size = "", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -97,7 +102,7 @@ class Probe:
         H, H_KV, D = self.shape
         # Numbers of the usual size: what NumPy's exp takes depends on them.
         row = np.random.default_rng(self.comm.rank).standard_normal(D)
-        row = row.astype(dtype_of(self.dtype))
+        row = row.astype(self._numpy_dtype)
         q, k, v = (
             self.xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())
             for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
@@ -113,7 +118,7 @@ class Probe:
     def call(self) -> Callable[[], None]:
         """Return both passes, alone."""
         H, H_KV, D = self.shape
-        q, k = (self.xp.zeros((1, heads, 1, D), dtype_of(self.dtype)) for heads in (H, H_KV))
+        q, k = (self.xp.zeros((1, heads, 1, D), self._numpy_dtype) for heads in (H, H_KV))
         alone = MPI.COMM_SELF
         layout = Layout.agree(q, k, k, alone)
 

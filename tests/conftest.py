@@ -1,5 +1,6 @@
 """What all tests share: hypothesis draws the same examples on every run, and takes its time."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -7,6 +8,8 @@ from contextlib import suppress
 import numpy as np  # noqa: F401 - its BLAS must be there to be limited
 import pytest
 from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch, which is not there yet
 
 with suppress(ImportError):  # on a machine with a GPU nobody has chosen the packages
     from threadpoolctl import threadpool_limits

@@ -329,7 +329,7 @@ def test_auto_says_what_it_has_chosen_and_why(implementation: str, P: int, tell:
     assert {(said.status, said.err) for said in (fewest, least, mine)} == {(0, "")}
     # In PyTorch a message of a backward is stamped, where it goes through the host.
     stamp = 8 if implementation == "torch_impl" else 0
-    layout = replace(planned(q, k, P, dtype="float32"), stamp=stamp)
+    layout = replace(planned(q, k, P, dtype="float32"), stamp_nbytes=stamp)
     by_bytes, *_ = candidates(layout)
     best, other, *_ = candidates(layout, MACHINES["h100"])
     assert by_bytes.schedule != best.schedule  # or else nothing is seen here

@@ -528,7 +528,7 @@ assert [line[:6] for line in sorted(said)] == ["rank 0", "rank 1"]
 # </details>
 
 # %%
-sizes = "--text-tokens 512 --visual-tokens 8192 --backward --repeat 2 --quiet"
+sizes = "--text-tokens 512 --visual-tokens 4096 --backward --repeat 2 --quiet"
 ranks = [*find_mpiexec(), "-n", "4", sys.executable, "-m", "mpi4py", "-m", "lvxattn.mpi_impl"]
 with tempfile.TemporaryDirectory() as folder:
     files = [str(Path(folder) / name) for name in ("trace.json", "trace.png")]
