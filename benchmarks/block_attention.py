@@ -17,8 +17,8 @@ import numpy as np
 from machine import describe
 from threadpoolctl import threadpool_limits
 
+from lvxattn.cli.arguments import writable
 from lvxattn.mpi_impl import block_attention, block_attention_backward
-from lvxattn.reference.run.arguments import writable
 
 GOAL = 0.8  # at D = 128, S_Q = 512, S_KV = 32,768, forward
 

@@ -20,8 +20,8 @@ import torch
 from machine import describe
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView
-from lvxattn.reference.run.arguments import writable
+from lvxattn.cli.arguments import writable
+from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl import block_attention, block_attention_backward, cross_attention
 from lvxattn.torch_impl.kernels import KERNELS, Job
 from lvxattn.torch_impl.kernels.choose import choose

@@ -26,9 +26,9 @@ from mute import MuteComm
 from netlab.lab import sent_by
 from threadpoolctl import threadpool_limits
 
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.common.layout import share
 from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_backward, measure
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.layout import share
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from machine import describe
 from rounded_wire import Problem, errors, rounded
 
-from lvxattn.reference.plan.draw import COLOURS, INK
+from lvxattn.draw.rotation import COLOURS, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

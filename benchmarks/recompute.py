@@ -20,7 +20,7 @@ from activations import Layers, peak_bytes, saved_bytes
 from machine import describe
 from torch import Tensor
 
-from lvxattn.reference.run.arguments import writable
+from lvxattn.cli.arguments import writable
 
 MEMORY_GOAL, TIME_GOAL = 0.40, 1.08
 LAYERS, HEADS_TO_ONE = 8, 4

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.cli.tensors import dtype_of
 from lvxattn.reference import (
     cross_attention,
     cross_attention_backward,
@@ -27,7 +28,6 @@ from lvxattn.reference import (
     run_ranks,
     shard,
 )
-from lvxattn.reference.run.tensors import dtype_of
 from lvxattn.reference.virtual_ranks import VirtualComm
 
 Array = npt.NDArray[Any]

@@ -26,11 +26,11 @@ from netlab.lab import LabError
 from network import in_shared_memory, on_hosts
 from report import SMALL, Goal, rate, typical
 
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan import Machine, play
-from lvxattn.reference.plan.choose import refusal
-from lvxattn.reference.plan.draw import COLOURS, INK
-from lvxattn.reference.plan.problem import planned
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.draw.rotation import COLOURS, INK
+from lvxattn.plan import Machine, play
+from lvxattn.plan.choose import refusal
+from lvxattn.plan.problem import planned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

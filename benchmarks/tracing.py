@@ -16,8 +16,8 @@ import numpy as np
 from mpi4py import MPI
 from threadpoolctl import threadpool_limits
 
+from lvxattn.common.timeline import Timeline
 from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_backward
-from lvxattn.reference.timeline import Timeline
 
 GOAL = 1.03
 S_Q, S_KV, H, D = 512, 16384, 8, 64

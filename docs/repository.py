@@ -25,14 +25,14 @@ PAGES = {
     "CONTRIBUTING.md": "contributing",
     "CHANGELOG.md": "changelog",
     "reference": "api/reference",
-    "reference/check": "api/check",
-    "reference/check/README.md": "api/check",
-    "reference/plan": "api/plan",
+    "src/lvxattn/check": "api/check",
+    "src/lvxattn/check/README.md": "api/check",
+    "src/lvxattn/plan": "api/plan",
     "mpi_impl": "api/mpi_impl",
     "torch_impl": "api/torch_impl",
 }
 # Folders that the links of a page start from, unless it is the repository's own.
-FOLDERS = {"tutorials/": "tutorials", "api/check": "reference/check"}
+FOLDERS = {"tutorials/": "tutorials", "api/check": "src/lvxattn/check"}
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -1,18 +1,19 @@
 """Distributed cross-attention over MPI: one rank a process, NumPy or CuPy arrays."""
 
-from lvxattn.mpi_impl.block_attention import block_attention, block_attention_backward
-from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.device import limit_blas_threads, use_device
-from lvxattn.mpi_impl.last_words import announce_death
-from lvxattn.mpi_impl.measure import measure
-from lvxattn.mpi_impl.merge import merge
-from lvxattn.mpi_impl.recompute import (
+from lvxattn.common.layout import Layout, shard, unshard
+from lvxattn.common.meter import Meter
+
+from .block_attention import block_attention, block_attention_backward
+from .cross_attention import cross_attention, cross_attention_backward
+from .measure import measure
+from .merge import merge
+from .recompute import (
     Saved,
     cross_attention_layer,
     cross_attention_layer_backward,
 )
-from lvxattn.reference.layout import Layout, shard, unshard
-from lvxattn.reference.meter import Meter
+from .transport.death_notice import announce_death
+from .transport.device import limit_blas_threads, use_device
 
 __all__ = [
     "Layout",

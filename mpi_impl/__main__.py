@@ -7,20 +7,21 @@ from collections.abc import Sequence
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl import awareness, kernels
-from lvxattn.mpi_impl.doctor import examine
-from lvxattn.mpi_impl.last_words import announce_death
+from lvxattn.cli import UsageError, refuse, run_command
+from lvxattn.cli.arguments import Parser, natural, positive
+from lvxattn.cli.measure import add_options as add_measure_options
+from lvxattn.cli.measure import run_measure
+from lvxattn.cli.options import add_options
+from lvxattn.common.launcher import mismatch, speaks
+from lvxattn.common.validation import on_rank
+from lvxattn.mpi_impl import kernels
+from lvxattn.mpi_impl.commands.doctor import examine
+from lvxattn.mpi_impl.commands.run import MPIRanks
+from lvxattn.mpi_impl.commands.run.backend import Backend
 from lvxattn.mpi_impl.measure import Probe
-from lvxattn.mpi_impl.run import MPIRanks
-from lvxattn.mpi_impl.run.backend import Backend
-from lvxattn.mpi_impl.watchdog import timeout
-from lvxattn.reference.launcher import mismatch, speaks
-from lvxattn.reference.run import UsageError, refuse, run_command
-from lvxattn.reference.run.arguments import Parser, natural, positive
-from lvxattn.reference.run.measure import add_options as add_measure_options
-from lvxattn.reference.run.measure import run_measure
-from lvxattn.reference.run.options import add_options
-from lvxattn.reference.validation import on_rank
+from lvxattn.mpi_impl.transport import cuda_aware as awareness
+from lvxattn.mpi_impl.transport.death_notice import announce_death
+from lvxattn.mpi_impl.transport.watchdog import timeout
 
 _DEMO = "lvxattn demo"
 
@@ -60,7 +61,10 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
 
 def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     try:
-        from lvxattn.mpi_impl.demo import InputError, search_video  # what only the demo needs
+        from lvxattn.mpi_impl.commands.demo import (  # what only the demo needs
+            InputError,
+            search_video,
+        )
     except ModuleNotFoundError as error:
         hint = "the extra 'demo' brings all it needs"
         return refuse(f"{_DEMO}: error: {error}; {hint} (on all ranks)", comm.rank)

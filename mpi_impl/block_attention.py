@@ -31,11 +31,12 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.mpi_impl import kernels
-from lvxattn.mpi_impl.device import array_module
-from lvxattn.mpi_impl.merge import lse_of, merge_partials
-from lvxattn.reference.masks import MaskRule, MaskView, tiles
-from lvxattn.reference.validation import accumulator, dtype_name
+from lvxattn.common.masks import MaskRule, MaskView, tiles
+from lvxattn.common.validation import accumulator, dtype_name
+
+from . import kernels
+from .merge import lse_of, merge_partials
+from .transport.device import array_module
 
 Array = Any  # NumPy or CuPy
 

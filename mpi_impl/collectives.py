@@ -17,15 +17,15 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.reference.layout import share
-from lvxattn.reference.meter import Block
+from lvxattn.common.layout import share
+from lvxattn.common.meter import Block
 
-from .buffers import buffer
 from .exchange import Exchange, Field, Fields, cut, nbytes
 from .merge import Array
-from .rows import Rows, operator
-from .transfers import Transfer, Transfers
-from .watchdog import Pending, wait
+from .transport.buffers import buffer
+from .transport.reduce_op import Rows, operator
+from .transport.transfers import Transfer, Transfers
+from .transport.watchdog import Pending, wait
 
 Join = Callable[..., tuple[Array, ...]]
 

@@ -10,21 +10,22 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import delta_of
-from lvxattn.mpi_impl.device import check_arrays, computing
-from lvxattn.mpi_impl.exchange import Exchange
-from lvxattn.mpi_impl.gather import gather, gather_backward
-from lvxattn.mpi_impl.last_words import named
-from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
-from lvxattn.mpi_impl.merge import lse_of, remainder_of
-from lvxattn.mpi_impl.replicated import replicated, replicated_backward
-from lvxattn.mpi_impl.ring_attention import ring_attention, ring_attention_backward
-from lvxattn.mpi_impl.ulysses import ulysses, ulysses_backward
-from lvxattn.mpi_impl.watchdog import watching
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.reference.validation import instead_of
+from lvxattn.common.layout import Layout
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
+from lvxattn.common.validation import instead_of
+
+from .block_attention import delta_of
+from .exchange import Exchange
+from .gather import gather, gather_backward
+from .lv_xattn import lv_xattn, lv_xattn_backward
+from .merge import lse_of, remainder_of
+from .replicated import replicated, replicated_backward
+from .ring_attention import ring_attention, ring_attention_backward
+from .transport.death_notice import named
+from .transport.device import check_arrays, computing
+from .transport.watchdog import watching
+from .ulysses import ulysses, ulysses_backward
 
 Array = Any  # NumPy or CuPy
 # Up to this size lse alone will do for a backward.

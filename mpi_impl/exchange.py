@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskView
-from lvxattn.reference.meter import Block, Meter
-from lvxattn.reference.wire import VISITORS, Kind
+from lvxattn.common.layout import Layout
+from lvxattn.common.masks import MaskView
+from lvxattn.common.meter import Block, Meter
+from lvxattn.common.wire import VISITORS, Kind
 
-from .buffers import buffer
-from .device import array_module
 from .merge import Array
-from .transfers import Transfer, Waited
-from .watchdog import Watchdog, wait
+from .transport.buffers import buffer
+from .transport.device import array_module
+from .transport.transfers import Transfer, Waited
+from .transport.watchdog import Watchdog, wait
 
 
 class Field(NamedTuple):

@@ -1,4 +1,4 @@
-"""How fast this machine is under MPI: the probes of `lvxattn.reference.plan.measure`."""
+"""How fast this machine is under MPI: the probes of `lvxattn.plan.measure`."""
 
 import os
 from collections.abc import Callable
@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import block_attention
-from lvxattn.mpi_impl.buffers import buffer
-from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.transfers import Transfer, Waited
-from lvxattn.mpi_impl.watchdog import Watchdog, wait
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.plan.machine import Machine
-from lvxattn.reference.plan.measure import measure as measure_with
+from lvxattn.common.layout import Layout
+from lvxattn.plan.machine import Machine
+from lvxattn.plan.measure import measure as measure_with
+
+from .block_attention import block_attention
+from .cross_attention import cross_attention, cross_attention_backward
+from .transport.buffers import buffer
+from .transport.transfers import Transfer, Waited
+from .transport.watchdog import Watchdog, wait
 
 _TAG = 7010
 
@@ -48,7 +49,7 @@ def measure(
 
     Returns
     -------
-    lvxattn.reference.plan.Machine
+    lvxattn.plan.Machine
         The same on all ranks; `Machine.save` keeps it.
 
     Raises
@@ -61,7 +62,7 @@ def measure(
 
 
 class Probe:
-    """One rank's part in the probes; `lvxattn.reference.plan.measure.Probe`."""
+    """One rank's part in the probes; `lvxattn.plan.measure.Probe`."""
 
     by = "mpi_impl"
 
@@ -72,7 +73,7 @@ class Probe:
 
     @property
     def _numpy_dtype(self) -> Any:
-        from lvxattn.reference.run.tensors import dtype_of  # with all that commands import
+        from lvxattn.cli.tensors import dtype_of  # with all that commands import
 
         return dtype_of(self.dtype)
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.mpi_impl.device import array_module
+from .transport.device import array_module
 
 Array = Any  # NumPy or CuPy, in the accumulator dtype
 

@@ -20,13 +20,10 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.mpi_impl.device import array_module, check_arrays
-from lvxattn.mpi_impl.watchdog import watching
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.reference.validation import (
+from lvxattn.common.layout import Layout
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
+from lvxattn.common.validation import (
     Forms,
     accumulator,
     attempt,
@@ -35,6 +32,10 @@ from lvxattn.reference.validation import (
     dtype_name,
     forms,
 )
+
+from .cross_attention import cross_attention, cross_attention_backward
+from .transport.device import array_module, check_arrays
+from .transport.watchdog import watching
 
 Array = Any  # NumPy or CuPy
 MakeKV = Callable[[Any], tuple[Array, Array]]

@@ -20,8 +20,8 @@ Source: arXiv:2310.01889, algorithm 1.
 
 from typing import Any
 
-from lvxattn.reference.masks import MaskView
-from lvxattn.reference.wire import KEY_GRADIENTS, KEYS_VALUES
+from lvxattn.common.masks import MaskView
+from lvxattn.common.wire import KEY_GRADIENTS, KEYS_VALUES
 
 from .block_attention import block_attention_backward, partial_attention
 from .exchange import Exchange

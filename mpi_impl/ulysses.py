@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 
 from .block_attention import block_attention_backward, partial_attention
 from .collectives import all_to_all

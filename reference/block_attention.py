@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.masks import MaskRule, MaskView, tiles
-from lvxattn.reference.merge import lse_of, merge_partials
+from lvxattn.common.masks import MaskRule, MaskView, tiles
+
+from .merge import lse_of, merge_partials
 
 Array = npt.NDArray[np.float64]
 

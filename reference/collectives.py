@@ -13,11 +13,12 @@ from functools import partial
 
 import numpy as np
 
+from lvxattn.common.layout import share
+from lvxattn.common.meter import Block
+from lvxattn.common.wire import BLOCKS
+
 from .exchange import Exchange
-from .layout import share
 from .merge import Array
-from .meter import Block
-from .wire import BLOCKS
 
 Join = Callable[..., tuple[Array, ...]]
 

@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.block_attention import delta_of
-from lvxattn.reference.exchange import Exchange
-from lvxattn.reference.gather import gather, gather_backward
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.lv_xattn import lv_xattn, lv_xattn_backward
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.merge import lse_of, remainder_of
-from lvxattn.reference.meter import Meter
-from lvxattn.reference.replicated import replicated, replicated_backward
-from lvxattn.reference.ring_attention import ring_attention, ring_attention_backward
-from lvxattn.reference.ulysses import ulysses, ulysses_backward
-from lvxattn.reference.validation import check_numpy
-from lvxattn.reference.virtual_ranks import VirtualComm
+from lvxattn.common.layout import Layout
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
+from lvxattn.common.validation import check_numpy
+
+from .block_attention import delta_of
+from .exchange import Exchange
+from .gather import gather, gather_backward
+from .lv_xattn import lv_xattn, lv_xattn_backward
+from .merge import lse_of, remainder_of
+from .replicated import replicated, replicated_backward
+from .ring_attention import ring_attention, ring_attention_backward
+from .ulysses import ulysses, ulysses_backward
+from .virtual_ranks import VirtualComm
 
 Array = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]

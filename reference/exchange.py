@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from .layout import Layout
-from .masks import MaskView
+from lvxattn.common.layout import Layout
+from lvxattn.common.masks import MaskView
+from lvxattn.common.meter import Block, Meter
+from lvxattn.common.wire import VISITORS, Kind
+
 from .merge import Array
-from .meter import Block, Meter
 from .virtual_ranks import VirtualComm
-from .wire import VISITORS, Kind
 
 
 class Exchange:

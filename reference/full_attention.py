@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.masks import MaskRule, MaskView, tiles
-from lvxattn.reference.validation import (
+from lvxattn.common.masks import MaskRule, MaskView, tiles
+from lvxattn.common.validation import (
     check_attention,
     check_backward,
     check_mask_rows,

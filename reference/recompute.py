@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.reference.cross_attention import cross_attention, cross_attention_backward
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.reference.validation import (
+from lvxattn.common.layout import Layout
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
+from lvxattn.common.validation import (
     Forms,
     attempt,
     check_here_or_together,
@@ -33,7 +32,9 @@ from lvxattn.reference.validation import (
     check_numpy,
     forms,
 )
-from lvxattn.reference.virtual_ranks import VirtualComm
+
+from .cross_attention import cross_attention, cross_attention_backward
+from .virtual_ranks import VirtualComm
 
 Array = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]

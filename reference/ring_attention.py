@@ -20,11 +20,12 @@ Source: arXiv:2310.01889, algorithm 1.
 
 from typing import Any
 
+from lvxattn.common.masks import MaskView
+from lvxattn.common.wire import KEY_GRADIENTS, KEYS_VALUES
+
 from .block_attention import block_attention_backward, partial_attention
 from .exchange import Exchange
-from .masks import MaskView
 from .merge import Array, merge_partials
-from .wire import KEY_GRADIENTS, KEYS_VALUES
 
 
 def ring_attention(

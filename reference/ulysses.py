@@ -22,10 +22,11 @@ Source: arXiv:2309.14509, section 3.
 
 import numpy as np
 
+from lvxattn.common.masks import MaskView
+
 from .block_attention import block_attention_backward, partial_attention
 from .collectives import all_to_all
 from .exchange import Exchange
-from .masks import MaskView
 from .merge import Array
 
 WHAT = "this rank's heads of all queries"

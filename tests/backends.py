@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lvxattn import mpi_impl, reference, torch_impl
-from lvxattn.reference.validation import accumulator
+from lvxattn.common.validation import accumulator
 from lvxattn.torch_impl.kernels import KERNELS, Job
 from tests import fake_cupy
 from tests.cases import Case

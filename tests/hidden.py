@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.common.handshake import SCHEDULES
 from tests.cases import Case, Problem, _dtype
 from tests.naive import Array, Truth
 from tests.tolerances import LEAST, UNIT

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.reference.validation import accumulator
+from lvxattn.common.validation import accumulator
 from tests.cases import Problem
 from tests.naive import Array, Truth
 from tests.tolerances import limits

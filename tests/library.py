@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.reference.check import matching
-from lvxattn.reference.check.matching import Array
-from lvxattn.reference.check.problem import Problem
-from lvxattn.reference.check.wrong import Right
+from lvxattn.check import matching
+from lvxattn.check.matching import Array
+from lvxattn.check.problem import Problem
+from lvxattn.check.wrong import Right
 
 _played: dict[Any, dict[str, Array] | str] = {}
 

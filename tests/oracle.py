@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from lvxattn.check import Case, Report, case_of, check
 from lvxattn.reference import full_attention, full_attention_backward
-from lvxattn.reference.check import Case, Report, case_of, check
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lvxattn.mpi_impl import awareness
+from lvxattn.mpi_impl.transport import cuda_aware as awareness
 from tests import fake_cupy
 from tests.launch import ROOT
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 from tests.backends import (
     BLOCK_BACKENDS,
     MPI_DEVICE,

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from lvxattn.check import case_of, check, draw, suite_of
+from lvxattn.check.command import main
+from lvxattn.check.files import read_tensors
 from lvxattn.pytest_plugin import OPTIONS
 from lvxattn.reference import full_attention
-from lvxattn.reference.check import case_of, check, draw, suite_of
-from lvxattn.reference.check.command import main
-from lvxattn.reference.check.files import read_tensors
 from tests.check_kernels import SOURCE
 from tests.launch import PROGRAMS, ROOT, mpiexec
 from tests.torch_ranks import forked
 
 NAME = "kernels_of_command_tests"
-COMMAND = (sys.executable, "-m", "lvxattn.reference.check")
+COMMAND = (sys.executable, "-m", "lvxattn.check")
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_an_interrupt_ends_it_in_a_line(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lvxattn.reference.check.command.checking.check", interrupt)
+    monkeypatch.setattr("lvxattn.check.command.checking.check", interrupt)
     assert main([f"{NAME}:right"]) == 130
     assert capsys.readouterr().err == "lvxattn check: interrupted\n"
 
@@ -276,7 +276,7 @@ def test_the_self_test_is_asked_and_its_answer_is_the_status(
 
     stand_in = ModuleType("self_test")
     stand_in.self_test = self_test  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lvxattn.reference.check.self_test", stand_in)
+    monkeypatch.setitem(sys.modules, "lvxattn.check.self_test", stand_in)
     assert main(["self-test", "--seeds", "7"]) == (0 if passed else 1)
     assert asked == [{"seeds": 7}]
     assert "the matrix" in capsys.readouterr().out

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.reference.check import Report, case_of, check, matching
-from lvxattn.reference.check.diagnosis import Suspects
-from lvxattn.reference.check.masks import Mask
-from lvxattn.reference.check.wrong import WRONG, Right
-from lvxattn.reference.check.wrong.right import Array, Shape
+from lvxattn.check import Report, case_of, check, matching
+from lvxattn.check.diagnosis import Suspects
+from lvxattn.check.masks import Mask
+from lvxattn.check.wrong import WRONG, Right
+from lvxattn.check.wrong.right import Array, Shape
 from tests.library import played_once
 
 CASES = [
@@ -214,7 +214,7 @@ def test_the_library_is_searched_once_for_what_is_found_and_not_for_ever(
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr("lvxattn.reference.check.suite.Suspects", Watched)
+    monkeypatch.setattr("lvxattn.check.suite.Suspects", Watched)
     check(WRONG["no scale"](), cases=CASES)
     check(Shrunk(), cases=CASES[:1], dtypes=("float64",), seeds=14)
     assert [suspects.searches for suspects in made] == [1, 12]

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.reference import cross_attention, cross_attention_backward
-from lvxattn.reference.check import (
+from lvxattn.check import (
     Report,
     Row,
     case_of,
@@ -20,17 +19,18 @@ from lvxattn.reference.check import (
     matching,
     suite_of,
 )
-from lvxattn.reference.check.growth import GROWTH, LIMIT, judged_growth
-from lvxattn.reference.check.judge import RESULTS, Verdict
-from lvxattn.reference.check.play import ComplaintError
-from lvxattn.reference.check.ranks.outcome import (
+from lvxattn.check.growth import GROWTH, LIMIT, judged_growth
+from lvxattn.check.judge import RESULTS, Verdict
+from lvxattn.check.play import ComplaintError
+from lvxattn.check.ranks.outcome import (
     ElsewhereError,
     Outcome,
     UnsupportedElsewhereError,
     joined,
     verdict_on,
 )
-from lvxattn.reference.check.shards import CUTS, Cut, sweep_of, whole_of
+from lvxattn.check.shards import CUTS, Cut, sweep_of, whole_of
+from lvxattn.reference import cross_attention, cross_attention_backward
 from tests.launch import PROGRAMS, Ended, mpiexec
 from tests.library import played_once
 from tests.planted_ranks import Planted

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from lvxattn.check import Case, case_of
+from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.mpi_impl import block_attention, block_attention_backward
-from lvxattn.reference.check import Case, case_of
-from lvxattn.reference.check.frameworks import Framework, framework_of
 from tests import fake_cupy
 from tests.oracle import GAUSSIAN, checked, message, plain, right
 
@@ -40,9 +40,7 @@ SIX = tuple(
 def cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the stand-in be CuPy, and be found anew."""
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
-    monkeypatch.delitem(
-        sys.modules, "lvxattn.reference.check.frameworks.cupy_arrays", raising=False
-    )
+    monkeypatch.delitem(sys.modules, "lvxattn.check.frameworks.cupy_arrays", raising=False)
 
 
 @pytest.fixture(params=NAMES)
@@ -168,9 +166,7 @@ def test_a_library_that_is_missing_is_named_with_how_to_install_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(
-        sys.modules, f"lvxattn.reference.check.frameworks.{name}_arrays", raising=False
-    )
+    monkeypatch.delitem(sys.modules, f"lvxattn.check.frameworks.{name}_arrays", raising=False)
     with pytest.raises(
         ModuleNotFoundError, match=f"^framework: {name} is not installed: pip install {name}"
     ):
@@ -195,7 +191,7 @@ def test_an_import_that_fails_inside_a_library_is_not_taken_for_the_library(
 def test_no_library_is_imported_for_another() -> None:
     program = (
         "import sys\n"
-        "from lvxattn.reference.check import check, case_of\n"
+        "from lvxattn.check import check, case_of\n"
         "check(lambda q, k, v, *, scale, mask: q, cases=[case_of('one-key')])\n"
         "print([name for name in ('torch', 'jax', 'cupy') if name in sys.modules])\n"
     )
@@ -255,7 +251,7 @@ def test_a_framework_that_is_none_is_refused() -> None:
 def test_without_ml_dtypes_bfloat16_is_left_out_and_that_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = sys.modules["lvxattn.reference.check.frameworks.framework"]
+    module = sys.modules["lvxattn.check.frameworks.framework"]
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     report = checked(in_torch, [GAUSSIAN], None, framework="torch")
     assert [row.dtype for row in report.rows] == ["float32"]

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lvxattn.reference import full_attention
-from lvxattn.reference.check import case_of, draw, golden, golden_names, suite_of
-from lvxattn.reference.check.command import main
-from lvxattn.reference.check.files import inputs_of, read_tensors, write_tensors
-from lvxattn.reference.check.golden_data import (
+from lvxattn.check import case_of, draw, golden, golden_names, suite_of
+from lvxattn.check.command import main
+from lvxattn.check.files import inputs_of, read_tensors, write_tensors
+from lvxattn.check.golden_data import (
     MANIFEST,
     SHIPPED,
     verify_golden,
     write_golden,
 )
-from lvxattn.reference.run.tensors import InputError
+from lvxattn.cli.tensors import InputError
+from lvxattn.reference import full_attention
 
-AGAIN = "python -m lvxattn.reference.check golden --out reference/check/golden_files"
+AGAIN = "python -m lvxattn.check golden --out src/lvxattn/check/golden_files"
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.reference.check import Problem, case_of, draw
-from lvxattn.reference.check.judge import RESULTS, Truth, judge, norms, truth_of
-from lvxattn.reference.check.rounded import PLAIN, WAYS, rounded_attention
-from lvxattn.reference.run.tensors import dtype_of
+from lvxattn.check import Problem, case_of, draw
+from lvxattn.check.judge import RESULTS, Truth, judge, norms, truth_of
+from lvxattn.check.rounded import PLAIN, WAYS, rounded_attention
+from lvxattn.cli.tensors import dtype_of
 from tests.naive import naive_attention
 from tests.tolerances import UNIT
 

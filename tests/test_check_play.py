@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.reference.check import Case, case_of, check
-from lvxattn.reference.check.patience import Patience, TimeIsUpError
+from lvxattn.check import Case, case_of, check
+from lvxattn.check.patience import Patience, TimeIsUpError
 from tests.oracle import GAUSSIAN, TWO, checked, message, right, right_backward
 
 HERE = __file__
@@ -186,7 +186,7 @@ def test_after_three_late_calls_the_others_get_a_tenth_of_the_time() -> None:
 def test_a_thread_that_is_left_behind_keeps_no_program_from_ending() -> None:
     program = (
         "import time\n"
-        "from lvxattn.reference.check import check, case_of\n"
+        "from lvxattn.check import check, case_of\n"
         "def fn(q, k, v, *, scale, mask): time.sleep(1000)\n"
         "r = check(fn, cases=[case_of('one-key')], dtypes=['float64'], time_limit=0.1)\n"
         "print(r.rows[0].message)\n"

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lvxattn.check import Case, Problem, case_of, draw, suite_of
+from lvxattn.check.cases import CASES, large
+from lvxattn.check.judge import truth_of
+from lvxattn.check.rounded import visible
+from lvxattn.cli.tensors import InputError
 from lvxattn.reference import full_attention
-from lvxattn.reference.check import Case, Problem, case_of, draw, suite_of
-from lvxattn.reference.check.cases import CASES, large
-from lvxattn.reference.check.judge import truth_of
-from lvxattn.reference.check.rounded import visible
-from lvxattn.reference.run.tensors import InputError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NAMES = [case.name for case in CASES if case.name != "long-keys"]
@@ -24,7 +24,7 @@ DEAD["everything-dead"] = slice(None)
 
 DIGEST = """
 import hashlib
-from lvxattn.reference.check import draw, suite_of
+from lvxattn.check import draw, suite_of
 digest = hashlib.sha256()
 for case in suite_of("quick"):
     problem = draw(case, "float32", 3)

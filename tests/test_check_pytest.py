@@ -12,15 +12,15 @@ import numpy as np  # noqa: F401
 import pytest
 import torch  # noqa: F401
 
-import lvxattn.reference.check.frameworks.torch_arrays
-import lvxattn.reference.check.pytest_cases  # noqa: F401
-from lvxattn.reference.check import suite_of
+import lvxattn.check.frameworks.torch_arrays
+import lvxattn.check.pytest_cases  # noqa: F401
+from lvxattn.check import suite_of
 from tests.check_kernels import SOURCE
 from tests.launch import ROOT
 
 pytest_plugins = ["pytester"]
 
-CONFORMANCE = ("--pyargs", "lvxattn.reference.check.conformance")
+CONFORMANCE = ("--pyargs", "lvxattn.check.conformance")
 FLOAT32 = ("--lvx-dtypes", "float32")
 COUNT = len(suite_of("quick"))
 
@@ -71,7 +71,7 @@ def test_a_failure_is_short_and_tells_how_to_see_it_again(run) -> None:
         [
             "dead-rows-float32: some rows see nothing*",
             "  out: * NaN of * elements where they should not be; at (0, 0, 1, 0) got nan*",
-            "  again: python -m lvxattn.reference.check kernels:nan --case dead-rows --seed 0 *",
+            "  again: python -m lvxattn.check kernels:nan --case dead-rows --seed 0 *",
             "*SKIPPED*unsupported: no callable masks",
         ]
     )
@@ -90,7 +90,7 @@ def test_a_backward_of_its_own_is_held_to_account(run) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "lvxattn.reference.check.conformance needs --lvx-impl package.module:function"),
+        ((), "lvxattn.check.conformance needs --lvx-impl package.module:function"),
         (("--lvx-impl", "nowhere:f"), "--lvx-impl: no module 'nowhere'"),
         (("--lvx-impl", "kernels:rihgt"), "did you mean right?"),
         (("--lvx-impl", "kernels:right", "--lvx-dtypes", "fp32"), "--lvx-dtypes: expected some of"),
@@ -278,7 +278,7 @@ def test_an_entry_point_and_an_option_load_it_once(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[pytest11]\n{} = {}\n".format(*entry))
     program = (
         "import pytest, sys; "
-        "line = ['--pyargs', 'lvxattn.reference.check.conformance', '-q']; "
+        "line = ['--pyargs', 'lvxattn.check.conformance', '-q']; "
         "line += ['--lvx-impl', 'kernels:right', '-k', 'gaussian and float32']; "
         "first = pytest.main([*line, '-W', 'error']); "
         "sys.exit(first or pytest.main([*line, '-p', 'lvxattn.pytest_plugin']))"

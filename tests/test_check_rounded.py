@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.reference.check import Case, Problem, case_of, draw
-from lvxattn.reference.check.rounded import PLAIN, WAYS, Way, rounded_attention
-from lvxattn.reference.run.tensors import dtype_of
+from lvxattn.check import Case, Problem, case_of, draw
+from lvxattn.check.rounded import PLAIN, WAYS, Way, rounded_attention
+from lvxattn.cli.tensors import dtype_of
 from tests.naive import naive_attention
 from tests.tolerances import UNIT
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lvxattn.reference.check import Case, case_of, check, matching
-from lvxattn.reference.check.cases import CASES
-from lvxattn.reference.check.matrix import SelfTest
-from lvxattn.reference.check.self_test import play_right, play_wrong, self_test
-from lvxattn.reference.check.wrong import WRONG, Right
+from lvxattn.check import Case, case_of, check, matching
+from lvxattn.check.cases import CASES
+from lvxattn.check.matrix import SelfTest
+from lvxattn.check.self_test import play_right, play_wrong, self_test
+from lvxattn.check.wrong import WRONG, Right
 from tests.library import played_once
 
 Caught = dict[str, dict[str, list[str]]]
@@ -78,7 +78,7 @@ def test_right_kernels_raise_no_alarm() -> None:
 
 
 def test_an_alarm_for_a_right_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lvxattn.reference.check.self_test.CASES", [case_of("one-query")])
+    monkeypatch.setattr("lvxattn.check.self_test.CASES", [case_of("one-query")])
     monkeypatch.setattr(Right, "_kv_head", WRONG["heads tiled"]._kv_head)
     ratios, alarms = play_right(seeds=1)
     assert ratios["4 shards"]["float32"] > 1
@@ -140,9 +140,9 @@ _LETTERS = ["a", "bcde", "fghi", "jklm", "nopq", "rst", "uv", "w", "xy", "zAB", 
 def test_the_outcome_is_written_where_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: SelfTest
 ) -> None:
-    monkeypatch.setattr("lvxattn.reference.check.self_test.play_wrong", lambda: found.caught)
+    monkeypatch.setattr("lvxattn.check.self_test.play_wrong", lambda: found.caught)
     monkeypatch.setattr(
-        "lvxattn.reference.check.self_test.play_right",
+        "lvxattn.check.self_test.play_right",
         lambda seeds: ({"naive": {"float32": seeds / 10}}, ()),
     )
     outcome = self_test(seeds=3, path=str(tmp_path / "oracle.md"))

@@ -16,10 +16,10 @@ from mpi4py import MPI
 from PIL import Image
 
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.mpi_impl.demo.camera import pan_over_photographs
-from lvxattn.mpi_impl.demo.files import index_video, read_images, read_video
-from lvxattn.mpi_impl.demo.gallery import check_output
-from lvxattn.mpi_impl.demo.judge import (
+from lvxattn.mpi_impl.commands.demo.camera import pan_over_photographs
+from lvxattn.mpi_impl.commands.demo.files import index_video, read_images, read_video
+from lvxattn.mpi_impl.commands.demo.gallery import check_output
+from lvxattn.mpi_impl.commands.demo.judge import (
     AMBIGUOUS,
     FOUND,
     WRONG,
@@ -28,7 +28,7 @@ from lvxattn.mpi_impl.demo.judge import (
     check_verdicts,
     judge_answers,
 )
-from lvxattn.mpi_impl.demo.sources import open_source
+from lvxattn.mpi_impl.commands.demo.sources import open_source
 from tests.commands import Said, commands
 
 av = pytest.importorskip("av")
@@ -362,7 +362,7 @@ def test_a_broken_frame_is_one_line_of_the_whole_process(tmp_path: Path) -> None
 def test_status_is_1_if_the_attention_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search = importlib.import_module("lvxattn.mpi_impl.demo.search")
+    search = importlib.import_module("lvxattn.mpi_impl.commands.demo.search")
     right = search.cross_attention
 
     def wrong(*args, **kwargs):

@@ -12,12 +12,13 @@ import pytest
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
-from lvxattn.mpi_impl import buffers, device, exchange, transfers
+from lvxattn.cli.tensors import InputError
+from lvxattn.common.wire import QUERIES
+from lvxattn.mpi_impl import exchange
+from lvxattn.mpi_impl.commands.run.backend import choose_backend
 from lvxattn.mpi_impl.lv_xattn import lv_xattn
 from lvxattn.mpi_impl.measure import Probe
-from lvxattn.mpi_impl.run.backend import choose_backend
-from lvxattn.reference.run.tensors import InputError
-from lvxattn.reference.wire import QUERIES
+from lvxattn.mpi_impl.transport import buffers, device, transfers
 from tests import fake_cupy
 from tests.cases import Case
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
+from lvxattn.common.launcher import claim, mismatch, speaks
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.mpi_impl.doctor.advice import find_problems
-from lvxattn.mpi_impl.doctor.examination import _print_facts, examine
-from lvxattn.mpi_impl.doctor.facts import Facts
-from lvxattn.mpi_impl.doctor.ring import Link
-from lvxattn.reference.launcher import claim, mismatch, speaks
+from lvxattn.mpi_impl.commands.doctor.advice import find_problems
+from lvxattn.mpi_impl.commands.doctor.examination import _print_facts, examine
+from lvxattn.mpi_impl.commands.doctor.facts import Facts
+from lvxattn.mpi_impl.commands.doctor.ring import Link
 from tests import fake_cupy
 from tests.commands import commands
 

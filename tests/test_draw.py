@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
+from lvxattn.common.handshake import SCHEDULES
 from lvxattn.reference import Layout, Message
-from lvxattn.reference.agreement import SCHEDULES
 
 pytest.importorskip("matplotlib")
 
@@ -18,14 +18,14 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Ellipse, Rectangle
 from matplotlib.text import Annotation
 
-from lvxattn.reference.meter import Block
-from lvxattn.reference.plan.draw import COLOURS, sheet
-from lvxattn.reference.plan.draw_bars import byte_bars, text_of
-from lvxattn.reference.plan.draw_film import animation, film_strip, scenes
-from lvxattn.reference.plan.draw_trace import draw_trace
-from lvxattn.reference.plan.trace import Trace
-from lvxattn.reference.timeline import Post, Span, Timeline
-from lvxattn.reference.wire import PARTIALS, QUERIES
+from lvxattn.common.meter import Block
+from lvxattn.common.timeline import Post, Span, Timeline
+from lvxattn.common.wire import PARTIALS, QUERIES
+from lvxattn.draw.bars import byte_bars, text_of
+from lvxattn.draw.film import animation, film_strip, scenes
+from lvxattn.draw.rotation import COLOURS, sheet
+from lvxattn.draw.trace import draw_trace
+from lvxattn.plan.trace import Trace
 
 RINGS = ["lv-xattn", "ring"]
 

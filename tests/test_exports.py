@@ -10,8 +10,8 @@ import pytest
 
 PACKAGES = [
     "lvxattn.reference",
-    "lvxattn.reference.plan",
-    "lvxattn.reference.run",
+    "lvxattn.plan",
+    "lvxattn.cli",
     "lvxattn.mpi_impl",
 ]
 

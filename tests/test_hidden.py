@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from lvxattn import reference
-from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.common.handshake import SCHEDULES
 from tests.hidden import problems, worst
 from tests.judge import solve
 from tests.test_full_attention import solve_whole

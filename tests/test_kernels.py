@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl import block_attention, block_attention_backward
 from lvxattn.torch_impl.block_attention import partial_attention
 from lvxattn.torch_impl.kernels import KERNELS, Job, cpu_flash, cuda_flash, cudnn, efficient, split

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
+from lvxattn.common.validation import on_rank
 from lvxattn.reference import Layout, Message, VirtualComm, run_ranks, shard, unshard
-from lvxattn.reference.validation import on_rank
 from tests.cases import Case
 from tests.judge import solve
 

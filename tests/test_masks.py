@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvxattn.reference.masks import MaskView, tiles
+from lvxattn.common.masks import MaskView, tiles
 from tests.cases import MASKS, Case
 
 B, H, S_Q, S_KV = 2, 4, 12, 15

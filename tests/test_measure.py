@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from lvxattn.plan import measure as module
+from lvxattn.plan.machine import Link, Machine
+from lvxattn.plan.measure import BLOCK, MESSAGE, measure
+from lvxattn.plan.measured import Measured
+from lvxattn.plan.problem import planned
+from lvxattn.plan.simulate import cost
+from lvxattn.plan.steps import Compute
 from lvxattn.reference import VirtualComm, run_ranks
-from lvxattn.reference.plan import measure as module
-from lvxattn.reference.plan.machine import Link, Machine
-from lvxattn.reference.plan.measure import BLOCK, MESSAGE, measure
-from lvxattn.reference.plan.measured import Measured
-from lvxattn.reference.plan.problem import planned
-from lvxattn.reference.plan.simulate import cost
-from lvxattn.reference.plan.steps import Compute
 from tests.launch import mpiexec
 from tests.torch_ranks import forked
 

@@ -103,13 +103,13 @@ def test_wheel_holds_every_module_and_the_typing_marker(wheel: Path) -> None:
 
 
 def test_wheel_holds_the_golden_files_and_pytest_finds_the_plugin(wheel: Path) -> None:
-    folder = Path("reference/check/golden_files")
-    shipped = {f"lvxattn/{folder.as_posix()}/{file.name}" for file in (ROOT / folder).iterdir()}
-    assert f"lvxattn/{folder.as_posix()}/manifest.json" in shipped
+    folder = Path("src/lvxattn/check/golden_files")
+    shipped = {f"lvxattn/check/golden_files/{file.name}" for file in (ROOT / folder).iterdir()}
+    assert "lvxattn/check/golden_files/manifest.json" in shipped
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        for name in shipped | {"lvxattn/reference/check/README.md"}:
-            assert archive.read(name) == (ROOT / name.removeprefix("lvxattn/")).read_bytes()
+        for name in shipped | {"lvxattn/check/README.md"}:
+            assert archive.read(name) == (ROOT / "src" / name).read_bytes()
         (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
         assert b"[pytest11]" in archive.read(entry_points)
     assert {name for name in names if "golden_files" in name} == shipped

@@ -269,11 +269,8 @@ def test_equations_and_schedules_agree(module: str, package: str) -> None:
 
 
 OWN = {
-    "mpi_impl": {
-        *("awareness", "buffers", "device", "jupyter", "last_words", "measure"),
-        *("rows", "self_test", "transfers", "watchdog"),
-    },
-    "torch_impl": {"autograd", "group", "lazy", "measure", "module"},
+    "mpi_impl": {"measure"},
+    "torch_impl": {"autograd", "group", "layout", "lazy", "measure", "module"},
 }
 
 
@@ -285,24 +282,37 @@ def test_every_file_is_mirrored_or_its_own(package: str) -> None:
     assert files <= {path.stem for path in (ROOT / "reference").glob("*.py")}
 
 
+# What the modules of a folder may import of this project.
+MAY_IMPORT = {
+    "reference": {"common", "plan"},
+    "mpi_impl": {"common", "plan", "cli", "draw", "mpi_impl"},
+    "torch_impl": {"common", "plan", "cli", "draw", "torch_impl"},
+    "src/lvxattn/common": {"common", "plan"},
+    "src/lvxattn/plan": {"common", "plan", "draw", "cli"},
+}
+
+
 @pytest.mark.parametrize(
     "path",
-    [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))],
+    [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
-def test_imports_neither_algorithms_of_the_reference_nor_plans_nor_one_another(path: Path) -> None:
-    shared = {"agreement", "layout", "masks", "meter", "validation", "wire"}
-    package = path.relative_to(ROOT).parts[0]
-    (other,) = set(PACKAGES) - {package}
+def test_imports_go_one_way(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    may = next(may for folder, may in MAY_IMPORT.items() if name.startswith(folder + "/"))
+    if path.parts[-2] == "demo":  # it checks its answers by the unsharded reference
+        may = may | {"reference"}
     for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        module = node.module or ""
-        assert not module.startswith(f"lvxattn.{other}")
-        if module == "lvxattn.reference" and path.parent.name == package:
-            assert {alias.name for alias in node.names} <= shared
-        elif module.startswith("lvxattn.reference."):
-            part = module.removeprefix("lvxattn.reference.")
-            commands = ("demo", "doctor", "jupyter", "run", "train")
-            alone = path.stem in ("__main__", "measure")
-            assert part in shared or path.parent.name in commands or alone
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lvxattn."):
+            assert (node.module or "").split(".")[1] in may, node.module
+
+
+@pytest.mark.parametrize("folder", ["reference", *(f"src/lvxattn/{x}" for x in ("common", "plan"))])
+def test_needs_numpy_alone(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            for name in found:
+                assert name.partition(".")[0] not in ("mpi4py", "torch", "cupy", "jax"), path

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.plan import command
-from lvxattn.reference.plan.choose import candidates, table, unlike_ranks
-from lvxattn.reference.plan.command import main
-from lvxattn.reference.plan.machine import MACHINES, Link, Machine
-from lvxattn.reference.plan.measured import Measured
-from lvxattn.reference.plan.memory import memory, most_frames
-from lvxattn.reference.plan.problem import planned
-from lvxattn.reference.plan.problems import MODELS
-from lvxattn.reference.plan.simulate import play
-from lvxattn.reference.plan.steps import messages
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.common.layout import Layout
+from lvxattn.plan import command
+from lvxattn.plan.choose import candidates, table, unlike_ranks
+from lvxattn.plan.command import main
+from lvxattn.plan.machine import MACHINES, Link, Machine
+from lvxattn.plan.measured import Measured
+from lvxattn.plan.memory import memory, most_frames
+from lvxattn.plan.problem import planned
+from lvxattn.plan.problems import MODELS
+from lvxattn.plan.simulate import play
+from lvxattn.plan.steps import messages
 
 # Arithmetic is free unless a test says otherwise, and so is reading.
 FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64, 1e30, 0.0)
@@ -336,7 +336,7 @@ class TestCommand:
 
     def test_the_picture_says_how_many_frames_fit(self) -> None:
         pytest.importorskip("matplotlib")
-        from lvxattn.reference.plan.draw_plan import winners
+        from lvxattn.draw.plan import winners
 
         model, machine = MODELS["llama3v"], MACHINES["a30-8"]
         figure = winners(model, machine, 2, "float32", 64)
@@ -348,7 +348,7 @@ class TestCommand:
 
     def test_the_picture_has_every_number_on_its_cell_and_is_800_pixels_wide(self) -> None:
         pytest.importorskip("matplotlib")
-        from lvxattn.reference.plan.draw_plan import FRAMES, TEXT, times, winners
+        from lvxattn.draw.plan import FRAMES, TEXT, times, winners
 
         model, machine = MODELS["llama3v"], MACHINES["a30-8"]
         figure = winners(model, machine, 2, "float32")
@@ -438,7 +438,7 @@ class TestCommand:
         words = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
         assert main(words) == 2
         said = capsys.readouterr()
-        assert said.err.startswith(f"python -m lvxattn.reference.plan: error: argument {says}")
+        assert said.err.startswith(f"python -m lvxattn.plan: error: argument {says}")
         assert said.err.count("\n") == 1
         assert said.out == ""
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lvxattn.reference.plan import MODELS, Model
+from lvxattn.plan import MODELS, Model
 
 # name: hidden, heads, key-value heads, head size, cross-attention layers, blocks, tokens a frame
 FIGURES = {

@@ -10,8 +10,8 @@ import pytest
 from mpi4py import MPI
 
 from lvxattn import mpi_impl, reference
+from lvxattn.plan import messages
 from lvxattn.reference import VirtualComm, run_ranks
-from lvxattn.reference.plan import messages
 from tests.backends import BACKENDS, MPI_DEVICE, MPI_NUMPY, Backend, host
 from tests.cases import Case, Problem
 from tests.judge import ratio

@@ -1,6 +1,5 @@
 """The run command: presets, sizes and files, its check, its reports and its refusals."""
 
-import ast
 import json
 import os
 import re
@@ -18,17 +17,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from lvxattn.cli import program, tensors
+from lvxattn.cli.arguments import Parser, try_to_write
+from lvxattn.cli.options import add_options
+from lvxattn.cli.problem import Problem as RunProblem
+from lvxattn.cli.problem import RandomTensors, describe, take_share
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.common.validation import accumulator
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan import MACHINES, candidates, planned
-from lvxattn.reference.plan.measured import Measured
-from lvxattn.reference.plan.problems import MODELS
-from lvxattn.reference.run import program, tensors
-from lvxattn.reference.run.arguments import Parser, try_to_write
-from lvxattn.reference.run.options import add_options
-from lvxattn.reference.run.problem import Problem as RunProblem
-from lvxattn.reference.run.problem import RandomTensors, describe, take_share
-from lvxattn.reference.validation import accumulator
+from lvxattn.plan import MACHINES, candidates, planned
+from lvxattn.plan.measured import Measured
+from lvxattn.plan.problems import MODELS
 from tests.cases import Case, Problem
 from tests.commands import Said, commands
 from tests.judge import ratio, worst_ratios
@@ -607,31 +606,3 @@ def test_a_result_for_which_there_is_no_room_leaves_nothing_behind(
     assert (status, said.out, said.err.count("\n")) == (2, "", 1)
     assert "out: File too large" in said.err
     assert list(tmp_path.iterdir()) == []
-
-
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-    return found
-
-
-def test_what_the_commands_share_stands_between_the_reference_and_the_command_lines() -> None:
-    root = Path(__file__).resolve().parents[1]
-    for path in (root / "reference").rglob("*.py"):
-        folder = path.relative_to(root / "reference").parts[0]
-        for module in imports(path):
-            assert not module.startswith(("lvxattn.mpi_impl", "lvxattn.torch_impl")), path
-            if folder != "check":  # which plays functions of all these, on ranks of all these
-                assert module.partition(".")[0] not in ("mpi4py", "torch", "cupy", "jax"), path
-                assert not module.startswith("lvxattn.reference.check"), path
-                shared = folder == "run" or path.name == "command.py"
-                assert shared or not module.startswith("lvxattn.reference.run"), path
-    for path in (root / "torch_impl" / "run").glob("*.py"):
-        assert not any(
-            module.startswith(("lvxattn.mpi_impl", "mpi4py")) for module in imports(path)
-        )

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lvxattn.reference.run.check import check_results
-from lvxattn.reference.run.problem import Problem, RandomTensors, Share
-from lvxattn.reference.run.tensors import dtype_of
-from lvxattn.reference.validation import accumulator
+from lvxattn.cli.check import check_results
+from lvxattn.cli.problem import Problem, RandomTensors, Share
+from lvxattn.cli.tensors import dtype_of
+from lvxattn.common.validation import accumulator
 from lvxattn.reference.virtual_ranks import VirtualComm, run_ranks
 
 Array = npt.NDArray[np.generic]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
-from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.common.handshake import SCHEDULES
 from tests.cases import CASES, Case
 from tests.judge import solve, worst_ratios
 

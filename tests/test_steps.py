@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan.steps import messages
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.plan.steps import messages
 from tests.cases import MASKS, Case, random_case
 from tests.launch import report
 from tests.torch_ranks import torch_report

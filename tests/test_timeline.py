@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
+from lvxattn.cli import clocks, tracing
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.common.meter import Block, Meter
+from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.meter import Block, Meter
-from lvxattn.reference.plan.steps import messages
-from lvxattn.reference.plan.trace import Clock, Overlap, Trace, lanes
-from lvxattn.reference.plan.trace_file import events, write_trace
-from lvxattn.reference.run import clocks, tracing
-from lvxattn.reference.timeline import Post, Span, Timeline
+from lvxattn.plan.steps import messages
+from lvxattn.plan.trace import Clock, Overlap, Trace, lanes
+from lvxattn.plan.trace_file import events, write_trace
 from tests.cases import Case
 from tests.commands import Said, commands
 from tests.traces import check_trace

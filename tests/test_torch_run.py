@@ -16,13 +16,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lvxattn.reference.run import InputError
-from lvxattn.reference.run.tensors import dtype_of
+from lvxattn.cli import InputError
+from lvxattn.cli.tensors import dtype_of
 from lvxattn.torch_impl.__main__ import main
+from lvxattn.torch_impl.commands.run import choose_device, limit_threads, processes, world
+from lvxattn.torch_impl.commands.run.backend import Backend
+from lvxattn.torch_impl.commands.run.processes import SIZES, lost_ranks, user_set_threads
 from lvxattn.torch_impl.group import Group, over_cpu
-from lvxattn.torch_impl.run import choose_device, limit_threads, processes, world
-from lvxattn.torch_impl.run.backend import Backend
-from lvxattn.torch_impl.run.processes import SIZES, lost_ranks, user_set_threads
 from tests.launch import PROGRAMS
 from tests.torchrun import torchrun
 

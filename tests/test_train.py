@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.train import add_options, checkpoint, program, run_training
-from lvxattn.torch_impl.train import loop as loop_module
-from lvxattn.torch_impl.train.curriculum import GROW, Curriculum
-from lvxattn.torch_impl.train.data import (
+from lvxattn.torch_impl.commands.train import add_options, checkpoint, program, run_training
+from lvxattn.torch_impl.commands.train import loop as loop_module
+from lvxattn.torch_impl.commands.train.curriculum import GROW, Curriculum
+from lvxattn.torch_impl.commands.train.data import (
     BITS,
     TEST,
     TRAIN,
@@ -28,10 +27,11 @@ from lvxattn.torch_impl.train.data import (
     load_images,
     make_clips,
 )
-from lvxattn.torch_impl.train.gaze import find_needles
-from lvxattn.torch_impl.train.loop import Run
-from lvxattn.torch_impl.train.options import InputError, Settings
-from lvxattn.torch_impl.train.report import Test as Answers
+from lvxattn.torch_impl.commands.train.gaze import find_needles
+from lvxattn.torch_impl.commands.train.loop import Run
+from lvxattn.torch_impl.commands.train.options import InputError, Settings
+from lvxattn.torch_impl.commands.train.report import Test as Answers
+from lvxattn.torch_impl.group import Group
 from tests.launch import PROGRAMS
 from tests.torch_ranks import forked
 
@@ -319,7 +319,7 @@ class TestCheckpoint:
         with monkeypatch.context() as patch:
             patch.setattr(loop_module, "LOOK_EVERY", 3)
             patch.setattr(Run, "look", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-            patch.setattr("lvxattn.torch_impl.train.report.Reporter.step", lambda *_: None)
+            patch.setattr("lvxattn.torch_impl.commands.train.report.Reporter.step", lambda *_: None)
             assert run_training(options(tmp_path)) == 1
         assert signal.getsignal(signal.SIGTERM) is before
         # What is heard is agreed on within a step, so that one more was taken.

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
-from lvxattn.mpi_impl.device import array_module
-from lvxattn.reference.validation import (
+from lvxattn.common.validation import (
     accumulator,
     check_attention,
     check_backward,
@@ -18,6 +17,7 @@ from lvxattn.reference.validation import (
     library,
     raise_together,
 )
+from lvxattn.mpi_impl.transport.device import array_module
 from tests import fake_cupy
 
 FLOATS = "float16, bfloat16, float32, float64"

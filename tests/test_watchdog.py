@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from lvxattn.mpi_impl import Layout, cross_attention, watchdog
+from lvxattn.common.wire import KEYS_VALUES, PARTIALS
+from lvxattn.mpi_impl import Layout, cross_attention
 from lvxattn.mpi_impl.exchange import Exchange
-from lvxattn.mpi_impl.watchdog import Watchdog, timeout, watching
-from lvxattn.reference.wire import KEYS_VALUES, PARTIALS
+from lvxattn.mpi_impl.transport import watchdog
+from lvxattn.mpi_impl.transport.watchdog import Watchdog, timeout, watching
 from tests.commands import commands
 from tests.launch import PROGRAMS, mpiexec
 

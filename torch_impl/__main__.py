@@ -11,17 +11,17 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from lvxattn.reference.run import UsageError, refuse, run_command
-from lvxattn.reference.run.arguments import Parser
-from lvxattn.reference.run.measure import add_options as add_measure_options
-from lvxattn.reference.run.measure import run_measure
-from lvxattn.reference.run.options import add_options
+from lvxattn.cli import UsageError, refuse, run_command
+from lvxattn.cli.arguments import Parser
+from lvxattn.cli.measure import add_options as add_measure_options
+from lvxattn.cli.measure import run_measure
+from lvxattn.cli.options import add_options
+from lvxattn.torch_impl.commands.run import TorchRanks, check_environment, world
+from lvxattn.torch_impl.commands.run.backend import Backend
+from lvxattn.torch_impl.commands.train import add_options as add_train_options
+from lvxattn.torch_impl.commands.train import run_training
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.measure import Probe
-from lvxattn.torch_impl.run import TorchRanks, check_environment, world
-from lvxattn.torch_impl.run.backend import Backend
-from lvxattn.torch_impl.train import add_options as add_train_options
-from lvxattn.torch_impl.train import run_training
 
 
 class _Parser(Parser):

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import delta_of
-from lvxattn.torch_impl.exchange import Exchange
-from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.layout import Layout
-from lvxattn.torch_impl.merge import lse_of, remainder_of
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
+
+from .block_attention import delta_of
+from .exchange import Exchange
+from .group import Group
+from .layout import Layout
+from .merge import lse_of, remainder_of
 
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]

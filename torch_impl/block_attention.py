@@ -25,11 +25,12 @@ same tiles in one call; `kernels/choose.py` says when.
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskRule, MaskView
-from lvxattn.torch_impl.kernels import KERNELS
-from lvxattn.torch_impl.kernels.choose import choose
-from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
-from lvxattn.torch_impl.merge import lse_of
+from lvxattn.common.masks import MaskRule, MaskView
+
+from .kernels import KERNELS
+from .kernels.choose import choose
+from .kernels.job import Job, Kernel, accumulator_of
+from .merge import lse_of
 
 
 @torch.no_grad()

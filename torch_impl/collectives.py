@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lvxattn.reference.layout import share
-from lvxattn.reference.meter import Block
+from lvxattn.common.layout import share
+from lvxattn.common.meter import Block
 
 from .exchange import Exchange, Field, Fields, cut, nbytes, span
 

@@ -9,17 +9,18 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.autograd import Attention, Backward, Forward
-from lvxattn.torch_impl.gather import gather, gather_backward
-from lvxattn.torch_impl.group import AnyGroup, Group
-from lvxattn.torch_impl.layout import Layout, Pool
-from lvxattn.torch_impl.lazy import not_compiled
-from lvxattn.torch_impl.lv_xattn import lv_xattn, lv_xattn_backward
-from lvxattn.torch_impl.replicated import replicated, replicated_backward
-from lvxattn.torch_impl.ring_attention import ring_attention, ring_attention_backward
-from lvxattn.torch_impl.ulysses import ulysses, ulysses_backward
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
+
+from .autograd import Attention, Backward, Forward
+from .gather import gather, gather_backward
+from .group import AnyGroup, Group
+from .layout import Layout, Pool
+from .lazy import not_compiled
+from .lv_xattn import lv_xattn, lv_xattn_backward
+from .replicated import replicated, replicated_backward
+from .ring_attention import ring_attention, ring_attention_backward
+from .ulysses import ulysses, ulysses_backward
 
 FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
 BACKWARD = {

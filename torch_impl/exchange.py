@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lvxattn.reference.masks import MaskView
-from lvxattn.reference.meter import Block, Meter
-from lvxattn.reference.wire import VISITORS, Kind
+from lvxattn.common.masks import MaskView
+from lvxattn.common.meter import Block, Meter
+from lvxattn.common.wire import VISITORS, Kind
 
 from .group import Group, over_cpu
 from .layout import Forwards, Layout

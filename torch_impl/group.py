@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lvxattn.reference.validation import instead_of
+from lvxattn.common.validation import instead_of
 
 T = TypeVar("T")
 

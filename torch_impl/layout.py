@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvxattn.reference import layout as shared
-from lvxattn.reference.agreement import agree_on
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.validation import check_here_or_together, is_array, library, on_rank
-from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
-from lvxattn.torch_impl.lazy import is_dtensor
+from lvxattn.common import layout as shared
+from lvxattn.common.handshake import agree_on
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.validation import check_here_or_together, is_array, library, on_rank
+
+from .group import AnyGroup, Group, over_cpu
+from .lazy import is_dtensor
 
 # Bytes that say which forward a block of a backward belongs to.
 STAMP = 8
@@ -75,7 +76,7 @@ class Layout(shared.Layout):
             What this rank's keys look like to every query.
         queries : str
             ``"sharded"``, or ``"replicated"``: every rank holds all queries.
-        machine : lvxattn.reference.plan.Machine, optional
+        machine : lvxattn.plan.Machine, optional
             Where the ranks are; rank 0's counts.
         call : str
             What the layout is for, in words; must be equal on all ranks.

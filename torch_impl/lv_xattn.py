@@ -23,7 +23,7 @@ Source: arXiv:2502.02406, algorithm 1; hops and the cut are this project's.
 
 import torch
 
-from lvxattn.reference.wire import PARTIALS, QUERIES, QUERY_BLOCKS, QUERY_GRADIENTS
+from lvxattn.common.wire import PARTIALS, QUERIES, QUERY_BLOCKS, QUERY_GRADIENTS
 
 from .block_attention import block_attention_backward, partial_attention
 from .exchange import Exchange

@@ -1,4 +1,4 @@
-"""How fast this machine is under PyTorch: the probes of `lvxattn.reference.plan.measure`."""
+"""How fast this machine is under PyTorch: the probes of `lvxattn.plan.measure`."""
 
 import os
 import socket
@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from lvxattn.reference.plan.machine import Machine
-from lvxattn.reference.plan.measure import measure as measure_with
-from lvxattn.torch_impl.block_attention import block_attention
-from lvxattn.torch_impl.cross_attention import cross_attention
-from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
-from lvxattn.torch_impl.layout import Layout
+from lvxattn.plan.machine import Machine
+from lvxattn.plan.measure import measure as measure_with
+
+from .block_attention import block_attention
+from .cross_attention import cross_attention
+from .group import AnyGroup, Group, over_cpu
+from .layout import Layout
 
 _TAG = 7010
 
@@ -47,7 +48,7 @@ def measure(
 
     Returns
     -------
-    lvxattn.reference.plan.Machine
+    lvxattn.plan.Machine
         The same on all ranks; `Machine.save` keeps it.
 
     Raises
@@ -60,7 +61,7 @@ def measure(
 
 
 class Probe:
-    """One rank's part in the probes; `lvxattn.reference.plan.measure.Probe`."""
+    """One rank's part in the probes; `lvxattn.plan.measure.Probe`."""
 
     by = "torch_impl"
 

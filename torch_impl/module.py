@@ -6,13 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.reference.validation import check_here_or_together
-from lvxattn.torch_impl.group import AnyGroup, Group, over_cpu
-from lvxattn.torch_impl.layout import Layout, check_tensor
-from lvxattn.torch_impl.lazy import local, not_compiled
-from lvxattn.torch_impl.recompute import cross_attention_layer
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
+from lvxattn.common.validation import check_here_or_together
+
+from .group import AnyGroup, Group, over_cpu
+from .layout import Layout, check_tensor
+from .lazy import local, not_compiled
+from .recompute import cross_attention_layer
 
 # Dtypes whose sums are taken in float64.
 _DOUBLE = torch.float64, torch.complex128

@@ -25,20 +25,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.reference.validation import (
+from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
+from lvxattn.common.validation import (
     Forms,
     attempt,
     check_here_or_together,
     check_made,
     forms,
 )
-from lvxattn.torch_impl.autograd import Attention
-from lvxattn.torch_impl.cross_attention import agreed, autocast_dtype, call_of, cast, passes
-from lvxattn.torch_impl.group import AnyGroup, Group
-from lvxattn.torch_impl.layout import Layout, check_tensors
-from lvxattn.torch_impl.lazy import not_compiled
+
+from .autograd import Attention
+from .cross_attention import agreed, autocast_dtype, call_of, cast, passes
+from .group import AnyGroup, Group
+from .layout import Layout, check_tensors
+from .lazy import not_compiled
 
 MakeKV = Callable[[Any], tuple[Tensor, Tensor]]
 

@@ -22,7 +22,7 @@ Source: arXiv:2309.14509, section 3.
 
 import torch
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 
 from .block_attention import block_attention_backward, partial_attention
 from .collectives import all_to_all

@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from exercise import check
 
+from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.reference import block_attention, full_attention, merge
-from lvxattn.reference.plan.draw import COLOURS, INK
 
 BLUE, ORANGE, RED = COLOURS[0], COLOURS[1], COLOURS[5]
 plt.rcParams.update({

@@ -15,7 +15,10 @@ from dataclasses import replace
 
 from exercise import check
 
-from lvxattn.reference.plan import (
+from lvxattn.draw.bars import byte_bars
+from lvxattn.draw.plan import winners
+from lvxattn.draw.rotation import COLOURS, INK, sheet
+from lvxattn.plan import (
     MACHINES,
     MODELS,
     Link,
@@ -25,9 +28,6 @@ from lvxattn.reference.plan import (
     planned,
     play,
 )
-from lvxattn.reference.plan.draw import COLOURS, INK, sheet
-from lvxattn.reference.plan.draw_bars import byte_bars
-from lvxattn.reference.plan.draw_plan import winners
 
 # %matplotlib inline
 
@@ -510,9 +510,9 @@ for text in (16, TEXT):
 # - Bytes decide where the network is what everybody waits for; with very few queries `gather` sends
 #   the same and is faster.
 #
-# Files: [reference/plan/problems.py](../reference/plan/problems.py),
-# [steps.py](../reference/plan/steps.py), [simulate.py](../reference/plan/simulate.py),
-# [choose.py](../reference/plan/choose.py), [machine.py](../reference/plan/machine.py),
-# [memory.py](../reference/plan/memory.py).
+# Files: [src/lvxattn/plan/problems.py](../src/lvxattn/plan/problems.py),
+# [steps.py](../src/lvxattn/plan/steps.py), [simulate.py](../src/lvxattn/plan/simulate.py),
+# [choose.py](../src/lvxattn/plan/choose.py), [machine.py](../src/lvxattn/plan/machine.py),
+# [memory.py](../src/lvxattn/plan/memory.py).
 #
 # Next: [notebook 3, the ring in one process](03_the_ring_in_one_process.ipynb).

@@ -12,6 +12,9 @@ import numpy as np
 from exercise import check
 from IPython.display import Image
 
+from lvxattn.draw.film import animation, film_strip, scenes
+from lvxattn.draw.rotation import COLOURS, INK, sheet
+from lvxattn.plan import messages
 from lvxattn.reference import (
     Layout,
     Meter,
@@ -22,9 +25,6 @@ from lvxattn.reference import (
     run_ranks,
     shard,
 )
-from lvxattn.reference.plan import messages
-from lvxattn.reference.plan.draw import COLOURS, INK, sheet
-from lvxattn.reference.plan.draw_film import animation, film_strip, scenes
 
 # %matplotlib inline
 
@@ -516,6 +516,6 @@ film_strip({"lv-xattn": dealt})
 #
 # Files: [reference/virtual_ranks.py](../reference/virtual_ranks.py),
 # [exchange.py](../reference/exchange.py), [lv_xattn.py](../reference/lv_xattn.py),
-# [ring_attention.py](../reference/ring_attention.py), [layout.py](../reference/layout.py).
+# [ring_attention.py](../reference/ring_attention.py), [layout.py](../src/lvxattn/common/layout.py).
 #
 # Next: [notebook 4, real ranks with MPI](04_real_ranks_with_mpi.ipynb).

@@ -15,16 +15,16 @@ import numpy as np
 from exercise import check
 from matplotlib.patches import Rectangle
 
-from lvxattn.mpi_impl.demo.descriptors import PATCH
-from lvxattn.mpi_impl.demo.sources import Pan
+from lvxattn.common.meter import Block
+from lvxattn.common.timeline import Post, Span, Timeline
+from lvxattn.common.wire import QUERIES
+from lvxattn.draw.rotation import COLOURS, INK
+from lvxattn.draw.trace import draw_trace
+from lvxattn.mpi_impl.commands.demo.descriptors import PATCH
+from lvxattn.mpi_impl.commands.demo.sources import Pan
+from lvxattn.plan import messages, planned
+from lvxattn.plan.trace import Trace
 from lvxattn.reference import full_attention
-from lvxattn.reference.meter import Block
-from lvxattn.reference.plan import messages, planned
-from lvxattn.reference.plan.draw import COLOURS, INK
-from lvxattn.reference.plan.draw_trace import draw_trace
-from lvxattn.reference.plan.trace import Trace
-from lvxattn.reference.timeline import Post, Span, Timeline
-from lvxattn.reference.wire import QUERIES
 
 # %% [markdown]
 # ## Ranks are processes
@@ -124,7 +124,7 @@ plt.show()
 
 # %% [markdown]
 # After $P - 1$ hops every block has been on every rank. `layout.owner(hop)` in
-# [reference/layout.py](../reference/layout.py) is this table's formula.
+# [src/lvxattn/common/layout.py](../src/lvxattn/common/layout.py) is this table's formula.
 #
 # ## A hop while there is something to do: Isend and Irecv
 #
@@ -364,8 +364,8 @@ S_Q, S_KV, H, D = 256, 16384, 8, 64  # queries, keys, heads, their width
 import numpy as np
 from mpi4py import MPI
 
+from lvxattn.common.timeline import Timeline
 from lvxattn.mpi_impl import cross_attention, shard
-from lvxattn.reference.timeline import Timeline
 
 comm, rng = MPI.COMM_WORLD, np.random.default_rng(0)
 Q, K, V = (rng.standard_normal((1, H, s, D), dtype=np.float32) for s in (S_Q, S_KV, S_KV))
@@ -635,11 +635,11 @@ video = Pan(frames=48, seed=0)
 import numpy as np
 from mpi4py import MPI
 
+from lvxattn.common.layout import share
 from lvxattn.mpi_impl import Meter, cross_attention
-from lvxattn.mpi_impl.demo.descriptors import D, describe, places
-from lvxattn.mpi_impl.demo.queries import choose_queries
-from lvxattn.mpi_impl.demo.search import SCALE
-from lvxattn.reference.layout import share
+from lvxattn.mpi_impl.commands.demo.descriptors import D, describe, places
+from lvxattn.mpi_impl.commands.demo.queries import choose_queries
+from lvxattn.mpi_impl.commands.demo.search import SCALE
 
 comm, meter = MPI.COMM_WORLD, Meter()
 mine, rng = share(video.frames, comm.rank, comm.size), np.random.default_rng([0, comm.rank])
@@ -684,7 +684,7 @@ plt.show()
 
 # %% [markdown]
 # Every query was compared with every patch of every rank, and no key and no value was sent.
-# The whole demo ([mpi_impl/demo/search.py](../mpi_impl/demo/search.py)) does the same with 360
+# The whole demo ([demo/search.py](../mpi_impl/commands/demo/search.py)) does the same with 360
 # frames and 256 queries, checks each answer, and takes a video of yours:
 # `make demo ARGS="--video FILE"`.
 #
@@ -699,7 +699,7 @@ plt.show()
 #
 # Files: [mpi_impl/exchange.py](../mpi_impl/exchange.py),
 # [mpi_impl/collectives.py](../mpi_impl/collectives.py),
-# [reference/timeline.py](../reference/timeline.py),
-# [reference/plan/trace.py](../reference/plan/trace.py).
+# [src/lvxattn/common/timeline.py](../src/lvxattn/common/timeline.py),
+# [src/lvxattn/plan/trace.py](../src/lvxattn/plan/trace.py).
 #
 # Next: [notebook 5, going backward](05_going_backward.ipynb).

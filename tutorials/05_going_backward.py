@@ -15,6 +15,9 @@ import numpy as np
 from exercise import check
 from matplotlib.patches import Ellipse, Rectangle
 
+from lvxattn.common.wire import BLOCKS, RESULTS
+from lvxattn.draw.rotation import COLOURS, INK, follow
+from lvxattn.plan import MODELS, messages, planned
 from lvxattn.reference import (
     block_attention,
     block_attention_backward,
@@ -24,9 +27,6 @@ from lvxattn.reference import (
     run_ranks,
     shard,
 )  # fmt: skip
-from lvxattn.reference.plan import MODELS, messages, planned
-from lvxattn.reference.plan.draw import COLOURS, INK, follow
-from lvxattn.reference.wire import BLOCKS, RESULTS
 
 BLUE, ORANGE, GREEN, RED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]
 plt.rcParams.update({

@@ -21,14 +21,14 @@ from exercise import check
 sys.path.append("../benchmarks")
 from activations import Layers, saved_bytes
 
+from lvxattn.draw.rotation import COLOURS, INK
+from lvxattn.plan import MACHINES, MODELS, memory, most_frames
 from lvxattn.reference import (
     Saved,
     cross_attention_layer,
     cross_attention_layer_backward,
     run_ranks,
 )
-from lvxattn.reference.plan import MACHINES, MODELS, memory, most_frames
-from lvxattn.reference.plan.draw import COLOURS, INK
 from lvxattn.reference.recompute import project, project_backward
 
 MiB, GB = 2**20, 1e9
@@ -518,7 +518,7 @@ assert trained["peak"] < 0.55
 #
 # Files: [reference/recompute.py](../reference/recompute.py),
 # [torch_impl/recompute.py](../torch_impl/recompute.py),
-# [reference/plan/memory.py](../reference/plan/memory.py),
+# [src/lvxattn/plan/memory.py](../src/lvxattn/plan/memory.py),
 # [benchmarks/activations.py](../benchmarks/activations.py).
 #
 # Next: [notebook 7, training on a long video](07_training_on_a_long_video.ipynb).

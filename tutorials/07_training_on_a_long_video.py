@@ -19,14 +19,14 @@ import torch
 from exercise import check
 from torch.nn.functional import cross_entropy
 
-from lvxattn.reference.layout import share
-from lvxattn.reference.plan import messages, planned
-from lvxattn.reference.plan.draw import COLOURS, INK
+from lvxattn.common.layout import share
+from lvxattn.draw.rotation import COLOURS, INK
+from lvxattn.plan import messages, planned
 from lvxattn.torch_impl import CrossAttention
+from lvxattn.torch_impl.commands.train.data import TRAIN, load_images, make_clips
+from lvxattn.torch_impl.commands.train.loop import Run
+from lvxattn.torch_impl.commands.train.options import Settings
 from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.train.data import TRAIN, load_images, make_clips
-from lvxattn.torch_impl.train.loop import Run
-from lvxattn.torch_impl.train.options import Settings
 
 torch.set_num_threads(1)
 
@@ -63,7 +63,7 @@ for n, (above, below, (picture, marker)) in enumerate(zip(*rows, shown, strict=T
 # The question's marker (right) is that of the framed picture; its digit is the answer. A small
 # model learns this: a frame becomes four visual tokens of 4 × 4 pixels each, the question becomes
 # one text token, and two layers of cross-attention are the only place where they meet
-# ([train/model.py](../torch_impl/train/model.py)).
+# ([train/model.py](../torch_impl/commands/train/model.py)).
 #
 # ## Spread over ranks
 #
@@ -172,8 +172,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from lvxattn.torch_impl import shard, sum_gradients
+from lvxattn.torch_impl.commands.train.loop import Run
 from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.train.loop import Run
 
 comm = MPI.COMM_WORLD
 dist.init_process_group("gloo", place, rank=comm.rank, world_size=comm.size)
@@ -212,7 +212,7 @@ meeting.cleanup()
 #
 # Thirty steps have been taken by the four processes above, in float64. Clips begin with 2 frames
 # and double every 25 steps, because from long clips nothing is learnt at first
-# ([train/curriculum.py](../torch_impl/train/curriculum.py)). As a program of its own that is
+# ([curriculum.py](../torch_impl/commands/train/curriculum.py)). As a program of its own that is
 # `python -m lvxattn.torch_impl train`, under PyTorch's launcher torchrun, or `make train`.
 
 # %%
@@ -453,8 +453,8 @@ with check("missing and doubled frames are found, wherever they are"):
 #   the order of frames does not matter.
 #
 # Files: [torch_impl/module.py](../torch_impl/module.py),
-# [torch_impl/train/step.py](../torch_impl/train/step.py),
-# [torch_impl/train/data.py](../torch_impl/train/data.py),
-# [torch_impl/train/loop.py](../torch_impl/train/loop.py).
+# [torch_impl/commands/train/step.py](../torch_impl/commands/train/step.py),
+# [torch_impl/commands/train/data.py](../torch_impl/commands/train/data.py),
+# [torch_impl/commands/train/loop.py](../torch_impl/commands/train/loop.py).
 #
 # Next: [notebook 8, your own kernel and cluster](08_your_own_kernel_and_cluster.ipynb).

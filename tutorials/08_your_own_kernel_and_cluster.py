@@ -23,12 +23,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image
 
+from lvxattn.check import case_of, check
+from lvxattn.check.wrong import WRONG, Right
+from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.mpi_impl.jupyter.launch import find_mpiexec
+from lvxattn.plan import MACHINES, MODELS, Machine, candidates, planned
 from lvxattn.reference import full_attention
-from lvxattn.reference.check import case_of, check
-from lvxattn.reference.check.wrong import WRONG, Right
-from lvxattn.reference.plan import MACHINES, MODELS, Machine, candidates, planned
-from lvxattn.reference.plan.draw import COLOURS, INK
 
 # %% [markdown]
 # ## A kernel with a bug
@@ -94,7 +94,7 @@ assert np.allclose(lse, truth_lse, rtol=0, atol=1e-6)
 #
 # $E$ is the error of the reference itself when it rounds as this dtype must; $u$ and $a$ are the
 # roundoffs of the dtype and of its sums; *size* is what the result would be if nothing cancelled
-# ([its page](../reference/check/README.md) derives this).
+# ([its page](../src/lvxattn/check/README.md) derives this).
 #
 # **Predict.** In which kind of case does a maximum that starts at 0 do harm?
 #
@@ -334,7 +334,7 @@ assert timed in ("lv-xattn", "gather")
 
 # %%
 arguments = "--model llama3v --frames 1200 --text-tokens 2048 --machine a100-16"
-plan = [sys.executable, "-m", "lvxattn.reference.plan", *arguments.split()]
+plan = [sys.executable, "-m", "lvxattn.plan", *arguments.split()]
 told = subprocess.run(plan, capture_output=True, text=True, check=True).stdout
 print(told.rstrip())
 assert "15.4 x" in told
@@ -565,11 +565,12 @@ Image(picture, alt="What four ranks did when, and an arrow for every block")
 # - Before a run ask `doctor`; during it `LVXATTN_TIMEOUT` finds the rank that stopped; after it the
 #   trace says who waited for what.
 #
-# Files: [reference/check](../reference/check/README.md),
-# [reference/plan/choose.py](../reference/plan/choose.py),
-# [reference/plan/measure.py](../reference/plan/measure.py),
-# [reference/plan/trace_file.py](../reference/plan/trace_file.py),
-# [mpi_impl/watchdog.py](../mpi_impl/watchdog.py). [README](../README.md) has every option.
+# Files: [src/lvxattn/check](../src/lvxattn/check/README.md),
+# [src/lvxattn/plan/choose.py](../src/lvxattn/plan/choose.py),
+# [src/lvxattn/plan/measure.py](../src/lvxattn/plan/measure.py),
+# [src/lvxattn/plan/trace_file.py](../src/lvxattn/plan/trace_file.py),
+# [mpi_impl/transport/watchdog.py](../mpi_impl/transport/watchdog.py).
+# [README](../README.md) has every option.
 #
 # This is the last notebook; [notebook 1](01_merging_softmax.ipynb) is about the merge on which all
 # of it rests.

@@ -50,11 +50,11 @@ TWO = (
     "MPI.COMM_WORLD.rank or print('answer:', MPI.COMM_WORLD.size, *said, flush=True)"
 )
 AWARE = (
-    "from lvxattn.mpi_impl.awareness import cuda_aware; yes, why = cuda_aware();"
+    "from lvxattn.mpi_impl.transport.cuda_aware import cuda_aware; yes, why = cuda_aware();"
     "print('answer:', 'yes,' if yes else 'no,', 'by', why)"
 )
 UNPROVED = (
-    "from lvxattn.mpi_impl.awareness import library_says; yes, why = library_says();"
+    "from lvxattn.mpi_impl.transport.cuda_aware import library_says; yes, why = library_says();"
     "print('answer:', 'yes, unproved without CuPy,' if yes else 'no,', 'by', why)"
 )
 RULER = re.compile(r"[\W_]*")

@@ -14,7 +14,7 @@ from timing import Device
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl import block_attention, block_attention_backward
 from lvxattn.torch_impl.kernels import KERNELS, Job, split
 from lvxattn.torch_impl.kernels.choose import choose

@@ -19,10 +19,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lvxattn.mpi_impl.device import BLAS_VARIABLES
 from lvxattn.mpi_impl.jupyter import guard
 from lvxattn.mpi_impl.jupyter.report import CELL, CellError, ask, failed, printed, where
 from lvxattn.mpi_impl.jupyter.variables import load, store
+from lvxattn.mpi_impl.transport.device import BLAS_VARIABLES
 
 # Seconds after the limit at which guards end ranks that the notebook should have ended.
 _LATE = 10.0

@@ -8,10 +8,10 @@ from typing import Any
 from IPython import get_ipython
 from IPython.core.error import UsageError
 
+from lvxattn.cli.arguments import Parser, positive
+from lvxattn.cli.arguments import UsageError as BadArguments
 from lvxattn.mpi_impl.jupyter.launch import run_cell
 from lvxattn.mpi_impl.jupyter.report import CellError
-from lvxattn.reference.run.arguments import Parser, positive
-from lvxattn.reference.run.arguments import UsageError as BadArguments
 
 _SECONDS = 60.0
 

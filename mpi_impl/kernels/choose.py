@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lvxattn.mpi_impl.device import array_module, in_a_line
+from lvxattn.common.validation import dtype_name
 from lvxattn.mpi_impl.kernels import cuda
 from lvxattn.mpi_impl.kernels.build import HEAD_DIMS, SCALARS, tiles_of
-from lvxattn.reference.validation import dtype_name
+from lvxattn.mpi_impl.transport.device import array_module, in_a_line
 
 Array = Any  # NumPy or CuPy
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lvxattn.common.validation import dtype_name
 from lvxattn.mpi_impl.kernels.build import JOIN_WARPS, KERNELS, Tile, options, source, tiles_of
-from lvxattn.reference.validation import dtype_name
 
 Array = Any  # CuPy
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from lvxattn.reference.check.pytest_cases import Choice, Chosen, JudgedCase, XattnCase
+    from lvxattn.check.pytest_cases import Choice, Chosen, JudgedCase, XattnCase
 
-CONFORMANCE = "lvxattn.reference.check.conformance"
+CONFORMANCE = "lvxattn.check.conformance"
 FUNCTION = "package.module:function"
 OPTIONS = {
     "impl": (FUNCTION, "the attention function to be checked"),
@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def xattn_case(request: pytest.FixtureRequest) -> "XattnCase":
     """Give a problem that breaks kernels, what is right, and ``check(out=..., dq=...)``."""
-    from lvxattn.reference.check.pytest_cases import xattn_case_of
+    from lvxattn.check.pytest_cases import xattn_case_of
 
     return xattn_case_of(_chosen(request.config), request.param)
 
@@ -68,7 +68,7 @@ def xattn_case(request: pytest.FixtureRequest) -> "XattnCase":
 @pytest.fixture
 def xattn_judged(request: pytest.FixtureRequest) -> "JudgedCase":
     """Give a problem for the function of ``--lvx-impl``."""
-    from lvxattn.reference.check.pytest_cases import JudgedCase
+    from lvxattn.check.pytest_cases import JudgedCase
 
     return JudgedCase(_chosen(request.config), request.param)
 
@@ -114,7 +114,7 @@ def _option(config: pytest.Config, name: str) -> str | None:
 
 def _chosen(config: pytest.Config) -> "Chosen":
     if _CHOSEN not in config.stash:
-        from lvxattn.reference.check.pytest_cases import chosen_by
+        from lvxattn.check.pytest_cases import chosen_by
 
         options = {name: _option(config, name) for name in OPTIONS}
         try:
@@ -145,7 +145,7 @@ def _names(line: str, item: pytest.Item) -> bool:
 
 def _elsewhere(line: str, ours: list[pytest.Item], narrowed: bool) -> bool:
     """Whether a line means a test that there is, and that this run was not asked to collect."""
-    from lvxattn.reference.check.pytest_cases import possible_ids
+    from lvxattn.check.pytest_cases import possible_ids
 
     start, _, _ = line.partition("[")
     tests = {name.partition("[")[0] for item in ours for name in (item.nodeid, item.name)}

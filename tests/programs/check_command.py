@@ -8,7 +8,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from lvxattn.reference.check.command import leave, main
+from lvxattn.check.command import leave, main
 
 what = sys.argv[1]
 if "RANK" in os.environ:  # torchrun's
@@ -35,7 +35,7 @@ def check_distributed(fn: Any, **options: Any) -> Report | None:
 
 stand_in = ModuleType("distributed")
 stand_in.check_distributed = check_distributed  # type: ignore[attr-defined]
-sys.modules["lvxattn.reference.check.distributed"] = stand_in
+sys.modules["lvxattn.check.distributed"] = stand_in
 lost = rank == size - 1 and what.startswith("no module")
 status = main(["nowhere:f" if lost else "numpy:dot", "--distributed"])
 sys.stdout.write(f"status {status}\n")

@@ -13,8 +13,8 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from lvxattn.reference.check import case_of, distributed, suite_of
-from lvxattn.reference.check.growth import GROWTH
+from lvxattn.check import case_of, distributed, suite_of
+from lvxattn.check.growth import GROWTH
 from tests.planted_ranks import Planted
 
 TORCH = "RANK" in os.environ  # torchrun's

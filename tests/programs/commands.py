@@ -30,8 +30,8 @@ Backend = import_module(f"lvxattn.{implementation}.run.backend").Backend
 forward, backward = Backend.forward, Backend.backward
 
 if implementation == "mpi_impl":
-    from lvxattn.mpi_impl.doctor import examination
-    from lvxattn.mpi_impl.doctor.ring import Link
+    from lvxattn.mpi_impl.commands.doctor import examination
+    from lvxattn.mpi_impl.commands.doctor.ring import Link
 
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 else:

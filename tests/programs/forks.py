@@ -27,7 +27,7 @@ import torch.distributed.device_mesh
 import torch.fx.experimental.symbolic_shapes
 import torch.profiler
 
-import lvxattn.torch_impl.run  # noqa: F401
+import lvxattn.torch_impl.commands.run  # noqa: F401
 
 # Seconds that the others have when one has failed.
 GRACE = 3.0

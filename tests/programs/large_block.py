@@ -5,10 +5,10 @@ import sys
 import numpy as np
 from mpi4py import MPI
 
+from lvxattn.common.wire import BLOCKS, Field, Kind
 from lvxattn.mpi_impl import Meter
 from lvxattn.mpi_impl.exchange import Exchange
 from lvxattn.reference import Layout
-from lvxattn.reference.wire import BLOCKS, Field, Kind
 
 comm = MPI.COMM_WORLD
 x = np.zeros((1, 1, 1, 1), np.uint8)

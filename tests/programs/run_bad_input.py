@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.reference.layout import unshard
-from lvxattn.reference.plan import MACHINES
+from lvxattn.common.layout import unshard
+from lvxattn.plan import MACHINES
 from tests.cases import Case
 from tests.judge import solve, worst_ratios
 from tests.programs.start import OnArrays, finish, start

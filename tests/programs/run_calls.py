@@ -14,9 +14,9 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
+from lvxattn.common.handshake import SCHEDULES
 from lvxattn.mpi_impl.recompute import project
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan import MACHINES
+from lvxattn.plan import MACHINES
 from tests import hidden
 from tests.cases import Case, Problem
 from tests.judge import solve, worst_ratios

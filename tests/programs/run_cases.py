@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lvxattn import reference
-from lvxattn.reference.validation import accumulator
+from lvxattn.common.validation import accumulator
 from tests.cases import BF16, CASES, Problem
 from tests.judge import ratio, solve, worst_ratios
 from tests.naive import Array

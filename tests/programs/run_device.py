@@ -15,7 +15,8 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
-from lvxattn.mpi_impl import awareness, buffers
+from lvxattn.mpi_impl.transport import buffers
+from lvxattn.mpi_impl.transport import cuda_aware as awareness
 from tests import fake_cupy, hidden
 from tests.cases import Case, Problem
 from tests.judge import worst_ratios

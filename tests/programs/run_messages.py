@@ -1,7 +1,7 @@
 """Count what real ranks send in random problems; rank 0 prints, as JSON, where the plan is wrong.
 
 Arguments: how many problems two schedules share by turns, and the dtypes.  The meter of every rank
-is held against `lvxattn.reference.plan.messages`, each pass by itself.  Ranks believe that they are
+is held against `lvxattn.plan.messages`, each pass by itself.  Ranks believe that they are
 on two hosts, in turns, so that the ring is not in rank order.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.plan import messages
 from lvxattn.reference import Meter
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan import messages
 from tests.cases import MASKS, Case, random_case
 from tests.programs.start import OnArrays, finish, start
 

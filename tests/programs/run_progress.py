@@ -14,9 +14,9 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
+from lvxattn.common.wire import BLOCKS, QUERIES
 from lvxattn.mpi_impl import exchange, lv_xattn
 from lvxattn.mpi_impl.block_attention import _Tiles
-from lvxattn.reference.wire import BLOCKS, QUERIES
 from tests.cases import Case
 
 comm = MPI.COMM_WORLD

@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
-from lvxattn.reference.agreement import SCHEDULES
+from lvxattn.common.handshake import SCHEDULES
 from tests.cases import random_case
 from tests.judge import solve, worst_ratios
 

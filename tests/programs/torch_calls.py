@@ -23,8 +23,8 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from lvxattn import torch_impl
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan import MACHINES
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.plan import MACHINES
 from lvxattn.torch_impl import CrossAttention, Layout, Meter, cross_attention, shard, unshard
 from lvxattn.torch_impl.group import Group
 from tests import hidden

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.plan import messages
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.plan import messages
 from lvxattn.torch_impl import CrossAttention, Layout, Meter, shard, sum_gradients
 from lvxattn.torch_impl.examples.two_dimensional_mesh import PlainAttention
 from tests.programs.start import finish, start

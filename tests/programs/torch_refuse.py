@@ -7,7 +7,7 @@ spoken by then, however slow it is.
 import runpy
 import time
 
-import lvxattn.reference.run as shared
+import lvxattn.cli as shared
 
 refuse = shared.refuse
 

@@ -15,11 +15,11 @@ from contextlib import redirect_stderr, redirect_stdout
 import torch
 import torch.distributed as dist
 
-from lvxattn.reference.agreement import AUTO, SCHEDULES
+from lvxattn.common.handshake import AUTO, SCHEDULES
+from lvxattn.torch_impl.commands.train import add_options, run_training
+from lvxattn.torch_impl.commands.train.data import load_images
+from lvxattn.torch_impl.commands.train.loop import Run
 from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.train import add_options, run_training
-from lvxattn.torch_impl.train.data import load_images
-from lvxattn.torch_impl.train.loop import Run
 from tests.test_train import SETTINGS
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 
 
 @dataclass(frozen=True)

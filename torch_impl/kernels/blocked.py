@@ -23,7 +23,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView, tiles
+from lvxattn.common.masks import MaskView, tiles
 from lvxattn.torch_impl.kernels.job import Job, accumulator_of
 from lvxattn.torch_impl.merge import merge_partials
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels import blocked
 from lvxattn.torch_impl.kernels.bias import Bias
 from lvxattn.torch_impl.kernels.job import Job

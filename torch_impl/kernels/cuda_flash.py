@@ -9,7 +9,7 @@ heads it would make too much: they are folded.
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
 from lvxattn.torch_impl.kernels.fold import fold
 from lvxattn.torch_impl.kernels.job import Job, accumulator_of

@@ -9,7 +9,7 @@ much, and they are folded wherever the bias is the same for all rows.
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
 from lvxattn.torch_impl.kernels.fold import fold
 from lvxattn.torch_impl.kernels.job import Job, accumulator_of

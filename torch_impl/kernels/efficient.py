@@ -8,7 +8,7 @@ bias is in q's dtype, expanded by strides, its rows aligned to 16 elements in me
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
 from lvxattn.torch_impl.kernels.fold import fold
 from lvxattn.torch_impl.kernels.job import Job, accumulator_of

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView
-from lvxattn.reference.validation import accumulator
+from lvxattn.common.masks import MaskView
+from lvxattn.common.validation import accumulator
 
 
 @dataclass(frozen=True)

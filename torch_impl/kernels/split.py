@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lvxattn.reference.masks import MaskView
+from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels import blocked, cpu_flash, cuda_flash, cudnn, efficient
 from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
 from lvxattn.torch_impl.merge import merge_partials

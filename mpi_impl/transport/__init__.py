@@ -1,0 +1,1 @@
+"""How arrays of NumPy and CuPy go through MPI, and what watches over it."""

@@ -1,0 +1,111 @@
+"""Partial results as MPI reduces them: rows, and the merge as an operator on rows.
+
+A row is what there is of one query: out, top and total.  On a device kernels pack rows; the
+operator works on the host.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from .buffers import buffer
+from .transfers import Ready
+
+Array = Any
+
+
+class Rows:
+    """Rows of one or several ranks' partial results, where MPI's operator may read.
+
+    On a device they are packed by kernels, and always go through the host: MPI calls the operator
+    there.
+
+    Parameters
+    ----------
+    xp : module
+    like : sequence of (B, H, s_q, ...)
+        Arrays of the shapes, but for their lengths, and the dtype that are to be packed.
+    lengths : sequence of int
+        How many queries each part has.
+    """
+
+    def __init__(self, xp: Any, like: Sequence[Array], lengths: Sequence[int]) -> None:
+        self.xp, self.like, self.lengths = xp, like, lengths
+        self.columns, width = _columns(like)
+        self.counts = [prod(like[0].shape[:2]) * length for length in lengths]
+        *self.starts, count = accumulate(self.counts, initial=0)
+        self.row_bytes = width * like[0].dtype.itemsize
+        self.nbytes = count * self.row_bytes
+        self.buffer = buffer(xp, self.nbytes, direct=False)
+        self.rows = self.buffer.array.view(like[0].dtype).reshape(count, width)
+
+    def put(self, part: int, arrays: Sequence[Array]) -> None:
+        """Write one part."""
+        rows = self._part(part)
+        for column, x in zip(self.columns, arrays, strict=True):
+            view = rows[column]
+            view[...] = x.reshape(view.shape)
+
+    def sendable(self) -> tuple[Array, Ready]:
+        """Return the rows for MPI, all parts having been put."""
+        self.buffer.filled()
+        return self.buffer.sendable(self.nbytes)
+
+    def receivable(self) -> tuple[Array, Ready]:
+        """Return the room for what MPI receives."""
+        return self.buffer.receivable(self.nbytes)
+
+    def arrays(self) -> tuple[Array, ...]:
+        """Return what MPI has received, the only part."""
+        self.buffer.deliver(self.nbytes)
+        self.buffer.settle()
+        (length,) = self.lengths
+        return tuple(
+            self.xp.ascontiguousarray(self.rows[column].reshape(*x.shape[:2], length, *x.shape[3:]))
+            for column, x in zip(self.columns, self.like, strict=True)
+        )
+
+    def _part(self, part: int) -> Array:
+        start = self.starts[part]
+        return self.rows[start : start + self.counts[part]]
+
+
+@contextmanager
+def operator(
+    join: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...]
+) -> Iterator[tuple[MPI.Op, MPI.Datatype]]:
+    """Make the MPI.Op that joins rows, and the datatype of a row.
+
+    Both are freed in the end: MPI has few operators.
+    """
+    dtype, columns, width = np.dtype(str(arrays[0].dtype)), *_columns(arrays)
+
+    def joined(a: Any, b: Any, _: MPI.Datatype) -> None:
+        rows_a, rows_b = (np.frombuffer(x, dtype).reshape(-1, width) for x in (a, b))
+        result = join(*(rows_a[c] for c in columns), *(rows_b[c] for c in columns))
+        for column, x in zip(columns, result, strict=True):
+            rows_b[column] = x  # in place: where MPI expects the result
+
+    row = MPI.Datatype.fromcode(dtype.char).Create_contiguous(width).Commit()
+    op = MPI.Op.Create(joined, commute=True)
+    try:
+        yield op, row
+    finally:
+        op.Free()
+        row.Free()
+
+
+def _columns(arrays: Sequence[Array]) -> tuple[list[Any], int]:
+    """Return where in a row each array's numbers are, and how long a row is."""
+    columns: list[Any] = []
+    end = 0
+    for x in arrays:
+        wide = len(x.shape) == 4
+        columns.append(np.s_[:, end : end + x.shape[3]] if wide else np.s_[:, end])
+        end += x.shape[3] if wide else 1
+    return columns, end

@@ -1,0 +1,31 @@
+"""The oracle: hold anybody's attention function against the reference.
+
+    from lvxattn.check import check
+
+    check(my_attention).raise_if_failed()
+
+The README beside this file tells how it judges, which cases there are and how to read a report.
+"""
+
+from lvxattn.check.cases import Case, case_of, suite_of
+from lvxattn.check.distributed import check_distributed
+from lvxattn.check.golden_data import golden, golden_names
+from lvxattn.check.judge import Verdict
+from lvxattn.check.problem import Problem, draw
+from lvxattn.check.report import Report, Row
+from lvxattn.check.suite import check
+
+__all__ = [
+    "Case",
+    "Problem",
+    "Report",
+    "Row",
+    "Verdict",
+    "case_of",
+    "check",
+    "check_distributed",
+    "draw",
+    "golden",
+    "golden_names",
+    "suite_of",
+]

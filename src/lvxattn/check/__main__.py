@@ -1,0 +1,15 @@
+"""Command line: ``python -m lvxattn.check package.module:function``."""
+
+import os
+import sys
+
+from lvxattn.check.command import leave, main
+
+if __name__ == "__main__":
+    try:
+        status = main()
+        leave()
+    except BrokenPipeError:  # whoever read the table, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

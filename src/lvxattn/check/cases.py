@@ -1,0 +1,184 @@
+"""Problems that break attention kernels, each with a name, a reason and a group.
+
+A `Case` is a recipe; `lvxattn.check.problem.draw` makes its arrays for a dtype and a
+seed.  In its group every case is the only one to catch some wrong kernel, which
+``python -m lvxattn.check self-test`` proves.
+"""
+
+from dataclasses import dataclass, replace
+
+SUITES = ("quick", "full")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem.
+
+    Attributes
+    ----------
+    name : str
+    group : str
+        Cases of one group vary one thing.
+    reason : str
+        What goes wrong there.
+    B, H, H_KV, S_Q, S_KV, D, D_V : int
+        Sizes of the whole problem.
+    data : str
+        How q, k and v are drawn: a key of ``problem.DATA``.
+    mask : str
+        A key of ``masks.MASKS``.
+    memory : str
+        How the arrays lie in memory: a key of ``problem.MEMORY``.
+    scale : float, optional
+        ``1 / sqrt(D)`` unless given.
+    calls : str
+        What is called before the calls that are judged: nothing, ``"other dtype"`` or
+        ``"other data"``, a forward and a backward.
+    quick : bool
+        Whether the quick suite has it.
+    grows : bool
+        Whether the full suite also has it with longer queries and keys.
+    """
+
+    name: str
+    group: str
+    reason: str
+    B: int = 1
+    H: int = 2
+    H_KV: int = 2
+    S_Q: int = 17
+    S_KV: int = 40
+    D: int = 8
+    D_V: int = 8
+    data: str = "gaussian"
+    mask: str = "none"
+    memory: str = "contiguous"
+    scale: float | None = None
+    calls: str = ""
+    quick: bool = True
+    grows: bool = True
+
+
+def suite_of(suite: str) -> list[Case]:
+    """Return the cases of a suite.
+
+    Parameters
+    ----------
+    suite : str
+        ``"quick"``, or ``"full"``: that, what takes longer, and everything again with tens of
+        queries and hundreds of keys, so that kernels need several tiles.
+
+    Returns
+    -------
+    list of Case
+
+    Raises
+    ------
+    ValueError
+        No such suite.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+    if suite == "quick":
+        return [case for case in CASES if case.quick]
+    return [*CASES, *(large(case) for case in CASES if case.grows)]
+
+
+def case_of(name: str) -> Case:
+    """Return the case of a name, ``"NAME"`` or ``"NAME.large"``.
+
+    Raises
+    ------
+    ValueError
+        No such case.
+    """
+    for case in suite_of("full"):
+        if case.name == name:
+            return case
+    raise ValueError(f"case: expected one that --list shows, got {name!r}")
+
+
+def large(case: Case) -> Case:
+    """Return the case with longer queries and keys: odd lengths, which no tile divides."""
+    return replace(
+        case, name=f"{case.name}.large", S_Q=4 * case.S_Q + 1, S_KV=8 * case.S_KV - 3, quick=False
+    )
+
+
+CASES: list[Case] = [
+    Case("gaussian", "plain", "a plain problem: scale, softmax, gradients", S_Q=32, S_KV=128),
+    # Lengths.
+    Case("ragged-lengths", "lengths", "97 keys, 31 queries: no tile divides them", S_Q=31,
+         S_KV=97, grows=False),
+    Case("one-query", "lengths", "a decode step; many kernels split the keys there", B=2, H=8,
+         S_Q=1, S_KV=64, H_KV=2, grows=False),
+    Case("one-key", "lengths", "out is that value, dq and dk are 0, lse is its score", S_Q=64,
+         S_KV=1, grows=False),
+    Case("long-keys", "lengths", "16,000 keys: sums in half precision, capacities, indices",
+         H=1, H_KV=1, S_Q=16, S_KV=16000, quick=False, grows=False),
+    # Shards.
+    Case("fewer-keys-than-shards", "shards", "some shards are empty: (0, -inf), not lse 0",
+         S_Q=32, S_KV=3, grows=False),
+    Case("gaps-between-shards", "shards", "each quarter of the keys weighs e^8 times less",
+         data="gaps"),
+    Case("needle-in-the-last-shard", "shards", "the largest score comes last, far above the rest",
+         data="needle"),
+    Case("dead-shard", "shards", "a mask hides all that the first shards hold",
+         mask="dead shard", B=2, S_Q=9),
+    # Scores.
+    Case("scores-600", "scores", "scores of 600 and of -600 in every row: exp overflows and "
+         "underflows", data="scores"),
+    Case("lse-low", "scores", "lse near -800: a maximum that starts at 0, an lse that starts at 0",
+         data="low"),
+    Case("lse-high", "scores", "lse near 800: exp overflows even in fp64", data="high"),
+    Case("offset-values", "scores", "values near 1,000: dp and delta cancel", data="offset",
+         S_Q=64),
+    # Masks, by kind.
+    Case("random-mask", "mask kinds", "bool, another for every batch entry, head and query",
+         mask="random", B=2, S_Q=9),
+    Case("finite-minimum", "mask kinds", "additive; what is hidden gets the smallest finite number;"
+         " rows that are all -10,000 to that are the mean of the values", mask="finite minimum",
+         B=2, S_Q=12, S_KV=37, data="ignored rows"),
+    Case("minus-infinity", "mask kinds", "additive with -inf, some rows dead",
+         mask="minus infinity", B=2, S_Q=9),
+    Case("callable-mask", "mask kinds", "a rule of global indices", mask="callable", B=2, S_Q=9),
+    # Masks, by how they broadcast.
+    Case("mask-over-heads", "mask shapes", "(B, 1, S_Q, S_KV): one for all heads of a batch entry",
+         mask="over heads", B=2, S_Q=9),
+    Case("mask-over-batches", "mask shapes", "(1, H, S_Q, S_KV): one for all batch entries",
+         mask="over batches", B=2, S_Q=9),
+    Case("padding-mask", "mask shapes", "(B, 1, 1, S_KV): every batch entry has its own length",
+         mask="padding", B=2, S_Q=9),
+    # Rows that see nothing.
+    Case("dead-rows", "dead", "some rows see nothing: out 0, lse -inf, no gradient",
+         mask="dead rows", B=2, S_Q=9),
+    Case("everything-dead", "dead", "no row sees anything", mask="all dead", B=2, S_Q=9),
+    # Rows that a number hides.
+    Case("hidden-rows", "hidden rows", "gradients through rows that are all -10,000 or less: lse"
+         " has lost how many keys there are", mask="finite minimum", H=4, S_Q=12, S_KV=37,
+         data="hidden rows"),
+    # Heads.
+    Case("grouped-heads", "heads", "four query heads read each key-value head", H=8),
+    Case("one-kv-head", "heads", "all query heads read one key-value head", H=6, H_KV=1),
+    # Head sizes.
+    Case("head-size-1", "head sizes", "D = 1, and a scale that is not 1 / sqrt(D)", D=1, D_V=1,
+         S_Q=64, scale=0.5),
+    Case("odd-head-size", "head sizes", "D = 17", D=17, D_V=17),
+    Case("value-size", "head sizes", "D_V is not D", D_V=5),
+    # Memory.
+    Case("non-contiguous", "memory", "the last axis has another stride than 1",
+         memory="transposed"),
+    Case("stride-0", "memory", "k, v and dout are broadcast over the heads: stride 0",
+         memory="broadcast"),
+    Case("read-only", "memory", "nothing may be written into the arguments", memory="read-only"),
+    # Tables.
+    Case("uniform-table", "tables", "equal scores: out is the mean of the values, lse log S_KV",
+         data="uniform", S_KV=64, grows=False),
+    Case("one-hot-table", "tables", "one score far above all: out is that value, lse that score",
+         data="one-hot", S_KV=64, scale=1.0, grows=False),
+    # Calls.
+    Case("other-dtype-before", "calls", "the same shapes were called in another dtype just before",
+         calls="other dtype", grows=False),
+    Case("backward-before", "calls", "forward and backward on other data, then forward and backward"
+         " again", calls="other data", grows=False),
+]  # fmt: skip

@@ -1,0 +1,175 @@
+"""What failures look like: names from the library of wrong kernels for them.
+
+    matches *phantom key* to 3e-4
+    probably *phantom key*: explains 31 of 31 failures
+
+`matching.py` says what a match is.  What explains a failure must not predict others: a wrong kernel
+that would fail where the function passed is held against it, one row for one.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy.typing as npt
+
+from lvxattn.check.cases import Case
+from lvxattn.check.judge import RESULTS, Truth, ratio_of, truth_for
+from lvxattn.check.matching import (
+    Failure,
+    Match,
+    compared,
+    complaints,
+    matches,
+    played,
+    says,
+)
+from lvxattn.check.problem import Problem, draw
+from lvxattn.check.report import Row
+from lvxattn.check.wrong import WRONG
+
+Array = npt.NDArray[Any]
+Key = tuple[str, str, int, str]
+
+_SEARCHES = 12  # through the whole library; afterwards only what was found before is tried
+_REPLAYED = 200  # rows of a check that are played again for kernels that remember
+_CANDIDATES = 8  # that are held against the rows that passed
+_ALIKE = 3  # names that may be said in one breath
+
+
+@dataclass
+class Suspects:
+    """The wrong kernels that explain failures of one check: told every failure, asked in the end.
+
+    Attributes
+    ----------
+    matches : dict
+        Of a failing row, those that are about equally near.
+    unexplained : dict
+        Failures that match nothing so far, or messages.
+    searches : int
+        How often the whole library was tried.
+    """
+
+    matches: dict[Key, list[Match]] = field(default_factory=dict)
+    unexplained: dict[Key, Failure | str] = field(default_factory=dict)
+    searches: int = 0
+
+    def examine(
+        self,
+        row: Row,
+        problem: Problem,
+        results: dict[str, Array] | None = None,
+        truth: Truth | None = None,
+    ) -> None:
+        """Look for what explains a failure.
+
+        Parameters
+        ----------
+        row : Row
+        problem : Problem
+        results : dict, optional
+            The function's, float64 by name, if it returned any.
+        truth : Truth, optional
+            Of the problem, if there are results.
+        """
+        failure = row.message if truth is None else Failure(problem, results or {}, truth)
+
+        def look(names: set[str]) -> list[Match]:
+            if isinstance(failure, str):
+                return complaints(names, problem, failure)
+            return matches(names, failure)
+
+        known = {match.name for found in self.matches.values() for match in found}
+        found = look(known)
+        if not found and self.searches < _SEARCHES:
+            self.searches += 1
+            found = look(WRONG.keys() - known)
+        if found:
+            self.matches[_key(row)] = found
+        elif len(self.unexplained) < _REPLAYED:
+            self.unexplained[_key(row)] = failure
+
+    def conclude(
+        self, rows: Sequence[Row], cases: Mapping[str, Case]
+    ) -> tuple[tuple[Row, ...], str]:
+        """Return the rows with their diagnoses, and what explains most failures.
+
+        Parameters
+        ----------
+        rows : sequence of Row
+            All of the check.
+        cases : mapping
+            Theirs, by name.
+        """
+        if self.unexplained:
+            self._replay(rows, cases)
+        failed = [_key(row) for row in rows if row.status in ("wrong", "error")]
+        against = self._against(rows, cases)
+        left = {key: {match.name: match for match in found} for key, found in self.matches.items()}
+        said: dict[Key, str] = {}
+        parts: list[str] = []
+        while left:
+            covers = {name: {key for key in left if name in left[key]} for name in against}
+            worth = {
+                name: len({key[0] for key in covers[name]}) - against[name] for name in against
+            }
+            far = {n: sum(left[key][n].limits for key in covers[n]) for n in against}
+            best = max(worth, key=lambda name: (worth[name], -far[name]))
+            rounds = WRONG[best].compare == "size"
+            if worth[best] <= 0:
+                break
+            alike = [n for n in against if (covers[n], worth[n]) == (covers[best], worth[best])]
+            if len(alike) <= _ALIKE and not (rounds and 2 * len(covers[best]) < len(failed)):
+                names = [f"*{name}*" for name in dict.fromkeys([best, *alike])]
+                count = f"{len(covers[best])} of {len(failed)} failures"
+                parts.append(f"{' or '.join(names)}: explains {count}")
+                said |= {k: " or ".join([str(left[k][best]), *names[1:]]) for k in covers[best]}
+            left = {key: found for key, found in left.items() if key not in covers[best]}
+        probably = f"probably {'; '.join(parts)}" if 2 * len(said) >= len(failed) > 0 else ""
+        return tuple(replace(row, diagnosis=said.get(_key(row), "")) for row in rows), probably
+
+    def _replay(self, rows: Sequence[Row], cases: Mapping[str, Case]) -> None:
+        """Look among the kernels that remember earlier calls: play the whole check again."""
+        for name in (name for name in WRONG if WRONG[name].remembers):
+            kernel = WRONG[name]()
+            for row in rows[:_REPLAYED]:
+                results = played(kernel, draw(cases[row.case], row.dtype, row.seed), RESULTS)
+                failure = self.unexplained.get(_key(row))
+                found = []
+                if isinstance(failure, Failure) and not isinstance(results, str):
+                    asked = {x: results[x] for x in failure.deciding()}
+                    found = compared(name, {}, failure, asked)
+                elif isinstance(failure, str) and says(results, failure):
+                    found = [Match(name, {})]
+                if found:
+                    self.matches.setdefault(_key(row), []).extend(found)
+
+    def _against(self, rows: Sequence[Row], cases: Mapping[str, Case]) -> dict[str, int]:
+        """Return for the best names how many rows passed where they would have failed."""
+        counts: Counter[str] = Counter()
+        arguments: dict[str, dict[str, Any]] = {}
+        for match in (match for found in self.matches.values() for match in found):
+            counts[match.name] += 1
+            arguments.setdefault(match.name, match.arguments)
+        names = [name for name, _ in counts.most_common(_CANDIDATES)]
+        dtypes = [key[1] for key in self.matches]
+        passed = sorted((r for r in rows if r.status == "ok"), key=lambda r: r.dtype not in dtypes)
+        against = dict.fromkeys(names, 0)
+        if not names:
+            return against
+        for row in {row.case: row for row in reversed(passed)}.values():
+            problem = draw(cases[row.case], row.dtype, row.seed)
+            truth = truth_for(problem.case, row.dtype, row.seed)
+            judged = [verdict.name for verdict in row.verdicts]
+            for name in names:
+                results = played(WRONG[name](**arguments[name]), problem, judged)
+                against[name] += isinstance(results, str) or not all(
+                    ratio_of(x, results[x], problem, truth) <= 1 for x in judged
+                )
+        return against
+
+
+def _key(row: Row) -> Key:
+    return row.case, row.dtype, row.seed, row.where

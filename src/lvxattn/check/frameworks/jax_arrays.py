@@ -1,0 +1,143 @@
+"""JAX: autograd by `jax.vjp`; float64 only where jax_enable_x64 is on.
+
+Its arrays have no strides and cannot be written into, but a jitted function can be given their
+memory (donate_argnums).  Whether float64 is there, and the default device, may be set for one
+thread alone: `Jax` keeps what holds where it is made, and `Jax.active` brings that to another.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
+from typing import Any
+
+import jax
+import numpy as np
+
+from lvxattn.check.blame import one_line
+from lvxattn.check.frameworks.framework import (
+    DTYPES,
+    Array,
+    Function,
+    Pullback,
+    half_missing,
+    there,
+)
+from lvxattn.common.masks import MaskRule
+
+# What JAX says, in a ValueError, of functions that have a value but no reverse-mode gradient.
+_NO_GRADIENT = ("Reverse-mode differentiation", "not support JVP")
+
+
+class Jax:
+    """JAX's arrays on one device."""
+
+    name = "jax"
+    autograd = True
+    usual = ("float32", "bfloat16")
+
+    def __init__(self, device: str | int | None = None) -> None:
+        self._device = _device(device)
+        self.device = str(self._device)
+        self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+        off = {} if self._x64 else {"float64": "jax_enable_x64 is off"}
+        self.missing = off | half_missing()
+        self.dtypes = there(DTYPES, self.missing)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Bring the settings of the thread that made this to another."""
+        return self._active()
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        with _enable_x64(self._x64), jax.default_device(self._device):
+            yield
+
+    def put(self, x: Array, memory: str = "contiguous") -> Any:  # noqa: ARG002
+        """Copy an array; JAX decides how it lies in memory."""
+        return jax.device_put(np.array(x, order="C", copy=True), self._device)
+
+    def rule(self, mask: MaskRule) -> Any:
+        """Return the mask as something that can be an argument of a jitted function."""
+        partial: Any = jax.tree_util.Partial
+        return partial(mask)
+
+    def get(self, x: Any) -> Array:
+        """Copy an array into float64."""
+        x = np.asarray(x)
+        return np.array(x, bool if x.dtype == bool else np.float64)
+
+    def owns(self, x: Any) -> bool:
+        """Whether x is an array on the device; a tracer that has escaped is none."""
+        return (
+            isinstance(x, jax.Array)
+            and not isinstance(x, jax.core.Tracer)
+            and x.devices() == {self._device}
+        )
+
+    def differentiate(self, fn: Function, q: Any, k: Any, v: Any) -> tuple[Any, Pullback | str]:
+        """Call the function under `jax.vjp`, and without it if that cannot be."""
+
+        def split(*leaves: Any) -> tuple[Any, Any]:
+            result = fn(*leaves)
+            pair = isinstance(result, tuple | list) and len(result) == 2
+            out, *rest = result if pair else (result,)
+            if not isinstance(out, jax.Array) or not all(isinstance(x, jax.Array) for x in rest):
+                raise _NoArrayError
+            return out, tuple(rest)
+
+        why = ""
+        try:
+            out, transposed, rest = jax.vjp(split, q, k, v, has_aux=True)
+        except _NoArrayError:
+            why = "out is no array of JAX"
+        except Exception as error:
+            if not (_is_untraceable(error) or _has_no_gradient(error)):
+                raise
+            why = f"{type(error).__name__}: {one_line(error)}"
+        if why:  # outside of the handler: what fn raises here has nothing to do with that
+            return fn(q, k, v), why
+
+        def pullback(dout: Any) -> tuple[Any, Any, Any]:
+            try:
+                dq, dk, dv = transposed(dout)
+            except ValueError as error:  # a loop says it only now
+                if not _has_no_gradient(error):
+                    raise
+                raise NotImplementedError(str(error)) from error
+            return dq, dk, dv
+
+        return (out, *rest) if rest else out, pullback
+
+
+class _NoArrayError(Exception):
+    """A function returned something that cannot be differentiated."""
+
+
+def _is_untraceable(error: Exception) -> bool:
+    """Whether it leaves JAX, for NumPy as a rule, or has a part without a derivative."""
+    return isinstance(error, NotImplementedError | jax.errors.JAXTypeError)
+
+
+def _has_no_gradient(error: Exception) -> bool:
+    return isinstance(error, ValueError) and any(text in str(error) for text in _NO_GRADIENT)
+
+
+def _device(device: str | int | None) -> Any:
+    """Return JAX's device: of a platform's name, of ``"cuda:1"``, or of a number."""
+    if device is None:
+        return jax.numpy.zeros(1).devices().pop()  # the default's
+    platform, _, number = str(device).rpartition(":")
+    if not number.isdecimal():
+        platform, number = str(device), "0"
+    try:
+        return jax.devices(platform or None)[int(number)]
+    except (RuntimeError, IndexError):
+        found = ", ".join(f"{x.platform}:{x.id}" for x in jax.devices())
+        raise ValueError(f"device: expected one of {found} with jax, got {device!r:.40}") from None
+
+
+def _enable_x64(on: bool) -> AbstractContextManager[Any]:
+    # Before JAX 0.8 it is among what is experimental.
+    module = jax if hasattr(jax, "enable_x64") else import_module("jax.experimental")
+    context: AbstractContextManager[Any] = module.enable_x64(on)
+    return context

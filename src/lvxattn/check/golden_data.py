@@ -1,0 +1,262 @@
+"""Golden files: the cases with their fp64 results, for tests that cannot run the reference.
+
+A folder holds one safetensors file a case and a manifest:
+
+    {"format": 1, "lvxattn": VERSION, "suite": "quick", "seed": 0, "left_out": {CASE: WHY},
+     "cases": {CASE: {"file", "sha256", "bytes", "group", "reason", "scale", "mask",
+                      "q_kinds", "kv_kinds", "tensors": {NAME: {"dtype", "shape"}}}}}
+
+q, k, v, dout and an additive mask are float32, drawn as such; a callable mask is the bool array
+that it yields; out, lse, dq, dk and dv are float64.
+
+Checksums say whether a file is as it was written.  Results are never compared by them: another CPU,
+or another BLAS, rounds sums otherwise.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import lvxattn
+from lvxattn.check.cases import Case, suite_of
+from lvxattn.check.files import inputs_of, mask_text, read_tensors, write_tensors
+from lvxattn.check.judge import RESULTS, judge, truth_of
+from lvxattn.check.problem import Problem, draw
+from lvxattn.cli.tensors import InputError
+
+Array = npt.NDArray[Any]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SHIPPED = Path(__file__).parent / "golden_files"
+
+
+def golden(name: str, folder: str | Path = SHIPPED) -> dict[str, Any]:
+    """Load one case's tensors.
+
+    Parameters
+    ----------
+    name : str
+        One of `golden_names`.
+    folder : str, optional
+        Where `write_golden` has written; the files that come with the package unless given.
+
+    Returns
+    -------
+    dict
+        q, k, v, dout and, if there is one, mask; scale, a float; out, lse, dq, dk, dv.
+
+    Raises
+    ------
+    ValueError
+        There is no such case.
+    InputError, OSError
+        The files are not there, or damaged.
+    """
+    cases = _manifest(Path(folder))["cases"]
+    if name not in cases:
+        raise ValueError(f"name: expected one of {', '.join(cases)}, got {name!r}")
+    return {**read_tensors(Path(folder, cases[name]["file"])), "scale": cases[name]["scale"]}
+
+
+def golden_names(folder: str | Path = SHIPPED) -> list[str]:
+    """Return the names of the cases in a folder."""
+    return list(_manifest(Path(folder))["cases"])
+
+
+def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dict[str, Any]:
+    """Compute the cases of a suite in fp64 and write them.
+
+    Parameters
+    ----------
+    folder : str
+        Is made if it is not there; an older set in it is replaced.
+    suite : str
+    seed : int
+
+    Returns
+    -------
+    dict
+        The manifest.
+
+    Raises
+    ------
+    InputError
+        There are other files in the folder.
+    OSError
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    old = _manifest(path) if (path / MANIFEST).exists() else {"cases": {}}
+    ours = {MANIFEST, *(entry["file"] for entry in old["cases"].values())}
+    others = [file.name for file in path.iterdir() if file.name not in ours]
+    if others:
+        raise InputError(
+            f"{folder}: expected an empty folder, or one of golden files, and there is {others[0]}"
+        )
+    for name in ours:
+        (path / name).unlink(missing_ok=True)
+    left_out, entries = {}, {}
+    for case in suite_of(suite):
+        why = _needless(case)
+        if why:
+            left_out[case.name] = why
+        else:
+            entries[case.name] = _write(path, draw(case, "float32", seed))
+    manifest = {
+        "format": FORMAT,
+        "lvxattn": lvxattn.__version__,
+        "suite": suite,
+        "seed": seed,
+        "left_out": left_out,
+        "cases": entries,
+    }
+    (path / MANIFEST).write_text(_text(manifest))
+    return manifest
+
+
+def verify_golden(folder: str | Path = SHIPPED) -> list[str]:
+    """Look whether files are as they were written, and whether the reference still agrees.
+
+    Recomputed from the inputs in the file, each result must be within the limit for float64.
+
+    Parameters
+    ----------
+    folder : str, optional
+        The files that come with the package unless given.
+
+    Returns
+    -------
+    list of str
+        What is wrong, a line for each file; empty if nothing is.
+
+    Raises
+    ------
+    InputError
+        There is no manifest, or none that can be read.
+    """
+    path = Path(folder)
+    manifest = _manifest(path)
+    known = {MANIFEST, *(entry["file"] for entry in manifest["cases"].values())}
+    extra = sorted(file.name for file in path.iterdir() if file.name not in known)
+    complaints = [f"{name}: not in the manifest" for name in extra]
+    for name, entry in manifest["cases"].items():
+        wrong = _wrong(path / entry["file"], name, entry)
+        complaints += [f"{entry['file']}: {wrong}"] if wrong else []
+    return complaints
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+        if manifest["format"] != FORMAT:
+            raise InputError(f"{file}: expected format {FORMAT}, got {manifest['format']!r}")
+        for entry in manifest["cases"].values():
+            if Path(entry["file"]).name != entry["file"]:
+                raise InputError(f"{file}: expected a file's name, got {entry['file']!r}")
+            missing = {"sha256", "bytes", "scale", "tensors"} - set(entry)
+            if missing:
+                raise InputError(f"{file}: damaged: {entry['file']} has no {min(missing)}")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no golden files: there is no {MANIFEST}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: damaged: {type(error).__name__} {error}") from None
+    return manifest
+
+
+def _needless(case: Case) -> str:
+    """Say why nobody needs a file of the case, if so."""
+    if case.memory != "contiguous":
+        return "its point is how the arrays lie in memory, which a file does not keep"
+    if case.calls:
+        return "its point is what is called before"
+    if case.group == "tables" or case.mask == "all dead":
+        return "what is right can be written down without a file"
+    return ""
+
+
+def _write(path: Path, problem: Problem) -> dict[str, Any]:
+    """Write one case; return its entry in the manifest."""
+    arrays = {**inputs_of(problem), **truth_of(problem).results}
+    case, name = problem.case, f"{problem.case.name}.safetensors"
+    notes = {"case": case.name, "reason": case.reason, "scale": repr(problem.scale)}
+    notes |= {"seed": str(problem.seed), "mask": mask_text(problem)}
+    write_tensors(path / name, arrays, notes)
+    content = (path / name).read_bytes()
+    return {
+        "file": name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "group": case.group,
+        "reason": case.reason,
+        "scale": problem.scale,
+        "mask": case.mask,
+        "q_kinds": _shortest(problem.q_kinds),
+        "kv_kinds": _shortest(problem.kv_kinds),
+        "tensors": _table(arrays),
+    }
+
+
+def _table(arrays: dict[str, Array]) -> dict[str, Any]:
+    return {key: {"dtype": x.dtype.name, "shape": list(x.shape)} for key, x in arrays.items()}
+
+
+def _shortest(kinds: Array) -> list[int]:
+    """Return which rows are judged together; nothing if all are."""
+    return [int(kind) for kind in kinds] if kinds.any() else []
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    """Return JSON with a line for each case."""
+    lines = [f'  "{name}": {json.dumps(entry)}' for name, entry in manifest["cases"].items()]
+    rest = json.dumps({**manifest, "cases": None}, indent=1)
+    return rest.replace('"cases": null', '"cases": {\n' + ",\n".join(lines) + "\n }") + "\n"
+
+
+def _wrong(file: Path, name: str, entry: dict[str, Any]) -> str:
+    """Say what is wrong with one file."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return "is not there"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        return f"damaged: {len(content):,} bytes of another checksum; {entry['bytes']:,} expected"
+    arrays = read_tensors(file)
+    there, told = _table(arrays), entry["tensors"]
+    for key in sorted(there.keys() | told.keys()):
+        if there.get(key) != told.get(key):
+            return f"{key}: expected {told.get(key)} as in the manifest, got {there.get(key)}"
+    problem = _problem(name, entry, arrays)
+    truth = truth_of(problem)
+    # All parts of the limit are proportional to unit roundoffs: float32's, 2**29 times float64's.
+    limits = {key: limit * 2.0**-29 for key, limit in truth.limits.items()}
+    truth = replace(truth, limits=limits)
+    far = [v for v in (judge(key, arrays[key], problem, truth) for key in RESULTS) if not v.passed]
+    return "; ".join(
+        f"{v.name}: {v.what or f'relative error {v.error:.1e}, limit {v.limit:.1e}'}; at {v.index} "
+        f"{v.got:.17g}, computed now {v.expected:.17g}"
+        for v in far
+    )
+
+
+def _problem(name: str, entry: dict[str, Any], arrays: dict[str, Array]) -> Problem:
+    """Return the problem in a file, whatever the case of that name is today."""
+    q, k, v, dout = (arrays[key] for key in ("q", "k", "v", "dout"))
+    case = Case(name, entry["group"], entry["reason"], *q.shape[:2], *k.shape[1:2])
+    case = replace(case, S_Q=q.shape[2], S_KV=k.shape[2], D=q.shape[3], D_V=v.shape[3])
+    q_kinds = np.array(entry["q_kinds"] or [0] * case.S_Q)
+    kv_kinds = np.array(entry["kv_kinds"] or [0] * case.S_KV)
+    mask, scale = arrays.get("mask"), entry["scale"]
+    return Problem(case, 0, "float32", q, k, v, dout, scale, mask, q_kinds, kv_kinds)

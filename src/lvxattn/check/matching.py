@@ -1,0 +1,251 @@
+"""Which wrong kernels behave like a function that failed, on one problem.
+
+A wrong kernel matches if its results are those of the function up to a tenth of the error, and NaN
+and infinities are where the function has them.  It is played in fp64, so that what remains is the
+function's own rounding, and in the dtype, for what only its range brings about.  Where out or lse
+is wrong they decide alone: autograd and a backward of one's own follow a wrong forward in different
+ways.  A kernel that rounds too much cannot match in its bits; it is compared by the size of its
+error, where nothing else matches.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lvxattn.check.frameworks.numpy_arrays import NumPy
+from lvxattn.check.judge import RESULTS, Truth, difference, disagree, norms
+from lvxattn.check.play import play
+from lvxattn.check.problem import Problem
+from lvxattn.check.wrong import WRONG, Right
+
+Array = npt.NDArray[Any]
+
+_NUMPY = NumPy()  # looks for packages when it is made
+
+
+@dataclass(frozen=True)
+class Match:
+    """A wrong kernel that behaves like the function.
+
+    Attributes
+    ----------
+    name : str
+    arguments : dict
+        The kernel's, of those in its `variants`.
+    distance : float
+        From its results to the function's, relative L2.
+    limits : float
+        The same in units of the limit; of errors that are compared by size, the larger over the
+        smaller.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    distance: float = 0.0
+    limits: float = 0.0
+
+    def __str__(self) -> str:
+        """Return what is said of the failure."""
+        told = {name: x for name, x in self.arguments.items() if (name, x) != ("shards", 1)}
+        options = ", ".join(f"{name} = {x}" for name, x in told.items())
+        name = f"*{self.name}*" + (f" ({options})" if options else "")
+        if self.compare == "size":
+            return f"error as large as that of {name}"
+        if self.compare == "complaint":
+            return f"matches {name}"
+        return f"matches {name} {f'to {self.distance:.0e}' if self.distance else 'exactly'}"
+
+    @property
+    def compare(self) -> str:
+        """What was compared: `Right.compare`."""
+        return WRONG[self.name].compare
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A problem that the function got wrong.
+
+    Attributes
+    ----------
+    problem : Problem
+    results : dict
+        The function's, float64 by name.
+    truth : Truth
+        Of the problem.
+    """
+
+    problem: Problem
+    results: dict[str, Array]
+    truth: Truth
+
+    def errors(self, name: str) -> Array:
+        """Return the error of a result, for each kind of row."""
+        return self._errors[name]
+
+    @cached_property
+    def _errors(self) -> dict[str, Array]:
+        """Needed for every kernel that is compared."""
+        want = self.truth.results
+        return {
+            name: norms(self.problem, name, difference(x, want[name]))
+            for name, x in self.results.items()
+        }
+
+    def along(self, name: str) -> float:
+        """Return the cosine of a result's error and the truth: near 0 if it is only rounded."""
+        want, own = self.truth.results[name], self.results[name]
+        finite = np.isfinite(want) & np.isfinite(own)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(_direction(own[finite] - want[finite]) @ _direction(want[finite]))
+
+    def astray(self, name: str) -> bool:
+        """Whether NaN or infinities of a result are not the truth's."""
+        return bool(disagree(self.results[name], self.truth.results[name]).any())
+
+    def deciding(self) -> list[str]:
+        """Return the results to be compared: out and lse if one of them is wrong, otherwise all."""
+        forward: list[str] = [name for name in ("out", "lse") if name in self.results]
+        wrong = any(
+            self.astray(name) or (self.errors(name) > self.truth.limits[name]).any()
+            for name in forward
+        )
+        return forward if wrong else list(self.results)
+
+
+def matches(names: Collection[str], failure: Failure) -> list[Match]:
+    """Return the wrong kernels that match: the nearest, and those that are about as near.
+
+    Parameters
+    ----------
+    names : collection of str
+        Keys of `WRONG`, in whose order they are tried.
+    failure : Failure
+    """
+    given = failure.problem
+    wide = replace(given.astype(np.float64), dtype="float64")
+    for compare, problems, among in (
+        ("values", [wide, given] if given.dtype != "float64" else [given], failure.deciding()),
+        ("size", [given], list(failure.results)),
+    ):
+        found = [
+            match
+            for name, kernel in WRONG.items()
+            if name in names and kernel.compare == compare
+            for match in _nearest(name, failure, problems, among)
+        ]
+        if found:
+            best = min(match.limits for match in found)
+            return [match for match in found if match.limits <= max(1.0, 2 * best)]
+    return []
+
+
+def complaints(names: Collection[str], problem: Problem, message: str) -> list[Match]:
+    """Return the wrong kernels that draw the same complaint.
+
+    Parameters
+    ----------
+    names : collection of str
+    problem : Problem
+    message : str
+        What was said against the function.
+    """
+    return [
+        Match(name, {})
+        for name, kernel in WRONG.items()
+        if name in names
+        and kernel.compare == "complaint"
+        and says(played(kernel(), problem, RESULTS), message)
+    ]
+
+
+def says(results: dict[str, Array] | str, message: str) -> bool:
+    """Whether what is said against a wrong kernel is part of a message."""
+    return isinstance(results, str) and results in message
+
+
+def played(kernel: Right, problem: Problem, names: Collection[str]) -> dict[str, Array] | str:
+    """Return results of a wrong kernel, as far as they are asked for, or what is said against it.
+
+    Parameters
+    ----------
+    kernel : Right
+    problem : Problem
+    names : collection of str
+        Of results.
+    """
+    gradients = bool({"dq", "dk", "dv"} & set(names))
+    try:
+        return play(kernel, problem, _NUMPY, backward=kernel.backward, gradients=gradients)
+    except Exception as error:  # a complaint, or what NumPy says, such as that q is read-only
+        return str(error)
+
+
+def compared(
+    name: str, arguments: dict[str, Any], failure: Failure, results: dict[str, Array]
+) -> list[Match]:
+    """Return a match if the results of a wrong kernel are near those of the function."""
+    compare = _sizes if WRONG[name].compare == "size" else _values
+    near = compare(failure, results)
+    return [] if near is None else [Match(name, arguments, *near)]
+
+
+def _nearest(
+    name: str, failure: Failure, problems: Iterable[Problem], among: Collection[str]
+) -> list[Match]:
+    """Return the nearest match of one kernel's variants, if there is one."""
+    for problem in problems:
+        found = []
+        for arguments in WRONG[name].variants:
+            results = played(WRONG[name](**arguments), problem, among)
+            if not isinstance(results, str):
+                found += compared(name, arguments, failure, {x: results[x] for x in among})
+        if found:
+            return sorted(found, key=lambda match: match.limits)[:1]
+    return []
+
+
+def _values(failure: Failure, results: dict[str, Array]) -> tuple[float, float] | None:
+    """Return how far results are from the function's, relative and in limits, if that is near."""
+    distance = limits = 0.0
+    for name, x in results.items():
+        own, limit, error = failure.results[name], failure.truth.limits[name], failure.errors(name)
+        if disagree(own, x).any():
+            return None
+        apart = norms(failure.problem, name, difference(own, x))
+        # A small error is drowned in the function's own rounding, which the limit bounds.
+        near = np.maximum(error / 10, np.minimum(error / 3, limit))
+        if (apart > np.where(error > limit, near, 2 * limit)).any():
+            return None
+        size = np.maximum(norms(failure.problem, name, own), failure.truth.scales[name])
+        distance = max(distance, _ratio(apart, size))
+        limits = max(limits, _ratio(apart, limit))
+    return distance, limits
+
+
+def _sizes(failure: Failure, results: dict[str, Array]) -> tuple[float, float] | None:
+    """Return no distance, and how far the errors are apart in size, if that is near."""
+    worst, fails, other = 1.0, False, replace(failure, results=results)
+    for name in results:
+        if failure.astray(name) or other.astray(name):
+            return None
+        limit, ours, theirs = failure.truth.limits[name], failure.errors(name), other.errors(name)
+        fails = fails or bool((theirs > limit).any())
+        if (ours > limit).any() and abs(failure.along(name) - other.along(name)) > 0.8:
+            return None
+        ours, theirs = np.maximum(ours, limit), np.maximum(theirs, limit)  # what passes is alike
+        worst = max(worst, _ratio(ours, theirs), _ratio(theirs, ours))
+    return (0.0, worst) if fails and worst <= 3 else None
+
+
+def _direction(x: Array) -> Array:
+    """Return x at length 1, or 0; the square of a float64's largest number is none."""
+    x = x / (abs(x).max(initial=0.0) or 1.0)
+    return np.asarray(x / (np.linalg.norm(x) or 1.0))
+
+
+def _ratio(x: Array, y: Array) -> float:
+    return float(np.where(x == 0, 0.0, x / np.where(y == 0, 1.0, y)).max())

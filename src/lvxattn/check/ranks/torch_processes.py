@@ -1,0 +1,101 @@
+"""The processes of torchrun.
+
+The channel is a store of its own, held by rank 0: it answers whatever a process group is stuck in.
+"""
+
+import os
+import pickle
+import time
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from lvxattn.check.ranks.processes import JUDGING, Processes, SilentError
+
+
+class TorchProcesses(Processes):
+    """The ranks of torch.distributed's world; the function gets groups of them."""
+
+    def __init__(self, time_limit: float, device: str | None) -> None:
+        self._ours = not dist.is_initialized()
+        self.device = _own_device(device)
+        if self._ours:
+            dist.init_process_group(_backend(self.device))
+        rank, size = dist.get_rank(), dist.get_world_size()
+        host, port = os.environ["MASTER_ADDR"], 0
+        wait = timedelta(seconds=JUDGING)
+        if rank == 0:
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+            port = self._store.port
+        told = [port]
+        dist.broadcast_object_list(told, src=0)
+        if rank:
+            self._store = TCPStore(host, told[0], is_master=False, timeout=wait)
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._taken: Counter[tuple[int, int]] = Counter()
+        super().__init__(rank, size, time_limit)
+
+    def close(self) -> None:
+        """End the process group too, if it was not there before."""
+        super().close()
+        dist.barrier()  # rank 0 holds the store: nobody may still need it
+        if self._ours:
+            dist.destroy_process_group()
+
+    def _inside(self) -> AbstractContextManager[Any]:
+        if self.device is None or torch.device(self.device).type != "cuda":
+            return nullcontext()
+        return torch.cuda.device(torch.device(self.device))  # a thread starts on device 0
+
+    def _send(self, message: Any, dest: int, tag: int) -> None:
+        number = self._sent[dest, tag]
+        self._sent[dest, tag] += 1
+        self._store.set(f"{self.rank}>{dest}/{tag}/{number}", pickle.dumps(message))  # type: ignore[arg-type]
+
+    def _arrived(self, source: int, tag: int) -> bool:
+        try:
+            return self._store.check([self._next(source, tag)])
+        except dist.DistError as error:  # rank 0, which holds the store, has ended
+            raise SilentError(f"rank 0 has ended: {error}") from None
+
+    def _take(self, source: int, tag: int) -> Any:
+        key = self._next(source, tag)
+        self._taken[source, tag] += 1
+        message = pickle.loads(self._store.get(key))  # from a rank of ours
+        self._store.delete_key(key)
+        return message
+
+    def _next(self, source: int, tag: int) -> str:
+        return f"{source}>{self.rank}/{tag}/{self._taken[source, tag]}"
+
+    def _split(self, P: int) -> Any:
+        return dist.new_group(list(range(P)))
+
+    def _free(self, comm: Any) -> None:
+        if comm != dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(comm)
+
+    def _abort(self) -> None:
+        """Let the others hear of it: torchrun ends all when one has ended with status 1."""
+        time.sleep(0.5)
+
+
+def _own_device(device: str | None) -> str | None:
+    """Return this rank's device: a GPU without a number is its own where there are enough."""
+    if device is None or torch.device(device).type != "cuda" or ":" in device:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return f"cuda:{local % max(1, torch.cuda.device_count())}"
+
+
+def _backend(device: str | None) -> str:
+    """Return NCCL for the blocks of GPUs where each rank of this host has its own, else gloo."""
+    own = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device is not None and torch.device(device).type == "cuda" and own:
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"

@@ -1,0 +1,61 @@
+"""Heads and head sizes mixed up."""
+
+import numpy as np
+
+from lvxattn.check.masks import Mask
+from lvxattn.check.wrong.right import Array, Right
+
+
+class TiledHeads(Right):
+    """Query head h reads key-value head h % H_KV instead of h // (H / H_KV)."""
+
+    def _kv_head(self, H: int, H_KV: int) -> Array:
+        return np.arange(H) % H_KV
+
+
+class LastHead(Right):
+    """The query heads that share keys overwrite one another's dk and dv instead of adding them."""
+
+    def _sum_heads(self, dx: Array, H_KV: int) -> Array:
+        last = np.zeros((dx.shape[0], H_KV, *dx.shape[2:]), dx.dtype)
+        last[:, self._kv_head(dx.shape[1], H_KV)] = dx
+        return last
+
+
+class LastHeadOfAll(Right):
+    """Where there is one key-value head, dk and dv are those of the last query head alone."""
+
+    def _sum_heads(self, dx: Array, H_KV: int) -> Array:
+        return dx[:, -1:] if H_KV == 1 else super()._sum_heads(dx, H_KV)
+
+
+class MeanOverHeads(Right):
+    """Gradients of query heads that share keys are averaged instead of added."""
+
+    def _sum_heads(self, dx: Array, H_KV: int) -> Array:
+        mean: Array = super()._sum_heads(dx, H_KV) * H_KV / dx.shape[1]
+        return mean
+
+
+class OutLikeQ(Right):
+    """The memory for out is taken in the shape of q, as if D_V were D."""
+
+    compare = "complaint"
+
+    def _forward(
+        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
+    ) -> tuple[Array, Array]:
+        out, lse = super()._forward(q, k, v, scale=scale, mask=mask)
+        like_q = np.zeros(q.shape, q.dtype)
+        D = min(q.shape[3], v.shape[3])
+        like_q[..., :D] = out[..., :D]
+        return like_q, lse
+
+
+HEADS: dict[str, type[Right]] = {
+    "heads tiled": TiledHeads,
+    "dk and dv of a group's last head": LastHead,
+    "dk and dv of the last head if H_KV is 1": LastHeadOfAll,
+    "dk and dv averaged over a group": MeanOverHeads,
+    "out allocated like q": OutLikeQ,
+}

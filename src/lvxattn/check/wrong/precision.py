@@ -1,0 +1,119 @@
+"""Roundings that no right kernel makes."""
+
+import numpy as np
+
+from lvxattn.check.masks import Mask
+from lvxattn.check.wrong.right import Array, Right
+
+
+class HalfAccumulator(Right):
+    """Half-precision inputs are summed in half precision, 16 products at a time."""
+
+    compare = "size"
+
+    def _dot(self, x: Array, y: Array) -> Array:
+        if self.dtype.itemsize > 2:
+            return super()._dot(x, y)
+        total = np.zeros((*x.shape[:3], y.shape[3]), x.dtype)
+        for start in range(0, x.shape[3], 16):
+            terms = slice(start, start + 16)
+            total = self._rounded(total + super()._dot(x[..., terms], y[:, :, terms]))
+        return total
+
+
+class HalfMerge(Right):
+    """What travels between 64 shards is rounded to half precision after every merge."""
+
+    compare = "size"
+    variants = tuple({"shards": shards} for shards in (64, 16, 8))
+
+    def __init__(self, shards: int = 64) -> None:
+        super().__init__(shards)
+
+    def _merge(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+        out, lse = super()._merge(out_a, lse_a, out_b, lse_b)
+        return self._rounded(out), lse
+
+    def _add(self, dq: Array, part: Array) -> Array:
+        return self._rounded(super()._add(dq, part))
+
+
+class HalfLse(Right):
+    """The lse is stored in half precision."""
+
+    compare = "size"
+
+    def _forward(
+        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
+    ) -> tuple[Array, Array]:
+        out, lse = super()._forward(q, k, v, scale=scale, mask=mask)
+        return out, self._rounded(lse)
+
+
+class HalfScores(Right):
+    """Scores are stored in half precision before the softmax."""
+
+    compare = "size"
+
+    def _scores(self, q: Array, k: Array) -> Array:
+        return self._rounded(super()._scores(q, k))
+
+
+class SinglePrecision(Right):
+    """Inputs in fp64 are computed with in fp32."""
+
+    compare = "size"
+
+    def _forward(
+        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
+    ) -> tuple[Array, Array]:
+        out, lse = super()._forward(q, k, v, scale=scale, mask=mask)
+        return out, lse.astype(np.float64 if q.dtype == np.float64 else lse.dtype)
+
+    def _wide(self, x: Array) -> Array:
+        return x.astype(np.float32)
+
+
+class TF32(Right):
+    """Factors of products in fp32 are rounded to 10 bits of mantissa."""
+
+    compare = "size"
+    bits = 10
+
+    def _dot(self, x: Array, y: Array) -> Array:
+        if self.dtype == np.float32:
+            x, y = _shortened(x, self.bits), _shortened(y, self.bits)
+        return super()._dot(x, y)
+
+
+class BF16(TF32):
+    """Factors of products in fp32 are rounded to bfloat16."""
+
+    bits = 7
+
+
+class CubicExp(Right):
+    """The exponential is a cubic polynomial between the powers of 2."""
+
+    def _exp(self, x: Array) -> Array:
+        whole = np.floor(np.maximum(x / np.log(2), -2000))
+        part = np.where(x == -np.inf, 0, x / np.log(2) - whole)
+        mantissa = 1 + part * (0.69589 + part * (0.22606 + part * 0.07805))
+        return np.where(x == -np.inf, 0, np.ldexp(mantissa, whole.astype(int))).astype(x.dtype)
+
+
+def _shortened(x: Array, bits: int) -> Array:
+    mantissa, exponent = np.frexp(x)
+    return np.asarray(np.ldexp(np.round(mantissa * 2 ** (bits + 1)), exponent - bits - 1), x.dtype)
+
+
+PRECISION: dict[str, type[Right]] = {
+    "half-precision accumulator": HalfAccumulator,
+    "half precision between shards": HalfMerge,
+    "half-precision lse": HalfLse,
+    "half-precision scores": HalfScores,
+    "fp64 computed in fp32": SinglePrecision,
+    "TF32 products": TF32,
+    "bf16 products": BF16,
+    "cubic exp": CubicExp,
+}

@@ -1,0 +1,1 @@
+"""What all ranks and implementations agree on: layout, handshake, validation, wire, meters."""

@@ -1,0 +1,386 @@
+"""Who holds what: lengths of the shares, and the order of the ring.
+
+Each rank holds a contiguous share of the queries and of the keys and values; concatenated in rank
+order the shares are the whole.  The ring visits the ranks host by host, whatever numbers the
+launcher gave them, so that P - 1 hops cross a slow link between hosts no more often than they must:
+
+    ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from math import isclose
+from typing import Any, Self
+
+from lvxattn.common.handshake import (
+    AUTO,
+    EQUAL_ON_ALL_RANKS,
+    MASKS_TRAVEL,
+    ONLY_OF_THE_CALL,
+    SCHEDULES,
+    Backward,
+    MaskKind,
+    Record,
+    agree_on,
+    mask_kind,
+)
+from lvxattn.common.masks import MaskView
+from lvxattn.common.validation import (
+    Communicator,
+    accumulator,
+    check_attention,
+    check_backward,
+    check_communicator,
+    check_mask_rows,
+    dtype_name,
+    is_array,
+    library,
+    on_rank,
+)
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all ranks agreed on, seen from one of them.
+
+    Attributes
+    ----------
+    rank : int
+        The rank that this layout belongs to.
+    order : tuple of int
+        The ring: a permutation of the ranks, those of one host side by side.
+    s_q, s_kv : tuple of int
+        Every rank's number of queries, and of keys, in rank order.
+    masks : tuple
+        Shape and travelling dtype of every rank's array mask, or None: where masks travel, their
+        receivers must know.
+    rules : tuple of bool
+        Whether a rank's mask is a callable.
+    B, H, H_KV, D, D_V : int
+        Sizes that are equal on all ranks.
+    dtype : str
+        Of q, k and v.
+    scale : float
+    schedule : str
+    queries : str
+        ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+    machine : lvxattn.plan.Machine or None
+        What `explain` reckons with.
+    stamp_nbytes : int
+        How many bytes every message of a backward has besides, which say whose it is.
+    """
+
+    rank: int
+    order: tuple[int, ...]
+    s_q: tuple[int, ...]
+    s_kv: tuple[int, ...]
+    masks: tuple[MaskKind, ...]
+    rules: tuple[bool, ...]
+    B: int
+    H: int
+    H_KV: int
+    D: int
+    D_V: int
+    dtype: str
+    scale: float
+    schedule: str
+    queries: str = "sharded"
+    machine: Any = None
+    stamp_nbytes: int = 0
+
+    @staticmethod
+    def agree(
+        q: Array,
+        k: Array,
+        v: Array,
+        comm: Communicator,
+        *,
+        schedule: str = "lv-xattn",
+        scale: float | None = None,
+        mask: Any = None,
+        queries: str = "sharded",
+        machine: Any = None,
+        backward: Backward | None = None,
+        check: Callable[[], object] | None = None,
+    ) -> "Layout":
+        """Check all ranks' arguments together and lay out the ring.
+
+        Collective: every rank of comm calls this.  One all-gather of a few numbers, two where a
+        mask is a callable; when it raises, it raises the same error on every rank and nothing else
+        has been sent.
+
+        Parameters
+        ----------
+        q : (B, H, s_q, D)
+        k : (B, H_KV, s_kv, D)
+        v : (B, H_KV, s_kv, D_V)
+            This rank's shares; lengths may differ between ranks and may be 0.
+        comm : communicator
+        schedule : str
+            ``"lv-xattn"``, ``"ring"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the one that
+            sends the fewest bytes or, on a known machine, takes the least time.
+        scale : float, optional
+            ``1 / sqrt(D)`` unless given.
+        mask : None, array or callable
+            What this rank's keys look like to every query.  Ranks may differ in kind, but with
+            ``"ring"`` and ``"ulysses"`` a callable must be given on all ranks or on none.
+        queries : str
+            ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+        machine : lvxattn.plan.Machine, optional
+            Where the ranks are; rank 0's counts.
+        backward : (dout, out, lse, dlse), optional
+            Checked too, where a backward is to follow.
+        check : callable, optional
+            Raises what else is wrong on this rank.
+
+        Returns
+        -------
+        Layout
+            Valid for any call on any arrays of these shapes and this dtype.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, what was expected, what was given and the rank.
+        """
+        call = "forward" if backward is None else "backward"
+        records = agree_on(
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            machine=machine, backward=backward, call=call, check=check,
+        )  # fmt: skip
+        return Layout.of(records, comm.rank)
+
+    @classmethod
+    def of(cls, records: list[Record], rank: int) -> Self:
+        """Return the layout that follows from all ranks' records, as `rank` sees it."""
+        first, hosts = records[0], [r.host for r in records]
+        layout = cls(
+            rank=rank,
+            order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
+            s_q=tuple(r.s_q for r in records),
+            s_kv=tuple(r.s_kv for r in records),
+            masks=tuple(r.mask for r in records),
+            rules=tuple(r.callable_mask for r in records),
+            **{
+                name: getattr(first, name)
+                for name in EQUAL_ON_ALL_RANKS
+                if name not in ONLY_OF_THE_CALL
+            },
+            machine=first.machine,
+        )
+        return layout.resolved()
+
+    def resolved(self) -> Self:
+        """Return the layout with a schedule that has a name of its own."""
+        if self.schedule != AUTO:
+            return self
+        if self.queries == "replicated":
+            return replace(self, schedule=SCHEDULES[0])
+        from lvxattn.plan.choose import candidates
+
+        return replace(self, schedule=candidates(self, self.machine)[0].schedule)
+
+    @property
+    def way(self) -> str:
+        """How blocks move: the schedule or, where queries are replicated, that."""
+        return "replicated" if self.queries == "replicated" else self.schedule
+
+    def explain(self) -> str:
+        """Say what every schedule would cost on these lengths, the best first.  Not collective.
+
+        Returns
+        -------
+        str
+            A table: messages and bytes of the rank that sends most, seconds where a machine was
+            given, forward and backward together; and why a schedule cannot be taken.
+        """
+        if self.queries == "replicated":
+            return "queries are replicated: no schedule moves them"
+        from lvxattn.plan.choose import candidates, table
+
+        return f"{self.schedule} is taken\n{table(candidates(self, self.machine))}"
+
+    def check(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        comm: Communicator,
+        *,
+        scale: float | None = None,
+        mask: Any = None,
+        queries: str = "sharded",
+        backward: Backward | None = None,
+    ) -> None:
+        """Check that this rank's arguments fit what was agreed.  Not collective.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On this rank only: under MPI the program's end then ends the others.
+        """
+        check_communicator(comm)
+        try:
+            check_attention(q, k, v, scale=scale, mask=mask)
+            check_mask_rows(mask, self.S_Q)
+            if backward is not None:
+                check_backward(q, v, *backward)
+            if (comm.rank, comm.size) != (self.rank, self.size):
+                raise ValueError(
+                    "layout: expected the communicator it was agreed on, with this as rank "
+                    f"{self.rank} of {self.size}, got rank {comm.rank} of {comm.size}"
+                )
+            if queries != self.queries:
+                raise ValueError(
+                    f"queries: expected the layout's {self.queries!r}, got {queries!r}"
+                )
+            # 1 / sqrt(D) and D**-0.5 differ in the last bit.
+            if scale is not None and not isclose(scale, self.scale, rel_tol=1e-12):
+                raise ValueError(f"scale: expected the layout's {self.scale}, got {scale}")
+            expected = (
+                ("q", q, (self.B, self.H, self.s_q[self.rank], self.D)),
+                ("k", k, (self.B, self.H_KV, self.s_kv[self.rank], self.D)),
+                ("v", v, (self.B, self.H_KV, self.s_kv[self.rank], self.D_V)),
+            )
+            for name, x, shape in expected:
+                if tuple(x.shape) != shape:
+                    raise ValueError(
+                        f"{name}: expected the layout's shape {shape}, got {tuple(x.shape)}"
+                    )
+            if dtype_name(q) != self.dtype:
+                raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
+            travels = self.schedule in MASKS_TRAVEL and queries == "sharded"
+            if travels and callable(mask) != self.rules[self.rank]:
+                raise ValueError(
+                    "mask: expected a callable only if the layout was agreed with one, "
+                    f"got {type(mask).__name__}"
+                )
+            kind = mask_kind(mask, self.dtype)
+            if travels and kind != self.masks[self.rank]:
+                raise ValueError(
+                    "mask: expected the layout's shape and travelling dtype "
+                    f"{self.masks[self.rank]}, got {kind}"
+                )
+        except (TypeError, ValueError) as error:
+            raise on_rank(error, comm.rank, comm.size) from None
+
+    @property
+    def size(self) -> int:
+        """P, the number of ranks."""
+        return len(self.order)
+
+    @property
+    def S_Q(self) -> int:
+        """How many queries there are."""
+        return self.s_q[0] if self.queries == "replicated" else sum(self.s_q)
+
+    @property
+    def S_KV(self) -> int:
+        """How many keys all ranks hold together."""
+        return sum(self.s_kv)
+
+    @property
+    def accumulator(self) -> str:
+        """The dtype of sums and of what travels as a partial result."""
+        return accumulator(self.dtype)
+
+    @property
+    def right(self) -> int:
+        """The rank that this rank sends to."""
+        return self.owner(-1)
+
+    @property
+    def left(self) -> int:
+        """The rank that this rank receives from."""
+        return self.owner(1)
+
+    def owner(self, hop: int) -> int:
+        """Whose block is here after `hop` hops; after 0 or P hops, this rank's own."""
+        return self.order[(self.order.index(self.rank) - hop) % self.size]
+
+    def view(self, mask: Any, q_owner: int, kv_owner: int) -> MaskView:
+        """Return the mask of `kv_owner`'s keys as it applies to `q_owner`'s queries."""
+        q_start = 0 if self.queries == "replicated" else sum(self.s_q[:q_owner])
+        return MaskView(mask, q_start=q_start, kv_start=sum(self.s_kv[:kv_owner]))
+
+    @property
+    def home_cut(self) -> int:
+        """How many of this rank's keys its own queries meet first; the others come last.
+
+        A half, to hide either end of the trip, or all where nothing travels.  The same in forward
+        and backward, so that both round scores in the same way: where those are large, a row's
+        gradient would not cancel as it should.
+        """
+        s_kv = self.s_kv[self.rank]
+        return s_kv if self.size == 1 else s_kv // 2
+
+
+def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
+    """Return this rank's part of an array that every rank holds whole.  Not collective.
+
+    Parameters
+    ----------
+    x : array
+    comm : communicator
+    axis : int
+        The axis that is cut; the first ``length % P`` parts are one longer than the others.
+
+    Returns
+    -------
+    array
+        A view of x.
+    """
+    check_communicator(comm)
+    cut = [slice(None)] * len(x.shape)
+    cut[axis] = share(x.shape[axis], comm.rank, comm.size)
+    return x[tuple(cut)]
+
+
+def share(length: int, rank: int, size: int) -> slice:
+    """Return where a rank's part of a length lies; the first parts are the longer ones."""
+    least, extra = divmod(length, size)
+    start = rank * least + min(rank, extra)
+    return slice(start, start + least + (rank < extra))
+
+
+def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
+    """Join all ranks' parts, of any lengths, into the whole, which every rank must have room for.
+
+    Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    x : array
+    comm : communicator
+    axis : int
+        The axis along which the parts follow one another in rank order.
+
+    Returns
+    -------
+    array
+
+    Raises
+    ------
+    ValueError, TypeError
+        On every rank, when the parts differ in library, in dtype or in another axis.
+    """
+    check_communicator(comm)
+    parts = comm.allgather(x)
+    first = parts[0]
+    for rank, part in enumerate(parts):
+        if not is_array(part) or library(part) != library(first):
+            wanted = f"a {library(first)} array as on rank 0" if is_array(first) else "an array"
+            error: Exception = TypeError(f"x: expected {wanted}, got {type(part).__name__}")
+            raise on_rank(error, rank, comm.size)
+        others = [n for i, n in enumerate(part.shape) if i != axis % len(first.shape)]
+        expected = [n for i, n in enumerate(first.shape) if i != axis % len(first.shape)]
+        if (others, dtype_name(part)) != (expected, dtype_name(first)):
+            error = ValueError(
+                f"x: expected rank 0's shape {tuple(first.shape)} but for axis {axis}, and dtype "
+                f"{dtype_name(first)}, got {tuple(part.shape)} and {dtype_name(part)}"
+            )
+            raise on_rank(error, rank, comm.size)
+    return import_module(library(first)).concatenate(parts, axis=axis)

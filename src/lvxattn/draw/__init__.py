@@ -1,0 +1,1 @@
+"""Pictures of rotations, traces and plans."""

@@ -1,0 +1,145 @@
+"""Which schedule to take: the fewest bytes, or on a known machine the least time.
+
+What counts is a forward and a backward pass together.  A schedule that cannot serve the problem is
+not taken: ulysses where P does not divide H_KV, ring and ulysses where a mask is a rule, because
+ranks may have different ones.
+"""
+
+from dataclasses import dataclass, replace
+
+from lvxattn.common.handshake import MASKS_TRAVEL, SCHEDULES
+from lvxattn.common.layout import Layout
+from lvxattn.plan.machine import Machine
+from lvxattn.plan.simulate import play
+from lvxattn.plan.steps import messages
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one schedule would cost, forward and backward.
+
+    Attributes
+    ----------
+    schedule : str
+    messages, nbytes : int
+        Of the rank that sends most.
+    seconds : float or None
+        None without a machine.
+    refused : str
+        Why it cannot be taken; empty where it can.
+    """
+
+    schedule: str
+    messages: int
+    nbytes: int
+    seconds: float | None
+    refused: str
+
+
+def candidates(layout: Layout, machine: Machine | None = None) -> list[Candidate]:
+    """Return what every schedule would cost, the best first.  Not collective.
+
+    Parameters
+    ----------
+    layout : Layout
+        Its own schedule does not matter.
+    machine : Machine, optional
+        Without one nothing is said about time, and fewest bytes, then messages, is best.
+
+    Returns
+    -------
+    list of Candidate
+    """
+    found = [candidate(replace(layout, schedule=s), machine) for s in SCHEDULES]
+
+    def rank(c: Candidate) -> tuple[bool, float, int]:
+        return bool(c.refused), c.nbytes if c.seconds is None else c.seconds, c.messages
+
+    return sorted(found, key=rank)
+
+
+def candidate(layout: Layout, machine: Machine | None) -> Candidate:
+    """Return what the layout's schedule costs.
+
+    Parameters
+    ----------
+    layout : Layout
+    machine : Machine, optional
+
+    Returns
+    -------
+    Candidate
+    """
+    refused = refusal(layout)
+    if refused:
+        return Candidate(layout.schedule, 0, 0, None, refused)
+    by_rank = [
+        messages(layout, rank) + messages(layout, rank, backward=True)
+        for rank in unlike_ranks(layout)
+    ]
+    seconds = None
+    if machine is not None:
+        seconds = sum(play(layout, machine, backward=b).seconds for b in (False, True))
+    nbytes = max(sum(message.nbytes for message in sent) for sent in by_rank)
+    return Candidate(layout.schedule, max(map(len, by_rank)), nbytes, seconds, "")
+
+
+def unlike_ranks(layout: Layout) -> list[int]:
+    """Return one rank of each kind: every other one sends as much as one of these.
+
+    A block is passed on by all ranks but its owner's left neighbour, where it ends, and a result by
+    all but its owner.  So what a rank sends follows from its own share and its right neighbour's.
+
+    Parameters
+    ----------
+    layout : Layout
+
+    Returns
+    -------
+    list of int
+    """
+    shares = list(zip(layout.s_q, layout.s_kv, layout.masks, strict=True))
+    order = layout.order
+    kinds: dict[object, int] = {}
+    for rank, right in zip(order, (*order[1:], order[0]), strict=True):
+        kinds.setdefault((shares[rank], shares[right]), rank)
+    return list(kinds.values())
+
+
+def refusal(layout: Layout) -> str:
+    """Say why the layout's schedule cannot serve it; nothing where it can.
+
+    Parameters
+    ----------
+    layout : Layout
+
+    Returns
+    -------
+    str
+    """
+    if layout.schedule == "ulysses" and layout.H_KV % layout.size:
+        return f"P = {layout.size} does not divide H_KV = {layout.H_KV}"
+    if layout.schedule in MASKS_TRAVEL and any(layout.rules):
+        return "a mask is a rule, and ranks may have different ones"
+    return ""
+
+
+def table(found: list[Candidate]) -> str:
+    """Return candidates as text, a line each.
+
+    Parameters
+    ----------
+    found : list of Candidate
+
+    Returns
+    -------
+    str
+    """
+    lines = [f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}"]
+    for c in found:
+        if c.refused:
+            lines.append(f"{c.schedule:10}  cannot be taken: {c.refused}")
+            continue
+        seconds = "" if c.seconds is None else f"{c.seconds:.6f}"
+        lines.append(f"{c.schedule:10}{c.messages:>10,}{c.nbytes:>18,}{seconds:>12}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""A trace as a file for ui.perfetto.dev and chrome://tracing: a process a rank, arrows for blocks.
+
+    process     rank
+    threads     computing, sending, waiting; sending more than once where blocks are under way at
+                the same time and neither outlasts the other
+    slices      what a rank did; a slice of sending lasts until the sender knows that it is gone
+    arrows      from where a block is sent to the end of the wait for it, and, where it goes round,
+                on from there, hop by hop, as one flow; none for what is empty: nobody has to wait
+    instants    where a pass begins
+
+The format is Chrome's "Trace Event Format"; its times are in microseconds.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+from lvxattn.common.meter import Block
+from lvxattn.plan.trace import Trace, Trip, lanes
+
+Event = dict[str, Any]
+
+COMPUTING, SENDING, WAITING = 1, 2, 3
+# The threads of more lanes of sending have numbers from here.
+_MORE = 10
+
+
+def write_trace(
+    trace: Trace, path: str, hosts: Sequence[str], notes: dict[str, Any] | None = None
+) -> None:
+    """Write a trace as JSON.  Not collective.
+
+    Parameters
+    ----------
+    trace : Trace
+    path : str
+    hosts : sequence of str
+        Every rank's.
+    notes : dict, optional
+        What else the file should say of itself.
+    """
+    document = {
+        "traceEvents": events(trace, hosts),
+        "displayTimeUnit": "ms",
+        "otherData": {
+            **(notes or {}),
+            "clock accuracy of each rank, in microseconds": [1e6 * x for x in trace.accuracy],
+        },
+    }
+    text = json.dumps(document)
+    with open(path, "w") as file:
+        file.write(text + "\n")
+
+
+def events(trace: Trace, hosts: Sequence[str]) -> list[Event]:
+    """Return the trace's events: first the names, then the others in order of time.
+
+    Parameters
+    ----------
+    trace : Trace
+    hosts : sequence of str
+        Every rank's.
+
+    Returns
+    -------
+    list of dict
+    """
+    names: list[Event] = []
+    slices: list[Event] = []
+    threads: dict[int, int] = {}  # of a trip, by its place in trace.trips
+    for rank, host in enumerate(hosts):
+        mine = [n for n, trip in enumerate(trace.trips) if trip.source == rank]
+        lane_of = lanes([(trace.trips[n].posted, trace.trips[n].gone) for n in mine])
+        for n, lane in zip(mine, lane_of, strict=True):
+            threads[n] = SENDING if lane == 0 else _MORE + lane
+        names += _names(rank, host, max(lane_of, default=0))
+        slices += _slices(trace, rank)
+    slices += [_sending(trip, threads[n]) for n, trip in enumerate(trace.trips)]
+    marks = [
+        {
+            "ph": "i",
+            "s": "p",
+            "name": f"{name} begins",
+            "pid": rank,
+            "tid": COMPUTING,
+            "ts": _us(at),
+        }
+        for rank, passes in enumerate(trace.passes)
+        for name, at in passes
+    ]
+    # Arrows come last among equals: what they are bound to must have begun.
+    timed = [*sorted(slices, key=lambda e: -e["dur"]), *marks, *_arrows(trace, threads)]
+    return names + sorted(timed, key=lambda event: float(event["ts"]))
+
+
+def _names(rank: int, host: str, lanes_more: int) -> Iterator[Event]:
+    def name(what: str, tid: int, **args: Any) -> Event:
+        return {"ph": "M", "name": what, "pid": rank, "tid": tid, "ts": 0, "args": args}
+
+    yield name("process_name", 0, name=f"rank {rank} on {host}")
+    yield name("process_sort_index", 0, sort_index=rank)
+    more = [_MORE + lane for lane in range(1, lanes_more + 1)]
+    order = [COMPUTING, SENDING, *more, WAITING]
+    titles = ["computing", "sending", *(["sending"] * lanes_more), "waiting"]
+    for place, (tid, title) in enumerate(zip(order, titles, strict=True)):
+        yield name("thread_name", tid, name=title)
+        yield name("thread_sort_index", tid, sort_index=place)
+
+
+def _slices(trace: Trace, rank: int) -> Iterator[Event]:
+    for start, end, block in trace.computed[rank]:
+        yield _slice(f"compute with {block.name}", (rank, COMPUTING), start, end, block)
+    for start, end, block in trace.waited[rank]:
+        yield _slice(f"wait for {block}", (rank, WAITING), start, end, block)
+
+
+def _sending(trip: Trip, tid: int) -> Event:
+    more = {"bytes": trip.nbytes, "to": trip.dest}
+    name = f"send {trip.block.name}"
+    return _slice(name, (trip.source, tid), trip.posted, trip.gone, trip.block, **more)
+
+
+def _slice(
+    name: str, where: tuple[int, int], start: float, end: float, block: Block, **more: Any
+) -> Event:
+    pid, tid = where
+    args = {"hop": block.hop, "owner": block.whose, "from": block.source, **more}
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": "attention",
+        "pid": pid,
+        "tid": tid,
+        "ts": _us(start),
+        "dur": (_ns(end) - _ns(start)) / 1000,
+        "args": {key: value for key, value in args.items() if value is not None},
+    }
+
+
+def _arrows(trace: Trace, threads: dict[int, int]) -> Iterator[Event]:
+    """Yield the arrows: one flow for every block that goes round, one for any other message."""
+    flows: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for n, trip in enumerate(trace.trips):
+        if trip.taken and trip.nbytes:
+            ends = () if trip.block.hop else (trip.source, trip.dest)
+            flows[trip.block.kind, trip.block.owner, trip.turn, *ends].append(n)
+    numbers = count(1)
+    for places in flows.values():
+        number = next(numbers)
+        points: list[tuple[int, int, float]] = []
+        for n in sorted(places, key=lambda n: trace.trips[n].block.hop):
+            trip = trace.trips[n]
+            assert trip.taken is not None
+            points.append((trip.source, threads[n], _us(trip.posted)))
+            # A nanosecond before the wait's end, where it is still open; never before it began.
+            last = max(_ns(trip.taken.start), _ns(trip.taken.end) - 1) / 1000
+            points.append((trip.dest, WAITING, last))
+        block = trace.trips[places[0]].block
+        for place, (pid, tid, ts) in enumerate(points):
+            phase = "s" if place == 0 else "f" if place == len(points) - 1 else "t"
+            event = {"ph": phase, "name": block.name, "cat": "block", "id": number}
+            bound = {"bp": "e"} if phase == "f" else {}
+            yield {**event, **bound, "pid": pid, "tid": tid, "ts": ts}
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _us(seconds: float) -> float:
+    return _ns(seconds) / 1000

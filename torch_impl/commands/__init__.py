@@ -1,0 +1,1 @@
+"""The commands of ``torchrun -m lvxattn.torch_impl``."""

@@ -1,0 +1,179 @@
+"""What a run goes on from, after it was cut off: `torch.distributed.checkpoint` in three folders.
+
+    checkpoint.new     being written, by all ranks     then, by rank 0, two renames:
+    checkpoint         the last one that is whole      checkpoint -> checkpoint.old
+    checkpoint.old     the one before                  checkpoint.new -> checkpoint
+
+A kill at any time leaves a whole one: `checkpoint`, or between the two renames `checkpoint.old`.
+Every rank has the same weights; they are written once, and read by any number of ranks.  No state
+of a random generator is kept: what is drawn follows from seed and step, and nothing else is random.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as read_state
+from torch.distributed.checkpoint.state_dict_saver import save as write_state
+
+from lvxattn.cli import InputError
+from lvxattn.common.validation import raise_together
+from lvxattn.torch_impl.commands.train.curve import Curve
+from lvxattn.torch_impl.commands.train.options import Settings
+from lvxattn.torch_impl.group import Group
+
+_NAME = "checkpoint"
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    curve: Curve,
+    settings: Settings,
+    group: Group,
+) -> None:
+    """Write a checkpoint, and forget the one before when it is whole.
+
+    Collective: every rank of the group calls this.
+
+    Raises
+    ------
+    InputError
+        It cannot be written; on every rank alike.  The one before is still there.
+    RuntimeError
+        The ranks have come to have different weights.
+    """
+    _check_equal(model, group)
+    new, last, old = (folder / f"{_NAME}{end}" for end in (".new", "", ".old"))
+    state = {
+        **_state(model, optimizer),
+        "run": json.dumps({"settings": asdict(settings), "curve": curve.rows}),
+    }
+    _on_rank_0(group, folder, lambda: shutil.rmtree(new, ignore_errors=True))
+    with _plainly("write", new):
+        write_state(
+            state, checkpoint_id=new, process_group=group.group, no_dist=group.group is None
+        )
+
+    def swap() -> None:
+        if last.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(last, old)
+        os.rename(new, last)
+        shutil.rmtree(old, ignore_errors=True)
+
+    _on_rank_0(group, folder, swap)
+
+
+def load(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    group: Group,
+) -> Curve:
+    """Read the last whole checkpoint into model and optimizer.
+
+    Collective: every rank of the group calls this; it may be another number of ranks than wrote it.
+
+    Returns
+    -------
+    Curve
+        What was trained so far.
+
+    Raises
+    ------
+    InputError
+        There is none, it is damaged, or it is of a run with other settings; on every rank alike.
+    """
+    source = group.allgather(_last(folder))[0]
+    if source is None:
+        raise InputError(f"--resume: no checkpoint in {folder}")
+    told: dict[str, Any] = {"run": ""}
+    with _plainly("read", source):
+        _read(told, source, group)
+    run = json.loads(told["run"])
+    difference = settings.difference(run["settings"])
+    if difference:
+        raise InputError(f"--resume: the run in {folder} has {difference}")
+    state: dict[str, Any] = _state(model, optimizer)
+    with _plainly("read", source):
+        _read(state, source, group)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+    return Curve(run["curve"])
+
+
+def _last(folder: Path) -> Path | None:
+    """Return the last checkpoint that is whole, if any."""
+    for name in (_NAME, f"{_NAME}.old"):
+        if (folder / name / ".metadata").exists():
+            return folder / name
+    return None
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return weights and moments, by the names of the parameters."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments}
+
+
+def _read(state: dict[str, Any], source: Path, group: Group) -> None:
+    read_state(state, checkpoint_id=source, process_group=group.group, no_dist=group.group is None)
+
+
+@contextmanager
+def _plainly(verb: str, path: Path) -> Iterator[None]:
+    """Turn what goes wrong on any rank into one line, and keep PyTorch's advice to itself."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointException as error:  # raised on all ranks, with what happened on each
+        (rank, (problem, _)), *_ = error.failures.items()
+        raise InputError(f"cannot {verb} {path}: {_line(problem)} (on rank {rank})") from None
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as problem:
+        raise InputError(f"cannot {verb} {path}: {_line(problem)}") from None
+
+
+def _line(problem: BaseException) -> str:
+    lines = str(problem).splitlines()
+    return f"{type(problem).__name__}: {lines[0] if lines else 'no further word'}"
+
+
+def _on_rank_0(group: Group, folder: Path, act: Any) -> None:
+    """Do something to files once; if that fails, raise on all ranks."""
+    error = None
+    if group.rank == 0:
+        try:
+            act()
+        except OSError as problem:
+            error = InputError(f"cannot write {folder}: {problem.strerror or problem}")
+    raise_together(error, group)
+
+
+def _check_equal(model: nn.Module, group: Group) -> None:
+    """See that all ranks have the same weights, to the bit."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    by_rank = group.allgather(digest.hexdigest())
+    for rank, other in enumerate(by_rank):
+        if other != by_rank[0]:
+            raise RuntimeError(f"rank {rank} has come to have other weights than rank 0")
