@@ -1,8 +1,8 @@
 """Links to files of the repository lead to pages of the site that show them.
 
-README, notebooks and the pages in docs/ name files as they lie in the repository, so that links work
-where it is hosted.  On the site such a link leads to the page that is made of the file, if there is one, or
-else to a page that shows its text.
+README, notebooks and the pages in docs/ name files as they lie in the repository, so that links
+work where it is hosted.  On the site such a link leads to the page that is made of the file, if
+there is one, or else to a page that shows its text.
 """
 
 from collections.abc import Iterator

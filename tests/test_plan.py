@@ -331,7 +331,7 @@ class TestCommand:
         root = Path(__file__).parents[1]
         page, readme = ((root / name).read_text() for name in ("docs/commands.md", "README.md"))
         (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", page, re.DOTALL)
-        (part,) = re.findall(r"\$ python -m lvxattn.reference.plan .*?\n(.*?)```", readme, re.DOTALL)
+        (part,) = re.findall(r"\$ python -m lvxattn.reference.plan .*\n([^`]*)", readme)
         line = "--model llama3v --frames 1200 --text-tokens 2048 --machine a100-16"
         assert main(line.split()) == 0
         said = capsys.readouterr().out

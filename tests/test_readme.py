@@ -60,7 +60,7 @@ class Rotation:
         self.comm, self.tag = comm, tag
 
     def send(self, *arrays: np.ndarray) -> None:
-        self.comm.send(arrays, (self.comm.rank + 1) % self.comm.size, self.tag)
+        self.comm.send(list(arrays), (self.comm.rank + 1) % self.comm.size, self.tag)
 
     def receive(self) -> Any:
         block = self.comm.recv((self.comm.rank - 1) % self.comm.size, self.tag)

@@ -569,8 +569,9 @@ Image(picture, alt="What four ranks did when, and an arrow for every block")
 # [reference/plan/choose.py](../reference/plan/choose.py),
 # [reference/plan/measure.py](../reference/plan/measure.py),
 # [reference/plan/trace_file.py](../reference/plan/trace_file.py),
-# [mpi_impl/watchdog.py](../mpi_impl/watchdog.py). Every option is in
-# [docs/commands.md](../docs/commands.md), every variable in [docs/clusters.md](../docs/clusters.md).
+# [mpi_impl/watchdog.py](../mpi_impl/watchdog.py). All options are in
+# [docs/commands.md](../docs/commands.md), all variables in
+# [docs/clusters.md](../docs/clusters.md).
 #
 # This is the last notebook; [notebook 1](01_merging_softmax.ipynb) is about the merge on which all
 # of it rests.
