@@ -33,7 +33,7 @@ from machine import describe
 from netlab.lab import Lab, LabError, address, bits_per_second, find_mpiexec
 from torch import Tensor
 
-from lvxattn.torch_impl import Layout, Meter
+from lvxattn.torch_impl import Layout
 from lvxattn.torch_impl.collectives import reduce_scatter
 from lvxattn.torch_impl.exchange import Exchange
 from lvxattn.torch_impl.group import Group
@@ -111,7 +111,7 @@ def measure(S_Q: int, rounds: int, seconds: float) -> Results:
     s_q = len(range(S_Q)[group.rank :: group.size])
     q = torch.empty((1, H, s_q, D))
     layout = Layout.agree(q, q[:, :, :0], q[:, :, :0], group, schedule="gather")
-    exchange = Exchange(group, layout, Meter(), q.device)
+    exchange = Exchange(group, layout, q)
     out, lse = torch.randn((1, H, S_Q, D)), torch.randn((1, H, S_Q))
     check(exchange, out, lse)
     turns: dict[str, list[float]] = {name: [] for name in WAYS}

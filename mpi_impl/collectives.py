@@ -17,15 +17,16 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.buffers import buffer
-from lvxattn.mpi_impl.exchange import Exchange, Field, Fields, cut, nbytes
-from lvxattn.mpi_impl.rows import Rows, operator
-from lvxattn.mpi_impl.transfers import Transfer, Transfers
-from lvxattn.mpi_impl.watchdog import Pending, wait
 from lvxattn.reference.layout import share
 from lvxattn.reference.meter import Block
 
-Array = Any
+from .buffers import buffer
+from .exchange import Exchange, Field, Fields, cut, nbytes
+from .merge import Array
+from .rows import Rows, operator
+from .transfers import Transfer, Transfers
+from .watchdog import Pending, wait
+
 Join = Callable[..., tuple[Array, ...]]
 
 _TRADES = 7004  # a tag; 7003 is a command's
@@ -46,7 +47,7 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
 
     def block(owner: int) -> list[Field]:
         rows = layout.s_q[owner]
-        return [((*x.shape[:2], rows, *x.shape[3:]), x.dtype) for x in arrays]
+        return [Field((*x.shape[:2], rows, *x.shape[3:]), x.dtype) for x in arrays]
 
     what = "all ranks' rows to be gathered"
     blocks = all_to_all(exchange, [list(arrays)] * layout.size, block, what)
@@ -64,7 +65,7 @@ def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Arra
     join : callable
         ``join(*a, *b)``: associative and commutative.
     *arrays : (B, H, S_Q, ...), of one dtype
-        What this rank has to say to all queries.
+        This rank's results for all queries.
     """
     layout = exchange.layout
     bounds = list(accumulate(layout.s_q, initial=0))
@@ -99,7 +100,7 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     join : callable
         ``join(*a, *b)``: associative and commutative.
     *arrays : (B, H, S_Q, ...), of one dtype
-        What this rank has to say to all queries.
+        This rank's results for all queries.
     """
     layout = exchange.layout
     S_Q, what = arrays[0].shape[2], partial(Block, "all ranks' results to be joined")
@@ -141,7 +142,7 @@ def all_to_all(
         What is waited for.
     """
     layout, xp = exchange.layout, exchange.xp
-    going = [[(x.shape, x.dtype) for x in part] for part in parts]
+    going = [[Field(x.shape, x.dtype) for x in part] for part in parts]
     coming = [fields(source) for source in range(layout.size)]
     going[layout.rank] = coming[layout.rank] = []  # what I give to myself stays where it is
     out, into = _Room(xp, going), _Room(xp, coming)
@@ -200,4 +201,5 @@ class _Room:
 
 
 def _wait(exchange: Exchange, transfer: Pending, what: Callable[[], Block]) -> None:
-    exchange.meter.waits(wait, what)(transfer, exchange.watchdog, what)
+    with exchange.meter.waits(what):
+        wait(transfer, exchange.watchdog, what)

@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from lvxattn.mpi_impl.block_attention import delta_of
 from lvxattn.mpi_impl.device import check_arrays, computing
+from lvxattn.mpi_impl.exchange import Exchange
 from lvxattn.mpi_impl.gather import gather, gather_backward
 from lvxattn.mpi_impl.last_words import named
 from lvxattn.mpi_impl.lv_xattn import lv_xattn, lv_xattn_backward
@@ -115,7 +116,9 @@ def cross_attention(
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
     with named(comm), computing(q):
-        out, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+        exchange = Exchange(comm, layout, q, mask, meter)
+        out, top, total = forward(q, k, v, exchange)
+        exchange.finish()
         return out.astype(q.dtype, copy=False), lse_of(top, total)
 
 
@@ -184,10 +187,14 @@ def cross_attention_backward(
         with watching(comm, "all ranks to look at lse"):
             lost = any(comm.allgather(_too_large(lse)))
         if lost:
-            _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+            exchange = Exchange(comm, layout, q, mask, meter)
+            _, top, total = forward(q, k, v, exchange)
+            exchange.finish()
             low = remainder_of(lse, top, total)
         dout, delta = delta_of(dout, out, lse, low, dlse)
-        gradients = backward_pass(dout, q, k, v, lse, delta, comm, layout, mask=mask, meter=meter)
+        exchange = Exchange(comm, layout, q, mask, meter)
+        gradients = backward_pass(dout, q, k, v, lse, delta, exchange)
+        exchange.finish()
         dq, dk, dv = (x.astype(q.dtype, copy=False) for x in gradients)
         return dq, dk, dv
 

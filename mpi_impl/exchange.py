@@ -9,81 +9,101 @@ and both requests progress while the rank computes.  On a device a request is ma
 copies are done with its buffer (`buffers`), whenever the rank waits or lets MPI work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
+import numpy as np
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.buffers import buffer
-from lvxattn.mpi_impl.transfers import Transfer, Waited
-from lvxattn.mpi_impl.watchdog import Watchdog, wait
 from lvxattn.reference.layout import Layout
-from lvxattn.reference.meter import KINDS, Block, Meter
+from lvxattn.reference.masks import MaskView
+from lvxattn.reference.meter import Block, Meter
+from lvxattn.reference.wire import VISITORS, Kind
 
-Array = Any
-Result = TypeVar("Result")
-# Shape and dtype of one array of a block, and those of a block by its owner.
-Field = tuple[tuple[int, ...], Any]
+from .buffers import buffer
+from .device import array_module
+from .merge import Array
+from .transfers import Transfer, Waited
+from .watchdog import Watchdog, wait
+
+
+class Field(NamedTuple):
+    """Shape and dtype of one array of a block."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+# Those of a block by its owner.
 Fields = Callable[[int], list[Field]]
-
-# One tag for each kind of block: two rotations are under way at once.
-BLOCKS, RESULTS = 7001, 7002
 
 
 class Exchange:
-    """One rank's traffic in one pass.
+    """One rank's traffic and work in one pass: made by the front door, given to a schedule.
 
     Parameters
     ----------
     comm : MPI.Intracomm
     layout : Layout
-    meter : Meter
+    q : array
+        Tells the library, the device and the dtype.
+    mask : None, array or callable
+        This rank's.
+    meter : Meter, optional
         Counts what this rank sends.
-    xp : module
-        numpy or cupy.
     """
 
-    def __init__(self, comm: MPI.Intracomm, layout: Layout, meter: Meter, xp: Any) -> None:
-        self.comm, self.layout, self.meter, self.xp = comm, layout, meter, xp
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        layout: Layout,
+        q: Array,
+        mask: Any = None,
+        meter: Meter | None = None,
+    ) -> None:
+        self.comm, self.layout, self.mask, self.meter = comm, layout, mask, meter or Meter()
+        self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
+        self.xp, self.dtype, self.wide = array_module(q), q.dtype, np.dtype(layout.accumulator)
         self.rotations: list[Rotation] = []
         self.watchdog = Watchdog.armed(comm)
 
-    def rotation(self, tag: int, fields: Fields, hop: int = 0) -> "Rotation":
-        """Return the rotation of one kind of block.
-
-        Parameters
-        ----------
-        tag : int
-        fields : callable
-            The shapes and dtypes of a block, by its owner: MPI must know how much will come.
-        hop : int
-            At which hop the first shift happens.
-        """
-        rotation = Rotation(self, tag, fields, hop)
+    def rotation(self, kind: Kind, start: int = 0) -> "Rotation":
+        """Return the rotation of one kind of block, which begins at hop `start`."""
+        rotation = Rotation(self, kind, start)
         self.rotations.append(rotation)
         return rotation
 
-    def computes(self, fn: Callable[..., Result], kind: str = "") -> Callable[..., Result]:
-        """Return `fn` with a hop as an argument before its own, for the meter.
+    def view(self, hop: int = 0) -> MaskView:
+        """Return my keys' mask over the queries that are here at a hop."""
+        return self.layout.view(self.mask, self.layout.owner(hop), self.rank)
 
-        `kind` is what it works on, where that does not go round.
-        """
-        kind = kind or KINDS[self.layout.schedule][0]
+    def view_of_all(self) -> MaskView:
+        """Return my keys' mask over all ranks' queries."""
+        return self.layout.view(self.mask, 0, self.rank)
 
-        def block(hop: int) -> Block:
-            return Block(kind, self.layout.owner(hop), hop)
+    def split_home(self, *arrays: Array) -> tuple[list[Any], list[Any]]:
+        """Cut arrays over my keys, and their mask, in two: to work on first, and last."""
+        cut, mask = self.layout.home_cut, self.view()
+        first, last = ([x[:, :, keys] for x in arrays] for keys in (np.s_[:cut], np.s_[cut:]))
+        return [*first, mask], [*last, mask.from_key(cut)]
 
-        timed = self.meter.computes(fn, block)
+    def accumulators(self, *arrays: Array, once: bool = False) -> list[Array]:
+        """Return zeros to which gradients of these arrays are added, `once` or at every hop."""
+        once = once or self.P == 1  # then nothing is lost by the arrays' own dtype
+        return [self.xp.zeros(x.shape, x.dtype if once else self.wide) for x in arrays]
 
-        def computing(hop: int, *args: Any, **kwargs: Any) -> Result:
-            try:
-                return timed(hop, *args, **kwargs)
-            except MemoryError as error:
-                error.add_note(f"it was asked for to compute with {block(hop)}")
-                raise
-
-        return computing
+    @contextmanager
+    def computing(self, hop: int = 0, what: str = "") -> Iterator[None]:
+        """Measure work on the block that is here at a hop, or on `what`."""
+        block = Block(what or VISITORS[self.layout.schedule], self.layout.owner(hop), hop)
+        try:
+            with self.meter.computes(lambda: block):
+                yield
+        except MemoryError as error:
+            error.add_note(f"while computing with {block}")
+            raise
 
     def progress(self) -> None:
         """Let MPI move what is under way; without such calls large messages stand still."""
@@ -113,9 +133,8 @@ class Rotation:
         The size of the largest block.
     """
 
-    def __init__(self, exchange: Exchange, tag: int, fields: Fields, hop: int) -> None:
-        self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
-        self.kind = KINDS[exchange.layout.schedule][tag == RESULTS]
+    def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
+        self.exchange, self.kind, self.hop = exchange, kind, hop
         self.nbytes = max(self._nbytes(owner) for owner in range(exchange.layout.size))
         # In hand, and to be received into; a rank that is alone needs neither, nor asks MPI what
         # memory it takes.
@@ -124,7 +143,7 @@ class Rotation:
             self.buffers = [buffer(exchange.xp, self.nbytes) for _ in range(count)]
         except Exception as error:
             largest = max(range(exchange.layout.size), key=self._nbytes)
-            error.add_note(f"it was to hold {self.kind.format(largest)}, the largest block")
+            error.add_note(f"for {kind.name.format(largest)}, the largest block")
             raise
         self.sending, self.receiving = Transfer.nothing(), Transfer.nothing()
 
@@ -133,20 +152,23 @@ class Rotation:
         """What is under way."""
         return self.sending.request, self.receiving.request
 
-    def shift(self, *arrays: Array) -> None:
-        """Send a block to the right and start to receive the next one from the left.
+    def send(self, *arrays: Array) -> None:
+        """Send arrays to the right, and begin to receive the next block from the left."""
+        if self.exchange.P > 1:
+            for view, x in zip(self._views(), arrays, strict=True):
+                view[...] = x  # in place: what was received there has been used
+            self.buffers[0].filled()
+            self.forward()
 
-        What is sent is `arrays` or, without them, the block that was received last.  The block that
-        was received before that one is overwritten from now on.
+    def forward(self) -> None:
+        """Send on the block that was received last, and begin to receive the next one.
+
+        The block that was received before it is overwritten from now on.
         """
         comm, layout, meter = self.exchange.comm, self.exchange.layout, self.exchange.meter
         in_hand, free = self.buffers
         mine = self._nbytes(layout.owner(self.hop))
         coming = self._nbytes(layout.owner(self.hop + 1))
-        if arrays:
-            for view, x in zip(self._views(), arrays, strict=True):
-                view[...] = x  # in place: what was received there has been used
-            in_hand.filled()
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
         self.hop += 1
@@ -154,17 +176,17 @@ class Rotation:
         room, empty = free.receivable(coming)
         block, whole = in_hand.sendable(mine)
         self.receiving = Transfer(
-            lambda: comm.Irecv([room, MPI.BYTE], layout.left, self.tag), empty
+            lambda: comm.Irecv([room, MPI.BYTE], layout.left, self.kind.tag), empty
         )
         self.sending = Transfer(
-            lambda: comm.Isend([block, MPI.BYTE], layout.right, self.tag), whole
+            lambda: comm.Isend([block, MPI.BYTE], layout.right, self.kind.tag), whole
         )
         self.buffers = [free, in_hand]
 
-    def wait(self) -> list[Array]:
-        """Wait for the block that `shift` asked for, and return its arrays.
+    def receive(self) -> list[Array]:
+        """Wait for the next block, and return its arrays.
 
-        They are views of a buffer, good until the next but one call of `shift`.
+        They are views of a buffer, good until the next but one block is sent.
         """
         self._wait_for(self.receiving, self._awaited)
         self.buffers[0].deliver(self._nbytes(self.exchange.layout.owner(self.hop)))
@@ -176,21 +198,27 @@ class Rotation:
 
     def _wait_for(self, transfer: Transfer, what: Callable[[], Block]) -> None:
         waited = Waited(transfer, self.exchange.begin)
-        self.exchange.meter.waits(wait, what)(waited, self.exchange.watchdog, what)
+        with self.exchange.meter.waits(what):
+            wait(waited, self.exchange.watchdog, what)
 
     def _awaited(self) -> Block:
         layout = self.exchange.layout
-        return Block(self.kind, layout.owner(self.hop), self.hop, source=layout.left)
+        return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
 
     def _leaving(self) -> Block:
         layout = self.exchange.layout
-        return Block(self.kind, layout.owner(self.hop - 1), self.hop, dest=layout.right)
+        return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)
 
     def _views(self) -> list[Array]:
-        return cut(self.buffers[0].array, self.fields(self.exchange.layout.owner(self.hop)))
+        layout, dtype = self.exchange.layout, self.exchange.dtype
+        fields = self.kind.fields(layout, layout.owner(self.hop))
+        # NumPy knows bfloat16 by q alone.
+        like = [dtype if x.dtype == layout.dtype else np.dtype(x.dtype) for x in fields]
+        cuts = [Field(x.shape, kind) for x, kind in zip(fields, like, strict=True)]
+        return cut(self.buffers[0].array, cuts)
 
     def _nbytes(self, owner: int) -> int:
-        return nbytes(self.fields(owner))
+        return self.kind.nbytes(self.exchange.layout, owner)
 
 
 def cut(array: Array, fields: list[Field]) -> list[Array]:

@@ -15,83 +15,58 @@ Backward.  q, dout, lse and delta are gathered; dq is reduced by plain sums; dk 
 Source: the reduction is that of arXiv:2408.04093, scattered; pass-Q of arXiv:2411.01783.
 """
 
-from functools import partial
-from typing import Any
+from .block_attention import block_attention_backward, partial_attention
+from .collectives import added, all_gather, reduce_scatter
+from .exchange import Exchange
+from .merge import Array, merge_partials
 
-from mpi4py import MPI
-
-from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.mpi_impl.collectives import added, all_gather, reduce_scatter
-from lvxattn.mpi_impl.device import array_module
-from lvxattn.mpi_impl.exchange import Exchange
-from lvxattn.mpi_impl.merge import merge_partials
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-
-Array = Any  # NumPy or CuPy
+WHAT = "all ranks' queries"
 
 
 def gather(
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    comm: MPI.Intracomm,
-    layout: Layout,
-    *,
-    mask: Array | MaskRule | None = None,
-    meter: Meter | None = None,
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
 ) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
-    against the layout; the result is a partial one, over all keys: out, top and total.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    exchange = Exchange(comm, layout, meter, array_module(q))
-    attend = exchange.computes(partial(partial_attention, scale=layout.scale), "all ranks' queries")
-
     # 1. Give my queries to all ranks, and take theirs.
     (q_all,) = all_gather(exchange, q)
-    # 2. What my keys have to say to all queries.
-    part = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
-    # 3. Every result goes home, and is merged there with what the other ranks' keys had to say.
+    # 2. Attend from all queries to my keys.
+    with exchange.computing(what=WHAT):
+        part = partial_attention(
+            q_all,
+            k_shard,
+            v_shard,
+            scale=exchange.scale,
+            mask=exchange.view_of_all(),
+            progress=exchange.progress,
+        )
+    # 3. Every result goes home, and is merged there with those of the other ranks' keys.
     out, top, total = reduce_scatter(exchange, merge_partials, *part)
     return out, top, total
 
 
 def gather_backward(
-    dout: Array,
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    lse: Array,
-    delta: Array,
-    comm: MPI.Intracomm,
-    layout: Layout,
-    *,
-    mask: Array | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Array, Array, Array]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `gather`.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
-    (`delta_of`); sums are in the accumulator dtype.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    xp = array_module(q)
-    exchange = Exchange(comm, layout, meter, xp)
-    attend = exchange.computes(
-        partial(block_attention_backward, scale=layout.scale), "all ranks' queries"
-    )
-    dk, dv = (xp.zeros(x.shape, x.dtype) for x in (k_shard, v_shard))  # added to once
+    dk, dv = exchange.accumulators(k_shard, v_shard, once=True)
 
     # 1. Give my block to all ranks, and take theirs.
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
-    # 2. What my keys have to say to all queries; dk and dv stay here.
-    view = layout.view(mask, 0, layout.rank)
-    dq = attend(0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, dk, dv, mask=view)
-    # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
+    # 2. Differentiate all queries' attention to my keys; dk and dv stay here.
+    with exchange.computing(what=WHAT):
+        dq = block_attention_backward(
+            dout_all, q_all, k_shard, v_shard, lse_all, delta_all, dk, dv,
+            scale=exchange.scale, mask=exchange.view_of_all(), progress=exchange.progress,
+        )  # fmt: skip
+    # 3. Every gradient goes home, and is added there to those of the other ranks' keys.
     (dq,) = reduce_scatter(exchange, added, dq)
     return dq, dk, dv

@@ -1,7 +1,7 @@
 r"""LV-XAttn: keys and values stay, the short query blocks go round the ring.
 
-Forward.  A rank attends from every visiting block to its own keys; what has been computed for a
-block follows it one hop behind, is merged on the way and ends at home.  Rank r, P = 4:
+Forward.  A rank attends from every visiting block to its own keys; its partial
+result follows it one hop behind, is merged on the way and ends at home.  Rank r, P = 4:
 
     hop        0 (home)      1           2           3           home again
     q block    r, 1st part   r-1         r-2         r-3         r, 2nd part
@@ -21,154 +21,100 @@ are.
 Source: arXiv:2502.02406, algorithm 1; hops and the cut are this project's.
 """
 
-from functools import partial
-from typing import Any
+from lvxattn.reference.wire import PARTIALS, QUERIES, QUERY_BLOCKS, QUERY_GRADIENTS
 
-import numpy as np
-from mpi4py import MPI
-
-from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.mpi_impl.device import array_module
-from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange, Field
-from lvxattn.mpi_impl.merge import merge_partials
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-
-Array = Any  # NumPy or CuPy
+from .block_attention import block_attention_backward, partial_attention
+from .exchange import Exchange
+from .merge import Array, merge_partials
 
 
 def lv_xattn(
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    comm: MPI.Intracomm,
-    layout: Layout,
-    *,
-    mask: Array | MaskRule | None = None,
-    meter: Meter | None = None,
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
 ) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
-    against the layout; the result is a partial one, over all keys: out, top and total.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    xp, wide = array_module(q), np.dtype(layout.accumulator)
-    exchange = Exchange(comm, layout, meter, xp)
+    queries, partials = exchange.rotation(QUERIES), exchange.rotation(PARTIALS, start=1)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    P, scale, progress = exchange.P, exchange.scale, exchange.progress
 
-    def block(owner: int) -> list[Field]:
-        return [((layout.B, layout.H, layout.s_q[owner], layout.D), q.dtype)]
-
-    def result(owner: int) -> list[Field]:
-        rows = layout.B, layout.H, layout.s_q[owner]
-        return [((*rows, layout.D_V), wide), (rows, wide), (rows, wide)]
-
-    queries, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
-    attend = exchange.computes(
-        partial(partial_attention, scale=layout.scale, progress=exchange.progress)
-    )
-    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut
-
-    # 1. Send my queries on; the first part of my own block's work hides their way.
-    if P > 1:
-        queries.shift(q)
-    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    # 1. Send my queries on; the first part of my own work hides their way.
+    queries.send(q)
+    with exchange.computing(hop=0):
+        mine = partial_attention(q, k1, v1, scale=scale, mask=mask1, progress=progress)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        (q_block,) = queries.wait()
+        (q_block,) = queries.receive()
         if hop < P - 1:
-            queries.shift()
-        # 3. What my keys have to say to it.
-        view = layout.view(mask, layout.owner(hop), layout.rank)
-        part = attend(hop, q_block, k_shard, v_shard, mask=view)
-        # 4. Merge that with what the ranks before me have said, and send it after the block.
+            queries.forward()
+        # 3. Attend from the visiting queries to my keys.
+        with exchange.computing(hop):
+            part = partial_attention(
+                q_block, k_shard, v_shard, scale=scale, mask=exchange.view(hop), progress=progress
+            )
+        # 4. Merge with what the ranks before me found, and send it after the block.
         if hop > 1:
-            part = merge_partials(*part, *results.wait())
-        results.shift(*part)
+            part = merge_partials(*part, *partials.receive())
+        partials.send(*part)
 
     if P > 1:
-        # 5. The rest of my own block's work hides the way home of its result.
-        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        # 5. The rest of my own work hides the way home of its result.
+        with exchange.computing(hop=0):
+            rest = partial_attention(q, k2, v2, scale=scale, mask=mask2, progress=progress)
         mine = merge_partials(*mine, *rest)
-        # 6. What all the others have said to my queries.
-        mine = merge_partials(*mine, *results.wait())
-    exchange.finish()
+        # 6. Merge with what all the others found for my queries.
+        mine = merge_partials(*mine, *partials.receive())
     return mine
 
 
 def lv_xattn_backward(
-    dout: Array,
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    lse: Array,
-    delta: Array,
-    comm: MPI.Intracomm,
-    layout: Layout,
-    *,
-    mask: Array | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Array, Array, Array]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `lv_xattn`.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
-    (`delta_of`); sums are in the accumulator dtype.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    xp, wide = array_module(q), np.dtype(layout.accumulator)
-    exchange = Exchange(comm, layout, meter, xp)
-
-    def block(owner: int) -> list[Field]:
-        rows = layout.B, layout.H, layout.s_q[owner]
-        tall: list[Field] = [((*rows, layout.D), q.dtype), ((*rows, layout.D_V), q.dtype)]
-        return [*tall, (rows, wide), (rows, wide)]
-
-    def result(owner: int) -> list[Field]:
-        return [((layout.B, layout.H, layout.s_q[owner], layout.D), wide)]
-
-    blocks, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
-    attend = exchange.computes(
-        partial(block_attention_backward, scale=layout.scale, progress=exchange.progress)
+    blocks, gradients = exchange.rotation(QUERY_BLOCKS), exchange.rotation(QUERY_GRADIENTS, start=1)
+    dk, dv = exchange.accumulators(k_shard, v_shard)
+    (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_home(
+        k_shard, v_shard, dk, dv
     )
-    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut
-    sums = k_shard.dtype if P == 1 else wide  # alone, nothing else is added to dk and dv
-    dk, dv = xp.zeros(k_shard.shape, sums), xp.zeros(v_shard.shape, sums)
-    first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
+    P, scale, progress = exchange.P, exchange.scale, exchange.progress
 
-    # 1. Send my block on; the first part of my own block's work hides its way.
-    if P > 1:
-        blocks.shift(q, dout, lse, delta)
-    dq = attend(
-        0, dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
-    )
+    # 1. Send my block on; the first part of my own work hides its way.
+    blocks.send(q, dout, lse, delta)
+    with exchange.computing(hop=0):
+        dq = block_attention_backward(
+            dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1, progress=progress
+        )
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        q_block, dout_block, lse_block, delta_block = blocks.wait()
+        q_block, dout_block, lse_block, delta_block = blocks.receive()
         if hop < P - 1:
-            blocks.shift()
-        # 3. What my keys have to say to it; dk and dv stay here and are added to in place.
-        view = layout.view(mask, layout.owner(hop), layout.rank)
-        part = attend(
-            hop, dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv, mask=view
-        )
-        # 4. Add that to what the ranks before me have said, and send it after the block.
+            blocks.forward()
+        # 3. Differentiate the visitor's attention to my keys; dk and dv are added to in place.
+        with exchange.computing(hop):
+            part = block_attention_backward(
+                dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv,
+                scale=scale, mask=exchange.view(hop), progress=progress,
+            )  # fmt: skip
+        # 4. Add to it what the ranks before me found, and send it after the block.
         if hop > 1:
-            part += results.wait()[0]
-        results.shift(part)
+            part += gradients.receive()[0]
+        gradients.send(part)
 
     if P > 1:
-        # 5. The rest of my own block's work hides the way home of its gradient.
-        dq += attend(
-            0, dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
-            mask=home.from_key(cut),
-        )  # fmt: skip
-        # 6. What all the others have said to my queries.
-        dq += results.wait()[0]
-    exchange.finish()
+        # 5. The rest of my own work hides the way home of its gradient.
+        with exchange.computing(hop=0):
+            dq += block_attention_backward(
+                dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2, progress=progress
+            )
+        # 6. Add what all the others found for my queries.
+        dq += gradients.receive()[0]
     return dq, dk, dv

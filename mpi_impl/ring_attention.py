@@ -18,160 +18,120 @@ keys of every rank.
 Source: arXiv:2310.01889, algorithm 1.
 """
 
-from functools import partial
 from typing import Any
 
-import numpy as np
-from mpi4py import MPI
+from lvxattn.reference.masks import MaskView
+from lvxattn.reference.wire import KEY_GRADIENTS, KEYS_VALUES
 
-from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.mpi_impl.device import array_module
-from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange, Field
-from lvxattn.mpi_impl.merge import merge_partials
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-
-Array = Any  # NumPy or CuPy
+from .block_attention import block_attention_backward, partial_attention
+from .exchange import Exchange
+from .merge import Array, merge_partials
 
 
 def ring_attention(
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    comm: MPI.Intracomm,
-    layout: Layout,
-    *,
-    mask: Array | MaskRule | None = None,
-    meter: Meter | None = None,
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
 ) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
-    against the layout; the result is a partial one, over all keys: out, top and total.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    exchange = Exchange(comm, layout, meter, array_module(q))
-    blocks = exchange.rotation(BLOCKS, partial(block_fields, layout, q.dtype))
-    attend = exchange.computes(
-        partial(partial_attention, scale=layout.scale, progress=exchange.progress)
-    )
-    P, rank = layout.size, layout.rank
-    home, cut = layout.view(mask, rank, rank), layout.home_cut
+    blocks = exchange.rotation(KEYS_VALUES)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    P, scale, progress = exchange.P, exchange.scale, exchange.progress
 
-    # 1. Send my keys and values on; my own block's work hides their way.
-    if P > 1:
-        blocks.shift(k_shard, v_shard, *travelling(mask))
-    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    # 1. Send my keys and values on; my own work hides their way.
+    blocks.send(k_shard, v_shard, *travelling(exchange.mask))
+    with exchange.computing(hop=0):
+        mine = partial_attention(q, k1, v1, scale=scale, mask=mask1, progress=progress)
     if P > 1:
         # Cut as the backward cuts it: scores are then rounded in the same way.
-        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        with exchange.computing(hop=0):
+            rest = partial_attention(q, k2, v2, scale=scale, mask=mask2, progress=progress)
         mine = merge_partials(*mine, *rest)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        k_block, v_block, *mask_block = blocks.wait()
+        k_block, v_block, *mask_block = blocks.receive()
         if hop < P - 1:
-            blocks.shift()
-        # 3. What its keys have to say to my queries.
-        view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
-        part = attend(hop, q, k_block, v_block, mask=view)
-        # 4. Merge that with what the blocks before have said.
+            blocks.forward()
+        # 3. Attend from my queries to the visiting keys.
+        with exchange.computing(hop):
+            part = partial_attention(
+                q,
+                k_block,
+                v_block,
+                scale=scale,
+                mask=visiting(exchange, mask_block, hop),
+                progress=progress,
+            )
+        # 4. Merge with what the blocks before gave.
         mine = merge_partials(*mine, *part)
-    exchange.finish()
     return mine
 
 
 def ring_attention_backward(
-    dout: Array,
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    lse: Array,
-    delta: Array,
-    comm: MPI.Intracomm,
-    layout: Layout,
-    *,
-    mask: Array | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Array, Array, Array]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `ring_attention`.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
-    (`delta_of`); sums are in the accumulator dtype.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    xp, wide = array_module(q), np.dtype(layout.accumulator)
-    exchange = Exchange(comm, layout, meter, xp)
-
-    def result(owner: int) -> list[Field]:
-        keys = layout.B, layout.H_KV, layout.s_kv[owner]
-        return [((*keys, layout.D), wide), ((*keys, layout.D_V), wide)]
-
-    blocks = exchange.rotation(BLOCKS, partial(block_fields, layout, q.dtype))
-    results = exchange.rotation(RESULTS, result, hop=1)
-    attend = exchange.computes(
-        partial(block_attention_backward, scale=layout.scale, progress=exchange.progress)
+    blocks, gradients = exchange.rotation(KEYS_VALUES), exchange.rotation(KEY_GRADIENTS, start=1)
+    dk, dv = exchange.accumulators(k_shard, v_shard)
+    (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_home(
+        k_shard, v_shard, dk, dv
     )
-    P, rank = layout.size, layout.rank
-    home, cut = layout.view(mask, rank, rank), layout.home_cut
-    sums = k_shard.dtype if P == 1 else wide  # alone, nothing else is added to dk and dv
-    dk, dv = xp.zeros(k_shard.shape, sums), xp.zeros(v_shard.shape, sums)
-    first, last = np.s_[:, :, :cut], np.s_[:, :, cut:]
+    P, scale, progress = exchange.P, exchange.scale, exchange.progress
 
-    # 1. Send my keys and values on; the first part of my own block's work hides their way.
-    if P > 1:
-        blocks.shift(k_shard, v_shard, *travelling(mask))
-    dq = attend(
-        0, dout, q, k_shard[first], v_shard[first], lse, delta, dk[first], dv[first], mask=home
-    )
+    # 1. Send my keys and values on; the first part of my own work hides their way.
+    blocks.send(k_shard, v_shard, *travelling(exchange.mask))
+    with exchange.computing(hop=0):
+        dq = block_attention_backward(
+            dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1, progress=progress
+        )
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        k_block, v_block, *mask_block = blocks.wait()
+        k_block, v_block, *mask_block = blocks.receive()
         if hop < P - 1:
-            blocks.shift()
-        # 3. What its keys have to say to my queries, and they to its keys; dq stays here.
-        view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
-        dk_block, dv_block = xp.zeros(k_block.shape, wide), xp.zeros(v_block.shape, wide)
-        dq += attend(hop, dout, q, k_block, v_block, lse, delta, dk_block, dv_block, mask=view)
-        # 4. Add that to what the ranks before me have said, and send it after the block.
+            blocks.forward()
+        # 3. Differentiate my queries' attention to the visiting keys; dq is added to here.
+        dk_block, dv_block = exchange.accumulators(k_block, v_block)
+        with exchange.computing(hop):
+            dq += block_attention_backward(
+                dout, q, k_block, v_block, lse, delta, dk_block, dv_block,
+                scale=scale, mask=visiting(exchange, mask_block, hop), progress=progress,
+            )  # fmt: skip
+        # 4. Add to it what the ranks before me found, and send it after the block.
         if hop > 1:
-            dk_before, dv_before = results.wait()
+            dk_before, dv_before = gradients.receive()
             dk_block += dk_before
             dv_block += dv_before
-        results.shift(dk_block, dv_block)
+        gradients.send(dk_block, dv_block)
 
     if P > 1:
-        # 5. The rest of my own block's work hides the way home of its gradients.
-        dq += attend(
-            0, dout, q, k_shard[last], v_shard[last], lse, delta, dk[last], dv[last],
-            mask=home.from_key(cut),
-        )  # fmt: skip
-        # 6. What all the others have said to my keys.
-        dk_others, dv_others = results.wait()
+        # 5. The rest of my own work hides the way home of its gradients.
+        with exchange.computing(hop=0):
+            dq += block_attention_backward(
+                dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2, progress=progress
+            )
+        # 6. Add what all the others found for my keys.
+        dk_others, dv_others = gradients.receive()
         dk += dk_others
         dv += dv_others
-    exchange.finish()
     return dq, dk, dv
 
 
-def block_fields(layout: Layout, dtype: Any, owner: int) -> list[Field]:
-    """Return the shapes and dtypes of what travels: keys, values and an array mask over them."""
-    keys = layout.B, layout.H_KV, layout.s_kv[owner]
-    fields: list[Field] = [((*keys, layout.D), dtype), ((*keys, layout.D_V), dtype)]
-    mask = layout.masks[owner]
-    return fields if mask is None else [*fields, (mask[0], np.dtype(mask[1]))]
-
-
-def travelling(mask: Array | MaskRule | None) -> list[Array]:
+def travelling(mask: Any) -> list[Array]:
     """Return what of a mask travels with its keys: an array, nothing else."""
     return [] if mask is None or callable(mask) else [mask]
 
 
-def visiting(mask: Array | MaskRule | None, mask_block: list[Array]) -> Array | MaskRule | None:
-    """Return the mask of a visiting block: what came with it, or this rank's rule."""
-    if mask_block:
-        return mask_block[0]
-    return mask if callable(mask) else None
+def visiting(exchange: Exchange, mask_block: list[Array], hop: int) -> MaskView:
+    """Return the mask of the visiting keys over my queries: it came along, or is a rule."""
+    rule = exchange.mask if callable(exchange.mask) else None
+    mask = mask_block[0] if mask_block else rule
+    return exchange.layout.view(mask, exchange.rank, exchange.layout.owner(hop))

@@ -20,97 +20,68 @@ it is asked about the keys of every rank, and must be the same rule on all.
 Source: arXiv:2309.14509, section 3.
 """
 
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
-from lvxattn.mpi_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.mpi_impl.collectives import all_to_all
-from lvxattn.mpi_impl.device import array_module
-from lvxattn.mpi_impl.exchange import Exchange, Field
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskRule, MaskView
-from lvxattn.reference.meter import Meter
+from lvxattn.reference.masks import MaskView
 
-Array = Any  # NumPy or CuPy
+from .block_attention import block_attention_backward, partial_attention
+from .collectives import all_to_all
+from .exchange import Exchange, Field
+from .merge import Array
+
+WHAT = "this rank's heads of all queries"
 
 
 def ulysses(
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    comm: MPI.Intracomm,
-    layout: Layout,
-    *,
-    mask: Array | MaskRule | None = None,
-    meter: Meter | None = None,
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
 ) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
-    against the layout; the result is a partial one, over all keys: out, top and total.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    exchange = Exchange(comm, layout, meter, array_module(q))
-    attend = exchange.computes(
-        partial(partial_attention, scale=layout.scale), "this rank's heads of all queries"
-    )
-
+    s_q, s_kv = exchange.layout.s_q, exchange.layout.s_kv
     # 1. Trade: all lengths of my heads for all heads of my lengths.
-    (q_heads,) = to_heads(exchange, layout.s_q, q)
-    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
-    view = heads_view(exchange, mask)
-    # 2. My heads of all queries, over all keys.
-    part = attend(0, q_heads, k_heads, v_heads, mask=view)
+    (q_heads,) = to_heads(exchange, s_q, q)
+    k_heads, v_heads = to_heads(exchange, s_kv, k_shard, v_shard)
+    view = heads_view(exchange)
+    # 2. Attend from my heads of all queries to all keys.
+    with exchange.computing(what=WHAT):
+        part = partial_attention(
+            q_heads, k_heads, v_heads, scale=exchange.scale, mask=view, progress=exchange.progress
+        )
     # 3. Trade back.
-    out, top, total = to_lengths(exchange, layout.s_q, *part)
+    out, top, total = to_lengths(exchange, s_q, *part)
     return out, top, total
 
 
 def ulysses_backward(
-    dout: Array,
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    lse: Array,
-    delta: Array,
-    comm: MPI.Intracomm,
-    layout: Layout,
-    *,
-    mask: Array | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Array, Array, Array]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `ulysses`.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, checked against the layout, with delta in place of out and dlse
-    (`delta_of`); sums are in the accumulator dtype.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    xp, wide = array_module(q), np.dtype(layout.accumulator)
-    exchange = Exchange(comm, layout, meter, xp)
-    attend = exchange.computes(
-        partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
-    )
-
+    s_q, s_kv = exchange.layout.s_q, exchange.layout.s_kv
     # 1. Trade: all lengths of my heads for all heads of my lengths.
-    q_heads, dout_heads, lse_heads, delta_heads = to_heads(
-        exchange, layout.s_q, q, dout, lse, delta
-    )
-    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
-    view = heads_view(exchange, mask)
-    dk_heads, dv_heads = xp.zeros(k_heads.shape, wide), xp.zeros(v_heads.shape, wide)
-    # 2. My heads of all queries, over all keys.
-    dq_heads = attend(
-        0, dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads,
-        mask=view,
-    )  # fmt: skip
+    q_heads, dout_heads, lse_heads, delta_heads = to_heads(exchange, s_q, q, dout, lse, delta)
+    k_heads, v_heads = to_heads(exchange, s_kv, k_shard, v_shard)
+    view = heads_view(exchange)
+    # 2. Differentiate my heads' attention to all keys.
+    dk_heads, dv_heads = exchange.accumulators(k_heads, v_heads)
+    with exchange.computing(what=WHAT):
+        dq_heads = block_attention_backward(
+            dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads,
+            scale=exchange.scale, mask=view, progress=exchange.progress,
+        )  # fmt: skip
     # 3. Trade back.
-    (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
-    dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)
+    (dq,) = to_lengths(exchange, s_q, dq_heads)
+    dk, dv = to_lengths(exchange, s_kv, dk_heads, dv_heads)
     return dq, dk, dv
 
 
@@ -122,9 +93,8 @@ def to_heads(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> li
     xp, P = exchange.xp, len(lengths)
 
     def block(owner: int) -> list[Field]:
-        return [
-            ((x.shape[0], x.shape[1] // P, lengths[owner], *x.shape[3:]), x.dtype) for x in arrays
-        ]
+        rows = lengths[owner]
+        return [Field((x.shape[0], x.shape[1] // P, rows, *x.shape[3:]), x.dtype) for x in arrays]
 
     parts = zip(*(xp.split(x, P, axis=1) for x in arrays), strict=True)
     received = all_to_all(exchange, list(map(list, parts)), block, "all ranks' heads to be traded")
@@ -139,7 +109,7 @@ def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> 
     xp, mine = exchange.xp, lengths[exchange.layout.rank]
 
     def block(_: int) -> list[Field]:
-        return [((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in arrays]
+        return [Field((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in arrays]
 
     bounds = list(accumulate(lengths))[:-1]
     parts = zip(*(xp.split(x, bounds, axis=2) for x in arrays), strict=True)
@@ -149,9 +119,9 @@ def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> 
     return [xp.concatenate(blocks, axis=1) for blocks in zip(*received, strict=True)]
 
 
-def heads_view(exchange: Exchange, mask: Array | MaskRule | None) -> MaskView:
+def heads_view(exchange: Exchange) -> MaskView:
     """Return the mask of all ranks' keys, as this rank's heads see it."""
-    layout, xp = exchange.layout, exchange.xp
+    layout, mask, xp = exchange.layout, exchange.mask, exchange.xp
     P, first = layout.size, layout.rank * (layout.H // layout.size)
     if callable(mask) or not any(layout.masks):
         return MaskView(mask, h_start=first)
@@ -160,7 +130,7 @@ def heads_view(exchange: Exchange, mask: Array | MaskRule | None) -> MaskView:
         if (kind := layout.masks[owner]) is None:
             return []
         four = (1,) * (4 - len(kind[0])) + kind[0]
-        return [((four[0], -(-four[1] // P), *four[2:]), np.dtype(kind[1]))]
+        return [Field((four[0], -(-four[1] // P), *four[2:]), np.dtype(kind[1]))]
 
     parts: list[list[Array]] = [[] for _ in range(P)]
     if mask is not None and not callable(mask):

@@ -10,16 +10,15 @@ What joins two partial results is `merge_partials`, or `added` for plain sums.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from lvxattn.reference.exchange import BLOCKS, Exchange
-from lvxattn.reference.layout import share
-from lvxattn.reference.meter import Block
+from .exchange import Exchange
+from .layout import share
+from .merge import Array
+from .meter import Block
+from .wire import BLOCKS
 
-Array = npt.NDArray[Any]
 Join = Callable[..., tuple[Array, ...]]
 
 
@@ -50,7 +49,7 @@ def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Arra
     join : callable
         ``join(*a, *b)``: associative and commutative.
     *arrays : (B, H, S_Q, ...)
-        What this rank has to say to all queries.
+        This rank's results for all queries.
     """
     return _joined_rows(exchange, join, exchange.layout.s_q, arrays)
 
@@ -66,7 +65,7 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     join : callable
         ``join(*a, *b)``: associative and commutative.
     *arrays : (B, H, S_Q, ...)
-        What this rank has to say to all queries.
+        This rank's results for all queries.
     """
     P, S_Q = exchange.layout.size, arrays[0].shape[2]
     rows = [share(S_Q, rank, P) for rank in range(P)]
@@ -93,8 +92,8 @@ def all_to_all(exchange: Exchange, parts: list[list[Array]], what: str) -> list[
         dest, source = layout.owner(-hop), layout.owner(hop)
         exchange.meter.sent(sum(x.nbytes for x in parts[dest]), dest, partial(Block, what))
         exchange.comm.send(parts[dest], dest, BLOCKS)
-        receive = exchange.meter.waits(exchange.comm.recv, partial(Block, what, source=source))
-        received[source] = receive(source, BLOCKS)
+        with exchange.meter.waits(partial(Block, what, source=source)):
+            received[source] = exchange.comm.recv(source, BLOCKS)
     return received
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvxattn.reference.block_attention import delta_of
+from lvxattn.reference.exchange import Exchange
 from lvxattn.reference.gather import gather, gather_backward
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.lv_xattn import lv_xattn, lv_xattn_backward
@@ -110,7 +111,9 @@ def cross_attention(
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
     forward, _ = passes(layout)
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    out, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+    exchange = Exchange(comm, layout, mask, meter)
+    out, top, total = forward(q, k, v, exchange)
+    exchange.finish()
     return out, lse_of(top, total)
 
 
@@ -174,10 +177,15 @@ def cross_attention_backward(
     # Where lse is large, as in a row hidden by -1e9, it cannot say how many keys a row saw: the
     # forward can.
     if any(comm.allgather(_too_large(lse))):
-        _, top, total = forward(q, k, v, comm, layout, mask=mask, meter=meter)
+        exchange = Exchange(comm, layout, mask, meter)
+        _, top, total = forward(q, k, v, exchange)
+        exchange.finish()
         low = remainder_of(lse, top, total)
     dout, delta = delta_of(dout, out, lse, low, dlse)
-    return backward_pass(dout, q, k, v, lse, delta, comm, layout, mask=mask, meter=meter)
+    exchange = Exchange(comm, layout, mask, meter)
+    dq, dk, dv = backward_pass(dout, q, k, v, lse, delta, exchange)
+    exchange.finish()
+    return dq, dk, dv
 
 
 def passes(layout: Layout) -> tuple[Forward, Backward]:

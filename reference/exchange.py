@@ -6,85 +6,102 @@
 A `Rotation` is one kind of block going round: queries, or the results that follow them.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import numpy.typing as npt
+import numpy as np
 
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.meter import KINDS, Block, Meter
-from lvxattn.reference.virtual_ranks import VirtualComm
-
-Array = npt.NDArray[Any]
-Result = TypeVar("Result")
-
-# One tag for each kind of block: two rotations are under way at once.
-BLOCKS, RESULTS = 7001, 7002
+from .layout import Layout
+from .masks import MaskView
+from .merge import Array
+from .meter import Block, Meter
+from .virtual_ranks import VirtualComm
+from .wire import VISITORS, Kind
 
 
 class Exchange:
-    """One rank's traffic in one pass.
+    """One rank's traffic and work in one pass: made by the front door, given to a schedule.
 
     Parameters
     ----------
     comm : VirtualComm
     layout : Layout
-    meter : Meter
+    mask : None, array or callable
+        This rank's.
+    meter : Meter, optional
         Counts what this rank sends.
     """
 
-    def __init__(self, comm: VirtualComm, layout: Layout, meter: Meter) -> None:
-        self.comm, self.layout, self.meter = comm, layout, meter
+    def __init__(
+        self, comm: VirtualComm, layout: Layout, mask: Any = None, meter: Meter | None = None
+    ) -> None:
+        self.comm, self.layout, self.mask, self.meter = comm, layout, mask, meter or Meter()
+        self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
 
-    def rotation(self, tag: int, hop: int = 0) -> "Rotation":
-        """Return the rotation of one kind of block.
+    def rotation(self, kind: Kind, start: int = 0) -> "Rotation":
+        """Return the rotation of one kind of block, which begins at hop `start`."""
+        return Rotation(self, kind, start)
 
-        Parameters
-        ----------
-        tag : int
-        hop : int
-            At which hop the first shift happens.
-        """
-        return Rotation(self, tag, hop)
+    def view(self, hop: int = 0) -> MaskView:
+        """Return my keys' mask over the queries that are here at a hop."""
+        return self.layout.view(self.mask, self.layout.owner(hop), self.rank)
 
-    def computes(self, fn: Callable[..., Result], kind: str = "") -> Callable[..., Result]:
-        """Return `fn` with a hop as an argument before its own, for the meter.
+    def view_of_all(self) -> MaskView:
+        """Return my keys' mask over all ranks' queries."""
+        return self.layout.view(self.mask, 0, self.rank)
 
-        `kind` is what it works on, where that does not go round.
-        """
-        kind = kind or KINDS[self.layout.schedule][0]
-        return self.meter.computes(fn, lambda hop: Block(kind, self.layout.owner(hop), hop))
+    def split_home(self, *arrays: Array) -> tuple[list[Any], list[Any]]:
+        """Cut arrays over my keys, and their mask, in two: to work on first, and last."""
+        cut, mask = self.layout.home_cut, self.view()
+        first, last = ([x[:, :, keys] for x in arrays] for keys in (np.s_[:cut], np.s_[cut:]))
+        return [*first, mask], [*last, mask.from_key(cut)]
+
+    def accumulators(self, *arrays: Array, once: bool = False) -> list[Array]:  # noqa: ARG002
+        """Return zeros to which gradients of these arrays are added, `once` or at every hop."""
+        return [np.zeros(x.shape) for x in arrays]
+
+    @contextmanager
+    def computing(self, hop: int = 0, what: str = "") -> Iterator[None]:
+        """Measure work on the block that is here at a hop, or on `what`."""
+        block = Block(what or VISITORS[self.layout.schedule], self.layout.owner(hop), hop)
+        with self.meter.computes(lambda: block):
+            yield
+
+    def finish(self) -> None:
+        """Do nothing: what a virtual rank sends is there at once."""
 
 
 class Rotation:
     """One kind of block going round the ring."""
 
-    def __init__(self, exchange: Exchange, tag: int, hop: int) -> None:
-        self.exchange, self.tag, self.hop = exchange, tag, hop
-        self.kind = KINDS[exchange.layout.schedule][tag == RESULTS]
+    def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
+        self.exchange, self.kind, self.hop = exchange, kind, hop
         self.block: list[Array] = []
 
-    def shift(self, *arrays: Array) -> None:
-        """Send a block to the right and start to receive the next one from the left.
+    def send(self, *arrays: Array) -> None:
+        """Send arrays to the right, and take what comes from the left from now on."""
+        if self.exchange.P > 1:
+            self.block = list(arrays)
+            self.forward()
 
-        What is sent is `arrays` or, without them, the block that was received last.
-        """
-        block = list(arrays) or self.block
-        right = self.exchange.layout.right
+    def forward(self) -> None:
+        """Send on the block that was received last."""
+        exchange, right = self.exchange, self.exchange.layout.right
         self.hop += 1
-        self.exchange.meter.sent(sum(x.nbytes for x in block), right, self._leaving)
-        self.exchange.comm.send(block, right, self.tag)
+        exchange.meter.sent(sum(x.nbytes for x in self.block), right, self._leaving)
+        exchange.comm.send(self.block, right, self.kind.tag)
 
-    def wait(self) -> list[Array]:
-        """Wait for the block that `shift` asked for, and return its arrays."""
-        receive = self.exchange.meter.waits(self.exchange.comm.recv, self._awaited)
-        self.block = receive(self.exchange.layout.left, self.tag)
+    def receive(self) -> list[Array]:
+        """Wait for the next block, and return its arrays."""
+        with self.exchange.meter.waits(self._awaited):
+            self.block = self.exchange.comm.recv(self.exchange.layout.left, self.kind.tag)
         return self.block
 
     def _awaited(self) -> Block:
         layout = self.exchange.layout
-        return Block(self.kind, layout.owner(self.hop), self.hop, source=layout.left)
+        return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
 
     def _leaving(self) -> Block:
         layout = self.exchange.layout
-        return Block(self.kind, layout.owner(self.hop - 1), self.hop, dest=layout.right)
+        return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)

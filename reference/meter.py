@@ -1,18 +1,10 @@
 """What a rank has sent, and where its time went."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-# What goes round, by schedule, and what follows it.
-KINDS = {
-    "lv-xattn": ("the queries of rank {}", "the results for rank {}'s queries"),
-    "ring": ("the keys and values of rank {}", "the gradients of rank {}'s keys and values"),
-}
+from typing import NamedTuple
 
 
 class Block(NamedTuple):
@@ -88,35 +80,24 @@ class Meter:
         self.messages += 1
         self.bytes += nbytes
 
-    def computes(
-        self,
-        fn: Callable[Arguments, Result],
-        what: Callable[[int], Block],  # noqa: ARG002
-    ) -> Callable[Concatenate[int, Arguments], Result]:
-        """Return `fn`, with a hop before its arguments, so that its calls count as computing.
+    @contextmanager
+    def computes(self, what: Callable[[], Block]) -> Iterator[None]:
+        """Count the time within as computing; `what` says what is worked on."""
+        start = perf_counter()
+        yield
+        self.computed_from(start, perf_counter(), what)
 
-        `what` says what is worked on at a hop.
-        """
+    @contextmanager
+    def waits(self, what: Callable[[], Block]) -> Iterator[None]:
+        """Count the time within as waiting; `what` says what for."""
+        start = perf_counter()
+        yield
+        self.waited_from(start, perf_counter(), what)
 
-        def timed(hop: int, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:  # noqa: ARG001
-            start = perf_counter()
-            result = fn(*args, **kwargs)
-            self.computing += perf_counter() - start
-            return result
+    def computed_from(self, start: float, end: float, what: Callable[[], Block]) -> None:  # noqa: ARG002
+        """Add a time of computing."""
+        self.computing += end - start
 
-        return timed
-
-    def waits(
-        self,
-        fn: Callable[Arguments, Result],
-        what: Callable[[], Block],  # noqa: ARG002
-    ) -> Callable[Arguments, Result]:
-        """Return `fn` so that its calls count as waiting; `what` says what for."""
-
-        def timed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            start = perf_counter()
-            result = fn(*args, **kwargs)
-            self.waiting += perf_counter() - start
-            return result
-
-        return timed
+    def waited_from(self, start: float, end: float, what: Callable[[], Block]) -> None:  # noqa: ARG002
+        """Add a time of waiting."""
+        self.waiting += end - start

@@ -9,9 +9,9 @@ Writing down is an append.  Words are made when the trace is written.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Concatenate, NamedTuple
+from typing import NamedTuple
 
-from lvxattn.reference.meter import Arguments, Block, Meter, Result
+from lvxattn.reference.meter import Block, Meter
 
 
 class Span(NamedTuple):
@@ -75,32 +75,12 @@ class Timeline(Meter):
         super().sent(nbytes, dest, what)
         self.posted.append(Post(perf_counter(), dest, nbytes, what()))
 
-    def computes(
-        self, fn: Callable[Arguments, Result], what: Callable[[int], Block]
-    ) -> Callable[Concatenate[int, Arguments], Result]:
-        """Return `fn`, with a hop before its arguments, so that its calls count as computing."""
+    def computed_from(self, start: float, end: float, what: Callable[[], Block]) -> None:
+        """Add a time of computing, and keep when that was."""
+        super().computed_from(start, end, what)
+        self.computed.append(Span(start, end, what()))
 
-        def timed(hop: int, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            start = perf_counter()
-            result = fn(*args, **kwargs)
-            end = perf_counter()
-            self.computing += end - start
-            self.computed.append(Span(start, end, what(hop)))
-            return result
-
-        return timed
-
-    def waits(
-        self, fn: Callable[Arguments, Result], what: Callable[[], Block]
-    ) -> Callable[Arguments, Result]:
-        """Return `fn` so that its calls count as waiting."""
-
-        def timed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            start = perf_counter()
-            result = fn(*args, **kwargs)
-            end = perf_counter()
-            self.waiting += end - start
-            self.waited.append(Span(start, end, what()))
-            return result
-
-        return timed
+    def waited_from(self, start: float, end: float, what: Callable[[], Block]) -> None:
+        """Add a time of waiting, and keep when that was."""
+        super().waited_from(start, end, what)
+        self.waited.append(Span(start, end, what()))

@@ -20,96 +20,62 @@ it is asked about the keys of every rank, and must be the same rule on all.
 Source: arXiv:2309.14509, section 3.
 """
 
-from functools import partial
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from lvxattn.reference.block_attention import block_attention_backward, partial_attention
-from lvxattn.reference.collectives import all_to_all
-from lvxattn.reference.exchange import Exchange
-from lvxattn.reference.layout import Layout
-from lvxattn.reference.masks import MaskRule, MaskView
-from lvxattn.reference.meter import Meter
-from lvxattn.reference.virtual_ranks import VirtualComm
+from .block_attention import block_attention_backward, partial_attention
+from .collectives import all_to_all
+from .exchange import Exchange
+from .masks import MaskView
+from .merge import Array
 
-Array = npt.NDArray[np.float64]
-AnyArray = npt.NDArray[Any]
+WHAT = "this rank's heads of all queries"
 
 
 def ulysses(
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    comm: VirtualComm,
-    layout: Layout,
-    *,
-    mask: AnyArray | MaskRule | None = None,
-    meter: Meter | None = None,
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
 ) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of comm calls this.  Arguments are those of `cross_attention`, checked
-    against the layout, in fp64; the result is a partial one, over all keys: out, top and total.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    exchange = Exchange(comm, layout, meter)
-    attend = exchange.computes(
-        partial(partial_attention, scale=layout.scale), "this rank's heads of all queries"
-    )
-
+    s_q, s_kv = exchange.layout.s_q, exchange.layout.s_kv
     # 1. Trade: all lengths of my heads for all heads of my lengths.
-    (q_heads,) = to_heads(exchange, layout.s_q, q)
-    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
-    view = heads_view(exchange, mask)
-    # 2. My heads of all queries, over all keys.
-    part = attend(0, q_heads, k_heads, v_heads, mask=view)
+    (q_heads,) = to_heads(exchange, s_q, q)
+    k_heads, v_heads = to_heads(exchange, s_kv, k_shard, v_shard)
+    view = heads_view(exchange)
+    # 2. Attend from my heads of all queries to all keys.
+    with exchange.computing(what=WHAT):
+        part = partial_attention(q_heads, k_heads, v_heads, scale=exchange.scale, mask=view)
     # 3. Trade back.
-    out, top, total = to_lengths(exchange, layout.s_q, *part)
+    out, top, total = to_lengths(exchange, s_q, *part)
     return out, top, total
 
 
 def ulysses_backward(
-    dout: Array,
-    q: Array,
-    k_shard: Array,
-    v_shard: Array,
-    lse: Array,
-    delta: Array,
-    comm: VirtualComm,
-    layout: Layout,
-    *,
-    mask: AnyArray | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Array, Array, Array]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `ulysses`.
 
-    Collective: every rank of comm calls this.  Arguments and results are those of
-    `cross_attention_backward`, checked against the layout, in fp64, with delta in place of out and
-    dlse (`delta_of`).
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    exchange = Exchange(comm, layout, meter)
-    attend = exchange.computes(
-        partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
-    )
-
+    s_q, s_kv = exchange.layout.s_q, exchange.layout.s_kv
     # 1. Trade: all lengths of my heads for all heads of my lengths.
-    q_heads, dout_heads, lse_heads, delta_heads = to_heads(
-        exchange, layout.s_q, q, dout, lse, delta
-    )
-    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
-    view = heads_view(exchange, mask)
-    dk_heads, dv_heads = np.zeros(k_heads.shape), np.zeros(v_heads.shape)
-    # 2. My heads of all queries, over all keys.
-    dq_heads = attend(
-        0, dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads,
-        mask=view,
-    )  # fmt: skip
+    q_heads, dout_heads, lse_heads, delta_heads = to_heads(exchange, s_q, q, dout, lse, delta)
+    k_heads, v_heads = to_heads(exchange, s_kv, k_shard, v_shard)
+    view = heads_view(exchange)
+    # 2. Differentiate my heads' attention to all keys.
+    dk_heads, dv_heads = exchange.accumulators(k_heads, v_heads)
+    with exchange.computing(what=WHAT):
+        dq_heads = block_attention_backward(
+            dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads,
+            scale=exchange.scale, mask=view,
+        )  # fmt: skip
     # 3. Trade back.
-    (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
-    dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)
+    (dq,) = to_lengths(exchange, s_q, dq_heads)
+    dk, dv = to_lengths(exchange, s_kv, dk_heads, dv_heads)
     return dq, dk, dv
 
 
@@ -135,13 +101,13 @@ def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> 
     return [np.concatenate(blocks, axis=1) for blocks in zip(*received, strict=True)]
 
 
-def heads_view(exchange: Exchange, mask: AnyArray | MaskRule | None) -> MaskView:
+def heads_view(exchange: Exchange) -> MaskView:
     """Return the mask of all ranks' keys, as this rank's heads see it."""
-    layout = exchange.layout
+    layout, mask = exchange.layout, exchange.mask
     first = layout.rank * (layout.H // layout.size)
     if callable(mask) or not any(layout.masks):
         return MaskView(mask, h_start=first)
-    parts: list[list[AnyArray]] = [[] for _ in range(layout.size)]
+    parts: list[list[Array]] = [[] for _ in range(layout.size)]
     if mask is not None and not callable(mask):
         four = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         split = np.split(four, layout.size, axis=1) if four.shape[1] > 1 else [four] * layout.size
@@ -150,7 +116,7 @@ def heads_view(exchange: Exchange, mask: AnyArray | MaskRule | None) -> MaskView
     return MaskView(joined([block[0] if block else None for block in received], layout.s_kv))
 
 
-def joined(masks: list[AnyArray | None], s_kv: tuple[int, ...]) -> AnyArray:
+def joined(masks: list[Array | None], s_kv: tuple[int, ...]) -> Array:
     """Join the masks of all ranks' keys along the last axis; None hides nothing.
 
     Bool if all are, else additive.

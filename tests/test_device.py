@@ -17,6 +17,7 @@ from lvxattn.mpi_impl.lv_xattn import lv_xattn
 from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.run.backend import choose_backend
 from lvxattn.reference.run.tensors import InputError
+from lvxattn.reference.wire import QUERIES
 from tests import fake_cupy
 from tests.cases import Case
 
@@ -270,8 +271,8 @@ class TestTransfer:
 def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None:
     q = np.zeros((1, 1, 3, 4))
     layout = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
-    hop = exchange.Exchange(MPI.COMM_SELF, layout, mpi_impl.Meter(), np)
-    blocks = hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
+    hop = exchange.Exchange(MPI.COMM_SELF, layout, q)
+    blocks = hop.rotation(QUERIES)
     room, is_ready = np.zeros(1, int), [False]
     blocks.receiving = transfers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
     blocks.sending = transfers.Transfer(
@@ -369,10 +370,10 @@ class TestMemory:
         monkeypatch.setattr(fake_cupy, "empty", fake_cupy.empty if aware == "0" else fail)
         monkeypatch.setattr(fake_cupy.cuda, "alloc_pinned_memory", fail)
         with pytest.raises(error) as raised, device.computing(q):
-            lv_xattn(q, q, q, MPI.COMM_SELF, layout)
+            lv_xattn(q, q, q, exchange.Exchange(MPI.COMM_SELF, layout, q))
         assert raised.value.__notes__ == [
             "a buffer of 96 bytes was asked for",
-            "it was to hold the queries of rank 0, the largest block",
+            "for the queries of rank 0, the largest block",
             "device 0 has 1,000,000 of 1,000,000,000 bytes free",
         ]
 
@@ -386,7 +387,7 @@ class TestMemory:
         with pytest.raises(MemoryError) as raised:
             mpi_impl.cross_attention(x["q"], x["k"], x["v"], MPI.COMM_SELF)
         assert raised.value.__notes__ == [
-            "it was asked for to compute with the queries of rank 0",
+            "while computing with the queries of rank 0",
             "device 0 has 1,000,000 of 1,000,000,000 bytes free",
             "raised on rank 0 of 1",
         ]

@@ -18,13 +18,14 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Ellipse, Rectangle
 from matplotlib.text import Annotation
 
-from lvxattn.reference.meter import KINDS, Block
+from lvxattn.reference.meter import Block
 from lvxattn.reference.plan.draw import COLOURS, sheet
 from lvxattn.reference.plan.draw_bars import byte_bars, text_of
 from lvxattn.reference.plan.draw_film import animation, film_strip, scenes
 from lvxattn.reference.plan.draw_trace import draw_trace
 from lvxattn.reference.plan.trace import Trace
 from lvxattn.reference.timeline import Post, Span, Timeline
+from lvxattn.reference.wire import PARTIALS, QUERIES
 
 RINGS = ["lv-xattn", "ring"]
 
@@ -186,7 +187,7 @@ class TestByteBars:
 
 
 def test_a_trace_shows_what_every_rank_did_when_and_the_way_of_a_block() -> None:
-    queries, results = (Block(kind, owner=0, hop=1) for kind in KINDS["lv-xattn"])
+    queries, results = (Block(kind.name, owner=0, hop=1) for kind in (QUERIES, PARTIALS))
     sender = Timeline(
         computed=[Span(0, 3e-3, queries)],
         posted=[Post(0, 1, 800, queries), Post(1e-3, 1, 0, results)],  # an empty one: no arrow

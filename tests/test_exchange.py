@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
-from lvxattn.reference.exchange import BLOCKS, RESULTS
 from lvxattn.reference.validation import accumulator
+from lvxattn.reference.wire import BLOCKS, RESULTS
 from tests.cases import Case
 from tests.launch import PROGRAMS, mpiexec, report
 

@@ -31,34 +31,28 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "exchange": {
             "Exchange.progress": "MPI moves large messages only while it is called",
-            "Exchange.finish": "a send over MPI is a request, and none may outlive the pass",
             "Exchange.begin": "a request is made when the device is ready for it",
             "Rotation.requests": "what `progress` tests",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
             "cut": "blocks lie in buffers of bytes",
             "nbytes": "blocks lie in buffers of bytes",
-            "Field": _AWAITED,
-            "Fields": _AWAITED,
+            **dict.fromkeys(("Field", "Field.shape", "Field.dtype", "Fields"), _AWAITED),
         },
         "block_attention": {"At": "a tile of the blocked kernel"},
         "cross_attention": {"check_comm": "MPI has communicators of other kinds"},
         "recompute": {"widen": "the reference is wide already"},
-        "ring_attention": {"block_fields": _AWAITED},
     },
     "torch_impl": {
         "exchange": {
             "Exchange.check_stamp": "autograd's backwards may come in another order on some ranks",
-            "Exchange.finish": "buffers go back to the layout when nothing of them is under way",
             "Rotation.device": "blocks may travel through the host's memory",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
             "cut": "blocks lie in buffers of bytes",
             "nbytes": "blocks lie in buffers of bytes",
-            "Field": _AWAITED,
-            "Fields": _AWAITED,
+            **dict.fromkeys(("Field", "Field.shape", "Field.dtype", "Fields"), _AWAITED),
             "span": "names hop and block for the profiler",
         },
         "lv_xattn": {"lengthen": "kernels return dk and dv new"},
-        "ring_attention": {"block_fields": _AWAITED},
         "cross_attention": {
             "agreed": "a layer that makes keys and values agrees, too",
             "autocast_dtype": "autocast is PyTorch's",
@@ -77,9 +71,7 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "block_attention": _PROGRESS | _KERNEL,
         "partial_attention": _PROGRESS | _KERNEL,
         "block_attention_backward": _PROGRESS | _KERNEL,
-        "Exchange.__init__": {"xp": "NumPy or CuPy decides about the buffers"},
-        "Exchange.rotation": _FIELDS,
-        "Rotation.__init__": _FIELDS,
+        "Exchange.__init__": {"q": "its library and dtype decide about the buffers"},
         "all_to_all": _FIELDS,
         "joined": {"xp": "NumPy or CuPy makes the mask"},
     },
@@ -87,9 +79,7 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "block_attention": _KERNEL,
         "partial_attention": _KERNEL,
         "block_attention_backward": _KERNEL | {"dtype": "kernels return dk and dv new"},
-        "Exchange.__init__": {"device": "where the buffers are"},
-        "Exchange.rotation": _FIELDS,
-        "Rotation.__init__": _FIELDS,
+        "Exchange.__init__": {"q": "its device is where the buffers are"},
         "all_to_all": _FIELDS,
         "joined": {"device": "where the mask is made"},
         "cross_attention": {"return_lse": "most callers want out alone"},
@@ -109,17 +99,16 @@ FEWER_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     },
 }
 # What the reference has and an implementation has not, and why.
-_SCHEDULES = "lv_xattn", "ring_attention", "ulysses", "gather", "replicated"
 _FP64 = {"AnyArray": "the reference turns any dtype into fp64"}
 _AUTOGRAD = "autograd saves, and calls the backward"
 ONLY_IN_REFERENCE: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "block_attention": {"TILE_SCORES": "mpi_impl's tiles depend on the kind of array"},
-        **dict.fromkeys((*_SCHEDULES, "cross_attention", "recompute"), _FP64),
+        **dict.fromkeys(("cross_attention", "recompute"), _FP64),
     },
     "torch_impl": {
         "block_attention": {"TILE_SCORES": "tiles are the kernels'"},
-        **dict.fromkeys(_SCHEDULES, _FP64),
+        "exchange": {"Exchange.accumulators": "kernels return dk and dv new"},
         "cross_attention": {
             **_FP64,
             **dict.fromkeys(("cross_attention_backward", "Forward", "Backward"), _AUTOGRAD),
@@ -235,9 +224,8 @@ def named(package: str, parameter: tuple[str, str, str]) -> tuple[str, str, str]
 @MODULES
 def test_public_names_agree_in_order(module: str, package: str) -> None:
     ours, theirs = (names(ast.parse(source(p, module))) for p in ("reference", package))
-    # Types of arrays: a tensor needs no name, and overloads are one function.
-    theirs = [n for i, n in enumerate(theirs) if n not in theirs[:i]]
-    ours = [n for n in ours if n != "Array"] if package == "torch_impl" else ours
+    theirs = [n for i, n in enumerate(theirs) if n not in theirs[:i]]  # overloads are one function
+    ours, theirs = ([n for n in found if n != "Array"] for found in (ours, theirs))
     only_there = ONLY_THERE[package].get(module, {})
     only_reference = ONLY_IN_REFERENCE[package].get(module, {})
     assert set(only_there) <= set(theirs) - set(ours)  # no exception outlives its reason
@@ -303,7 +291,7 @@ def test_every_file_is_mirrored_or_its_own(package: str) -> None:
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_imports_neither_algorithms_of_the_reference_nor_plans_nor_one_another(path: Path) -> None:
-    shared = {"agreement", "layout", "masks", "meter", "validation"}
+    shared = {"agreement", "layout", "masks", "meter", "validation", "wire"}
     package = path.relative_to(ROOT).parts[0]
     (other,) = set(PACKAGES) - {package}
     for node in ast.walk(ast.parse(path.read_text())):

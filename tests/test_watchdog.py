@@ -5,16 +5,16 @@ import os
 import re
 import threading
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from lvxattn.mpi_impl import Layout, Meter, cross_attention, watchdog
-from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange
+from lvxattn.mpi_impl import Layout, cross_attention, watchdog
+from lvxattn.mpi_impl.exchange import Exchange
 from lvxattn.mpi_impl.watchdog import Watchdog, timeout, watching
+from lvxattn.reference.wire import KEYS_VALUES, PARTIALS
 from tests.commands import commands
 from tests.launch import PROGRAMS, mpiexec
 
@@ -88,18 +88,13 @@ def test_a_wait_is_described_by_kind_owner_hop_and_neighbour() -> None:
         rules=(False,) * 4,
         B=1, H=1, H_KV=1, D=1, D_V=1, dtype="float32", scale=1.0, schedule="lv-xattn",
     )  # fmt: skip
-    exchange = Exchange(MPI.COMM_SELF, layout, Meter(), np)
-    rotation = exchange.rotation(RESULTS, lambda _: [((1,), np.dtype("f4"))], hop=2)
+    exchange = Exchange(MPI.COMM_SELF, layout, np.zeros(1, np.float32))
+    rotation = exchange.rotation(PARTIALS, start=2)
     assert str(rotation._awaited()) == "the results for rank 0's queries at hop 2, from rank 2"
     assert str(rotation._leaving()) == "rank 3 to take the results for rank 2's queries at hop 2"
-    rotation = replace_schedule(exchange, "ring").rotation(BLOCKS, rotation.fields, hop=1)
+    rotation = exchange.rotation(KEYS_VALUES, start=1)
     assert str(rotation._awaited()) == "the keys and values of rank 2 at hop 1, from rank 2"
     assert str(rotation._leaving()) == "rank 3 to take the keys and values of rank 1 at hop 1"
-
-
-def replace_schedule(exchange: Exchange, schedule: str) -> Exchange:
-    layout = replace(exchange.layout, schedule=schedule)
-    return Exchange(exchange.comm, layout, exchange.meter, np)
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "inf", "nan"])

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from lvxattn.reference.masks import MaskRule
 from lvxattn.reference.meter import Meter
 from lvxattn.torch_impl.block_attention import delta_of
+from lvxattn.torch_impl.exchange import Exchange
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
 from lvxattn.torch_impl.merge import lse_of, remainder_of
@@ -51,8 +52,12 @@ class Attention(torch.autograd.Function):
         """Attend, and save what the backward needs."""
         ctx.set_materialize_grads(False)
         with exactly(q.device):
-            attend = shapes if q.is_meta and layout.size > 1 else forward
-            out, top, total = attend(q, k, v, group, layout, mask=mask, meter=meter)
+            if q.is_meta and layout.size > 1:
+                out, top, total = shapes(q, v, layout)
+            else:
+                exchange = Exchange(group, layout, q, mask, meter)
+                out, top, total = forward(q, k, v, exchange)
+                exchange.finish()
             lse = lse_of(top, total)
             low = remainder_of(lse, top, total)
             # In memory (B, s_q, H, D_V): what joins the heads takes it as it is, and keeps no copy.
@@ -76,16 +81,14 @@ class Attention(torch.autograd.Function):
             # dout in q's dtype, as it is on the ranks that it visits.
             dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
             dout, delta = delta_of(dout, out, lse, low, dlse)
-            dq, dk, dv = ctx.backward(
-                dout, q, k, v, lse, delta, ctx.group, ctx.layout, mask=mask, meter=ctx.meter
-            )
+            exchange = Exchange(ctx.group, ctx.layout, q, mask, ctx.meter)
+            dq, dk, dv = ctx.backward(dout, q, k, v, lse, delta, exchange)
+            exchange.finish()
             dq, dk, dv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
         return dq, dk, dv, *[None] * 7
 
 
-def shapes(
-    q: Tensor, _k: Tensor, v: Tensor, _group: Group, layout: Layout, **_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def shapes(q: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Return what a forward over ranks returns of meta tensors: shapes.  Nothing is sent."""
     wide = getattr(torch, layout.accumulator)
     top, total = (q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))

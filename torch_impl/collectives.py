@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lvxattn.reference.layout import share
 from lvxattn.reference.meter import Block
-from lvxattn.torch_impl.exchange import Exchange, Field, Fields, cut, nbytes, span
+
+from .exchange import Exchange, Field, Fields, cut, nbytes, span
 
 Join = Callable[..., tuple[Tensor, ...]]
 
@@ -48,7 +49,7 @@ def reduce_scatter(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Te
     join : callable
         ``join(*a, *b)``: associative and commutative.
     *tensors : (B, H, S_Q, ...)
-        What this rank has to say to all queries.
+        This rank's results for all queries.
     """
     return _joined_rows(exchange, join, exchange.layout.s_q, tensors)
 
@@ -64,7 +65,7 @@ def all_reduce(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Tensor
     join : callable
         ``join(*a, *b)``: associative and commutative.
     *tensors : (B, H, S_Q, ...)
-        What this rank has to say to all queries.
+        This rank's results for all queries.
     """
     P, S_Q = exchange.layout.size, tensors[0].shape[2]
     rows = [share(S_Q, rank, P) for rank in range(P)]
@@ -107,10 +108,9 @@ def all_to_all(
     for dest, part in enumerate(going):
         if dest != layout.rank:
             exchange.meter.sent(nbytes(part), dest, label)
-    with group.waiting(label), span(f"{layout.way}: all-to-all, {what}", device):
-        exchange.meter.waits(dist.all_to_all_single, label)(
-            room, sent, _counts(coming), _counts(going), group=group.group
-        )
+    name = f"{layout.way}: all-to-all, {what}"
+    with group.waiting(label), span(name, device), exchange.meter.waits(label):
+        dist.all_to_all_single(room, sent, _counts(coming), _counts(going), group=group.group)
     received = []
     for source, views in enumerate(_views(room, coming)):
         if stamp and views:
@@ -130,7 +130,7 @@ def _gathered(
     exchange: Exchange, lengths: tuple[int, ...], tensors: tuple[Tensor, ...]
 ) -> list[Tensor]:
     def block(owner: int) -> list[Field]:
-        return [((*x.shape[:2], lengths[owner], *x.shape[3:]), x.dtype) for x in tensors]
+        return [Field((*x.shape[:2], lengths[owner], *x.shape[3:]), x.dtype) for x in tensors]
 
     # gloo refuses an all-gather of blocks that differ in length.
     blocks = all_to_all(
@@ -145,7 +145,7 @@ def _joined_rows(
     mine = lengths[exchange.layout.rank]
 
     def block(_: int) -> list[Field]:
-        return [((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in tensors]
+        return [Field((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in tensors]
 
     pieces = zip(*(x.split(list(lengths), dim=2) for x in tensors), strict=True)
     parts = [list(part) for part in pieces]
@@ -157,7 +157,7 @@ def _joined_rows(
 
 
 def _fields(tensors: list[Tensor]) -> list[Field]:
-    return [(tuple(x.shape), x.dtype) for x in tensors]
+    return [Field(tuple(x.shape), x.dtype) for x in tensors]
 
 
 def _counts(blocks: list[list[Field]]) -> list[int]:

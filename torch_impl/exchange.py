@@ -17,80 +17,95 @@ waiting for the device.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from lvxattn.reference.meter import KINDS, Block, Meter
-from lvxattn.torch_impl.group import Group, over_cpu
-from lvxattn.torch_impl.layout import Forwards, Layout
+from lvxattn.reference.masks import MaskView
+from lvxattn.reference.meter import Block, Meter
+from lvxattn.reference.wire import VISITORS, Kind
 
-Result = TypeVar("Result")
-# Shape and dtype of one tensor of a block, and those of a block by its owner.
-Field = tuple[tuple[int, ...], torch.dtype]
+from .group import Group, over_cpu
+from .layout import Forwards, Layout
+from .merge import Array
+
+
+class Field(NamedTuple):
+    """Shape and dtype of one tensor of a block."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# Those of a block by its owner.
 Fields = Callable[[int], list[Field]]
-
-# One tag for each kind of block: two rotations are under way at once.
-BLOCKS, RESULTS = 7001, 7002
 
 
 class Exchange:
-    """One rank's traffic in one pass.
+    """One rank's traffic and work in one pass: made by the front door, given to a schedule.
 
     Parameters
     ----------
     group : Group
     layout : Layout
-    meter : Meter
+    q : Tensor
+        Tells the device.
+    mask : None, Tensor or callable
+        This rank's.
+    meter : Meter, optional
         Counts what this rank sends.
-    device : torch.device
-        Where the rank computes.
     """
 
-    def __init__(self, group: Group, layout: Layout, meter: Meter, device: torch.device) -> None:
-        self.group, self.layout, self.meter, self.device = group, layout, meter, device
+    def __init__(
+        self,
+        group: Group,
+        layout: Layout,
+        q: Array,
+        mask: Any = None,
+        meter: Meter | None = None,
+    ) -> None:
+        self.group, self.layout, self.mask, self.meter = group, layout, mask, meter or Meter()
+        self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
+        self.device, self.wide = q.device, getattr(torch, layout.accumulator)
         # gloo takes tensors of the host only: blocks of a GPU are then copied there and back.
-        over_host = over_cpu(group, device)
-        self.staged = device.type != "cpu" and over_host
-        self.stamp: Tensor | None = None
+        over_host = over_cpu(group, q.device)
+        self.staged = q.device.type != "cpu" and over_host
+        self.stamp: Array | None = None
         if layout.forward is not None and layout.stamp_nbytes and over_host:
             number = layout.forward.to_bytes(layout.stamp_nbytes, "little")
             self.stamp = torch.tensor(list(number), dtype=torch.uint8, device="cpu")
         self.rotations: list[Rotation] = []
 
-    def rotation(self, tag: int, fields: Fields, hop: int = 0) -> "Rotation":
-        """Return the rotation of one kind of block.
-
-        Parameters
-        ----------
-        tag : int
-        fields : callable
-            The shapes and dtypes of a block, by its owner: it is known how much will come.
-        hop : int
-            At which hop the first shift happens.
-        """
-        rotation = Rotation(self, tag, fields, hop)
+    def rotation(self, kind: Kind, start: int = 0) -> "Rotation":
+        """Return the rotation of one kind of block, which begins at hop `start`."""
+        rotation = Rotation(self, kind, start)
         self.rotations.append(rotation)
         return rotation
 
-    def computes(self, fn: Callable[..., Result], kind: str = "") -> Callable[..., Result]:
-        """Return `fn` with a hop as an argument before its own, for meter and profiler.
+    def view(self, hop: int = 0) -> MaskView:
+        """Return my keys' mask over the queries that are here at a hop."""
+        return self.layout.view(self.mask, self.layout.owner(hop), self.rank)
 
-        `kind` is what it works on, where that does not go round.
-        """
-        kind = kind or KINDS[self.layout.schedule][0]
-        timed = self.meter.computes(fn, lambda hop: Block(kind, self.layout.owner(hop), hop))
+    def view_of_all(self) -> MaskView:
+        """Return my keys' mask over all ranks' queries."""
+        return self.layout.view(self.mask, 0, self.rank)
 
-        def computing(hop: int, *args: Any, **kwargs: Any) -> Result:
-            what = kind.format(self.layout.owner(hop))
-            with span(f"{self.layout.way}: hop {hop}, compute with {what}", self.device):
-                return timed(hop, *args, **kwargs)
+    def split_home(self, *arrays: Array) -> tuple[list[Any], list[Any]]:
+        """Cut arrays over my keys, and their mask, in two: to work on first, and last."""
+        cut, mask = self.layout.home_cut, self.view()
+        first, last = ([x[:, :, keys] for x in arrays] for keys in (slice(cut), slice(cut, None)))
+        return [*first, mask], [*last, mask.from_key(cut)]
 
-        return computing
+    @contextmanager
+    def computing(self, hop: int = 0, what: str = "") -> Iterator[None]:
+        """Measure work on the block that is here at a hop, or on `what`, for the profiler too."""
+        block = Block(what or VISITORS[self.layout.schedule], self.layout.owner(hop), hop)
+        name = f"{self.layout.way}: hop {hop}, compute with {block.name}"
+        with span(name, self.device), self.meter.computes(lambda: block):
+            yield
 
-    def check_stamp(self, stamp: Tensor, block: Block) -> None:
+    def check_stamp(self, stamp: Array, block: Block) -> None:
         """Refuse a block of another forward than the one whose backward this is.
 
         Raises
@@ -128,10 +143,9 @@ class Rotation:
         The size of the largest block, without its stamp.
     """
 
-    def __init__(self, exchange: Exchange, tag: int, fields: Fields, hop: int) -> None:
-        self.exchange, self.tag, self.fields, self.hop = exchange, tag, fields, hop
+    def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
+        self.exchange, self.kind, self.hop = exchange, kind, hop
         layout, staged = exchange.layout, exchange.staged
-        self.kind = KINDS[layout.schedule][tag == RESULTS]
         self.nbytes = max(self._nbytes(owner) for owner in range(layout.size))
         device = torch.device("cpu") if staged else exchange.device
         # In hand, and to be received into; a rank that is alone needs neither.
@@ -142,21 +156,25 @@ class Rotation:
         self.sending: list[dist.Work] = []
         self.receiving: list[dist.Work] = []
 
-    def shift(self, *tensors: Tensor) -> None:
-        """Send a block to the right and start to receive the next one from the left.
+    def send(self, *arrays: Array) -> None:
+        """Send tensors to the right, and begin to receive the next block from the left."""
+        if self.exchange.P > 1:
+            for view, x in zip(self._views(), arrays, strict=True):
+                view.copy_(x)  # in place: what was received there has been used
+            if self.exchange.stamp is not None:
+                end = self._nbytes(self.exchange.layout.owner(self.hop))
+                self.buffers[0][end : end + self.stamp_nbytes] = self.exchange.stamp
+            self.forward()
 
-        What is sent is `tensors` or, without them, the block that was received last.  The block
-        that was received before that one is overwritten from now on.
+    def forward(self) -> None:
+        """Send on the block that was received last, and begin to receive the next one.
+
+        The block that was received before it is overwritten from now on.
         """
         layout = self.exchange.layout
         in_hand, free = self.buffers
         mine = self._nbytes(layout.owner(self.hop)) + self.stamp_nbytes
         coming = self._nbytes(layout.owner(self.hop + 1)) + self.stamp_nbytes
-        if tensors:
-            for view, x in zip(self._views(), tensors, strict=True):
-                view.copy_(x)  # in place: what was received there has been used
-            if self.exchange.stamp is not None:
-                in_hand[mine - self.stamp_nbytes : mine] = self.exchange.stamp
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
         self.hop += 1
@@ -166,10 +184,10 @@ class Rotation:
             self._post(in_hand[:mine], free[:coming])
         self.buffers = [free, in_hand]
 
-    def wait(self) -> list[Tensor]:
-        """Wait for the block that `shift` asked for, and return its tensors.
+    def receive(self) -> list[Array]:
+        """Wait for the next block, and return its tensors.
 
-        They are views of a buffer, good until the next but one call of `shift`.
+        They are views of a buffer, good until the next but one block is sent.
         """
         layout = self.exchange.layout
         what = self._awaited().name
@@ -189,13 +207,13 @@ class Rotation:
         """Where the rank computes."""
         return self.exchange.device
 
-    def _post(self, block: Tensor, room: Tensor) -> None:
+    def _post(self, block: Array, room: Array) -> None:
         group, layout = self.exchange.group.group, self.exchange.layout
         # Both in one batch: NCCL would otherwise wait for the one before it starts the other.
         # Empty blocks have nothing to wait for, and both ends know it.
         ends = (dist.isend, block, layout.right), (dist.irecv, room, layout.left)
         works = {
-            op: dist.P2POp(op, x, group=group, group_peer=peer, tag=self.tag)
+            op: dist.P2POp(op, x, group=group, group_peer=peer, tag=self.kind.tag)
             for op, x, peer in ends
             if x.numel()
         }
@@ -213,28 +231,31 @@ class Rotation:
             self.receiving = [r for op, r in by_op.items() if op is dist.irecv]
 
     def _wait_for(self, works: list[dist.Work], what: Callable[[], Block]) -> None:
-        with self.exchange.group.waiting(what):
-            self.exchange.meter.waits(_wait, what)(works)
+        with self.exchange.group.waiting(what), self.exchange.meter.waits(what):
+            for work in works:
+                work.wait()
         works.clear()
 
     def _awaited(self) -> Block:
         layout = self.exchange.layout
-        return Block(self.kind, layout.owner(self.hop), self.hop, source=layout.left)
+        return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
 
     def _leaving(self) -> Block:
         layout = self.exchange.layout
-        return Block(self.kind, layout.owner(self.hop - 1), self.hop, dest=layout.right)
+        return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)
 
-    def _views(self) -> list[Tensor]:
-        return cut(self.buffers[0], self.fields(self.exchange.layout.owner(self.hop)))
+    def _views(self) -> list[Array]:
+        layout = self.exchange.layout
+        fields = self.kind.fields(layout, layout.owner(self.hop))
+        return cut(self.buffers[0], [Field(x.shape, getattr(torch, x.dtype)) for x in fields])
 
     def _nbytes(self, owner: int) -> int:
-        return nbytes(self.fields(owner))
+        return self.kind.nbytes(self.exchange.layout, owner)
 
 
-def cut(buffer: Tensor, fields: list[Field]) -> list[Tensor]:
+def cut(buffer: Array, fields: list[Field]) -> list[Array]:
     """Return the tensors of a block that lies in a buffer of bytes, as views."""
-    views: dict[int, Tensor] = {}
+    views: dict[int, Array] = {}
     start = 0
     # Wide dtypes first, so that every tensor is aligned without gaps.
     for i in sorted(range(len(fields)), key=lambda i: -fields[i][1].itemsize):
@@ -248,11 +269,6 @@ def cut(buffer: Tensor, fields: list[Field]) -> list[Tensor]:
 def nbytes(fields: list[Field]) -> int:
     """Return how many bytes a block has."""
     return sum(prod(shape) * dtype.itemsize for shape, dtype in fields)
-
-
-def _wait(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
 
 
 @contextmanager

@@ -15,81 +15,51 @@ Backward.  q, dout, lse and delta are gathered; dq is reduced by plain sums; dk 
 Source: the reduction is that of arXiv:2408.04093, scattered; pass-Q of arXiv:2411.01783.
 """
 
-from functools import partial
+from .block_attention import block_attention_backward, partial_attention
+from .collectives import added, all_gather, reduce_scatter
+from .exchange import Exchange
+from .merge import Array, merge_partials
 
-from torch import Tensor
-
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.torch_impl.collectives import added, all_gather, reduce_scatter
-from lvxattn.torch_impl.exchange import Exchange
-from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.layout import Layout
-from lvxattn.torch_impl.merge import merge_partials
+WHAT = "all ranks' queries"
 
 
 def gather(
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
-    checked against the layout; the result is a partial one, over all keys: out, top and total.
-    Autograd sees nothing of it.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    exchange = Exchange(group, layout, meter, q.device)
-    attend = exchange.computes(partial(partial_attention, scale=layout.scale), "all ranks' queries")
-
     # 1. Give my queries to all ranks, and take theirs.
     (q_all,) = all_gather(exchange, q)
-    # 2. What my keys have to say to all queries.
-    part = attend(0, q_all, k_shard, v_shard, mask=layout.view(mask, 0, layout.rank))
-    # 3. Every result goes home, and is merged there with what the other ranks' keys had to say.
+    # 2. Attend from all queries to my keys.
+    with exchange.computing(what=WHAT):
+        part = partial_attention(
+            q_all, k_shard, v_shard, scale=exchange.scale, mask=exchange.view_of_all()
+        )
+    # 3. Every result goes home, and is merged there with those of the other ranks' keys.
     out, top, total = reduce_scatter(exchange, merge_partials, *part)
     return out, top, total
 
 
 def gather_backward(
-    dout: Tensor,
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `gather`.
 
-    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
-    in place of out and dlse (`delta_of`); dk and dv are those of this rank's keys, summed over all
-    queries in the accumulator dtype.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    exchange = Exchange(group, layout, meter, q.device)
-    attend = exchange.computes(
-        partial(block_attention_backward, scale=layout.scale), "all ranks' queries"
-    )
-
     # 1. Give my block to all ranks, and take theirs.
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
-    # 2. What my keys have to say to all queries; dk and dv stay here.
-    view = layout.view(mask, 0, layout.rank)
-    dq, dk, dv = attend(
-        0, dout_all, q_all, k_shard, v_shard, lse_all, delta_all, mask=view, dtype=k_shard.dtype
-    )
-    # 3. Every gradient goes home, and is added there to what the other ranks' keys had to say.
+    # 2. Differentiate all queries' attention to my keys; dk and dv stay here.
+    with exchange.computing(what=WHAT):
+        dq, dk, dv = block_attention_backward(
+            dout_all, q_all, k_shard, v_shard, lse_all, delta_all,
+            scale=exchange.scale, mask=exchange.view_of_all(), dtype=k_shard.dtype,
+        )  # fmt: skip
+    # 3. Every gradient goes home, and is added there to those of the other ranks' keys.
     (dq,) = reduce_scatter(exchange, added, dq)
     return dq, dk, dv

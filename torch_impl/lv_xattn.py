@@ -1,7 +1,7 @@
 r"""LV-XAttn: keys and values stay, the short query blocks go round the ring.
 
-Forward.  A rank attends from every visiting block to its own keys; what has been computed for a
-block follows it one hop behind, is merged on the way and ends at home.  Rank r, P = 4:
+Forward.  A rank attends from every visiting block to its own keys; its partial
+result follows it one hop behind, is merged on the way and ends at home.  Rank r, P = 4:
 
     hop        0 (home)      1           2           3           home again
     q block    r, 1st part   r-1         r-2         r-3         r, 2nd part
@@ -21,158 +21,112 @@ are.
 Source: arXiv:2502.02406, algorithm 1; hops and the cut are this project's.
 """
 
-from functools import partial
-
 import torch
-from torch import Tensor
 
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.torch_impl.exchange import BLOCKS, RESULTS, Exchange, Field
-from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.layout import Layout
-from lvxattn.torch_impl.merge import merge_partials
+from lvxattn.reference.wire import PARTIALS, QUERIES, QUERY_BLOCKS, QUERY_GRADIENTS
+
+from .block_attention import block_attention_backward, partial_attention
+from .exchange import Exchange
+from .merge import Array, merge_partials
 
 
 def lv_xattn(
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
-    checked against the layout; the result is a partial one, over all keys: out, top and total.
-    Autograd sees nothing of it.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    wide = getattr(torch, layout.accumulator)
-    exchange = Exchange(group, layout, meter, q.device)
+    queries, partials = exchange.rotation(QUERIES), exchange.rotation(PARTIALS, start=1)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    P, scale = exchange.P, exchange.scale
 
-    def block(owner: int) -> list[Field]:
-        return [((layout.B, layout.H, layout.s_q[owner], layout.D), q.dtype)]
-
-    def result(owner: int) -> list[Field]:
-        rows = layout.B, layout.H, layout.s_q[owner]
-        return [((*rows, layout.D_V), wide), (rows, wide), (rows, wide)]
-
-    queries, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
-    attend = exchange.computes(partial(partial_attention, scale=layout.scale))
-    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut
-
-    # 1. Send my queries on; the first part of my own block's work hides their way.
-    if P > 1:
-        queries.shift(q)
-    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    # 1. Send my queries on; the first part of my own work hides their way.
+    queries.send(q)
+    with exchange.computing(hop=0):
+        mine = partial_attention(q, k1, v1, scale=scale, mask=mask1)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        (q_block,) = queries.wait()
+        (q_block,) = queries.receive()
         if hop < P - 1:
-            queries.shift()
-        # 3. What my keys have to say to it.
-        view = layout.view(mask, layout.owner(hop), layout.rank)
-        part = attend(hop, q_block, k_shard, v_shard, mask=view)
-        # 4. Merge that with what the ranks before me have said, and send it after the block.
+            queries.forward()
+        # 3. Attend from the visiting queries to my keys.
+        with exchange.computing(hop):
+            part = partial_attention(
+                q_block, k_shard, v_shard, scale=scale, mask=exchange.view(hop)
+            )
+        # 4. Merge with what the ranks before me found, and send it after the block.
         if hop > 1:
-            part = merge_partials(*part, *results.wait())
-        results.shift(*part)
+            part = merge_partials(*part, *partials.receive())
+        partials.send(*part)
 
     if P > 1:
-        # 5. The rest of my own block's work hides the way home of its result.
-        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        # 5. The rest of my own work hides the way home of its result.
+        with exchange.computing(hop=0):
+            rest = partial_attention(q, k2, v2, scale=scale, mask=mask2)
         mine = merge_partials(*mine, *rest)
-        # 6. What all the others have said to my queries.
-        mine = merge_partials(*mine, *results.wait())
-    exchange.finish()
+        # 6. Merge with what all the others found for my queries.
+        mine = merge_partials(*mine, *partials.receive())
     return mine
 
 
 def lv_xattn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `lv_xattn`.
 
-    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
-    in place of out and dlse (`delta_of`); dk and dv are those of this rank's keys, summed over all
-    queries in the accumulator dtype.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    wide = getattr(torch, layout.accumulator)
-    exchange = Exchange(group, layout, meter, q.device)
+    blocks, gradients = exchange.rotation(QUERY_BLOCKS), exchange.rotation(QUERY_GRADIENTS, start=1)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    P, scale = exchange.P, exchange.scale
 
-    def block(owner: int) -> list[Field]:
-        rows = layout.B, layout.H, layout.s_q[owner]
-        tall: list[Field] = [((*rows, layout.D), q.dtype), ((*rows, layout.D_V), q.dtype)]
-        return [*tall, (rows, wide), (rows, wide)]
-
-    def result(owner: int) -> list[Field]:
-        return [((layout.B, layout.H, layout.s_q[owner], layout.D), wide)]
-
-    blocks, results = exchange.rotation(BLOCKS, block), exchange.rotation(RESULTS, result, hop=1)
-    attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
-    P, home = layout.size, layout.view(mask, layout.rank, layout.rank)
-    cut = layout.home_cut
-
-    # 1. Send my block on; the first part of my own block's work hides its way.
-    if P > 1:
-        blocks.shift(q, dout, lse, delta)
-    dq, dk, dv = attend(
-        0, dout, q, k_shard[:, :, :cut], v_shard[:, :, :cut], lse, delta, mask=home,
-        dtype=k_shard.dtype if P == 1 else wide,  # alone, nothing is added to dk and dv
-    )  # fmt: skip
+    # 1. Send my block on; the first part of my own work hides its way.
+    blocks.send(q, dout, lse, delta)
+    with exchange.computing(hop=0):
+        dq, dk, dv = block_attention_backward(
+            dout, q, k1, v1, lse, delta, scale=scale, mask=mask1,
+            dtype=k_shard.dtype if P == 1 else exchange.wide,  # alone, nothing is added to them
+        )  # fmt: skip
     if P > 1:
         dk, dv = lengthen(dk, k_shard), lengthen(dv, v_shard)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        q_block, dout_block, lse_block, delta_block = blocks.wait()
+        q_block, dout_block, lse_block, delta_block = blocks.receive()
         if hop < P - 1:
-            blocks.shift()
-        # 3. What my keys have to say to it; dk and dv stay here and are added to in place.
-        view = layout.view(mask, layout.owner(hop), layout.rank)
-        part, dk_part, dv_part = attend(
-            hop, dout_block, q_block, k_shard, v_shard, lse_block, delta_block, mask=view
-        )
+            blocks.forward()
+        # 3. Differentiate the visitor's attention to my keys; dk and dv are added to in place.
+        with exchange.computing(hop):
+            part, dk_part, dv_part = block_attention_backward(
+                dout_block, q_block, k_shard, v_shard, lse_block, delta_block,
+                scale=scale, mask=exchange.view(hop),
+            )  # fmt: skip
         dk += dk_part
         dv += dv_part
-        # 4. Add that to what the ranks before me have said, and send it after the block.
+        # 4. Add to it what the ranks before me found, and send it after the block.
         if hop > 1:
-            part += results.wait()[0]
-        results.shift(part)
+            part += gradients.receive()[0]
+        gradients.send(part)
 
     if P > 1:
-        # 5. The rest of my own block's work hides the way home of its gradient.
-        rest, dk_part, dv_part = attend(
-            0, dout, q, k_shard[:, :, cut:], v_shard[:, :, cut:], lse, delta,
-            mask=home.from_key(cut),
-        )  # fmt: skip
+        # 5. The rest of my own work hides the way home of its gradient.
+        with exchange.computing(hop=0):
+            rest, dk2, dv2 = block_attention_backward(
+                dout, q, k2, v2, lse, delta, scale=scale, mask=mask2
+            )
         dq += rest
-        dk[:, :, cut:] += dk_part
-        dv[:, :, cut:] += dv_part
-        # 6. What all the others have said to my queries.
-        dq += results.wait()[0]
-    exchange.finish()
+        dk[:, :, exchange.layout.home_cut :] += dk2
+        dv[:, :, exchange.layout.home_cut :] += dv2
+        # 6. Add what all the others found for my queries.
+        dq += gradients.receive()[0]
     return dq, dk, dv
 
 
-def lengthen(part: Tensor, whole: Tensor) -> Tensor:
+def lengthen(part: Array, whole: Array) -> Array:
     """Return the gradient of the first keys with zeros for all that follow in `whole`."""
     return torch.nn.functional.pad(part, (0, 0, 0, whole.shape[2] - part.shape[2]))

@@ -27,6 +27,8 @@ Equation: arXiv:2502.02406, section 3; the running form is in arXiv:2307.08691, 
 import torch
 from torch import Tensor
 
+Array = Tensor  # as the other implementations call it
+
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Join attention over one set of keys with attention over another, disjoint one.

@@ -5,82 +5,52 @@ to have all of out; the ranks' results, over disjoint keys, are joined by one al
 operator is the merge.
 
 Backward.  All ranks compute the same loss from the same out, so that every rank has dout; dk and dv
-are those of its own keys, and dq is the sum of what each rank's keys have to say.
+are those of its own keys, and dq is the sum over all ranks' keys.
 
 Equation: the merge of arXiv:2502.02406, section 3.
 """
 
-from functools import partial
+from .block_attention import block_attention_backward, partial_attention
+from .collectives import added, all_reduce
+from .exchange import Exchange
+from .merge import Array, merge_partials
 
-from torch import Tensor
-
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.torch_impl.collectives import added, all_reduce
-from lvxattn.torch_impl.exchange import Exchange
-from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.layout import Layout
-from lvxattn.torch_impl.merge import merge_partials
+WHAT = "all queries, with the keys of rank {}"
 
 
 def replicated(
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
+) -> tuple[Array, Array, Array]:
     """Attend from all queries to all ranks' keys; the result is on every rank.
 
-    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
-    checked against the layout; the result is a partial one, over all keys: out, top and total.
-    Autograd sees nothing of it.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    exchange = Exchange(group, layout, meter, q.device)
-    attend = exchange.computes(
-        partial(partial_attention, scale=layout.scale), "all queries, with the keys of rank {}"
-    )
-
-    # 1. What my keys have to say to all queries.
-    part = attend(0, q, k_shard, v_shard, mask=layout.view(mask, layout.rank, layout.rank))
-    # 2. Join that with what the others' have to say.
+    # 1. Attend from all queries to my keys.
+    with exchange.computing(what=WHAT):
+        part = partial_attention(
+            q, k_shard, v_shard, scale=exchange.scale, mask=exchange.view_of_all()
+        )
+    # 2. Merge with the results of the other ranks' keys.
     out, top, total = all_reduce(exchange, merge_partials, *part)
     return out, top, total
 
 
 def replicated_backward(
-    dout: Tensor,
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate `replicated`.
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Differentiate `replicated`; dq is whole on every rank.
 
-    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
-    in place of out and dlse (`delta_of`); dq is whole on every rank.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    exchange = Exchange(group, layout, meter, q.device)
-    attend = exchange.computes(
-        partial(block_attention_backward, scale=layout.scale),
-        "all queries, with the keys of rank {}",
-    )
-
-    # 1. What my keys have to say; dk and dv stay here.
-    view = layout.view(mask, layout.rank, layout.rank)
-    dq, dk, dv = attend(0, dout, q, k_shard, v_shard, lse, delta, mask=view, dtype=k_shard.dtype)
-    # 2. Add that to what the others' have to say.
+    # 1. Differentiate all queries' attention to my keys; dk and dv stay here.
+    with exchange.computing(what=WHAT):
+        dq, dk, dv = block_attention_backward(
+            dout, q, k_shard, v_shard, lse, delta,
+            scale=exchange.scale, mask=exchange.view_of_all(), dtype=k_shard.dtype,
+        )  # fmt: skip
+    # 2. Add the gradients of the other ranks' keys.
     (dq,) = all_reduce(exchange, added, dq)
     return dq, dk, dv

@@ -18,158 +18,119 @@ keys of every rank.
 Source: arXiv:2310.01889, algorithm 1.
 """
 
-from functools import partial
+from typing import Any
 
-import torch
-from torch import Tensor
+from lvxattn.reference.masks import MaskView
+from lvxattn.reference.wire import KEY_GRADIENTS, KEYS_VALUES
 
-from lvxattn.reference.masks import MaskRule
-from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.torch_impl.exchange import BLOCKS, RESULTS, Exchange, Field
-from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.layout import Layout
-from lvxattn.torch_impl.lv_xattn import lengthen
-from lvxattn.torch_impl.merge import merge_partials
+from .block_attention import block_attention_backward, partial_attention
+from .exchange import Exchange
+from .lv_xattn import lengthen
+from .merge import Array, merge_partials
 
 
 def ring_attention(
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
-    checked against the layout; the result is a partial one, over all keys: out, top and total.
-    Autograd sees nothing of it.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    exchange = Exchange(group, layout, meter, q.device)
-    blocks = exchange.rotation(BLOCKS, partial(block_fields, layout, q.dtype))
-    attend = exchange.computes(partial(partial_attention, scale=layout.scale))
-    P, rank = layout.size, layout.rank
-    home, cut = layout.view(mask, rank, rank), layout.home_cut
+    blocks = exchange.rotation(KEYS_VALUES)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    P, scale = exchange.P, exchange.scale
 
-    # 1. Send my keys and values on; my own block's work hides their way.
-    if P > 1:
-        blocks.shift(k_shard, v_shard, *travelling(mask))
-    mine = attend(0, q, k_shard[:, :, :cut], v_shard[:, :, :cut], mask=home)
+    # 1. Send my keys and values on; my own work hides their way.
+    blocks.send(k_shard, v_shard, *travelling(exchange.mask))
+    with exchange.computing(hop=0):
+        mine = partial_attention(q, k1, v1, scale=scale, mask=mask1)
     if P > 1:
         # Cut as the backward cuts it: scores are then rounded in the same way.
-        rest = attend(0, q, k_shard[:, :, cut:], v_shard[:, :, cut:], mask=home.from_key(cut))
+        with exchange.computing(hop=0):
+            rest = partial_attention(q, k2, v2, scale=scale, mask=mask2)
         mine = merge_partials(*mine, *rest)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        k_block, v_block, *mask_block = blocks.wait()
+        k_block, v_block, *mask_block = blocks.receive()
         if hop < P - 1:
-            blocks.shift()
-        # 3. What its keys have to say to my queries.
-        view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
-        part = attend(hop, q, k_block, v_block, mask=view)
-        # 4. Merge that with what the blocks before have said.
+            blocks.forward()
+        # 3. Attend from my queries to the visiting keys.
+        with exchange.computing(hop):
+            part = partial_attention(
+                q, k_block, v_block, scale=scale, mask=visiting(exchange, mask_block, hop)
+            )
+        # 4. Merge with what the blocks before gave.
         mine = merge_partials(*mine, *part)
-    exchange.finish()
     return mine
 
 
 def ring_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `ring_attention`.
 
-    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
-    in place of out and dlse (`delta_of`); dk and dv are those of this rank's keys, summed over all
-    queries in the accumulator dtype.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    wide = getattr(torch, layout.accumulator)
-    exchange = Exchange(group, layout, meter, q.device)
+    blocks, gradients = exchange.rotation(KEYS_VALUES), exchange.rotation(KEY_GRADIENTS, start=1)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    P, scale = exchange.P, exchange.scale
 
-    def result(owner: int) -> list[Field]:
-        keys = layout.B, layout.H_KV, layout.s_kv[owner]
-        return [((*keys, layout.D), wide), ((*keys, layout.D_V), wide)]
-
-    blocks = exchange.rotation(BLOCKS, partial(block_fields, layout, q.dtype))
-    results = exchange.rotation(RESULTS, result, hop=1)
-    attend = exchange.computes(partial(block_attention_backward, scale=layout.scale))
-    P, rank = layout.size, layout.rank
-    home, cut = layout.view(mask, rank, rank), layout.home_cut
-
-    # 1. Send my keys and values on; the first part of my own block's work hides their way.
-    if P > 1:
-        blocks.shift(k_shard, v_shard, *travelling(mask))
-    dq, dk, dv = attend(
-        0, dout, q, k_shard[:, :, :cut], v_shard[:, :, :cut], lse, delta, mask=home,
-        dtype=k_shard.dtype if P == 1 else wide,  # alone, nothing is added to dk and dv
-    )  # fmt: skip
+    # 1. Send my keys and values on; the first part of my own work hides their way.
+    blocks.send(k_shard, v_shard, *travelling(exchange.mask))
+    with exchange.computing(hop=0):
+        dq, dk, dv = block_attention_backward(
+            dout, q, k1, v1, lse, delta, scale=scale, mask=mask1,
+            dtype=k_shard.dtype if P == 1 else exchange.wide,  # alone, nothing is added to them
+        )  # fmt: skip
     if P > 1:
         dk, dv = lengthen(dk, k_shard), lengthen(dv, v_shard)
 
     for hop in range(1, P):
         # 2. Take over a visiting block, and send it on before working on it.
-        k_block, v_block, *mask_block = blocks.wait()
+        k_block, v_block, *mask_block = blocks.receive()
         if hop < P - 1:
-            blocks.shift()
-        # 3. What its keys have to say to my queries, and they to its keys; dq stays here.
-        view = layout.view(visiting(mask, mask_block), rank, layout.owner(hop))
-        part, dk_block, dv_block = attend(hop, dout, q, k_block, v_block, lse, delta, mask=view)
+            blocks.forward()
+        # 3. Differentiate my queries' attention to the visiting keys; dq is added to here.
+        with exchange.computing(hop):
+            part, dk_block, dv_block = block_attention_backward(
+                dout, q, k_block, v_block, lse, delta,
+                scale=scale, mask=visiting(exchange, mask_block, hop),
+            )  # fmt: skip
         dq += part
-        # 4. Add that to what the ranks before me have said, and send it after the block.
+        # 4. Add to it what the ranks before me found, and send it after the block.
         if hop > 1:
-            dk_before, dv_before = results.wait()
+            dk_before, dv_before = gradients.receive()
             dk_block += dk_before
             dv_block += dv_before
-        results.shift(dk_block, dv_block)
+        gradients.send(dk_block, dv_block)
 
     if P > 1:
-        # 5. The rest of my own block's work hides the way home of its gradients.
-        rest, dk_part, dv_part = attend(
-            0, dout, q, k_shard[:, :, cut:], v_shard[:, :, cut:], lse, delta,
-            mask=home.from_key(cut),
-        )  # fmt: skip
+        # 5. The rest of my own work hides the way home of its gradients.
+        with exchange.computing(hop=0):
+            rest, dk2, dv2 = block_attention_backward(
+                dout, q, k2, v2, lse, delta, scale=scale, mask=mask2
+            )
         dq += rest
-        dk[:, :, cut:] += dk_part
-        dv[:, :, cut:] += dv_part
-        # 6. What all the others have said to my keys.
-        dk_others, dv_others = results.wait()
+        dk[:, :, exchange.layout.home_cut :] += dk2
+        dv[:, :, exchange.layout.home_cut :] += dv2
+        # 6. Add what all the others found for my keys.
+        dk_others, dv_others = gradients.receive()
         dk += dk_others
         dv += dv_others
-    exchange.finish()
     return dq, dk, dv
 
 
-def block_fields(layout: Layout, dtype: torch.dtype, owner: int) -> list[Field]:
-    """Return the shapes and dtypes of what travels: keys, values and a tensor mask over them."""
-    keys = layout.B, layout.H_KV, layout.s_kv[owner]
-    fields: list[Field] = [((*keys, layout.D), dtype), ((*keys, layout.D_V), dtype)]
-    mask = layout.masks[owner]
-    return fields if mask is None else [*fields, (mask[0], getattr(torch, mask[1]))]
-
-
-def travelling(mask: Tensor | MaskRule | None) -> list[Tensor]:
+def travelling(mask: Any) -> list[Array]:
     """Return what of a mask travels with its keys: a tensor, nothing else."""
-    return [] if mask is None or not isinstance(mask, Tensor) else [mask]
+    return [mask] if isinstance(mask, Array) else []
 
 
-def visiting(mask: Tensor | MaskRule | None, mask_block: list[Tensor]) -> Tensor | MaskRule | None:
-    """Return the mask of a visiting block: what came with it, or this rank's rule."""
-    if mask_block:
-        return mask_block[0]
-    return None if isinstance(mask, Tensor) else mask
+def visiting(exchange: Exchange, mask_block: list[Array], hop: int) -> MaskView:
+    """Return the mask of the visiting keys over my queries: it came along, or is a rule."""
+    rule = None if isinstance(exchange.mask, Array) else exchange.mask
+    mask = mask_block[0] if mask_block else rule
+    return exchange.layout.view(mask, exchange.rank, exchange.layout.owner(hop))

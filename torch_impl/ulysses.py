@@ -20,95 +20,66 @@ it is asked about the keys of every rank, and must be the same rule on all.
 Source: arXiv:2309.14509, section 3.
 """
 
-from functools import partial
-
 import torch
-from torch import Tensor
 
-from lvxattn.reference.masks import MaskRule, MaskView
-from lvxattn.reference.meter import Meter
-from lvxattn.torch_impl.block_attention import block_attention_backward, partial_attention
-from lvxattn.torch_impl.collectives import all_to_all
-from lvxattn.torch_impl.exchange import Exchange, Field
-from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.layout import Layout
+from lvxattn.reference.masks import MaskView
+
+from .block_attention import block_attention_backward, partial_attention
+from .collectives import all_to_all
+from .exchange import Exchange, Field
+from .merge import Array
+
+WHAT = "this rank's heads of all queries"
 
 
 def ulysses(
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Array, k_shard: Array, v_shard: Array, exchange: Exchange
+) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank of the group calls this.  Arguments are those of `cross_attention`,
-    checked against the layout; the result is a partial one, over all keys: out, top and total.
-    Autograd sees nothing of it.
+    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
+    partial result over all keys: out, top and total.
     """
-    meter = meter or Meter()
-    exchange = Exchange(group, layout, meter, q.device)
-    attend = exchange.computes(
-        partial(partial_attention, scale=layout.scale), "this rank's heads of all queries"
-    )
-
+    s_q, s_kv = exchange.layout.s_q, exchange.layout.s_kv
     # 1. Trade: all lengths of my heads for all heads of my lengths.
-    (q_heads,) = to_heads(exchange, layout.s_q, q)
-    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
-    view = heads_view(exchange, mask)
-    # 2. My heads of all queries, over all keys.
-    part = attend(0, q_heads, k_heads, v_heads, mask=view)
+    (q_heads,) = to_heads(exchange, s_q, q)
+    k_heads, v_heads = to_heads(exchange, s_kv, k_shard, v_shard)
+    view = heads_view(exchange)
+    # 2. Attend from my heads of all queries to all keys.
+    with exchange.computing(what=WHAT):
+        part = partial_attention(q_heads, k_heads, v_heads, scale=exchange.scale, mask=view)
     # 3. Trade back.
-    out, top, total = to_lengths(exchange, layout.s_q, *part)
+    out, top, total = to_lengths(exchange, s_q, *part)
     return out, top, total
 
 
 def ulysses_backward(
-    dout: Tensor,
-    q: Tensor,
-    k_shard: Tensor,
-    v_shard: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    group: Group,
-    layout: Layout,
-    *,
-    mask: Tensor | MaskRule | None = None,
-    meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
+    exchange: Exchange,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `ulysses`.
 
-    Collective: every rank of the group calls this.  Arguments are those of the forward, with delta
-    in place of out and dlse (`delta_of`); dk and dv are those of this rank's keys, summed over all
-    queries in the accumulator dtype.
+    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
+    dv are those of my keys, summed over all queries.
     """
-    meter = meter or Meter()
-    exchange = Exchange(group, layout, meter, q.device)
-    attend = exchange.computes(
-        partial(block_attention_backward, scale=layout.scale), "this rank's heads of all queries"
-    )
-
+    s_q, s_kv = exchange.layout.s_q, exchange.layout.s_kv
     # 1. Trade: all lengths of my heads for all heads of my lengths.
-    q_heads, dout_heads, lse_heads, delta_heads = to_heads(
-        exchange, layout.s_q, q, dout, lse, delta
-    )
-    k_heads, v_heads = to_heads(exchange, layout.s_kv, k_shard, v_shard)
-    view = heads_view(exchange, mask)
-    # 2. My heads of all queries, over all keys.
-    dq_heads, dk_heads, dv_heads = attend(
-        0, dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, mask=view
-    )
+    q_heads, dout_heads, lse_heads, delta_heads = to_heads(exchange, s_q, q, dout, lse, delta)
+    k_heads, v_heads = to_heads(exchange, s_kv, k_shard, v_shard)
+    view = heads_view(exchange)
+    # 2. Differentiate my heads' attention to all keys.
+    with exchange.computing(what=WHAT):
+        dq_heads, dk_heads, dv_heads = block_attention_backward(
+            dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads,
+            scale=exchange.scale, mask=view,
+        )  # fmt: skip
     # 3. Trade back.
-    (dq,) = to_lengths(exchange, layout.s_q, dq_heads)
-    dk, dv = to_lengths(exchange, layout.s_kv, dk_heads, dv_heads)
+    (dq,) = to_lengths(exchange, s_q, dq_heads)
+    dk, dv = to_lengths(exchange, s_kv, dk_heads, dv_heads)
     return dq, dk, dv
 
 
-def to_heads(exchange: Exchange, lengths: tuple[int, ...], *tensors: Tensor) -> list[Tensor]:
+def to_heads(exchange: Exchange, lengths: tuple[int, ...], *tensors: Array) -> list[Array]:
     """Give every rank its heads of my tensors; return mine of all ranks', joined along axis 2.
 
     Collective: every rank of the exchange calls this.  `lengths` are those of all ranks' tensors.
@@ -117,14 +88,14 @@ def to_heads(exchange: Exchange, lengths: tuple[int, ...], *tensors: Tensor) -> 
 
     def block(owner: int) -> list[Field]:
         heads = [(x.shape[0], x.shape[1] // P, lengths[owner], *x.shape[3:]) for x in tensors]
-        return [(shape, x.dtype) for shape, x in zip(heads, tensors, strict=True)]
+        return [Field(shape, x.dtype) for shape, x in zip(heads, tensors, strict=True)]
 
     parts = zip(*(x.chunk(P, dim=1) for x in tensors), strict=True)
     received = all_to_all(exchange, [list(part) for part in parts], block, "all ranks' heads")
     return [torch.cat(blocks, dim=2) for blocks in zip(*received, strict=True)]
 
 
-def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *tensors: Tensor) -> list[Tensor]:
+def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *tensors: Array) -> list[Array]:
     """Give every rank its lengths of my heads; return mine of all heads, joined along axis 1.
 
     Collective: every rank of the exchange calls this.  `lengths` are those that ranks are to have.
@@ -132,16 +103,16 @@ def to_lengths(exchange: Exchange, lengths: tuple[int, ...], *tensors: Tensor) -
     mine = lengths[exchange.layout.rank]
 
     def block(_: int) -> list[Field]:
-        return [((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in tensors]
+        return [Field((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in tensors]
 
     parts = zip(*(x.split(list(lengths), dim=2) for x in tensors), strict=True)
     received = all_to_all(exchange, [list(part) for part in parts], block, "all ranks' results")
     return [torch.cat(blocks, dim=1) for blocks in zip(*received, strict=True)]
 
 
-def heads_view(exchange: Exchange, mask: Tensor | MaskRule | None) -> MaskView:
+def heads_view(exchange: Exchange) -> MaskView:
     """Return the mask of all ranks' keys, as this rank's heads see it."""
-    layout = exchange.layout
+    layout, mask = exchange.layout, exchange.mask
     P, first = layout.size, layout.rank * (layout.H // layout.size)
     if callable(mask) or not any(layout.masks):
         return MaskView(mask, h_start=first)
@@ -150,10 +121,10 @@ def heads_view(exchange: Exchange, mask: Tensor | MaskRule | None) -> MaskView:
         if (kind := layout.masks[owner]) is None:
             return []
         four = (1,) * (4 - len(kind[0])) + kind[0]
-        return [((four[0], -(-four[1] // P), *four[2:]), getattr(torch, kind[1]))]
+        return [Field((four[0], -(-four[1] // P), *four[2:]), getattr(torch, kind[1]))]
 
-    parts: list[list[Tensor]] = [[] for _ in range(P)]
-    if isinstance(mask, Tensor):
+    parts: list[list[Array]] = [[] for _ in range(P)]
+    if isinstance(mask, Array):
         four = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
         four = four if four.dtype == torch.bool else four.to(getattr(torch, layout.accumulator))
         chunks = four.chunk(P, dim=1) if four.shape[1] > 1 else [four] * P
@@ -163,7 +134,7 @@ def heads_view(exchange: Exchange, mask: Tensor | MaskRule | None) -> MaskView:
     return MaskView(joined(masks, layout.s_kv, exchange.device))
 
 
-def joined(masks: list[Tensor | None], s_kv: tuple[int, ...], device: torch.device) -> Tensor:
+def joined(masks: list[Array | None], s_kv: tuple[int, ...], device: torch.device) -> Array:
     """Join the masks of all ranks' keys along the last axis; None hides nothing.
 
     Bool if all are, else additive.

@@ -18,12 +18,13 @@ from matplotlib.patches import Rectangle
 from lvxattn.mpi_impl.demo.descriptors import PATCH
 from lvxattn.mpi_impl.demo.sources import Pan
 from lvxattn.reference import full_attention
-from lvxattn.reference.meter import KINDS, Block
+from lvxattn.reference.meter import Block
 from lvxattn.reference.plan import messages, planned
 from lvxattn.reference.plan.draw import COLOURS, INK
 from lvxattn.reference.plan.draw_trace import draw_trace
 from lvxattn.reference.plan.trace import Trace
 from lvxattn.reference.timeline import Post, Span, Timeline
+from lvxattn.reference.wire import QUERIES
 
 # %% [markdown]
 # ## Ranks are processes
@@ -434,7 +435,7 @@ plt.show()
 # computes for 2 ms, and then waits for those queries until 3.5 ms.
 
 # %%
-queries = Block(KINDS["lv-xattn"][0], owner=0, hop=1)
+queries = Block(QUERIES.name, owner=0, hop=1)
 ms = 1e-3
 trace = Trace.of(
     [

@@ -24,9 +24,9 @@ from lvxattn.reference import (
     run_ranks,
     shard,
 )  # fmt: skip
-from lvxattn.reference.exchange import BLOCKS, RESULTS
 from lvxattn.reference.plan import MODELS, messages, planned
 from lvxattn.reference.plan.draw import COLOURS, INK, follow
+from lvxattn.reference.wire import BLOCKS, RESULTS
 
 BLUE, ORANGE, GREEN, RED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]
 plt.rcParams.update({

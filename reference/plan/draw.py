@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvxattn.reference.cross_attention import cross_attention
-from lvxattn.reference.exchange import BLOCKS, RESULTS
 from lvxattn.reference.layout import shard
 from lvxattn.reference.virtual_ranks import Message, VirtualComm, run_ranks
+from lvxattn.reference.wire import BLOCKS, RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lvxattn.reference.exchange import BLOCKS, RESULTS
-from lvxattn.reference.meter import KINDS
 from lvxattn.reference.plan.draw import COLOURS, INK, follow
 from lvxattn.reference.virtual_ranks import Message
+from lvxattn.reference.wire import BLOCKS, RESULTS, VISITORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,8 +64,8 @@ def scenes(schedule: str, log: list[Message]) -> list[list[Scene]]:
     ValueError
         There is no such ring, or the messages are not those of one forward.
     """
-    if schedule not in KINDS:
-        raise ValueError(f"schedule: expected one of {', '.join(KINDS)}, got {schedule!r}")
+    if schedule not in VISITORS:
+        raise ValueError(f"schedule: expected one of {', '.join(VISITORS)}, got {schedule!r}")
     P = 1 + max((message.source for message in log), default=0)
     kinds = (BLOCKS, RESULTS) if schedule == "lv-xattn" else (BLOCKS,)
     found = sorted((message.tag, message.source) for message in log)

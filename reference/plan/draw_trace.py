@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lvxattn.reference.meter import KINDS
 from lvxattn.reference.plan.draw import COLOURS, INK
 from lvxattn.reference.plan.trace import Trace, Trip, lanes
+from lvxattn.reference.wire import KEY_GRADIENTS, PARTIALS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _COMPUTING, _SENDING, _WAITING = COLOURS[0], COLOURS[2], COLOURS[1]
 # Where in a rank's row of height 1 the three are: top and height, downwards.
 _TRACKS = {_COMPUTING: (0.08, 0.34), _SENDING: (0.45, 0.2), _WAITING: (0.68, 0.2)}
-_FOLLOWING = {follows for _, follows in KINDS.values()}
+_FOLLOWING = {PARTIALS.name, KEY_GRADIENTS.name}
 _DASHES = (0, (4, 2))
 
 

@@ -21,8 +21,8 @@ from typing import Protocol
 
 from lvxattn.reference.plan.machine import Link, Machine
 from lvxattn.reference.plan.measured import Measured
-from lvxattn.reference.plan.steps import ITEMSIZE
 from lvxattn.reference.validation import FLOATING, Communicator, raise_together
+from lvxattn.reference.wire import ITEMSIZE
 
 BLOCK, MESSAGE = 0.01, 0.1
 """Seconds that a block, and a message, has to take before its figure counts."""

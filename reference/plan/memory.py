@@ -8,7 +8,7 @@ there at a time (arXiv:2502.02406, section 4).
 from dataclasses import dataclass
 
 from lvxattn.reference.plan.problems import Model
-from lvxattn.reference.plan.steps import ITEMSIZE
+from lvxattn.reference.wire import ITEMSIZE
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from lvxattn.reference.layout import Layout
 from lvxattn.reference.plan.machine import Machine
-from lvxattn.reference.plan.steps import ITEMSIZE, Compute, Fill, Join, Send, Step, steps
+from lvxattn.reference.plan.steps import Compute, Fill, Join, Send, Step, steps
+from lvxattn.reference.wire import ITEMSIZE
 
 
 @dataclass(frozen=True)

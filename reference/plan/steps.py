@@ -23,8 +23,16 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from lvxattn.reference.layout import Layout, share
+from lvxattn.reference.wire import (
+    ITEMSIZE,
+    KEY_GRADIENTS,
+    KEYS_VALUES,
+    PARTIALS,
+    QUERIES,
+    QUERY_BLOCKS,
+    QUERY_GRADIENTS,
+)
 
-ITEMSIZE = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BLOCKS, RESULTS = "blocks", "results"
 
 
@@ -124,7 +132,7 @@ def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
     -------
     list of Compute, Fill, Send, Wait and Join
     """
-    found = list(_BY_SCHEDULE[layout.way](Blocks(layout), rank, backward))
+    found = list(_BY_SCHEDULE[layout.way](Blocks(layout, backward), rank))
     if not backward:
         return found
     return [
@@ -150,35 +158,32 @@ def messages(layout: Layout, rank: int, *, backward: bool = False) -> list[Send]
 
 @dataclass(frozen=True)
 class Blocks:
-    """How many bytes a rank's blocks have.
+    """How many bytes every rank's blocks have in a pass.
 
     Attributes
     ----------
     layout : Layout
+    backward : bool
     """
 
     layout: Layout
+    backward: bool
 
-    def queries(self, s_q: int, backward: bool) -> int:
-        """Return the size of a block of queries: q, or q, dout, lse and delta."""
-        of, e, w = self.layout, self._narrow, self._wide
-        row = (of.D + of.D_V) * e + 2 * w if backward else of.D * e
-        return of.B * of.H * s_q * row
+    def queries(self, owner: int) -> int:
+        """Return the size of a block of queries."""
+        return (QUERY_BLOCKS if self.backward else QUERIES).nbytes(self.layout, owner)
 
-    def result(self, s_q: int, backward: bool) -> int:
-        """Return the size of what is computed for a block of queries: out, top, total; or dq."""
-        of = self.layout
-        return of.B * of.H * s_q * (of.D if backward else of.D_V + 2) * self._wide
+    def result(self, owner: int) -> int:
+        """Return the size of what is computed for a block of queries."""
+        return (QUERY_GRADIENTS if self.backward else PARTIALS).nbytes(self.layout, owner)
 
     def keys(self, owner: int) -> int:
-        """Return the size of a rank's keys and values."""
-        of = self.layout
-        return of.B * of.H_KV * of.s_kv[owner] * (of.D + of.D_V) * self._narrow
+        """Return the size of a rank's keys and values, without their mask."""
+        return KEYS_VALUES.nbytes(replace(self.layout, masks=(None,) * self.layout.size), owner)
 
     def key_gradients(self, owner: int) -> int:
         """Return the size of dk and dv."""
-        of = self.layout
-        return of.B * of.H_KV * of.s_kv[owner] * (of.D + of.D_V) * self._wide
+        return KEY_GRADIENTS.nbytes(self.layout, owner)
 
     def mask(self, owner: int, heads: int = 1) -> int:
         """Return the size of a rank's array mask, or of what one of `heads` parts of it takes."""
@@ -193,33 +198,25 @@ class Blocks:
         """Return how many of a rank's keys its own queries meet before the hops."""
         return replace(self.layout, rank=rank).home_cut
 
-    @property
-    def _narrow(self) -> int:
-        return ITEMSIZE[self.layout.dtype]
 
-    @property
-    def _wide(self) -> int:
-        return ITEMSIZE[self.layout.accumulator]
-
-
-def _lv_xattn(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+def _lv_xattn(blocks: Blocks, rank: int) -> Iterator[Step]:
     layout, P = blocks.layout, blocks.layout.size
     at = layout.order.index(rank)
     owner = [layout.order[(at - hop) % P] for hop in range(P)]  # whose block is here, by hop
     left, right = owner[1 % P], layout.order[(at + 1) % P]
     mine, s_kv, s_q = layout.s_q[rank], layout.s_kv[rank], layout.s_q
     cut = blocks.home_cut(rank)
-    if backward:
+    if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     if P > 1:
-        yield Send(right, blocks.queries(mine, backward), BLOCKS)
+        yield Send(right, blocks.queries(rank), BLOCKS)
     yield Compute(mine, cut)
     for hop in range(1, P):
         yield Wait(left, BLOCKS)
         if hop < P - 1:
-            yield Send(right, blocks.queries(s_q[owner[hop]], backward), BLOCKS, packed=False)
+            yield Send(right, blocks.queries(owner[hop]), BLOCKS, packed=False)
         yield Compute(s_q[owner[hop]], s_kv)
-        part = blocks.result(s_q[owner[hop]], backward)
+        part = blocks.result(owner[hop])
         if hop > 1:
             yield Wait(left, RESULTS)
             yield Join(part)
@@ -227,72 +224,72 @@ def _lv_xattn(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     if P > 1:
         yield Compute(mine, s_kv - cut)
         yield Wait(left, RESULTS)
-        yield Join(blocks.result(mine, backward))
+        yield Join(blocks.result(rank))
 
 
-def _ring(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+def _ring(blocks: Blocks, rank: int) -> Iterator[Step]:
     layout, P = blocks.layout, blocks.layout.size
     at = layout.order.index(rank)
     owner = [layout.order[(at - hop) % P] for hop in range(P)]
     left, right = owner[1 % P], layout.order[(at + 1) % P]
     mine, s_kv = layout.s_q[rank], layout.s_kv
     cut = blocks.home_cut(rank)
-    if backward:
+    if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     if P > 1:
         yield Send(right, blocks.keys(rank) + blocks.mask(rank), BLOCKS)
     yield Compute(mine, cut)
-    if P > 1 and not backward:
+    if P > 1 and not blocks.backward:
         yield Compute(mine, s_kv[rank] - cut)
-        yield Join(blocks.result(mine, backward))
+        yield Join(blocks.result(rank))
     for hop in range(1, P):
         yield Wait(left, BLOCKS)
         if hop < P - 1:
             passed_on = blocks.keys(owner[hop]) + blocks.mask(owner[hop])
             yield Send(right, passed_on, BLOCKS, packed=False)
-        if backward:
+        if blocks.backward:
             yield Fill(blocks.key_gradients(owner[hop]))
         yield Compute(mine, s_kv[owner[hop]])
-        if not backward:
-            yield Join(blocks.result(mine, backward))
+        if not blocks.backward:
+            yield Join(blocks.result(rank))
             continue
         part = blocks.key_gradients(owner[hop])
         if hop > 1:
             yield Wait(left, RESULTS)
             yield Join(part)
         yield Send(right, part, RESULTS)
-    if backward and P > 1:
+    if blocks.backward and P > 1:
         yield Compute(mine, s_kv[rank] - cut)
         yield Wait(left, RESULTS)
         yield Join(blocks.key_gradients(rank))
 
 
-def _ulysses(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+def _ulysses(blocks: Blocks, rank: int) -> Iterator[Step]:
     layout, P = blocks.layout, blocks.layout.size
     others = _others(blocks, rank)
     there = [
-        [blocks.queries(rows, backward) // P for rows in layout.s_q],
+        [blocks.queries(owner) // P for owner in range(P)],
         [blocks.keys(owner) // P for owner in range(P)],
     ]
     if any(layout.masks):
         there.append([blocks.mask(owner, heads=P) for owner in range(P)])
     for sizes in there:
         yield from _trade(others, [sizes[rank]] * len(others), [sizes[o] for o in others])
-    if backward:
+    if blocks.backward:
         yield Fill(sum(map(blocks.key_gradients, range(P))) // P)
     yield Compute(layout.S_Q, layout.S_KV, 1 / P)
-    back = [[blocks.result(rows, backward) // P for rows in layout.s_q]]
-    if backward:
+    back = [[blocks.result(owner) // P for owner in range(P)]]
+    if blocks.backward:
         back.append([blocks.key_gradients(owner) // P for owner in range(P)])
     for sizes in back:
         yield from _trade(others, [sizes[o] for o in others], [sizes[rank]] * len(others))
 
 
-def _gather(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+def _gather(blocks: Blocks, rank: int) -> Iterator[Step]:
     layout, others = blocks.layout, _others(blocks, rank)
-    queries = [blocks.queries(rows, backward) for rows in layout.s_q]
-    results = [blocks.result(rows, backward) for rows in layout.s_q]
-    if backward:
+    queries = [blocks.queries(owner) for owner in range(layout.size)]
+    results = [blocks.result(owner) for owner in range(layout.size)]
+    if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     yield from _trade(others, [queries[rank]] * len(others), [queries[o] for o in others])
     yield Compute(layout.S_Q, layout.s_kv[rank])
@@ -300,11 +297,12 @@ def _gather(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
     yield from [Join(results[rank])] * len(others)
 
 
-def _replicated(blocks: Blocks, rank: int, backward: bool) -> Iterator[Step]:
+def _replicated(blocks: Blocks, rank: int) -> Iterator[Step]:
     layout, others = blocks.layout, _others(blocks, rank)
     rows = [share(layout.S_Q, owner, layout.size) for owner in range(layout.size)]
-    sizes = [blocks.result(part.stop - part.start, backward) for part in rows]
-    if backward:
+    joined = replace(layout, s_q=tuple(part.stop - part.start for part in rows))
+    sizes = [Blocks(joined, blocks.backward).result(owner) for owner in range(layout.size)]
+    if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     yield Compute(layout.S_Q, layout.s_kv[rank])
     yield from _trade(others, [sizes[o] for o in others])
@@ -328,7 +326,7 @@ def _others(blocks: Blocks, rank: int) -> list[int]:
     return [order[(at + n) % len(order)] for n in range(1, len(order))]
 
 
-_BY_SCHEDULE: dict[str, Callable[[Blocks, int, bool], Iterator[Step]]] = {
+_BY_SCHEDULE: dict[str, Callable[[Blocks, int], Iterator[Step]]] = {
     "lv-xattn": _lv_xattn,
     "ring": _ring,
     "ulysses": _ulysses,

@@ -6,8 +6,9 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl import Meter
-from lvxattn.mpi_impl.exchange import BLOCKS, Exchange
+from lvxattn.mpi_impl.exchange import Exchange
 from lvxattn.reference import Layout
+from lvxattn.reference.wire import BLOCKS, Field, Kind
 
 comm = MPI.COMM_WORLD
 x = np.zeros((1, 1, 1, 1), np.uint8)
@@ -18,13 +19,15 @@ layout = Layout(
     H_KV=1, D=1, D_V=1, dtype="float32", scale=1.0, schedule="lv-xattn",
 )  # fmt: skip
 meter = Meter()
-exchange = Exchange(comm, layout, meter, np)
-rotation = exchange.rotation(BLOCKS, lambda owner: [((layout.s_q[owner],), np.dtype("u1"))])
+exchange = Exchange(comm, layout, np.zeros(1, np.float32), meter=meter)
+rotation = exchange.rotation(
+    Kind("large", BLOCKS, lambda of, rank: [Field((of.s_q[rank],), "uint8")])
+)
 block = np.full(SIZE, comm.rank + 1, np.uint8)
 block[-1] = 77 + comm.rank
-rotation.shift(block)
+rotation.send(block)
 del block
-(got,) = rotation.wait()
+(got,) = rotation.receive()
 other = 1 - comm.rank
 assert got.shape == (SIZE,)
 assert (got[:-1:4093] == other + 1).all()

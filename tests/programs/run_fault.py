@@ -65,21 +65,21 @@ if place == "in the first attend" or place == "in the second attend":
     number = 1 if place == "in the first attend" else 2
     setattr(lv_xattn, name, fails_at(number, getattr(lv_xattn, name)))
 elif place == "in a wait":
-    exchange.Rotation.wait = fails_at(1, exchange.Rotation.wait)  # type: ignore[method-assign]
+    exchange.Rotation.receive = fails_at(1, exchange.Rotation.receive)  # type: ignore[method-assign]
 elif place == "in the last shift":
     shifts = 2 * (P - 1)
-    exchange.Rotation.shift = fails_at(shifts, exchange.Rotation.shift)  # type: ignore[method-assign]
+    exchange.Rotation.forward = fails_at(shifts, exchange.Rotation.forward)  # type: ignore[method-assign]
 elif place.startswith("hop "):  # of lv-xattn
     moment, hop = place.split()[2], int(place.split()[1])
     if moment == "begins":  # its block has come; from hop 2 on a result follows each
         number = 1 if hop == 1 else 2 * hop - 2
-        exchange.Rotation.wait = fails_at(number, exchange.Rotation.wait)  # type: ignore[method-assign]
+        exchange.Rotation.receive = fails_at(number, exchange.Rotation.receive)  # type: ignore[method-assign]
     elif moment == "computes":  # after my own block
         name = "partial_attention" if which == "forward" else "block_attention_backward"
         setattr(lv_xattn, name, fails_at(1 + hop, getattr(lv_xattn, name)))
     else:  # its result is on its way; before it went my own block, and all but the last visitor
         number = min(2 * hop + 1, 2 * (P - 1))
-        exchange.Rotation.shift = fails_at(number, exchange.Rotation.shift)  # type: ignore[method-assign]
+        exchange.Rotation.forward = fails_at(number, exchange.Rotation.forward)  # type: ignore[method-assign]
 elif failing:
     fail()
 if failing and how.startswith("mask"):

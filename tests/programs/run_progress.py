@@ -16,6 +16,7 @@ from mpi4py import MPI
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl import exchange, lv_xattn
 from lvxattn.mpi_impl.block_attention import _Tiles
+from lvxattn.reference.wire import BLOCKS, QUERIES
 from tests.cases import Case
 
 comm = MPI.COMM_WORLD
@@ -38,14 +39,14 @@ def a_block_by_progress_alone() -> dict[str, bool]:
     rows = 2**19
     q = np.full((1, 1, rows, 8), comm.rank, np.float32)
     layout = mpi_impl.Layout.agree(q, q[:, :, :1], q[:, :, :1], comm)
-    hop = exchange.Exchange(comm, layout, mpi_impl.Meter(), np)
-    blocks = hop.rotation(exchange.BLOCKS, lambda owner: [(q.shape, q.dtype)])
-    blocks.shift(q)
+    hop = exchange.Exchange(comm, layout, q)
+    blocks = hop.rotation(QUERIES)
+    blocks.send(q)
     end = time.monotonic() + LIMIT
     while blocks.receiving.request != MPI.REQUEST_NULL and time.monotonic() < end:
         hop.progress()
     arrived = blocks.receiving.request == MPI.REQUEST_NULL
-    (block,) = blocks.wait()
+    (block,) = blocks.receive()
     hop.finish()
     return {
         "arrived by progress": arrived,
@@ -61,7 +62,7 @@ def passes() -> dict[str, Any]:
 
     def recorded(event: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if event != "shift" or args[0].tag == exchange.BLOCKS:
+            if event != "shift" or args[0].kind.tag == BLOCKS:
                 events.append(event)
             return function(*args, **kwargs)
 
@@ -75,7 +76,7 @@ def passes() -> dict[str, Any]:
 
         return call
 
-    exchange.Rotation.shift = recorded("shift", exchange.Rotation.shift)  # type: ignore[method-assign]
+    exchange.Rotation.forward = recorded("shift", exchange.Rotation.forward)  # type: ignore[method-assign]
     for name in ("partial_attention", "block_attention_backward"):
         setattr(lv_xattn, name, recorded("attend", getattr(lv_xattn, name)))
     _Tiles.key_tiles = counted(_Tiles.key_tiles)  # type: ignore[method-assign]

@@ -32,8 +32,8 @@ def dawdling(function: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
-exchange.Rotation.shift = dawdling(exchange.Rotation.shift)  # type: ignore[method-assign]
-exchange.Rotation.wait = dawdling(exchange.Rotation.wait)  # type: ignore[method-assign]
+exchange.Rotation.forward = dawdling(exchange.Rotation.forward)  # type: ignore[method-assign]
+exchange.Rotation.receive = dawdling(exchange.Rotation.receive)  # type: ignore[method-assign]
 lv_xattn.partial_attention = dawdling(lv_xattn.partial_attention)  # type: ignore[attr-defined]
 lv_xattn.block_attention_backward = dawdling(  # type: ignore[attr-defined]
     lv_xattn.block_attention_backward

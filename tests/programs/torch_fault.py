@@ -116,7 +116,7 @@ class Rank:
         if moment == "begins":  # its block has come
             follows = self.schedule == "lv-xattn" or self.which == "backward"
             number = 2 * h - 2 if follows else h  # from hop 2 on a result follows each
-            self.fails_at(max(1, number), exchange.Rotation, "wait")
+            self.fails_at(max(1, number), exchange.Rotation, "receive")
         elif moment == "computes":
             file = {"lv-xattn": "lv_xattn", "ring": "ring_attention"}.get(self.schedule, "")
             forward = self.which == "forward"
@@ -126,7 +126,7 @@ class Rank:
             self.fails_at(before + h, module, name)
         else:  # what it sends is on its way: my own block and each visitor but the last, results
             number = min(2 * h + 1, 2 * (self.P - 1))
-            self.fails_at(number, exchange.Rotation, "shift")
+            self.fails_at(number, exchange.Rotation, "forward")
 
     def fails_at(self, number: int, where: Any, name: str) -> None:
         """Fail when a function has been called this number of times."""
