@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -60,11 +59,14 @@ class Rotation:
         self.comm, self.tag = comm, tag
 
     def send(self, *arrays: np.ndarray) -> None:
-        self.comm.send(list(arrays), (self.comm.rank + 1) % self.comm.size, self.tag)
+        self.comm.send(arrays, (self.comm.rank + 1) % self.comm.size, self.tag)
 
-    def receive(self) -> Any:
-        block = self.comm.recv((self.comm.rank - 1) % self.comm.size, self.tag)
-        return block if len(block) > 1 else block[0]
+    def forward(self) -> None:
+        self.send(*self.block)
+
+    def receive(self) -> list[np.ndarray]:
+        self.block = self.comm.recv((self.comm.rank - 1) % self.comm.size, self.tag)
+        return self.block
 
 
 @pytest.mark.parametrize("P", [2, 3, 5])
@@ -76,7 +78,7 @@ def test_the_merge_and_the_loop_are_attention(P: int) -> None:
         names = {name: part[name] for name in "qkv"} | {"np": np, "P": P}
         names["k1"], names["k2"] = np.array_split(part["k"], 2, axis=2)
         names["v1"], names["v2"] = np.array_split(part["v"], 2, axis=2)
-        names |= {"queries": Rotation(comm, 1), "results": Rotation(comm, 2)}
+        names |= {"queries": Rotation(comm, 1), "partials": Rotation(comm, 2)}
         names["attend"] = partial(full_attention, scale=problem.scale)
         exec(the_block(MERGE) + the_block(RING), names)
         return names["out"], names["lse"]
