@@ -72,7 +72,7 @@ lab: check-mpiexec $(STAMP) ## Open the tutorials in JupyterLab
 notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources, and write the notebooks (ARGS="NN_name --fresh")
 	$(TEST_ENV) $(VENV_PYTHON) tutorials/build.py $(ARGS)
 
-docs: $(STAMP) ## Make a site of README, tutorials and API in docs/_build/html
+docs: $(STAMP) ## Make a site of README, docs/, tutorials and API in docs/_build/html
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	$(VENV_PYTHON) -m sphinx -W --keep-going --quiet docs docs/_build/html $(ARGS)
 	@echo "Open docs/_build/html/index.html"

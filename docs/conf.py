@@ -1,4 +1,4 @@
-"""The site: README, tutorials and API, as ``make docs`` builds it.
+"""The site: README, pages, tutorials and API, as ``make docs`` builds it.
 
     python -m sphinx -W docs docs/_build/html
 

@@ -1,8 +1,8 @@
 """Links to files of the repository lead to pages of the site that show them.
 
-README and notebooks name files as they lie in the repository, so that links work where it is
-hosted.  On the site such a link leads to the page that is made of the file, if there is one, or
-else to a page that shows its text.
+README, notebooks and the pages in docs/ name files as they lie in the repository, so that links
+work where it is hosted.  On the site such a link leads to the page that is made of the file, if
+there is one, or else to a page that shows its text.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Files that pages are made of, beside notebooks, and folders that have a page.
+# Files elsewhere that pages are made of, beside notebooks, and folders that have a page.
 PAGES = {
     "README.md": "index",
     "CONTRIBUTING.md": "contributing",
@@ -31,7 +31,8 @@ PAGES = {
     "mpi_impl": "api/mpi_impl",
     "torch_impl": "api/torch_impl",
 }
-# Folders that the links of a page start from, unless it is the repository's own.
+# Folders that the links of a page start from. Otherwise it is docs/ or, where the page is made of a
+# file elsewhere, the repository's own.
 FOLDERS = {"tutorials/": "tutorials", "api/check": "src/lvxattn/check"}
 
 
@@ -46,7 +47,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
 def _point_to_pages(app: Sphinx, doctree: nodes.document) -> None:
     """Let what names a file or a folder of the repository lead to its page."""
     docname = app.env.current_document.docname
-    folder = next((to for page, to in FOLDERS.items() if docname.startswith(page)), "")
+    usual = "" if docname in PAGES.values() else "docs"
+    folder = next((to for page, to in FOLDERS.items() if docname.startswith(page)), usual)
     for kind in (addnodes.download_reference, addnodes.pending_xref):
         for node in list(doctree.findall(kind)):
             if node.get("refdomain") not in (None, "", "doc"):
@@ -82,6 +84,8 @@ def _page(app: Sphinx, docname: str, name: str) -> str:
         return PAGES[name]
     if name.endswith(".ipynb"):
         return name.removesuffix(".ipynb")
+    if name.startswith("docs/") and name.endswith(".md"):
+        return name.removeprefix("docs/").removesuffix(".md")
     _linked(app).setdefault(docname, set()).add(name)
     return f"files/{name}"
 

@@ -62,6 +62,7 @@ def site(built: tuple[Path, dict[Path, Page]]) -> dict[str, Page]:
 
 def test_there_is_a_page_of_everything(site):
     wanted = ["index", "contributing", "changelog", *(f"tutorials/{name}" for name in NOTEBOOKS)]
+    wanted += [path.stem for path in (ROOT / "docs").glob("*.md")]
     wanted += [f"api/{name}" for name in ("reference", "mpi_impl", "torch_impl", "plan", "check")]
     assert {f"{name}.html" for name in wanted} <= set(site)
 

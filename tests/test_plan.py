@@ -325,13 +325,20 @@ class TestMemory:
 
 
 class TestCommand:
-    def test_it_prints_what_the_readme_shows(self, capsys: pytest.CaptureFixture[str]) -> None:
-        readme = (Path(__file__).parents[1] / "README.md").read_text()
-        (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", readme, re.DOTALL)
+    def test_it_prints_what_the_page_and_the_readme_show(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        root = Path(__file__).parents[1]
+        page, readme = ((root / name).read_text() for name in ("docs/commands.md", "README.md"))
+        (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", page, re.DOTALL)
+        (part,) = re.findall(r"\$ python -m lvxattn.plan .*\n([^`]*)", readme)
         line = "--model llama3v --frames 1200 --text-tokens 2048 --machine a100-16"
         assert main(line.split()) == 0
         said = capsys.readouterr().out
         assert said.startswith(shown.lstrip("\n"))
+        lines = [line for line in part.splitlines() if line != "  ..."]
+        assert len(lines) == 4
+        assert set(lines) <= set(said.splitlines())
         assert "16,260" in said
 
     def test_the_picture_says_how_many_frames_fit(self) -> None:

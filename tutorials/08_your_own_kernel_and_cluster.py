@@ -569,8 +569,9 @@ Image(picture, alt="What four ranks did when, and an arrow for every block")
 # [src/lvxattn/plan/choose.py](../src/lvxattn/plan/choose.py),
 # [src/lvxattn/plan/measure.py](../src/lvxattn/plan/measure.py),
 # [src/lvxattn/plan/trace_file.py](../src/lvxattn/plan/trace_file.py),
-# [mpi_impl/transport/watchdog.py](../mpi_impl/transport/watchdog.py).
-# [README](../README.md) has every option.
+# [mpi_impl/transport/watchdog.py](../mpi_impl/transport/watchdog.py). All options are in
+# [docs/commands.md](../docs/commands.md), all variables in
+# [docs/clusters.md](../docs/clusters.md).
 #
 # This is the last notebook; [notebook 1](01_merging_softmax.ipynb) is about the merge on which all
 # of it rests.
