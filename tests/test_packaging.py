@@ -60,7 +60,8 @@ def run(*command: object, cwd: Path) -> str:
 
 def module_paths(tree: Path) -> set[str]:
     """Every module of the package under tree, as a wheel would name it."""
-    paths = {f"lvxattn/{path.name}" for path in (tree / "src" / "lvxattn").glob("*.py")}
+    package = tree / "src" / "lvxattn"
+    paths = {f"lvxattn/{path.relative_to(package)}" for path in package.rglob("*.py")}
     for folder in FOLDERS:
         found = (path.relative_to(tree) for path in (tree / folder).rglob("*.py"))
         paths |= {f"lvxattn/{path.as_posix()}" for path in found}

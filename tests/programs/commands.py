@@ -26,7 +26,7 @@ clock = time.perf_counter
 time.perf_counter = lambda: 1000 * number + (1 + 1e-4 * number) * clock()
 main = import_module(f"lvxattn.{implementation}.__main__").main
 lv_xattn = import_module(f"lvxattn.{implementation}.lv_xattn")
-Backend = import_module(f"lvxattn.{implementation}.run.backend").Backend
+Backend = import_module(f"lvxattn.{implementation}.commands.run.backend").Backend
 forward, backward = Backend.forward, Backend.backward
 
 if implementation == "mpi_impl":

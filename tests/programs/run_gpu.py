@@ -76,7 +76,7 @@ for schedule in SCHEDULES:
         results = solve(problem, comm, OnDevice(), schedule=schedule)  # type: ignore[arg-type]
         right = max(worst_ratios(problem, results).values()) <= 1
         report[f"{case.name}, {schedule}"] = right
-buffers = type(mpi_impl.buffers.buffer(xp, 8)).__name__
+buffers = type(mpi_impl.transport.buffers.buffer(xp, 8)).__name__
 reports = comm.gather(report)
 if comm.rank == 0:
     json.dump({"ranks": reports, "buffer": buffers}, sys.stdout)
