@@ -1,6 +1,7 @@
 """Arrays of other libraries: nothing changes on the way, and gradients by whatever autograd."""
 
 import builtins
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lvxattn.mpi_impl import block_attention, block_attention_backward
 from lvxattn.reference.check import Case, case_of
 from lvxattn.reference.check.frameworks import Framework, framework_of
 from tests import fake_cupy
+from tests.errors import says
 from tests.oracle import GAUSSIAN, checked, message, plain, right
 
 HALF = np.dtype(ml_dtypes.bfloat16)
@@ -224,7 +226,7 @@ def test_no_library_is_imported_for_another() -> None:
     ],
 )
 def test_a_device_that_is_not_there_is_named(name: str, device: Any) -> None:
-    with pytest.raises(ValueError, match=r"^device: expected .*got '?" + str(device)):
+    with pytest.raises(ValueError, match=f"^device: .*{device}"):
         framework_of(name, device)
 
 
@@ -414,19 +416,17 @@ def test_compiled_functions_and_modules_are_checked() -> None:
 
 def test_results_of_torch_that_are_not_what_they_should_be_are_told() -> None:
     with_lse = partial(in_torch)
-    assert torch_message(lambda q, k, v, *, scale, mask: q.numpy(force=True)) == (
-        "out: expected an array of torch on cpu, got numpy.ndarray on cpu"
-    )
-    assert torch_message(lambda q, k, v, *, scale, mask: q.to("meta")) == (
-        "out: expected an array of torch on cpu, got torch.Tensor on meta"
-    )
-    assert torch_message(lambda q, k, v, *, scale, mask: q.float()) == (
-        "out: expected dtype float64, got float32"
-    )
-    assert torch_message(lambda q, k, v, *, scale, mask: q[0]).startswith("out: expected shape")
-    assert torch_message(lambda q, k, v, *, scale, mask: ()) == (
-        "expected out or (out, lse), got a tuple of 0"
-    )
+    for fn, expected in (
+        (
+            lambda q, k, v, *, scale, mask: q.numpy(force=True),
+            says("out", "torch", "numpy.ndarray"),
+        ),
+        (lambda q, k, v, *, scale, mask: q.to("meta"), says("out", "cpu", "torch.Tensor on meta")),
+        (lambda q, k, v, *, scale, mask: q.float(), says("out", "float64", "float32")),
+        (lambda q, k, v, *, scale, mask: q[0], says("out", (2, 32, 8))),
+        (lambda q, k, v, *, scale, mask: (), "a tuple of 0"),
+    ):
+        assert re.search(expected, torch_message(fn))
     sparse = torch_message(lambda q, k, v, *, scale, mask: q.to_sparse())
     assert sparse.startswith("out: cannot be read: ")
     assert checked(with_lse, [GAUSSIAN], framework="torch").passed
@@ -571,26 +571,26 @@ def test_results_of_jax_that_are_not_what_they_should_be_are_told() -> None:
     for fn, expected in (
         (
             lambda q, k, v, *, scale, mask: np.asarray(jnp.ones(3)),
-            "out: expected an array of jax on",
+            says("out", "jax", "numpy.ndarray"),
         ),
         (
             lambda q, k, v, *, scale, mask: None,
-            "out: expected an array of jax on cpu:0, got None",
+            says("out", "jax on cpu:0", None),
         ),
         (
             lambda q, k, v, *, scale, mask: (q, None, q),
-            "expected out or (out, lse), got a tuple of 3",
+            "a tuple of 3",
         ),
-        (lambda q, k, v, *, scale, mask: q[0], "out: expected shape (1, 2, 32, 8), got (2, 32, 8)"),
+        (lambda q, k, v, *, scale, mask: q[0], says("out", (1, 2, 32, 8), (2, 32, 8))),
         (
             lambda q, k, v, *, scale, mask: q.astype(jnp.bfloat16),
-            "out: expected dtype float32, got",
+            says("out", "float32", "bfloat16"),
         ),
-        (leak, "out: expected an array of jax on cpu:0, got jax"),
+        (leak, says("out", "jax on cpu:0", "got jax")),
     ):
         (row,) = jax_checked(fn).rows
         assert row.status == "error"
-        assert row.message.startswith(expected)
+        assert re.search(expected, row.message)
     (row,) = jax_checked(late).rows  # raised in the call or when out is read: JAX decides
     assert "ZeroDivisionError: in it" in row.message
     (row,) = checked(
@@ -614,7 +614,7 @@ def test_what_a_device_has_not_computed_yet_is_waited_for() -> None:
 
 def test_a_device_s_arrays_are_no_numpy_arrays() -> None:
     text = message(lambda q, k, v, *, scale, mask: fake_cupy.asnumpy(q), framework="cupy")
-    assert text == "out: expected an array of cupy on cuda:0, got numpy.ndarray on cpu"
+    assert re.search(says("out", "cupy on cuda:0", "numpy.ndarray on cpu"), text)
 
 
 def test_an_array_on_another_device_is_told() -> None:
@@ -625,7 +625,7 @@ def test_an_array_on_another_device_is_told() -> None:
         return out
 
     text = message(fn, framework="cupy")
-    assert text.startswith("out: expected an array of cupy on cuda:0, got fake_cupy.ndarray on ")
+    assert re.search(says("out", "cupy on cuda:0", "fake_cupy.ndarray on"), text)
 
 
 def test_a_device_array_that_is_written_into_is_told() -> None:

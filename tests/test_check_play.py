@@ -56,12 +56,13 @@ class SilentError(Exception):
         raise RuntimeError("no text")
 
 
-WRONG: dict[str, tuple[Callable[..., Any], str]] = {
+# What a function does wrong, and parts of the message.
+WRONG: dict[str, tuple[Any, ...]] = {
     "None": (lambda q, k, v, mask: None, "out: expected an array of numpy on cpu, got None"),
     "a list": (lambda q, k, v, mask: [1, 2, 3], "expected out or (out, lse), got a list of 3"),
-    "an empty tuple": (lambda q, k, v, mask: (), "expected out or (out, lse), got a tuple of 0"),
-    "a number": (lambda q, k, v, mask: 1.5, "out: expected an array of numpy on cpu, got builtins"),
-    "numbers": (lambda q, k, v, mask: q.tolist(), "expected out or (out, lse), got a list of 1"),
+    "an empty tuple": (lambda q, k, v, mask: (), "a tuple of 0"),
+    "a number": (lambda q, k, v, mask: 1.5, "out: ", "numpy", "builtins"),
+    "numbers": (lambda q, k, v, mask: q.tolist(), "a list of 1"),
     "a shape": (lambda q, k, v, mask: q[0], "out: expected shape (1, 2, 64, 8), got (2, 64, 8)"),
     "a dtype": (
         lambda q, k, v, mask: q.astype(np.float32),
@@ -69,11 +70,15 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "lse's shape": (
         lambda q, k, v, mask: (q, q[..., :1]),
-        "lse: expected shape (1, 2, 64), got (1, 2, 64, 1)",
+        "lse: ",
+        "(1, 2, 64)",
+        "(1, 2, 64, 1)",
     ),
     "lse's dtype": (
         lambda q, k, v, mask: (q, q[..., 0].astype(np.float16)),
-        "lse: expected dtype float64, got float16",
+        "lse: ",
+        "float64",
+        "float16",
     ),
     "sys.exit": (lambda q, k, v, mask: sys.exit(3), f"SystemExit: 3 ({HERE}:"),
     "Ctrl-C of its own": (raiser(KeyboardInterrupt()), f"KeyboardInterrupt ({HERE}:"),
@@ -86,10 +91,10 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_first_case_that_goes_wrong_is_told_and_the_rest_goes_on(name: str) -> None:
-    what, expected = WRONG[name]
+    what, *parts = WRONG[name]
     report = checked(first_wrong(what))
     assert [row.status for row in report.rows] == ["error", "ok"]
-    assert expected in report.rows[0].message
+    assert all(part in report.rows[0].message for part in parts)
     assert report.rows[0].message in str(report)
     assert not report.passed
 
@@ -287,20 +292,22 @@ def test_an_argument_that_is_returned_is_judged_as_any_result() -> None:
 # Backwards.
 
 
-BACKWARDS: dict[str, tuple[Callable[..., Any], str]] = {
+BACKWARDS: dict[str, tuple[Any, ...]] = {
     "None": (lambda *a, **o: None, "backward: expected (dq, dk, dv), got None"),
-    "two": (lambda *a, **o: a[1:3], "backward: expected (dq, dk, dv), got a tuple of 2"),
-    "None for k": (lambda dout, q, *a, **o: (q, None, q), "dk: expected an array of numpy on cpu"),
-    "one shape": (lambda dout, q, *a, **o: (q, q, q), "dk: expected shape (1, 2, 128, 8), got"),
+    "two": (lambda *a, **o: a[1:3], "backward: ", "a tuple of 2"),
+    "None for k": (lambda dout, q, *a, **o: (q, None, q), "dk: ", "numpy", "None"),
+    "one shape": (lambda dout, q, *a, **o: (q, q, q), "dk: ", "(1, 2, 128, 8)"),
     "raises": (raiser(ZeroDivisionError("in it")), f"ZeroDivisionError: in it ({HERE}:"),
 }
 
 
 @pytest.mark.parametrize("name", BACKWARDS)
 def test_a_backward_that_goes_wrong_is_told(name: str) -> None:
-    backward, expected = BACKWARDS[name]
+    backward, start, *parts = BACKWARDS[name]
     large = Case("large", "", "", S_Q=64, S_KV=128)
-    assert message(with_backward(backward), large).startswith(expected)
+    text = message(with_backward(backward), large)
+    assert text.startswith(start)
+    assert all(part in text for part in parts)
 
 
 def test_a_backward_for_some_cases_leaves_the_forward_of_the_others_judged() -> None:

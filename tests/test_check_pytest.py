@@ -1,6 +1,7 @@
 """The oracle's pytest plugin: conformance tests, the fixture, the list of known failures."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -87,16 +88,25 @@ def test_a_backward_of_its_own_is_held_to_account(run) -> None:
     done.stdout.fnmatch_lines(["  dv: relative error 1.0e+00*"])
 
 
+RIGHT = ("--lvx-impl", "kernels:right")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ((), "lvxattn.reference.check.conformance needs --lvx-impl package.module:function"),
         (("--lvx-impl", "nowhere:f"), "--lvx-impl: no module 'nowhere'"),
-        (("--lvx-impl", "kernels:rihgt"), "did you mean right?"),
-        (("--lvx-impl", "kernels:right", "--lvx-dtypes", "fp32"), "--lvx-dtypes: expected some of"),
-        (("--lvx-impl", "kernels:right", "--lvx-suite", "slow"), "--lvx-suite: expected one of"),
-        (("--lvx-impl", "kernels:right", "--lvx-seeds", "0"), "--lvx-seeds: expected a whole"),
-        (("--lvx-impl", "kernels:right", "--lvx-framework", "tf"), "--lvx-framework: expected one"),
+        (("--lvx-impl", "kernels:rihgt"), "did you mean right"),
+        (
+            (*RIGHT, "--lvx-dtypes", "fp32"),
+            r"--lvx-dtypes: expected some of .* with numpy here, got 'fp32'",
+        ),
+        ((*RIGHT, "--lvx-suite", "slow"), "--lvx-suite: .*'slow'"),
+        (
+            (*RIGHT, "--lvx-seeds", "0"),
+            "--lvx-seeds: expected a whole number from 1 up, got",
+        ),
+        ((*RIGHT, "--lvx-framework", "tf"), "--lvx-framework: .*'tf'"),
         (("--lvx-backward", "kernels:back"), "--lvx-backward: goes with --lvx-impl"),
         (("--lvx-xfails-file", "nowhere"), "nowhere cannot be read"),
     ],
@@ -108,7 +118,7 @@ def test_bad_usage_is_told_in_a_line(run, options: tuple[str, ...], words: str) 
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     told = [line for line in done.outlines + done.errlines if line.startswith("ERROR")]
     assert len(told) == 1
-    assert words in told[0]
+    assert re.search(words, told[0])
     assert "Traceback" not in str(done.stdout) + str(done.stderr)
 
 

@@ -25,7 +25,7 @@ def test_mpi_takes_communicators_only(comm: Any, got: str) -> None:
 
 def test_the_reference_takes_numpy_arrays_only() -> None:
     x = fake_cupy.asarray(X)
-    message = "q: expected a NumPy array, got ndarray of fake_cupy"
+    message = "^q: expected a NumPy array, got ndarray of fake_cupy"
     with pytest.raises(TypeError, match=message):
         reference.full_attention(x, x, x)
     with pytest.raises(TypeError, match=message):

@@ -1,6 +1,7 @@
 """The way of device arrays through MPI, on real ranks, with arrays whose kernels run late."""
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -65,4 +66,4 @@ def test_another_wish_is_a_clear_error() -> None:
     ended = mpiexec(2, PROGRAMS / "run_device.py", "yes", timeout=100)
     assert (ended.timed_out, ended.left) == (False, ())
     assert ended.status != 0
-    assert "ValueError: LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got 'yes'" in ended.err
+    assert re.search(r"ValueError: LVXATTN_CUDA_AWARE: .*'yes'", ended.err)

@@ -1,6 +1,7 @@
 """The doctor: what it says of sound ranks, and what it finds."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,7 +113,7 @@ def test_a_bad_variable_is_bad_input_of_every_command_and_an_empty_one_is_unset(
         monkeypatch.setenv(name, "yes")
         assert main(words) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"lvxattn: error: {name}: expected ")
+        assert said.startswith(f"lvxattn: error: {name}: ")
         assert "'yes' (on rank 0 of 1)" in said
         monkeypatch.setenv(name, "")
         assert main(words) == 0
@@ -249,7 +250,7 @@ def test_device_memory_is_sent_from_rank_to_rank_as_a_pass_sends_it(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert examine(MPI.COMM_SELF) == whole
     said = capsys.readouterr().out
-    assert "kernel      tiles: cuda expects a device of compute capability 8.0 or more" in said
+    assert "kernel      tiles: cuda expects a device" in said
     assert ("against the library's word" in said) == (aware == "1")
     assert ("device memory came round whole" in said) == whole
     assert ("ERROR: rank 0 did not get what rank 0 sent from its GPU" in said) != whole
@@ -266,17 +267,19 @@ def test_a_gpu_on_which_nothing_can_be_computed_is_an_error_of_doctor_and_run(
 ) -> None:
     stand_in(monkeypatch, fake_cupy)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    expected = "LVXATTN_KERNEL: 'cuda' expects a device of compute capability 8.0 or more, got 7.5"
+    expected = r"LVXATTN_KERNEL: 'cuda' .*8\.0.*7\.5"
     if missing == "compiler":
         monkeypatch.setattr(fake_cupy.ndarray, "__add__", no_compiler)
-        expected = 'CuPy cannot compute (RuntimeError: Failure finding "libnvrtc.so.13"); it needs'
+        expected = (
+            r'CuPy cannot compute \(RuntimeError: Failure finding "libnvrtc.so.13"\); it needs'
+        )
     else:
         monkeypatch.setenv("LVXATTN_KERNEL", "cuda")
     assert not examine(MPI.COMM_SELF)
-    assert f"ERROR: {expected}" in capsys.readouterr().out
+    assert re.search(f"ERROR: {expected}", capsys.readouterr().out)
     sizes = ["--text-tokens", "8", "--visual-tokens", "16", "--dtype", "float16"]
     assert main(["run", "--device", "gpu", *sizes], MPI.COMM_SELF) == 2
-    assert f"error: {expected}" in capsys.readouterr().err
+    assert re.search(f"error: {expected}", capsys.readouterr().err)
 
 
 def test_run_names_the_kernel_that_was_taken(

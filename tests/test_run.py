@@ -442,32 +442,32 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (damaged(folder / "e", {**three, "k": {**three["k"], "shape": [-1]}}, bytes(192)), "[-1]"),
         (save(folder / "f", {"q": x, "v": x}), "expected a tensor k, found q, v"),
         (save(folder / "g", {n: a.astype(np.int32) for n, a in good.items()}), "got I32"),
-        (save(folder / "h", {**good, "v": x.astype(np.float64)}), "expected q's dtype float32"),
-        (save(folder / "i", {**good, "k": x[..., :3].copy()}), "expected D = 4"),
-        (save(folder / "j", {**good, "v": x[:, :, 1:].copy()}), "expected s_kv = 6"),
-        (save(folder / "k", {**good, "q": x[0]}), "expected 4 axes"),
-        (save(folder / "l", {**good, "mask": np.ones((1, 1, 5, 6), bool)}), "mask: expected its"),
+        (save(folder / "h", {**good, "v": x.astype(np.float64)}), "float64"),
+        (save(folder / "i", {**good, "k": x[..., :3].copy()}), "(1, 2, 6, 3)"),
+        (save(folder / "j", {**good, "v": x[:, :, 1:].copy()}), "(1, 2, 5, 4)"),
+        (save(folder / "k", {**good, "q": x[0]}), "(2, 6, 4)"),
+        (save(folder / "l", {**good, "mask": np.ones((1, 1, 5, 6), bool)}), "(1, 1, 5, 6)"),
         (
             damaged(folder / "o", {"q": {**three["q"], "shape": [True, 48]}}, bytes(192)),
             "[True, 48]",
         ),
         (damaged(folder / "p", {**three, "k": three["q"]}, bytes(192)), "k and q overlap"),
-        (save(folder / "m", {**good, "mask": np.ones((6, 5), bool)}), "mask: expected its last"),
+        (save(folder / "m", {**good, "mask": np.ones((6, 5), bool)}), "(6, 5)"),
     ]
     nowhere, pipe = folder / "nowhere" / "file", folder / "pipe"
     os.mkfifo(pipe)
     # Where there is /proc, nobody can make a file in it, root included.
-    sealed = "error: {}: /proc/lvxattn" if Path("/proc").is_dir() else "there is no folder"
+    sealed = "error: {}: /proc/lvxattn" if Path("/proc").is_dir() else "/proc"
     return [
         *bad,
         *[(["--input", path], text) for path, text in files],
-        (["--input", folder / "good", "--backward"], "expected a tensor dout"),
+        (["--input", folder / "good", "--backward"], "dout"),
         (
             ["--input", save(folder / "n", {**good, "dout": x[:, :1].copy()}), "--backward"],
-            "dout: expected shape",
+            "dout: ",
         ),
         (["--input", folder / "good", "--dtype", "float32"], "--dtype: not allowed with"),
-        (["--input", folder / "good", "--output", nowhere], "there is no folder"),
+        (["--input", folder / "good", "--output", nowhere], f"there is no folder {nowhere.parent}"),
         (["--input", folder / "good", "--output", folder / "good"], "another file than --input's"),
         (
             [*SMALL, "--output", folder / "x", "--json", folder / "x"],
@@ -475,7 +475,7 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         ),
         ([*SMALL, "--output", pipe], "got a directory or a device"),
         (["--input", folder / "good", "--output", folder], "directory"),
-        ([*SMALL, "--json", nowhere, "--quiet"], "there is no folder"),
+        ([*SMALL, "--json", nowhere, "--quiet"], f"{nowhere.parent}"),
         *[
             ([*SMALL, option, f"/proc/lvxattn{end}", "--quiet"], sealed.format(option))
             for option, end in (("--json", ""), ("--trace", ""), ("--plot-trace", ".png"))
@@ -485,24 +485,24 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (["--schedule", "star"], "invalid choice: 'star'"),
         (
             [*SMALL, "--schedule", "ulysses", "--kv-heads", "1"],
-            "schedule: expected another one than 'ulysses', which needs H_KV to be a multiple",
+            "schedule: ",
         ),
         (["--machine", "h100"], "argument --machine: needs --schedule auto"),
         *[
             ([*SMALL, "--schedule", "auto", "--machine", machine], text)
             for machine, text in (
-                ("h1000", "--machine: expected one of a100-16, "),
+                ("h1000", "'h1000'"),
                 (folder, "Is a directory"),
-                (folder / "short", "--machine: expected a file that measure or Machine.save wrote"),
-                (other_version(folder / "version"), "expected version 3 in "),
+                (folder / "short", f"{folder / 'short'}"),
+                (other_version(folder / "version"), f"{folder / 'version'}"),
             )
         ],
         (["--frames", "3"], "--frames: needs a --model"),
-        (["--heads", "3", "--kv-heads", "2"], "expected H_KV to divide"),
-        (["--head-dim", "0"], "expected a whole number from 1 up"),
-        (["--text-tokens", "-1"], "expected a whole number from 0 up"),
-        (["--repeat", "0"], "expected a whole number from 1 up"),
-        (["--scale", "nan"], "expected a finite number"),
+        (["--heads", "3", "--kv-heads", "2"], "H_KV"),
+        (["--head-dim", "0"], "--head-dim: expected a whole number from 1 up, got '0'"),
+        (["--text-tokens", "-1"], "--text-tokens: "),
+        (["--repeat", "0"], "--repeat: "),
+        (["--scale", "nan"], "--scale: expected a finite number, got 'nan'"),
         (["--visual-tokens", "1000000000000000"], "does not fit in memory"),
     ]
 

@@ -13,7 +13,7 @@ import pytest
 from lvxattn import reference
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.reference.agreement import SCHEDULES
-from lvxattn.reference.meter import Block, Meter
+from lvxattn.reference.meter import KINDS, Block, Meter
 from lvxattn.reference.plan.steps import messages
 from lvxattn.reference.plan.trace import Clock, Overlap, Trace, lanes
 from lvxattn.reference.plan.trace_file import events, write_trace
@@ -23,7 +23,7 @@ from tests.cases import Case
 from tests.commands import Said, commands
 from tests.traces import check_trace
 
-KINDS = [*SCHEDULES, "replicated"]
+WAYS = [*SCHEDULES, "replicated"]
 P = 4
 SMALL = ["run", "--text-tokens", "19", "--visual-tokens", "100", "--heads", "6", "--head-dim", "8"]
 WORLDS = [
@@ -57,7 +57,7 @@ def timelines(kind: str) -> tuple[Any, list[Timeline]]:
     return found[0][0], [timeline for _, timeline in found]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WAYS)
 class TestVirtualRanks:
     def test_every_message_is_there_as_the_plan_foresees_it(self, kind: str) -> None:
         layout, found = timelines(kind)
@@ -107,10 +107,7 @@ def test_an_arrow_follows_a_block_all_its_way_round(schedule: str, tmp_path: Pat
     write_trace(Trace.of(found), str(tmp_path / "trace"), ["here"] * P)
     flows = check_trace(json.loads((tmp_path / "trace").read_text()), P)
     ways = Counter((flow[0]["name"], tuple(e["pid"] for e in flow)) for flow in flows.values())
-    there, back = {
-        "lv-xattn": ("the queries of rank {}", "the results for rank {}'s queries"),
-        "ring": ("the keys and values of rank {}", "the gradients of rank {}'s keys and values"),
-    }[schedule]
+    there, back = KINDS[schedule]
     # lv-xattn's results come home in both passes, the gradients of ring's keys in the backward.
     often = {there: 4, back: 4 if schedule == "lv-xattn" else 2}
     wanted: Counter[Any] = Counter()
@@ -128,11 +125,18 @@ def test_an_arrow_follows_a_block_all_its_way_round(schedule: str, tmp_path: Pat
 def test_a_block_is_named_as_one_would_ask_for_it() -> None:
     _, found = timelines("lv-xattn")
     names = {span.block.name for span in found[0].computed}
-    assert names == {f"the queries of rank {rank}" for rank in range(P)}
-    block = Block("the queries of rank {}", 2, 1)
+    assert names == {KINDS["lv-xattn"][0].format(rank) for rank in range(P)}
+    block = Block(KINDS["lv-xattn"][0], 2, 1)
     assert str(block) == "the queries of rank 2 at hop 1"
     assert str(block._replace(source=3)) == "the queries of rank 2 at hop 1, from rank 3"
     assert str(block._replace(dest=0)) == "rank 0 to take the queries of rank 2 at hop 1"
+    named = [kind.format(1) for kinds in KINDS.values() for kind in kinds]
+    assert named == [
+        "the queries of rank 1",
+        "the results for rank 1's queries",
+        "the keys and values of rank 1",
+        "the gradients of rank 1's keys and values",
+    ]
     assert str(Block("all ranks' queries")) == "all ranks' queries"
 
 
@@ -252,13 +256,13 @@ def lines(folder: Path, schedules: tuple[str, ...]) -> list[list[Any]]:
 def bad(folder: Path) -> list[tuple[list[Any], str]]:
     """What is refused, and what is said of it."""
     return [
-        (["--trace", folder / "nowhere" / "x"], "there is no folder"),
-        (["--plot-trace", folder / "nowhere" / "x.png"], "there is no folder"),
+        (["--trace", folder / "nowhere" / "x"], f"{folder / 'nowhere'}"),
+        (["--plot-trace", folder / "nowhere" / "x.png"], f"{folder / 'nowhere'}"),
         (["--trace", folder], "--trace: expected a file, got the directory"),
-        (["--trace", folder / "x", "--json", folder / "x"], "expected another file than --json's"),
-        (["--trace", folder / "x.png", "--plot-trace", folder / "x.png"], "another file than"),
+        (["--trace", folder / "x", "--json", folder / "x"], "--json"),
+        (["--trace", folder / "x.png", "--plot-trace", folder / "x.png"], "--plot-trace"),
         (["--schedule", "auto", "--machine", folder / "x", "--trace", folder / "x"],
-         "expected another file than --machine's"),
+         "--machine"),
         (["--plot-trace", folder / "x.jpeg"], "--plot-trace: expected a name that ends in .png"),
     ]  # fmt: skip
 

@@ -23,6 +23,7 @@ from lvxattn.torch_impl.group import Group, over_cpu
 from lvxattn.torch_impl.run import choose_device, limit_threads, processes, world
 from lvxattn.torch_impl.run.backend import Backend
 from lvxattn.torch_impl.run.processes import SIZES, lost_ranks, user_set_threads
+from tests.errors import says
 from tests.launch import PROGRAMS
 from tests.torchrun import torchrun
 
@@ -49,10 +50,7 @@ def test_bad_input_is_said_before_torchrun_ends_the_ranks() -> None:
     ended = torchrun(2, PROGRAMS / "torch_refuse.py", "run", "--head-dim", "0")
     assert ended.status == 1  # torchrun's own: the ranks' is in its report
     first, report = ended.err.split("\n", 1)
-    assert first == (
-        "lvxattn run: error: argument --head-dim: expected a whole number from 1 up, got '0' "
-        "(on all ranks)"
-    )
+    assert re.fullmatch(r"lvxattn run: error: argument --head-dim: .*'0' \(on all ranks\)", first)
     assert re.search(r"Root Cause.*\n\[0\]:\n(  .*\n)*  exitcode  : 2 ", report)
     assert "lvxattn run: error" not in report  # once, not once a rank
     assert "torch_impl/" not in report  # no traceback of ours
@@ -67,7 +65,7 @@ def test_threads_are_shared_out_and_a_wait_ends_in_time(tmp_path: Path) -> None:
     report = json.loads(ended.out)
     assert report["threads"] == 4  # of 8 cores; torchrun said 1
     assert 1.5 < report["waited"] < 30
-    assert report["said"].startswith("rank 0 of 2 waited for what all ranks have to say")
+    assert report["said"].startswith("rank 0 of 2 ")
 
 
 @pytest.fixture
@@ -112,10 +110,9 @@ def test_a_bad_timeout_is_refused(
 ) -> None:
     alone.setenv("LVXATTN_TIMEOUT", text)
     assert main(["run", *SMALL]) == 2
-    assert capsys.readouterr().err == (
-        "lvxattn: error: LVXATTN_TIMEOUT: expected a number of seconds above 0, "
-        f"got {text!r} (on rank 0 of 1)\n"
-    )
+    error = capsys.readouterr().err.removeprefix("lvxattn: error: ")
+    assert re.search(says("LVXATTN_TIMEOUT", repr(text), rank=0, of=1), error)
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -90,23 +90,12 @@ class TestTutorial:
         code = [cell.source for cell in read(source).cells if cell.cell_type == "code"]
         assert sum("assert " in cell for cell in code) >= 5
 
-    def test_it_is_worded_like_the_others(self, source: Path) -> None:
-        title, *rest = [c.source for c in read(source).cells if c.cell_type == "markdown"]
-        assert title.startswith(f"# {int(source.stem[:2])}. ")
-        assert re.search(
-            r"\n\nAt the end you .*\n\nIt needs .*\babout \d+\s+minutes\.", title, re.DOTALL
-        )
-        text = "\n\n".join(rest)
-        asked = re.findall(r"\*\*(Predict\w*\W?)\*\* |<summary>(Reasoning)</summary>", text)
-        assert asked == [("Predict.", ""), ("", "Reasoning")] * (len(asked) // 2)
-        # Without the empty lines a fold's text would be shown as it is written.
-        folds = re.findall(r"\n\n<details><summary>(\w+)</summary>\n\n", f"\n\n{text}")
-        assert set(folds) == {"Reasoning", "Answer"}
+    def test_folds_are_rendered(self, source: Path) -> None:
+        cells = read(source).cells
+        text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        # Without the empty lines Markdown shows a fold's text as it is written.
+        folds = re.findall(r"\n\n<details><summary>\w+</summary>\n\n", f"\n\n{text}")
         assert len(folds) == text.count("<details") == f"{text}\n\n".count("\n\n</details>\n\n")
-        heads = re.findall(r"^#{2,3} (.*)", text, re.MULTILINE)
-        numbers = [head.split(":")[0] for head in heads if head.startswith("Exercise")]
-        assert numbers == [f"Exercise {n + 1}" for n in range(folds.count("Answer"))]
-        assert heads[-1] == "What was shown"
 
     def test_its_links_lead_somewhere(self, source: Path) -> None:
         text = "\n".join(c.source for c in read(source).cells if c.cell_type == "markdown")

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mpi4py import MPI
 from lvxattn.mpi_impl import Layout, Meter, cross_attention, watchdog
 from lvxattn.mpi_impl.exchange import BLOCKS, RESULTS, Exchange
 from lvxattn.mpi_impl.watchdog import Watchdog, timeout, watching
+from lvxattn.reference.meter import KINDS, Block
 from tests.commands import commands
 from tests.launch import PROGRAMS, mpiexec
 
@@ -28,6 +30,10 @@ def gone(pid: int) -> bool:
         return True
 
 
+RESULTS_HOME = KINDS["lv-xattn"][1]
+KEYS, GRADIENTS = KINDS["ring"]
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     ("schedule", "rank", "where", "block", "waits"),
@@ -36,20 +42,20 @@ def gone(pid: int) -> bool:
             "lv-xattn", 1, "forward", 1,
             {
                 0: {
-                    "the results for rank 0's queries at hop 3, from rank 2",
-                    "rank 1 to take the results for rank 2's queries at hop 2",
+                    Block(RESULTS_HOME, 0, 3, source=2),
+                    Block(RESULTS_HOME, 2, 2, dest=1),
                 },
-                2: {"the results for rank 0's queries at hop 2, from rank 1"},
+                2: {Block(RESULTS_HOME, 0, 2, source=1)},
             },
         ),
         (
             "ring", 2, "backward", 0,
             {
-                0: {"the keys and values of rank 1 at hop 2, from rank 2"},
+                0: {Block(KEYS, 1, 2, source=2)},
                 1: {
-                    "the gradients of rank 1's keys and values at hop 3, from rank 0",
-                    "rank 2 to take the keys and values of rank 1 at hop 1",
-                    "rank 2 to take the keys and values of rank 0 at hop 2",
+                    Block(GRADIENTS, 1, 3, source=0),
+                    Block(KEYS, 1, 1, dest=2),
+                    Block(KEYS, 0, 2, dest=2),
                 },
             },
         ),
@@ -60,7 +66,7 @@ def gone(pid: int) -> bool:
     ],
 )  # fmt: skip
 def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
-    schedule: str, rank: int, where: str, block: int, waits: dict[int, set[str]]
+    schedule: str, rank: int, where: str, block: int, waits: dict[int, set[Any]]
 ) -> None:
     ended = mpiexec(
         3, PROGRAMS / "stop_rank.py", schedule, str(rank), where, str(block),
@@ -72,7 +78,7 @@ def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
     # An MPI may take a small message before its receiver asks for it, or not.
     assert {int(rank) for rank in said} == set(waits)
     for number, what in said.items():
-        assert what in waits[int(number)]
+        assert what in map(str, waits[int(number)])
     assert "stop_rank.py" in ended.err  # the caller's line
     deadline = time.monotonic() + 60
     pids = [int(word) for word in ended.out.split("\n")[0].split()]
@@ -90,11 +96,11 @@ def test_a_wait_is_described_by_kind_owner_hop_and_neighbour() -> None:
     )  # fmt: skip
     exchange = Exchange(MPI.COMM_SELF, layout, Meter(), np)
     rotation = exchange.rotation(RESULTS, lambda _: [((1,), np.dtype("f4"))], hop=2)
-    assert str(rotation._awaited()) == "the results for rank 0's queries at hop 2, from rank 2"
-    assert str(rotation._leaving()) == "rank 3 to take the results for rank 2's queries at hop 2"
+    assert rotation._awaited() == Block(RESULTS_HOME, 0, 2, source=2)
+    assert rotation._leaving() == Block(RESULTS_HOME, 2, 2, dest=3)
     rotation = replace_schedule(exchange, "ring").rotation(BLOCKS, rotation.fields, hop=1)
-    assert str(rotation._awaited()) == "the keys and values of rank 2 at hop 1, from rank 2"
-    assert str(rotation._leaving()) == "rank 3 to take the keys and values of rank 1 at hop 1"
+    assert rotation._awaited() == Block(KEYS, 2, 1, source=2)
+    assert rotation._leaving() == Block(KEYS, 1, 1, dest=3)
 
 
 def replace_schedule(exchange: Exchange, schedule: str) -> Exchange:
