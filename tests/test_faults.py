@@ -286,7 +286,7 @@ class TestBadInput:
         assert len({text for _, text, *_ in ranks}) == (P if names is EACH else 1)
 
     @pytest.mark.parametrize("implementation", REPORTS)
-    def test_the_table_is_complete(self, implementation: str, P: int) -> None:
+    def test_table_of_errors_is_complete(self, implementation: str, P: int) -> None:
         ranks = REPORTS[implementation](P, "run_bad_input.py")
         assert set(ranks) == set({"mpi": IN_MPI, "torch": IN_TORCH}[implementation])
         assert all(len(results) == P for results in ranks.values())
@@ -320,7 +320,7 @@ RAISES = [
 
 
 @pytest.mark.parametrize(("place", "which"), RAISES)
-def test_a_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> None:
+def test_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> None:
     ended = fail(3, 1, "raise", place, which)
     assert_ended(ended)
     assert ended.err.count("RuntimeError: broken on purpose") == 1
@@ -340,7 +340,7 @@ def test_a_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> Non
         ("other scale", r"ValueError: scale: .*0\.5.*0\.25.* \(on rank 2 of 4\)"),
     ],
 )
-def test_what_only_one_rank_can_notice_ends_all_and_is_named(
+def test_error_noticed_by_one_rank_ends_all_and_is_named(
     how: str, message: str, which: str
 ) -> None:
     ended = fail(4, 2, how, "before", which)
@@ -359,7 +359,7 @@ def test_what_only_one_rank_can_notice_ends_all_and_is_named(
         ("in the second attend", "crash", "backward"),
     ],
 )
-def test_a_rank_that_dies_ends_all_and_is_named(place: str, how: str, which: str) -> None:
+def test_rank_that_dies_ends_all_and_is_named(place: str, how: str, which: str) -> None:
     ended = fail(3, 2, how, place, which)
     assert_ended(ended)
     assert re.findall(r"^rank (\d) of 3 \(process \d+ on \S+\) died$", ended.err, re.M) == ["2"]
@@ -376,9 +376,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("P", "hop", "moment", "which"), KILLS)
-def test_a_rank_killed_at_any_hop_ends_the_others(
-    P: int, hop: int, moment: str, which: str
-) -> None:
+def test_rank_killed_at_any_hop_ends_all(P: int, hop: int, moment: str, which: str) -> None:
     rank = hop % P
     ended = fail(P, rank, "kill", f"hop {hop} {moment}", which)
     assert_ended(ended)
@@ -386,13 +384,13 @@ def test_a_rank_killed_at_any_hop_ends_the_others(
     assert announced == [str(rank)]
 
 
-def test_nobody_is_announced_when_all_end_as_they_should() -> None:
+def test_no_death_notice_when_all_end_well() -> None:
     ended = fail(3, 1, "not at all", "before", "forward")
     assert (ended.status, ended.out, ended.err) == (0, "reached the end\n" * 3, "")
     assert ended.left == ()
 
 
-def test_a_program_that_waits_for_ever_is_ended_in_time_with_all_its_ranks() -> None:
+def test_hanging_program_is_ended_at_its_time_limit() -> None:
     """One rank leaves before the others; they wait, as MPI must.  The time limit ends them."""
     ended = fail(3, 1, "leave", "before", "forward", timeout=3.0)
     assert ended.timed_out
@@ -401,13 +399,13 @@ def test_a_program_that_waits_for_ever_is_ended_in_time_with_all_its_ranks() -> 
     assert "reached the end" not in ended.out
 
 
-def test_a_process_that_outlives_its_rank_is_reported_and_killed() -> None:
+def test_process_outliving_its_rank_is_killed() -> None:
     """The tests' own launcher: what a rank leaves behind does not go unseen."""
     ended = fail(1, 0, "leave a process", "before", "forward")
     assert ended.status == 0
     assert [command.split()[0] for command in ended.left] == ["sleep"]
 
 
-def test_the_signal_of_a_killed_rank_is_the_status_of_the_launcher() -> None:
+def test_launcher_exits_with_signal_of_killed_rank() -> None:
     """So that a shell script sees it; that is MPICH's way, others have theirs."""
     assert fail(2, 1, "kill", "before", "forward").status in (signal.SIGKILL, 128 + signal.SIGKILL)

@@ -47,7 +47,7 @@ def assert_same_error(errors: list[Any], kind: type[Exception], text: str) -> No
 
 
 @RANKS
-def test_every_rank_learns_all_lengths_and_sizes(P: int) -> None:
+def test_agree_shares_all_lengths_and_sizes(P: int) -> None:
     def fn(comm: VirtualComm) -> Layout:
         return Layout.agree(*arrays(comm.rank, 3 * comm.rank % 5), comm, scale=0.5)
 
@@ -72,7 +72,7 @@ def test_scale_is_one_over_the_root_of_D_unless_given() -> None:
     ("dtype", "wide"),
     [("float64", "float64"), ("float32", "float32"), ("float16", "float32")],
 )
-def test_sums_are_at_least_fp32(dtype: str, wide: str) -> None:
+def test_accumulator_is_at_least_fp32(dtype: str, wide: str) -> None:
     given = [x.astype(dtype) for x in arrays()]
     layout = run_ranks(1, lambda comm: Layout.agree(*given, comm))[0]
     assert (layout.dtype, layout.accumulator) == (dtype, wide)
@@ -109,7 +109,7 @@ def test_ring_visits_host_by_host(hosts: str, order: tuple[int, ...], crossings:
 
 @RANKS
 @pytest.mark.parametrize("cyclic", [False, True])
-def test_neighbours_and_owners_fit_together(P: int, cyclic: bool) -> None:
+def test_neighbours_and_owners_are_consistent(P: int, cyclic: bool) -> None:
     hosts = ["ab"[r % 2] if cyclic else "a" for r in range(P)]
     layouts = run_ranks(P, lambda comm: Layout.agree(*arrays(), comm), hosts=hosts)
     for layout in layouts:
@@ -134,14 +134,14 @@ def test_view_places_a_block_among_all_queries_and_keys() -> None:
             assert view.column == 0
 
 
-def test_home_work_is_cut_in_half_for_the_two_ends_of_the_trip() -> None:
+def test_home_keys_are_split_in_half() -> None:
     layouts = run_ranks(2, lambda comm: Layout.agree(*arrays(3, 10 * comm.rank), comm))
     assert [layout.home_cut for layout in layouts] == [0, 5]
     (alone,) = run_ranks(1, lambda comm: Layout.agree(*arrays(3, 10), comm))
     assert alone.home_cut == 10  # nothing travels: nothing to hide
 
 
-def test_ring_takes_callables_from_all_ranks_or_from_none() -> None:
+def test_ring_requires_callable_masks_on_all_ranks_or_none() -> None:
     def agree(comm: VirtualComm) -> Layout:
         mask = (lambda b, h, q, kv: kv >= q) if comm.rank == 1 else None
         return Layout.agree(*arrays(), comm, schedule="ring", mask=mask)
@@ -154,7 +154,7 @@ def test_ring_takes_callables_from_all_ranks_or_from_none() -> None:
     )
 
 
-def test_ring_holds_an_array_mask_to_what_was_agreed() -> None:
+def test_ring_checks_array_mask_against_layout() -> None:
     def misfit(comm: VirtualComm) -> None:
         q, k, v = arrays()
         layout = Layout.agree(q, k, v, comm, schedule="ring")
@@ -172,7 +172,7 @@ MISMATCHES |= {"D_V": ("v", 5, 4)}
 
 @pytest.mark.parametrize("size", MISMATCHES)
 @pytest.mark.parametrize("odd", [1, 2])
-def test_sizes_that_differ_between_ranks_are_one_error_for_all(size: str, odd: int) -> None:
+def test_sizes_differing_between_ranks_raise_on_all(size: str, odd: int) -> None:
     argument, first, other = MISMATCHES[size]
 
     def fn(comm: VirtualComm) -> Layout:
@@ -184,7 +184,7 @@ def test_sizes_that_differ_between_ranks_are_one_error_for_all(size: str, odd: i
         assert (type(error), str(error)) == (ValueError, f"{text} (on rank {odd} of 3)")
 
 
-def test_dtypes_scales_and_schedules_that_differ_are_one_error_for_all() -> None:
+def test_dtypes_and_scales_differing_between_ranks_raise_on_all() -> None:
     def dtypes(comm: VirtualComm) -> Layout:
         given = [x.astype("float32" if comm.rank == 2 else "float64") for x in arrays()]
         return Layout.agree(*given, comm)
@@ -219,13 +219,11 @@ def asked_while_agreeing(rule: Any) -> Any:
         (lambda b, h: b > h, TypeError, r"^mask: raised TypeError\(.*\) \(on rank 1 of 3\)$"),
     ],
 )  # fmt: skip
-def test_a_rule_is_asked_once_and_what_is_wrong_with_it_raised_on_all(
-    rule: Any, kind: type, text: str
-) -> None:
+def test_bad_callable_mask_raises_on_all_ranks(rule: Any, kind: type, text: str) -> None:
     assert_same_error(asked_while_agreeing(rule), kind, text)
 
 
-def test_a_rule_is_asked_about_keys_that_its_rank_has() -> None:
+def test_callable_mask_is_tried_on_own_keys() -> None:
     asked: list[int] = []
 
     def rule(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
@@ -236,7 +234,7 @@ def test_a_rule_is_asked_about_keys_that_its_rank_has() -> None:
     assert asked == [3]  # rank 0 has keys 0 to 2
 
 
-def test_ranks_that_call_different_functions_are_told() -> None:
+def test_different_calls_raise_on_all_ranks() -> None:
     problem = Case("calls").make()
 
     def fn(comm: VirtualComm) -> Any:
@@ -258,7 +256,7 @@ def test_a_scale_may_differ_in_the_last_bit() -> None:
     assert {layout.scale for layout in run_ranks(2, fn)} == {8**-0.5}
 
 
-def test_ring_holds_a_callable_to_what_was_agreed() -> None:
+def test_ring_checks_callable_mask_against_layout() -> None:
     def misfit(comm: VirtualComm) -> None:
         q, k, v = arrays()
         layout = Layout.agree(q, k, v, comm, schedule="ring")
@@ -269,7 +267,7 @@ def test_ring_holds_a_callable_to_what_was_agreed() -> None:
         run_ranks(2, misfit)
 
 
-def test_the_error_of_the_lowest_rank_is_raised_on_all() -> None:
+def test_error_of_lowest_rank_is_raised_on_all() -> None:
     def fn(comm: VirtualComm) -> Layout:
         q, k, v = arrays()
         if comm.rank == 1:
@@ -281,7 +279,7 @@ def test_the_error_of_the_lowest_rank_is_raised_on_all() -> None:
     assert_same_error(outcomes(4, fn), TypeError, says("q", "int64", rank=1, of=4))
 
 
-def test_a_mask_is_held_against_all_ranks_queries() -> None:
+def test_mask_is_checked_against_queries_of_all_ranks() -> None:
     def fn(comm: VirtualComm) -> Layout:
         mask = np.ones((6 if comm.rank == 0 else 2, 3), bool)
         return Layout.agree(*arrays(), comm, mask=mask)
@@ -289,13 +287,13 @@ def test_a_mask_is_held_against_all_ranks_queries() -> None:
     assert_same_error(outcomes(3, fn), ValueError, says("mask", 6, (2, 3), rank=1, of=3))
 
 
-def test_ranks_may_differ_in_the_kind_of_their_masks() -> None:
+def test_ranks_may_differ_in_mask_kind() -> None:
     masks = [None, np.ones((6, 3), bool), lambda b, h, q, k: k >= 0]
     layouts = run_ranks(3, lambda c: Layout.agree(*arrays(), c, mask=masks[c.rank]))
     assert [layout.s_q for layout in layouts] == [(2, 2, 2)] * 3
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_schedule_and_queries_raise() -> None:
     for given, text in (
         (
             {"schedule": "star"},
@@ -311,7 +309,7 @@ def test_unknown_names_are_refused() -> None:
         assert (type(error), str(error)) == (ValueError, text)
 
 
-def test_nothing_but_the_agreement_is_sent_when_it_fails() -> None:
+def test_nothing_is_sent_after_failed_agreement() -> None:
     log: list[Message] = []
     problem = Case("fails").make()
 
@@ -329,7 +327,7 @@ def test_nothing_but_the_agreement_is_sent_when_it_fails() -> None:
 
 
 @RANKS
-def test_calls_with_a_layout_agree_on_nothing(P: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_with_a_layout_do_not_agree_again(P: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gathers: list[int] = []
     allgather = VirtualComm.allgather
 
@@ -382,7 +380,7 @@ def misfits() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("given", "options", "kind", "text"), misfits().values(), ids=misfits())
-def test_what_does_not_fit_a_layout_is_refused_where_it_is(
+def test_layout_misfit_raises_on_its_rank_only(
     given: Any, options: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
     def fn(comm: VirtualComm) -> Any:
@@ -396,7 +394,7 @@ def test_what_does_not_fit_a_layout_is_refused_where_it_is(
     assert_same_error([error], kind, rf"{text}.*\(on rank 1 of 2\)$")
 
 
-def test_a_layout_of_another_communicator_is_refused() -> None:
+def test_layout_of_another_communicator_raises() -> None:
     layouts = run_ranks(2, lambda comm: Layout.agree(*arrays(), comm))
     text = "layout: expected the communicator it was agreed on, with this as rank {} of 2, got rank"
     swapped = outcomes(2, lambda comm: layouts[1 - comm.rank].check(*arrays(), comm))
@@ -408,7 +406,7 @@ def test_a_layout_of_another_communicator_is_refused() -> None:
 
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
-def test_calls_hold_their_arguments_against_the_layout(which: str) -> None:
+def test_calls_check_arguments_against_layout(which: str) -> None:
     def fn(comm: VirtualComm) -> None:
         layout = Layout.agree(*arrays(), comm)
         q, k, v = arrays(3, 3)
@@ -425,7 +423,7 @@ def test_calls_hold_their_arguments_against_the_layout(which: str) -> None:
 @RANKS
 @pytest.mark.parametrize("length", [0, 1, 6, 7, 11])
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
-def test_shards_join_to_the_whole(P: int, length: int, axis: int) -> None:
+def test_unshard_inverts_shard(P: int, length: int, axis: int) -> None:
     shape = [2, 3, 4]
     shape[axis] = length
     x = np.arange(np.prod(shape)).reshape(shape)
@@ -440,7 +438,7 @@ def test_shards_join_to_the_whole(P: int, length: int, axis: int) -> None:
     assert all(np.array_equal(joined, x) for _, joined in results)
 
 
-def test_the_length_is_cut_unless_another_axis_is_named() -> None:
+def test_shard_cuts_the_length_by_default() -> None:
     x = np.zeros((2, 4, 6, 8))
 
     def fn(comm: VirtualComm) -> Any:
@@ -451,7 +449,7 @@ def test_the_length_is_cut_unless_another_axis_is_named() -> None:
 
 
 @RANKS
-def test_parts_of_any_lengths_join_in_rank_order(P: int) -> None:
+def test_unshard_joins_in_rank_order(P: int) -> None:
     def fn(comm: VirtualComm) -> Any:
         return unshard(np.full((1, 1, 3 * comm.rank % 4, 1), comm.rank), comm)
 
@@ -466,7 +464,7 @@ def test_parts_of_any_lengths_join_in_rank_order(P: int) -> None:
         (np.zeros((2, 3, 1), "f4"), "(2, 3, 1) and float32"),
     ],
 )
-def test_parts_that_do_not_join_are_one_error_for_all(odd: Any, got: str) -> None:
+def test_unshard_misfit_raises_on_all_ranks(odd: Any, got: str) -> None:
     def fn(comm: VirtualComm) -> Any:
         return unshard(odd if comm.rank == 1 else np.zeros((2, 3, 5)), comm)
 
@@ -475,6 +473,6 @@ def test_parts_that_do_not_join_are_one_error_for_all(odd: Any, got: str) -> Non
         assert (type(error), str(error)) == (ValueError, f"{text} (on rank 1 of 3)")
 
 
-def test_an_error_with_its_rank_keeps_its_type() -> None:
+def test_on_rank_keeps_the_type() -> None:
     error = on_rank(TypeError("x"), 3, 5)
     assert (type(error), str(error)) == (TypeError, "x (on rank 3 of 5)")

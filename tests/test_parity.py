@@ -290,7 +290,7 @@ OWN = {
 
 
 @PACKAGE
-def test_every_file_is_mirrored_or_its_own(package: str) -> None:
+def test_every_file_is_mirrored_or_listed(package: str) -> None:
     own = {"__init__", "__main__"} | OWN[package]
     files = {path.stem for path in (ROOT / package).glob("*.py")} - own
     assert set(MIRRORED) <= files
@@ -302,7 +302,7 @@ def test_every_file_is_mirrored_or_its_own(package: str) -> None:
     [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
-def test_imports_neither_algorithms_of_the_reference_nor_plans_nor_one_another(path: Path) -> None:
+def test_implementations_import_no_algorithm_of_another(path: Path) -> None:
     shared = {"agreement", "layout", "masks", "meter", "validation"}
     package = path.relative_to(ROOT).parts[0]
     (other,) = set(PACKAGES) - {package}

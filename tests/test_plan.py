@@ -46,7 +46,7 @@ def nbytes(of: Layout, backward: bool = False) -> int:
 class TestClock:
     @pytest.mark.parametrize("backward", [False, True])
     @pytest.mark.parametrize("schedule", SCHEDULES)
-    def test_without_arithmetic_a_pass_takes_what_its_bytes_take(
+    def test_time_without_arithmetic_is_that_of_the_bytes(
         self, schedule: str, backward: bool
     ) -> None:
         of = layout(4, schedule)
@@ -55,14 +55,14 @@ class TestClock:
         assert played.computing < 1e-9
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
-    def test_without_a_network_to_wait_for_it_takes_its_arithmetic(self, schedule: str) -> None:
+    def test_time_without_network_is_that_of_the_arithmetic(self, schedule: str) -> None:
         fast = replace(FREE, matmul=1e3, inside=Link(1e30, 0.0))
         for backward, products in ((False, 4), (True, 10)):  # of D = D_V = 2 numbers each
             played = play(layout(4, schedule), fast, backward=backward)
             assert played.seconds == pytest.approx(2 * 4 * 8 * 16 * products / 4 / 1e3)
             assert played.waiting == pytest.approx(0, abs=1e-9)
 
-    def test_a_ring_hides_what_travels_behind_its_arithmetic(self) -> None:
+    def test_ring_overlaps_messages_with_arithmetic(self) -> None:
         of = layout(4, "ring")
         hop = nbytes(of) / 3 / 1e3
         for share in (0.5, 1.0, 2.0):  # of a hop's time on the wire
@@ -72,24 +72,24 @@ class TestClock:
                 4 * share * hop if share >= 1 else 3 * hop + share * hop
             )
 
-    def test_a_latency_is_paid_at_every_hop_of_a_ring_and_once_by_a_collective(self) -> None:
+    def test_latency_per_hop_and_per_collective(self) -> None:
         machine = replace(FREE, inside=Link(1e30, 1.0))
         assert play(layout(4, "ring"), machine).seconds == pytest.approx(3.0)
         assert play(layout(4, "gather"), machine).seconds == pytest.approx(2.0)
 
-    def test_ranks_of_a_host_share_its_link_and_rings_cross_it_once(self) -> None:
+    def test_ranks_of_a_host_share_its_link(self) -> None:
         two = replace(FREE, ranks_per_host=2, inside=Link(1e30, 0.0))
         ring, gather = layout(4, "lv-xattn"), layout(4, "gather")
         assert play(ring, two).seconds == pytest.approx(nbytes(ring) / 1e3)
         # Two ranks send two thirds of their bytes to the other host, over one link.
         assert play(gather, two).seconds == pytest.approx(2 * 2 / 3 * nbytes(gather) / 1e3)
 
-    def test_a_ring_crosses_between_hosts_once_however_ranks_were_placed(self) -> None:
+    def test_ring_crosses_each_host_once(self) -> None:
         two = replace(FREE, ranks_per_host=2, inside=Link(1e30, 0.0))
         dealt = replace(layout(4), order=(0, 2, 1, 3))  # ranks 0 and 2 are on one host
         assert play(dealt, two).seconds == pytest.approx(nbytes(dealt) / 1e3)
 
-    def test_the_longer_of_arithmetic_and_reading_hides_what_the_machine_says(self) -> None:
+    def test_hiding_of_arithmetic_and_reading(self) -> None:
         of = layout(1)
         arithmetic, reading = 4 * 2 * 4 * 8 * 16, 16 * 4 * 4 * 4
         for hiding in (0.0, 0.5, 1.0):
@@ -97,7 +97,7 @@ class TestClock:
             hidden = hiding * min(arithmetic, reading)
             assert play(of, machine).seconds == pytest.approx((arithmetic + reading - hidden) / 1e3)
 
-    def test_what_is_new_is_copied_before_it_leaves_and_what_is_passed_on_is_not(self) -> None:
+    def test_only_new_blocks_are_copied(self) -> None:
         slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
         query, result = 4 * 2 * 2 * 4, 4 * 2 * 4 * 4
         keys = 2 * 4 * 4 * 2 * 4
@@ -112,7 +112,7 @@ class TestClock:
                 schedule
             )
 
-    def test_room_is_made_for_the_gradients_of_all_keys_that_a_rank_meets(self) -> None:
+    def test_memory_for_gradients_of_all_keys(self) -> None:
         slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
         mine = 4 * 4 * (2 + 2) * 4  # a quarter of 16 keys, 4 heads, D = D_V = 2, fp32
         block, result = 4 * 2 * (2 + 2 + 1 + 1) * 4, 4 * 2 * 2 * 4
@@ -126,17 +126,17 @@ class TestClock:
             played = play(layout(4, schedule), slow, backward=True)
             assert played.seconds == pytest.approx(bytes_made / 1e3), schedule
 
-    def test_a_block_without_queries_takes_nothing(self) -> None:
+    def test_block_without_queries_takes_no_time(self) -> None:
         slow = replace(FREE, memory=1e3, start=5.0)
         empty = replace(layout(1), s_q=(0,))
         assert play(empty, slow).seconds == pytest.approx(0)
 
-    def test_a_call_takes_its_time_once(self) -> None:
+    def test_call_overhead_counts_once(self) -> None:
         for schedule in SCHEDULES:
             machine = replace(FREE, call=5.0, inside=Link(1e30, 0.0))
             assert play(layout(4, schedule), machine).seconds == pytest.approx(5.0)
 
-    def test_a_block_takes_at_least_its_start_and_the_reading_of_its_keys(self) -> None:
+    def test_block_time_is_at_least_start_and_reading(self) -> None:
         of = layout(1)
         slow = replace(FREE, memory=1e3)
         assert play(of, slow).seconds == pytest.approx(16 * 4 * 4 * 4 / 1e3)
@@ -144,12 +144,12 @@ class TestClock:
 
 
 class TestChoice:
-    def test_without_a_machine_it_is_the_fewest_bytes(self) -> None:
+    def test_auto_without_machine_minimises_bytes(self) -> None:
         assert candidates(layout(4, S_Q=4, S_KV=400))[0].schedule == "lv-xattn"
         assert candidates(layout(4, S_Q=400, S_KV=4))[0].schedule == "ring"
         assert candidates(layout(4, S_Q=64, S_KV=64))[0].schedule == "ulysses"
 
-    def test_on_a_machine_it_is_the_least_time(self) -> None:
+    def test_auto_with_machine_minimises_time(self) -> None:
         far = replace(FREE, inside=Link(1e9, 1.0))  # latency is all that counts
         found = candidates(layout(8, S_Q=8, S_KV=800, H=4), far)
         assert found[0].schedule == "gather"
@@ -157,7 +157,7 @@ class TestChoice:
             c.seconds for c in found if c.seconds
         )
 
-    def test_what_cannot_serve_is_last_and_says_why(self) -> None:
+    def test_unusable_schedule_is_last_with_reason(self) -> None:
         found = candidates(layout(8, H_KV=4, S_Q=64, S_KV=64))
         assert found[-1].schedule == "ulysses"
         assert "P = 8 does not divide H_KV = 4" in table(found)
@@ -168,7 +168,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("machine", "best"), [(None, "ring"), (MACHINES["a30-8"], "gather")], ids=["bytes", "time"]
     )
-    def test_auto_takes_it_on_every_rank_alike_and_explains(
+    def test_auto_agrees_on_all_ranks_and_explains(
         self, machine: Machine | None, best: str
     ) -> None:
         q, k = np.zeros((1, 2, 40, 4)), np.zeros((1, 2, 2, 4))
@@ -184,7 +184,7 @@ class TestChoice:
         assert text.splitlines()[2].split()[0] == best
         assert ("0.00" in text) == (machine is not None)
 
-    def test_replicated_queries_are_moved_by_no_schedule(self) -> None:
+    def test_replicated_queries_have_no_schedule(self) -> None:
         q, k = np.zeros((1, 2, 40, 4)), np.zeros((1, 2, 2, 4))
         for of in reference.run_ranks(
             3, lambda comm: Layout.agree(q, k, k, comm, schedule="auto", queries="replicated")
@@ -198,7 +198,7 @@ class TestChoice:
         # Round the ring: of ranks with equal shares, that before a small one sends more.
         [((3, 9, 3, 3), (5, 5, 5, 5)), ((3, 3, 3, 3), (5, 9, 5, 5)), ((0, 9, 3, 1), (5, 0, 2, 7))],
     )
-    def test_the_rank_that_sends_most_counts(
+    def test_busiest_rank_counts(
         self, schedule: str, s_q: tuple[int, ...], s_kv: tuple[int, ...]
     ) -> None:
         order = (2, 0, 3, 1)
@@ -210,12 +210,12 @@ class TestChoice:
         assert found.nbytes == max(sum(message.nbytes for message in sent) for sent in both)
         assert {found.messages} == set(map(len, both))
 
-    def test_of_ranks_whose_shares_differ_by_a_row_four_at_most_are_looked_at(self) -> None:
+    def test_at_most_four_similar_ranks_are_simulated(self) -> None:
         even, uneven = (planned((1, 4, n, 2), (1, 4, 640, 2), 64) for n in (640, 650))
         assert len(unlike_ranks(even)) == 1
         assert 2 <= len(unlike_ranks(uneven)) <= 4
 
-    def test_auto_computes_what_the_others_compute(self) -> None:
+    def test_auto_equals_chosen_schedule(self) -> None:
         rng = np.random.default_rng(0)
         q, k, v = (rng.standard_normal((1, 2, s, 4)) for s in (6, 30, 30))
         want, _ = reference.full_attention(q, k, v)
@@ -229,7 +229,7 @@ class TestChoice:
 
 
 class TestMachine:
-    def test_a_file_holds_what_was_saved(self, tmp_path: Path) -> None:
+    def test_machine_file_round_trip(self, tmp_path: Path) -> None:
         for machine in (*MACHINES.values(), replace(FREE, measured=MEASURED)):
             machine.check()
             machine.save(tmp_path / "m.json")
@@ -264,7 +264,7 @@ class TestMachine:
             ({"colour": "red"}, "machine: .* is damaged"),
         ],
     )
-    def test_a_damaged_file_is_refused(
+    def test_damaged_machine_file_raises(
         self, tmp_path: Path, change: dict[str, Any], text: str
     ) -> None:
         path = tmp_path / "m.json"
@@ -282,9 +282,7 @@ class TestMachine:
             ("[3]", "says no version"),
         ],
     )
-    def test_what_is_no_machine_s_file_is_refused(
-        self, tmp_path: Path, content: str, words: str
-    ) -> None:
+    def test_other_file_raises(self, tmp_path: Path, content: str, words: str) -> None:
         path = tmp_path / "m.json"
         path.write_text(content)
         expected = (
@@ -293,7 +291,7 @@ class TestMachine:
         with pytest.raises(ValueError, match=expected + words):
             Machine.load(path)
 
-    def test_what_is_no_machine_is_refused_on_all_ranks(self) -> None:
+    def test_bad_machine_raises_on_all_ranks(self) -> None:
         x = np.zeros((1, 1, 2, 2))
         with pytest.raises(TypeError, match="machine: expected a Machine or None, got str"):
             reference.run_ranks(
@@ -302,12 +300,12 @@ class TestMachine:
 
 
 class TestMemory:
-    def test_the_paper_s_example_needs_234_gib_of_keys_and_values(self) -> None:
+    def test_paper_example_needs_234_gib(self) -> None:
         found = memory(MODELS["llama3v"], 2048, 1200, 1, dtype="bfloat16", recompute=False)
         assert found.keys == 2 * 8 * 1200 * 6404 * 8 * 128 * 2
         assert round(found.keys / 2**30) == 235  # "over 234 GB"
 
-    def test_made_again_they_take_one_layer_s_room(self) -> None:
+    def test_recomputed_keys_take_memory_of_one_layer(self) -> None:
         model = MODELS["mplug-owl3-7b"]
         kept, again = (
             memory(model, 512, 100, 8, dtype="float16", recompute=x) for x in (False, True)
@@ -317,19 +315,19 @@ class TestMemory:
         assert kept.total == kept.features + kept.keys + kept.text + kept.blocks
 
     @pytest.mark.parametrize("recompute", [False, True])
-    def test_one_frame_more_than_fits_does_not(self, recompute: bool) -> None:
+    def test_most_frames_is_exact(self, recompute: bool) -> None:
         model, given = MODELS["llama3v"], {"dtype": "bfloat16", "recompute": recompute}
         most = most_frames(model, 2048, 16, 80e9, **given)
         assert memory(model, 2048, most, 16, **given).total <= 80e9
         assert memory(model, 2048, most + 1, 16, **given).total > 80e9
 
-    def test_where_not_even_the_text_fits_no_frame_does(self) -> None:
+    def test_most_frames_is_0_if_text_does_not_fit(self) -> None:
         given = {"dtype": "bfloat16", "recompute": True}
         assert most_frames(MODELS["llama3v"], 2048, 1, 1e6, **given) == 0
 
 
 class TestCommand:
-    def test_it_prints_what_the_readme_shows(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_readme_output_is_current(self, capsys: pytest.CaptureFixture[str]) -> None:
         readme = (Path(__file__).parents[1] / "README.md").read_text()
         (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", readme, re.DOTALL)
         line = "--model llama3v --frames 1200 --text-tokens 2048 --machine a100-16"
@@ -338,7 +336,7 @@ class TestCommand:
         assert said.startswith(shown.lstrip("\n"))
         assert "16,260" in said
 
-    def test_the_picture_says_how_many_frames_fit(self) -> None:
+    def test_picture_shows_frames_that_fit(self) -> None:
         pytest.importorskip("matplotlib")
         from lvxattn.reference.plan.draw_plan import winners
 
@@ -350,7 +348,7 @@ class TestCommand:
             assert f"keys, values {title}: {fit:,} frames" in said
         assert f"all that a rank has: {machine.room / 1e9:.3g} GB" in said
 
-    def test_the_picture_has_every_number_on_its_cell_and_is_800_pixels_wide(self) -> None:
+    def test_picture_shows_every_number(self) -> None:
         pytest.importorskip("matplotlib")
         from lvxattn.reference.plan.draw_plan import FRAMES, TEXT, times, winners
 
@@ -366,7 +364,7 @@ class TestCommand:
             assert said == pytest.approx(ring[at] / ours[at], rel=0.06)
             assert number.get_size() >= 11
 
-    def test_it_draws_and_says_where(
+    def test_plot_is_written_and_named(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         pytest.importorskip("matplotlib")
@@ -388,7 +386,7 @@ class TestCommand:
             ),
         ],
     )
-    def test_the_dtype_is_the_measured_one_and_another_is_remarked_on(
+    def test_dtype_defaults_to_the_measured_one(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, dtype: str, words: str
     ) -> None:
         replace(FREE, measured=MEASURED).save(tmp_path / "m.json")
@@ -409,13 +407,13 @@ class TestCommand:
             (16261, "NO ROOM for 16,261 frames either way"),
         ],
     )
-    def test_it_says_whether_the_frames_fit(
+    def test_command_says_whether_frames_fit(
         self, capsys: pytest.CaptureFixture[str], frames: int, words: str
     ) -> None:
         assert main(["--frames", str(frames)]) == 0
         assert capsys.readouterr().out.endswith(f"\n  a rank has 80.0 GB: {words}\n")
 
-    def test_one_rank_has_nothing_to_choose(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_one_rank_has_no_schedule_to_choose(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--ranks", "1", "--frames", "1"]) == 0
         said = capsys.readouterr().out
         assert "llama3v, 1 frame, " in said
@@ -436,7 +434,7 @@ class TestCommand:
             ("--model gpt", "--model: invalid choice: 'gpt'"),
         ],
     )
-    def test_what_makes_no_sense_is_refused_in_a_line(
+    def test_bad_command_line_prints_one_line(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
     ) -> None:
         (tmp_path / "bad.json").write_text("{}")
@@ -447,7 +445,7 @@ class TestCommand:
         assert said.err.count("\n") == 1
         assert said.out == ""
 
-    def test_without_matplotlib_a_picture_is_refused_before_the_work(
+    def test_picture_without_matplotlib_is_refused_before_work(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(command, "find_spec", lambda _: None)

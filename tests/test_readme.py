@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.mpi
-def test_the_ten_lines_for_a_cluster_run_as_shown(tmp_path: Path) -> None:
+def test_mpi_example_runs(tmp_path: Path) -> None:
     (program,) = [block for block in BLOCKS if "run as: mpiexec" in block]
     checks = """
 assert out.shape == (1, 32, 16, 64) and lse.shape == (1, 32, 16)
@@ -29,7 +29,7 @@ print("done")
 
 
 @pytest.mark.mpi
-def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
+def test_training_example_runs(tmp_path: Path) -> None:
     (program,) = [block for block in BLOCKS if "run as: torchrun" in block]
     before = "optimizer.zero_grad()"
     shown = [
@@ -55,13 +55,13 @@ def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
     assert weights[0] == weights[1]  # ranks that are alike in the end
 
 
-def test_the_oracle_runs_as_shown(tmp_path: Path) -> None:
+def test_oracle_example_runs(tmp_path: Path) -> None:
     (program,) = [block for block in BLOCKS if "run_ranks" in block]
     (tmp_path / "oracle.py").write_text(program)
     subprocess.run([sys.executable, tmp_path / "oracle.py"], check=True, timeout=60)
 
 
-def test_the_report_is_what_the_kernel_gets(tmp_path: Path) -> None:
+def test_report_example_is_current(tmp_path: Path) -> None:
     (program,) = [block for block in BLOCKS if "import check" in block]
     (shown,) = re.findall(r"```text\n(LV-XAttn check.*?)```", README, re.DOTALL)
     (tmp_path / "mine.py").write_text(program)
@@ -84,5 +84,5 @@ def test_the_report_is_what_the_kernel_gets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
-def test_links_lead_somewhere(target: str) -> None:
+def test_links_resolve(target: str) -> None:
     assert (ROOT / target).exists()

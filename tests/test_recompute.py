@@ -136,7 +136,7 @@ def planned(comm: VirtualComm, **options: Any) -> int:
     [("lv-xattn", 1), ("lv-xattn", 2), ("lv-xattn", 3), ("lv-xattn", 5), ("ring", 3),
      ("ulysses", 2), ("gather", 3), ("auto", 2), ("replicated", 3)],
 )  # fmt: skip
-def test_gradients_of_all_ranks_are_those_of_the_whole(schedule: str, P: int) -> None:
+def test_gradients_equal_those_of_one_process(schedule: str, P: int) -> None:
     layer, whole = Layer.make(), schedule == "replicated"
     options = {"queries": schedule} if whole else {"schedule": schedule}
     want, limit = gradients(layer)
@@ -159,7 +159,7 @@ def test_gradients_of_all_ranks_are_those_of_the_whole(schedule: str, P: int) ->
 
 
 @pytest.mark.parametrize("backend", [MPI_NUMPY, MPI_DEVICE], ids=lambda backend: backend.name)
-def test_gradients_over_mpi_are_those_of_the_whole(backend: Backend) -> None:
+def test_gradients_over_mpi_equal_those_of_one_process(backend: Backend) -> None:
     layer = Layer.make()
     want, limit = gradients(layer)
     truth, heads = layer.truth()
@@ -171,7 +171,7 @@ def test_gradients_over_mpi_are_those_of_the_whole(backend: Backend) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_gradients_are_the_slopes_of_the_loss(backend: Backend, name: str) -> None:
+def test_gradients_match_finite_differences(backend: Backend, name: str) -> None:
     layer, step = Layer.make(), 1e-5
     truth, limit = layer.truth()
     _, off = gradients(layer)
@@ -201,7 +201,7 @@ def test_gradients_are_the_slopes_of_the_loss(backend: Backend, name: str) -> No
 
 
 @pytest.mark.parametrize("schedule", ["lv-xattn", "ring", "gather"])
-def test_gradients_are_those_without_recomputation_to_the_bit(schedule: str) -> None:
+def test_gradients_equal_those_without_recomputation_bitwise(schedule: str) -> None:
     # The same products of the same arrays, once more: not another way to compute them.
     layer = Layer.make()
     project, _ = projections(reference)
@@ -266,7 +266,7 @@ MAKERS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("how", MAKERS)
-def test_what_makes_no_keys_and_values_is_one_error_for_all(how: str) -> None:
+def test_bad_make_kv_raises_on_all_ranks(how: str) -> None:
     bad, pattern = MAKERS[how]
 
     def layer(comm: VirtualComm) -> str:
@@ -281,7 +281,7 @@ def test_what_makes_no_keys_and_values_is_one_error_for_all(how: str) -> None:
     assert re.search(pattern, text)
 
 
-def test_keys_that_come_again_in_another_form_are_an_error_on_all_ranks() -> None:
+def test_changed_keys_on_recomputation_raise_on_all_ranks() -> None:
     def layer(comm: VirtualComm) -> str:
         q, y = np.ones((1, 1, 2, 3)), np.ones((1, 1, 5, 3))
         out, saved = reference.cross_attention_layer(q, y, lambda y: (y, y), comm)
@@ -302,7 +302,7 @@ def test_keys_that_come_again_in_another_form_are_an_error_on_all_ranks() -> Non
 
 
 @pytest.mark.parametrize("implementation", [reference, mpi_impl], ids=["reference", "mpi"])
-def test_options_reach_the_attention(implementation: Any) -> None:
+def test_options_are_passed_to_attention(implementation: Any) -> None:
     layer = Layer.make()
     mask = np.random.default_rng(1).random((B, 1, S_Q, S_KV)) < 0.6
     options = {"scale": 0.3, "mask": mask}
@@ -328,7 +328,7 @@ def test_options_reach_the_attention(implementation: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_gradients_of_projections_have_the_dtype_in_which_sums_are_taken(dtype: str) -> None:
+def test_projection_gradients_have_accumulator_dtype(dtype: str) -> None:
     layer = Layer(*(getattr(Layer.make(), f.name).astype(dtype) for f in fields(Layer)))
     out, saved, grads = run_layer(layer, MPI.COMM_SELF, MPI_NUMPY)
     assert out.dtype == dtype

@@ -59,7 +59,7 @@ def timelines(kind: str) -> tuple[Any, list[Timeline]]:
 
 @pytest.mark.parametrize("kind", WAYS)
 class TestVirtualRanks:
-    def test_every_message_is_there_as_the_plan_foresees_it(self, kind: str) -> None:
+    def test_timeline_has_all_planned_messages(self, kind: str) -> None:
         layout, found = timelines(kind)
         for rank, timeline in enumerate(found):
             planned = [m for b in (False, True) for m in messages(layout, rank, backward=b)] * 2
@@ -68,7 +68,7 @@ class TestVirtualRanks:
             assert timeline.messages == len(timeline.posted)
             assert timeline.bytes == sum(post.nbytes for post in timeline.posted)
 
-    def test_spans_add_up_to_the_meter(self, kind: str) -> None:
+    def test_spans_sum_to_the_meter(self, kind: str) -> None:
         _, found = timelines(kind)
         for timeline in found:
             for spans, total in (
@@ -79,7 +79,7 @@ class TestVirtualRanks:
                 assert spans == sorted(spans, key=lambda span: span.start)
             assert [name for name, _ in timeline.passes] == ["forward", "backward"] * 2
 
-    def test_every_block_is_taken_after_it_was_sent(self, kind: str) -> None:
+    def test_blocks_arrive_after_they_are_sent(self, kind: str) -> None:
         trace = Trace.of(timelines(kind)[1])
         assert trace.trips
         for trip in trace.trips:
@@ -91,7 +91,7 @@ class TestVirtualRanks:
         taken = Counter((trip.dest, trip.taken) for trip in trace.trips)
         assert set(taken.values()) == {1}
 
-    def test_the_file_is_one_that_viewers_take(self, kind: str, tmp_path: Path) -> None:
+    def test_trace_file_is_valid(self, kind: str, tmp_path: Path) -> None:
         trace = Trace.of(timelines(kind)[1])
         write_trace(trace, str(tmp_path / "trace"), ["a", "b", "a", "b"], {"more": 1})
         document = json.loads((tmp_path / "trace").read_text())
@@ -102,7 +102,7 @@ class TestVirtualRanks:
 
 
 @pytest.mark.parametrize("schedule", ["lv-xattn", "ring"])
-def test_an_arrow_follows_a_block_all_its_way_round(schedule: str, tmp_path: Path) -> None:
+def test_arrows_follow_blocks_around_the_ring(schedule: str, tmp_path: Path) -> None:
     layout, found = timelines(schedule)
     write_trace(Trace.of(found), str(tmp_path / "trace"), ["here"] * P)
     flows = check_trace(json.loads((tmp_path / "trace").read_text()), P)
@@ -122,7 +122,7 @@ def test_an_arrow_follows_a_block_all_its_way_round(schedule: str, tmp_path: Pat
     assert ways == wanted
 
 
-def test_a_block_is_named_as_one_would_ask_for_it() -> None:
+def test_block_names() -> None:
     _, found = timelines("lv-xattn")
     names = {span.block.name for span in found[0].computed}
     assert names == {KINDS["lv-xattn"][0].format(rank) for rank in range(P)}
@@ -140,7 +140,7 @@ def test_a_block_is_named_as_one_would_ask_for_it() -> None:
     assert str(Block("all ranks' queries")) == "all ranks' queries"
 
 
-def test_a_meter_that_keeps_nothing_asks_for_no_names() -> None:
+def test_plain_meter_makes_no_names() -> None:
     def never(*_: Any) -> Block:
         raise AssertionError("put into words")
 
@@ -171,12 +171,12 @@ def hand_made() -> list[Timeline]:
     ]
 
 
-def test_overlap_is_what_was_computed_while_something_was_on_its_way() -> None:
+def test_overlap_of_computing_and_messages() -> None:
     overlap = Trace.of(hand_made()).overlap()
     assert overlap == [Overlap(8, 3, 1), Overlap(8, 4, 1.75)]
 
 
-def test_what_is_empty_has_no_arrow_because_nobody_waits_until_it_is_sent() -> None:
+def test_empty_blocks_have_no_arrow() -> None:
     one, two = hand_made()
     one.posted.append(Post(9.5, 1, 0, Block("nothing", dest=1)))
     two.waited.append(Span(9.25, 9.25, Block("nothing", source=0)))
@@ -185,7 +185,7 @@ def test_what_is_empty_has_no_arrow_because_nobody_waits_until_it_is_sent() -> N
     assert Counter(event["name"] for event in arrows) == {"one": 2, "two": 2}
 
 
-def test_clocks_that_differ_and_drift_are_aligned() -> None:
+def test_drifting_clocks_are_aligned() -> None:
     zero, one = hand_made()
     # Rank 1's clock began at 100 and gains a hundredth of a second in a second.
     theirs = [100 + 1.01 * t for t in (-1, 11)]
@@ -202,7 +202,7 @@ def test_clocks_that_differ_and_drift_are_aligned() -> None:
 
 
 @pytest.mark.parametrize("slow", ["send", "receive"])
-def test_a_clock_is_known_to_half_of_the_shortest_round_trip(
+def test_clock_error_is_half_the_shortest_round_trip(
     slow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng, offset = np.random.default_rng(0), -7.0
@@ -237,7 +237,7 @@ def test_a_clock_is_known_to_half_of_the_shortest_round_trip(
     assert 5e-5 <= second.accuracy < 1e-4  # the shortest, not any: the mean is 2.8e-4
 
 
-def test_lanes_hold_what_lies_apart_or_within() -> None:
+def test_lanes_hold_disjoint_or_nested_spans() -> None:
     assert lanes([]) == []
     assert lanes([(0, 1), (1, 2), (1.5, 3), (1.6, 2), (2, 2.5), (3, 4)]) == [0, 0, 1, 0, 0, 0]
 
@@ -303,7 +303,7 @@ def check_overlap(report: dict[str, Any], said: Said) -> None:
     assert "hidden behind computing" in said.out
 
 
-def test_without_matplotlib_a_picture_is_refused_before_the_work(
+def test_picture_without_matplotlib_is_refused_before_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tracing, "find_spec", lambda _: None)
@@ -314,7 +314,7 @@ def test_without_matplotlib_a_picture_is_refused_before_the_work(
     assert "--plot-trace: needs matplotlib, which is not installed" in said.err
 
 
-def test_without_the_wish_there_is_nothing_but_a_meter() -> None:
+def test_recorder_without_trace_is_a_plain_meter() -> None:
     nobody: Any = None  # whoever asked other ranks for their clocks would fail
     recorder = tracing.Recorder(Namespace(trace=None, plot_trace=None), nobody)
     assert type(recorder.meter(last=True)) is Meter

@@ -117,7 +117,7 @@ def said(case: tuple[Any, ...]) -> dict[int, str]:
 
 
 @cases()
-def test_the_others_end_in_time_and_say_what_they_waited_for(case: tuple[Any, ...]) -> None:
+def test_other_ranks_end_in_time_and_name_their_wait(case: tuple[Any, ...]) -> None:
     P, failing, how = case[:3]
     ended = report(case)
     assert not ended["killed"], ended["err"]
@@ -137,7 +137,7 @@ def test_the_others_end_in_time_and_say_what_they_waited_for(case: tuple[Any, ..
 
 
 @cases()
-def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
+def test_cause_is_chained(case: tuple[Any, ...]) -> None:
     for rank, err in enumerate(report(case)["err"]):
         if rank != case[1]:  # what gloo said, and below it our words for it
             assert err.count("The above exception was the direct cause") >= 1
@@ -188,7 +188,7 @@ def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_rank_that_stops_is_waited_for_until_the_timeout(
+def test_stopped_rank_is_waited_for_until_timeout(
     case: tuple[Any, ...], what: dict[int, set[Block]]
 ) -> None:
     for rank, words in said(case).items():
@@ -199,13 +199,13 @@ def test_a_rank_that_stops_is_waited_for_until_the_timeout(
 
 
 @cases("stop")
-def test_a_rank_that_goes_on_when_the_others_are_gone_ends_too(case: tuple[Any, ...]) -> None:
+def test_stopped_rank_ends_when_it_continues(case: tuple[Any, ...]) -> None:
     last = report(case)["err"][case[1]].rstrip().split("RuntimeError: ")[-1]
     assert last.startswith(waited(case[1], case[0]))
 
 
 @cases("again")
-def test_a_group_that_is_used_again_raises_again(case: tuple[Any, ...]) -> None:
+def test_failed_group_raises_again(case: tuple[Any, ...]) -> None:
     for rank, again in enumerate(report(case)["again"]):
         if rank != case[1]:
             seconds, words = again
@@ -214,7 +214,7 @@ def test_a_group_that_is_used_again_raises_again(case: tuple[Any, ...]) -> None:
 
 
 @cases("mask raises")
-def test_a_users_own_error_stays_what_it_is_and_names_its_rank(case: tuple[Any, ...]) -> None:
+def test_users_error_keeps_its_type_and_names_its_rank(case: tuple[Any, ...]) -> None:
     err = report(case)["err"][case[1]]
     assert "ZeroDivisionError: of the user's own\n" in err
     assert err.count(f"raised on rank {case[1]} of {case[0]}") == 1
@@ -222,7 +222,7 @@ def test_a_users_own_error_stays_what_it_is_and_names_its_rank(case: tuple[Any, 
 
 
 @pytest.mark.parametrize("case", ORDERS, ids=lambda case: "-".join(map(str, case)))
-def test_backwards_in_another_order_are_an_error_that_names_both(case: tuple[Any, ...]) -> None:
+def test_backwards_in_different_order_raise(case: tuple[Any, ...]) -> None:
     P, other, _, place = case[:4]
     ended = report(case)
     assert not ended["killed"], ended["err"]
@@ -248,7 +248,7 @@ def test_backwards_in_another_order_are_an_error_that_names_both(case: tuple[Any
         assert "in vain" in ended["err"][rank]
 
 
-def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
+def test_refused_send_is_reported_on_its_rank() -> None:
     case = (3, 1, "refuse", "a post", "lv-xattn", "forward")
     coming, leaving = Block(QUERIES, 0, 1, source=0), Block(QUERIES, 1, 1, dest=2)
     assert (
@@ -257,7 +257,7 @@ def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
 
 
 @pytest.mark.slow  # a rank that raises is among the cases above
-def test_torchrun_ends_the_others_when_one_raises() -> None:
+def test_torchrun_ends_all_ranks_when_one_raises() -> None:
     ended = torchrun(2, PROGRAMS / "torch_mask.py")
     assert not ended.timed_out
     assert (ended.status, ended.out, ended.left) == (1, "", ())

@@ -185,7 +185,7 @@ def test_bad_backward_arguments_raise(
           for d in ("f2", "f4", ml_dtypes.bfloat16)),
     ],
 )  # fmt: skip
-def test_what_may_be_given_is_accepted(changed: dict[str, Any]) -> None:
+def test_good_arguments_are_accepted(changed: dict[str, Any]) -> None:
     attention(**changed)
 
 
@@ -216,13 +216,13 @@ def test_full_attention_checks_its_arguments(
         calls[function]()
 
 
-def test_full_attention_backward_checks_what_it_takes_beside() -> None:
+def test_full_attention_backward_checks_dlse() -> None:
     out, lse = np.zeros((2, 4, 5, 3)), np.zeros((2, 4, 5))
     with pytest.raises(ValueError, match=says("dlse", "(2, 4, 5, 3)")):
         reference.full_attention_backward(out, Q, K, V, out, lse, dlse=out)
 
 
-def test_the_error_of_the_lowest_rank_that_has_one_is_raised() -> None:
+def test_error_of_lowest_rank_is_raised() -> None:
     def fn(comm: Any) -> str:
         errors = [None, KeyError("low"), OSError("high")]
         with pytest.raises(KeyError) as raised:
@@ -235,11 +235,11 @@ def test_the_error_of_the_lowest_rank_that_has_one_is_raised() -> None:
     ] * 3
 
 
-def test_nothing_is_raised_where_no_rank_has_an_error() -> None:
+def test_raise_together_without_errors() -> None:
     assert reference.run_ranks(2, lambda comm: raise_together(None, comm)) == [None, None]
 
 
-def test_dtypes_go_by_their_plain_names() -> None:
+def test_dtype_names() -> None:
     class Tensor:
         dtype = "torch.bfloat16"
 
@@ -264,7 +264,7 @@ class Own(np.ndarray[Any, Any]):
         (int, "type"),
     ],
 )
-def test_what_is_given_instead_of_ranks_is_named(given: Any, words: str) -> None:
+def test_bad_communicator_raises(given: Any, words: str) -> None:
     calls = (
         lambda: reference.cross_attention(Q, K, V, given),
         lambda: reference.Layout.agree(Q, K, V, given),
@@ -277,7 +277,7 @@ def test_what_is_given_instead_of_ranks_is_named(given: Any, words: str) -> None
         assert str(raised.value) == f"comm: expected a communicator, got {words}"
 
 
-def test_libraries_go_by_the_package_of_the_array_s_type_or_its_base_s() -> None:
+def test_library_is_the_package_of_the_array_type() -> None:
     assert (library(Q), library(fake_cupy.asarray(Q))) == ("numpy", "fake_cupy")
     assert library(Q.view(Own)) == library(np.ma.masked_array(Q)) == "numpy"
     attention(q=Q.view(Own), k=K.view(Own))
@@ -285,7 +285,7 @@ def test_libraries_go_by_the_package_of_the_array_s_type_or_its_base_s() -> None
     assert array_module(fake_cupy.asarray(Q)) is fake_cupy
 
 
-def test_arrays_of_another_library_are_refused() -> None:
+def test_array_of_another_library_raises() -> None:
     with pytest.raises(TypeError) as raised:
         array_module(Alone())
     assert str(raised.value) == "q: expected a NumPy or CuPy array, got Alone of tests"

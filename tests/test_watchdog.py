@@ -65,7 +65,7 @@ KEYS, GRADIENTS = KINDS["ring"]
         ),
     ],
 )  # fmt: skip
-def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
+def test_stopped_rank_ends_the_run_and_waits_are_named(
     schedule: str, rank: int, where: str, block: int, waits: dict[int, set[Any]]
 ) -> None:
     ended = mpiexec(
@@ -88,7 +88,7 @@ def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
         time.sleep(0.05)
 
 
-def test_a_wait_is_described_by_kind_owner_hop_and_neighbour() -> None:
+def test_wait_names_kind_owner_hop_and_neighbour() -> None:
     layout = Layout(
         rank=1, order=(0, 2, 1, 3), s_q=(1,) * 4, s_kv=(1,) * 4, masks=(None,) * 4,
         rules=(False,) * 4,
@@ -109,7 +109,7 @@ def replace_schedule(exchange: Exchange, schedule: str) -> Exchange:
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "inf", "nan"])
-def test_a_bad_timeout_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_timeout_raises(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_TIMEOUT", value)
     x = np.ones((1, 1, 2, 2))
     message = f"LVXATTN_TIMEOUT: expected a number of seconds above 0, got '{value}'"
@@ -118,7 +118,7 @@ def test_a_bad_timeout_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.mpi
-def test_a_command_refuses_a_bad_timeout_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_timeout_prints_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_TIMEOUT", "soon")
     (said,) = commands(2, ["run"])
     assert said.status == 2
@@ -126,7 +126,7 @@ def test_a_command_refuses_a_bad_timeout_in_one_line(monkeypatch: pytest.MonkeyP
     assert "got 'soon'" in said.err
 
 
-def test_without_the_variable_there_is_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_watchdog_without_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LVXATTN_TIMEOUT", raising=False)
     assert timeout(MPI.COMM_SELF) is None
     assert Watchdog.armed(MPI.COMM_SELF) is None
@@ -135,7 +135,7 @@ def test_without_the_variable_there_is_no_watchdog(monkeypatch: pytest.MonkeyPat
         assert threading.active_count() == before
 
 
-def test_what_comes_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[object] = []
     monkeypatch.setattr(watchdog, "_end", ended.append)
     dog = Watchdog(MPI.COMM_SELF, 60.0)
@@ -147,7 +147,7 @@ def test_what_comes_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("comes", [True, False])
-def test_the_run_ends_unless_the_block_comes_after_all(
+def test_run_ends_unless_block_arrives_in_grace(
     comes: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[object] = []
@@ -164,10 +164,10 @@ def test_the_run_ends_unless_the_block_comes_after_all(
     assert ended == ([] if comes else [MPI.COMM_SELF])
     said = capfd.readouterr().err
     assert "rank 0 of 1 has waited 1e-09 s for godot; it is at" in said
-    assert "in test_the_run_ends_unless" in said
+    assert "in test_run_ends_unless" in said
 
 
-def test_a_wait_that_asks_speaks_once_and_ends_after_the_grace(
+def test_polling_wait_warns_once_and_ends_after_grace(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[object] = []
@@ -184,7 +184,7 @@ def test_a_wait_that_asks_speaks_once_and_ends_after_the_grace(
     assert "for another" in capfd.readouterr().err
 
 
-def test_a_wait_gives_its_core_away_at_once_and_lasts_a_twentieth_too_long_at_most(
+def test_wait_yields_and_oversleeps_by_5_percent_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, given, slept = [0.0], [0], list[float]()
@@ -218,7 +218,7 @@ def time_passes() -> None:
         pass
 
 
-def test_a_pass_that_fails_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_pass_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ, "LVXATTN_TIMEOUT": "60"})
     dog = Watchdog.armed(MPI.COMM_SELF)
     assert dog is not None
