@@ -461,15 +461,15 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
             "dout: ",
         ),
         (["--input", folder / "good", "--dtype", "float32"], "--dtype: not allowed with"),
-        (["--input", folder / "good", "--output", nowhere], f"there is no folder {nowhere.parent}"),
-        (["--input", folder / "good", "--output", folder / "good"], "another file than --input's"),
+        (["--input", folder / "good", "--output", nowhere], "/nowhere/file: there is no folder "),
+        (["--input", folder / "good", "--output", folder / "good"], "--input"),
         (
             [*SMALL, "--output", folder / "x", "--json", folder / "x"],
             "--json: expected another file than --output's",
         ),
         ([*SMALL, "--output", pipe], "got a directory or a device"),
         (["--input", folder / "good", "--output", folder], "directory"),
-        ([*SMALL, "--json", nowhere, "--quiet"], f"{nowhere.parent}"),
+        ([*SMALL, "--json", nowhere, "--quiet"], "/nowhere"),
         *[
             ([*SMALL, option, f"/proc/lvxattn{end}", "--quiet"], sealed.format(option))
             for option, end in (("--json", ""), ("--trace", ""), ("--plot-trace", ".png"))
@@ -487,8 +487,8 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
             for machine, text in (
                 ("h1000", "'h1000'"),
                 (folder, "Is a directory"),
-                (folder / "short", f"{folder / 'short'}"),
-                (other_version(folder / "version"), f"{folder / 'version'}"),
+                (folder / "short", "/short"),
+                (other_version(folder / "version"), "/version"),
             )
         ],
         (["--frames", "3"], "--frames: needs a --model"),
