@@ -1,4 +1,4 @@
-"""What goes wrong is said alike by all ranks, in words that help, and nobody is left waiting."""
+"""Errors are the same on all ranks, and no rank is left waiting."""
 
 import re
 import signal

@@ -218,6 +218,7 @@ def asked_while_agreeing(rule: Any) -> Any:
          r"KeyError\(1\) from it \(on rank 1 of 3\)$"),
         (lambda b, h: b > h, TypeError, r"^mask: raised TypeError\(.*\) \(on rank 1 of 3\)$"),
     ],
+    ids=["dtype", "shape", "KeyError", "TypeError"],
 )  # fmt: skip
 def test_bad_callable_mask_raises_on_all_ranks(rule: Any, kind: type, text: str) -> None:
     assert_same_error(asked_while_agreeing(rule), kind, text)

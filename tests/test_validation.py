@@ -132,11 +132,12 @@ BACKWARD = [
 ]
 
 
-def argument(x: Any) -> str | None:
-    return next(iter(x)) if isinstance(x, dict) else None
+def arguments(rows: list[Any]) -> list[str]:
+    """Return a name for each row of a table: the argument that it changes."""
+    return [next(iter(changed)) for changed, *_ in rows]
 
 
-@pytest.mark.parametrize(("changed", "kind", "text"), MESSAGES, ids=argument)
+@pytest.mark.parametrize(("changed", "kind", "text"), MESSAGES, ids=arguments(MESSAGES))
 def test_error_messages(changed: dict[str, Any], kind: type[Exception], text: str) -> None:
     attention()
     with pytest.raises(kind) as raised:
@@ -144,13 +145,13 @@ def test_error_messages(changed: dict[str, Any], kind: type[Exception], text: st
     assert (raised.type, str(raised.value)) == (kind, text)
 
 
-@pytest.mark.parametrize(("changed", "text"), SHAPES, ids=argument)
+@pytest.mark.parametrize(("changed", "text"), SHAPES, ids=arguments(SHAPES))
 def test_bad_values_raise_value_error(changed: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         attention(**changed)
 
 
-@pytest.mark.parametrize(("changed", "text"), KINDS, ids=argument)
+@pytest.mark.parametrize(("changed", "text"), KINDS, ids=arguments(KINDS))
 def test_bad_types_raise_type_error(changed: dict[str, Any], text: str) -> None:
     with pytest.raises(TypeError, match=text):
         attention(**changed)
@@ -163,7 +164,7 @@ def test_backward_error_message() -> None:
     assert str(raised.value) == text
 
 
-@pytest.mark.parametrize(("changed", "kind", "text"), BACKWARD, ids=argument)
+@pytest.mark.parametrize(("changed", "kind", "text"), BACKWARD, ids=arguments(BACKWARD))
 def test_bad_backward_arguments_raise(
     changed: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
@@ -198,7 +199,7 @@ def test_good_arguments_are_accepted(changed: dict[str, Any]) -> None:
         ({"mask": np.ones((4, 7))}, ValueError, says("mask", 5, "(4, 7)")),
         ({"q": Q.astype(int)}, TypeError, says("q", "int64")),
     ],
-    ids=argument,
+    ids=["axes of q", "keys of mask", "queries of mask", "dtype of q"],
 )
 def test_full_attention_checks_its_arguments(
     function: str, changed: dict[str, Any], kind: type[Exception], text: str
