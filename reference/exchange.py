@@ -15,7 +15,7 @@ import numpy as np
 from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
-from lvxattn.common.wire import VISITORS, Kind
+from lvxattn.common.wire import NAMES, Kind
 
 from .merge import Array
 from .virtual_ranks import VirtualComm
@@ -65,7 +65,7 @@ class Exchange:
     @contextmanager
     def computing(self, hop: int = 0, what: str = "") -> Iterator[None]:
         """Measure work on the block that is here at a hop, or on `what`."""
-        block = Block(what or VISITORS[self.layout.schedule], self.layout.owner(hop), hop)
+        block = Block(what or NAMES[self.layout.schedule][0], self.layout.owner(hop), hop)
         with self.meter.computes(lambda: block):
             yield
 

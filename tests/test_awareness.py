@@ -34,14 +34,14 @@ def test_the_environment_decides(aware: str, monkeypatch: pytest.MonkeyPatch) ->
     assert awareness.cuda_aware() == (aware == "1", f"LVXATTN_CUDA_AWARE={aware}")
 
 
-def test_another_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_variable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", "yes")
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         awareness.cuda_aware()
     assert str(raised.value) == "LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got 'yes'"
 
 
-def test_unset_is_auto_and_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unset_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = awareness.cuda_aware()
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", "auto")
     assert awareness.cuda_aware() == asked
@@ -61,7 +61,7 @@ def test_unset_is_auto_and_the_library_is_asked(monkeypatch: pytest.MonkeyPatch)
         ("libmpi4py.so", False),
     ],
 )
-def test_the_library_itself_is_asked_by_whatever_name(
+def test_each_query_function_is_called(
     name: str, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maps = f"7f-80 r-xp 0 08:01 1  /lib/libc.so.6\n80-81 r-xp 0 08:01 2  /opt/mpi of mine/{name}\n"
@@ -102,7 +102,7 @@ class MPICH:
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_each_library_is_asked_in_its_own_way_and_a_yes_is_proved(
+def test_each_library_is_queried_and_a_yes_self_tested(
     library: Any, answer: tuple[bool, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(awareness.ctypes, "CDLL", lambda path: library)
@@ -140,16 +140,14 @@ RIGHT = f"import sys; sys.stdout.write({awareness.ARRIVED!r})"
         ("import cupy_that_is_not_there", False, "No module named 'cupy_that_is_not_there'"),
     ],
 )
-def test_only_a_program_that_says_that_all_arrived_has_passed(
-    program: str, passed: bool, how: str
-) -> None:
+def test_self_test_passes_only_if_all_data_arrived(program: str, passed: bool, how: str) -> None:
     got = awareness.outcome([sys.executable, "-c", program], 30)
     assert got[0] is passed
     assert how in got[1]
     assert "\n" not in got[1]
 
 
-def test_one_that_hangs_is_killed_with_what_it_has_started(tmp_path: Path) -> None:
+def test_hanging_self_test_is_killed_with_its_children(tmp_path: Path) -> None:
     child = "import time; time.sleep(60)"
     program = (
         "import subprocess, sys, time\n"
@@ -177,13 +175,13 @@ def runs(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_one_that_cannot_be_started_has_not_passed() -> None:
+def test_self_test_that_cannot_start_fails() -> None:
     passed, how = awareness.outcome(["/no/such/program"], 1)
     assert not passed
     assert "did not start" in how
 
 
-def test_the_self_test_knows_no_launcher_and_takes_the_same_transports() -> None:
+def test_self_test_drops_launcher_variables_and_keeps_transports() -> None:
     launched = {
         "PMI_RANK": "1", "PMI_FD": "5", "PMIX_NAMESPACE": "x", "OMPI_COMM_WORLD_SIZE": "4",
         "OMPI_MCA_ess_base_jobid": "7", "PRTE_LAUNCHED": "1", "SLURM_PROCID": "1",
@@ -200,7 +198,7 @@ def test_the_self_test_knows_no_launcher_and_takes_the_same_transports() -> None
     assert alone == kept
 
 
-def test_it_is_run_once_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_test_runs_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Any] = []
 
     def outcome(command: Any, seconds: float) -> tuple[bool, str]:
@@ -214,7 +212,7 @@ def test_it_is_run_once_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.mpi
-def test_the_program_itself_sends_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_test_program_sends_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake device memory, which any MPI takes; and with one whose bytes change on the way."""
     monkeypatch.syspath_prepend(str(ROOT))
     assert awareness.self_test("tests.fake_cupy", 0) == (True, awareness.ARRIVED)

@@ -28,9 +28,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     return found
 
 
-def test_every_part_of_the_benchmarks_runs_without_a_device(
-    gpu: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_all_benchmarks_run_without_a_device(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
     """All in one process: to import PyTorch takes longer than all of them."""
     program = (
         "import sys, part\n"
@@ -72,7 +70,7 @@ def test_every_part_of_the_benchmarks_runs_without_a_device(
     assert "| forward | bfloat16 | 8 | 1100 | blocked |" in text
 
 
-def test_a_page_is_written_of_nothing(gpu: dict[str, ModuleType]) -> None:
+def test_report_of_no_results(gpu: dict[str, ModuleType]) -> None:
     assert gpu["table"].page(stored(parts={})).count("Not measured") == 6
 
 
@@ -94,7 +92,7 @@ def stored(parts: Any) -> dict[str, Any]:
         ("print('never')", 20, ("cupy",), "not run: no cupy", ""),
     ],
 )
-def test_a_step_ends_in_its_time_and_says_how(
+def test_step_ends_within_its_time_limit(
     gpu: dict[str, ModuleType], program: str, limit: float, needs: Any, outcome: str, last: str
 ) -> None:
     machine = gpu["examine"].Machine(dict(os.environ), missing={"cupy": "none"})
@@ -105,13 +103,13 @@ def test_a_step_ends_in_its_time_and_says_how(
     assert row["seconds"] < 40
 
 
-def test_a_step_that_has_no_time_left_is_not_run(gpu: dict[str, ModuleType]) -> None:
+def test_step_without_time_left_is_skipped(gpu: dict[str, ModuleType]) -> None:
     machine = gpu["examine"].Machine(dict(os.environ))
     step = gpu["steps"].Step("a step", [sys.executable, "-c", ""], 60, ())
     assert gpu["steps"].perform(step, machine, 3)["outcome"] == "not run: no time left"
 
 
-def test_all_gpu_tests_are_run_and_every_step_fits(gpu: dict[str, ModuleType]) -> None:
+def test_all_gpu_tests_are_steps_and_fit(gpu: dict[str, ModuleType]) -> None:
     machine = gpu["examine"].Machine({}, launcher=["mpirun", "-x", "A"])
     checks = gpu["steps"].checks(machine, dry=False)
     names = {step.name for step in checks}
@@ -125,7 +123,7 @@ def test_all_gpu_tests_are_run_and_every_step_fits(gpu: dict[str, ModuleType]) -
     assert needs <= {*gpu["examine"].PROBES, "mpi"}
 
 
-def test_packages_that_are_missing_are_named(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
+def test_missing_packages_are_named(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
     machine = gpu["examine"].Machine(dict(os.environ))
     examine = gpu["examine"]
     assert not examine.note(machine, "x", [sys.executable, "-c", "import no_such"], "a package")
@@ -136,9 +134,7 @@ def test_packages_that_are_missing_are_named(gpu: dict[str, ModuleType], tmp_pat
         examine.carried(tmp_path, tmp_path, {})
 
 
-def test_a_carried_mpi_brings_its_environment_and_its_launcher(
-    gpu: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_cuda_mpi_sets_environment_and_launcher(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
     mpirun = tmp_path / "a folder" / "ompi" / "bin" / "mpirun"
     mpirun.parent.mkdir(parents=True)
     mpirun.write_text("#!/bin/sh\n")
@@ -187,7 +183,7 @@ def cupy_row(**changed: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_process_and_keeps_the_results_there_were(
+def test_interrupted_run_leaves_no_process_and_keeps_old_results(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
@@ -212,7 +208,7 @@ def test_an_interrupted_run_leaves_no_process_and_keeps_the_results_there_were(
     assert "INTERRUPTED" in ended.out.partition("All steps:")[2]
 
 
-def test_a_complete_run_replaces_results_and_a_wrong_one_fails_its_step(tmp_path: Path) -> None:
+def test_complete_run_replaces_results_and_wrong_results_fail(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "gpu-x-1.json").write_text("complete")
@@ -229,7 +225,7 @@ def test_a_complete_run_replaces_results_and_a_wrong_one_fails_its_step(tmp_path
     assert "cannot be judged" in stored["steps"][1]["last"]
 
 
-def test_results_that_cannot_be_written_are_printed_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_unwritable_results_are_printed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     remove = f"import shutil; shutil.rmtree({str(out)!r})"
     rows = json.dumps([cupy_row()])
@@ -240,7 +236,7 @@ def test_results_that_cannot_be_written_are_printed_and_the_run_goes_on(tmp_path
     assert "| benchmark cupy | ok |" in ended.out
 
 
-def test_a_run_without_time_says_that_nothing_was_run_and_replaces_nothing(tmp_path: Path) -> None:
+def test_run_without_time_keeps_old_results(tmp_path: Path) -> None:
     ended = run_gpu(tmp_path / "out", [("one", "print(1)", "")], "--seconds", "1")
     assert ended.status == 2, ended.err
     assert all(".unfinished-" in file.name for file in (tmp_path / "out").iterdir())
@@ -250,22 +246,20 @@ def test_a_run_without_time_says_that_nothing_was_run_and_replaces_nothing(tmp_p
     ("args", "message"),
     [
         (["--seconds", "0"], "expected more than 0 seconds, got 0"),
-        (["--seconds", "nan"], "expected more than 0 seconds, got nan"),
+        (["--seconds", "nan"], "nan"),
         (["--mpiexec", "a", "--cuda-mpi", "b"], "not allowed with"),
         (["--out", __file__], "expected a folder with room for results"),
-        (["--out", "/proc"], "expected a folder with room for results"),
+        (["--out", "/proc"], "/proc"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_run(
-    tmp_path: Path, args: list[str], message: str
-) -> None:
+def test_bad_arguments_raise_before_any_step(tmp_path: Path, args: list[str], message: str) -> None:
     ended = run_gpu(tmp_path / "out", [("one", "print(1)", "")], *args)
     assert (ended.status, ended.out) == (2, "")
     assert message in ended.err
     assert "Traceback" not in ended.err
 
 
-def test_a_step_out_of_time_takes_along_what_it_started_and_its_output_is_kept() -> None:
+def test_timed_out_step_is_killed_with_its_children_and_its_output_kept() -> None:
     step = (
         "import subprocess, time\n"
         "subprocess.Popen(['sh', '-c', 'trap : TERM; sleep 100'], start_new_session=True)\n"
@@ -291,7 +285,7 @@ def test_a_step_out_of_time_takes_along_what_it_started_and_its_output_is_kept()
         ([], "not measured", None),
     ],
 )
-def test_a_goal_is_judged_by_the_worst_of_its_rows(
+def test_goal_is_judged_by_its_worst_row(
     gpu: dict[str, ModuleType], rows: Any, verdict: str, worst: float | None
 ) -> None:
     steps = [{"name": "benchmark cupy", "outcome": "ok", "seconds": 1.0, "last": ""}]
@@ -305,7 +299,7 @@ def test_a_goal_is_judged_by_the_worst_of_its_rows(
     assert "FAILED" in gpu["table"].page(kept) or all(row["seconds"] for row in rows)
 
 
-def test_a_result_is_wrong_beyond_its_rounding(gpu: dict[str, ModuleType]) -> None:
+def test_result_fails_beyond_its_rounding_error(gpu: dict[str, ModuleType]) -> None:
     wrong, nan = gpu["judge"].wrong, float("nan")
     # Two random results, which have nothing to do with one another, are hundreds of limits apart.
     assert not wrong("cupy", [cupy_row()])
@@ -319,9 +313,7 @@ def test_a_result_is_wrong_beyond_its_rounding(gpu: dict[str, ModuleType]) -> No
     assert wrong("merging", [{"s_q": 64, "differs by": {"triton": 1e-3}}])
 
 
-def test_the_first_launcher_that_fits_is_taken_and_others_say_why_not(
-    gpu: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_first_working_launcher_is_chosen(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
     box, alone, good = (tmp_path / name for name in ("box", "alone", "good"))
     box.write_text("#!/bin/sh\nprintf -- '-----\\nno slots\\n-----\\n' >&2; exit 1\n")
     alone.write_text("#!/bin/sh\necho 'answer: 1 Open MPI v5'\n")
@@ -342,9 +334,7 @@ def test_the_first_launcher_that_fits_is_taken_and_others_say_why_not(
     assert "mpi" not in machine.missing
 
 
-def test_a_carried_mpi_is_likelier_than_the_one_beside_python(
-    gpu: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_cuda_mpi_is_preferred(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
     (tmp_path / "mpirun").write_text("#!/bin/sh\n")
     (tmp_path / "mpirun").chmod(0o755)
     env = {"PATH": str(tmp_path), "CUDA_MPI_FLAGS": "--mca pml ucx"}
@@ -365,7 +355,7 @@ def test_a_carried_mpi_is_likelier_than_the_one_beside_python(
         ("export CUDA_MPI_FLAGS=''", "found no mpirun"),
     ],
 )
-def test_a_carried_mpi_that_cannot_be_used_is_refused(
+def test_unusable_cuda_mpi_raises(
     gpu: dict[str, ModuleType], tmp_path: Path, script: str | None, why: str
 ) -> None:
     carried = tmp_path / "mpi"
@@ -376,11 +366,11 @@ def test_a_carried_mpi_that_cannot_be_used_is_refused(
     elif script:
         carried.mkdir()
         (carried / "env.sh").write_text(script)
-    with pytest.raises(ValueError, match=f"CUDA_MPI: expected .*{why}"):
+    with pytest.raises(ValueError, match=f"CUDA_MPI: .*{why}"):
         gpu["examine"].carried(carried, tmp_path, dict(os.environ))
 
 
-def test_a_rehearsal_does_without_a_device_but_not_without_a_package(
+def test_rehearsal_needs_packages_but_no_device(
     gpu: dict[str, ModuleType],
 ) -> None:
     examine, steps = gpu["examine"], gpu["steps"]
@@ -399,7 +389,7 @@ def test_a_rehearsal_does_without_a_device_but_not_without_a_package(
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-def test_make_gpu_hands_on_what_was_named(tmp_path: Path) -> None:
+def test_make_gpu_passes_its_variables_on(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\n[ $1 = -V ] && echo Python 3.9.1\nexit 1\n")
     old.chmod(0o755)

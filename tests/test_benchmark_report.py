@@ -9,11 +9,11 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MEASURED = json.loads((RESULTS / "network.json").read_text())
 
 
-def test_the_stored_report_is_that_of_the_stored_measurements() -> None:
+def test_stored_report_matches_stored_measurements() -> None:
     assert markdown(MEASURED) == (RESULTS / "network.md").read_text()
 
 
-def test_the_small_version_judges_what_is_counted_and_nothing_that_is_timed() -> None:
+def test_small_version_judges_counts_only() -> None:
     small = markdown({**MEASURED, "quick": True})
     judged = [line for line in small.splitlines() if line.startswith(("- met", "- **missed**"))]
     assert SMALL in small

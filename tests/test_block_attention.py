@@ -132,7 +132,7 @@ def test_equals_naive_softmax_and_its_gradients(case: Case, backend: Backend, pa
         for k, backend in enumerate((REFERENCE, MPI_NUMPY, MPI_DEVICE, TORCH_BLOCKED))
     ],
 )  # fmt: skip
-def test_tiles_of_any_size_give_the_same(
+def test_tile_size_does_not_change_results(
     case: Case, rows: int, keys: int, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if keys == 1:
@@ -156,7 +156,7 @@ def test_blocks_longer_than_a_tile(lengths: tuple[int, int], backend: Backend) -
 
 @takes_any_mask
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
-def test_backward_adds_to_the_gradients_that_are_there(dtype: str, backend: Backend) -> None:
+def test_backward_accumulates_gradients(dtype: str, backend: Backend) -> None:
     problem = Case("adds", B=2, H=4, H_KV=2, dtype=dtype, mask="full").make()
     wide = backend.wide(problem.q.dtype)
     q, k, v, dout = (backend.array(x) for x in (problem.q, problem.k, problem.v, problem.dout))
@@ -192,9 +192,7 @@ def test_progress_is_called_after_every_tile(
 @takes_any_mask
 @pytest.mark.parametrize("from_key", [0, 9])
 @pytest.mark.parametrize("mask", ["full", "over queries", "two axes", "additive", "callable"])
-def test_views_reach_the_block_s_own_part_of_the_mask(
-    mask: str, from_key: int, backend: Backend
-) -> None:
+def test_views_select_the_block_of_the_mask(mask: str, from_key: int, backend: Backend) -> None:
     whole = Case("views", B=2, H=4, H_KV=2, mask=mask).make()
     rows, keys, first = slice(11, 24), slice(30, 60), 30 + from_key
     indices = np.ix_(*(np.arange(n) for n in (2, 4, 31, 97)))
@@ -228,7 +226,7 @@ def test_arguments_are_only_read(backend: Backend) -> None:
 
 @backends
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nothing_goes_through_rows_that_see_nothing(bad: float, backend: Backend) -> None:
+def test_dead_rows_get_no_gradient(bad: float, backend: Backend) -> None:
     problem = Case("dead", B=2, H=4, H_KV=2, mask="dead rows", dtype="float32").make()
     dead = ~problem.mask.any(axis=-1)
     lse = np.where(dead, -np.inf, 1.0).astype(backend.wide("float32"))
@@ -245,7 +243,7 @@ def test_nothing_goes_through_rows_that_see_nothing(bad: float, backend: Backend
     assert np.allclose(delta[~dead], want, rtol=0, atol=100 * 2.0**-24)
 
 
-def test_reference_takes_heads_of_a_group_together() -> None:
+def test_reference_computes_grouped_heads_together() -> None:
     problem = Case("one key-value head", H=6, H_KV=1).make()
     grouped = solve_block(problem, REFERENCE)
     repeated = replace(

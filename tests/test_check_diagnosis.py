@@ -73,7 +73,7 @@ class Noisy(Right):
     "kernel", [Shrunk, OtherScale, SoftCap, ReversedKeys, Window, ReversedDv, Noisy]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_defect_that_is_not_in_the_library_gets_no_name(kernel: type[Right], dtype: str) -> None:
+def test_unknown_defect_gets_no_name(kernel: type[Right], dtype: str) -> None:
     report = check(kernel(), cases=CASES[:3], dtypes=(dtype,))
     assert diagnoses(report) == set()
     assert report.probably == ""
@@ -92,20 +92,20 @@ class DeadAndTiled(WRONG["dead rows NaN"], WRONG["heads tiled"]):  # type: ignor
 
 
 @pytest.mark.parametrize("kernel", [PhantomAndTiled, PhantomAndScaled, DeadAndTiled])
-def test_of_two_defects_no_third_is_named(kernel: type[Right]) -> None:
+def test_two_defects_do_not_give_a_third_name(kernel: type[Right]) -> None:
     own = {name for name, wrong in WRONG.items() if issubclass(kernel, wrong)}
     assert len(own) == 2
     assert diagnoses(check(kernel(), cases=CASES)) <= own
 
 
-def test_two_defects_that_show_in_different_cases_are_both_named() -> None:
+def test_two_defects_in_different_cases_are_both_named() -> None:
     report = check(DeadAndTiled(), cases=CASES)
     assert diagnoses(report) == {"dead rows NaN", "heads tiled"}
     assert report.probably.count("of 6 failures") == 2
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_a_name_comes_with_how_near_it_is(dtype: str) -> None:
+def test_diagnosis_gives_distance(dtype: str) -> None:
     row = check(WRONG["phantom key"](), cases=CASES[:1], dtypes=(dtype,)).rows[0]
     limit = max(verdict.limit for verdict in row.verdicts)
     assert row.diagnosis.startswith("matches *phantom key* ")
@@ -114,7 +114,7 @@ def test_a_name_comes_with_how_near_it_is(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("shards", [2, 3, 8])
-def test_a_name_comes_with_how_many_shards_there_are(shards: int) -> None:
+def test_diagnosis_gives_number_of_shards(shards: int) -> None:
     report = check(WRONG["unweighted merge"](shards), cases=CASES[:1])
     assert f"*unweighted merge* (shards = {shards}) to " in report.rows[1].diagnosis
 
@@ -127,18 +127,18 @@ class ElevenBits(Right):
         return super()._dot(x.view(np.float32), y.view(np.float32))
 
 
-def test_what_only_rounds_is_named_by_the_size_of_its_error() -> None:
+def test_rounding_defect_is_named_by_size_of_error() -> None:
     report = check(ElevenBits(), cases=CASES, dtypes=("float32",))
     assert {row.diagnosis for row in report.rows} == {"error as large as that of *TF32 products*"}
 
 
-def test_what_is_as_large_as_the_dtype_goes_is_judged() -> None:
+def test_values_near_dtype_maximum_are_judged() -> None:
     report = check(WRONG["neighbour's block returned"](), cases=[case_of("finite-minimum")])
     assert {row.status for row in report.rows} == {"wrong"}
     assert diagnoses(report) == {"neighbour's block returned"}
 
 
-def test_a_complaint_is_named() -> None:
+def test_complaint_is_diagnosed() -> None:
     report = check(WRONG["out allocated like q"](), cases=[case_of("value-size")])
     assert {row.status for row in report.rows} == {"error"}
     assert {row.diagnosis for row in report.rows} == {"matches *out allocated like q*"}
@@ -147,11 +147,11 @@ def test_a_complaint_is_named() -> None:
 class TestWhatPassedIsHeldAgainstAName:
     """With D = 1, a scale of 1 in place of 0.5 may be none, or one's own 1 / sqrt(D)."""
 
-    def test_nothing_tells_them_apart(self) -> None:
+    def test_indistinguishable_defects(self) -> None:
         report = check(WRONG["scale argument ignored"](), cases=[case_of("head-size-1")])
         assert diagnoses(report) == {"no scale", "scale argument ignored"}
 
-    def test_another_case_passed(self) -> None:
+    def test_defect_is_excluded_by_a_passing_case(self) -> None:
         report = check(WRONG["scale argument ignored"](), cases=[case_of("head-size-1"), CASES[0]])
         assert diagnoses(report) == {"scale argument ignored"}
 
@@ -172,26 +172,26 @@ class TestWhatPassedIsHeldAgainstAName:
         "out's buffer has the last call's dtype",
     ],
 )
-def test_what_an_earlier_case_left_behind_is_named(name: str) -> None:
+def test_stale_state_is_diagnosed(name: str) -> None:
     cases = [case_of(name) for name in ("value-size", "non-contiguous", "read-only")]
     report = check(WRONG[name](), cases=cases)
     assert len(report.failed) > 2
     assert {row.diagnosis.split("*")[1] for row in report.failed} == {name}
 
 
-def test_a_right_kernel_is_not_diagnosed() -> None:
+def test_correct_kernel_is_not_diagnosed() -> None:
     report = check(Right(), cases=CASES)
     assert report.probably == ""
     assert {row.diagnosis for row in report.rows} == {""}
 
 
-def test_the_report_shows_both() -> None:
+def test_report_shows_both_diagnoses() -> None:
     text = str(check(WRONG["no scale"](), cases=CASES[:2]))
     assert "matches *no scale* exactly" in text
     assert "probably *no scale*: explains 4 of 4 failures" in text
 
 
-def test_gradients_by_autograd_are_judged_by_the_forward() -> None:
+def test_autograd_gradients_are_diagnosed_from_forward() -> None:
     torch = pytest.importorskip("torch")
 
     def summed(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
@@ -204,7 +204,7 @@ def test_gradients_by_autograd_are_judged_by_the_forward() -> None:
     assert report.probably == "probably *unweighted merge*: explains 2 of 2 failures"
 
 
-def test_the_library_is_searched_once_for_what_is_found_and_not_for_ever(
+def test_library_search_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Suspects] = []

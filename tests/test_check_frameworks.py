@@ -1,6 +1,7 @@
 """Arrays of other libraries: nothing changes on the way, and gradients by whatever autograd."""
 
 import builtins
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lvxattn.check import Case, case_of
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.mpi_impl import block_attention, block_attention_backward
 from tests import fake_cupy
+from tests.errors import says
 from tests.oracle import GAUSSIAN, checked, message, plain, right
 
 HALF = np.dtype(ml_dtypes.bfloat16)
@@ -61,7 +63,7 @@ def in_jax(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
 
 @pytest.mark.parametrize("memory", ["contiguous", "transposed", "broadcast", "read-only"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "bool"])
-def test_arrays_come_back_as_they_went(framework: Framework, dtype: str, memory: str) -> None:
+def test_arrays_round_trip(framework: Framework, dtype: str, memory: str) -> None:
     x = np.random.default_rng(0).standard_normal((2, 1, 3, 5))
     x[0, 0, 0, :3] = np.nan, np.inf, -np.inf
     x = np.broadcast_to(x, (2, 4, 3, 5)) if memory == "broadcast" else x
@@ -87,7 +89,7 @@ def strides(x: Any) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "cupy"])
-def test_strides_are_what_the_case_says(name: str) -> None:
+def test_strides_match_the_case(name: str) -> None:
     framework = framework_of(name)
     x = np.random.default_rng(0).standard_normal((2, 4, 3, 5))
     same = np.broadcast_to(x[:, :1], x.shape)
@@ -100,14 +102,14 @@ def test_strides_are_what_the_case_says(name: str) -> None:
         assert framework.put(x).flags.writeable
 
 
-def test_nothing_is_shared_with_what_was_put(framework: Framework) -> None:
+def test_put_copies(framework: Framework) -> None:
     x = np.zeros((1, 1, 2, 2), np.float32)
     there = framework.put(x)
     x[...] = 1
     assert not framework.get(there).any()
 
 
-def test_an_array_of_another_library_is_not_its_own(framework: Framework) -> None:
+def test_arrays_of_other_libraries_are_not_owned(framework: Framework) -> None:
     for name in NAMES:
         other = framework_of(name).put(np.zeros(2, np.float32))
         assert framework.owns(other) == (name == framework.name)
@@ -118,7 +120,7 @@ def test_an_array_of_another_library_is_not_its_own(framework: Framework) -> Non
 # Right functions in every library.
 
 
-def test_right_functions_of_torch_pass_in_every_dtype() -> None:
+def test_correct_torch_functions_pass_in_every_dtype() -> None:
     report = checked(
         in_torch, SIX, ["float64", "float32", "float16", "bfloat16"], framework="torch"
     )
@@ -128,7 +130,7 @@ def test_right_functions_of_torch_pass_in_every_dtype() -> None:
     assert all(len(row.verdicts) == 5 for row in report.rows)
 
 
-def test_right_functions_of_jax_pass_jitted_masks_included() -> None:
+def test_correct_jax_functions_pass() -> None:
     # Every case is compiled anew, so there are few; other tests have some that are not jitted.
     report = checked(jax.jit(in_jax), SIX[1:5], ["bfloat16"], framework="jax")
     report.raise_if_failed()
@@ -136,7 +138,7 @@ def test_right_functions_of_jax_pass_jitted_masks_included() -> None:
     assert all(len(row.verdicts) == 5 for row in report.rows)
 
 
-def test_right_functions_of_a_device_that_works_late_pass() -> None:
+def test_correct_functions_on_async_device_pass() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         out, lse = block_attention(q, k, v, scale=scale, mask=mask)
         return out.astype(q.dtype), lse
@@ -162,7 +164,7 @@ def test_right_functions_of_a_device_that_works_late_pass() -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "jax", "cupy"])
-def test_a_library_that_is_missing_is_named_with_how_to_install_it(
+def test_missing_library_raises_with_install_command(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
@@ -173,7 +175,7 @@ def test_a_library_that_is_missing_is_named_with_how_to_install_it(
         checked(right, framework=name)
 
 
-def test_an_import_that_fails_inside_a_library_is_not_taken_for_the_library(
+def test_failed_import_inside_a_library_is_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = builtins.__import__
@@ -188,7 +190,7 @@ def test_an_import_that_fails_inside_a_library_is_not_taken_for_the_library(
         framework_of("cupy")
 
 
-def test_no_library_is_imported_for_another() -> None:
+def test_frameworks_import_only_their_own_library() -> None:
     program = (
         "import sys\n"
         "from lvxattn.check import check, case_of\n"
@@ -219,8 +221,8 @@ def test_no_library_is_imported_for_another() -> None:
         ("cupy", 1),
     ],
 )
-def test_a_device_that_is_not_there_is_named(name: str, device: Any) -> None:
-    with pytest.raises(ValueError, match=r"^device: expected .*got '?" + str(device)):
+def test_missing_device_raises(name: str, device: Any) -> None:
+    with pytest.raises(ValueError, match=f"^device: .*{device}"):
         framework_of(name, device)
 
 
@@ -241,14 +243,14 @@ def test_a_device_has_several_names(name: str, devices: list[Any]) -> None:
         assert framework.owns(framework.put(np.zeros(1, np.float32)))
 
 
-def test_a_framework_that_is_none_is_refused() -> None:
+def test_unknown_framework_raises() -> None:
     with pytest.raises(
         ValueError, match=r"^framework: expected one of numpy, torch, jax, cupy, got"
     ):
         framework_of("tensorflow")
 
 
-def test_without_ml_dtypes_bfloat16_is_left_out_and_that_is_told(
+def test_bfloat16_is_skipped_without_ml_dtypes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = sys.modules["lvxattn.check.frameworks.framework"]
@@ -262,7 +264,7 @@ def test_without_ml_dtypes_bfloat16_is_left_out_and_that_is_told(
         checked(in_torch, [GAUSSIAN], ["bfloat16"], framework="torch")
 
 
-def test_a_cupy_without_bfloat16_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_skipped_without_cupy_support(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = fake_cupy.asarray
 
     def refuse(x: Any) -> Any:
@@ -310,7 +312,7 @@ def own(change: Any) -> Any:
     return lambda q, k, v, *, scale, mask: Attention.apply(q, k, v, change)
 
 
-def test_gradients_of_an_autograd_function_are_judged_however_they_lie_in_memory() -> None:
+def test_autograd_function_gradients_are_judged_in_any_layout() -> None:
     def transposed(*found: Any) -> Any:
         return tuple(x.mT.contiguous().mT for x in found)
 
@@ -323,7 +325,7 @@ def test_gradients_of_an_autograd_function_are_judged_however_they_lie_in_memory
     assert [v.name for v in report.rows[0].verdicts if not v.passed] == ["dk"]
 
 
-def test_a_gradient_that_is_missing_counts_as_zero() -> None:
+def test_missing_gradient_counts_as_zero() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         return in_torch(q, k.detach(), v, scale=scale, mask=mask)
 
@@ -333,7 +335,7 @@ def test_a_gradient_that_is_missing_counts_as_zero() -> None:
     assert [v.name for v in report.rows[0].verdicts if not v.passed] == ["dk"]
 
 
-def test_a_backward_of_an_autograd_function_that_goes_wrong_is_told() -> None:
+def test_error_in_autograd_backward_is_reported() -> None:
     def fail(*found: Any) -> Any:
         raise ZeroDivisionError("in it")
 
@@ -350,7 +352,7 @@ def test_a_backward_of_an_autograd_function_that_goes_wrong_is_told() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_what_runs_without_gradients_is_checked_forward_and_fails_unless_that_is_meant(
+def test_function_without_gradients_fails_unless_forward_only(
     mode: Any,
 ) -> None:
     fn = mode()(in_torch)
@@ -365,7 +367,7 @@ def test_what_runs_without_gradients_is_checked_forward_and_fails_unless_that_is
 
 
 @pytest.mark.slow
-def test_a_compiled_function_is_checked_as_compiled_however_many_shapes_there_are() -> None:
+def test_compiled_function_is_checked_for_all_shapes() -> None:
     as_written = []
 
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
@@ -379,7 +381,7 @@ def test_a_compiled_function_is_checked_as_compiled_however_many_shapes_there_ar
     assert as_written == []
 
 
-def test_the_caller_s_mode_is_neither_taken_nor_changed() -> None:
+def test_grad_mode_of_caller_is_independent() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         result = in_torch(q, k, v, scale=scale, mask=mask)
         torch.set_grad_enabled(False)
@@ -408,27 +410,25 @@ def test_compiled_functions_and_modules_are_checked() -> None:
         assert report.notes == ()
 
 
-def test_results_of_torch_that_are_not_what_they_should_be_are_told() -> None:
+def test_bad_torch_results_are_reported() -> None:
     with_lse = partial(in_torch)
-    assert torch_message(lambda q, k, v, *, scale, mask: q.numpy(force=True)) == (
-        "out: expected an array of torch on cpu, got numpy.ndarray on cpu"
-    )
-    assert torch_message(lambda q, k, v, *, scale, mask: q.to("meta")) == (
-        "out: expected an array of torch on cpu, got torch.Tensor on meta"
-    )
-    assert torch_message(lambda q, k, v, *, scale, mask: q.float()) == (
-        "out: expected dtype float64, got float32"
-    )
-    assert torch_message(lambda q, k, v, *, scale, mask: q[0]).startswith("out: expected shape")
-    assert torch_message(lambda q, k, v, *, scale, mask: ()) == (
-        "expected out or (out, lse), got a tuple of 0"
-    )
+    for fn, expected in (
+        (
+            lambda q, k, v, *, scale, mask: q.numpy(force=True),
+            says("out", "torch", "numpy.ndarray"),
+        ),
+        (lambda q, k, v, *, scale, mask: q.to("meta"), says("out", "cpu", "torch.Tensor on meta")),
+        (lambda q, k, v, *, scale, mask: q.float(), says("out", "float64", "float32")),
+        (lambda q, k, v, *, scale, mask: q[0], says("out", (2, 32, 8))),
+        (lambda q, k, v, *, scale, mask: (), "a tuple of 0"),
+    ):
+        assert re.search(expected, torch_message(fn))
     sparse = torch_message(lambda q, k, v, *, scale, mask: q.to_sparse())
     assert sparse.startswith("out: cannot be read: ")
     assert checked(with_lse, [GAUSSIAN], framework="torch").passed
 
 
-def test_tensors_that_are_written_into_are_told() -> None:
+def test_written_tensors_are_reported() -> None:
     def into(name: str) -> Any:
         def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
             result = in_torch(q, k, v, scale=scale, mask=mask)
@@ -454,7 +454,7 @@ def test_tensors_that_are_written_into_are_told() -> None:
     assert wrong.startswith("dout: was written into (")
 
 
-def test_everything_dead_by_zeros_is_judged_forward() -> None:
+def test_all_dead_rows_are_judged_forward() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         if mask is None:
             return in_torch(q, k, v, scale=scale, mask=mask)
@@ -472,7 +472,7 @@ def jax_checked(fn: Any, cases: Any = (GAUSSIAN,), dtypes: Any = ("float32",)) -
     return checked(fn, cases, dtypes, framework="jax")
 
 
-def test_without_x64_jax_has_no_float64_and_that_is_told_once() -> None:
+def test_float64_is_skipped_without_jax_x64() -> None:
     report = checked(jax.jit(in_jax), [GAUSSIAN] * 2, None, framework="jax", suite="full")
     assert {row.dtype for row in report.rows} == {"float32", "float16", "bfloat16"}
     assert report.notes == ("float64 was left out: jax_enable_x64 is off",)
@@ -481,7 +481,7 @@ def test_without_x64_jax_has_no_float64_and_that_is_told_once() -> None:
         jax_checked(in_jax, dtypes=["float64"])
 
 
-def test_float64_that_is_on_for_one_thread_is_on_in_the_function_s() -> None:
+def test_jax_x64_of_caller_thread_applies() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         return plain(jnp, q, k, v, scale, mask, jnp.float64)
 
@@ -491,7 +491,7 @@ def test_float64_that_is_on_for_one_thread_is_on_in_the_function_s() -> None:
     assert all(len(row.verdicts) == 5 for row in report.rows)
 
 
-def test_jax_functions_that_cannot_be_differentiated_are_checked_forward() -> None:
+def test_nondifferentiable_jax_functions_are_checked_forward() -> None:
     def to_host(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         return tuple(
             jnp.asarray(x, jnp.float32)
@@ -550,7 +550,7 @@ def test_gradients_of_a_custom_vjp_are_judged() -> None:
     assert report.notes[0].endswith("NotImplementedError: no backward yet")
 
 
-def test_results_of_jax_that_are_not_what_they_should_be_are_told() -> None:
+def test_bad_jax_results_are_reported() -> None:
     leaked: list[Any] = []
 
     def leak(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
@@ -567,26 +567,26 @@ def test_results_of_jax_that_are_not_what_they_should_be_are_told() -> None:
     for fn, expected in (
         (
             lambda q, k, v, *, scale, mask: np.asarray(jnp.ones(3)),
-            "out: expected an array of jax on",
+            says("out", "jax", "numpy.ndarray"),
         ),
         (
             lambda q, k, v, *, scale, mask: None,
-            "out: expected an array of jax on cpu:0, got None",
+            says("out", "jax on cpu:0", None),
         ),
         (
             lambda q, k, v, *, scale, mask: (q, None, q),
-            "expected out or (out, lse), got a tuple of 3",
+            "a tuple of 3",
         ),
-        (lambda q, k, v, *, scale, mask: q[0], "out: expected shape (1, 2, 32, 8), got (2, 32, 8)"),
+        (lambda q, k, v, *, scale, mask: q[0], says("out", (1, 2, 32, 8), (2, 32, 8))),
         (
             lambda q, k, v, *, scale, mask: q.astype(jnp.bfloat16),
-            "out: expected dtype float32, got",
+            says("out", "float32", "bfloat16"),
         ),
-        (leak, "out: expected an array of jax on cpu:0, got jax"),
+        (leak, says("out", "jax on cpu:0", "got jax")),
     ):
         (row,) = jax_checked(fn).rows
         assert row.status == "error"
-        assert row.message.startswith(expected)
+        assert re.search(expected, row.message)
     (row,) = jax_checked(late).rows  # raised in the call or when out is read: JAX decides
     assert "ZeroDivisionError: in it" in row.message
     (row,) = checked(
@@ -602,18 +602,18 @@ def test_results_of_jax_that_are_not_what_they_should_be_are_told() -> None:
 # CuPy.
 
 
-def test_what_a_device_has_not_computed_yet_is_waited_for() -> None:
+def test_get_waits_for_the_device() -> None:
     framework = framework_of("cupy")
     x = framework.put(np.arange(4.0))
     assert framework.get(x + 1).tolist() == [1, 2, 3, 4]
 
 
-def test_a_device_s_arrays_are_no_numpy_arrays() -> None:
+def test_numpy_result_from_cupy_function_is_reported() -> None:
     text = message(lambda q, k, v, *, scale, mask: fake_cupy.asnumpy(q), framework="cupy")
-    assert text == "out: expected an array of cupy on cuda:0, got numpy.ndarray on cpu"
+    assert re.search(says("out", "cupy on cuda:0", "numpy.ndarray on cpu"), text)
 
 
-def test_an_array_on_another_device_is_told() -> None:
+def test_array_on_another_device_is_reported() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         out = fake_cupy.zeros(q.shape, q.dtype)
         there = {"device": fake_cupy.cuda.Device(1), "__module__": "fake_cupy"}
@@ -621,10 +621,10 @@ def test_an_array_on_another_device_is_told() -> None:
         return out
 
     text = message(fn, framework="cupy")
-    assert text.startswith("out: expected an array of cupy on cuda:0, got fake_cupy.ndarray on ")
+    assert re.search(says("out", "cupy on cuda:0", "fake_cupy.ndarray on"), text)
 
 
-def test_a_device_array_that_is_written_into_is_told() -> None:
+def test_written_device_array_is_reported() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         out, _ = block_attention(q, k, v, scale=scale, mask=mask)
         k[0] = 0
@@ -633,7 +633,7 @@ def test_a_device_array_that_is_written_into_is_told() -> None:
     assert message(fn, framework="cupy").startswith("k: was written into (")
 
 
-def test_stride_0_reaches_the_function(framework: Framework) -> None:
+def test_zero_strides_are_passed(framework: Framework) -> None:
     case = Case("s", "", "", memory="broadcast")
     seen: list[Any] = []
 

@@ -34,7 +34,7 @@ def rms(x: Array, rows: Any = slice(None)) -> float:
 @pytest.mark.parametrize(
     "name", ["gaussian", "grouped-heads", "minus-infinity", "callable-mask", "dead-shard"]
 )
-def test_the_truth_is_the_naive_softmax_of_the_rounded_inputs(name: str, dtype: str) -> None:
+def test_truth_is_naive_softmax_of_rounded_inputs(name: str, dtype: str) -> None:
     problem, truth = problem_and_truth(name, dtype)
     x = problem.astype(np.float64)
     naive = naive_attention(x.q, x.k, x.v, x.scale, x.mask, x.dout, np.zeros(x.q.shape[:3]))
@@ -48,7 +48,7 @@ def test_the_truth_is_the_naive_softmax_of_the_rounded_inputs(name: str, dtype: 
         assert (far <= bound * (naive.sizes[key] + abs(np.where(dead, 0, want)))).all()
 
 
-def test_equal_scores_give_the_mean_and_one_high_score_that_value() -> None:
+def test_truth_of_equal_and_of_peaked_scores() -> None:
     problem, truth = problem_and_truth("uniform-table", "float64")
     v, dout, n = problem.v, problem.dout, problem.k.shape[2]
     mean = np.broadcast_to(v.sum(axis=2, keepdims=True) / n, dout.shape)
@@ -77,7 +77,7 @@ def test_equal_scores_give_the_mean_and_one_high_score_that_value() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["uniform-table", "one-hot-table"])
-def test_every_dtype_holds_the_tables_exactly(name: str, dtype: str) -> None:
+def test_tables_are_exact_in_every_dtype(name: str, dtype: str) -> None:
     known = draw(case_of(name), dtype).known["out"]
     assert (known.astype(dtype_of(dtype)).astype(np.float64) == known).all()
 
@@ -87,7 +87,7 @@ def test_every_dtype_holds_the_tables_exactly(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["gaussian", "needle-in-the-last-shard", "gaps-between-shards"])
-def test_the_limit_is_its_formula(name: str, dtype: str) -> None:
+def test_limit_matches_its_formula(name: str, dtype: str) -> None:
     problem, truth = problem_and_truth(name, dtype)
     x = problem.astype(np.float64)
     naive = naive_attention(x.q, x.k, x.v, x.scale, x.mask, x.dout, np.zeros(x.q.shape[:3]))
@@ -122,7 +122,7 @@ def test_the_limit_is_its_formula(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gaussian", "offset-values", "dead-rows", "gaps-between-shards"])
-def test_fp64_s_limit_is_fp32_s_over_the_ratio_of_their_units(name: str) -> None:
+def test_fp64_limit_scales_from_fp32(name: str) -> None:
     (_, wide), (_, narrow) = problem_and_truth(name, "float64"), problem_and_truth(name, "float32")
     for key in RESULTS:
         # The float32 problem's numbers are other ones, by their rounding.
@@ -131,7 +131,7 @@ def test_fp64_s_limit_is_fp32_s_over_the_ratio_of_their_units(name: str) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("key", RESULTS)
-def test_what_is_just_within_passes_and_what_is_just_beyond_does_not(key: str, dtype: str) -> None:
+def test_errors_around_the_limit(key: str, dtype: str) -> None:
     problem, truth = problem_and_truth("gaussian", dtype)
     rng = np.random.default_rng(0)
     direction = rng.choice([-1.0, 1.0], truth.results[key].shape)
@@ -146,7 +146,7 @@ def test_what_is_just_within_passes_and_what_is_just_beyond_does_not(key: str, d
         assert verdict.what == ""
 
 
-def test_a_truth_of_zeros_has_a_limit_of_zero_error_and_a_row_of_nothing_but_zeros_passes() -> None:
+def test_zero_truth_allows_no_error() -> None:
     problem, truth = problem_and_truth("everything-dead")
     for key in RESULTS:
         exact = judge(key, truth.results[key], problem, truth)
@@ -155,7 +155,7 @@ def test_a_truth_of_zeros_has_a_limit_of_zero_error_and_a_row_of_nothing_but_zer
     assert not wrong.passed
 
 
-def test_a_wrong_result_of_any_size_is_judged_whatever_numpy_is_set_to() -> None:
+def test_results_are_judged_under_any_numpy_error_state() -> None:
     problem, truth = problem_and_truth("gaussian")
     with np.errstate(all="raise"):
         for size in (1e308, 1e-308):
@@ -166,7 +166,7 @@ def test_a_wrong_result_of_any_size_is_judged_whatever_numpy_is_set_to() -> None
 # Kinds of rows.
 
 
-def test_norms_are_taken_over_the_rows_of_each_kind() -> None:
+def test_norms_are_per_row_kind() -> None:
     problem = draw(case_of("gaps-between-shards"), "float64")
     problem = replace(problem, q_kinds=np.arange(17) % 3)
     rng = np.random.default_rng(0)
@@ -191,7 +191,7 @@ def test_norms_neither_overflow_nor_underflow() -> None:
 
 
 @pytest.mark.parametrize("key", ["dk", "dv"])
-def test_an_error_in_a_kind_that_weighs_little_is_caught(key: str) -> None:
+def test_error_in_a_small_row_kind_is_caught(key: str) -> None:
     """The last quarter of the keys weighs e^-24 of the first: one norm would not show it."""
     problem, truth = problem_and_truth("gaps-between-shards")
     got = truth.results[key].copy()
@@ -204,7 +204,7 @@ def test_an_error_in_a_kind_that_weighs_little_is_caught(key: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("key", RESULTS)
-def test_one_wrong_row_is_caught_and_pointed_at(key: str, dtype: str) -> None:
+def test_single_wrong_row_is_caught_and_located(key: str, dtype: str) -> None:
     problem, truth = problem_and_truth("gaussian", dtype)
     got = truth.results[key].copy()
     got[0, 1, 5] *= -1
@@ -216,7 +216,7 @@ def test_one_wrong_row_is_caught_and_pointed_at(key: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_a_row_that_is_all_minus_10000_is_judged_by_itself(dtype: str) -> None:
+def test_row_of_minus_10000_is_judged_separately(dtype: str) -> None:
     problem, truth = problem_and_truth("finite-minimum", dtype)
     for key in ("out", "dq"):
         got = truth.results[key].copy()
@@ -229,7 +229,7 @@ def test_a_row_that_is_all_minus_10000_is_judged_by_itself(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", ["dead-rows", "minus-infinity"])
-def test_out_and_dq_of_rows_that_see_nothing_are_exactly_0(case: str, dtype: str) -> None:
+def test_out_and_dq_of_dead_rows_must_be_0(case: str, dtype: str) -> None:
     problem, truth = problem_and_truth(case, dtype)
     for key in ("out", "dq"):
         got = truth.results[key].copy()
@@ -244,7 +244,7 @@ def test_out_and_dq_of_rows_that_see_nothing_are_exactly_0(case: str, dtype: str
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_where_the_truth_is_never_passes(bad: float) -> None:
+def test_nonfinite_result_fails(bad: float) -> None:
     problem, truth = problem_and_truth("gaussian")
     for key in RESULTS:
         got = truth.results[key].copy()
@@ -257,7 +257,7 @@ def test_what_is_not_finite_where_the_truth_is_never_passes(bad: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, -1e30])
-def test_a_dead_row_s_lse_is_minus_infinity_and_nothing_else(bad: float) -> None:
+def test_lse_of_dead_row_must_be_minus_infinity(bad: float) -> None:
     problem, truth = problem_and_truth("dead-rows")
     assert judge("lse", truth.results["lse"], problem, truth).ratio == 0
     got = truth.results["lse"].copy()
@@ -271,7 +271,7 @@ def test_a_dead_row_s_lse_is_minus_infinity_and_nothing_else(bad: float) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ulps_are_steps_of_the_dtype_at_the_element(dtype: str) -> None:
+def test_ulps_at_an_element(dtype: str) -> None:
     problem, truth = problem_and_truth("gaussian", dtype)
     got = truth.results["out"].copy()
     at = np.unravel_index(abs(got).argmax(), got.shape)
@@ -282,7 +282,7 @@ def test_ulps_are_steps_of_the_dtype_at_the_element(dtype: str) -> None:
     assert verdict.max_abs == pytest.approx(3 * step)
 
 
-def test_ulps_of_a_small_element_are_those_of_usual_ones() -> None:
+def test_ulps_of_small_elements() -> None:
     problem, truth = problem_and_truth("gaussian")
     got = truth.results["out"].copy()
     at = np.unravel_index(abs(got).argmin(), got.shape)
@@ -292,7 +292,7 @@ def test_ulps_of_a_small_element_are_those_of_usual_ones() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_attention_with_everything_in_the_dtype_has_a_flash_ratio_of_1(dtype: str) -> None:
+def test_all_in_dtype_has_flash_ratio_1(dtype: str) -> None:
     problem, truth = problem_and_truth("gaussian", dtype)
     for key, plain in rounded_attention(problem, PLAIN).items():
         got = plain.astype(np.float64)
@@ -303,7 +303,7 @@ def test_attention_with_everything_in_the_dtype_has_a_flash_ratio_of_1(dtype: st
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_ways_that_the_limit_is_made_of_are_within_half_of_it(way: Any, dtype: str) -> None:
+def test_rounding_models_are_within_half_the_limit(way: Any, dtype: str) -> None:
     problem, truth = problem_and_truth("gaussian", dtype)
     for key, got in rounded_attention(problem, way).items():
         assert 0 < judge(key, got.astype(np.float64), problem, truth).ratio <= 0.5

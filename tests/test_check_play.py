@@ -56,12 +56,13 @@ class SilentError(Exception):
         raise RuntimeError("no text")
 
 
-WRONG: dict[str, tuple[Callable[..., Any], str]] = {
+# What a function does wrong, and parts of the message.
+WRONG: dict[str, tuple[Any, ...]] = {
     "None": (lambda q, k, v, mask: None, "out: expected an array of numpy on cpu, got None"),
     "a list": (lambda q, k, v, mask: [1, 2, 3], "expected out or (out, lse), got a list of 3"),
-    "an empty tuple": (lambda q, k, v, mask: (), "expected out or (out, lse), got a tuple of 0"),
-    "a number": (lambda q, k, v, mask: 1.5, "out: expected an array of numpy on cpu, got builtins"),
-    "numbers": (lambda q, k, v, mask: q.tolist(), "expected out or (out, lse), got a list of 1"),
+    "an empty tuple": (lambda q, k, v, mask: (), "a tuple of 0"),
+    "a number": (lambda q, k, v, mask: 1.5, "out: ", "numpy", "builtins"),
+    "numbers": (lambda q, k, v, mask: q.tolist(), "a list of 1"),
     "a shape": (lambda q, k, v, mask: q[0], "out: expected shape (1, 2, 64, 8), got (2, 64, 8)"),
     "a dtype": (
         lambda q, k, v, mask: q.astype(np.float32),
@@ -69,11 +70,15 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "lse's shape": (
         lambda q, k, v, mask: (q, q[..., :1]),
-        "lse: expected shape (1, 2, 64), got (1, 2, 64, 1)",
+        "lse: ",
+        "(1, 2, 64)",
+        "(1, 2, 64, 1)",
     ),
     "lse's dtype": (
         lambda q, k, v, mask: (q, q[..., 0].astype(np.float16)),
-        "lse: expected dtype float64, got float16",
+        "lse: ",
+        "float64",
+        "float16",
     ),
     "sys.exit": (lambda q, k, v, mask: sys.exit(3), f"SystemExit: 3 ({HERE}:"),
     "Ctrl-C of its own": (raiser(KeyboardInterrupt()), f"KeyboardInterrupt ({HERE}:"),
@@ -85,16 +90,16 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_first_case_that_goes_wrong_is_told_and_the_rest_goes_on(name: str) -> None:
-    what, expected = WRONG[name]
+def test_bad_results_are_reported_and_other_cases_run(name: str) -> None:
+    what, *parts = WRONG[name]
     report = checked(first_wrong(what))
     assert [row.status for row in report.rows] == ["error", "ok"]
-    assert expected in report.rows[0].message
+    assert all(part in report.rows[0].message for part in parts)
     assert report.rows[0].message in str(report)
     assert not report.passed
 
 
-def test_a_place_is_the_user_s_own_line_not_the_library_s() -> None:
+def test_error_names_the_users_line() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         return np.linalg.inv(q[0, 0])  # 64 x 8
 
@@ -104,7 +109,7 @@ def test_a_place_is_the_user_s_own_line_not_the_library_s() -> None:
     )
 
 
-def test_a_message_of_any_length_is_one_short_line() -> None:
+def test_long_message_is_shortened_to_one_line() -> None:
     text = message(raiser(RuntimeError("first\n" + "words\n" * 10_000 + "last")))
     assert "\n" not in text
     assert len(text) < 500
@@ -112,7 +117,7 @@ def test_a_message_of_any_length_is_one_short_line() -> None:
     assert " words last (" in text
 
 
-def test_a_function_of_other_arguments_is_told_which_it_gets() -> None:
+def test_wrong_signature_message_shows_the_call() -> None:
     text = message(lambda q, k, v: q)
     assert "unexpected keyword argument" in text
     assert "fn(q, k, v, *, scale, mask)" in text
@@ -144,7 +149,7 @@ STOP = threading.Event()
 
 
 @pytest.mark.parametrize("hang", [loop, lambda *_: time.sleep(2.5), lambda *_: STOP.wait(2.5)])
-def test_a_call_that_does_not_come_back_is_told_and_the_next_case_runs(
+def test_hanging_call_is_reported_and_next_case_runs(
     hang: Callable[..., Any],
 ) -> None:
     report = checked(first_wrong(hang), time_limit=0.5)
@@ -152,7 +157,7 @@ def test_a_call_that_does_not_come_back_is_told_and_the_next_case_runs(
     assert report.rows[0].message == "did not come back within 0.5 s"
 
 
-def test_a_loop_is_ended_and_a_call_that_cannot_be_ended_is_counted() -> None:
+def test_loop_is_interrupted_and_stuck_call_counted() -> None:
     assert not any(
         "could not be ended" in n for n in checked(first_wrong(loop), time_limit=0.5).notes
     )
@@ -164,7 +169,7 @@ def test_a_loop_is_ended_and_a_call_that_cannot_be_ended_is_counted() -> None:
     )
 
 
-def test_the_limit_is_for_each_case() -> None:
+def test_time_limit_is_per_case() -> None:
     def slow(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         time.sleep(0.4)
         return right(q, k, v, scale=scale, mask=mask)
@@ -172,7 +177,7 @@ def test_the_limit_is_for_each_case() -> None:
     assert checked(slow, [GAUSSIAN] * 3, time_limit=1.0).passed
 
 
-def test_after_three_late_calls_the_others_get_a_tenth_of_the_time() -> None:
+def test_time_limit_drops_after_three_late_calls() -> None:
     def late(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         time.sleep(0.3)
         return right(q, k, v, scale=scale, mask=mask)
@@ -183,7 +188,7 @@ def test_after_three_late_calls_the_others_get_a_tenth_of_the_time() -> None:
     )
 
 
-def test_a_thread_that_is_left_behind_keeps_no_program_from_ending() -> None:
+def test_leftover_thread_does_not_block_exit() -> None:
     program = (
         "import time\n"
         "from lvxattn.check import check, case_of\n"
@@ -201,7 +206,7 @@ def test_a_thread_that_is_left_behind_keeps_no_program_from_ending() -> None:
     )
 
 
-def test_an_interrupted_call_is_in_nobody_else_s_thread() -> None:
+def test_interrupt_reaches_only_its_call() -> None:
     patience = Patience(0.001)
     for n in range(30):  # calls that end just when their time is up
         patience.seconds = 0.0005 * (n % 4)
@@ -213,7 +218,7 @@ def test_an_interrupted_call_is_in_nobody_else_s_thread() -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_the_check_and_the_call() -> None:
+def test_ctrl_c_ends_check_and_call() -> None:
     ended = threading.Event()
 
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
@@ -252,7 +257,7 @@ def writes(name: str) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "mask", "dout"])
-def test_no_argument_may_be_written_into(name: str) -> None:
+def test_written_argument_is_reported(name: str) -> None:
     case = case_of("random-mask")
     text = message(writes(name), case)
     assert text.startswith(f"{name}: was written into (")
@@ -261,11 +266,11 @@ def test_no_argument_may_be_written_into(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["out", "lse"])
-def test_the_backward_may_not_write_into_the_forward_s_results(name: str) -> None:
+def test_backward_writing_forward_results_is_reported(name: str) -> None:
     assert message(writes(name)).startswith(f"{name}: was written into by the backward (")
 
 
-def test_a_result_that_the_next_call_changes_is_told() -> None:
+def test_result_changed_by_next_call_is_reported() -> None:
     kept: dict[Any, Any] = {}
 
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
@@ -279,7 +284,7 @@ def test_a_result_that_the_next_call_changes_is_told() -> None:
     assert text.startswith("out: was changed by the next call: its memory is used again (272 of")
 
 
-def test_an_argument_that_is_returned_is_judged_as_any_result() -> None:
+def test_returned_argument_is_judged() -> None:
     (row,) = checked(lambda q, k, v, *, scale, mask: q, [GAUSSIAN]).rows
     assert row.status == "wrong"
 
@@ -287,23 +292,25 @@ def test_an_argument_that_is_returned_is_judged_as_any_result() -> None:
 # Backwards.
 
 
-BACKWARDS: dict[str, tuple[Callable[..., Any], str]] = {
+BACKWARDS: dict[str, tuple[Any, ...]] = {
     "None": (lambda *a, **o: None, "backward: expected (dq, dk, dv), got None"),
-    "two": (lambda *a, **o: a[1:3], "backward: expected (dq, dk, dv), got a tuple of 2"),
-    "None for k": (lambda dout, q, *a, **o: (q, None, q), "dk: expected an array of numpy on cpu"),
-    "one shape": (lambda dout, q, *a, **o: (q, q, q), "dk: expected shape (1, 2, 128, 8), got"),
+    "two": (lambda *a, **o: a[1:3], "backward: ", "a tuple of 2"),
+    "None for k": (lambda dout, q, *a, **o: (q, None, q), "dk: ", "numpy", "None"),
+    "one shape": (lambda dout, q, *a, **o: (q, q, q), "dk: ", "(1, 2, 128, 8)"),
     "raises": (raiser(ZeroDivisionError("in it")), f"ZeroDivisionError: in it ({HERE}:"),
 }
 
 
 @pytest.mark.parametrize("name", BACKWARDS)
-def test_a_backward_that_goes_wrong_is_told(name: str) -> None:
-    backward, expected = BACKWARDS[name]
+def test_bad_backward_is_reported(name: str) -> None:
+    backward, start, *parts = BACKWARDS[name]
     large = Case("large", "", "", S_Q=64, S_KV=128)
-    assert message(with_backward(backward), large).startswith(expected)
+    text = message(with_backward(backward), large)
+    assert text.startswith(start)
+    assert all(part in text for part in parts)
 
 
-def test_a_backward_for_some_cases_leaves_the_forward_of_the_others_judged() -> None:
+def test_backward_unsupported_for_some_cases() -> None:
     def backward(dout: Any, q: Any, *rest: Any, **options: Any) -> Any:
         if options["mask"] is not None:
             raise NotImplementedError("no masks\nyet")
@@ -321,7 +328,7 @@ def test_a_backward_for_some_cases_leaves_the_forward_of_the_others_judged() -> 
     assert report.notes == ("forward only: the backward raised NotImplementedError",)
 
 
-def test_a_backward_is_given_what_the_forward_returned() -> None:
+def test_backward_gets_forward_results() -> None:
     given: list[Any] = []
 
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
@@ -336,13 +343,13 @@ def test_a_backward_is_given_what_the_forward_returned() -> None:
     assert checked(fn, [GAUSSIAN], backward=backward).passed
 
 
-def test_gradients_that_are_not_asked_for_are_not_computed() -> None:
+def test_gradients_are_not_computed_if_not_requested() -> None:
     report = checked(with_backward(raiser(AssertionError())), backward=False)
     assert report.passed
     assert report.notes == ()
 
 
-def test_unsupported_cases_fail_nothing_and_a_function_that_supports_none_passes_nothing() -> None:
+def test_unsupported_cases_neither_fail_nor_pass() -> None:
     report = checked(first_wrong(raiser(NotImplementedError("not\nthis"))))
     assert [row.status for row in report.rows] == ["unsupported", "ok"]
     assert report.rows[0].message == "not this"
@@ -357,7 +364,7 @@ def test_unsupported_cases_fail_nothing_and_a_function_that_supports_none_passes
 # What is set outside and inside of a call.
 
 
-def test_numpy_s_error_state_is_the_caller_s_inside_and_stays_so_outside() -> None:
+def test_numpy_error_state_is_the_callers() -> None:
     seen = []
 
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
@@ -373,7 +380,7 @@ def test_numpy_s_error_state_is_the_caller_s_inside_and_stays_so_outside() -> No
     assert set(seen) == {"raise"}
 
 
-def test_floating_point_errors_are_the_function_s() -> None:
+def test_floating_point_errors_are_attributed_to_the_function() -> None:
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         return np.exp(1000 * abs(q)), None
 
@@ -381,5 +388,5 @@ def test_floating_point_errors_are_the_function_s() -> None:
         assert message(fn).startswith("FloatingPointError: overflow encountered in exp")
 
 
-def test_a_partial_function_keeps_its_name() -> None:
+def test_partial_keeps_its_name() -> None:
     assert check(partial(right), cases=[GAUSSIAN]).target == "tests.oracle:right"

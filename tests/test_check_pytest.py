@@ -1,6 +1,7 @@
 """The oracle's pytest plugin: conformance tests, the fixture, the list of known failures."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -37,7 +38,7 @@ def run(pytester: pytest.Pytester):  # type: ignore[no-untyped-def]
     return run
 
 
-def test_a_right_function_conforms(run) -> None:
+def test_correct_function_conforms(run) -> None:
     done = run(*CONFORMANCE, "--lvx-impl", "kernels:right", *FLOAT32, "--lvx-seeds", "2")
     done.assert_outcomes(passed=2 * COUNT + 1)  # and that something was judged
     assert done.ret == 0
@@ -49,7 +50,7 @@ def test_a_function_that_does_nothing_fails(run) -> None:
     done.stdout.fnmatch_lines([f"nothing was judged: {COUNT} unsupported"])
 
 
-def test_tests_are_called_by_case_dtype_and_seed(run) -> None:
+def test_test_ids_are_case_dtype_and_seed(run) -> None:
     line = [*CONFORMANCE, "--lvx-impl", "kernels:right", "--lvx-seeds", "2", "--co", "-q"]
     done = run(*line, "--lvx-dtypes", "float32,bfloat16", "-k", "one-query")
     names = [text.partition("::")[2] for text in done.outlines if "::" in text]
@@ -63,7 +64,7 @@ def test_tests_are_called_by_case_dtype_and_seed(run) -> None:
     assert "test_attention[gaussian.large-float32]" in str(done.stdout)
 
 
-def test_a_failure_is_short_and_tells_how_to_see_it_again(run) -> None:
+def test_failure_is_short_and_shows_how_to_reproduce(run) -> None:
     line = ["--lvx-impl", "kernels:nan", *FLOAT32, "-k", "dead-rows or callable or plain", "-rs"]
     done = run(*CONFORMANCE, *line)
     done.assert_outcomes(failed=1, skipped=1)
@@ -79,7 +80,7 @@ def test_a_failure_is_short_and_tells_how_to_see_it_again(run) -> None:
         assert inner not in str(done.stdout)
 
 
-def test_a_backward_of_its_own_is_held_to_account(run) -> None:
+def test_named_backward_is_checked(run) -> None:
     line = [*CONFORMANCE, "--lvx-impl", "kernels:Kernels.right", *FLOAT32, "-k", "gaussian"]
     run(*line, "--lvx-backward", "kernels:back").assert_outcomes(passed=1)
     done = run(*line, "--lvx-backward", "kernels:wrong_back")
@@ -87,28 +88,37 @@ def test_a_backward_of_its_own_is_held_to_account(run) -> None:
     done.stdout.fnmatch_lines(["  dv: relative error 1.0e+00*"])
 
 
+RIGHT = ("--lvx-impl", "kernels:right")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ((), "lvxattn.check.conformance needs --lvx-impl package.module:function"),
         (("--lvx-impl", "nowhere:f"), "--lvx-impl: no module 'nowhere'"),
-        (("--lvx-impl", "kernels:rihgt"), "did you mean right?"),
-        (("--lvx-impl", "kernels:right", "--lvx-dtypes", "fp32"), "--lvx-dtypes: expected some of"),
-        (("--lvx-impl", "kernels:right", "--lvx-suite", "slow"), "--lvx-suite: expected one of"),
-        (("--lvx-impl", "kernels:right", "--lvx-seeds", "0"), "--lvx-seeds: expected a whole"),
-        (("--lvx-impl", "kernels:right", "--lvx-framework", "tf"), "--lvx-framework: expected one"),
+        (("--lvx-impl", "kernels:rihgt"), "did you mean right"),
+        (
+            (*RIGHT, "--lvx-dtypes", "fp32"),
+            r"--lvx-dtypes: expected some of .* with numpy here, got 'fp32'",
+        ),
+        ((*RIGHT, "--lvx-suite", "slow"), "--lvx-suite: .*'slow'"),
+        (
+            (*RIGHT, "--lvx-seeds", "0"),
+            "--lvx-seeds: expected a whole number from 1 up, got",
+        ),
+        ((*RIGHT, "--lvx-framework", "tf"), "--lvx-framework: .*'tf'"),
         (("--lvx-backward", "kernels:back"), "--lvx-backward: goes with --lvx-impl"),
         (("--lvx-xfails-file", "nowhere"), "nowhere cannot be read"),
     ],
 )
-def test_bad_usage_is_told_in_a_line(run, options: tuple[str, ...], words: str) -> None:
+def test_bad_usage_prints_one_line(run, options: tuple[str, ...], words: str) -> None:
     if options[:1] == ("--lvx-xfails-file",):
         options = ("--lvx-impl", "kernels:right", *options)
     done = run(*CONFORMANCE, *options)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     told = [line for line in done.outlines + done.errlines if line.startswith("ERROR")]
     assert len(told) == 1
-    assert words in told[0]
+    assert re.search(words, told[0])
     assert "Traceback" not in str(done.stdout) + str(done.stderr)
 
 
@@ -135,7 +145,7 @@ class TestKnownFailures:
         assert done.ret == 0
         assert "xfails.txt:1" in str(done.stdout)
 
-    def test_one_that_passes_fails_if_the_ini_file_says_so(self, run, pytester) -> None:
+    def test_unexpected_pass_fails_with_strict_xfail(self, run, pytester) -> None:
         line = [*self.line(pytester, self.FAILING + "gaussian-float32\n"), "-k", "gaussian"]
         run(*line).assert_outcomes(xpassed=1)
         run(*line, "-o", "xfail_strict=true").assert_outcomes(failed=1)
@@ -153,19 +163,23 @@ class TestKnownFailures:
             "dead-row[s]-float32",
         ],
     )
-    def test_one_that_is_not_there_is_an_error(self, run, pytester, typo: str) -> None:
+    def test_unknown_expected_failure_is_an_error(self, run, pytester, typo: str) -> None:
         done = run(*self.line(pytester, f"# known\n{self.FAILING}{typo}\n"))
         assert done.ret == pytest.ExitCode.USAGE_ERROR
         assert f"xfails.txt:9: no test is called {typo!r}" in "".join(done.errlines + done.outlines)
 
-    def test_a_selection_hides_none(self, run, pytester: pytest.Pytester) -> None:
+    def test_expected_failures_are_checked_under_selection(
+        self, run, pytester: pytest.Pytester
+    ) -> None:
         line = self.line(pytester, self.FAILING)
         run(*line, "-k", "minus-infinity").assert_outcomes(xfailed=1)
         assert run(*line, "--co", "-q").ret == 0
         line[1] += "::test_attention[minus-infinity-float32]"
         run(*line).assert_outcomes(xfailed=1)
 
-    def test_a_selection_among_ones_own_tests_hides_none(self, run, pytester) -> None:
+    def test_expected_failures_of_own_tests_are_checked_under_selection(
+        self, run, pytester
+    ) -> None:
         test = "def test_{0}(xattn_case):\n    assert 0\n"
         pytester.makepyfile(test_own=test.format("a") + test.format("b"))
         pytester.makefile(".txt", xfails="test_b[one-key-float32]\ntest_a[one-key-float32]\n")
@@ -176,7 +190,7 @@ class TestKnownFailures:
         pytester.makefile(".txt", xfails="test_c[one-key-float32]\n")
         assert run("test_own.py", *line).ret == pytest.ExitCode.USAGE_ERROR
 
-    def test_other_peoples_tests_are_left_alone(self, run, pytester: pytest.Pytester) -> None:
+    def test_other_tests_are_unaffected(self, run, pytester: pytest.Pytester) -> None:
         pytester.makepyfile(test_other="def test_other():\n    assert True\n")
         line = ["--lvx-xfails-file", "xfails.txt", "test_other.py"]
         pytester.makefile(".txt", xfails=f"{self.FAILING}*-float32\n")
@@ -210,14 +224,14 @@ def test_misuse(xattn_case):
 """
 
 
-def test_a_test_of_ones_own_gets_the_problems_and_a_judge(run, pytester: pytest.Pytester) -> None:
+def test_own_test_gets_problem_and_judge(run, pytester: pytest.Pytester) -> None:
     calls = sum(bool(case.calls) for case in suite_of("quick"))
     pytester.makepyfile(test_own=OWN.replace("FUNCTION", "right"))
     run("test_own.py", *FLOAT32, "-k", "mine").assert_outcomes(passed=COUNT - calls)
     run("test_own.py", *FLOAT32, "-k", "misuse and gaussian").assert_outcomes(passed=1)
 
 
-def test_its_failure_is_what_the_report_would_say(run, pytester: pytest.Pytester) -> None:
+def test_own_test_failure_shows_the_report(run, pytester: pytest.Pytester) -> None:
     wrong = "right(p.q, p.k, p.v, scale=2 * p.scale, mask=p.mask) if True else kernels.right"
     pytester.makepyfile(test_own=OWN.replace("FUNCTION", wrong))
     done = run("test_own.py", *FLOAT32, "-k", "mine and gaussian")
@@ -232,7 +246,7 @@ def test_its_failure_is_what_the_report_would_say(run, pytester: pytest.Pytester
     assert "pytest_cases.py" not in str(done.stdout)
 
 
-def test_a_test_of_ones_own_gets_the_framework_of_the_options(run, pytester) -> None:
+def test_own_test_gets_the_framework(run, pytester) -> None:
     pytester.makepyfile(
         test_torch="""
         import torch
@@ -259,7 +273,7 @@ def in_a_new_process(*args: str, path: str, folder: Path) -> subprocess.Complete
     )
 
 
-def test_it_is_loaded_everywhere_so_it_imports_nothing(tmp_path: Path) -> None:
+def test_plugin_imports_nothing_heavy(tmp_path: Path) -> None:
     program = (
         "import sys; import pytest; before = set(sys.modules); import lvxattn.pytest_plugin; "
         "print(*sorted(x.partition('.')[0] for x in set(sys.modules) - before))"
@@ -269,7 +283,7 @@ def test_it_is_loaded_everywhere_so_it_imports_nothing(tmp_path: Path) -> None:
     assert done.stdout.split() == ["lvxattn", "lvxattn"]  # and its plugin, not lvxattn.reference
 
 
-def test_an_entry_point_and_an_option_load_it_once(tmp_path: Path) -> None:
+def test_plugin_is_loaded_once(tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (entry,) = project["entry-points"]["pytest11"].items()
     info = tmp_path / "installed-1.dist-info"

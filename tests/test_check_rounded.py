@@ -39,7 +39,7 @@ def problem_of(
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_naive_softmax_but_for_the_roundings(name: str, dtype: str, way: Way) -> None:
+def test_equals_naive_softmax_up_to_rounding(name: str, dtype: str, way: Way) -> None:
     problem = draw(case_of(name), dtype)
     x = problem.astype(np.float64)
     truth = naive_attention(x.q, x.k, x.v, x.scale, x.mask, x.dout, np.zeros(x.q.shape[:3]))
@@ -86,7 +86,7 @@ def test_score_gradients_are_rounded(way: Way) -> None:
     assert rounded_attention(problem, way)["dk"][0, 0, 0, 0] == 0.0
 
 
-def test_scores_are_not_rounded_unless_everything_is() -> None:
+def test_scores_are_rounded_only_if_all_is() -> None:
     problem = problem_of([[1, 1]], [[1, 2.0**-9]], [[1]], [[1]])
     assert all(rounded_attention(problem, w)["lse"].item() == 1 + 2.0**-9 for w in WAYS)
     assert rounded_attention(problem, PLAIN)["lse"].item() == 1.0
@@ -94,7 +94,7 @@ def test_scores_are_not_rounded_unless_everything_is() -> None:
 
 @pytest.mark.parametrize("way", [*WAYS, PLAIN], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_results_are_rounded_and_lse_is_not(dtype: str, way: Way) -> None:
+def test_results_are_rounded_but_not_lse(dtype: str, way: Way) -> None:
     for name, x in rounded_attention(draw(case_of("gaussian"), dtype), way).items():
         rounded = x.astype(dtype_of(dtype)).astype(np.float32)
         assert (x == rounded).all() == (name != "lse")
@@ -112,7 +112,7 @@ def test_sums_are_taken_in_the_accumulator() -> None:
         assert abs(results["lse"].item() - np.log(n)) <= close
 
 
-def test_the_ways_are_different_ways() -> None:
+def test_rounding_models_differ() -> None:
     problem = draw(case_of("gaussian"), "bfloat16")
     found = [rounded_attention(problem, way)["dq"] for way in WAYS]
     found_out = [rounded_attention(problem, way)["out"] for way in WAYS]
@@ -128,6 +128,6 @@ def test_fp64_is_rounded_as_fp32() -> None:
         assert (x == same).all()
 
 
-def test_nothing_warns_where_half_precision_underflows() -> None:
+def test_half_precision_underflow_does_not_warn() -> None:
     with np.errstate(all="raise"):
         rounded_attention(draw(case_of("lse-low"), "float16"), Way())

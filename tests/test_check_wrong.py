@@ -36,7 +36,7 @@ def found() -> SelfTest:
 
 
 @every_wrong_kernel
-def test_a_case_catches_it(name: str, found: SelfTest) -> None:
+def test_case_catches_it(name: str, found: SelfTest) -> None:
     assert found.caught[name]
 
 
@@ -53,9 +53,7 @@ def test_the_diagnosis_names_it(name: str, found: SelfTest) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_case_is_alone_in_its_group_to_catch_a_wrong_kernel(
-    case: Case, found: SelfTest
-) -> None:
+def test_case_alone_catches_a_wrong_kernel(case: Case, found: SelfTest) -> None:
     assert found.alone()[case.name]
 
 
@@ -70,14 +68,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_right_kernels_raise_no_alarm() -> None:
+def test_correct_kernels_pass() -> None:
     ratios, alarms = play_right(seeds=1)
     assert alarms == ()
     assert {"naive", "4 shards", "64 shards", "PyTorch's SDPA on the CPU"} <= ratios.keys()
     assert all(0 < ratio <= 1 for by_dtype in ratios.values() for ratio in by_dtype.values())
 
 
-def test_an_alarm_for_a_right_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_false_alarm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lvxattn.check.self_test.CASES", [case_of("one-query")])
     monkeypatch.setattr(Right, "_kv_head", WRONG["heads tiled"]._kv_head)
     ratios, alarms = play_right(seeds=1)
@@ -86,7 +84,7 @@ def test_an_alarm_for_a_right_kernel_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("shards", [1, 2, 7, 64])
-def test_right_is_right_however_the_keys_are_cut(shards: int) -> None:
+def test_correct_kernel_passes_for_any_key_cut(shards: int) -> None:
     cases = [case_of("fewer-keys-than-shards"), case_of("dead-shard"), case_of("grouped-heads")]
     check(Right(shards), cases=cases).raise_if_failed()
 
@@ -102,12 +100,12 @@ class TestWhatASelfTestSays:
         assert passed.passed
         assert str(passed).endswith("passed")
 
-    def test_a_kernel_that_nobody_catches(self, passed: SelfTest) -> None:
+    def test_uncaught_kernel_is_reported(self, passed: SelfTest) -> None:
         missing = replace(passed, caught={**passed.caught, "no scale": {}})
         assert not missing.passed
         assert "not caught: no scale" in str(missing)
 
-    def test_a_case_that_is_never_alone(self, passed: SelfTest) -> None:
+    def test_redundant_case_is_reported(self, passed: SelfTest) -> None:
         caught = {n: c for n, c in passed.caught.items() if n != "scores capped at 700"}
         missing = replace(passed, caught=caught)
         assert not missing.passed
@@ -118,12 +116,12 @@ class TestWhatASelfTestSays:
         assert not missing.passed
         assert "naive: gaussian, float32" in str(missing)
 
-    def test_what_the_quick_suite_misses(self, passed: SelfTest) -> None:
+    def test_kernel_missed_by_quick_suite_is_reported(self, passed: SelfTest) -> None:
         assert "keys beyond 4,096 dropped" in passed.missed(("float32", "float16", "float64"))
         assert "half-precision lse" in passed.missed(("float32",))
         assert "half-precision lse" not in passed.missed(("float32", "float16"))
 
-    def test_the_matrix_marks_who_is_alone(self, passed: SelfTest) -> None:
+    def test_matrix_marks_single_catches(self, passed: SelfTest) -> None:
         lines = str(passed).splitlines()
         header = next(line for line in lines if line.split() == _LETTERS)
         tiled = next(line for line in lines if line.startswith("heads tiled "))
@@ -137,7 +135,7 @@ class TestWhatASelfTestSays:
 _LETTERS = ["a", "bcde", "fghi", "jklm", "nopq", "rst", "uv", "w", "xy", "zAB", "CDE", "FG", "HI"]
 
 
-def test_the_outcome_is_written_where_it_is_asked_for(
+def test_outcome_is_written_to_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: SelfTest
 ) -> None:
     monkeypatch.setattr("lvxattn.check.self_test.play_wrong", lambda: found.caught)
@@ -152,12 +150,12 @@ def test_the_outcome_is_written_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize("seeds", [0, -1])
-def test_no_seeds_are_refused(seeds: int) -> None:
+def test_too_few_seeds_raise(seeds: int) -> None:
     with pytest.raises(ValueError, match=f"seeds: expected at least 1, got {seeds}"):
         self_test(seeds=seeds)
 
 
-def test_the_recorded_outcome_is_about_these_kernels_and_cases(found: SelfTest) -> None:
+def test_recorded_outcome_is_current(found: SelfTest) -> None:
     recorded = COMMITTED.read_text().splitlines()
     assert "passed" in recorded
     width = max(map(len, WRONG))

@@ -15,7 +15,7 @@ X = np.ones((1, 1, 2, 2))
 @pytest.mark.parametrize(
     ("comm", "got"), [(MPI.COMM_NULL, "COMM_NULL"), (None, "NoneType"), (3, "int")]
 )
-def test_mpi_takes_communicators_only(comm: Any, got: str) -> None:
+def test_mpi_requires_communicator(comm: Any, got: str) -> None:
     message = rf"^comm: expected an MPI.Intracomm, got {got}$"
     with pytest.raises(TypeError, match=message):
         mpi_impl.cross_attention(X, X, X, comm)
@@ -23,9 +23,9 @@ def test_mpi_takes_communicators_only(comm: Any, got: str) -> None:
         mpi_impl.cross_attention_backward(X, X, X, X, X, X[..., 0], comm)
 
 
-def test_the_reference_takes_numpy_arrays_only() -> None:
+def test_reference_requires_numpy_arrays() -> None:
     x = fake_cupy.asarray(X)
-    message = "q: expected a NumPy array, got ndarray of fake_cupy"
+    message = "^q: expected a NumPy array, got ndarray of fake_cupy"
     with pytest.raises(TypeError, match=message):
         reference.full_attention(x, x, x)
     with pytest.raises(TypeError, match=message):
@@ -33,7 +33,7 @@ def test_the_reference_takes_numpy_arrays_only() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["lv-xattn", "ring"])
-def test_dout_counts_as_it_travels_in_the_dtype_of_q(schedule: str) -> None:
+def test_dout_is_cast_to_dtype_of_q(schedule: str) -> None:
     rng = np.random.default_rng(0)
     q, k, v, dout = (rng.standard_normal((1, 2, 5, 4)).astype("f4") for _ in range(4))
     q, k, v = (x.astype("f2") for x in (q, k, v))
@@ -46,7 +46,7 @@ def test_dout_counts_as_it_travels_in_the_dtype_of_q(schedule: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(wide, narrow, strict=True))
 
 
-def test_a_mask_that_the_accumulator_cannot_hold_hides() -> None:
+def test_mask_below_accumulator_range_hides() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2, 5, 4)).astype("f4") for _ in range(3))
     hidden = np.array([0, 1, 0, 0, 1], bool)

@@ -74,7 +74,7 @@ def test_every_case_on_the_device(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
-def test_the_fast_kernel_is_right_and_as_near_to_the_plain_one(case: Case) -> None:
+def test_cuda_kernel_is_as_accurate_as_tiles(case: Case) -> None:
     problem = case.make()
     truth = problem.truth()
     fast, plain = solve(case, "cuda"), solve(case, "tiles")
@@ -92,7 +92,7 @@ def test_the_same_call_gives_the_same_bits(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_part_of_a_shard_s_keys_and_no_others_are_read_and_written(dtype: str) -> None:
+def test_only_keys_in_range_are_read_and_written(dtype: str) -> None:
     case = Case("views", B=2, H=4, H_KV=2, D=64, D_V=64, dtype=dtype)
     problem = case.make()
     whole = solve(case, "cuda")
@@ -117,7 +117,7 @@ def test_part_of_a_shard_s_keys_and_no_others_are_read_and_written(dtype: str) -
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_gradients_in_16_bits_are_those_in_fp32_rounded_once(dtype: str) -> None:
+def test_16_bit_gradients_are_rounded_once(dtype: str) -> None:
     problem = Case("narrow", H=4, H_KV=2, S_Q=97, S_KV=257, D=128, D_V=128, dtype=dtype).make()
     q, k, v, dout = (cupy.asarray(x) for x in (problem.q, problem.k, problem.v, problem.dout))
     options = {"scale": problem.scale, "kernel": "cuda"}
@@ -131,6 +131,6 @@ def test_gradients_in_16_bits_are_those_in_fp32_rounded_once(dtype: str) -> None
         assert np.array_equal(cupy.asnumpy(x.astype(k.dtype)), cupy.asnumpy(y))
 
 
-def test_a_block_that_the_fast_kernel_takes_is_given_to_it() -> None:
+def test_supported_block_goes_to_cuda_kernel() -> None:
     x = cupy.zeros((1, 1, 64, 128), cupy.float16)
     assert str(kernels.choose(x, x, x, None)) == "cuda: float16, D = 128, no mask"

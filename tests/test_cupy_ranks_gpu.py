@@ -53,7 +53,7 @@ def test_ranks_that_share_a_gpu_are_right(P: int, aware: str) -> None:
         pytest.skip("right, but staged: this MPI takes no device memory")
 
 
-def test_what_runs_on_a_gpu_runs_on_stand_ins() -> None:
+def test_gpu_program_runs_on_fake_cupy() -> None:
     got = on_ranks(2, "fake", LVXATTN_CUDA_AWARE="0")
     all_right(got, 2)
     assert got["buffer"] == "StagedBuffer"

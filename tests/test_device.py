@@ -78,7 +78,7 @@ class Kernel:
 
 
 @DEVICE
-def test_what_may_be_sent_has_been_written(kind: Kind) -> None:
+def test_block_is_written_before_it_is_sent(kind: Kind) -> None:
     buffer = kind(fake_cupy, 4)
     buffer.array[:4] = on_device(0, 1, 2, 3) + 1
     buffer.filled()
@@ -86,14 +86,14 @@ def test_what_may_be_sent_has_been_written(kind: Kind) -> None:
 
 
 @DEVICE
-def test_what_was_received_is_seen_by_the_kernels_that_follow(kind: Kind) -> None:
+def test_kernels_see_received_block(kind: Kind) -> None:
     buffer = kind(fake_cupy, 4)
     receive(buffer, 7, 8)
     assert fake_cupy.asnumpy(buffer.array[:2] + 0).tolist() == [7, 8]
 
 
 @DEVICE
-def test_kernels_have_read_a_block_before_it_is_overwritten(kind: Kind) -> None:
+def test_block_is_read_before_it_is_overwritten(kind: Kind) -> None:
     buffer = kind(fake_cupy, 2)
     receive(buffer, 7, 8)
     reader = buffer.array + 0
@@ -105,7 +105,7 @@ def test_kernels_have_read_a_block_before_it_is_overwritten(kind: Kind) -> None:
 
 
 @DEVICE
-def test_a_block_has_been_sent_on_before_its_copy_on_the_host_is_overwritten(kind: Kind) -> None:
+def test_host_copy_is_sent_before_it_is_overwritten(kind: Kind) -> None:
     """Two blocks come in before any kernel has run: the first is read all the same."""
     buffer = kind(fake_cupy, 2)
     receive(buffer, 7, 8)
@@ -116,7 +116,7 @@ def test_a_block_has_been_sent_on_before_its_copy_on_the_host_is_overwritten(kin
 
 
 @DEVICE
-def test_memory_that_the_pool_gives_out_again_is_still_in_use_elsewhere(kind: Kind) -> None:
+def test_pool_memory_in_use_is_not_reused(kind: Kind) -> None:
     x = on_device(*range(40))
     reader = x + 0
     del x  # its memory is free, and will be read
@@ -129,7 +129,7 @@ def test_memory_that_the_pool_gives_out_again_is_still_in_use_elsewhere(kind: Ki
 
 
 @DEVICE
-def test_a_block_is_sent_on_while_kernels_that_were_queued_before_still_run(kind: Kind) -> None:
+def test_block_is_sent_while_earlier_kernels_run(kind: Kind) -> None:
     buffer = kind(fake_cupy, 2)
     promised = buffer.receivable(2)
     ready(promised)
@@ -142,7 +142,7 @@ def test_a_block_is_sent_on_while_kernels_that_were_queued_before_still_run(kind
 
 
 @DEVICE
-def test_no_message_waits_for_kernels_that_were_queued_after_the_last_use(kind: Kind) -> None:
+def test_message_does_not_wait_for_later_kernels(kind: Kind) -> None:
     sent, received = kind(fake_cupy, 2), kind(fake_cupy, 2)
     receive(received, 7, 8)
     received.array + 0
@@ -156,7 +156,7 @@ def test_no_message_waits_for_kernels_that_were_queued_after_the_last_use(kind: 
 
 
 @DEVICE
-def test_room_that_results_have_left_is_free_whatever_was_queued_since(kind: Kind) -> None:
+def test_result_buffer_is_free_once_sent(kind: Kind) -> None:
     buffer = kind(fake_cupy, 2)
     receive(buffer, 1, 2)
     buffer.array[:2] = buffer.array[:2] + 1  # results travel on in the buffer in which they came
@@ -169,7 +169,7 @@ def test_room_that_results_have_left_is_free_whatever_was_queued_since(kind: Kin
     assert fake_cupy.asnumpy(buffer.array + 0).tolist() == [7, 8]
 
 
-def test_staged_the_next_block_comes_to_the_host_while_the_last_is_still_read() -> None:
+def test_staged_next_block_arrives_while_last_is_read() -> None:
     buffer = buffers.StagedBuffer(fake_cupy, 2)
     receive(buffer, 7, 8)
     buffer.array + 1
@@ -178,7 +178,7 @@ def test_staged_the_next_block_comes_to_the_host_while_the_last_is_still_read() 
     assert not attention.has_run
 
 
-def test_staged_a_block_that_comes_in_is_copied_while_results_wait_to_be_copied_out() -> None:
+def test_staged_copies_in_and_out_overlap() -> None:
     block, result = (buffers.StagedBuffer(fake_cupy, 2) for _ in range(2))
     promised = block.receivable(2)
     ready(promised)
@@ -193,7 +193,7 @@ def test_staged_a_block_that_comes_in_is_copied_while_results_wait_to_be_copied_
     assert not attention.has_run
 
 
-def test_staged_the_host_s_memory_is_used_no_more_when_a_pass_is_over() -> None:
+def test_staged_host_memory_is_released_after_a_pass() -> None:
     buffer = buffers.StagedBuffer(fake_cupy, 2)
     receive(buffer, 7, 8)
     buffer.settle()
@@ -202,7 +202,7 @@ def test_staged_the_host_s_memory_is_used_no_more_when_a_pass_is_over() -> None:
     assert fake_cupy.whole == {"stream": 1}  # that of asnumpy
 
 
-def test_numpy_s_buffers_are_their_arrays() -> None:
+def test_numpy_buffers_are_arrays() -> None:
     buffer = buffers.buffer(np, 5)
     assert isinstance(buffer, buffers.HostBuffer)
     for promised in (buffer.sendable(3), buffer.receivable(3)):
@@ -213,15 +213,13 @@ def test_numpy_s_buffers_are_their_arrays() -> None:
 
 
 @pytest.mark.parametrize("aware", ["0", "1"])
-def test_a_reduction_is_staged_whatever_mpi_takes(
-    aware: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reduction_is_always_staged(aware: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
     assert type(buffers.buffer(fake_cupy, 0)) is KINDS[aware == "0"]
     assert type(buffers.buffer(fake_cupy, 0, direct=False)) is buffers.StagedBuffer
 
 
-def test_a_kernel_s_failure_is_an_error_and_no_endless_wait(
+def test_kernel_failure_raises_instead_of_hanging(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     buffer = buffers.DeviceBuffer(fake_cupy, 1)
@@ -234,7 +232,7 @@ def test_a_kernel_s_failure_is_an_error_and_no_endless_wait(
 class TestTransfer:
     """Requests that are made when their buffers are ready."""
 
-    def test_it_is_made_when_everything_is_ready_and_only_once(self) -> None:
+    def test_request_starts_once_when_ready(self) -> None:
         made: list[int] = []
         is_ready = [False, False]
 
@@ -251,7 +249,7 @@ class TestTransfer:
         assert transfer.Test()
         assert made == [1]
 
-    def test_a_wait_makes_what_the_other_end_of_its_circle_waits_for(self) -> None:
+    def test_wait_starts_requests_of_the_ring(self) -> None:
         """Here a message to oneself, which may be sent only later."""
         comm, asked = MPI.COMM_SELF, [0]
         there, here = np.array([5]), np.zeros(1, int)
@@ -269,7 +267,7 @@ class TestTransfer:
             pass
 
 
-def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None:
+def test_progress_starts_ready_requests() -> None:
     q = np.zeros((1, 1, 3, 4))
     layout = mpi_impl.Layout.agree(q, q, q, MPI.COMM_SELF)
     hop = exchange.Exchange(MPI.COMM_SELF, layout, q)
@@ -288,7 +286,7 @@ def test_letting_mpi_work_makes_the_requests_that_have_become_possible() -> None
     hop.finish()
 
 
-def test_a_rank_that_is_alone_does_not_ask_what_memory_mpi_takes(
+def test_single_rank_does_not_query_mpi(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(buffers, "cuda_aware", None)
@@ -301,13 +299,13 @@ def test_a_rank_that_is_alone_does_not_ask_what_memory_mpi_takes(
 class TestStreams:
     """A pass computes on a stream of its own, in order with the caller's."""
 
-    def test_a_device_has_three_that_do_not_wait_for_the_default_stream(self) -> None:
+    def test_device_has_three_non_blocking_streams(self) -> None:
         found = device.streams(fake_cupy, 0)
         assert len({id(stream) for stream in found}) == 3
         assert not any(stream.waits for stream in found)
         assert device.streams(fake_cupy, 0) is found
 
-    def test_what_comes_before_is_before_and_what_comes_after_after(self) -> None:
+    def test_streams_are_ordered_with_the_callers(self) -> None:
         x = on_device(1) + 1
         with device.computing(x):
             own = fake_cupy.get_current_stream()
@@ -321,9 +319,7 @@ class TestStreams:
         assert not fake_cupy.whole
         assert fake_cupy.asnumpy(z).tolist() == [4]
 
-    def test_the_caller_s_stream_is_put_back_and_ordered_after_an_error_too(
-        self, own_stream: fake_cupy.Stream
-    ) -> None:
+    def test_callers_stream_is_restored_after_an_error(self, own_stream: fake_cupy.Stream) -> None:
         x = on_device(1)
 
         def fail() -> Any:
@@ -337,7 +333,7 @@ class TestStreams:
         assert fake_cupy.get_current_stream() is own_stream
         assert fake_cupy.asnumpy(results[0] + 1).tolist() == [3]
 
-    def test_numpy_has_none(self) -> None:
+    def test_numpy_has_no_streams(self) -> None:
         with device.computing(np.zeros(1)):
             pass
 
@@ -355,7 +351,7 @@ class TestMemory:
         ],
     )
     @pytest.mark.parametrize("aware", ["0", "1"])
-    def test_for_a_buffer(
+    def test_out_of_memory_for_a_buffer(
         self, error: type[Exception], text: str, aware: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Of device memory or, staged, of pinned memory."""
@@ -378,7 +374,7 @@ class TestMemory:
             "device 0 has 1,000,000 of 1,000,000,000 bytes free",
         ]
 
-    def test_for_computing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_out_of_memory_for_computing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: Any, **kwargs: Any) -> Any:
             raise MemoryError("Out of memory allocating 12 bytes")
 
@@ -400,7 +396,7 @@ def parts() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("count", "number", "own"), [(1, 3, 0), (4, 3, 3), (2, 3, 1)])
-def test_a_rank_takes_a_device_by_its_number_on_the_host(
+def test_device_by_rank_on_host(
     count: int, number: int, own: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One visible device a rank, one for each, and fewer devices than ranks."""
@@ -413,7 +409,7 @@ def test_a_rank_takes_a_device_by_its_number_on_the_host(
 
 @pytest.mark.parametrize("version", ["13.6.0", "14.0.1"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_command_takes_bfloat16_to_a_gpu_where_cupy_has_it(
+def test_bfloat16_on_gpu_needs_cupy_support(
     version: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = SimpleNamespace(
@@ -430,18 +426,18 @@ def test_a_command_takes_bfloat16_to_a_gpu_where_cupy_has_it(
         assert choose_backend("gpu", dtype, MPI.COMM_SELF).xp is fake_cupy
 
 
-def test_ranks_that_share_a_gpu_share_its_memory() -> None:
+def test_ranks_sharing_a_gpu_share_its_memory() -> None:
     mine, other = fake_cupy.Device.pci_bus_id, "0000:0B:00.0"
     on_host = SimpleNamespace(allgather=lambda _: [other, mine, mine], Free=lambda: None)
     comm: Any = SimpleNamespace(Split_type=lambda _: on_host)
     assert Probe(comm, (1, 1, 1), "float32", fake_cupy).room == 10**9 / 2
 
 
-def test_a_rank_that_is_alone_on_its_host_is_its_first() -> None:
+def test_single_rank_on_a_host_is_rank_0_there() -> None:
     assert device.rank_on_host(MPI.COMM_SELF) == 0
 
 
-def test_blas_threads_that_the_environment_sets_are_left_alone(
+def test_blas_threads_from_environment_are_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from threadpoolctl import threadpool_info
@@ -455,7 +451,7 @@ def test_blas_threads_that_the_environment_sets_are_left_alone(
 class TestFakeDevice:
     """What the tests that use it rely on."""
 
-    def test_works_late_and_shows_garbage_until_then(self) -> None:
+    def test_fake_device_is_asynchronous(self) -> None:
         ones = fake_cupy.asarray(np.ones(2))
         x = ones + 1
         assert np.isnan(x.memory).all()
@@ -469,7 +465,7 @@ class TestFakeDevice:
         assert np.isnan(later.memory).all()
         assert fake_cupy.asnumpy(later).tolist() == [3, 3]
 
-    def test_copies_to_and_from_pinned_memory_are_late_too(self) -> None:
+    def test_pinned_copies_are_asynchronous(self) -> None:
         stream = fake_cupy.Stream(non_blocking=True)
         pinned = np.frombuffer(fake_cupy.cuda.alloc_pinned_memory(2), np.uint8, 2)
         address, x = ctypes.c_void_p(pinned.ctypes.data), on_device(1, 2)
@@ -498,9 +494,7 @@ class TestFakeDevice:
         assert not later.has_run
         assert fake_cupy.whole == {"stream": 2}
 
-    def test_the_default_stream_waits_for_all_but_non_blocking_ones(
-        self, own_stream: fake_cupy.Stream
-    ) -> None:
+    def test_default_stream_waits_for_blocking_streams(self, own_stream: fake_cupy.Stream) -> None:
         with fake_cupy.Stream() as blocking:
             x = on_device(1) + 1
         on_own = Kernel()
@@ -512,7 +506,7 @@ class TestFakeDevice:
         assert z.memory.tolist() == [4]
         assert not on_own.has_run
 
-    def test_an_event_passes_by_being_asked(self) -> None:
+    def test_event_query_makes_progress(self) -> None:
         before, event, after = Kernel(), device.event(fake_cupy), Kernel()
         assert not before.has_run
         assert [event.done, event.done] == [False, True]
@@ -527,11 +521,11 @@ class TestFakeDevice:
             lambda x: x.__setitem__(..., np.ones(2)), lambda x: x[np.array([0])],
         ],
     )  # fmt: skip
-    def test_nothing_mixes_with_numpy(self, mix: Any) -> None:
+    def test_fake_arrays_do_not_mix_with_numpy(self, mix: Any) -> None:
         with pytest.raises(TypeError):
             mix(fake_cupy.asarray(np.ones(2)))
 
-    def test_mpi_finds_its_memory(self) -> None:
+    def test_mpi_accesses_fake_memory(self) -> None:
         x, y = fake_cupy.asarray(np.arange(3.0)), fake_cupy.empty(3)
         fake_cupy.get_current_stream().synchronize()
         MPI.COMM_SELF.Sendrecv([x, MPI.DOUBLE], 0, recvbuf=[y, MPI.DOUBLE], source=0)

@@ -1,6 +1,7 @@
 """The way of device arrays through MPI, on real ranks, with arrays whose kernels run late."""
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def device(P: int, way: str, ways: tuple[str, ...] = ("0", "1")) -> Any:
 class TestPasses:
     """Every schedule, forward and backward."""
 
-    def test_device_arrays_give_right_results_staged_and_direct(self, P: int, aware: str) -> None:
+    def test_device_arrays_give_correct_results_staged_and_direct(self, P: int, aware: str) -> None:
         got = device(P, aware)
         assert got["buffer"] == KINDS[aware]
         assert got["decision"] == [aware == "1", f"LVXATTN_CUDA_AWARE={aware}"]
@@ -39,7 +40,7 @@ class TestPasses:
             assert len(right) == 17 + 5
             assert all(right.values()), right
 
-    def test_nothing_but_a_look_at_lse_waits_for_a_whole_stream(self, P: int, aware: str) -> None:
+    def test_only_lse_check_synchronises_a_stream(self, P: int, aware: str) -> None:
         for _, waits in device(P, aware)["ranks"]:
             assert len(waits) == 17
             # A backward looks whether lse will do.
@@ -47,12 +48,12 @@ class TestPasses:
 
 
 @pytest.mark.parametrize("way", CARELESS)
-def test_an_event_is_missed_when_it_is_left_out(way: str) -> None:
+def test_missing_event_gives_wrong_results(way: str) -> None:
     """The fake device tells: so the tests above would notice."""
     assert any(not all(right.values()) for right, _ in device(3, way, CARELESS)["ranks"])
 
 
-def test_the_mpi_of_the_wheel_is_not_cuda_aware_and_blocks_are_staged() -> None:
+def test_wheel_mpi_is_not_cuda_aware() -> None:
     if os.environ.get("LVXATTN_MPIEXEC"):
         pytest.skip("the machine's MPI is used")
     got = device(1, "", ("",))
@@ -61,8 +62,8 @@ def test_the_mpi_of_the_wheel_is_not_cuda_aware_and_blocks_are_staged() -> None:
     assert got["decision"][1].startswith(("MPIX_", "mpi_memory_alloc_kinds"))
 
 
-def test_another_wish_is_a_clear_error() -> None:
+def test_bad_variable_ends_all_ranks() -> None:
     ended = mpiexec(2, PROGRAMS / "run_device.py", "yes", timeout=100)
     assert (ended.timed_out, ended.left) == (False, ())
     assert ended.status != 0
-    assert "ValueError: LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got 'yes'" in ended.err
+    assert re.search(r"ValueError: LVXATTN_CUDA_AWARE: .*'yes'", ended.err)

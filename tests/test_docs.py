@@ -60,7 +60,7 @@ def site(built: tuple[Path, dict[Path, Page]]) -> dict[str, Page]:
     return {path.relative_to(folder).as_posix(): page for path, page in pages.items()}
 
 
-def test_there_is_a_page_of_everything(site):
+def test_all_pages_exist(site):
     wanted = ["index", "contributing", "changelog", *(f"tutorials/{name}" for name in NOTEBOOKS)]
     wanted += [path.stem for path in (ROOT / "docs").glob("*.md")]
     wanted += [f"api/{name}" for name in ("reference", "mpi_impl", "torch_impl", "plan", "check")]
@@ -84,18 +84,18 @@ def test_all_public_names_are_in_the_api(site, package):
     assert {f"{name}.{public}" for public in set(package.__all__) - borrowed} <= page.places
 
 
-def test_the_magic_is_in_the_api(site):
+def test_magic_is_in_the_api(site):
     names = {f"lvxattn.mpi_impl.jupyter.{name}" for name in ("magic.mpi", "run_cell", "CellError")}
     assert names <= site["api/mpi_impl.html"].places
 
 
-def test_defaults_are_shown_as_they_are_written(built):
+def test_defaults_are_shown_as_written(built):
     folder, _ = built
     for path in (folder / "api").glob("*.html"):
         assert "&lt;function" not in path.read_text(), path
 
 
-def test_links_lead_somewhere(built):
+def test_links_resolve(built):
     _, pages = built
     for path, page in pages.items():
         for target in page.targets:

@@ -1,6 +1,7 @@
 """The doctor: what it says of sound ranks, and what it finds."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -51,7 +52,7 @@ def doctor_alone(**environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.mpi
-def test_ranks_that_can_talk_are_told_so_and_those_that_cannot_are_an_error() -> None:
+def test_communication_check() -> None:
     said, damaged = commands(2, ["doctor"], ["doctor"], breakages=["", "message"])
     assert (said.status, said.err) == (0, "")
     assert "2 on 1 host" in said.out
@@ -63,7 +64,7 @@ def test_ranks_that_can_talk_are_told_so_and_those_that_cannot_are_an_error() ->
 
 
 @pytest.mark.mpi
-def test_a_single_process_is_told_that_nothing_is_sent() -> None:
+def test_single_process_sends_nothing() -> None:
     done = doctor_alone()
     assert done.returncode == 0, done.stderr
     assert "this is one process, nothing is sent" in done.stdout
@@ -71,7 +72,7 @@ def test_a_single_process_is_told_that_nothing_is_sent() -> None:
 
 
 @pytest.mark.mpi
-def test_a_launcher_of_another_mpi_is_an_error_that_one_process_prints() -> None:
+def test_launcher_mismatch_is_printed_once() -> None:
     first = doctor_alone(PMI_SIZE="4", PMI_RANK="0")
     assert first.returncode == 1
     assert "started 4 processes (PMI_SIZE), but MPI sees 1" in first.stdout
@@ -87,7 +88,7 @@ def test_a_launcher_of_another_mpi_is_an_error_that_one_process_prints() -> None
 @pytest.mark.parametrize(
     ("size", "rank"), [("PMI_SIZE", "PMI_RANK"), ("WORLD_SIZE", "RANK")], ids=["mpi", "torchrun"]
 )
-def test_no_other_command_works_when_every_rank_is_alone(
+def test_other_commands_fail_on_launcher_mismatch(
     command: str,
     size: str,
     rank: str,
@@ -104,7 +105,7 @@ def test_no_other_command_works_when_every_rank_is_alone(
 
 
 @pytest.mark.parametrize("name", ["LVXATTN_KERNEL", "LVXATTN_CUDA_AWARE", "LVXATTN_TIMEOUT"])
-def test_a_bad_variable_is_bad_input_of_every_command_and_an_empty_one_is_unset(
+def test_bad_variable_fails_every_command_and_empty_is_unset(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["--text-tokens", "8", "--visual-tokens", "16", "--quiet"]
@@ -112,7 +113,7 @@ def test_a_bad_variable_is_bad_input_of_every_command_and_an_empty_one_is_unset(
         monkeypatch.setenv(name, "yes")
         assert main(words) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"lvxattn: error: {name}: expected ")
+        assert said.startswith(f"lvxattn: error: {name}: ")
         assert "'yes' (on rank 0 of 1)" in said
         monkeypatch.setenv(name, "")
         assert main(words) == 0
@@ -151,7 +152,7 @@ def test_launcher_and_library_are_compared(
         assert wrong in said
 
 
-def test_of_ranks_that_all_believe_to_be_the_first_one_speaks() -> None:
+def test_one_rank_prints_on_launcher_mismatch() -> None:
     assert claim({"PMI_SIZE": "2", "PMI_RANK": "1"}) == (
         "PMI_SIZE",
         2,
@@ -164,7 +165,7 @@ def test_of_ranks_that_all_believe_to_be_the_first_one_speaks() -> None:
     assert not speaks({}, 1)
 
 
-def test_sound_ranks_have_no_problem() -> None:
+def test_no_problem_found() -> None:
     assert find_problems([SOUND, SOUND], LINKS, None) == []
 
 
@@ -216,7 +217,7 @@ def test_a_problem_comes_with_advice(ranks: list[Facts], advice: str) -> None:
     assert not problem.fatal
 
 
-def test_what_was_decided_about_device_memory_is_said_with_the_ranks_that_it_is_true_of(
+def test_device_memory_decision_names_ranks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = replace(SOUND, cuda_aware=(True, "asked and a self-test: device memory arrived"))
@@ -240,7 +241,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, cupy: Any) -> None:
 
 @pytest.mark.parametrize("aware", ["0", "1"])
 @pytest.mark.parametrize("whole", [True, False])
-def test_device_memory_is_sent_from_rank_to_rank_as_a_pass_sends_it(
+def test_device_memory_is_sent_around(
     aware: str, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cupy = import_module(f"tests.{'fake' if whole else 'wrong'}_cupy")
@@ -249,7 +250,7 @@ def test_device_memory_is_sent_from_rank_to_rank_as_a_pass_sends_it(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert examine(MPI.COMM_SELF) == whole
     said = capsys.readouterr().out
-    assert "kernel      tiles: cuda expects a device of compute capability 8.0 or more" in said
+    assert "kernel      tiles: cuda expects a device" in said
     assert ("against the library's word" in said) == (aware == "1")
     assert ("device memory came round whole" in said) == whole
     assert ("ERROR: rank 0 did not get what rank 0 sent from its GPU" in said) != whole
@@ -261,25 +262,27 @@ def no_compiler(*given: Any) -> Any:
 
 
 @pytest.mark.parametrize("missing", ["compiler", "kernel"])
-def test_a_gpu_on_which_nothing_can_be_computed_is_an_error_of_doctor_and_run(
+def test_unusable_gpu_fails_doctor_and_run(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(monkeypatch, fake_cupy)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    expected = "LVXATTN_KERNEL: 'cuda' expects a device of compute capability 8.0 or more, got 7.5"
+    expected = r"LVXATTN_KERNEL: 'cuda' .*8\.0.*7\.5"
     if missing == "compiler":
         monkeypatch.setattr(fake_cupy.ndarray, "__add__", no_compiler)
-        expected = 'CuPy cannot compute (RuntimeError: Failure finding "libnvrtc.so.13"); it needs'
+        expected = (
+            r'CuPy cannot compute \(RuntimeError: Failure finding "libnvrtc.so.13"\); it needs'
+        )
     else:
         monkeypatch.setenv("LVXATTN_KERNEL", "cuda")
     assert not examine(MPI.COMM_SELF)
-    assert f"ERROR: {expected}" in capsys.readouterr().out
+    assert re.search(f"ERROR: {expected}", capsys.readouterr().out)
     sizes = ["--text-tokens", "8", "--visual-tokens", "16", "--dtype", "float16"]
     assert main(["run", "--device", "gpu", *sizes], MPI.COMM_SELF) == 2
-    assert f"error: {expected}" in capsys.readouterr().err
+    assert re.search(f"error: {expected}", capsys.readouterr().err)
 
 
-def test_run_names_the_kernel_that_was_taken(
+def test_run_names_the_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(monkeypatch, fake_cupy)
@@ -291,7 +294,7 @@ def test_run_names_the_kernel_that_was_taken(
     assert "GPU 0 H" in said
 
 
-def test_what_keeps_ranks_from_talking_is_fatal() -> None:
+def test_communication_problems_are_fatal() -> None:
     broken = [replace(LINKS[0], whole=False), LINKS[1]]
     first, second = find_problems([SOUND, SOUND], broken, "4 processes, but MPI sees 1")
     assert first.fatal

@@ -49,14 +49,14 @@ def forward(
 @pytest.mark.parametrize("P", [2, 3, 4, 5])
 @pytest.mark.parametrize("schedule", RINGS)
 class TestScenes:
-    def test_they_are_those_of_the_layout_s_ring(self, schedule: str, P: int) -> None:
+    def test_film_follows_the_ring(self, schedule: str, P: int) -> None:
         log, layouts = forward(schedule, P, hosts=[f"host {rank % 2}" for rank in range(P)])
         found = scenes(schedule, log)
         assert len(found) == P + (schedule == "lv-xattn")  # and home again
         for hop, column in enumerate(found):
             assert [scene.owner for scene in column] == [of.owner(hop) for of in layouts]
 
-    def test_every_result_ends_with_every_rank_s_keys_once(self, schedule: str, P: int) -> None:
+    def test_every_result_covers_all_keys_once(self, schedule: str, P: int) -> None:
         found = scenes(schedule, forward(schedule, P)[0])
         for scene in found[-1]:
             assert sorted(scene.joined) == list(range(P))
@@ -69,7 +69,7 @@ class TestScenes:
 
 
 @pytest.mark.parametrize("schedule", RINGS)
-def test_a_film_of_anything_but_one_forward_is_refused(schedule: str) -> None:
+def test_film_of_other_than_one_forward_raises(schedule: str) -> None:
     log = forward(schedule, 3)[0]
     for wrong in ([], log[:-1], log + log, forward("gather", 3)[0]):
         with pytest.raises(ValueError, match="log: expected P - 1 messages of each kind from"):
@@ -81,7 +81,7 @@ def test_a_film_of_anything_but_one_forward_is_refused(schedule: str) -> None:
 
 
 class TestFilmStrip:
-    def test_a_column_is_a_hop_and_a_row_a_rank_in_their_owners_colours(self) -> None:
+    def test_columns_are_hops_and_rows_are_ranks(self) -> None:
         logs = {schedule: forward(schedule, 3)[0] for schedule in RINGS}
         figure = film_strip(logs)
         for axes, schedule in zip(figure.axes, RINGS, strict=True):
@@ -95,7 +95,7 @@ class TestFilmStrip:
                 for rank, scene in enumerate(by_rank)
             }
 
-    def test_under_each_block_is_whose_keys_its_result_covers(self) -> None:
+    def test_blocks_show_covered_keys(self) -> None:
         log = forward("lv-xattn", 3)[0]
         (axes,) = film_strip({"lv-xattn": log}).axes
         squares: dict[tuple[int, int], list[tuple[float, int]]] = {}
@@ -123,7 +123,7 @@ def blocks(axes: Any, kind: type) -> dict[tuple[int, int], int]:
     return {(round(x), round(y)): n for x, y, width, n in patches(axes, kind) if width > 0.5}
 
 
-def test_an_animation_is_a_small_png_that_ends_with_every_result_whole() -> None:
+def test_animation_is_a_small_png() -> None:
     image = pytest.importorskip("PIL.Image")
     data = animation({schedule: forward(schedule, 3)[0] for schedule in RINGS})
     assert len(data) < 300_000
@@ -151,7 +151,7 @@ def near(picture: Any, colour: tuple[int, ...]) -> int:
 
 
 class TestByteBars:
-    def test_a_bar_ends_at_its_size_and_says_it(self) -> None:
+    def test_bar_length_and_label(self) -> None:
         sizes = {"lv-xattn": 12_345.0, "ring": 3e9, "gather": 0.0}
         (axes,) = byte_bars({"a model": sizes}).axes
         ends = {bar.get_x() + bar.get_width() for bar in axes.patches if bar.get_width() > 0}
@@ -161,14 +161,14 @@ class TestByteBars:
         assert [label.get_text() for label in axes.get_yticklabels()] == list(sizes)
         assert axes.get_xscale() == "log"
 
-    def test_a_schedule_has_its_colour_in_every_picture_and_nothing_else_has(self) -> None:
+    def test_schedule_colours_are_unique(self) -> None:
         (axes,) = byte_bars({"": {"kept": 5.0, "ring": 9.0}, "more": {"lv-xattn": 7.0}}).axes
         colours = [COLOURS.index(to_hex(bar.get_facecolor()).upper()) for bar in axes.patches]
         assert colours[1:] == [SCHEDULES.index("ring"), SCHEDULES.index("lv-xattn")]
         assert colours[0] >= len(SCHEDULES)
 
     @pytest.mark.parametrize("groups", [{}, {"a": {}}, {"a": {"ring": -1.0}}])
-    def test_no_bars_and_less_than_nothing_are_refused(self, groups: Any) -> None:
+    def test_bad_bars_raise(self, groups: Any) -> None:
         with pytest.raises(ValueError, match="groups: expected bars of 0 bytes or more, got"):
             byte_bars(groups)
 
@@ -182,7 +182,7 @@ class TestByteBars:
             (1e15, "1e+03 TB"),
         ],
     )
-    def test_sizes_are_said_in_three_digits(self, size: float, text: str) -> None:
+    def test_sizes_have_three_digits(self, size: float, text: str) -> None:
         assert text_of(size) == text
 
 
@@ -219,7 +219,7 @@ def test_a_trace_shows_what_every_rank_did_when_and_the_way_of_a_block() -> None
     assert said == ["0"]  # whose block; other work is nobody's
 
 
-def test_a_sheet_is_800_pixels_wide_and_has_its_columns() -> None:
+def test_sheet_is_800_pixels_wide() -> None:
     figure, axes = sheet(2.5)
     assert tuple(figure.bbox.size) == (800, 250)
     assert figure.axes == [axes]

@@ -73,7 +73,7 @@ class TestTraffic:
             sent = got["ranks"][rank][which]["sent"]
             assert sent == ({str(BLOCKS): blocks, str(RESULTS): results} if P > 1 else {})
 
-    def test_the_meter_counts_what_mpi_was_handed(self, name: str, P: int, which: str) -> None:
+    def test_meter_counts_what_mpi_sends(self, name: str, P: int, which: str) -> None:
         for rank in range(P):
             got = traffic(P)[name]["ranks"][rank][which]
             sizes = [size for tag in got["sent"].values() for size in tag]
@@ -91,9 +91,7 @@ class TestTraffic:
             sent_to_it = traffic(P)[name]["ranks"][left][which]["sent"].values()
             assert got["bytes received"] == sum(size for tag in sent_to_it for size in tag)
 
-    def test_no_request_is_left_and_nothing_else_is_sent(
-        self, name: str, P: int, which: str
-    ) -> None:
+    def test_no_request_is_left(self, name: str, P: int, which: str) -> None:
         for rank in range(P):
             got = traffic(P)[name]["ranks"][rank][which]
             assert got["active"] == 0
@@ -126,12 +124,12 @@ def test_virtual_ranks_send_the_same_messages(P: int) -> None:
 class TestProgress:
     """Large messages move while a rank computes, because it lets MPI work between tiles."""
 
-    def test_progress_alone_brings_a_large_block(self, P: int) -> None:
+    def test_progress_completes_a_large_block(self, P: int) -> None:
         for rank in progress(P):
             assert rank["arrived by progress"]
             assert rank["right bytes"]
 
-    def test_mpi_is_let_work_after_every_tile_while_something_is_under_way(self, P: int) -> None:
+    def test_progress_after_every_tile_while_messages_are_pending(self, P: int) -> None:
         for rank in progress(P):
             for which in ("forward", "backward"):
                 assert rank[which]["tiles"] == rank[which]["tests"]
@@ -139,7 +137,7 @@ class TestProgress:
                 assert rank[which]["tests with a request under way"] > 0
                 assert rank[which]["first test has the block's requests"]
 
-    def test_the_onward_hop_is_posted_before_a_block_is_worked_on(self, P: int) -> None:
+    def test_block_is_forwarded_before_it_is_used(self, P: int) -> None:
         hops = [event for h in range(P - 1) for event in ("shift", "attend")]
         for rank in progress(P):
             for which in ("forward", "backward"):
@@ -158,6 +156,6 @@ def available_memory() -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(available_memory() < 16 * 2**30, reason="needs 16 GiB of memory")
-def test_a_block_of_more_than_two_to_the_31_bytes_arrives() -> None:
+def test_block_of_more_than_2_gib_arrives() -> None:
     ended = mpiexec(2, PROGRAMS / "large_block.py", timeout=100)
     assert (ended.status, ended.out) == (0, "right\n" * 2), ended.err

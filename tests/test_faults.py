@@ -1,4 +1,4 @@
-"""What goes wrong is said alike by all ranks, in words that help, and nobody is left waiting."""
+"""Errors are the same on all ranks, and no rank is left waiting."""
 
 import re
 import signal
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.errors import says
 from tests.launch import PROGRAMS, Ended, mpiexec, report
 from tests.torch_ranks import torch_report
 
@@ -13,352 +14,136 @@ pytestmark = pytest.mark.mpi
 
 LAST = "the last rank"
 EACH = "each rank names itself"
-BROADCASTS = "mask: expected a shape that broadcasts to (B, H, S_Q, s_kv)"
-# By the names of programs/run_bad_input.py: what is raised, the text without its end, which rank it
-# names.  5 P and so on stand for numbers that depend on P.
-EXPECTED: dict[str, tuple[type[Exception], str, Any]] = {
-    "q has 3 axes": (ValueError, "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)", 0),
-    "k has 5 axes": (
-        ValueError,
-        "k: expected 4 axes (B, H_KV, s_kv, D), got shape (1, 2, 2, 7, 6)",
-        0,
-    ),
-    "v has 2 axes": (ValueError, "v: expected 4 axes (B, H_KV, s_kv, D_V), got shape (7, 3)", 0),
-    "D = 0": (
-        ValueError,
-        "q: expected every axis of (B, H, s_q, D) but the length to be at least 1, "
-        "got shape (2, 4, 5, 0)",
-        0,
-    ),
-    "k has another B": (
-        ValueError,
-        "k: expected B = 2 on axis 0 as in q, got shape (3, 2, 7, 6)",
-        0,
-    ),
-    "k has another D": (
-        ValueError,
-        "k: expected D = 6 on axis 3 as in q, got shape (2, 2, 7, 8)",
-        0,
-    ),
-    "v has another B": (
-        ValueError,
-        "v: expected B = 2 on axis 0 as in q, got shape (1, 2, 7, 3)",
-        0,
-    ),
-    "v has another H_KV": (
-        ValueError,
-        "v: expected H_KV = 2 on axis 1 as in k, got shape (2, 1, 7, 3)",
-        0,
-    ),
-    "v has another length": (
-        ValueError,
-        "v: expected s_kv = 7 on axis 2 as in k, got shape (2, 2, 6, 3)",
-        0,
-    ),
-    "H_KV does not divide H": (
-        ValueError,
-        "k: expected H_KV to divide q's H = 4, got H_KV = 3 in shape (2, 3, 7, 6)",
-        0,
-    ),
-    "more key-value heads than heads": (
-        ValueError,
-        "k: expected H_KV to divide q's H = 4, got H_KV = 8 in shape (2, 8, 7, 6)",
-        0,
-    ),
-    "k has another dtype": (TypeError, "k: expected q's dtype float64, got float32", 0),
-    "v has another dtype": (TypeError, "v: expected q's dtype float64, got float16", 0),
-    "integer q": (
-        TypeError,
-        "q: expected one of float16, bfloat16, float32, float64, got int64",
-        0,
-    ),
-    "integer k": (
-        TypeError,
-        "k: expected one of float16, bfloat16, float32, float64, got int32",
-        0,
-    ),
-    "boolean v": (TypeError, "v: expected one of float16, bfloat16, float32, float64, got bool", 0),
-    "complex q": (
-        TypeError,
-        "q: expected one of float16, bfloat16, float32, float64, got complex128",
-        0,
-    ),
-    "q is a list": (TypeError, "q: expected an array, got list [[1.0]]", 0),
-    "k is None": (TypeError, "k: expected an array, got NoneType None", 0),
-    "v is a list": (TypeError, "v: expected an array, got list [1.0]", 0),
-    "scale is NaN": (ValueError, "scale: expected a finite number, got nan", 0),
-    "scale is infinite": (ValueError, "scale: expected a finite number, got inf", 0),
-    "scale is a string": (TypeError, "scale: expected a real number or None, got str '0.5'", 0),
-    "scale is a bool": (TypeError, "scale: expected a real number or None, got bool True", 0),
-    "scale is an array": (
-        TypeError,
-        "scale: expected a real number or None, got ndarray array([1., 1.])",
-        0,
-    ),
-    "unknown schedule": (
-        ValueError,
-        "schedule: expected one of ('lv-xattn', 'ring', 'ulysses', 'gather', 'auto'), got 'star'",
-        0,
-    ),
-    "mask does not broadcast over B": (
-        ValueError,
-        f"{BROADCASTS} = (2, 4, S_Q, 7), got (3, 1, 1, 7)",
-        0,
-    ),
-    "mask does not broadcast over H": (
-        ValueError,
-        f"{BROADCASTS} = (2, 4, S_Q, 7), got (1, 2, 1, 7)",
-        0,
-    ),
-    "mask has 5 axes": (
-        ValueError,
-        f"{BROADCASTS} = (2, 4, S_Q, 7), got (1, 1, 1, 1, 7)",
-        0,
-    ),
-    "mask has no axes": (
-        ValueError,
-        f"{BROADCASTS} = (2, 4, S_Q, 7), got ()",
-        0,
-    ),
-    "mask's last axis is all keys": (
-        ValueError,
-        "mask: expected its last axis to be exactly the keys, s_kv = 7, got (1, 1, 1, {7P+1})",
-        0,
-    ),
-    "mask's last axis is 1": (
-        ValueError,
-        "mask: expected its last axis to be exactly the keys, s_kv = 7, got (1, 1, 1, 1)",
-        0,
-    ),
-    "mask's query axis is neither 1 nor all": (
-        ValueError,
-        "mask: expected its query axis to be 1 or all queries, S_Q = {5P}, got ({5P+1}, 7)",
-        0,
-    ),
-    "mask's query axis is 2 beside B and H": (
-        ValueError,
-        "mask: expected its query axis to be 1 or all queries, S_Q = {5P}, got (2, 4, 2, 7)",
-        0,
-    ),
-    "integer mask": (
-        TypeError,
-        "mask: expected bool (True = may attend) or an additive floating dtype, got uint8",
-        0,
-    ),
-    "mask is a list": (
-        TypeError,
-        "mask: expected an array, got list [True, True, True, True, True, True, Tru",
-        0,
-    ),
-    "dout has out's shape but for D_V": (
-        ValueError,
-        "dout: expected shape (B, H, s_q, D_V) = (2, 4, 5, 3), got (2, 4, 5, 4)",
-        0,
-    ),
-    "out has 3 axes": (
-        ValueError,
-        "out: expected shape (B, H, s_q, D_V) = (2, 4, 5, 3), got (2, 4, 5)",
-        0,
-    ),
-    "lse has 4 axes": (
-        ValueError,
-        "lse: expected shape (B, H, s_q) = (2, 4, 5), got (2, 4, 5, 1)",
-        0,
-    ),
-    "dlse has another length": (
-        ValueError,
-        "dlse: expected shape (B, H, s_q) = (2, 4, 5), got (2, 4, 4)",
-        0,
-    ),
-    "integer dout": (
-        TypeError,
-        "dout: expected one of float16, bfloat16, float32, float64, got int64",
-        0,
-    ),
-    "lse is None": (TypeError, "lse: expected an array, got NoneType None", 0),
-    "backward with 3 axes in q": (
-        ValueError,
-        "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
-        0,
-    ),
-    "make_kv is a name": (
-        TypeError,
-        "make_kv: expected a callable, make_kv(y) -> (k, v), got str 'k_proj'",
-        0,
-    ),
-    "make_kv returns nothing": (
-        TypeError,
-        "make_kv: expected it to return keys and values (k, v), got NoneType",
-        0,
-    ),
-    "make_kv returns three": (
-        TypeError,
-        "make_kv: expected it to return keys and values (k, v), got tuple of 3",
-        0,
-    ),
-    "make_kv makes keys of another D": (
-        ValueError,
-        "make_kv: k: expected D = 6 on axis 3 as in q, got shape (2, 2, 7, 8)",
-        0,
-    ),
-    "make_kv makes a list": (TypeError, "make_kv: v: expected an array, got list [1.0]", 0),
-    "a layer's q has 3 axes": (
-        ValueError,
-        "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
-        0,
-    ),
-    "the last rank's q has 3 axes": (
-        ValueError,
-        "q: expected 4 axes (B, H, s_q, D), got shape (4, 5, 6)",
-        LAST,
-    ),
-    "the last rank's v is a list": (TypeError, "v: expected an array, got list [1.0]", LAST),
-    "the last rank's mask is of integers": (
-        TypeError,
-        "mask: expected bool (True = may attend) or an additive floating dtype, got int64",
-        LAST,
-    ),
-    "the last rank's query axis": (
-        ValueError,
-        "mask: expected its query axis to be 1 or all queries, S_Q = {5P}, got (2, 7)",
-        LAST,
-    ),
-    "the last rank's dout": (
-        ValueError,
-        "dout: expected shape (B, H, s_q, D_V) = (2, 4, 5, 3), got (2, 4, 5, 4)",
-        LAST,
-    ),
-    "the last rank's make_kv": (
-        ValueError,
-        "make_kv: v: expected s_kv = 7 on axis 2 as in k, got shape (2, 2, 6, 3)",
-        LAST,
-    ),
+FLOATS = "float16, bfloat16, float32, float64"
+# What each call of programs/run_bad_input.py raises: the type; the argument and the values that the
+# message contains, or the exact text where no other test asserts it; the rank that it names, None
+# where no other rank is asked.  {5P} and so on are numbers that depend on P.
+Expected = dict[str, tuple[type[Exception], tuple[str, ...] | str, Any]]
+EXPECTED: Expected = {
+    "q has 3 axes": (ValueError, ("q", "(4, 5, 6)"), 0),
+    "k has 5 axes": (ValueError, ("k", "(1, 2, 2, 7, 6)"), 0),
+    "v has 2 axes": (ValueError, ("v", "(7, 3)"), 0),
+    "D = 0": (ValueError, ("q", "(2, 4, 5, 0)"), 0),
+    "k has another B": (ValueError, ("k", "B", "2", "(3, 2, 7, 6)"), 0),
+    "k has another D": (ValueError, ("k", "D", "6", "(2, 2, 7, 8)"), 0),
+    "v has another B": (ValueError, ("v", "B", "2", "(1, 2, 7, 3)"), 0),
+    "v has another H_KV": (ValueError, ("v", "H_KV", "2", "(2, 1, 7, 3)"), 0),
+    "v has another length": (ValueError, ("v", "s_kv", "7", "(2, 2, 6, 3)"), 0),
+    "H_KV does not divide H": (ValueError, ("k", "H_KV", "4", "(2, 3, 7, 6)"), 0),
+    "more key-value heads than heads": (ValueError, ("k", "H_KV", "4", "(2, 8, 7, 6)"), 0),
+    "k has another dtype": (TypeError, ("k", "float64", "float32"), 0),
+    "v has another dtype": (TypeError, ("v", "float64", "float16"), 0),
+    "integer q": (TypeError, ("q", FLOATS, "int64"), 0),
+    "integer k": (TypeError, ("k", FLOATS, "int32"), 0),
+    "boolean v": (TypeError, ("v", FLOATS, "bool"), 0),
+    "complex q": (TypeError, ("q", FLOATS, "complex128"), 0),
+    "q is a list": (TypeError, ("q", "[[1.0]]"), 0),
+    "k is None": (TypeError, ("k", "None"), 0),
+    "v is a list": (TypeError, ("v", "[1.0]"), 0),
+    "scale is NaN": (ValueError, ("scale", "nan"), 0),
+    "scale is infinite": (ValueError, ("scale", "inf"), 0),
+    "scale is a string": (TypeError, ("scale", "'0.5'"), 0),
+    "scale is a bool": (TypeError, ("scale", "True"), 0),
+    "scale is an array": (TypeError, ("scale", "array([1., 1.])"), 0),
+    "unknown schedule": (ValueError, ("schedule", "'ulysses'", "'star'"), 0),
+    "mask does not broadcast over B": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(3, 1, 1, 7)"), 0),
+    "mask does not broadcast over H": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(1, 2, 1, 7)"), 0),
+    "mask has 5 axes": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(1, 1, 1, 1, 7)"), 0),
+    "mask has no axes": (ValueError, ("mask", "(2, 4, S_Q, 7)", "()"), 0),
+    "mask's last axis is all keys": (ValueError, ("mask", "7", "(1, 1, 1, {7P+1})"), 0),
+    "mask's last axis is 1": (ValueError, ("mask", "7", "(1, 1, 1, 1)"), 0),
+    "mask's query axis is neither 1 nor all": (ValueError, ("mask", "{5P}", "({5P+1}, 7)"), 0),
+    "mask's query axis is 2 beside B and H": (ValueError, ("mask", "{5P}", "(2, 4, 2, 7)"), 0),
+    "integer mask": (TypeError, ("mask", "uint8"), 0),
+    "mask is a list": (TypeError, ("mask", "[True, True, True,"), 0),
+    "dout has out's shape but for D_V": (ValueError, ("dout", "(2, 4, 5, 3)", "(2, 4, 5, 4)"), 0),
+    "out has 3 axes": (ValueError, ("out", "(2, 4, 5, 3)", "(2, 4, 5)"), 0),
+    "lse has 4 axes": (ValueError, ("lse", "(2, 4, 5)", "(2, 4, 5, 1)"), 0),
+    "dlse has another length": (ValueError, ("dlse", "(2, 4, 5)", "(2, 4, 4)"), 0),
+    "integer dout": (TypeError, ("dout", FLOATS, "int64"), 0),
+    "lse is None": (TypeError, ("lse", "None"), 0),
+    "backward with 3 axes in q": (ValueError, ("q", "(4, 5, 6)"), 0),
+    "make_kv is a name": (TypeError, ("make_kv", "'k_proj'"), 0),
+    "make_kv returns nothing": (TypeError, ("make_kv", "NoneType"), 0),
+    "make_kv returns three": (TypeError, ("make_kv", "tuple", "3"), 0),
+    "make_kv makes keys of another D": (ValueError, ("make_kv: k", "D", "6", "(2, 2, 7, 8)"), 0),
+    "make_kv makes a list": (TypeError, ("make_kv: v", "[1.0]"), 0),
+    "a layer's q has 3 axes": (ValueError, ("q", "(4, 5, 6)"), 0),
+    "the last rank's q has 3 axes": (ValueError, ("q", "(4, 5, 6)"), LAST),
+    "the last rank's v is a list": (TypeError, ("v", "[1.0]"), LAST),
+    "the last rank's mask is of integers": (TypeError, ("mask", "int64"), LAST),
+    "the last rank's query axis": (ValueError, ("mask", "{5P}", "(2, 7)"), LAST),
+    "the last rank's dout": (ValueError, ("dout", "(2, 4, 5, 3)", "(2, 4, 5, 4)"), LAST),
+    "the last rank's make_kv": (ValueError, ("make_kv: v", "s_kv", "7", "(2, 2, 6, 3)"), LAST),
     "several ranks, and the last one's make_kv raises": (
         RuntimeError,
         "make_kv: expected keys and values, got KeyError: 'k_proj'",
         LAST,
     ),
-    "ranks differ in B": (ValueError, "q: expected rank 0's B = 2, got B = 1", LAST),
-    "ranks differ in H": (ValueError, "q: expected rank 0's H = 4, got H = 2", LAST),
-    "ranks differ in H_KV": (ValueError, "k: expected rank 0's H_KV = 2, got H_KV = 4", LAST),
-    "ranks differ in D": (ValueError, "q: expected rank 0's D = 6, got D = 8", LAST),
-    "ranks differ in D_V": (ValueError, "v: expected rank 0's D_V = 3, got D_V = 9", LAST),
-    "ranks differ in dtype": (
-        TypeError,
-        "q: expected rank 0's dtype = 'float64', got dtype = 'float32'",
-        LAST,
-    ),
-    "ranks differ in scale": (
-        ValueError,
-        "scale: expected rank 0's 0.4082482904638631, got 0.25",
-        LAST,
-    ),
-    "unknown queries": (
-        ValueError,
-        "queries: expected one of ('sharded', 'replicated'), got 'mirrored'",
-        0,
-    ),
+    "ranks differ in B": (ValueError, ("q", "B", "2", "1"), LAST),
+    "ranks differ in H": (ValueError, ("q", "H", "4", "2"), LAST),
+    "ranks differ in H_KV": (ValueError, ("k", "H_KV", "2", "4"), LAST),
+    "ranks differ in D": (ValueError, ("q", "D", "6", "8"), LAST),
+    "ranks differ in D_V": (ValueError, ("v", "D_V", "3", "9"), LAST),
+    "ranks differ in dtype": (TypeError, ("q", "dtype", "float64", "float32"), LAST),
+    "ranks differ in scale": (ValueError, ("scale", "0.4082482904638631", "0.25"), LAST),
+    "unknown queries": (ValueError, ("queries", "'sharded'", "'replicated'", "'mirrored'"), 0),
     "ranks differ in replicated queries": (
         ValueError,
         "q: expected rank 0's s_q = 5 with queries 'replicated', got 6",
         LAST,
     ),
-    "ranks differ in schedule": (
-        ValueError,
-        "schedule: expected rank 0's 'lv-xattn', got 'gather'",
-        LAST,
-    ),
+    "ranks differ in schedule": (ValueError, ("schedule", "'lv-xattn'", "'gather'"), LAST),
     "ranks differ in the backward's schedule": (
         ValueError,
-        "schedule: expected rank 0's 'lv-xattn', got 'auto'",
+        ("schedule", "'lv-xattn'", "'auto'"),
         LAST,
     ),
-    "ranks differ in queries": (
+    "ranks differ in queries": (ValueError, ("queries", "'sharded'", "'replicated'"), LAST),
+    "ranks differ in rules with ring": (ValueError, ("mask", "callable", "'ring'"), LAST),
+    "ranks differ in rules with ulysses": (ValueError, ("mask", "callable", "'ulysses'"), LAST),
+    "several ranks and one head with ulysses": (
         ValueError,
-        "queries: expected rank 0's 'sharded', got 'replicated'",
-        LAST,
+        ("schedule", "'ulysses'", "H_KV", "{P}", "1"),
+        0,
     ),
-    **{
-        f"ranks differ in rules with {schedule}": (
-            ValueError,
-            f"mask: expected a callable on all ranks or on none with schedule {schedule!r}, "
-            "got a callable where rank 0 has an array or None",
-            LAST,
-        )
-        for schedule in ("ring", "ulysses")
-    },
-    **{
-        f"several ranks and one head with ulysses{which}": (
-            ValueError,
-            "schedule: expected another one than 'ulysses', which needs H_KV to be a multiple of "
-            "the {P} ranks, got H_KV = 1",
-            0,
-        )
-        for which in ("", ", backward")
-    },
-    "the last rank's machine is a name": (
-        TypeError,
-        "machine: expected a Machine or None, got str",
-        LAST,
-    ),
-    "the last rank's machine computes nothing": (
+    "several ranks and one head with ulysses, backward": (
         ValueError,
-        "machine: expected a number above 0 for matmul in machine, got 0",
-        LAST,
+        ("schedule", "'ulysses'", "H_KV", "{P}", "1"),
+        0,
     ),
+    "the last rank's machine is a name": (TypeError, ("machine", "str"), LAST),
+    "the last rank's machine computes nothing": (ValueError, ("machine", "matmul", "0"), LAST),
     "the last rank's machine has no link": (
         ValueError,
         "machine: expected a Link for inside in machine, got None",
         LAST,
     ),
-    "every rank has its own error": (ValueError, "scale: expected a finite number, got nan", 0),
+    "every rank has its own error": (ValueError, ("scale", "nan"), 0),
 }
 
 
-# What is said otherwise of NumPy's arrays and CuPy's, and of communicators.
-_OTHER = "expected a NumPy or CuPy array, got Other of __main__"
-OF_ARRAYS: dict[str, tuple[type[Exception], str, Any]] = {
-    "a mask in the communicator's place": (
-        TypeError,
-        "comm: expected an MPI.Intracomm, got ndarray of shape (5, 7); a mask is given as mask=",
-        None,
-    ),
-    "q is of another library": (TypeError, f"q: {_OTHER}", 0),
-    "the backward's q is of another library": (TypeError, f"q: {_OTHER}", 0),
-    "the last rank's q is of another library": (TypeError, f"q: {_OTHER}", LAST),
-    "the last rank's mask is of another library": (
-        TypeError,
-        "mask: expected a numpy array as q is, got __main__",
-        LAST,
-    ),
-    "the last rank's lse is of another library": (
-        TypeError,
-        "lse: expected a numpy array as q is, got fake_cupy",
-        LAST,
-    ),
-    **{
-        f"ranks differ in {whose}library": (
-            TypeError,
-            "q: expected rank 0's library = 'numpy', got library = 'fake_cupy'",
-            LAST,
-        )
-        for whose in ("", "the backward's ")
-    },
+# NumPy's and CuPy's arrays, and communicators.
+OF_ARRAYS: Expected = {
+    "a mask in the communicator's place": (TypeError, ("comm", "(5, 7)", "mask="), None),
+    "q is of another library": (TypeError, ("q", "Other of __main__"), 0),
+    "the backward's q is of another library": (TypeError, ("q", "Other of __main__"), 0),
+    "the last rank's q is of another library": (TypeError, ("q", "Other of __main__"), LAST),
+    "the last rank's mask is of another library": (TypeError, ("mask", "numpy", "__main__"), LAST),
+    "the last rank's lse is of another library": (TypeError, ("lse", "numpy", "fake_cupy"), LAST),
+    "ranks differ in library": (TypeError, ("q", "'numpy'", "'fake_cupy'"), LAST),
+    "ranks differ in the backward's library": (TypeError, ("q", "'numpy'", "'fake_cupy'"), LAST),
     "ranks differ in the library of their parts": (
         TypeError,
         "x: expected a numpy array as on rank 0, got Other",
         LAST,
     ),
-    "ranks differ in what they join": (
-        TypeError,
-        "x: expected a numpy array as on rank 0, got list",
-        LAST,
-    ),
+    "ranks differ in what they join": (TypeError, ("x", "numpy", "list"), LAST),
 }
-# What only PyTorch's tensors, groups and modules can get wrong.
-OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
+# PyTorch's tensors, groups and modules.
+OF_TENSORS: Expected = {
     "k is on another device": (ValueError, "k: expected q's device cpu, got meta", 0),
-    "the mask is on another device": (ValueError, "mask: expected q's device cpu, got meta", 0),
+    "the mask is on another device": (ValueError, ("mask", "cpu", "meta"), 0),
     "the mask wants a gradient": (
         ValueError,
         "mask: expected a constant, got a tensor that requires a gradient",
@@ -369,21 +154,21 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "v: expected this rank's part as a plain tensor, got a DTensor; v.to_local() gives it",
         0,
     ),
-    "q is nested": (TypeError, "q: expected a strided tensor, got a nested tensor", 0),
+    "q is nested": (TypeError, ("q", "nested tensor"), 0),
     "the last rank's rule fails": (
         ValueError,
-        "mask: raised UnicodeDecodeError('utf-8', b'\\xff', 0, 1, 'invalid start byte')",
+        ("mask", "UnicodeDecodeError('utf-8', b'\\xff', 0, 1, 'invalid start byte')"),
         LAST,
     ),
     "the last rank's make_kv makes sparse values": (
         TypeError,
-        "make_kv: v: expected a strided tensor, got a tensor of layout torch.sparse_coo",
+        ("make_kv: v", "torch.sparse_coo"),
         LAST,
     ),
     "the last rank's x": (ValueError, "x: expected shape (B, s_q, 8), got (2, 5, 9)", LAST),
     "the last rank's features have another width": (
         ValueError,
-        "features: expected shape (B, s_kv, 9), got (2, 7, 8)",
+        ("features", "(B, s_kv, 9)", "(2, 7, 8)"),
         LAST,
     ),
     "the last rank's features have another B": (
@@ -393,7 +178,7 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
     ),
     "the last rank's features have 2 axes": (
         ValueError,
-        "features: expected shape (B, s_kv, 9), got (7, 9)",
+        ("features", "(B, s_kv, 9)", "(7, 9)"),
         LAST,
     ),
     "the last rank's features are NumPy's": (
@@ -406,22 +191,14 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "q: expected a strided tensor, got a tensor of layout torch.sparse_coo",
         0,
     ),
-    "k is an array of NumPy": (TypeError, "k: expected a torch array as q is, got numpy", 0),
+    "k is an array of NumPy": (TypeError, ("k", "torch", "numpy"), 0),
     "q is an array of NumPy": (TypeError, "q: expected a torch tensor, got ndarray of numpy", 0),
-    "the last rank's arrays are NumPy's": (
-        TypeError,
-        "q: expected a torch tensor, got ndarray of numpy",
-        LAST,
-    ),
-    "the last rank's mask is NumPy's": (
-        TypeError,
-        "mask: expected a torch array as q is, got numpy",
-        LAST,
-    ),
-    "parts are NumPy's": (TypeError, "x: expected a torch tensor, got ndarray of numpy", EACH),
+    "the last rank's arrays are NumPy's": (TypeError, ("q", "torch", "ndarray of numpy"), LAST),
+    "the last rank's mask is NumPy's": (TypeError, ("mask", "torch", "numpy"), LAST),
+    "parts are NumPy's": (TypeError, ("x", "torch", "ndarray of numpy"), EACH),
     "ranks differ in the library of their parts, with tensors": (
         TypeError,
-        "x: expected a torch array as on rank 0, got ndarray",
+        ("x", "torch", "ndarray"),
         LAST,
     ),
     "a mesh of two dimensions": (
@@ -435,18 +212,8 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, got str",
         None,
     ),
-    **{
-        f"a {what} in the group's place": (
-            TypeError,
-            "group: expected a ProcessGroup, a one-dimensional DeviceMesh or None, "
-            f"got {got}; a mask is given as mask=",
-            None,
-        )
-        for what, got in (
-            ("mask", "Tensor of shape (5, 7)"),
-            ("rule", "function rule"),
-        )
-    },
+    "a mask in the group's place": (TypeError, ("group", "Tensor", "(5, 7)", "mask="), None),
+    "a rule in the group's place": (TypeError, ("group", "function rule", "mask="), None),
     "a layout of other queries": (
         ValueError,
         "queries: expected the layout's 'sharded', got 'replicated'",
@@ -468,21 +235,13 @@ OF_TENSORS: dict[str, tuple[type[Exception], str, Any]] = {
         None,
     ),
     "no width": (ValueError, "embed_dim: expected a whole number from 1 up, got 0", None),
-    "the last rank's mask wants a gradient": (
-        ValueError,
-        "mask: expected a constant, got a tensor that requires a gradient",
-        LAST,
-    ),
+    "the last rank's mask wants a gradient": (ValueError, ("mask", "gradient"), LAST),
     "ranks differ in gradients": (
         ValueError,
-        "call: expected rank 0's 'forward', got 'forward and backward'",
+        ("call", "'forward'", "'forward and backward'"),
         LAST,
     ),
-    "ranks differ in lse": (
-        ValueError,
-        "call: expected rank 0's 'forward', got 'forward, with lse'",
-        LAST,
-    ),
+    "ranks differ in lse": (ValueError, ("call", "'forward'", "'forward, with lse'"), LAST),
 }
 OF_BACKWARD = {"dout has out's shape but for D_V", "out has 3 axes", "lse has 4 axes"}
 OF_BACKWARD |= {"dlse has another length", "integer dout", "lse is None"}
@@ -495,38 +254,39 @@ BAD = [("mpi", name) for name in IN_MPI] + [("torch", name) for name in IN_TORCH
 REPORTS = {"mpi": report, "torch": torch_report}
 
 
-def text(name: str, P: int, by: int) -> str:
-    """Return the whole text of an error on P ranks, as rank `by` raises it."""
-    _, start, rank = (IN_MPI | IN_TORCH)[name]
-    for symbol, number in (
-        ("{P}", P),
-        ("{5P}", 5 * P),
-        ("{5P+1}", 5 * P + 1),
-        ("{7P+1}", 7 * P + 1),
-    ):
-        start = start.replace(symbol, str(number))
-    if rank is None:  # nobody is asked
-        return start
-    return f"{start} (on rank {P - 1 if rank is LAST else by if rank is EACH else rank} of {P})"
+def pattern(name: str, P: int, by: int) -> str:
+    """Return a pattern for the message that rank `by` of P raises."""
+    _, wanted, rank = (IN_MPI | IN_TORCH)[name]
+    rank = P - 1 if rank is LAST else by if rank is EACH else rank
+    if isinstance(wanted, str):
+        end = "" if rank is None else f" (on rank {rank} of {P})"
+        return f"^{re.escape(wanted + end)}$"
+    numbers = {"{P}": P, "{5P}": 5 * P, "{5P+1}": 5 * P + 1, "{7P+1}": 7 * P + 1}
+    for symbol, number in numbers.items():
+        wanted = tuple(value.replace(symbol, str(number)) for value in wanted)
+    return says(*wanted, rank=rank, of=P)
 
 
 @pytest.mark.parametrize("P", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 class TestBadInput:
     @pytest.mark.parametrize(("implementation", "name"), BAD)
-    def test_every_rank_raises_the_same_clear_error_at_once_and_goes_on(
+    def test_bad_input_raises_same_error_on_all_ranks(
         self, implementation: str, name: str, P: int
     ) -> None:
         if P == 1 and name.startswith(("ranks differ", "several ranks", "every rank")):
             pytest.skip("one rank has nobody to differ from")
+        expected, _, names = (IN_MPI | IN_TORCH)[name]
         ranks = REPORTS[implementation](P, "run_bad_input.py")[name]
-        for rank, (kind, got, in_time, still_works) in enumerate(ranks):
-            expected = (IN_MPI | IN_TORCH)[name][0].__name__
-            assert (kind, got) == (expected, text(name, P, rank))
+        for rank, (kind, text, in_time, still_works) in enumerate(ranks):
+            assert kind == expected.__name__
+            assert re.search(pattern(name, P, rank), text), text
+            assert ("(on rank " in text) == (names is not None)
             assert in_time
             assert still_works
+        assert len({text for _, text, *_ in ranks}) == (P if names is EACH else 1)
 
     @pytest.mark.parametrize("implementation", REPORTS)
-    def test_the_table_is_complete(self, implementation: str, P: int) -> None:
+    def test_table_of_errors_is_complete(self, implementation: str, P: int) -> None:
         ranks = REPORTS[implementation](P, "run_bad_input.py")
         assert set(ranks) == set({"mpi": IN_MPI, "torch": IN_TORCH}[implementation])
         assert all(len(results) == P for results in ranks.values())
@@ -560,7 +320,7 @@ RAISES = [
 
 
 @pytest.mark.parametrize(("place", "which"), RAISES)
-def test_a_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> None:
+def test_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> None:
     ended = fail(3, 1, "raise", place, which)
     assert_ended(ended)
     assert ended.err.count("RuntimeError: broken on purpose") == 1
@@ -574,18 +334,18 @@ def test_a_rank_that_raises_ends_all_and_is_named(place: str, which: str) -> Non
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("mask raises", "ZeroDivisionError: "),
-        ("mask returns floats", "TypeError: mask: expected mask(b, h, q_index, kv_index) to"),
-        ("misfit", "ValueError: k: expected the layout's shape (1, 1, 4, 4), got (1, 1, 3, 4) (on"),
-        ("other scale", "ValueError: scale: expected the layout's 0.5, got 0.25 (on rank 2 of 4)"),
+        ("mask raises", r"ZeroDivisionError: "),
+        ("mask returns floats", r"TypeError: mask: .*float64"),
+        ("misfit", r"ValueError: k: .*\(1, 1, 4, 4\).*\(1, 1, 3, 4\).* \(on rank 2 of 4\)"),
+        ("other scale", r"ValueError: scale: .*0\.5.*0\.25.* \(on rank 2 of 4\)"),
     ],
 )
-def test_what_only_one_rank_can_notice_ends_all_and_is_named(
+def test_error_noticed_by_one_rank_ends_all_and_is_named(
     how: str, message: str, which: str
 ) -> None:
     ended = fail(4, 2, how, "before", which)
     assert_ended(ended)
-    assert ended.err.count(message) == 1
+    assert len(re.findall(message, ended.err)) == 1
     assert "on rank 2 of 4" in ended.err
 
 
@@ -599,7 +359,7 @@ def test_what_only_one_rank_can_notice_ends_all_and_is_named(
         ("in the second attend", "crash", "backward"),
     ],
 )
-def test_a_rank_that_dies_ends_all_and_is_named(place: str, how: str, which: str) -> None:
+def test_rank_that_dies_ends_all_and_is_named(place: str, how: str, which: str) -> None:
     ended = fail(3, 2, how, place, which)
     assert_ended(ended)
     assert re.findall(r"^rank (\d) of 3 \(process \d+ on \S+\) died$", ended.err, re.M) == ["2"]
@@ -616,9 +376,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("P", "hop", "moment", "which"), KILLS)
-def test_a_rank_killed_at_any_hop_ends_the_others(
-    P: int, hop: int, moment: str, which: str
-) -> None:
+def test_rank_killed_at_any_hop_ends_all(P: int, hop: int, moment: str, which: str) -> None:
     rank = hop % P
     ended = fail(P, rank, "kill", f"hop {hop} {moment}", which)
     assert_ended(ended)
@@ -626,13 +384,13 @@ def test_a_rank_killed_at_any_hop_ends_the_others(
     assert announced == [str(rank)]
 
 
-def test_nobody_is_announced_when_all_end_as_they_should() -> None:
+def test_no_death_notice_when_all_end_well() -> None:
     ended = fail(3, 1, "not at all", "before", "forward")
     assert (ended.status, ended.out, ended.err) == (0, "reached the end\n" * 3, "")
     assert ended.left == ()
 
 
-def test_a_program_that_waits_for_ever_is_ended_in_time_with_all_its_ranks() -> None:
+def test_hanging_program_is_ended_at_its_time_limit() -> None:
     """One rank leaves before the others; they wait, as MPI must.  The time limit ends them."""
     ended = fail(3, 1, "leave", "before", "forward", timeout=3.0)
     assert ended.timed_out
@@ -641,13 +399,13 @@ def test_a_program_that_waits_for_ever_is_ended_in_time_with_all_its_ranks() -> 
     assert "reached the end" not in ended.out
 
 
-def test_a_process_that_outlives_its_rank_is_reported_and_killed() -> None:
+def test_process_outliving_its_rank_is_killed() -> None:
     """The tests' own launcher: what a rank leaves behind does not go unseen."""
     ended = fail(1, 0, "leave a process", "before", "forward")
     assert ended.status == 0
     assert [command.split()[0] for command in ended.left] == ["sleep"]
 
 
-def test_the_signal_of_a_killed_rank_is_the_status_of_the_launcher() -> None:
+def test_launcher_exits_with_signal_of_killed_rank() -> None:
     """So that a shell script sees it; that is MPICH's way, others have theirs."""
     assert fail(2, 1, "kill", "before", "forward").status in (signal.SIGKILL, 128 + signal.SIGKILL)

@@ -45,7 +45,7 @@ def test_equals_naive_softmax_and_its_gradients(case: Case) -> None:
 @pytest.mark.parametrize("rows", [1, 5, 31])
 @pytest.mark.parametrize("scores", [1, 700, 4096])
 @pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
-def test_tiles_of_any_size_give_the_same(
+def test_tile_size_does_not_change_results(
     case: Case, scores: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if scores == 1:
@@ -76,7 +76,7 @@ def test_dlse_is_zero_unless_given() -> None:
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("mask", ["none", "full", "additive", "callable", "dead rows"])
-def test_gradients_are_the_slopes_of_the_loss(mask: str, name: str) -> None:
+def test_gradients_match_finite_differences(mask: str, name: str) -> None:
     problem = Case("slopes", B=2, H=4, H_KV=2, S_Q=5, S_KV=7, D=3, D_V=2, mask=mask).make()
     truth, step = problem.truth(), 1e-5
     gradient = solve_whole(problem)[f"d{name}"]
@@ -121,7 +121,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_a_million_keys_fit_in_2_5_gigabytes() -> None:
+def test_million_keys_fit_in_2_5_gigabytes() -> None:
     # 100 queries: the peak with 1,000 is the same, since a tile holds as many scores.
     done = subprocess.run(
         [sys.executable, "-c", LONG, "100"], capture_output=True, text=True, check=True, timeout=250
@@ -134,11 +134,11 @@ def test_a_million_keys_fit_in_2_5_gigabytes() -> None:
     assert off <= summed(UNIT["float64"], 100 * 1_000_000)
 
 
-def test_is_what_the_package_exports() -> None:
+def test_package_exports_full_attention() -> None:
     assert reference.full_attention is MODULE.full_attention
 
 
-def test_no_gradient_goes_through_a_row_that_sees_nothing_whatever_comes_from_above() -> None:
+def test_dead_rows_get_no_gradient() -> None:
     problem = Case("dead", B=2, mask="dead rows").make()
     given, options = (problem.q, problem.k, problem.v), {"mask": problem.mask}
     out, lse = full_attention(*given, **options)

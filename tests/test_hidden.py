@@ -14,7 +14,7 @@ from tests.judge import solve
 from tests.test_full_attention import solve_whole
 
 
-def test_the_truth_rests_on_no_lse() -> None:
+def test_truth_does_not_use_lse() -> None:
     """It is held against the naive softmax, which takes no logarithm."""
     for problem in problems("lv-xattn", 1):
         assert worst(problem, solve_whole(problem), fp64=True) <= 1

@@ -84,7 +84,7 @@ def test_fp64_takes_an_fp32_mask(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["blocked", "cpu_flash"])
 @pytest.mark.parametrize("mask", ["dead rows", "all dead"])
-def test_rows_that_see_nothing_give_nothing(mask: str, kernel: str) -> None:
+def test_dead_rows_give_zero(mask: str, kernel: str) -> None:
     problem = Case("dead", B=2, H=4, H_KV=2, mask=mask, dtype="float32").make()
     found = solve(problem, kernel)
     dead = ~np.broadcast_to(problem.mask, (2, 4, 31, 97)).any(axis=-1)
@@ -99,12 +99,12 @@ def test_rows_that_see_nothing_give_nothing(mask: str, kernel: str) -> None:
 
 @HERE
 @pytest.mark.parametrize("empty", ["S_Q", "S_KV"])
-def test_no_queries_or_no_keys_end_no_process(empty: str, kernel: str) -> None:
+def test_empty_queries_or_keys(empty: str, kernel: str) -> None:
     problem = Case("empty", **{empty: 0}, dtype="float32").make()
     assert max(worst_ratios(problem, solve(problem, kernel)).values()) <= 1
 
 
-def test_values_wider_than_keys_go_to_a_kernel_that_takes_them() -> None:
+def test_wide_values_go_to_a_supporting_kernel() -> None:
     q, k, v = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 9)
     with pytest.raises(ValueError, match="kernel: expected for cpu_flash D_V = D = 8, got D_V = 9"):
         block_attention(q, k, v, scale=1.0, kernel="cpu_flash")
@@ -113,7 +113,7 @@ def test_values_wider_than_keys_go_to_a_kernel_that_takes_them() -> None:
 
 @HERE
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-def test_nan_stays_with_its_row_or_its_head(which: str, kernel: str) -> None:
+def test_nan_stays_in_its_row_or_head(which: str, kernel: str) -> None:
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 7, 8, generator=rng)
     k, v = (torch.randn(2, 2, 1100, 8, generator=rng) for _ in range(2))
@@ -128,7 +128,7 @@ def test_nan_stays_with_its_row_or_its_head(which: str, kernel: str) -> None:
 
 
 @HERE
-def test_views_of_bytes_and_of_some_keys_are_taken_as_they_are(kernel: str) -> None:
+def test_views_are_not_copied(kernel: str) -> None:
     problem = Case("strided", B=2, H=4, H_KV=2, S_KV=40, dtype="float32").make()
     sizes = [problem.k.nbytes, problem.v.nbytes]
     block = torch.empty(sum(sizes) + 16, dtype=torch.uint8)
@@ -167,16 +167,14 @@ def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     indirect=["fused"],
 )
 @pytest.mark.parametrize("parts", [1, 3])
-def test_fused_kernels_get_and_give_what_their_operators_say(
-    fused: Any, mask: str, parts: int
-) -> None:
+def test_fused_kernels_match_operator_signatures(fused: Any, mask: str, parts: int) -> None:
     # lse padded to 32 (efficient), (B, H, s_q, 1) (cuDNN), grouped heads, aligned additive bias.
     problem = Case("fused", B=2, H=4, H_KV=2, mask=mask, dtype="float32").make()
     assert max(worst_ratios(problem, solve(problem, fused, parts)).values()) <= 1
 
 
 @pytest.mark.parametrize("fused", ["cuda_flash"], indirect=True)
-def test_flash_s_infinity_for_no_keys_becomes_minus_infinity(fused: Any) -> None:
+def test_flash_lse_of_no_keys_is_minus_infinity(fused: Any) -> None:
     q, k = torch.ones(1, 2, 3, 8), torch.zeros(1, 2, 0, 8)
     out, lse, _ = fused.forward(q, k, k, scale=1.0, mask=MaskView(None))
     assert (lse == -torch.inf).all()
@@ -185,7 +183,7 @@ def test_flash_s_infinity_for_no_keys_becomes_minus_infinity(fused: Any) -> None
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_operators_themselves_take_the_arguments(name: str, dtype: torch.dtype) -> None:
+def test_operators_accept_the_arguments(name: str, dtype: torch.dtype) -> None:
     # On the meta device: PyTorch checks arguments and shapes, and computes nothing.
     kernel, none = KERNELS[name], MaskView(None)
     q = torch.empty(2, 4, 7, 8, dtype=dtype, device="meta")
@@ -200,7 +198,7 @@ def test_the_operators_themselves_take_the_arguments(name: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("name", ["cuda_flash", "cudnn"])
-def test_kernels_for_16_bits_refuse_devices_older_than_they_are_for(name: str) -> None:
+def test_16_bit_kernels_refuse_old_devices(name: str) -> None:
     half = {"dtype": torch.float16, "device": "cuda"}
     assert KERNELS[name].unsupported(job(**half)) is None
     wrong = KERNELS[name].unsupported(job(**half, capability=(7, 5)))
@@ -210,9 +208,7 @@ def test_kernels_for_16_bits_refuse_devices_older_than_they_are_for(name: str) -
 @pytest.mark.parametrize(
     ("shape", "rows"), [((1, 1, 5, 33), 4 * 5), ((1, 1, 1, 33), 1), ((2, 8, 5, 33), 2 * 8 * 5)]
 )
-def test_an_aligned_bias_is_no_larger_than_its_mask_but_for_a_group(
-    shape: tuple[int, ...], rows: int
-) -> None:
+def test_aligned_bias_is_no_larger_than_its_mask(shape: tuple[int, ...], rows: int) -> None:
     q, k, bias = torch.empty(2, 8, 5, 4), torch.empty(2, 2, 33, 4), torch.randn(shape)
     aligned = KERNELS["efficient"]._aligned(bias, q, k)  # type: ignore[attr-defined]
     assert torch.equal(aligned.reshape(2, 8, 5, 33), bias.expand(2, 8, 5, 33))
@@ -233,7 +229,7 @@ def test_split_takes_any_number_of_keys(
     assert max(worst_ratios(problem, solve(problem, "split", 2, wide)).values()) <= 1
 
 
-def test_split_makes_as_many_parts_as_workers_lack_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_uses_idle_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert split.parts_for(job(H=1, H_KV=1, s_q=1)) == 16
     assert split.parts_for(job(H=8, H_KV=1, s_q=1, backward=True)) == 16
@@ -245,7 +241,7 @@ def test_split_makes_as_many_parts_as_workers_lack_heads(monkeypatch: pytest.Mon
     assert split.parts_for(job("cuda", torch.float32, s_q=16, backward=True)) == 1
 
 
-def test_parts_are_joined_as_merge_does_and_those_that_see_nothing_count_for_nothing() -> None:
+def test_split_parts_are_merged() -> None:
     parts = torch.randn(5, 2, 3, 4), 10 * torch.randn(5, 2, 3), 9 * torch.rand(5, 2, 3)
     for dead in ((slice(None), 0, 0), (1, 1, 1)):
         for x, value in zip(parts, (0, -torch.inf, 0), strict=True):
@@ -271,7 +267,7 @@ def test_parts_are_joined_as_merge_does_and_those_that_see_nothing_count_for_not
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e30])
 @pytest.mark.parametrize("level", [0.0, 1e-38, 1e-20, 1.0, 1e20, 1e37])
-def test_stand_in_has_the_row_sums_that_are_wanted(level: float, size: float, dtype: str) -> None:
+def test_surrogate_out_has_given_row_sums(level: float, size: float, dtype: str) -> None:
     kind = getattr(torch, dtype)
     wide = torch.float64 if dtype == "float64" else torch.float32
     rng = torch.Generator().manual_seed(0)
@@ -289,7 +285,7 @@ def test_stand_in_has_the_row_sums_that_are_wanted(level: float, size: float, dt
     assert (moved <= 2.0**-96 * delta.abs() + 2.0**-120).all()
 
 
-def test_stand_in_keeps_nan_in_its_row() -> None:
+def test_surrogate_out_keeps_nan_in_its_row() -> None:
     dout, delta = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3)
     dout[0, 0, 0, 1], delta[0, 0, 2] = torch.nan, torch.nan
     given, out = stand_in(dout, delta, torch.float32)
@@ -300,9 +296,7 @@ def test_stand_in_keeps_nan_in_its_row() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e15])
 @pytest.mark.parametrize("level", [1.0, 1e15])
-def test_losses_of_lse_reach_the_gradients_through_flash(
-    level: float, size: float, dtype: str
-) -> None:
+def test_dlse_reaches_gradients_through_flash(level: float, size: float, dtype: str) -> None:
     made = Case("lse", B=2, H=4, H_KV=2, dtype=dtype).make()
     dout = (made.dout * size).astype(dtype)
     dout[:, :, 1::2] = 0
@@ -320,7 +314,7 @@ def test_losses_of_lse_reach_the_gradients_through_flash(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_errors_stay_near_the_rounding_floor_in_any_number_of_shards(
+def test_half_precision_error_does_not_grow_with_shards(
     dtype: str,
 ) -> None:
     problem = Case("half", H=4, H_KV=2, S_Q=64, S_KV=4096, D=32, D_V=32, dtype=dtype).make()
@@ -384,17 +378,17 @@ def test_half_precision_scores_are_not_rounded(dtype: str, parts: int) -> None:
     ],
     ids=str,
 )
-def test_auto_picks(asked: Job, kernel: str) -> None:
+def test_auto_chooses_kernel(asked: Job, kernel: str) -> None:
     assert choose(asked) == kernel
 
 
-def test_every_rule_names_a_kernel_and_a_reason() -> None:
+def test_auto_rules_name_kernel_and_reason() -> None:
     assert {rule.kernel for rule in RULES} <= set(KERNELS)
     assert all(rule.because for rule in RULES)
     assert RULES[-1].kernel == "blocked"  # which can do every job
 
 
-def test_a_kernel_that_is_not_there_or_cannot_is_refused() -> None:
+def test_unknown_or_unsupported_kernel_raises() -> None:
     q = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match=r"kernel: expected auto, blocked, .*, got 'flash'"):
         block_attention(q, q, q, scale=1.0, kernel="flash")

@@ -63,7 +63,7 @@ class TestPhantomKey:
 
 
 @pytest.mark.parametrize("P", [2, 3, 4, 5, 7, 9])
-def test_no_rank_returns_its_neighbour_s_output(P: int) -> None:
+def test_no_rank_returns_its_neighbours_output(P: int) -> None:
     p = Case("neighbour", S_Q=P, S_KV=2 * P).make()
 
     def fn(comm: VirtualComm) -> Any:
@@ -189,7 +189,7 @@ class TestNaNOnFullyMaskedRows:
 
 @mpi_backends
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_no_dtype_is_the_only_one(dtype: str, backend: Backend) -> None:
+def test_all_dtypes_are_supported(dtype: str, backend: Backend) -> None:
     p = Case("dtype", dtype=dtype).make()
     q, k, v, dout = (backend.array(x) for x in (p.q, p.k, p.v, p.dout))
     out, lse = mpi_impl.cross_attention(q, k, v, MPI.COMM_SELF)
@@ -229,7 +229,7 @@ def test_no_module_keeps_arrays() -> None:
 
 
 @pytest.mark.parametrize("P", [1, 2, 3, 4, 5, 7])
-def test_queries_and_results_travel_one_hop_less_than_there_are_ranks(P: int) -> None:
+def test_queries_and_results_make_p_minus_1_hops(P: int) -> None:
     log: list[Message] = []
     problem = Case("hops", S_Q=4 * P, S_KV=8 * P).make()
 
@@ -256,7 +256,7 @@ def test_backward_does_not_send_the_output(P: int) -> None:
 
 @pytest.mark.parametrize("reach", ["forward", "backward"])
 @mpi_backends
-def test_error_does_not_grow_with_the_number_of_key_shards(backend: Backend, reach: str) -> None:
+def test_error_does_not_grow_with_key_shards(backend: Backend, reach: str) -> None:
     p = Case("shards", S_Q=16, S_KV=512, dtype="float32").make()
     truth = p.truth()
     limit = limits(p.case, truth, "float32", "float32")
@@ -267,7 +267,7 @@ def test_error_does_not_grow_with_the_number_of_key_shards(backend: Backend, rea
 
 
 @pytest.mark.parametrize("P", [2, 8, 32, pytest.param(64, marks=pytest.mark.slow)])
-def test_error_of_fp32_on_the_wire_does_not_grow_with_the_number_of_ranks(P: int) -> None:
+def test_fp32_wire_error_does_not_grow_with_ranks(P: int) -> None:
     p = Case("ranks", H=1, H_KV=1, S_Q=64, S_KV=128).make()
     truth = p.truth()
     results = run_ranks(P, lambda comm: solve(p, comm, reference), wire_dtype="float32")[0]

@@ -65,19 +65,19 @@ def test_no_mask_has_no_tiles() -> None:
     assert MaskView(None, 3, 4, 5).tile(*ALL, slice(0, 2), slice(0, 2), np.arange) is None
 
 
-def test_a_view_is_its_own_view_and_a_mask_is_seen_from_its_start() -> None:
+def test_view_of_a_view_and_of_a_mask() -> None:
     mask = np.ones((1, 1, 1, 5), bool)
     view = MaskView(mask, 1, 2, 3)
     assert MaskView.of(view) is view
     assert MaskView.of(mask) == MaskView(mask, q_start=0, kv_start=0, column=0)
 
 
-def test_later_keys_move_in_the_mask_and_in_the_whole() -> None:
+def test_from_key_moves_start_and_column() -> None:
     view = MaskView(None, q_start=1, kv_start=20, column=3).from_key(4)
     assert (view.q_start, view.kv_start, view.column) == (1, 24, 7)
 
 
-def test_a_rule_is_asked_about_its_tile_alone() -> None:
+def test_callable_mask_is_called_for_its_tile_only() -> None:
     asked: list[Any] = []
 
     def rule(*indices: Any) -> Any:
@@ -92,7 +92,7 @@ def test_a_rule_is_asked_about_its_tile_alone() -> None:
     ("returned", "named"),
     [(np.ones(3), "float64"), (np.ones(3, int), "int64"), (True, "True, which is not an array")],
 )
-def test_a_rule_must_return_a_bool_array(returned: Any, named: str) -> None:
+def test_callable_mask_must_return_bool(returned: Any, named: str) -> None:
     view = MaskView(lambda b, h, q_index, kv_index: returned)
     with pytest.raises(TypeError) as raised:
         view.tile(*ALL, slice(0, 1), slice(0, 3), np.arange)
@@ -102,7 +102,7 @@ def test_a_rule_must_return_a_bool_array(returned: Any, named: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 1, 1, 1, 3)])
-def test_what_a_rule_returns_must_broadcast_to_its_indices(shape: tuple[int, ...]) -> None:
+def test_callable_mask_must_return_broadcastable_shape(shape: tuple[int, ...]) -> None:
     view = MaskView(lambda b, h, q_index, kv_index: np.ones(shape, bool))
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         view.tile(*ALL, slice(0, 1), slice(0, 3), np.arange)

@@ -92,7 +92,7 @@ def measured(
 
 
 @pytest.mark.parametrize("hiding", [0.0, 0.4, 1.0])
-def test_the_figures_of_a_machine_are_found(hiding: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_figures_match_the_machine(hiding: float, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = replace(MACHINE, hiding=hiding)
     found, *others = measured(monkeypatch, machine, ["a", "b", "a", "b"])
     assert all(other == found for other in others)
@@ -108,12 +108,12 @@ def test_the_figures_of_a_machine_are_found(hiding: float, monkeypatch: pytest.M
     assert found.measured == Measured("fake", "device 0 and device 1", 4, 2, 64, "float32")
 
 
-def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measured(monkeypatch, MACHINE, ["a", "a"], slow=[1.0, 3.0])[0]
     assert found.matmul == pytest.approx(MACHINE.matmul / 3, rel=0.12)
 
 
-def test_a_link_that_is_not_there_has_the_figures_of_the_other(
+def test_missing_link_gets_figures_of_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one_host = measured(monkeypatch, MACHINE, ["a", "a", "a"])[0]
@@ -126,7 +126,7 @@ def test_a_link_that_is_not_there_has_the_figures_of_the_other(
     assert alone.inside == alone.between == Link(alone.memory, alone.start)
 
 
-def test_probes_end_on_a_machine_that_is_too_fast_for_them(
+def test_probes_end_on_a_very_fast_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = Link(1e30, 0.0)
@@ -134,7 +134,7 @@ def test_probes_end_on_a_machine_that_is_too_fast_for_them(
     measured(monkeypatch, fast, ["a", "a"])[0].check()
 
 
-def test_within_ten_seconds_where_a_probe_takes_what_it_may(
+def test_measuring_takes_less_than_ten_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     total = []
@@ -158,7 +158,7 @@ def test_within_ten_seconds_where_a_probe_takes_what_it_may(
         ((8, 8, 64), "int8", "dtype: expected one of .*, got 'int8'"),
     ],
 )
-def test_problems_that_there_are_not_are_refused_on_all_ranks(
+def test_bad_problem_raises_on_all_ranks(
     shape: tuple[int, int, int], dtype: str, says: str
 ) -> None:
     def on_a_rank(comm: VirtualComm) -> None:
@@ -171,7 +171,7 @@ def test_problems_that_there_are_not_are_refused_on_all_ranks(
 
 
 @pytest.mark.parametrize("launch", [mpiexec, forked], ids=["mpi", "torch"])
-def test_the_command_saves_what_plan_can_load_in_a_file_of_its_own(
+def test_command_saves_a_machine_file(
     launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = "mpi" if launch is mpiexec else "torch"

@@ -114,7 +114,7 @@ def test_is_commutative(merge: Merge, seed: int, size: float, dead: float) -> No
 @merges
 @examples
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([1.0, 1e4]), dead=st.floats(0, 1))
-def test_no_keys_are_the_exact_identity(merge: Merge, seed: int, size: float, dead: float) -> None:
+def test_empty_partial_is_the_identity(merge: Merge, seed: int, size: float, dead: float) -> None:
     a = results(seed, size, dead)
     nothing = np.zeros_like(a[0]), np.full_like(a[1], -np.inf)
     for joined in (merge(*a, *nothing), merge(*nothing, *a)):
@@ -123,7 +123,7 @@ def test_no_keys_are_the_exact_identity(merge: Merge, seed: int, size: float, de
 
 
 @merges
-def test_nothing_and_nothing_are_nothing(merge: Merge) -> None:
+def test_merge_of_two_empty_partials_is_empty(merge: Merge) -> None:
     nothing = np.zeros((2, 3)), np.full(2, -np.inf)
     out, lse = merge(*nothing, *nothing)
     assert np.array_equal(out, nothing[0])
@@ -133,7 +133,7 @@ def test_nothing_and_nothing_are_nothing(merge: Merge) -> None:
 @merges
 @pytest.mark.parametrize("level", [-1e4, -100.0, 0.0, 88.0, 1e4])
 @pytest.mark.parametrize("gap", [0.0, 1.0, -1.0, 16.0, 1e4])
-def test_weights_are_right_at_any_level(merge: Merge, level: float, gap: float) -> None:
+def test_merge_is_exact_at_any_lse_level(merge: Merge, level: float, gap: float) -> None:
     # b outweighs a by exp(gap); level and gap are exact in fp32.
     out, lse = merge(np.ones((1, 1)), np.array([level]), np.zeros((1, 1)), np.array([level + gap]))
     weight = 1 / (1 + np.exp(min(gap, 700.0)))
@@ -144,7 +144,7 @@ def test_weights_are_right_at_any_level(merge: Merge, level: float, gap: float) 
 
 @merges
 @pytest.mark.parametrize("which", ["out_a", "lse_a", "out_b", "lse_b"])
-def test_nan_stays_in_its_row_and_stays_nan(merge: Merge, which: str) -> None:
+def test_nan_stays_in_its_row(merge: Merge, which: str) -> None:
     arrays = [x.astype(merge.dtype) for x in results(1, 50.0) + results(2, 50.0)]
     given = dict(zip(("out_a", "lse_a", "out_b", "lse_b"), arrays, strict=True))
     clean = merge(*given.values())

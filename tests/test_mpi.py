@@ -35,7 +35,7 @@ def test_calls(check: str, P: int) -> None:
 
 
 @pytest.mark.parametrize("P", [3, *(pytest.param(P, marks=pytest.mark.slow) for P in (2, 4, 5))])
-def test_right_with_synchronous_sends_and_random_delays(P: int) -> None:
+def test_synchronous_sends_and_random_delays(P: int) -> None:
     ranks = report(P, "run_slow.py", "3", "0.02", timeout=60)
     assert len(ranks) == P
     assert all(verdict == [True, True, True] for rank in ranks for verdict in rank), ranks
@@ -54,9 +54,7 @@ CORES = len(os.sched_getaffinity(0))
         (2, {"OPENBLAS_NUM_THREADS": str(CORES)}, CORES),
     ],
 )
-def test_blas_threads_are_the_ranks_share_of_the_cores_unless_the_environment_says(
-    P: int, env: dict[str, str], threads: int
-) -> None:
+def test_blas_threads_share_the_cores(P: int, env: dict[str, str], threads: int) -> None:
     """Also where ranks outnumber the cores and every one starts a thread for each of them."""
     unset: dict[str, str | None] = {"OMP_NUM_THREADS": None, "OPENBLAS_NUM_THREADS": None}
     ranks = report(P, "run_threads.py", env=unset | env)

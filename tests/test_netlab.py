@@ -91,7 +91,7 @@ def test_placement_of_ranks_does_not_change_what_leaves_a_host() -> None:
 
 
 @needs_lab
-def test_two_labs_at_once_do_not_meet() -> None:
+def test_two_labs_are_isolated() -> None:
     with Lab(hosts=2, rate="1gbit") as first, Lab(hosts=2, rate="1gbit") as second:
         before = second.bytes_sent()
         output(first, "send_block.py", 2**20, 1e9, 1)
@@ -100,7 +100,7 @@ def test_two_labs_at_once_do_not_meet() -> None:
 
 
 @needs_lab
-def test_unprivileged_user_namespace_will_do() -> None:
+def test_unprivileged_user_namespace_is_enough() -> None:
     drop = ["setpriv", "--bounding-set", "-sys_admin,-net_admin", "--inh-caps", "-all"]
     as_user: list[str | Path] = list(drop) if os.geteuid() == 0 else []
     if run([*as_user, "unshare", "--user", "--map-root-user", "--net", "ip", "link"]).returncode:

@@ -155,7 +155,7 @@ def test_editable_install_has_the_version_of_the_source() -> None:
 
 
 @pytest.mark.parametrize("extra", ["tutorials", "lab", "docs"])
-def test_what_an_extra_brings_is_pinned(extra: str) -> None:
+def test_extras_are_pinned(extra: str) -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
     pinned = {canonicalize_name(line.partition("==")[0]) for line in lines}

@@ -275,7 +275,7 @@ OWN = {
 
 
 @PACKAGE
-def test_every_file_is_mirrored_or_its_own(package: str) -> None:
+def test_every_file_is_mirrored_or_listed(package: str) -> None:
     own = {"__init__", "__main__"} | OWN[package]
     files = {path.stem for path in (ROOT / package).glob("*.py")} - own
     assert set(MIRRORED) <= files

@@ -22,6 +22,7 @@ from lvxattn.plan.problem import planned
 from lvxattn.plan.problems import MODELS
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
+from tests.errors import says
 
 # Arithmetic is free unless a test says otherwise, and so is reading.
 FREE = Machine("free", 1e30, 1e30, 0.0, 1e9, Link(1e3, 0.0), Link(1e3, 0.0), 64, 64, 1e30, 0.0)
@@ -45,7 +46,7 @@ def nbytes(of: Layout, backward: bool = False) -> int:
 class TestClock:
     @pytest.mark.parametrize("backward", [False, True])
     @pytest.mark.parametrize("schedule", SCHEDULES)
-    def test_without_arithmetic_a_pass_takes_what_its_bytes_take(
+    def test_time_without_arithmetic_is_that_of_the_bytes(
         self, schedule: str, backward: bool
     ) -> None:
         of = layout(4, schedule)
@@ -54,14 +55,14 @@ class TestClock:
         assert played.computing < 1e-9
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
-    def test_without_a_network_to_wait_for_it_takes_its_arithmetic(self, schedule: str) -> None:
+    def test_time_without_network_is_that_of_the_arithmetic(self, schedule: str) -> None:
         fast = replace(FREE, matmul=1e3, inside=Link(1e30, 0.0))
         for backward, products in ((False, 4), (True, 10)):  # of D = D_V = 2 numbers each
             played = play(layout(4, schedule), fast, backward=backward)
             assert played.seconds == pytest.approx(2 * 4 * 8 * 16 * products / 4 / 1e3)
             assert played.waiting == pytest.approx(0, abs=1e-9)
 
-    def test_a_ring_hides_what_travels_behind_its_arithmetic(self) -> None:
+    def test_ring_overlaps_messages_with_arithmetic(self) -> None:
         of = layout(4, "ring")
         hop = nbytes(of) / 3 / 1e3
         for share in (0.5, 1.0, 2.0):  # of a hop's time on the wire
@@ -71,24 +72,24 @@ class TestClock:
                 4 * share * hop if share >= 1 else 3 * hop + share * hop
             )
 
-    def test_a_latency_is_paid_at_every_hop_of_a_ring_and_once_by_a_collective(self) -> None:
+    def test_latency_per_hop_and_per_collective(self) -> None:
         machine = replace(FREE, inside=Link(1e30, 1.0))
         assert play(layout(4, "ring"), machine).seconds == pytest.approx(3.0)
         assert play(layout(4, "gather"), machine).seconds == pytest.approx(2.0)
 
-    def test_ranks_of_a_host_share_its_link_and_rings_cross_it_once(self) -> None:
+    def test_ranks_of_a_host_share_its_link(self) -> None:
         two = replace(FREE, ranks_per_host=2, inside=Link(1e30, 0.0))
         ring, gather = layout(4, "lv-xattn"), layout(4, "gather")
         assert play(ring, two).seconds == pytest.approx(nbytes(ring) / 1e3)
         # Two ranks send two thirds of their bytes to the other host, over one link.
         assert play(gather, two).seconds == pytest.approx(2 * 2 / 3 * nbytes(gather) / 1e3)
 
-    def test_a_ring_crosses_between_hosts_once_however_ranks_were_placed(self) -> None:
+    def test_ring_crosses_each_host_once(self) -> None:
         two = replace(FREE, ranks_per_host=2, inside=Link(1e30, 0.0))
         dealt = replace(layout(4), order=(0, 2, 1, 3))  # ranks 0 and 2 are on one host
         assert play(dealt, two).seconds == pytest.approx(nbytes(dealt) / 1e3)
 
-    def test_the_longer_of_arithmetic_and_reading_hides_what_the_machine_says(self) -> None:
+    def test_hiding_of_arithmetic_and_reading(self) -> None:
         of = layout(1)
         arithmetic, reading = 4 * 2 * 4 * 8 * 16, 16 * 4 * 4 * 4
         for hiding in (0.0, 0.5, 1.0):
@@ -96,7 +97,7 @@ class TestClock:
             hidden = hiding * min(arithmetic, reading)
             assert play(of, machine).seconds == pytest.approx((arithmetic + reading - hidden) / 1e3)
 
-    def test_what_is_new_is_copied_before_it_leaves_and_what_is_passed_on_is_not(self) -> None:
+    def test_only_new_blocks_are_copied(self) -> None:
         slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
         query, result = 4 * 2 * 2 * 4, 4 * 2 * 4 * 4
         keys = 2 * 4 * 4 * 2 * 4
@@ -111,7 +112,7 @@ class TestClock:
                 schedule
             )
 
-    def test_room_is_made_for_the_gradients_of_all_keys_that_a_rank_meets(self) -> None:
+    def test_memory_for_gradients_of_all_keys(self) -> None:
         slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
         mine = 4 * 4 * (2 + 2) * 4  # a quarter of 16 keys, 4 heads, D = D_V = 2, fp32
         block, result = 4 * 2 * (2 + 2 + 1 + 1) * 4, 4 * 2 * 2 * 4
@@ -125,17 +126,17 @@ class TestClock:
             played = play(layout(4, schedule), slow, backward=True)
             assert played.seconds == pytest.approx(bytes_made / 1e3), schedule
 
-    def test_a_block_without_queries_takes_nothing(self) -> None:
+    def test_block_without_queries_takes_no_time(self) -> None:
         slow = replace(FREE, memory=1e3, start=5.0)
         empty = replace(layout(1), s_q=(0,))
         assert play(empty, slow).seconds == pytest.approx(0)
 
-    def test_a_call_takes_its_time_once(self) -> None:
+    def test_call_overhead_counts_once(self) -> None:
         for schedule in SCHEDULES:
             machine = replace(FREE, call=5.0, inside=Link(1e30, 0.0))
             assert play(layout(4, schedule), machine).seconds == pytest.approx(5.0)
 
-    def test_a_block_takes_at_least_its_start_and_the_reading_of_its_keys(self) -> None:
+    def test_block_time_is_at_least_start_and_reading(self) -> None:
         of = layout(1)
         slow = replace(FREE, memory=1e3)
         assert play(of, slow).seconds == pytest.approx(16 * 4 * 4 * 4 / 1e3)
@@ -143,12 +144,12 @@ class TestClock:
 
 
 class TestChoice:
-    def test_without_a_machine_it_is_the_fewest_bytes(self) -> None:
+    def test_auto_without_machine_minimises_bytes(self) -> None:
         assert candidates(layout(4, S_Q=4, S_KV=400))[0].schedule == "lv-xattn"
         assert candidates(layout(4, S_Q=400, S_KV=4))[0].schedule == "ring"
         assert candidates(layout(4, S_Q=64, S_KV=64))[0].schedule == "ulysses"
 
-    def test_on_a_machine_it_is_the_least_time(self) -> None:
+    def test_auto_with_machine_minimises_time(self) -> None:
         far = replace(FREE, inside=Link(1e9, 1.0))  # latency is all that counts
         found = candidates(layout(8, S_Q=8, S_KV=800, H=4), far)
         assert found[0].schedule == "gather"
@@ -156,7 +157,7 @@ class TestChoice:
             c.seconds for c in found if c.seconds
         )
 
-    def test_what_cannot_serve_is_last_and_says_why(self) -> None:
+    def test_unusable_schedule_is_last_with_reason(self) -> None:
         found = candidates(layout(8, H_KV=4, S_Q=64, S_KV=64))
         assert found[-1].schedule == "ulysses"
         assert "P = 8 does not divide H_KV = 4" in table(found)
@@ -167,7 +168,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("machine", "best"), [(None, "ring"), (MACHINES["a30-8"], "gather")], ids=["bytes", "time"]
     )
-    def test_auto_takes_it_on_every_rank_alike_and_explains(
+    def test_auto_agrees_on_all_ranks_and_explains(
         self, machine: Machine | None, best: str
     ) -> None:
         q, k = np.zeros((1, 2, 40, 4)), np.zeros((1, 2, 2, 4))
@@ -183,7 +184,7 @@ class TestChoice:
         assert text.splitlines()[2].split()[0] == best
         assert ("0.00" in text) == (machine is not None)
 
-    def test_replicated_queries_are_moved_by_no_schedule(self) -> None:
+    def test_replicated_queries_have_no_schedule(self) -> None:
         q, k = np.zeros((1, 2, 40, 4)), np.zeros((1, 2, 2, 4))
         for of in reference.run_ranks(
             3, lambda comm: Layout.agree(q, k, k, comm, schedule="auto", queries="replicated")
@@ -197,7 +198,7 @@ class TestChoice:
         # Round the ring: of ranks with equal shares, that before a small one sends more.
         [((3, 9, 3, 3), (5, 5, 5, 5)), ((3, 3, 3, 3), (5, 9, 5, 5)), ((0, 9, 3, 1), (5, 0, 2, 7))],
     )
-    def test_the_rank_that_sends_most_counts(
+    def test_busiest_rank_counts(
         self, schedule: str, s_q: tuple[int, ...], s_kv: tuple[int, ...]
     ) -> None:
         order = (2, 0, 3, 1)
@@ -209,12 +210,12 @@ class TestChoice:
         assert found.nbytes == max(sum(message.nbytes for message in sent) for sent in both)
         assert {found.messages} == set(map(len, both))
 
-    def test_of_ranks_whose_shares_differ_by_a_row_four_at_most_are_looked_at(self) -> None:
+    def test_at_most_four_similar_ranks_are_simulated(self) -> None:
         even, uneven = (planned((1, 4, n, 2), (1, 4, 640, 2), 64) for n in (640, 650))
         assert len(unlike_ranks(even)) == 1
         assert 2 <= len(unlike_ranks(uneven)) <= 4
 
-    def test_auto_computes_what_the_others_compute(self) -> None:
+    def test_auto_equals_chosen_schedule(self) -> None:
         rng = np.random.default_rng(0)
         q, k, v = (rng.standard_normal((1, 2, s, 4)) for s in (6, 30, 30))
         want, _ = reference.full_attention(q, k, v)
@@ -228,25 +229,28 @@ class TestChoice:
 
 
 class TestMachine:
-    def test_a_file_holds_what_was_saved(self, tmp_path: Path) -> None:
+    def test_machine_file_round_trip(self, tmp_path: Path) -> None:
         for machine in (*MACHINES.values(), replace(FREE, measured=MEASURED)):
             machine.check()
             machine.save(tmp_path / "m.json")
             assert Machine.load(tmp_path / "m.json") == machine
 
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "text"),
         [
             ({"version": 2}, "machine: expected version 3 in .*, got 2: measure it again"),
-            ({"version": True}, "machine: expected version 3 in .*, got True"),
+            ({"version": True}, says("machine", "version 3", True)),
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
-            ({"inside": {"bandwidth": "x", "latency": 0}}, "above 0 for inside.bandwidth"),
-            ({"copy": 0}, "machine: expected a number above 0 for copy in .*, got 0"),
-            ({"call": -1}, "machine: expected a number from 0 up for call in .*, got -1"),
+            (
+                {"inside": {"bandwidth": "x", "latency": 0}},
+                says("machine", "inside.bandwidth", "'x'"),
+            ),
+            ({"copy": 0}, says("machine", "copy", 0)),
+            ({"call": -1}, says("machine", "call", -1)),
             ({"hiding": 1.5}, "machine: expected a number from 0 to 1 for hiding in .*, got 1.5"),
-            ({"hiding": "x"}, "machine: expected a number from 0 to 1 for hiding in .*, got 'x'"),
-            ({"room": 10**400}, "machine: expected a number above 0 for room in .*, got 1000"),
+            ({"hiding": "x"}, says("machine", "hiding", "'x'")),
+            ({"room": 10**400}, "^machine: .* room .*1000"),
             ({"ranks": 2.5}, "machine: expected an int for ranks in .*, got 2.5"),
             ({"name": ["a"]}, r"machine: expected a text for name in .*, got \['a'\]"),
             (
@@ -260,17 +264,17 @@ class TestMachine:
             ({"colour": "red"}, "machine: .* is damaged"),
         ],
     )
-    def test_a_damaged_file_is_refused(
-        self, tmp_path: Path, change: dict[str, Any], says: str
+    def test_damaged_machine_file_raises(
+        self, tmp_path: Path, change: dict[str, Any], text: str
     ) -> None:
         path = tmp_path / "m.json"
         MACHINES["h100"].save(path)
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=text):
             Machine.load(path)
 
     @pytest.mark.parametrize(
-        ("text", "says"),
+        ("content", "words"),
         [
             ('{"version": 3, "name": "h1', "is no JSON: "),
             ("[" * 100_000, "is no JSON: "),
@@ -278,18 +282,16 @@ class TestMachine:
             ("[3]", "says no version"),
         ],
     )
-    def test_what_is_no_machine_s_file_is_refused(
-        self, tmp_path: Path, text: str, says: str
-    ) -> None:
+    def test_other_file_raises(self, tmp_path: Path, content: str, words: str) -> None:
         path = tmp_path / "m.json"
-        path.write_text(text)
+        path.write_text(content)
         expected = (
             "machine: expected a file that measure or Machine.save wrote, got .*m.json, which "
         )
-        with pytest.raises(ValueError, match=expected + says):
+        with pytest.raises(ValueError, match=expected + words):
             Machine.load(path)
 
-    def test_what_is_no_machine_is_refused_on_all_ranks(self) -> None:
+    def test_bad_machine_raises_on_all_ranks(self) -> None:
         x = np.zeros((1, 1, 2, 2))
         with pytest.raises(TypeError, match="machine: expected a Machine or None, got str"):
             reference.run_ranks(
@@ -298,12 +300,12 @@ class TestMachine:
 
 
 class TestMemory:
-    def test_the_paper_s_example_needs_234_gib_of_keys_and_values(self) -> None:
+    def test_paper_example_needs_234_gib(self) -> None:
         found = memory(MODELS["llama3v"], 2048, 1200, 1, dtype="bfloat16", recompute=False)
         assert found.keys == 2 * 8 * 1200 * 6404 * 8 * 128 * 2
         assert round(found.keys / 2**30) == 235  # "over 234 GB"
 
-    def test_made_again_they_take_one_layer_s_room(self) -> None:
+    def test_recomputed_keys_take_memory_of_one_layer(self) -> None:
         model = MODELS["mplug-owl3-7b"]
         kept, again = (
             memory(model, 512, 100, 8, dtype="float16", recompute=x) for x in (False, True)
@@ -313,21 +315,19 @@ class TestMemory:
         assert kept.total == kept.features + kept.keys + kept.text + kept.blocks
 
     @pytest.mark.parametrize("recompute", [False, True])
-    def test_one_frame_more_than_fits_does_not(self, recompute: bool) -> None:
+    def test_most_frames_is_exact(self, recompute: bool) -> None:
         model, given = MODELS["llama3v"], {"dtype": "bfloat16", "recompute": recompute}
         most = most_frames(model, 2048, 16, 80e9, **given)
         assert memory(model, 2048, most, 16, **given).total <= 80e9
         assert memory(model, 2048, most + 1, 16, **given).total > 80e9
 
-    def test_where_not_even_the_text_fits_no_frame_does(self) -> None:
+    def test_most_frames_is_0_if_text_does_not_fit(self) -> None:
         given = {"dtype": "bfloat16", "recompute": True}
         assert most_frames(MODELS["llama3v"], 2048, 1, 1e6, **given) == 0
 
 
 class TestCommand:
-    def test_it_prints_what_the_page_and_the_readme_show(
-        self, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_output_in_docs_is_current(self, capsys: pytest.CaptureFixture[str]) -> None:
         root = Path(__file__).parents[1]
         page, readme = ((root / name).read_text() for name in ("docs/commands.md", "README.md"))
         (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", page, re.DOTALL)
@@ -341,7 +341,7 @@ class TestCommand:
         assert set(lines) <= set(said.splitlines())
         assert "16,260" in said
 
-    def test_the_picture_says_how_many_frames_fit(self) -> None:
+    def test_picture_shows_frames_that_fit(self) -> None:
         pytest.importorskip("matplotlib")
         from lvxattn.draw.plan import winners
 
@@ -353,7 +353,7 @@ class TestCommand:
             assert f"keys, values {title}: {fit:,} frames" in said
         assert f"all that a rank has: {machine.room / 1e9:.3g} GB" in said
 
-    def test_the_picture_has_every_number_on_its_cell_and_is_800_pixels_wide(self) -> None:
+    def test_picture_shows_every_number(self) -> None:
         pytest.importorskip("matplotlib")
         from lvxattn.draw.plan import FRAMES, TEXT, times, winners
 
@@ -369,7 +369,7 @@ class TestCommand:
             assert said == pytest.approx(ring[at] / ours[at], rel=0.06)
             assert number.get_size() >= 11
 
-    def test_it_draws_and_says_where(
+    def test_plot_is_written_and_named(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         pytest.importorskip("matplotlib")
@@ -379,7 +379,7 @@ class TestCommand:
         assert capsys.readouterr().out.endswith(f"\n\n  {file} has the picture\n")
 
     @pytest.mark.parametrize(
-        ("line", "dtype", "says"),
+        ("line", "dtype", "words"),
         [
             ("", "float32", "\n"),
             ("--dtype bfloat16", "bfloat16", "; the plan has another dtype"),
@@ -391,19 +391,20 @@ class TestCommand:
             ),
         ],
     )
-    def test_the_dtype_is_the_measured_one_and_another_is_remarked_on(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, dtype: str, says: str
+    def test_dtype_defaults_to_the_measured_one(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, dtype: str, words: str
     ) -> None:
         replace(FREE, measured=MEASURED).save(tmp_path / "m.json")
         assert main(["--machine", str(tmp_path / "m.json"), "--ranks", "2", *line.split()]) == 0
         said = capsys.readouterr().out
         assert re.search(rf"\n  shapes .* {dtype}\n", said)
         assert (
-            f"\n  measured  32/8 heads of 128 in float32, by mpi_impl on CPU, 2 cores{says}" in said
+            f"\n  measured  32/8 heads of 128 in float32, by mpi_impl on CPU, 2 cores{words}"
+            in said
         )
 
     @pytest.mark.parametrize(
-        ("frames", "says"),
+        ("frames", "words"),
         [
             (4878, "room for 4,878 frames either way"),
             (4879, "room for 4,879 frames only if they are made again"),
@@ -411,13 +412,13 @@ class TestCommand:
             (16261, "NO ROOM for 16,261 frames either way"),
         ],
     )
-    def test_it_says_whether_the_frames_fit(
-        self, capsys: pytest.CaptureFixture[str], frames: int, says: str
+    def test_command_says_whether_frames_fit(
+        self, capsys: pytest.CaptureFixture[str], frames: int, words: str
     ) -> None:
         assert main(["--frames", str(frames)]) == 0
-        assert capsys.readouterr().out.endswith(f"\n  a rank has 80.0 GB: {says}\n")
+        assert capsys.readouterr().out.endswith(f"\n  a rank has 80.0 GB: {words}\n")
 
-    def test_one_rank_has_nothing_to_choose(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_one_rank_has_no_schedule_to_choose(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--ranks", "1", "--frames", "1"]) == 0
         said = capsys.readouterr().out
         assert "llama3v, 1 frame, " in said
@@ -425,31 +426,31 @@ class TestCommand:
         assert "least time  any: nothing is sent\n" in said
 
     @pytest.mark.parametrize(
-        ("line", "says"),
+        ("line", "words"),
         [
             ("--machine h1000", "--machine: expected one of a100-16, "),
-            ("--machine {bad}", "--machine: expected a file that measure or Machine.save wrote, "),
+            ("--machine {bad}", "--machine: "),
             ("--machine /", "--machine: /: Is a directory"),
             ("--ranks 513", "--ranks: expected at most 512, got 513"),
             ("--plot {none}/x.png", "--plot: there is no folder "),
             ("--plot x.xyz", "--plot: expected a name that ends in .png, .pdf, .svg, got x.xyz"),
-            ("--frames 0", "--frames: expected a whole number from 1 up, got '0'"),
-            ("--text-tokens 0", "--text-tokens: expected a whole number from 1 up, got '0'"),
+            ("--frames 0", "--frames: "),
+            ("--text-tokens 0", "--text-tokens: "),
             ("--model gpt", "--model: invalid choice: 'gpt'"),
         ],
     )
-    def test_what_makes_no_sense_is_refused_in_a_line(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, says: str
+    def test_bad_command_line_prints_one_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
     ) -> None:
         (tmp_path / "bad.json").write_text("{}")
-        words = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
-        assert main(words) == 2
+        given = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
+        assert main(given) == 2
         said = capsys.readouterr()
-        assert said.err.startswith(f"python -m lvxattn.plan: error: argument {says}")
+        assert said.err.startswith(f"python -m lvxattn.plan: error: argument {words}")
         assert said.err.count("\n") == 1
         assert said.out == ""
 
-    def test_without_matplotlib_a_picture_is_refused_before_the_work(
+    def test_picture_without_matplotlib_is_refused_before_work(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(command, "find_spec", lambda _: None)

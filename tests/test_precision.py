@@ -31,9 +31,7 @@ def travelled(schedule: str, P: int, wire: str, result: str) -> list[float]:
 @pytest.mark.parametrize("wire", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("result", ["out", "dq"])
 @pytest.mark.parametrize("P", RANKS)
-def test_rounding_results_at_every_hop_costs_the_root_of_half_the_hops(
-    P: int, result: str, wire: str
-) -> None:
+def test_error_of_rounding_at_every_hop(P: int, result: str, wire: str) -> None:
     grows = UNIT[wire] * sqrt((P - 1) / 2)
     for error in travelled("lv-xattn", P, wire, result):
         assert grows / sqrt(12) < error < grows / sqrt(3)
@@ -41,7 +39,7 @@ def test_rounding_results_at_every_hop_costs_the_root_of_half_the_hops(
 
 @pytest.mark.parametrize("result", ["out", "dq"])
 @pytest.mark.parametrize("P", RANKS)
-def test_rounding_results_once_costs_one_rounding_however_many_ranks(P: int, result: str) -> None:
+def test_error_of_rounding_once(P: int, result: str) -> None:
     flat = UNIT["bfloat16"] * sqrt((P - 1) / P)
     for error in travelled("gather", P, "bfloat16", result):
         assert flat / sqrt(12) < error < flat / sqrt(3)
@@ -49,9 +47,7 @@ def test_rounding_results_once_costs_one_rounding_however_many_ranks(P: int, res
 
 @pytest.mark.parametrize("schedule", ["lv-xattn", "gather"])
 @pytest.mark.parametrize("P", RANKS)
-def test_what_travels_in_fp32_is_not_seen_in_a_result_in_half_precision(
-    P: int, schedule: str
-) -> None:
+def test_fp32_wire_error_is_below_half_precision_rounding(P: int, schedule: str) -> None:
     # A merge is off by (2 lse + 8) u of what it joins (tests/tolerances.py), and no part of a ring
     # counts more than the whole.
     out, _ = problem().forward(P, schedule, ["float32", "float32"])
@@ -63,7 +59,7 @@ def test_what_travels_in_fp32_is_not_seen_in_a_result_in_half_precision(
 
 
 @pytest.mark.parametrize("P", RANKS)
-def test_lse_in_half_precision_costs_more_than_out(P: int) -> None:
+def test_half_precision_lse_costs_more_than_out(P: int) -> None:
     # lse travels as (top, total).  An error in either is one in the weight of all that has been
     # merged, and where the largest score is above 2, bf16 has steps of 1 / 64 for it.
     both, apart = (

@@ -78,7 +78,7 @@ def solve_on_ranks(problem: Problem, P: int, **options: Any) -> list[dict[str, A
 
 @settings(max_examples=250)
 @given(case=cuts(), reuse_layout=st.booleans())
-def test_ranks_give_the_naive_results_and_leave_their_inputs_alone(
+def test_ranks_equal_naive_results_and_leave_inputs_unchanged(
     case: Cut, reuse_layout: bool
 ) -> None:
     problem = frozen(case.make())
@@ -90,7 +90,7 @@ def test_ranks_give_the_naive_results_and_leave_their_inputs_alone(
 
 @settings(max_examples=150)
 @given(case=cuts(), parts=st.integers(1, 4))
-def test_blocks_of_mpi_impl_give_the_naive_results(case: Cut, parts: int) -> None:
+def test_mpi_blocks_equal_naive_results(case: Cut, parts: int) -> None:
     problem = frozen(case.make())
     results = solve_block(problem, MPI_NUMPY, parts)
     assert max(worst_ratios(problem, results).values()) <= 1
@@ -107,7 +107,7 @@ def test_the_same_ranks_give_the_same_bits(case: Cut) -> None:
 
 @settings(max_examples=40)
 @given(case=cuts())
-def test_the_wire_may_be_as_wide_as_the_arrays(case: Cut) -> None:
+def test_wide_wire_dtype(case: Cut) -> None:
     problem = case.make()
     plain = solve_on_ranks(problem, case.P)[0]
     wide = run_ranks(case.P, lambda comm: solve(problem, comm, reference), wire_dtype=np.float64)[0]
@@ -158,9 +158,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("layout", [every_other, head_last, backwards, read_only])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_how_arrays_lie_in_memory_does_not_matter(
-    dtype: str, layout: Any, implementation: Any
-) -> None:
+def test_memory_layout_does_not_matter(dtype: str, layout: Any, implementation: Any) -> None:
     p = Case("memory", B=2, H=4, H_KV=2, mask="full", dtype=dtype).make()
     arrays = {"q": p.q, "k": p.k, "v": p.v, "dout": p.dout}
     strange = {name: layout(x) for name, x in arrays.items()}
@@ -175,7 +173,7 @@ def test_how_arrays_lie_in_memory_does_not_matter(
 
 
 @IMPLEMENTATIONS
-def test_one_row_repeated_without_memory_is_as_good_as_many(implementation: Any) -> None:
+def test_zero_stride_inputs(implementation: Any) -> None:
     p = Case("stride 0", B=2, H=2, S_Q=5, S_KV=9).make()
     arrays = {"q": p.q, "k": p.k, "v": p.v, "dout": p.dout}
     stretched = {name: np.broadcast_to(x[:1, :, :1], x.shape) for name, x in arrays.items()}
@@ -194,9 +192,7 @@ def test_one_row_repeated_without_memory_is_as_good_as_many(implementation: Any)
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float16")])
-def test_a_change_of_dtype_between_calls_changes_nothing_else(
-    dtypes: tuple[str, str], implementation: Any
-) -> None:
+def test_dtype_may_change_between_calls(dtypes: tuple[str, str], implementation: Any) -> None:
     for dtype in (*dtypes, dtypes[0]):
         p = Case("dtypes", dtype=dtype).make()
         results = on_one_rank(implementation, {"q": p.q, "k": p.k, "v": p.v, "dout": p.dout}, None)
@@ -211,7 +207,7 @@ def test_a_change_of_dtype_between_calls_changes_nothing_else(
 
 @pytest.mark.parametrize("P", [1, 2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("cyclic", [False, True])
-def test_each_block_is_sent_P_minus_1_times_and_nothing_else_is(P: int, cyclic: bool) -> None:
+def test_each_block_is_sent_P_minus_1_times(P: int, cyclic: bool) -> None:
     p = Case("bytes", B=2, H=6, H_KV=2, S_Q=29, S_KV=31, D=4, D_V=3, cut="ragged").make()
     bounds, _ = p.case.cuts(P)
     s_q = [b - a for a, b in pairwise(bounds)]
@@ -254,7 +250,7 @@ def test_each_block_is_sent_P_minus_1_times_and_nothing_else_is(P: int, cyclic: 
             assert {m.dest for m in sent} <= {order[(place + 1) % P]}
 
 
-def test_a_meter_adds_up_over_calls() -> None:
+def test_meter_accumulates_over_calls() -> None:
     p = Case("meter").make()
 
     def fn(comm: VirtualComm) -> Meter:

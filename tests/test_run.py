@@ -165,7 +165,7 @@ def file_lines(folder: Path) -> list[list[Any]]:
 @pytest.mark.parametrize(
     ("implementation", "P"), [pytest.param("mpi_impl", 1, marks=pytest.mark.mpi), *WORLDS]
 )
-def test_files_in_every_dtype_give_the_true_result(implementation: str, P: int, tell: Tell) -> None:
+def test_files_in_every_dtype_give_correct_results(implementation: str, P: int, tell: Tell) -> None:
     told = tell(implementation, P)
     for n, one in enumerate(MADE):
         said = told.files[n]
@@ -183,7 +183,7 @@ def test_files_in_every_dtype_give_the_true_result(implementation: str, P: int, 
 
 @pytest.mark.mpi
 @pytest.mark.skipif(find_spec("torch") is None, reason="needs PyTorch")
-def test_both_command_lines_agree_on_a_file(tell: Tell) -> None:
+def test_command_lines_agree_on_a_file(tell: Tell) -> None:
     ours, theirs = tell(*MPI_RANKS), tell(*TORCH_RANKS)
     for n, one in enumerate(MADE):
         limit = limits(one.case, one.truth(), one.case.dtype, accumulator(one.case.dtype))
@@ -195,9 +195,7 @@ def test_both_command_lines_agree_on_a_file(tell: Tell) -> None:
 
 
 @EACH
-def test_random_problems_are_those_that_one_rank_would_make(
-    implementation: str, P: int, tell: Tell
-) -> None:
+def test_random_problem_equals_that_of_one_rank(implementation: str, P: int, tell: Tell) -> None:
     parser = Parser()
     add_options(parser)
     made = take_share(describe(parser.parse_args(RANDOM[1:])), 0, 1).tensors
@@ -229,7 +227,7 @@ def test_each_rank_reads_its_own_bytes_only(
         np.testing.assert_array_equal(joined, getattr(made, name))
 
 
-def test_random_tensors_are_the_same_on_any_number_of_ranks() -> None:
+def test_random_tensors_do_not_depend_on_ranks() -> None:
     shapes = {"q": (2, 3, 2500, 4), "k": (2, 3, 2500, 4), "mask": (2, 1, 1, 2500)}
     whole = RunProblem("", RandomTensors(7, shapes, "float32"), shapes, "float32")
     (one,) = (take_share(whole, 0, 1).tensors,)
@@ -283,9 +281,7 @@ def chosen_lines(folder: Path) -> list[list[Any]]:
 
 
 @EACH
-def test_presets_and_sizes_pass_their_check_and_are_reported(
-    implementation: str, P: int, tell: Tell
-) -> None:
+def test_presets_and_sizes_pass_check(implementation: str, P: int, tell: Tell) -> None:
     told = tell(implementation, P)
     preset, sizes, *others = told.presets
 
@@ -322,7 +318,7 @@ def test_presets_and_sizes_pass_their_check_and_are_reported(
 
 
 @EACH
-def test_auto_says_what_it_has_chosen_and_why(implementation: str, P: int, tell: Tell) -> None:
+def test_auto_explains_its_choice(implementation: str, P: int, tell: Tell) -> None:
     q, k = (1, 4, 19, 8), (1, 4, 100, 8)
     fewest, least, mine = tell(implementation, P).chosen
     assert {(said.status, said.err) for said in (fewest, least, mine)} == {(0, "")}
@@ -371,7 +367,7 @@ def test_the_table_has_fixed_widths() -> None:
     assert max(len(line) for said in (one, four) for line in said.out.splitlines()) <= 100
 
 
-def test_a_long_host_name_does_not_widen_the_table(
+def test_long_host_name_is_shortened(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program.socket, "gethostname", lambda: "n" * 40)
@@ -382,7 +378,7 @@ def test_a_long_host_name_does_not_widen_the_table(
 
 
 @EACH
-def test_check_catches_a_wrong_result(implementation: str, P: int, tell: Tell) -> None:
+def test_check_catches_wrong_results(implementation: str, P: int, tell: Tell) -> None:
     for breakage, said in zip(BREAKAGES, tell(implementation, P).broken, strict=True):
         assert said.status == 1, breakage
         assert said.err == "lvxattn run: a check failed\n"
@@ -402,9 +398,7 @@ def hidden_lines(folder: Path) -> list[list[Any]]:
 
 
 @EACH
-def test_a_row_that_a_number_hides_passes_its_check_if_it_is_right(
-    implementation: str, P: int, tell: Tell
-) -> None:
+def test_row_hidden_by_finite_number_passes_check(implementation: str, P: int, tell: Tell) -> None:
     right, broken = tell(implementation, P).hidden
     assert right.status == 0, right.out
     assert broken.status == 1
@@ -441,40 +435,40 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (damaged(folder / "e", {**three, "k": {**three["k"], "shape": [-1]}}, bytes(192)), "[-1]"),
         (save(folder / "f", {"q": x, "v": x}), "expected a tensor k, found q, v"),
         (save(folder / "g", {n: a.astype(np.int32) for n, a in good.items()}), "got I32"),
-        (save(folder / "h", {**good, "v": x.astype(np.float64)}), "expected q's dtype float32"),
-        (save(folder / "i", {**good, "k": x[..., :3].copy()}), "expected D = 4"),
-        (save(folder / "j", {**good, "v": x[:, :, 1:].copy()}), "expected s_kv = 6"),
-        (save(folder / "k", {**good, "q": x[0]}), "expected 4 axes"),
-        (save(folder / "l", {**good, "mask": np.ones((1, 1, 5, 6), bool)}), "mask: expected its"),
+        (save(folder / "h", {**good, "v": x.astype(np.float64)}), "float64"),
+        (save(folder / "i", {**good, "k": x[..., :3].copy()}), "(1, 2, 6, 3)"),
+        (save(folder / "j", {**good, "v": x[:, :, 1:].copy()}), "(1, 2, 5, 4)"),
+        (save(folder / "k", {**good, "q": x[0]}), "(2, 6, 4)"),
+        (save(folder / "l", {**good, "mask": np.ones((1, 1, 5, 6), bool)}), "(1, 1, 5, 6)"),
         (
             damaged(folder / "o", {"q": {**three["q"], "shape": [True, 48]}}, bytes(192)),
             "[True, 48]",
         ),
         (damaged(folder / "p", {**three, "k": three["q"]}, bytes(192)), "k and q overlap"),
-        (save(folder / "m", {**good, "mask": np.ones((6, 5), bool)}), "mask: expected its last"),
+        (save(folder / "m", {**good, "mask": np.ones((6, 5), bool)}), "(6, 5)"),
     ]
     nowhere, pipe = folder / "nowhere" / "file", folder / "pipe"
     os.mkfifo(pipe)
     # Where there is /proc, nobody can make a file in it, root included.
-    sealed = "error: {}: /proc/lvxattn" if Path("/proc").is_dir() else "there is no folder"
+    sealed = "error: {}: /proc/lvxattn" if Path("/proc").is_dir() else "/proc"
     return [
         *bad,
         *[(["--input", path], text) for path, text in files],
-        (["--input", folder / "good", "--backward"], "expected a tensor dout"),
+        (["--input", folder / "good", "--backward"], "dout"),
         (
             ["--input", save(folder / "n", {**good, "dout": x[:, :1].copy()}), "--backward"],
-            "dout: expected shape",
+            "dout: ",
         ),
         (["--input", folder / "good", "--dtype", "float32"], "--dtype: not allowed with"),
-        (["--input", folder / "good", "--output", nowhere], "there is no folder"),
-        (["--input", folder / "good", "--output", folder / "good"], "another file than --input's"),
+        (["--input", folder / "good", "--output", nowhere], "/nowhere/file: there is no folder "),
+        (["--input", folder / "good", "--output", folder / "good"], "--input"),
         (
             [*SMALL, "--output", folder / "x", "--json", folder / "x"],
             "--json: expected another file than --output's",
         ),
         ([*SMALL, "--output", pipe], "got a directory or a device"),
         (["--input", folder / "good", "--output", folder], "directory"),
-        ([*SMALL, "--json", nowhere, "--quiet"], "there is no folder"),
+        ([*SMALL, "--json", nowhere, "--quiet"], "/nowhere"),
         *[
             ([*SMALL, option, f"/proc/lvxattn{end}", "--quiet"], sealed.format(option))
             for option, end in (("--json", ""), ("--trace", ""), ("--plot-trace", ".png"))
@@ -484,24 +478,24 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (["--schedule", "star"], "invalid choice: 'star'"),
         (
             [*SMALL, "--schedule", "ulysses", "--kv-heads", "1"],
-            "schedule: expected another one than 'ulysses', which needs H_KV to be a multiple",
+            "schedule: ",
         ),
         (["--machine", "h100"], "argument --machine: needs --schedule auto"),
         *[
             ([*SMALL, "--schedule", "auto", "--machine", machine], text)
             for machine, text in (
-                ("h1000", "--machine: expected one of a100-16, "),
+                ("h1000", "'h1000'"),
                 (folder, "Is a directory"),
-                (folder / "short", "--machine: expected a file that measure or Machine.save wrote"),
-                (other_version(folder / "version"), "expected version 3 in "),
+                (folder / "short", "/short"),
+                (other_version(folder / "version"), "/version"),
             )
         ],
         (["--frames", "3"], "--frames: needs a --model"),
-        (["--heads", "3", "--kv-heads", "2"], "expected H_KV to divide"),
-        (["--head-dim", "0"], "expected a whole number from 1 up"),
-        (["--text-tokens", "-1"], "expected a whole number from 0 up"),
-        (["--repeat", "0"], "expected a whole number from 1 up"),
-        (["--scale", "nan"], "expected a finite number"),
+        (["--heads", "3", "--kv-heads", "2"], "H_KV"),
+        (["--head-dim", "0"], "--head-dim: expected a whole number from 1 up, got '0'"),
+        (["--text-tokens", "-1"], "--text-tokens: "),
+        (["--repeat", "0"], "--repeat: "),
+        (["--scale", "nan"], "--scale: expected a finite number, got 'nan'"),
         (["--visual-tokens", "1000000000000000"], "does not fit in memory"),
     ]
 
@@ -521,9 +515,7 @@ def has_gpu() -> bool:
 
 
 @EACH
-def test_bad_input_is_refused_in_one_line(
-    implementation: str, P: int, tell: Tell, tmp_path: Path
-) -> None:
+def test_bad_input_prints_one_line(implementation: str, P: int, tell: Tell, tmp_path: Path) -> None:
     told = tell(implementation, P)
     for (line, text), said in zip(bad_inputs(tmp_path, implementation), told.bad, strict=True):
         assert said.status == 2, line
@@ -535,7 +527,7 @@ def test_bad_input_is_refused_in_one_line(
 
 
 @pytest.mark.mpi
-def test_a_file_is_tried_before_the_work_and_left_as_it_is(tmp_path: Path) -> None:
+def test_output_file_is_probed_without_change(tmp_path: Path) -> None:
     there, link, pipe = tmp_path / "there", tmp_path / "link", tmp_path / "pipe"
     there.write_text("what was there")
     link.symlink_to(tmp_path / "not yet")
@@ -550,7 +542,7 @@ def test_a_file_is_tried_before_the_work_and_left_as_it_is(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("command", ["run --json", "run --trace", "measure --output"])
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+def test_unwritable_file_is_refused_before_work(
     command: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -566,7 +558,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     assert "File name too long" in said.err
 
 
-def test_the_output_goes_where_a_link_leads(tmp_path: Path) -> None:
+def test_output_follows_symlinks(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (said,) = commands(2, ["run", *SMALL, "--output", tmp_path / "link", "--quiet"])
     assert said.status == 0
@@ -575,7 +567,7 @@ def test_the_output_goes_where_a_link_leads(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-def test_a_result_of_nan_is_not_right(tmp_path: Path) -> None:
+def test_nan_result_fails_check(tmp_path: Path) -> None:
     x = np.ones((1, 1, 6, 4), np.float32)
     path = save(tmp_path / "nan", {"q": x, "k": x * np.nan, "v": x})
     (said,) = commands(2, ["run", "--input", path, "--check", "--quiet"])
@@ -584,7 +576,7 @@ def test_a_result_of_nan_is_not_right(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-def test_the_output_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+def test_output_replaces_existing_file(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("what was there")
     (said,) = commands(2, ["run", *SMALL, "--output", target, "--quiet"])
@@ -593,9 +585,7 @@ def test_the_output_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_result_for_which_there_is_no_room_leaves_nothing_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:

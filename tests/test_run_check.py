@@ -97,7 +97,7 @@ def made(S_KV: int, dtype: str, mask: Array | None = None, *, lost: int | None =
         pytest.param("bfloat16", {"lse"}, marks=pytest.mark.slow),
     ],
 )
-def test_one_key_lost_among_200_000_is_seen(dtype: str, seeing: set[str]) -> None:
+def test_check_sees_one_lost_key_of_200_000(dtype: str, seeing: set[str]) -> None:
     right, wrong = (made(200_000, dtype, lost=lost) for lost in (None, 123_456))
     assert right.failed() == set()
     of_queries = {name: wrong.results[name] for name in ("out", "lse", "dq")}
@@ -105,7 +105,7 @@ def test_one_key_lost_among_200_000_is_seen(dtype: str, seeing: set[str]) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_rows_hidden_by_a_number_are_checked_as_strictly_as_others(dtype: str) -> None:
+def test_rows_hidden_by_finite_number_are_checked_strictly(dtype: str) -> None:
     least = float(np.finfo(accumulator(dtype)).min)
     for low in LOWS.get(dtype, (-1e4, -1e9, -1e15, least)):
         mask = np.zeros((1, 1, SHAPE[2], 30), dtype_of(dtype))

@@ -8,7 +8,7 @@ from tests.launch import PROGRAMS, mpiexec
 
 
 @pytest.mark.mpi
-def test_random_problems_on_random_groups_of_ranks_are_right_and_leave_no_memory() -> None:
+def test_soak() -> None:
     ended = mpiexec(4, PROGRAMS / "soak.py", "40", "5000", timeout=90)
     assert (ended.status, ended.err) == (0, ""), ended.out
     assert re.search(r"^40 problems, .* worst error 0\.\d+ of its limit$", ended.out, re.M)

@@ -56,7 +56,7 @@ def passes(case: Case, kind: str, P: int) -> tuple[Any, list[reference.Message],
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_message_is_foreseen(kind: str, seed: int) -> None:
+def test_plan_foresees_every_message(kind: str, seed: int) -> None:
     P = 1 + seed % 5
     layout, logs, meters = passes(case_of(seed, kind, P), kind, P)
     for backward in (False, True):
@@ -69,7 +69,7 @@ def test_every_message_is_foreseen(kind: str, seed: int) -> None:
             assert meter.bytes == sum(message.nbytes for message in planned)
 
 
-def test_half_precision_travels_as_such_and_its_results_in_fp32() -> None:
+def test_half_precision_results_travel_in_fp32() -> None:
     q, k = (np.zeros((1, 4, s, 8), np.float16) for s in (6, 10))
     layouts = reference.run_ranks(
         2, lambda comm: reference.Layout.agree(q, k, k, comm, schedule="gather")
@@ -84,7 +84,7 @@ def test_half_precision_travels_as_such_and_its_results_in_fp32() -> None:
     [(report, 3, ["float32", "float16"]), (torch_report, 3, ["float32", "float16", "bfloat16"])],
     ids=["mpi", "torch"],
 )
-def test_real_ranks_send_what_is_foreseen(started: Any, P: int, dtypes: list[str]) -> None:
+def test_real_ranks_send_planned_messages(started: Any, P: int, dtypes: list[str]) -> None:
     found = started(P, "run_messages.py", "24", *dtypes)
     assert found["wrong"] == []
     cuts = {"even", "ragged", "first", "last"}

@@ -15,6 +15,7 @@ from lvxattn.cli import clocks, tracing
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.timeline import Post, Span, Timeline
+from lvxattn.common.wire import NAMES
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.plan.steps import messages
 from lvxattn.plan.trace import Clock, Overlap, Trace, lanes
@@ -23,7 +24,7 @@ from tests.cases import Case
 from tests.commands import Said, commands
 from tests.traces import check_trace
 
-KINDS = [*SCHEDULES, "replicated"]
+WAYS = [*SCHEDULES, "replicated"]
 P = 4
 SMALL = ["run", "--text-tokens", "19", "--visual-tokens", "100", "--heads", "6", "--head-dim", "8"]
 WORLDS = [
@@ -57,9 +58,9 @@ def timelines(kind: str) -> tuple[Any, list[Timeline]]:
     return found[0][0], [timeline for _, timeline in found]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WAYS)
 class TestVirtualRanks:
-    def test_every_message_is_there_as_the_plan_foresees_it(self, kind: str) -> None:
+    def test_timeline_has_all_planned_messages(self, kind: str) -> None:
         layout, found = timelines(kind)
         for rank, timeline in enumerate(found):
             planned = [m for b in (False, True) for m in messages(layout, rank, backward=b)] * 2
@@ -68,7 +69,7 @@ class TestVirtualRanks:
             assert timeline.messages == len(timeline.posted)
             assert timeline.bytes == sum(post.nbytes for post in timeline.posted)
 
-    def test_spans_add_up_to_the_meter(self, kind: str) -> None:
+    def test_spans_sum_to_the_meter(self, kind: str) -> None:
         _, found = timelines(kind)
         for timeline in found:
             for spans, total in (
@@ -79,7 +80,7 @@ class TestVirtualRanks:
                 assert spans == sorted(spans, key=lambda span: span.start)
             assert [name for name, _ in timeline.passes] == ["forward", "backward"] * 2
 
-    def test_every_block_is_taken_after_it_was_sent(self, kind: str) -> None:
+    def test_blocks_arrive_after_they_are_sent(self, kind: str) -> None:
         trace = Trace.of(timelines(kind)[1])
         assert trace.trips
         for trip in trace.trips:
@@ -91,7 +92,7 @@ class TestVirtualRanks:
         taken = Counter((trip.dest, trip.taken) for trip in trace.trips)
         assert set(taken.values()) == {1}
 
-    def test_the_file_is_one_that_viewers_take(self, kind: str, tmp_path: Path) -> None:
+    def test_trace_file_is_valid(self, kind: str, tmp_path: Path) -> None:
         trace = Trace.of(timelines(kind)[1])
         write_trace(trace, str(tmp_path / "trace"), ["a", "b", "a", "b"], {"more": 1})
         document = json.loads((tmp_path / "trace").read_text())
@@ -102,15 +103,12 @@ class TestVirtualRanks:
 
 
 @pytest.mark.parametrize("schedule", ["lv-xattn", "ring"])
-def test_an_arrow_follows_a_block_all_its_way_round(schedule: str, tmp_path: Path) -> None:
+def test_arrows_follow_blocks_around_the_ring(schedule: str, tmp_path: Path) -> None:
     layout, found = timelines(schedule)
     write_trace(Trace.of(found), str(tmp_path / "trace"), ["here"] * P)
     flows = check_trace(json.loads((tmp_path / "trace").read_text()), P)
     ways = Counter((flow[0]["name"], tuple(e["pid"] for e in flow)) for flow in flows.values())
-    there, back = {
-        "lv-xattn": ("the queries of rank {}", "the results for rank {}'s queries"),
-        "ring": ("the keys and values of rank {}", "the gradients of rank {}'s keys and values"),
-    }[schedule]
+    there, back = NAMES[schedule]
     # lv-xattn's results come home in both passes, the gradients of ring's keys in the backward.
     often = {there: 4, back: 4 if schedule == "lv-xattn" else 2}
     wanted: Counter[Any] = Counter()
@@ -125,18 +123,25 @@ def test_an_arrow_follows_a_block_all_its_way_round(schedule: str, tmp_path: Pat
     assert ways == wanted
 
 
-def test_a_block_is_named_as_one_would_ask_for_it() -> None:
+def test_block_names() -> None:
     _, found = timelines("lv-xattn")
     names = {span.block.name for span in found[0].computed}
-    assert names == {f"the queries of rank {rank}" for rank in range(P)}
-    block = Block("the queries of rank {}", 2, 1)
+    assert names == {NAMES["lv-xattn"][0].format(rank) for rank in range(P)}
+    block = Block(NAMES["lv-xattn"][0], 2, 1)
     assert str(block) == "the queries of rank 2 at hop 1"
     assert str(block._replace(source=3)) == "the queries of rank 2 at hop 1, from rank 3"
     assert str(block._replace(dest=0)) == "rank 0 to take the queries of rank 2 at hop 1"
+    named = [kind.format(1) for kinds in NAMES.values() for kind in kinds]
+    assert named == [
+        "the queries of rank 1",
+        "the results for rank 1's queries",
+        "the keys and values of rank 1",
+        "the gradients of rank 1's keys and values",
+    ]
     assert str(Block("all ranks' queries")) == "all ranks' queries"
 
 
-def test_a_meter_that_keeps_nothing_asks_for_no_names() -> None:
+def test_plain_meter_makes_no_names() -> None:
     def never(*_: Any) -> Block:
         raise AssertionError("put into words")
 
@@ -167,12 +172,12 @@ def hand_made() -> list[Timeline]:
     ]
 
 
-def test_overlap_is_what_was_computed_while_something_was_on_its_way() -> None:
+def test_overlap_of_computing_and_messages() -> None:
     overlap = Trace.of(hand_made()).overlap()
     assert overlap == [Overlap(8, 3, 1), Overlap(8, 4, 1.75)]
 
 
-def test_what_is_empty_has_no_arrow_because_nobody_waits_until_it_is_sent() -> None:
+def test_empty_blocks_have_no_arrow() -> None:
     one, two = hand_made()
     one.posted.append(Post(9.5, 1, 0, Block("nothing", dest=1)))
     two.waited.append(Span(9.25, 9.25, Block("nothing", source=0)))
@@ -181,7 +186,7 @@ def test_what_is_empty_has_no_arrow_because_nobody_waits_until_it_is_sent() -> N
     assert Counter(event["name"] for event in arrows) == {"one": 2, "two": 2}
 
 
-def test_clocks_that_differ_and_drift_are_aligned() -> None:
+def test_drifting_clocks_are_aligned() -> None:
     zero, one = hand_made()
     # Rank 1's clock began at 100 and gains a hundredth of a second in a second.
     theirs = [100 + 1.01 * t for t in (-1, 11)]
@@ -198,7 +203,7 @@ def test_clocks_that_differ_and_drift_are_aligned() -> None:
 
 
 @pytest.mark.parametrize("slow", ["send", "receive"])
-def test_a_clock_is_known_to_half_of_the_shortest_round_trip(
+def test_clock_error_is_half_the_shortest_round_trip(
     slow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng, offset = np.random.default_rng(0), -7.0
@@ -233,7 +238,7 @@ def test_a_clock_is_known_to_half_of_the_shortest_round_trip(
     assert 5e-5 <= second.accuracy < 1e-4  # the shortest, not any: the mean is 2.8e-4
 
 
-def test_lanes_hold_what_lies_apart_or_within() -> None:
+def test_lanes_hold_disjoint_or_nested_spans() -> None:
     assert lanes([]) == []
     assert lanes([(0, 1), (1, 2), (1.5, 3), (1.6, 2), (2, 2.5), (3, 4)]) == [0, 0, 1, 0, 0, 0]
 
@@ -252,13 +257,13 @@ def lines(folder: Path, schedules: tuple[str, ...]) -> list[list[Any]]:
 def bad(folder: Path) -> list[tuple[list[Any], str]]:
     """What is refused, and what is said of it."""
     return [
-        (["--trace", folder / "nowhere" / "x"], "there is no folder"),
-        (["--plot-trace", folder / "nowhere" / "x.png"], "there is no folder"),
+        (["--trace", folder / "nowhere" / "x"], f"{folder / 'nowhere'}"),
+        (["--plot-trace", folder / "nowhere" / "x.png"], f"{folder / 'nowhere'}"),
         (["--trace", folder], "--trace: expected a file, got the directory"),
-        (["--trace", folder / "x", "--json", folder / "x"], "expected another file than --json's"),
-        (["--trace", folder / "x.png", "--plot-trace", folder / "x.png"], "another file than"),
+        (["--trace", folder / "x", "--json", folder / "x"], "--json"),
+        (["--trace", folder / "x.png", "--plot-trace", folder / "x.png"], "--plot-trace"),
         (["--schedule", "auto", "--machine", folder / "x", "--trace", folder / "x"],
-         "expected another file than --machine's"),
+         "--machine"),
         (["--plot-trace", folder / "x.jpeg"], "--plot-trace: expected a name that ends in .png"),
     ]  # fmt: skip
 
@@ -299,7 +304,7 @@ def check_overlap(report: dict[str, Any], said: Said) -> None:
     assert "hidden behind computing" in said.out
 
 
-def test_without_matplotlib_a_picture_is_refused_before_the_work(
+def test_picture_without_matplotlib_is_refused_before_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tracing, "find_spec", lambda _: None)
@@ -310,7 +315,7 @@ def test_without_matplotlib_a_picture_is_refused_before_the_work(
     assert "--plot-trace: needs matplotlib, which is not installed" in said.err
 
 
-def test_without_the_wish_there_is_nothing_but_a_meter() -> None:
+def test_recorder_without_trace_is_a_plain_meter() -> None:
     nobody: Any = None  # whoever asked other ranks for their clocks would fail
     recorder = tracing.Recorder(Namespace(trace=None, plot_trace=None), nobody)
     assert type(recorder.meter(last=True)) is Meter

@@ -45,7 +45,7 @@ def test_calls(check: str, launch: tuple[str, ...], P: int) -> None:
     assert all(verdict and all(verdict) for verdict in verdicts), verdicts
 
 
-def test_a_process_alone_needs_no_process_group() -> None:
+def test_single_process_needs_no_process_group() -> None:
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
     k = torch.randn(1, 2, 9, 8)
     out = cross_attention(q, k, k)

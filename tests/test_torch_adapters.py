@@ -34,19 +34,20 @@ from tests.adapters import (
     replaced,
     step,
 )
+from tests.errors import says
 from tests.tolerances import UNIT
 from tests.torch_ranks import torch_report
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_became_of_a_projection_counts_whether_it_is_called_once_or_twice(change: str) -> None:
+def test_adapters_work_for_one_or_two_calls(change: str) -> None:
     found = compared(CHANGES[change], *inputs())
     assert found["apart"] <= LIMIT
     assert found["changed"] > 1e-4
 
 
 @pytest.mark.mpi
-def test_so_it_does_on_several_ranks_and_with_parameters_spread_over_them() -> None:
+def test_adapters_work_with_fsdp_on_several_ranks() -> None:
     reports = torch_report(2, "torch_adapters.py")
     assert len(reports) == 2
     for report in reports:
@@ -73,7 +74,7 @@ def kept(model: Any, x: Any, y: Any) -> int:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_changed_projection_computes_is_not_kept(change: str) -> None:
+def test_adapter_results_are_not_saved(change: str) -> None:
     x, y = (a.requires_grad_() for a in inputs())
     model = module(True)
     plain = kept(model, x, y)
@@ -94,7 +95,7 @@ class Widened(torch.nn.Module):
         return self.base(x).float()
 
 
-def test_what_autocast_leaves_wide_is_cast_as_the_attention_casts_it() -> None:
+def test_autocast_casts_wide_projections() -> None:
     results = []
     for recompute_kv in (True, False):
         model = module(recompute_kv, dtype=torch.float32)
@@ -105,7 +106,7 @@ def test_what_autocast_leaves_wide_is_cast_as_the_attention_casts_it() -> None:
     assert apart(*results) <= 4 * UNIT["bfloat16"]
 
 
-def test_hooks_run_as_under_activation_checkpointing() -> None:
+def test_hooks_run_as_under_checkpointing() -> None:
     runs = []
     for recompute_kv in (True, False):
         model, seen = module(recompute_kv), Counter[str]()
@@ -163,9 +164,7 @@ def layer(make: Any, q: Any, y: Any, w: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("trained", ["qyw", "q", "y", "w", "qw", "yw"])
-def test_a_callable_of_any_kind_gives_the_gradients_of_keys_and_values_that_are_kept(
-    make: Any, trained: str
-) -> None:
+def test_any_callable_gives_gradients_of_saved_keys(make: Any, trained: str) -> None:
     leaves = dict(zip("qyw", layer_inputs(), strict=True))
     for name, leaf in leaves.items():
         leaf.requires_grad_(name in trained)
@@ -184,7 +183,7 @@ def test_a_callable_of_any_kind_gives_the_gradients_of_keys_and_values_that_are_
     assert all((g is None) == (n not in names) for n, g in zip(trained, grads[0], strict=True))
 
 
-def test_a_graph_that_is_kept_makes_keys_again_for_each_backward_but_only_once_derives() -> None:
+def test_retained_graph_recomputes_for_each_backward() -> None:
     leaves, calls = layer_inputs(), []
 
     def make(y: Any, w: Any) -> Any:
@@ -202,7 +201,7 @@ def test_a_graph_that_is_kept_makes_keys_again_for_each_backward_but_only_once_d
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_nothing_is_made_again(mode: Any) -> None:
+def test_no_recomputation_without_gradients(mode: Any) -> None:
     leaves, calls = layer_inputs(), []
 
     def make(y: Any, w: Any) -> Any:
@@ -216,22 +215,21 @@ def test_without_gradients_nothing_is_made_again(mode: Any) -> None:
     assert torch.equal(out, cross_attention(leaves[0], *both_at_once(*leaves[1:])).detach())
 
 
-def test_keys_that_come_again_in_another_form_are_an_error_that_names_the_rank() -> None:
+def test_changed_keys_on_recomputation_raise() -> None:
     q, y, w = layer_inputs()
     lengths = iter((S_KV, S_KV - 1))
 
     def make(y: Any, w: Any) -> Any:
         return both_at_once(y[:, : next(lengths)], w)
 
-    with pytest.raises(ValueError, match="make_kv: expected k and v as it made them") as raised:
-        layer(make, q, y, w).sum().backward()
     first, second = (((B, H_KV, s, D), "float64") for s in (S_KV, S_KV - 1))
-    assert f"in the forward, {(first, first)}, got {(second, second)}" in str(raised.value)
-    assert str(raised.value).endswith("(on rank 0 of 1)")
+    text = says("make_kv", (first, first), (second, second), rank=0, of=1)
+    with pytest.raises(ValueError, match=text):
+        layer(make, q, y, w).sum().backward()
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_what_a_callable_raises_comes_out_as_it_is_with_the_rank_beside_it(call: int) -> None:
+def test_error_of_callable_is_kept_with_rank_as_note(call: int) -> None:
     q, y, w = layer_inputs()
     calls: list[int] = []
 
@@ -247,26 +245,30 @@ def test_what_a_callable_raises_comes_out_as_it_is_with_the_rank_beside_it(call:
     assert "raised on rank 0 of 1" in raised.value.__notes__
 
 
-def test_weights_changed_in_place_before_the_backward_are_an_error() -> None:
+def test_weights_changed_in_place_raise() -> None:
     q, y, w = layer_inputs()
     out = layer(both_at_once, q, y, w)
     with torch.no_grad():
         w.mul_(2)
-    with pytest.raises(RuntimeError, match="make_kv: expected the features and weights") as raised:
+    with pytest.raises(RuntimeError) as raised:
         out.sum().backward()
-    assert f"got shapes [{tuple(w.shape)}] changed in place" in str(raised.value)
+    assert str(raised.value) == (
+        "make_kv: expected the features and weights of the forward in the backward, "
+        f"got shapes [{tuple(w.shape)}] changed in place; "
+        "recompute_kv=False keeps what was made of them (on rank 0 of 1)"
+    )
     assert w.grad is None
 
 
-def test_weights_of_a_functional_call_are_no_others_in_the_backward() -> None:
+def test_other_weights_in_functional_call_raise() -> None:
     q, y, _ = layer_inputs()
     given = q.detach()[:, 0], y
     module = CrossAttention(D, 1, kv_dim=y.shape[2], dtype=torch.float64)
     new = {n: (2 * p).detach().requires_grad_() for n, p in module.named_parameters()}
     out = torch.func.functional_call(module, new, given)
-    with pytest.raises(RuntimeError, match="make_kv: expected the features and weights") as raised:
+    text = says("make_kv", "others, of shapes", rank=0, of=1)
+    with pytest.raises(RuntimeError, match=text):
         out.sum().backward()
-    assert "others, of shapes" in str(raised.value)
     module.recompute_kv = False
     torch.func.functional_call(module, new, given).sum().backward()
     assert all(p.grad is not None for p in new.values())

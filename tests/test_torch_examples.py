@@ -35,20 +35,20 @@ def table(P: int, *options: str) -> list[tuple[float, float, float]]:
     return [(float(loss), float(alone), float(apart)) for loss, alone, apart in rows]
 
 
-def test_gradients_on_a_mesh_are_those_of_one_process() -> None:
+def test_gradients_on_a_mesh_equal_those_of_one_process() -> None:
     assert LIMIT < 1e-11  # far from what any mistake makes
     for loss, alone, apart in table(4):
         assert apart <= LIMIT
         assert abs(loss - alone) <= LIMIT * alone
 
 
-def test_means_over_each_ranks_own_tokens_are_something_else() -> None:
+def test_mean_over_own_tokens_differs() -> None:
     for loss, alone, apart in table(2, "--divide-by", "own"):
         assert apart > 0.01
         assert abs(loss - alone) > 1e-4 * alone
 
 
-def test_ranks_that_make_no_mesh_are_refused_once() -> None:
+def test_impossible_mesh_prints_one_line() -> None:
     end = ended(2, "--context", "3")
     first = end.err.splitlines()[0]
     assert first == "--context: expected a divisor of the number of ranks, 2, got 3"
@@ -57,5 +57,5 @@ def test_ranks_that_make_no_mesh_are_refused_once() -> None:
     assert (end.status, end.out, end.left) == (1, "", ())
 
 
-def test_its_command_is_the_one_that_it_names() -> None:
+def test_documented_command_runs() -> None:
     assert f"torchrun --standalone --nproc-per-node 4 -m {mesh.__name__}\n" in (mesh.__doc__ or "")

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+from lvxattn.common.meter import Block
+from lvxattn.common.wire import NAMES
 from tests.launch import PROGRAMS, launch
 from tests.torchrun import torchrun
 
@@ -62,11 +64,14 @@ ORDERS = [
 # Of the groups; what else a rank has to find out that another has failed; to end, as Python ends.
 TIMEOUT, SLACK, ENDING = 3.0, 15.0, 30.0
 
-BLOCKS = {
-    "lv-xattn": ("the queries of rank {}", "the results for rank {}'s queries"),
-    "ring": ("the keys and values of rank {}", "the gradients of rank {}'s keys and values"),
-}
-TOGETHER = {"what all ranks have to say", "all ranks' results to be joined"}
+QUERIES, RESULTS = NAMES["lv-xattn"]
+KEYS, GRADIENTS = NAMES["ring"]
+AGREED, JOINED = TOGETHER = "what all ranks have to say", "all ranks' results to be joined"
+
+
+def waited(rank: int, P: int) -> str:
+    """Return how the message of a wait in vain begins."""
+    return f"rank {rank} of {P} waited for "
 
 
 def report(case: tuple[Any, ...]) -> dict[str, Any]:
@@ -88,15 +93,15 @@ def awaited(case: tuple[Any, ...], rank: int) -> set[str]:
     """Return all that a rank can ever wait for in a pass of this case."""
     P, _, _, place, schedule, which = case
     if schedule == "replicated":
-        return {"all ranks' results to be joined"}
+        return {JOINED}
     if place == "before" and which == "forward":
-        return {"what all ranks have to say"}
+        return {AGREED}
     left, right = (rank - 1) % P, (rank + 1) % P
     found = set()
-    for kind in BLOCKS[schedule]:
+    for kind in NAMES[schedule]:
         for hop in range(1, P + 1):
-            coming = f"{kind.format((rank - hop) % P)} at hop {hop}, from rank {left}"
-            leaving = f"rank {right} to take {kind.format((rank - hop + 1) % P)} at hop {hop}"
+            coming = str(Block(kind, (rank - hop) % P, hop, source=left))
+            leaving = str(Block(kind, (rank - hop + 1) % P, hop, dest=right))
             found |= {coming, leaving, f"{coming}, or {leaving}"}
     return found
 
@@ -106,14 +111,14 @@ def said(case: tuple[Any, ...]) -> dict[int, str]:
     found = {}
     for rank, err in enumerate(report(case)["err"]):
         if rank != case[1]:
-            errors = re.findall(r"RuntimeError: (rank \d of \d waited for .*?), in vain: .+", err)
+            errors = re.findall(rf"RuntimeError: {waited(rank, case[0])}(.*?), in vain: .+", err)
             assert len(errors) == 1, err
-            found[rank] = errors[0].removeprefix(f"rank {rank} of {case[0]} waited for ")
+            found[rank] = errors[0]
     return found
 
 
 @cases()
-def test_the_others_end_in_time_and_say_what_they_waited_for(case: tuple[Any, ...]) -> None:
+def test_other_ranks_end_in_time_and_name_their_wait(case: tuple[Any, ...]) -> None:
     P, failing, how = case[:3]
     ended = report(case)
     assert not ended["killed"], ended["err"]
@@ -129,11 +134,11 @@ def test_the_others_end_in_time_and_say_what_they_waited_for(case: tuple[Any, ..
     # It is named by somebody, where anybody can be.
     waits = set(said(case).values())
     names = re.compile(rf"from rank {failing}\b|rank {failing} to take")
-    assert waits <= TOGETHER or any(map(names.search, waits)), waits
+    assert waits <= set(TOGETHER) or any(map(names.search, waits)), waits
 
 
 @cases()
-def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
+def test_cause_is_chained(case: tuple[Any, ...]) -> None:
     for rank, err in enumerate(report(case)["err"]):
         if rank != case[1]:  # what gloo said, and below it our words for it
             assert err.count("The above exception was the direct cause") >= 1
@@ -150,13 +155,13 @@ def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
                 # What rank 1 had begun to send may have come, or not: then rank 2 has nothing to
                 # pass on to rank 0.
                 0: {
-                    "rank 1 to take the results for rank 2's queries at hop 2",
-                    "the queries of rank 1 at hop 2, from rank 2",
+                    Block(RESULTS, 2, 2, dest=1),
+                    Block(QUERIES, 1, 2, source=2),
                 },
                 2: {
-                    "the queries of rank 1 at hop 1, from rank 1",
-                    "the queries of rank 0 at hop 2, from rank 1",
-                    "the results for rank 0's queries at hop 2, from rank 1",
+                    Block(QUERIES, 1, 1, source=1),
+                    Block(QUERIES, 0, 2, source=1),
+                    Block(RESULTS, 0, 2, source=1),
                 },
             },
         ),
@@ -164,12 +169,12 @@ def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
             (3, 1, "stop", "hop 1 begins", "ring", "forward"),
             {
                 0: {
-                    "rank 1 to take the keys and values of rank 2 at hop 2",
-                    "the keys and values of rank 1 at hop 2, from rank 2",
+                    Block(KEYS, 2, 2, dest=1),
+                    Block(KEYS, 1, 2, source=2),
                 },
                 2: {
-                    "the keys and values of rank 1 at hop 1, from rank 1",
-                    "the keys and values of rank 0 at hop 2, from rank 1",
+                    Block(KEYS, 1, 1, source=1),
+                    Block(KEYS, 0, 2, source=1),
                 },
             },
         ),
@@ -177,40 +182,40 @@ def test_the_cause_is_kept(case: tuple[Any, ...]) -> None:
             (2, 1, "stop", "hop 1 computes", "ring", "backward"),
             {
                 0: {
-                    "the keys and values of rank 1 at hop 1, from rank 1",
-                    "the gradients of rank 0's keys and values at hop 2, from rank 1",
+                    Block(KEYS, 1, 1, source=1),
+                    Block(GRADIENTS, 0, 2, source=1),
                 }
             },
         ),
     ],
 )  # fmt: skip
-def test_a_rank_that_stops_is_waited_for_until_the_timeout(
-    case: tuple[Any, ...], what: dict[int, set[str]]
+def test_stopped_rank_is_waited_for_until_timeout(
+    case: tuple[Any, ...], what: dict[int, set[Block]]
 ) -> None:
     for rank, words in said(case).items():
-        assert words in what[rank]
+        assert words in map(str, what[rank])
         assert report(case)["raised"][rank] > TIMEOUT - 0.5
     # Whoever gives up first may end another's wait for it, a moment before its own time is up.
     assert any(f"{1000 * TIMEOUT:.0f}ms" in err for err in report(case)["err"])
 
 
 @cases("stop")
-def test_a_rank_that_goes_on_when_the_others_are_gone_ends_too(case: tuple[Any, ...]) -> None:
+def test_stopped_rank_ends_when_it_continues(case: tuple[Any, ...]) -> None:
     last = report(case)["err"][case[1]].rstrip().split("RuntimeError: ")[-1]
-    assert last.startswith(f"rank {case[1]} of {case[0]} waited for ")
+    assert last.startswith(waited(case[1], case[0]))
 
 
 @cases("again")
-def test_a_group_that_is_used_again_raises_again(case: tuple[Any, ...]) -> None:
+def test_failed_group_raises_again(case: tuple[Any, ...]) -> None:
     for rank, again in enumerate(report(case)["again"]):
         if rank != case[1]:
             seconds, words = again
             assert seconds < TIMEOUT + SLACK
-            assert words.startswith(f"rank {rank} of {case[0]} waited for ")
+            assert words.startswith(waited(rank, case[0]))
 
 
 @cases("mask raises")
-def test_a_users_own_error_stays_what_it_is_and_names_its_rank(case: tuple[Any, ...]) -> None:
+def test_users_error_keeps_its_type_and_names_its_rank(case: tuple[Any, ...]) -> None:
     err = report(case)["err"][case[1]]
     assert "ZeroDivisionError: of the user's own\n" in err
     assert err.count(f"raised on rank {case[1]} of {case[0]}") == 1
@@ -218,7 +223,7 @@ def test_a_users_own_error_stays_what_it_is_and_names_its_rank(case: tuple[Any, 
 
 
 @pytest.mark.parametrize("case", ORDERS, ids=lambda case: "-".join(map(str, case)))
-def test_backwards_in_another_order_are_an_error_that_names_both(case: tuple[Any, ...]) -> None:
+def test_backwards_in_different_order_raise(case: tuple[Any, ...]) -> None:
     P, other, _, place = case[:4]
     ended = report(case)
     assert not ended["killed"], ended["err"]
@@ -244,16 +249,16 @@ def test_backwards_in_another_order_are_an_error_that_names_both(case: tuple[Any
         assert "in vain" in ended["err"][rank]
 
 
-def test_a_transport_that_refuses_is_named_by_the_rank_that_has_it() -> None:
+def test_refused_send_is_reported_on_its_rank() -> None:
     case = (3, 1, "refuse", "a post", "lv-xattn", "forward")
+    coming, leaving = Block(QUERIES, 0, 1, source=0), Block(QUERIES, 1, 1, dest=2)
     assert (
-        "RuntimeError: rank 1 of 3 waited for the queries of rank 0 at hop 1, from rank 0, or "
-        "rank 2 to take the queries of rank 1 at hop 1, in vain: the transport took none of 2"
+        f"RuntimeError: {waited(1, 3)}{coming}, or {leaving}, in vain: the transport took none of 2"
     ) in report(case)["err"][1]
 
 
 @pytest.mark.slow  # a rank that raises is among the cases above
-def test_torchrun_ends_the_others_when_one_raises() -> None:
+def test_torchrun_ends_all_ranks_when_one_raises() -> None:
     ended = torchrun(2, PROGRAMS / "torch_mask.py")
     assert not ended.timed_out
     assert (ended.status, ended.out, ended.left) == (1, "", ())

@@ -64,7 +64,7 @@ def test_every_kernel_on_the_device(case: Case, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_a_step_waits_for_the_device_nowhere(recompute: bool) -> None:
+def test_step_never_synchronises_the_device(recompute: bool) -> None:
     module = CrossAttention(256, 4, recompute_kv=recompute, device="cuda", dtype=torch.bfloat16)
     x, y = (torch.randn(1, s, 256, device="cuda", dtype=torch.bfloat16) for s in (64, 4096))
     q, kv = x.new_empty(1, 4, 64, 64), x.new_empty(1, 4, 4096, 64)
@@ -78,7 +78,7 @@ def test_a_step_waits_for_the_device_nowhere(recompute: bool) -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_decoding_asks_the_driver_for_no_memory_after_the_first_step() -> None:
+def test_decoding_allocates_nothing_after_first_step() -> None:
     k, v = (torch.randn(1, 8, 65536, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
     layout = Layout.agree(q, k, v)
@@ -113,7 +113,7 @@ def rule(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["no mask", "padding", "additive", "callable"])
 @pytest.mark.parametrize("schedule", [*FORWARD, "replicated"])
-def test_a_pass_and_its_backward_wait_for_the_device_nowhere(schedule: str, kind: str) -> None:
+def test_pass_never_synchronises_the_device(schedule: str, kind: str) -> None:
     masks = {
         "no mask": None,
         "padding": (torch.arange(4096, device="cuda") < 3000)[None, None, None],
@@ -132,7 +132,7 @@ def test_a_pass_and_its_backward_wait_for_the_device_nowhere(schedule: str, kind
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_a_step_is_captured_in_a_graph_and_replayed_on_other_numbers() -> None:
+def test_step_is_captured_in_a_cuda_graph() -> None:
     inputs, step = passes()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -156,13 +156,13 @@ def test_a_step_is_captured_in_a_graph_and_replayed_on_other_numbers() -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("P", [1, 2, 4])
-def test_ranks_that_share_a_gpu_over_gloo_are_right(P: int) -> None:
+def test_ranks_sharing_a_gpu_over_gloo(P: int) -> None:
     all_right(P, "gloo", "cuda")
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("P", [2, 4])
-def test_ranks_with_a_gpu_each_are_right_over_nccl(P: int) -> None:
+def test_ranks_with_a_gpu_each_over_nccl(P: int) -> None:
     if torch.cuda.device_count() < P:
         pytest.skip(f"needs {P} GPUs, has {torch.cuda.device_count()}: NCCL takes one rank a GPU")
     all_right(P, "nccl", "cuda")

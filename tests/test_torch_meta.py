@@ -103,7 +103,7 @@ OPERATORS = {
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("schedule", [*FORWARD, "replicated"])
 @pytest.mark.parametrize("dtype", OPERATORS)
-def test_a_step_on_cuda_needs_no_number_of_the_device(
+def test_cuda_step_reads_no_value_of_the_device(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, schedule: str, kind: str
 ) -> None:
     how = {"queries": schedule} if schedule == "replicated" else {"schedule": schedule}
@@ -123,7 +123,7 @@ def test_a_step_on_cuda_needs_no_number_of_the_device(
         assert set(OPERATORS[dtype]) <= caught.names
 
 
-def test_a_million_keys_take_little_more_than_inputs_and_outputs(
+def test_memory_of_a_million_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with cuda(monkeypatch), Held() as held:
@@ -136,7 +136,7 @@ def test_a_million_keys_take_little_more_than_inputs_and_outputs(
     assert wanted <= held.peak <= 1.05 * wanted
 
 
-def test_rows_that_lie_askew_are_copied_before_a_kernel_reads_16_bytes_at_once(
+def test_misaligned_rows_are_copied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A misaligned read ends a CUDA context, and with it the process.
@@ -158,7 +158,7 @@ def test_rows_that_lie_askew_are_copied_before_a_kernel_reads_16_bytes_at_once(
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_a_step_of_the_module_on_cuda_needs_no_number_of_the_device(
+def test_cuda_step_of_module_reads_no_value_of_the_device(
     monkeypatch: pytest.MonkeyPatch, recompute: bool
 ) -> None:
     with cuda(monkeypatch):
@@ -176,7 +176,7 @@ def test_a_step_of_the_module_on_cuda_needs_no_number_of_the_device(
         ("split", torch.float32, EFFICIENT),
     ],
 )
-def test_a_kernel_calls_the_operator_that_it_is_named_after(
+def test_kernels_call_their_operator(
     monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: torch.dtype, operator: str
 ) -> None:
     with cuda(monkeypatch) as caught:
@@ -187,7 +187,7 @@ def test_a_kernel_calls_the_operator_that_it_is_named_after(
 
 
 @pytest.mark.parametrize("leak", ["number", "truth", "indices", "to the device", "from it"])
-def test_what_would_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
+def test_synchronisation_is_detected(monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
     leaks: dict[str, Callable[[torch.Tensor], object]] = {
         "number": lambda x: x.sum().item(),
         "truth": lambda x: bool((x > 0).any()),
@@ -200,14 +200,14 @@ def test_what_would_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, leak: str) 
 
 
 @pytest.mark.mpi
-def test_what_runs_on_a_gpu_runs_on_the_cpu() -> None:
+def test_gpu_program_runs_on_cpu() -> None:
     for right in torch_report(2, "torch_gpu.py", "gloo", "cpu")["ranks"]:
         assert right
         assert all(right.values()), right
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_shapes_of_a_step_come_out_of_fake_tensors(recompute: bool) -> None:
+def test_fake_tensors_give_shapes(recompute: bool) -> None:
     with FakeTensorMode():
         module = CrossAttention(64, 4, recompute_kv=recompute)
         out = module(torch.empty(1, 16, 64), torch.empty(1, 600, 64))

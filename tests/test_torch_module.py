@@ -60,7 +60,7 @@ def apart(results: list[Any], wanted: list[Any]) -> float:
     )
 
 
-def test_eight_layers_keep_at_most_two_fifths() -> None:
+def test_memory_saved_by_recomputation() -> None:
     x, features = inputs()
     again, kept = (saved_bytes(layers(a), x, features) for a in (True, False))
     assert sum(again.values()) <= 0.40 * sum(kept.values())
@@ -73,7 +73,7 @@ def test_eight_layers_keep_at_most_two_fifths() -> None:
     assert kept == {**again, "q": LAYERS * narrow, "k": 32 * narrow, "v": 32 * narrow}
 
 
-def test_a_layer_more_keeps_no_features_more() -> None:
+def test_layers_share_features() -> None:
     given = inputs()
     counted = [saved_bytes(layers(True, count=n), *given) for n in (1, 2, 3)]
     first, second = ({n: b[n] - a[n] for n in a} for a, b in pairwise(counted))
@@ -82,7 +82,7 @@ def test_a_layer_more_keeps_no_features_more() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_features_are_kept_once_whatever_the_dtype(dtype: Any) -> None:
+def test_features_are_saved_once_in_any_dtype(dtype: Any) -> None:
     x, features = inputs(dtype=dtype)
     counted = saved_bytes(layers(True).to(dtype), x, features)
     assert counted.keys() == {"x", "out", "lse", "features"}
@@ -91,7 +91,7 @@ def test_features_are_kept_once_whatever_the_dtype(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradients_are_those_without_recomputation(bias: bool) -> None:
+def test_gradients_equal_those_without_recomputation(bias: bool) -> None:
     given = inputs()
     results = []
     for again in (True, False):
@@ -115,7 +115,7 @@ def test_gradients_are_those_without_recomputation(bias: bool) -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen: list[str]) -> None:
+def test_frozen_parameters_get_no_gradient(frozen: list[str]) -> None:
     x, features = inputs()
     results = []
     for again in (True, False):
@@ -134,7 +134,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen: list
     assert apart(*([result[name] for name in names] for result in results)) <= LIMIT
 
 
-def test_autocast_computes_the_same_with_recomputation() -> None:
+def test_autocast_with_recomputation() -> None:
     given = inputs(dtype=torch.float32)
     results = []
     for again in (True, False):
@@ -153,7 +153,7 @@ def test_autocast_computes_the_same_with_recomputation() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("again", [False, True])
-def test_activation_checkpointing_changes_nothing(again: bool, reentrant: bool) -> None:
+def test_checkpointing_does_not_change_results(again: bool, reentrant: bool) -> None:
     given = inputs()
     model = layers(again, count=2)
 
@@ -169,7 +169,7 @@ def test_activation_checkpointing_changes_nothing(again: bool, reentrant: bool) 
     assert apart(results, plain) <= LIMIT
 
 
-def test_weights_are_stored_and_read_whichever_way_they_are_used() -> None:
+def test_state_dict_does_not_depend_on_recomputation() -> None:
     given = inputs()
     options: dict[str, Any] = {"num_kv_heads": 1, "bias": True, "dtype": torch.float64}
     one = CrossAttention(E, H, recompute_kv=True, **options)
@@ -184,7 +184,7 @@ def test_weights_are_stored_and_read_whichever_way_they_are_used() -> None:
         assert apart([one(*given)], [other(*given)]) <= LIMIT
 
 
-def test_without_a_process_group_gradients_stay_as_they_are() -> None:
+def test_gradients_without_process_group() -> None:
     model = layers(True, count=1)
     _, _, _, *grads = run(model, *inputs(), model.parameters())
     before = [grad.clone() for grad in grads]
@@ -196,7 +196,7 @@ def test_without_a_process_group_gradients_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_group_is_let_go_with_the_last_result(again: bool) -> None:
+def test_group_is_released_with_the_last_result(again: bool) -> None:
     # One that a circle of references holds at the end of a program aborts it, now and then.
     group = Group(None)
     left = weakref.ref(group)
@@ -220,7 +220,7 @@ def test_gradients_of_all_ranks_add_up(P: int) -> None:
     assert len(verdicts) == 12
 
 
-def test_a_module_with_a_group_says_that_it_cannot_be_pickled_but_is_copied() -> None:
+def test_module_with_group_is_copyable_but_not_picklable() -> None:
     module = CrossAttention(8, 2)
     module.group = Group(None)
     assert copy.deepcopy(module).group is module.group
@@ -228,7 +228,7 @@ def test_a_module_with_a_group_says_that_it_cannot_be_pickled_but_is_copied() ->
         pickle.dumps(module)
 
 
-def test_processes_that_attend_alone_without_meaning_to_are_warned(
+def test_processes_without_group_warn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -22,7 +22,7 @@ def test_results_come_in_rank_order(P: int) -> None:
     assert run_ranks(P, fn, "same") == [(rank, P, "same") for rank in range(P)]
 
 
-def test_messages_arrive_in_order_by_source_and_tag() -> None:
+def test_messages_are_ordered_by_source_and_tag() -> None:
     def fn(comm: VirtualComm) -> Any:
         if comm.rank < 2:
             for i in range(3):
@@ -33,7 +33,7 @@ def test_messages_arrive_in_order_by_source_and_tag() -> None:
     assert run_ranks(3, fn)[2] == [11, 10, 12, 1, 0, 2]
 
 
-def test_a_message_holds_any_number_of_arrays_as_they_were() -> None:
+def test_message_holds_any_number_of_arrays() -> None:
     arrays = [np.arange(6.0).reshape(2, 3)[:, ::2], np.zeros((0, 4), np.float32), np.array([True])]
 
     def fn(comm: VirtualComm) -> Any:
@@ -47,7 +47,7 @@ def test_a_message_holds_any_number_of_arrays_as_they_were() -> None:
             assert np.array_equal(x, y)
 
 
-def test_what_is_sent_is_a_copy() -> None:
+def test_sent_arrays_are_copies() -> None:
     def fn(comm: VirtualComm) -> Any:
         mine = np.zeros(2)
         comm.send([mine], 1 - comm.rank)
@@ -63,7 +63,7 @@ def test_what_is_sent_is_a_copy() -> None:
         assert got.tolist() == [2, 2]
 
 
-def test_allgather_gives_all_objects_in_rank_order_every_time() -> None:
+def test_allgather_is_in_rank_order() -> None:
     def fn(comm: VirtualComm) -> Any:
         return [comm.allgather((comm.rank, turn)) for turn in range(20)]
 
@@ -71,7 +71,7 @@ def test_allgather_gives_all_objects_in_rank_order_every_time() -> None:
     assert run_ranks(5, fn) == [want] * 5
 
 
-def test_gathered_lists_are_each_rank_s_own() -> None:
+def test_gathered_lists_are_not_shared() -> None:
     def fn(comm: VirtualComm) -> Any:
         gathered = comm.allgather(comm.rank)
         comm.allgather(None)
@@ -84,7 +84,7 @@ def test_gathered_lists_are_each_rank_s_own() -> None:
 
 
 @pytest.mark.parametrize("call", ["recv", "allgather", "send"])
-def test_an_exception_on_one_rank_ends_all_and_names_it(call: str) -> None:
+def test_exception_ends_all_ranks_and_names_its_rank(call: str) -> None:
     ended = []
 
     def fn(comm: VirtualComm) -> None:
@@ -108,7 +108,7 @@ def test_an_exception_on_one_rank_ends_all_and_names_it(call: str) -> None:
     assert sorted(ended) == [0, 1, 2, 3]
 
 
-def test_the_first_exception_is_the_one_that_is_raised() -> None:
+def test_first_exception_is_raised() -> None:
     def fn(comm: VirtualComm) -> None:
         if comm.rank == 1:
             raise KeyError("first")
@@ -141,14 +141,14 @@ def test_the_first_exception_is_the_one_that_is_raised() -> None:
     ],
     ids=["ring", "missing from allgather", "wrong tag"],
 )
-def test_a_deadlock_is_raised_and_tells_who_waits_for_whom(fn: Any, waits: str) -> None:
+def test_deadlock_raises_with_all_waits(fn: Any, waits: str) -> None:
     with pytest.raises(RuntimeError) as raised:
         run_ranks(3, fn)
     assert str(raised.value) == f"deadlock: every rank still running waits: {waits}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_wire_dtype_rounds_what_travels_and_nothing_else(dtype: str) -> None:
+def test_wire_dtype_rounds_messages_only(dtype: str) -> None:
     third = np.array([1 / 3])
 
     def fn(comm: VirtualComm) -> Any:
@@ -180,7 +180,7 @@ def test_log_holds_every_message_in_order(wire: str | None, itemsize: int) -> No
     ]  # fmt: skip
 
 
-def test_hosts_are_what_each_rank_is_told() -> None:
+def test_hosts_are_given_per_rank() -> None:
     assert run_ranks(3, lambda comm: comm.host, hosts=["x", "y", "x"]) == ["x", "y", "x"]
     assert len(set(run_ranks(3, lambda comm: comm.host))) == 1
 
@@ -192,14 +192,14 @@ def test_hosts_are_what_each_rank_is_told() -> None:
         (2, {"hosts": ["a"]}, "hosts: expected one for each of 2 ranks, got 1"),
     ],
 )
-def test_wrong_numbers_of_ranks_are_refused(P: int, options: dict[str, Any], text: str) -> None:
+def test_bad_number_of_ranks_raises(P: int, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         run_ranks(P, lambda comm: None, **options)
     assert str(raised.value) == text
 
 
 @pytest.mark.parametrize("dest", [-1, 2])
-def test_sending_to_a_rank_that_is_not_there_is_refused(dest: int) -> None:
+def test_send_to_missing_rank_raises(dest: int) -> None:
     def fn(comm: VirtualComm) -> None:
         if comm.rank == 1:
             comm.send([], dest)
@@ -209,7 +209,7 @@ def test_sending_to_a_rank_that_is_not_there_is_refused(dest: int) -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_of_the_caller_ends_the_ranks() -> None:
+def test_interrupt_ends_all_ranks() -> None:
     ended: list[int] = []
     caller = threading.get_ident()
 

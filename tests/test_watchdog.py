@@ -6,12 +6,14 @@ import re
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from lvxattn.common.wire import KEYS_VALUES, PARTIALS
+from lvxattn.common.meter import Block
+from lvxattn.common.wire import KEYS_VALUES, NAMES, PARTIALS
 from lvxattn.mpi_impl import Layout, cross_attention
 from lvxattn.mpi_impl.exchange import Exchange
 from lvxattn.mpi_impl.transport import watchdog
@@ -29,6 +31,10 @@ def gone(pid: int) -> bool:
         return True
 
 
+RESULTS_HOME = NAMES["lv-xattn"][1]
+KEYS, GRADIENTS = NAMES["ring"]
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     ("schedule", "rank", "where", "block", "waits"),
@@ -37,20 +43,20 @@ def gone(pid: int) -> bool:
             "lv-xattn", 1, "forward", 1,
             {
                 0: {
-                    "the results for rank 0's queries at hop 3, from rank 2",
-                    "rank 1 to take the results for rank 2's queries at hop 2",
+                    Block(RESULTS_HOME, 0, 3, source=2),
+                    Block(RESULTS_HOME, 2, 2, dest=1),
                 },
-                2: {"the results for rank 0's queries at hop 2, from rank 1"},
+                2: {Block(RESULTS_HOME, 0, 2, source=1)},
             },
         ),
         (
             "ring", 2, "backward", 0,
             {
-                0: {"the keys and values of rank 1 at hop 2, from rank 2"},
+                0: {Block(KEYS, 1, 2, source=2)},
                 1: {
-                    "the gradients of rank 1's keys and values at hop 3, from rank 0",
-                    "rank 2 to take the keys and values of rank 1 at hop 1",
-                    "rank 2 to take the keys and values of rank 0 at hop 2",
+                    Block(GRADIENTS, 1, 3, source=0),
+                    Block(KEYS, 1, 1, dest=2),
+                    Block(KEYS, 0, 2, dest=2),
                 },
             },
         ),
@@ -60,8 +66,8 @@ def gone(pid: int) -> bool:
         ),
     ],
 )  # fmt: skip
-def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
-    schedule: str, rank: int, where: str, block: int, waits: dict[int, set[str]]
+def test_stopped_rank_ends_the_run_and_waits_are_named(
+    schedule: str, rank: int, where: str, block: int, waits: dict[int, set[Any]]
 ) -> None:
     ended = mpiexec(
         3, PROGRAMS / "stop_rank.py", schedule, str(rank), where, str(block),
@@ -73,7 +79,7 @@ def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
     # An MPI may take a small message before its receiver asks for it, or not.
     assert {int(rank) for rank in said} == set(waits)
     for number, what in said.items():
-        assert what in waits[int(number)]
+        assert what in map(str, waits[int(number)])
     assert "stop_rank.py" in ended.err  # the caller's line
     deadline = time.monotonic() + 60
     pids = [int(word) for word in ended.out.split("\n")[0].split()]
@@ -83,7 +89,7 @@ def test_a_stopped_rank_ends_the_run_and_the_others_say_what_they_wait_for(
         time.sleep(0.05)
 
 
-def test_a_wait_is_described_by_kind_owner_hop_and_neighbour() -> None:
+def test_wait_names_kind_owner_hop_and_neighbour() -> None:
     layout = Layout(
         rank=1, order=(0, 2, 1, 3), s_q=(1,) * 4, s_kv=(1,) * 4, masks=(None,) * 4,
         rules=(False,) * 4,
@@ -91,15 +97,15 @@ def test_a_wait_is_described_by_kind_owner_hop_and_neighbour() -> None:
     )  # fmt: skip
     exchange = Exchange(MPI.COMM_SELF, layout, np.zeros(1, np.float32))
     rotation = exchange.rotation(PARTIALS, start=2)
-    assert str(rotation._awaited()) == "the results for rank 0's queries at hop 2, from rank 2"
-    assert str(rotation._leaving()) == "rank 3 to take the results for rank 2's queries at hop 2"
+    assert rotation._awaited() == Block(RESULTS_HOME, 0, 2, source=2)
+    assert rotation._leaving() == Block(RESULTS_HOME, 2, 2, dest=3)
     rotation = exchange.rotation(KEYS_VALUES, start=1)
-    assert str(rotation._awaited()) == "the keys and values of rank 2 at hop 1, from rank 2"
-    assert str(rotation._leaving()) == "rank 3 to take the keys and values of rank 1 at hop 1"
+    assert rotation._awaited() == Block(KEYS, 2, 1, source=2)
+    assert rotation._leaving() == Block(KEYS, 1, 1, dest=3)
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "inf", "nan"])
-def test_a_bad_timeout_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_timeout_raises(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_TIMEOUT", value)
     x = np.ones((1, 1, 2, 2))
     message = f"LVXATTN_TIMEOUT: expected a number of seconds above 0, got '{value}'"
@@ -108,7 +114,7 @@ def test_a_bad_timeout_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.mpi
-def test_a_command_refuses_a_bad_timeout_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_timeout_prints_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_TIMEOUT", "soon")
     (said,) = commands(2, ["run"])
     assert said.status == 2
@@ -116,7 +122,7 @@ def test_a_command_refuses_a_bad_timeout_in_one_line(monkeypatch: pytest.MonkeyP
     assert "got 'soon'" in said.err
 
 
-def test_without_the_variable_there_is_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_watchdog_without_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LVXATTN_TIMEOUT", raising=False)
     assert timeout(MPI.COMM_SELF) is None
     assert Watchdog.armed(MPI.COMM_SELF) is None
@@ -125,7 +131,7 @@ def test_without_the_variable_there_is_no_watchdog(monkeypatch: pytest.MonkeyPat
         assert threading.active_count() == before
 
 
-def test_what_comes_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[object] = []
     monkeypatch.setattr(watchdog, "_end", ended.append)
     dog = Watchdog(MPI.COMM_SELF, 60.0)
@@ -137,7 +143,7 @@ def test_what_comes_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("comes", [True, False])
-def test_the_run_ends_unless_the_block_comes_after_all(
+def test_run_ends_unless_block_arrives_in_grace(
     comes: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[object] = []
@@ -154,10 +160,10 @@ def test_the_run_ends_unless_the_block_comes_after_all(
     assert ended == ([] if comes else [MPI.COMM_SELF])
     said = capfd.readouterr().err
     assert "rank 0 of 1 has waited 1e-09 s for godot; it is at" in said
-    assert "in test_the_run_ends_unless" in said
+    assert "in test_run_ends_unless" in said
 
 
-def test_a_wait_that_asks_speaks_once_and_ends_after_the_grace(
+def test_polling_wait_warns_once_and_ends_after_grace(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[object] = []
@@ -174,7 +180,7 @@ def test_a_wait_that_asks_speaks_once_and_ends_after_the_grace(
     assert "for another" in capfd.readouterr().err
 
 
-def test_a_wait_gives_its_core_away_at_once_and_lasts_a_twentieth_too_long_at_most(
+def test_wait_yields_and_oversleeps_by_5_percent_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, given, slept = [0.0], [0], list[float]()
@@ -208,7 +214,7 @@ def time_passes() -> None:
         pass
 
 
-def test_a_pass_that_fails_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_pass_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ, "LVXATTN_TIMEOUT": "60"})
     dog = Watchdog.armed(MPI.COMM_SELF)
     assert dog is not None

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
-from lvxattn.common.wire import VISITORS, Kind
+from lvxattn.common.wire import NAMES, Kind
 
 from .group import Group, over_cpu
 from .layout import Forwards, Layout
@@ -100,7 +100,7 @@ class Exchange:
     @contextmanager
     def computing(self, hop: int = 0, what: str = "") -> Iterator[None]:
         """Measure work on the block that is here at a hop, or on `what`, for the profiler too."""
-        block = Block(what or VISITORS[self.layout.schedule], self.layout.owner(hop), hop)
+        block = Block(what or NAMES[self.layout.schedule][0], self.layout.owner(hop), hop)
         name = f"{self.layout.way}: hop {hop}, compute with {block.name}"
         with span(name, self.device), self.meter.computes(lambda: block):
             yield

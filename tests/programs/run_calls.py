@@ -254,7 +254,7 @@ def a_layer_equals_its_parts(comm: MPI.Intracomm) -> Any:
         mpi_impl.cross_attention_layer_backward(dout, saved, shorter, comm, queries=schedule)
     except ValueError as error:
         text = str(error)
-        verdicts.append(text.startswith("make_kv: expected k and v as it made them in the forward"))
+        verdicts.append(text.startswith("make_kv: "))
         verdicts.append(text.endswith(f"(on rank 1 of {comm.size})"))
     else:
         verdicts.append(comm.size == 1)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lvxattn import torch_impl
 from lvxattn.common.handshake import SCHEDULES
+from lvxattn.common.wire import QUERIES
 from lvxattn.plan import MACHINES
 from lvxattn.torch_impl import CrossAttention, Layout, Meter, cross_attention, shard, unshard
 from lvxattn.torch_impl.group import Group
@@ -444,12 +445,13 @@ def the_profiler_sees_hop_and_block(group: Group) -> Any:
         cross_attention(*mine, group)
     names = {e.name for e in seen.events()}
     left = (group.rank - 1) % group.size
-    wanted = {f"lv-xattn: hop 0, compute with the queries of rank {group.rank}"}
+    mine, its = (QUERIES.name.format(rank) for rank in (group.rank, left))
+    wanted = {f"lv-xattn: hop 0, compute with {mine}"}
     if group.size > 1:
         wanted |= {
-            f"lv-xattn: hop 1, compute with the queries of rank {left}",
-            f"lv-xattn: hop 1, wait for the queries of rank {left}",
-            f"lv-xattn: hop 1, post the queries of rank {group.rank}",
+            f"lv-xattn: hop 1, compute with {its}",
+            f"lv-xattn: hop 1, wait for {its}",
+            f"lv-xattn: hop 1, post {mine}",
         }
     return sorted(wanted - names) == []
 

@@ -90,5 +90,8 @@ QUERY_GRADIENTS = Kind(PARTIALS.name, RESULTS, _query_gradients)
 KEYS_VALUES = Kind("the keys and values of rank {}", BLOCKS, _keys_values)
 KEY_GRADIENTS = Kind("the gradients of rank {}'s keys and values", RESULTS, _key_gradients)
 
-# What a rank works on at each hop.
-VISITORS = {"lv-xattn": QUERIES.name, "ring": KEYS_VALUES.name}
+# What goes round, by schedule, and what follows it.
+NAMES = {
+    "lv-xattn": (QUERIES.name, PARTIALS.name),
+    "ring": (KEYS_VALUES.name, KEY_GRADIENTS.name),
+}

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lvxattn.common.wire import KEY_GRADIENTS, PARTIALS
+from lvxattn.common.wire import NAMES
 from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.plan.trace import Trace, Trip, lanes
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _COMPUTING, _SENDING, _WAITING = COLOURS[0], COLOURS[2], COLOURS[1]
 # Where in a rank's row of height 1 the three are: top and height, downwards.
 _TRACKS = {_COMPUTING: (0.08, 0.34), _SENDING: (0.45, 0.2), _WAITING: (0.68, 0.2)}
-_FOLLOWING = {PARTIALS.name, KEY_GRADIENTS.name}
+_FOLLOWING = {follows for _, follows in NAMES.values()}
 _DASHES = (0, (4, 2))
 
 
