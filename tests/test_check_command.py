@@ -197,7 +197,7 @@ def test_all_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_readme_lists_all_cases() -> None:
-    page = (ROOT / "reference" / "check" / "README.md").read_text()
+    page = (ROOT / "src" / "lvxattn" / "check" / "README.md").read_text()
     table = page.partition("| case | group |")[2].partition("\n\n")[0].splitlines()[2:]
     only = {True: "", False: " (full suite)"}
     cases = [case for case in suite_of("full") if not case.name.endswith(".large")]
@@ -206,7 +206,7 @@ def test_readme_lists_all_cases() -> None:
 
 
 def test_readme_names_all_options_and_arguments() -> None:
-    page = (ROOT / "reference" / "check" / "README.md").read_text()
+    page = (ROOT / "src" / "lvxattn" / "check" / "README.md").read_text()
     for name in set(OPTIONS) | {"impl", "xfails-file"}:
         assert f"--lvx-{name}" in page
     for name in set(signature(check).parameters) - {"fn"}:
