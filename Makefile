@@ -80,7 +80,7 @@ docs: $(STAMP) ## Make a site of README, docs/, tutorials and API in docs/_build
 # Tests of one file share what they have started, and stay together.
 PYTEST := $(TEST_ENV) $(VENV_PYTHON) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: check-mpiexec $(STAMP) ## Run the tests, 16 minutes on 2 cores (ARGS="-k merge" is handed to pytest)
+test: check-mpiexec $(STAMP) ## Run the tests, 10 minutes on 2 cores (ARGS="-k merge" is handed to pytest)
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: check-mpiexec $(STAMP) ## Run the slow ones too
