@@ -18,8 +18,8 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.common.layout import Layout
-from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
+from lvxattn.common.passes import Pass, Round
 from lvxattn.common.wire import NAMES, Kind
 
 from .merge import Array
@@ -40,7 +40,7 @@ class Field(NamedTuple):
 Fields = Callable[[int], list[Field]]
 
 
-class Exchange:
+class Exchange(Pass):
     """One rank's traffic and work in one pass: made by the front door, given to a schedule.
 
     Parameters
@@ -63,8 +63,8 @@ class Exchange:
         mask: Any = None,
         meter: Meter | None = None,
     ) -> None:
-        self.comm, self.layout, self.mask, self.meter = comm, layout, mask, meter or Meter()
-        self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
+        super().__init__(layout, mask, meter)
+        self.comm = comm
         self.xp, self.dtype, self.wide = array_module(q), q.dtype, np.dtype(layout.accumulator)
         self.rotations: list[Rotation] = []
         self.watchdog = Watchdog.armed(comm)
@@ -74,20 +74,6 @@ class Exchange:
         rotation = Rotation(self, kind, start)
         self.rotations.append(rotation)
         return rotation
-
-    def view(self, hop: int = 0) -> MaskView:
-        """Return my keys' mask over the queries that are here at a hop."""
-        return self.layout.view(self.mask, self.layout.owner(hop), self.rank)
-
-    def view_of_all(self) -> MaskView:
-        """Return my keys' mask over all ranks' queries."""
-        return self.layout.view(self.mask, 0, self.rank)
-
-    def split_home(self, *arrays: Array) -> tuple[list[Any], list[Any]]:
-        """Cut arrays over my keys, and their mask, in two: to work on first, and last."""
-        cut, mask = self.layout.home_cut, self.view()
-        first, last = ([x[:, :, keys] for x in arrays] for keys in (np.s_[:cut], np.s_[cut:]))
-        return [*first, mask], [*last, mask.from_key(cut)]
 
     def accumulators(self, *arrays: Array, once: bool = False) -> list[Array]:
         """Return zeros to which gradients of these arrays are added, `once` or at every hop."""
@@ -124,7 +110,7 @@ class Exchange:
             rotation.receiving.begin()
 
 
-class Rotation:
+class Rotation(Round):
     """One kind of block going round the ring.
 
     Attributes
@@ -134,7 +120,8 @@ class Rotation:
     """
 
     def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
-        self.exchange, self.kind, self.hop = exchange, kind, hop
+        super().__init__(exchange.layout, kind, hop)
+        self.exchange = exchange
         self.nbytes = max(self._nbytes(owner) for owner in range(exchange.layout.size))
         # In hand, and to be received into; a rank that is alone needs neither, nor asks MPI what
         # memory it takes.
@@ -165,14 +152,14 @@ class Rotation:
 
         The block that was received before it is overwritten from now on.
         """
-        comm, layout, meter = self.exchange.comm, self.exchange.layout, self.exchange.meter
+        comm, layout, meter = self.exchange.comm, self.layout, self.exchange.meter
         in_hand, free = self.buffers
         mine = self._nbytes(layout.owner(self.hop))
         coming = self._nbytes(layout.owner(self.hop + 1))
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
         self.hop += 1
-        meter.sent(mine, layout.right, self._leaving)
+        meter.sent(mine, layout.right, self.leaving)
         room, empty = free.receivable(coming)
         block, whole = in_hand.sendable(mine)
         self.receiving = Transfer(
@@ -188,29 +175,21 @@ class Rotation:
 
         They are views of a buffer, good until the next but one block is sent.
         """
-        self._wait_for(self.receiving, self._awaited)
-        self.buffers[0].deliver(self._nbytes(self.exchange.layout.owner(self.hop)))
+        self._wait_for(self.receiving, self.awaited)
+        self.buffers[0].deliver(self._nbytes(self.layout.owner(self.hop)))
         return self._views()
 
     def wait_sent(self) -> None:
         """Wait until the block that was sent last is gone."""
-        self._wait_for(self.sending, self._leaving)
+        self._wait_for(self.sending, self.leaving)
 
     def _wait_for(self, transfer: Transfer, what: Callable[[], Block]) -> None:
         waited = Waited(transfer, self.exchange.begin)
         with self.exchange.meter.waits(what):
             wait(waited, self.exchange.watchdog, what)
 
-    def _awaited(self) -> Block:
-        layout = self.exchange.layout
-        return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
-
-    def _leaving(self) -> Block:
-        layout = self.exchange.layout
-        return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)
-
     def _views(self) -> list[Array]:
-        layout, dtype = self.exchange.layout, self.exchange.dtype
+        layout, dtype = self.layout, self.exchange.dtype
         fields = self.kind.fields(layout, layout.owner(self.hop))
         # NumPy knows bfloat16 by q alone.
         like = [dtype if x.dtype == layout.dtype else np.dtype(x.dtype) for x in fields]
@@ -218,7 +197,7 @@ class Rotation:
         return cut(self.buffers[0].array, cuts)
 
     def _nbytes(self, owner: int) -> int:
-        return self.kind.nbytes(self.exchange.layout, owner)
+        return self.kind.nbytes(self.layout, owner)
 
 
 def cut(array: Array, fields: list[Field]) -> list[Array]:

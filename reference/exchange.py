@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from lvxattn.common.layout import Layout
-from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
+from lvxattn.common.passes import Pass, Round
 from lvxattn.common.wire import NAMES, Kind
 
 from .merge import Array
 from .virtual_ranks import VirtualComm
 
 
-class Exchange:
+class Exchange(Pass):
     """One rank's traffic and work in one pass: made by the front door, given to a schedule.
 
     Parameters
@@ -37,26 +37,12 @@ class Exchange:
     def __init__(
         self, comm: VirtualComm, layout: Layout, mask: Any = None, meter: Meter | None = None
     ) -> None:
-        self.comm, self.layout, self.mask, self.meter = comm, layout, mask, meter or Meter()
-        self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
+        super().__init__(layout, mask, meter)
+        self.comm = comm
 
     def rotation(self, kind: Kind, start: int = 0) -> "Rotation":
         """Return the rotation of one kind of block, which begins at hop `start`."""
         return Rotation(self, kind, start)
-
-    def view(self, hop: int = 0) -> MaskView:
-        """Return my keys' mask over the queries that are here at a hop."""
-        return self.layout.view(self.mask, self.layout.owner(hop), self.rank)
-
-    def view_of_all(self) -> MaskView:
-        """Return my keys' mask over all ranks' queries."""
-        return self.layout.view(self.mask, 0, self.rank)
-
-    def split_home(self, *arrays: Array) -> tuple[list[Any], list[Any]]:
-        """Cut arrays over my keys, and their mask, in two: to work on first, and last."""
-        cut, mask = self.layout.home_cut, self.view()
-        first, last = ([x[:, :, keys] for x in arrays] for keys in (np.s_[:cut], np.s_[cut:]))
-        return [*first, mask], [*last, mask.from_key(cut)]
 
     def accumulators(self, *arrays: Array, once: bool = False) -> list[Array]:  # noqa: ARG002
         """Return zeros to which gradients of these arrays are added, `once` or at every hop."""
@@ -73,11 +59,12 @@ class Exchange:
         """Do nothing: what a virtual rank sends is there at once."""
 
 
-class Rotation:
+class Rotation(Round):
     """One kind of block going round the ring."""
 
     def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
-        self.exchange, self.kind, self.hop = exchange, kind, hop
+        super().__init__(exchange.layout, kind, hop)
+        self.exchange = exchange
         self.block: list[Array] = []
 
     def send(self, *arrays: Array) -> None:
@@ -88,21 +75,13 @@ class Rotation:
 
     def forward(self) -> None:
         """Send on the block that was received last."""
-        exchange, right = self.exchange, self.exchange.layout.right
+        exchange, right = self.exchange, self.layout.right
         self.hop += 1
-        exchange.meter.sent(sum(x.nbytes for x in self.block), right, self._leaving)
+        exchange.meter.sent(sum(x.nbytes for x in self.block), right, self.leaving)
         exchange.comm.send(self.block, right, self.kind.tag)
 
     def receive(self) -> list[Array]:
         """Wait for the next block, and return its arrays."""
-        with self.exchange.meter.waits(self._awaited):
-            self.block = self.exchange.comm.recv(self.exchange.layout.left, self.kind.tag)
+        with self.exchange.meter.waits(self.awaited):
+            self.block = self.exchange.comm.recv(self.layout.left, self.kind.tag)
         return self.block
-
-    def _awaited(self) -> Block:
-        layout = self.exchange.layout
-        return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
-
-    def _leaving(self) -> Block:
-        layout = self.exchange.layout
-        return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)

@@ -44,6 +44,7 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
     },
     "torch_impl": {
         "exchange": {
+            **dict.fromkeys(("Exchange.layout", "Rotation.layout"), "a layout with buffers"),
             "Exchange.check_stamp": "autograd's backwards may come in another order on some ranks",
             "Rotation.device": "blocks may travel through the host's memory",
             "Rotation.wait_sent": "a buffer is not free before its send is done",

@@ -97,11 +97,11 @@ def test_wait_names_kind_owner_hop_and_neighbour() -> None:
     )  # fmt: skip
     exchange = Exchange(MPI.COMM_SELF, layout, np.zeros(1, np.float32))
     rotation = exchange.rotation(PARTIALS, start=2)
-    assert rotation._awaited() == Block(RESULTS_HOME, 0, 2, source=2)
-    assert rotation._leaving() == Block(RESULTS_HOME, 2, 2, dest=3)
+    assert rotation.awaited() == Block(RESULTS_HOME, 0, 2, source=2)
+    assert rotation.leaving() == Block(RESULTS_HOME, 2, 2, dest=3)
     rotation = exchange.rotation(KEYS_VALUES, start=1)
-    assert rotation._awaited() == Block(KEYS, 2, 1, source=2)
-    assert rotation._leaving() == Block(KEYS, 1, 1, dest=3)
+    assert rotation.awaited() == Block(KEYS, 2, 1, source=2)
+    assert rotation.leaving() == Block(KEYS, 1, 1, dest=3)
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "inf", "nan"])

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
+from lvxattn.common.passes import Pass, Round
 from lvxattn.common.wire import NAMES, Kind
 
 from .group import Group, over_cpu
@@ -42,7 +42,7 @@ class Field(NamedTuple):
 Fields = Callable[[int], list[Field]]
 
 
-class Exchange:
+class Exchange(Pass):
     """One rank's traffic and work in one pass: made by the front door, given to a schedule.
 
     Parameters
@@ -57,6 +57,8 @@ class Exchange:
         Counts what this rank sends.
     """
 
+    layout: Layout  # torch_impl's, which has a pool
+
     def __init__(
         self,
         group: Group,
@@ -65,8 +67,8 @@ class Exchange:
         mask: Any = None,
         meter: Meter | None = None,
     ) -> None:
-        self.group, self.layout, self.mask, self.meter = group, layout, mask, meter or Meter()
-        self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
+        super().__init__(layout, mask, meter)
+        self.group = group
         self.device, self.wide = q.device, getattr(torch, layout.accumulator)
         # gloo takes tensors of the host only: blocks of a GPU are then copied there and back.
         over_host = over_cpu(group, q.device)
@@ -82,20 +84,6 @@ class Exchange:
         rotation = Rotation(self, kind, start)
         self.rotations.append(rotation)
         return rotation
-
-    def view(self, hop: int = 0) -> MaskView:
-        """Return my keys' mask over the queries that are here at a hop."""
-        return self.layout.view(self.mask, self.layout.owner(hop), self.rank)
-
-    def view_of_all(self) -> MaskView:
-        """Return my keys' mask over all ranks' queries."""
-        return self.layout.view(self.mask, 0, self.rank)
-
-    def split_home(self, *arrays: Array) -> tuple[list[Any], list[Any]]:
-        """Cut arrays over my keys, and their mask, in two: to work on first, and last."""
-        cut, mask = self.layout.home_cut, self.view()
-        first, last = ([x[:, :, keys] for x in arrays] for keys in (slice(cut), slice(cut, None)))
-        return [*first, mask], [*last, mask.from_key(cut)]
 
     @contextmanager
     def computing(self, hop: int = 0, what: str = "") -> Iterator[None]:
@@ -134,7 +122,7 @@ class Exchange:
         self.rotations.clear()
 
 
-class Rotation:
+class Rotation(Round):
     """One kind of block going round the ring.
 
     Attributes
@@ -143,8 +131,11 @@ class Rotation:
         The size of the largest block, without its stamp.
     """
 
+    layout: Layout
+
     def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
-        self.exchange, self.kind, self.hop = exchange, kind, hop
+        super().__init__(exchange.layout, kind, hop)
+        self.exchange = exchange
         layout, staged = exchange.layout, exchange.staged
         self.nbytes = max(self._nbytes(owner) for owner in range(layout.size))
         device = torch.device("cpu") if staged else exchange.device
@@ -162,7 +153,7 @@ class Rotation:
             for view, x in zip(self._views(), arrays, strict=True):
                 view.copy_(x)  # in place: what was received there has been used
             if self.exchange.stamp is not None:
-                end = self._nbytes(self.exchange.layout.owner(self.hop))
+                end = self._nbytes(self.layout.owner(self.hop))
                 self.buffers[0][end : end + self.stamp_nbytes] = self.exchange.stamp
             self.forward()
 
@@ -171,15 +162,15 @@ class Rotation:
 
         The block that was received before it is overwritten from now on.
         """
-        layout = self.exchange.layout
+        layout = self.layout
         in_hand, free = self.buffers
         mine = self._nbytes(layout.owner(self.hop)) + self.stamp_nbytes
         coming = self._nbytes(layout.owner(self.hop + 1)) + self.stamp_nbytes
         # The block sent last left from `free`: until it is gone nothing may be received there.
         self.wait_sent()
         self.hop += 1
-        self.exchange.meter.sent(mine, layout.right, self._leaving)
-        what = self._leaving().name
+        self.exchange.meter.sent(mine, layout.right, self.leaving)
+        what = self.leaving().name
         with span(f"{layout.way}: hop {self.hop}, post {what}", self.device):
             self._post(in_hand[:mine], free[:coming])
         self.buffers = [free, in_hand]
@@ -189,18 +180,18 @@ class Rotation:
 
         They are views of a buffer, good until the next but one block is sent.
         """
-        layout = self.exchange.layout
-        what = self._awaited().name
+        layout = self.layout
+        what = self.awaited().name
         with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.device):
-            self._wait_for(self.receiving, self._awaited)
+            self._wait_for(self.receiving, self.awaited)
         end = self._nbytes(layout.owner(self.hop))
-        self.exchange.check_stamp(self.buffers[0][end : end + self.stamp_nbytes], self._awaited())
+        self.exchange.check_stamp(self.buffers[0][end : end + self.stamp_nbytes], self.awaited())
         # Staged, the copy has to be done before the next block may come into the same memory.
         return [x.to(self.device) for x in self._views()]
 
     def wait_sent(self) -> None:
         """Wait until the block that was sent last is gone."""
-        self._wait_for(self.sending, self._leaving)
+        self._wait_for(self.sending, self.leaving)
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +199,7 @@ class Rotation:
         return self.exchange.device
 
     def _post(self, block: Array, room: Array) -> None:
-        group, layout = self.exchange.group.group, self.exchange.layout
+        group, layout = self.exchange.group.group, self.layout
         # Both in one batch: NCCL would otherwise wait for the one before it starts the other.
         # Empty blocks have nothing to wait for, and both ends know it.
         ends = (dist.isend, block, layout.right), (dist.irecv, room, layout.left)
@@ -221,7 +212,7 @@ class Rotation:
             self.sending, self.receiving = [], []
             return
         # What has ended a neighbour may show here first, and not by which of the two.
-        with self.exchange.group.waiting(lambda: f"{self._awaited()}, or {self._leaving()}"):
+        with self.exchange.group.waiting(lambda: f"{self.awaited()}, or {self.leaving()}"):
             requests = dist.batch_isend_irecv(list(works.values()))
         if len(requests) < len(works):  # NCCL gives one for the batch
             self.sending = self.receiving = requests
@@ -236,21 +227,13 @@ class Rotation:
                 work.wait()
         works.clear()
 
-    def _awaited(self) -> Block:
-        layout = self.exchange.layout
-        return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
-
-    def _leaving(self) -> Block:
-        layout = self.exchange.layout
-        return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)
-
     def _views(self) -> list[Array]:
-        layout = self.exchange.layout
+        layout = self.layout
         fields = self.kind.fields(layout, layout.owner(self.hop))
         return cut(self.buffers[0], [Field(x.shape, getattr(torch, x.dtype)) for x in fields])
 
     def _nbytes(self, owner: int) -> int:
-        return self.kind.nbytes(self.exchange.layout, owner)
+        return self.kind.nbytes(self.layout, owner)
 
 
 def cut(buffer: Array, fields: list[Field]) -> list[Array]:
