@@ -23,7 +23,7 @@ from torch import Tensor
 from lvxattn.cli.arguments import writable
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl import block_attention, block_attention_backward, cross_attention
-from lvxattn.torch_impl.kernels import KERNELS, Job
+from lvxattn.torch_impl.kernels import KERNELS, KernelSpec
 from lvxattn.torch_impl.kernels.choose import choose
 
 GOAL = 1.03
@@ -58,27 +58,28 @@ def main() -> None:
             json.dump({**stored, "rows": rows}, file, indent=1)
 
 
-def jobs(quick: bool) -> list[tuple[Job, str]]:
+def jobs(quick: bool) -> list[tuple[KernelSpec, str]]:
     """Return the shapes that are measured, with the kind of mask."""
     lengths = [(1, 16384), (16, 16384), (128, 16384), (1024, 4096)]
     if quick:
         return [
-            (Job("cpu", torch.float32, 1, 8, 2, s_q, s_kv, 64, 64), "none") for s_q, s_kv in lengths
+            (KernelSpec("cpu", torch.float32, 1, 8, 2, s_q, s_kv, 64, 64), "none")
+            for s_q, s_kv in lengths
         ]
     lengths += [(16, 65536), (128, 65536), (1024, 16384), (2048, 4096)]
     found = []
     for dtype in DTYPES:
         for s_q, s_kv in lengths:
             for D in (64, 128):
-                found += [(Job("cpu", dtype, 1, 8, 2, s_q, s_kv, D, D), "none")]
-        found += [(Job("cpu", dtype, 1, 4, 1, 16, 16384, 64, 64), "none")]
+                found += [(KernelSpec("cpu", dtype, 1, 8, 2, s_q, s_kv, D, D), "none")]
+        found += [(KernelSpec("cpu", dtype, 1, 4, 1, 16, 16384, 64, 64), "none")]
     for s_q in (16, 128, 1024):
-        found += [(Job("cpu", torch.float32, 1, 8, 2, s_q, 4096, 64, 64), "padding")]
-        found += [(Job("cpu", torch.float32, 1, 8, 2, s_q, 4096, 64, 64), "array")]
+        found += [(KernelSpec("cpu", torch.float32, 1, 8, 2, s_q, 4096, 64, 64), "padding")]
+        found += [(KernelSpec("cpu", torch.float32, 1, 8, 2, s_q, 4096, 64, 64), "array")]
     return found
 
 
-def compare(job: Job, kind: str, repeat: int) -> dict[str, Any]:
+def compare(job: KernelSpec, kind: str, repeat: int) -> dict[str, Any]:
     """Return the job, and by kernel the milliseconds of its forward and of its backward."""
     torch.manual_seed(0)
     q, dout = (torch.randn(job.B, job.H, job.s_q, job.D).to(job.dtype) for _ in range(2))
@@ -90,12 +91,12 @@ def compare(job: Job, kind: str, repeat: int) -> dict[str, Any]:
         mask = torch.rand(1, 1, job.s_q, job.s_kv) < 0.7
     scale, measured, auto = job.D**-0.5, {}, []
     for backward in (False, True):
-        auto.append(choose(Job.of(q, k, v, MaskView.of(mask), backward=backward)))
+        auto.append(choose(KernelSpec.of(q, k, v, MaskView.of(mask), backward=backward)))
     out, lse = block_attention(q, k, v, scale=scale, mask=mask, kernel="blocked")
     delta = (dout * out).sum(dim=-1)
     given = (dout, q, k, v, lse, delta)
     for name, kernel in KERNELS.items():
-        if kernel.unsupported(Job.of(q, k, v, MaskView.of(mask), backward=True)) is not None:
+        if kernel.unsupported(KernelSpec.of(q, k, v, MaskView.of(mask), backward=True)) is not None:
             continue
         options: dict[str, Any] = {"scale": scale, "mask": mask, "kernel": name}
         forward = least(lambda o=options: block_attention(q, k, v, **o), repeat)

@@ -9,7 +9,7 @@ import torch
 
 from lvxattn import mpi_impl, reference, torch_impl
 from lvxattn.common.validation import accumulator
-from lvxattn.torch_impl.kernels import KERNELS, Job
+from lvxattn.torch_impl.kernels import KERNELS, KernelSpec
 from tests import fake_cupy
 from tests.cases import Case
 
@@ -65,7 +65,7 @@ class Backend:
         sizes = (case.B, case.H, case.H_KV, case.S_Q, case.S_KV, case.D, case.D_V)
         mask_dtype = torch.float64 if case.mask == "additive" else torch.bool
         dtype = getattr(torch, case.dtype)
-        job = Job("cpu", dtype, *sizes, mask=kind, mask_dtype=mask_dtype, backward=True)
+        job = KernelSpec("cpu", dtype, *sizes, mask=kind, mask_dtype=mask_dtype, backward=True)
         return kernel.unsupported(job) is None
 
 

@@ -8,12 +8,14 @@ import numpy as np
 from lvxattn.check import matching
 from lvxattn.check.matching import Array
 from lvxattn.check.problem import Problem
-from lvxattn.check.wrong import Right
+from lvxattn.check.wrong import KernelBase
 
 _played: dict[Any, dict[str, Array] | str] = {}
 
 
-def played_once(kernel: Right, problem: Problem, names: Collection[str]) -> dict[str, Array] | str:
+def played_once(
+    kernel: KernelBase, problem: Problem, names: Collection[str]
+) -> dict[str, Array] | str:
     """Stand in for `matching.played`, to which every kernel comes fresh."""
     if kernel.remembers or problem.case.S_KV > 128:  # results that are large, and seldom asked for
         return _play(kernel, problem, names)

@@ -8,8 +8,8 @@ import pytest
 from lvxattn.check import Report, case_of, check, matching
 from lvxattn.check.diagnosis import Suspects
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong import WRONG, Right
-from lvxattn.check.wrong.right import Array, Shape
+from lvxattn.check.wrong import WRONG
+from lvxattn.check.wrong.kernel_base import Array, KernelBase, Shape
 from tests.library import played_once
 
 CASES = [
@@ -28,41 +28,41 @@ def diagnoses(report: Report) -> set[str]:
     return {name for row in report.failed for name in row.diagnosis.split("*")[1::2]}
 
 
-class Shrunk(Right):
+class Shrunk(KernelBase):
     def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
         out, lse = super()._join(parts, out)
         return np.asarray(out * 0.99, out.dtype), lse
 
 
-class OtherScale(Right):
+class OtherScale(KernelBase):
     def _scale(self, scale: float, _D: int) -> Any:
         return 1.05 * scale
 
 
-class SoftCap(Right):
+class SoftCap(KernelBase):
     def _scores(self, q: Array, k: Array) -> Array:
         return np.asarray(5 * np.tanh(super()._scores(q, k) / 5), q.dtype)
 
 
-class ReversedKeys(Right):
+class ReversedKeys(KernelBase):
     def _arguments(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         q, k, v = super()._arguments(q, k, v)
         return q, k[:, :, ::-1], v
 
 
-class Window(Right):
+class Window(KernelBase):
     def _tile(self, mask: Mask, shape: Shape, keys: slice) -> Array | None:
         seen = np.arange(shape[3])[keys] < np.arange(shape[2])[:, None] + 20
         tile = super()._tile(mask, shape, keys)
         return seen[None, None] if tile is None else tile & seen
 
 
-class ReversedDv(Right):
+class ReversedDv(KernelBase):
     def _sum_heads(self, dx: Array, H_KV: int) -> Array:
         return super()._sum_heads(dx, H_KV)[:, :, ::-1]
 
 
-class Noisy(Right):
+class Noisy(KernelBase):
     def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
         out, lse = super()._join(parts, out)
         noise = np.random.default_rng(0).standard_normal(out.shape)
@@ -73,7 +73,7 @@ class Noisy(Right):
     "kernel", [Shrunk, OtherScale, SoftCap, ReversedKeys, Window, ReversedDv, Noisy]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_unknown_defect_gets_no_name(kernel: type[Right], dtype: str) -> None:
+def test_unknown_defect_gets_no_name(kernel: type[KernelBase], dtype: str) -> None:
     report = check(kernel(), cases=CASES[:3], dtypes=(dtype,))
     assert diagnoses(report) == set()
     assert report.probably == ""
@@ -92,7 +92,7 @@ class DeadAndTiled(WRONG["dead rows NaN"], WRONG["heads tiled"]):  # type: ignor
 
 
 @pytest.mark.parametrize("kernel", [PhantomAndTiled, PhantomAndScaled, DeadAndTiled])
-def test_two_defects_do_not_give_a_third_name(kernel: type[Right]) -> None:
+def test_two_defects_do_not_give_a_third_name(kernel: type[KernelBase]) -> None:
     own = {name for name, wrong in WRONG.items() if issubclass(kernel, wrong)}
     assert len(own) == 2
     assert diagnoses(check(kernel(), cases=CASES)) <= own
@@ -119,7 +119,7 @@ def test_diagnosis_gives_number_of_shards(shards: int) -> None:
     assert f"*unweighted merge* (shards = {shards}) to " in report.rows[1].diagnosis
 
 
-class ElevenBits(Right):
+class ElevenBits(KernelBase):
     """Rounds mantissas to 11 bits where TF32 rounds them to 10."""
 
     def _dot(self, x: Array, y: Array) -> Array:
@@ -156,7 +156,7 @@ class TestWhatPassedIsHeldAgainstAName:
         assert diagnoses(report) == {"scale argument ignored"}
 
     def test_neither_is_left(self) -> None:
-        class Other(Right):
+        class Other(KernelBase):
             def _scale(self, scale: float, D: int) -> Any:
                 return 1.0 if D == 1 else scale
 
@@ -180,7 +180,7 @@ def test_stale_state_is_diagnosed(name: str) -> None:
 
 
 def test_correct_kernel_is_not_diagnosed() -> None:
-    report = check(Right(), cases=CASES)
+    report = check(KernelBase(), cases=CASES)
     assert report.probably == ""
     assert {row.diagnosis for row in report.rows} == {""}
 

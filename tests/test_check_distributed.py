@@ -19,9 +19,9 @@ from lvxattn.check import (
     matching,
     suite_of,
 )
+from lvxattn.check.call_kernel import ComplaintError
 from lvxattn.check.growth import GROWTH, LIMIT, judged_growth
 from lvxattn.check.judge import RESULTS, Verdict
-from lvxattn.check.play import ComplaintError
 from lvxattn.check.ranks.outcome import (
     ElsewhereError,
     Outcome,

@@ -9,7 +9,7 @@ import pytest
 
 from lvxattn.check import Problem, case_of, draw
 from lvxattn.check.judge import RESULTS, Truth, judge, norms, truth_of
-from lvxattn.check.rounded import PLAIN, WAYS, rounded_attention
+from lvxattn.check.rounding_model import PLAIN, WAYS, rounded_attention
 from lvxattn.cli.tensors import dtype_of
 from tests.naive import naive_attention
 from tests.tolerances import UNIT

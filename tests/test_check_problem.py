@@ -12,7 +12,7 @@ import pytest
 from lvxattn.check import Case, Problem, case_of, draw, suite_of
 from lvxattn.check.cases import CASES, large
 from lvxattn.check.judge import truth_of
-from lvxattn.check.rounded import visible
+from lvxattn.check.rounding_model import visible
 from lvxattn.cli.tensors import InputError
 from lvxattn.reference import full_attention
 from tests.errors import says

@@ -76,7 +76,7 @@ def test_failure_is_short_and_shows_how_to_reproduce(run) -> None:
             "*SKIPPED*unsupported: no callable masks",
         ]
     )
-    for inner in ("suite.py", "play.py", "patience.py", "Traceback", "hidden"):
+    for inner in ("suite.py", "call_kernel.py", "time_limit.py", "Traceback", "hidden"):
         assert inner not in str(done.stdout)
 
 

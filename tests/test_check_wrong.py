@@ -10,7 +10,7 @@ from lvxattn.check import Case, case_of, check, matching
 from lvxattn.check.cases import CASES
 from lvxattn.check.matrix import SelfTest
 from lvxattn.check.self_test import play_right, play_wrong, self_test
-from lvxattn.check.wrong import WRONG, Right
+from lvxattn.check.wrong import WRONG, KernelBase
 from tests.library import played_once
 
 Caught = dict[str, dict[str, list[str]]]
@@ -77,7 +77,7 @@ def test_correct_kernels_pass() -> None:
 
 def test_false_alarm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lvxattn.check.self_test.CASES", [case_of("one-query")])
-    monkeypatch.setattr(Right, "_kv_head", WRONG["heads tiled"]._kv_head)
+    monkeypatch.setattr(KernelBase, "_kv_head", WRONG["heads tiled"]._kv_head)
     ratios, alarms = play_right(seeds=1)
     assert ratios["4 shards"]["float32"] > 1
     assert any(alarm.startswith("4 shards: one-query, float32, seed 0") for alarm in alarms)
@@ -86,7 +86,7 @@ def test_false_alarm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shards", [1, 2, 7, 64])
 def test_correct_kernel_passes_for_any_key_cut(shards: int) -> None:
     cases = [case_of("fewer-keys-than-shards"), case_of("dead-shard"), case_of("grouped-heads")]
-    check(Right(shards), cases=cases).raise_if_failed()
+    check(KernelBase(shards), cases=cases).raise_if_failed()
 
 
 class TestWhatASelfTestSays:

@@ -15,12 +15,12 @@ from lvxattn.common.launcher import claim, mismatch, speaks
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.mpi_impl.commands.doctor.advice import find_problems
 from lvxattn.mpi_impl.commands.doctor.examination import _print_facts, examine
-from lvxattn.mpi_impl.commands.doctor.facts import Facts
+from lvxattn.mpi_impl.commands.doctor.rank_info import RankInfo
 from lvxattn.mpi_impl.commands.doctor.ring import Link
 from tests import fake_cupy
 from tests.commands import commands
 
-SOUND = Facts(
+SOUND = RankInfo(
     host="a",
     cores=frozenset(range(4)),
     library="MPI 1",
@@ -210,7 +210,7 @@ def test_no_problem_found() -> None:
         ),
     ],
 )
-def test_a_problem_comes_with_advice(ranks: list[Facts], advice: str) -> None:
+def test_a_problem_comes_with_advice(ranks: list[RankInfo], advice: str) -> None:
     (problem,) = find_problems(ranks, LINKS, None)
     assert advice in problem.text
     assert "\n" not in problem.text

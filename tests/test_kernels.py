@@ -11,9 +11,17 @@ import torch
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl import block_attention, block_attention_backward
 from lvxattn.torch_impl.block_attention import partial_attention
-from lvxattn.torch_impl.kernels import KERNELS, Job, cpu_flash, cuda_flash, cudnn, efficient, split
+from lvxattn.torch_impl.kernels import (
+    KERNELS,
+    KernelSpec,
+    cpu_flash,
+    cuda_flash,
+    cudnn,
+    efficient,
+    split,
+)
 from lvxattn.torch_impl.kernels.choose import RULES, choose
-from lvxattn.torch_impl.kernels.stand_in import stand_in
+from lvxattn.torch_impl.kernels.surrogate_out import surrogate_out
 from lvxattn.torch_impl.merge import lse_of, merge_partials
 from tests import fake_fused
 from tests.backends import tensor
@@ -58,9 +66,9 @@ def solve(problem: Problem, kernel: Any, parts: int = 1, dtype: str = "float32")
     return {name: x.numpy() for name, x in results.items()}
 
 
-def job(device: str = "cpu", dtype: torch.dtype = torch.float32, **changes: Any) -> Job:
+def job(device: str = "cpu", dtype: torch.dtype = torch.float32, **changes: Any) -> KernelSpec:
     sizes = {"B": 1, "H": 8, "H_KV": 2, "s_q": 1024, "s_kv": 65536, "D": 64, "D_V": 64}
-    return Job(device, dtype, **(sizes | changes))
+    return KernelSpec(device, dtype, **(sizes | changes))
 
 
 # What CPU flash does otherwise than one would think.
@@ -273,7 +281,7 @@ def test_surrogate_out_has_given_row_sums(level: float, size: float, dtype: str)
     rng = torch.Generator().manual_seed(0)
     dout = (torch.randn(1, 2, 50, 8, generator=rng, dtype=torch.float64) * size).to(kind)
     delta = (torch.randn(1, 2, 50, generator=rng, dtype=torch.float64) * level).to(wide)
-    given, out = stand_in(dout, delta, kind)
+    given, out = surrogate_out(dout, delta, kind)
     assert given.dtype == out.dtype == kind
     assert out.isfinite().all()
     sums = (given.double() * out.double()).sum(dim=-1)
@@ -288,7 +296,7 @@ def test_surrogate_out_has_given_row_sums(level: float, size: float, dtype: str)
 def test_surrogate_out_keeps_nan_in_its_row() -> None:
     dout, delta = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3)
     dout[0, 0, 0, 1], delta[0, 0, 2] = torch.nan, torch.nan
-    given, out = stand_in(dout, delta, torch.float32)
+    given, out = surrogate_out(dout, delta, torch.float32)
     assert (given * out).sum(dim=-1).isnan().tolist() == [[[True, False, True]]]
     assert torch.equal(given, dout) or given[0, 0, 0].isnan().any()
 
@@ -378,7 +386,7 @@ def test_half_precision_scores_are_not_rounded(dtype: str, parts: int) -> None:
     ],
     ids=str,
 )
-def test_auto_chooses_kernel(asked: Job, kernel: str) -> None:
+def test_auto_chooses_kernel(asked: KernelSpec, kernel: str) -> None:
     assert choose(asked) == kernel
 
 

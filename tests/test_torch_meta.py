@@ -22,7 +22,7 @@ from lvxattn.torch_impl import CrossAttention, Layout, block_attention, cross_at
 from lvxattn.torch_impl import autograd as autograd_module
 from lvxattn.torch_impl.cross_attention import FORWARD
 from lvxattn.torch_impl.kernels import cuda_flash
-from lvxattn.torch_impl.kernels.job import Job
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec
 from tests.torch_ranks import torch_report
 
 FLASH = "aten._scaled_dot_product_flash_attention"
@@ -63,9 +63,9 @@ class Held(TorchDispatchMode):
 @contextmanager
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Caught]:
     """Have kernels chosen as on CUDA, for tensors without numbers."""
-    of = Job.of
+    of = KernelSpec.of
     monkeypatch.setattr(
-        Job, "of", staticmethod(lambda *x, **y: replace(of(*x, **y), device="cuda"))
+        KernelSpec, "of", staticmethod(lambda *x, **y: replace(of(*x, **y), device="cuda"))
     )
     monkeypatch.setattr(autograd_module, "exactly", lambda _: nullcontext())
     for name in ("tensor", "as_tensor", "asarray", "from_numpy"):

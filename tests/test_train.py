@@ -17,6 +17,7 @@ import torch
 
 from lvxattn.torch_impl.commands.train import add_options, checkpoint, program, run_training
 from lvxattn.torch_impl.commands.train import loop as loop_module
+from lvxattn.torch_impl.commands.train.attention_maps import find_needles
 from lvxattn.torch_impl.commands.train.curriculum import GROW, Curriculum
 from lvxattn.torch_impl.commands.train.data import (
     BITS,
@@ -28,7 +29,6 @@ from lvxattn.torch_impl.commands.train.data import (
     load_images,
     make_clips,
 )
-from lvxattn.torch_impl.commands.train.gaze import find_needles
 from lvxattn.torch_impl.commands.train.loop import Run
 from lvxattn.torch_impl.commands.train.options import InputError, Settings
 from lvxattn.torch_impl.commands.train.report import Test as Answers

@@ -29,7 +29,7 @@ from lvxattn.common.masks import MaskRule, MaskView
 
 from .kernels import KERNELS
 from .kernels.choose import choose
-from .kernels.job import Job, Kernel, accumulator_of
+from .kernels.kernel_spec import Kernel, KernelSpec, accumulator_of
 from .merge import lse_of
 
 
@@ -91,7 +91,7 @@ def partial_attention(
         (0, -inf, any) where a query may attend to none of the keys.
     """
     view = MaskView.of(mask)
-    work = _kernel(kernel, Job.of(q, k, v, view, backward=False))
+    work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=False))
     if 0 in (q.shape[2], k.shape[2]):  # with which fused kernels end the process
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=accumulator_of(q))
         top = out.new_full(q.shape[:3], -torch.inf)
@@ -141,7 +141,7 @@ def block_attention_backward(
         them new, and to zero and add would cost a rank that is alone a twentieth of its time.
     """
     view = MaskView.of(mask)
-    work = _kernel(kernel, Job.of(q, k, v, view, backward=True))
+    work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=True))
     if 0 in (q.shape[2], k.shape[2]):
         dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator_of(q)) for x in (q, k, v))
     else:
@@ -184,7 +184,7 @@ def delta_of(
     return dout, delta.masked_fill(dead, 0.0)
 
 
-def _kernel(name: str, job: Job) -> Kernel:
+def _kernel(name: str, job: KernelSpec) -> Kernel:
     if name == "auto":
         return KERNELS[choose(job)]
     if name not in KERNELS:

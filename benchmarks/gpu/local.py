@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl import block_attention, block_attention_backward
-from lvxattn.torch_impl.kernels import KERNELS, Job, split
+from lvxattn.torch_impl.kernels import KERNELS, KernelSpec, split
 from lvxattn.torch_impl.kernels.choose import choose
 
 BACKENDS = {
@@ -55,7 +55,7 @@ def measure(device: Device, dtype: torch.dtype = torch.bfloat16) -> Iterator[dic
         ]
         for backward in (False, True):
             mine = inputs[0]
-            job = Job.of(mine.q, mine.k, mine.v, MaskView(None), backward=backward)
+            job = KernelSpec.of(mine.q, mine.k, mine.v, MaskView(None), backward=backward)
             kernels, peaks, failed = {}, {}, {}
             for name, work in ours(job):
                 attempt(name, device, [partial(work, x) for x in inputs], kernels, peaks, failed)
@@ -109,7 +109,7 @@ def work_of(x: Inputs, backward: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ours(job: Job) -> Iterator[tuple[str, Callable[[Inputs], object]]]:
+def ours(job: KernelSpec) -> Iterator[tuple[str, Callable[[Inputs], object]]]:
     """Yield the ways in which torch_impl can do a job: kernels, `auto`, and splits of its keys."""
     for name in ("auto", *KERNELS):
         if name == "split" or (name != "auto" and KERNELS[name].unsupported(job) is not None):

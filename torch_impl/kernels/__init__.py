@@ -5,9 +5,9 @@ holds the rules by which `kernel="auto"` picks one.
 """
 
 from lvxattn.torch_impl.kernels import blocked, cpu_flash, cuda_flash, cudnn, efficient, split
-from lvxattn.torch_impl.kernels.job import Job, Kernel
+from lvxattn.torch_impl.kernels.kernel_spec import Kernel, KernelSpec
 
-__all__ = ["KERNELS", "Job", "Kernel"]
+__all__ = ["KERNELS", "Kernel", "KernelSpec"]
 
 _ALL: tuple[Kernel, ...] = (blocked, cpu_flash, cuda_flash, cudnn, efficient, split)
 KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in _ALL}

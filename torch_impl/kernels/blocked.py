@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from lvxattn.common.masks import MaskView, tiles
-from lvxattn.torch_impl.kernels.job import Job, accumulator_of
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, accumulator_of
 from lvxattn.torch_impl.merge import merge_partials
 
 NAME = "blocked"
 
 
-def unsupported(job: Job) -> str | None:  # noqa: ARG001
+def unsupported(job: KernelSpec) -> str | None:  # noqa: ARG001
     """Say why the kernel cannot do the job: it always can."""
     return None
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lvxattn.torch_impl.kernels import KERNELS, split
-from lvxattn.torch_impl.kernels.job import Job
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Rule:
     """Take this kernel for jobs that fit, because."""
 
     kernel: str
-    fits: Callable[[Job], bool]
+    fits: Callable[[KernelSpec], bool]
     because: str
 
 
@@ -56,7 +56,7 @@ RULES = (
 )
 
 
-def choose(job: Job) -> str:
+def choose(job: KernelSpec) -> str:
     """Return the name of the kernel for a job."""
     return next(
         rule.kernel

@@ -14,8 +14,8 @@ from torch._subclasses import FakeTensor
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels import blocked
 from lvxattn.torch_impl.kernels.bias import Bias
-from lvxattn.torch_impl.kernels.job import Job
-from lvxattn.torch_impl.kernels.stand_in import stand_in
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec
+from lvxattn.torch_impl.kernels.surrogate_out import surrogate_out
 
 NAME = "cpu_flash"
 
@@ -26,7 +26,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def unsupported(job: Job) -> str | None:
+def unsupported(job: KernelSpec) -> str | None:
     """Say why the kernel cannot do the job."""
     wrong = job.on("cpu", torch.float32, torch.float64) or job.exact_bias()
     if wrong is None and job.D_V != job.D:
@@ -58,7 +58,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `block_attention_backward` does."""
     bias = Bias.of(mask, q, k)
-    dout, out = stand_in(dout, delta, q.dtype)
+    dout, out = surrogate_out(dout, delta, q.dtype)
     dq, dk, dv = _backward(
         dout, q, k, v, out, bias.closed(lse), 0.0, False, attn_mask=bias.bias, scale=scale
     )

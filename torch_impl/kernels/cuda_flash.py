@@ -12,8 +12,8 @@ from torch import Tensor
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
 from lvxattn.torch_impl.kernels.fold import fold
-from lvxattn.torch_impl.kernels.job import Job, accumulator_of
-from lvxattn.torch_impl.kernels.stand_in import stand_in
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, accumulator_of
+from lvxattn.torch_impl.kernels.surrogate_out import surrogate_out
 
 NAME = "cuda_flash"
 
@@ -21,7 +21,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
-def unsupported(job: Job) -> str | None:
+def unsupported(job: KernelSpec) -> str | None:
     """Say why the kernel cannot do the job."""
     wrong = job.on("cuda", torch.bfloat16, torch.float16) or job.since_ampere()
     wrong = wrong or job.room_for_stand_in()
@@ -57,7 +57,7 @@ def backward(
     """Do what `block_attention_backward` does."""
     assert mask.mask is None
     lse = Bias(None, None).closed(lse)
-    rows, dout, out, lse = (fold(x, k) for x in (q, *stand_in(dout, delta, q.dtype), lse))
+    rows, dout, out, lse = (fold(x, k) for x in (q, *surrogate_out(dout, delta, q.dtype), lse))
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     dq, dk, dv = _backward(
         dout, rows, k, v, out, lse, None, None, rows.shape[2], k.shape[2],

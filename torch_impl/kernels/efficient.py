@@ -11,8 +11,8 @@ from torch import Tensor
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels.bias import Bias
 from lvxattn.torch_impl.kernels.fold import fold
-from lvxattn.torch_impl.kernels.job import Job, accumulator_of
-from lvxattn.torch_impl.kernels.stand_in import stand_in
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, accumulator_of
+from lvxattn.torch_impl.kernels.surrogate_out import surrogate_out
 
 NAME = "efficient"
 
@@ -20,7 +20,7 @@ _forward = torch.ops.aten._scaled_dot_product_efficient_attention
 _backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 
 
-def unsupported(job: Job) -> str | None:
+def unsupported(job: KernelSpec) -> str | None:
     """Say why the kernel cannot do the job."""
     wrong = job.on("cuda", torch.float32, torch.bfloat16, torch.float16)
     wrong = wrong or job.exact_bias() or job.room_for_stand_in()
@@ -55,7 +55,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `block_attention_backward` does."""
     bias = Bias.of(mask, q, k)
-    dout, out = stand_in(dout, delta, q.dtype)
+    dout, out = surrogate_out(dout, delta, q.dtype)
     lse = fold(bias.closed(lse), k)
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
     seed = torch.zeros((), dtype=torch.int64, device=q.device)

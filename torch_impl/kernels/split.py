@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels import blocked, cpu_flash, cuda_flash, cudnn, efficient
-from lvxattn.torch_impl.kernels.job import Job, Kernel, accumulator_of
+from lvxattn.torch_impl.kernels.kernel_spec import Kernel, KernelSpec, accumulator_of
 from lvxattn.torch_impl.merge import merge_partials
 
 NAME = "split"
@@ -34,12 +34,12 @@ ROWS = 128  # that a kernel gives to one worker
 _NO_MASK = MaskView(None)
 
 
-def unsupported(job: Job) -> str | None:
+def unsupported(job: KernelSpec) -> str | None:
     """Say why the kernel cannot do the job."""
     return None if job.mask == "none" else f"no mask, got a mask of kind {job.mask}"
 
 
-def parts_for(job: Job) -> int:
+def parts_for(job: KernelSpec) -> int:
     """Return into how many parts the keys of one batch entry are cut."""
     if job.device != "cpu" and job.backward:  # shared out by keys as it is
         return 1
@@ -102,8 +102,8 @@ def backward(
 
 def _within(
     q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool
-) -> tuple[Job, Kernel]:
-    job = Job.of(q, k, v, mask, backward=backward)
+) -> tuple[KernelSpec, Kernel]:
+    job = KernelSpec.of(q, k, v, mask, backward=backward)
     return job, next(kernel for kernel in WITHIN if kernel.unsupported(job) is None)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lvxattn.mpi_impl.commands.doctor.facts import Facts
+from lvxattn.mpi_impl.commands.doctor.rank_info import RankInfo
 from lvxattn.mpi_impl.commands.doctor.ring import Link
 
 
@@ -15,7 +15,7 @@ class Problem(NamedTuple):
 
 
 def find_problems(
-    ranks: Sequence[Facts],
+    ranks: Sequence[RankInfo],
     links: Sequence[Link],
     mismatch: str | None,
     arrived: Sequence[bool] = (),
@@ -24,7 +24,7 @@ def find_problems(
 
     Parameters
     ----------
-    ranks : sequence of Facts
+    ranks : sequence of RankInfo
         In rank order.
     links : sequence of Link
     mismatch : str or None
@@ -69,7 +69,7 @@ def find_problems(
     return problems
 
 
-def _on_host(host: str, ranks: list[Facts]) -> list[Problem]:
+def _on_host(host: str, ranks: list[RankInfo]) -> list[Problem]:
     problems = []
     cores = len(frozenset().union(*(facts.cores for facts in ranks)))
     threads, count = sum(facts.threads for facts in ranks), len(ranks)

@@ -9,7 +9,7 @@ from mpi4py import MPI
 import lvxattn
 from lvxattn.common.launcher import claim, mismatch, speaks
 from lvxattn.mpi_impl.commands.doctor.advice import Problem, counted, find_problems
-from lvxattn.mpi_impl.commands.doctor.facts import Facts, look
+from lvxattn.mpi_impl.commands.doctor.rank_info import RankInfo, look
 from lvxattn.mpi_impl.commands.doctor.ring import Link, send_from_device, send_round
 from lvxattn.mpi_impl.transport.cuda_aware import SELF_TEST_SECONDS
 from lvxattn.mpi_impl.transport.device import limit_blas_threads, rank_on_host, use_device
@@ -54,7 +54,7 @@ def examine(comm: MPI.Intracomm) -> bool:
     return not any(problem.fatal for problem in problems)
 
 
-def _print_facts(ranks: list[Facts]) -> None:
+def _print_facts(ranks: list[RankInfo]) -> None:
     first = ranks[0]
     hosts = dict.fromkeys(facts.host for facts in ranks)
     print("\nLV-XAttn doctor")
@@ -110,7 +110,7 @@ def _launcher(size: int) -> str:
     return "none: this is one process, nothing is sent; start more with mpiexec -n 4"
 
 
-def _print_links(ranks: list[Facts], links: list[Link]) -> None:
+def _print_links(ranks: list[RankInfo], links: list[Link]) -> None:
     kinds = (
         ("within hosts", [x for x in links if ranks[x.source].host == ranks[x.rank].host]),
         ("between hosts", [x for x in links if ranks[x.source].host != ranks[x.rank].host]),

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy.typing as npt
 
+from lvxattn.check.call_kernel import call_kernel
 from lvxattn.check.cases import Case, suite_of
 from lvxattn.check.diagnosis import Suspects
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.growth import GROWTH, growth_cuts, judged_growth
-from lvxattn.check.play import play
 from lvxattn.check.problem import Problem, draw
 from lvxattn.check.ranks import Ranks, Together, joined, launched_by_torchrun, ranks_of
 from lvxattn.check.report import Report, Row
@@ -189,7 +189,7 @@ class DistributedPlayer:
             def with_comm(fn: Callable[..., Any]) -> Callable[..., Any]:
                 return lambda *arrays, **options: fn(*arrays, comm, **options)
 
-            return play(
+            return call_kernel(
                 with_comm(self.fn),
                 problem,
                 self.framework,

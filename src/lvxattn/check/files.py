@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lvxattn.check.cases import Case
 from lvxattn.check.problem import Problem
-from lvxattn.check.rounded import visible
+from lvxattn.check.rounding_model import visible
 from lvxattn.cli.tensors import create, open_tensors
 
 Array = npt.NDArray[Any]

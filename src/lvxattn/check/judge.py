@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from lvxattn.check.cases import Case
 from lvxattn.check.problem import Problem, draw
-from lvxattn.check.rounded import PLAIN, WAYS, rounded_attention, visible
+from lvxattn.check.rounding_model import PLAIN, WAYS, rounded_attention, visible
 from lvxattn.common.validation import accumulator
 from lvxattn.reference.full_attention import full_attention, full_attention_backward
 

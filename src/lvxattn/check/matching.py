@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.check.call_kernel import call_kernel
 from lvxattn.check.frameworks.numpy_arrays import NumPy
 from lvxattn.check.judge import RESULTS, Truth, difference, disagree, norms
-from lvxattn.check.play import play
 from lvxattn.check.problem import Problem
-from lvxattn.check.wrong import WRONG, Right
+from lvxattn.check.wrong import WRONG, KernelBase
 
 Array = npt.NDArray[Any]
 
@@ -61,7 +61,7 @@ class Match:
 
     @property
     def compare(self) -> str:
-        """What was compared: `Right.compare`."""
+        """What was compared: `KernelBase.compare`."""
         return WRONG[self.name].compare
 
 
@@ -167,19 +167,19 @@ def says(results: dict[str, Array] | str, message: str) -> bool:
     return isinstance(results, str) and results in message
 
 
-def played(kernel: Right, problem: Problem, names: Collection[str]) -> dict[str, Array] | str:
+def played(kernel: KernelBase, problem: Problem, names: Collection[str]) -> dict[str, Array] | str:
     """Return results of a wrong kernel, as far as they are asked for, or what is said against it.
 
     Parameters
     ----------
-    kernel : Right
+    kernel : KernelBase
     problem : Problem
     names : collection of str
         Of results.
     """
     gradients = bool({"dq", "dk", "dv"} & set(names))
     try:
-        return play(kernel, problem, _NUMPY, backward=kernel.backward, gradients=gradients)
+        return call_kernel(kernel, problem, _NUMPY, backward=kernel.backward, gradients=gradients)
     except Exception as error:  # a complaint, or what NumPy says, such as that q is read-only
         return str(error)
 

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from lvxattn.check.call_kernel import call_kernel
 from lvxattn.check.cases import Case, suite_of
 from lvxattn.check.frameworks import Framework, framework_of
+from lvxattn.check.import_target import load
 from lvxattn.check.judge import Truth, judge, truth_for
-from lvxattn.check.patience import Patience
-from lvxattn.check.play import play
 from lvxattn.check.problem import Problem, draw
 from lvxattn.check.report import Row
 from lvxattn.check.single import diagnosed, wrong_in
 from lvxattn.check.suite import Player, ungraded
-from lvxattn.check.target import load
+from lvxattn.check.time_limit import TimeLimit
 from lvxattn.common.validation import FLOATING, accumulator, dtype_name
 
 Array = npt.NDArray[Any]
@@ -114,7 +114,7 @@ def chosen_by(options: dict[str, Any]) -> Chosen:
         backward = getattr(fn, "backward", None)
         if options["backward"] is not None:
             backward = load(options["backward"], "--lvx-backward")
-        player = Player(fn, framework, backward, True, Patience(30.0))
+        player = Player(fn, framework, backward, True, TimeLimit(30.0))
     elif options["backward"] is not None:
         raise ValueError("--lvx-backward: goes with --lvx-impl")
     choices = (Choice(c, d, s) for c in cases for d in names for s in range(int(seeds)))
@@ -267,5 +267,5 @@ def _given(problem: Problem, framework: Framework) -> dict[str, Any]:
         raise NotImplementedError
 
     problem = replace(problem, case=replace(problem.case, calls=""))
-    play(fn, problem, framework, backward=backward, gradients=True)
+    call_kernel(fn, problem, framework, backward=backward, gradients=True)
     return given

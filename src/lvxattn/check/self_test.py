@@ -10,13 +10,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from lvxattn.check.call_kernel import call_kernel
 from lvxattn.check.cases import CASES
+from lvxattn.check.correct_kernels import correct_kernels
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.judge import RESULTS, Truth, ratio_of, truth_for
 from lvxattn.check.matrix import SelfTest
-from lvxattn.check.play import play
 from lvxattn.check.problem import Problem, draw
-from lvxattn.check.styles import styles
 from lvxattn.check.suite import attempt
 from lvxattn.check.wrong import WRONG
 
@@ -81,13 +81,13 @@ def play_right(seeds: int) -> tuple[dict[str, dict[str, float]], tuple[str, ...]
         How many problems of each case of the quick suite; of the longer ones there is one.
     """
     dtypes = framework_of("numpy").dtypes
-    ratios = {style.name: dict.fromkeys(dtypes, 0.0) for style in styles()}
+    ratios = {style.name: dict.fromkeys(dtypes, 0.0) for style in correct_kernels()}
     alarms = []
     for case in CASES:
         for seed in range(seeds if case.quick else 1):
             for dtype in dtypes:
                 problem, truth = draw(case, dtype, seed), truth_for(case, dtype, seed)
-                for style in styles():
+                for style in correct_kernels():
                     ratio = _worst(style.make(), style.framework, problem, truth)
                     ratios[style.name][dtype] = max(ratios[style.name][dtype], ratio)
                     if not ratio <= 1:
@@ -119,7 +119,7 @@ def write_matrix(found: SelfTest, path: str) -> None:
 def _worst(fn: Callable[..., Any], framework: Framework, problem: Problem, truth: Truth) -> float:
     """Return a function's largest error over its limit; infinity if it ends otherwise."""
     backward = getattr(fn, "backward", None)
-    work = partial(play, fn, problem, framework, backward=backward, gradients=True)
+    work = partial(call_kernel, fn, problem, framework, backward=backward, gradients=True)
     results, status, _ = attempt(work)
     if status:
         return inf

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.blame import one_line, raised
+from lvxattn.check.call_kernel import ComplaintError, call_kernel
 from lvxattn.check.cases import Case, suite_of
 from lvxattn.check.diagnosis import Suspects
+from lvxattn.check.error_location import one_line, raised
 from lvxattn.check.frameworks import DTYPES, Framework, framework_of
 from lvxattn.check.judge import RESULTS, Truth, Verdict, judge, truth_for
-from lvxattn.check.patience import EndedError, Patience, TimeIsUpError
-from lvxattn.check.play import ComplaintError, play
 from lvxattn.check.problem import Problem, draw
 from lvxattn.check.report import Report, Row
+from lvxattn.check.time_limit import EndedError, TimeIsUpError, TimeLimit
 
 Array = npt.NDArray[Any]
 
@@ -85,7 +85,7 @@ def check(
     wanted = wanted_dtypes(dtypes, suite, arrays)
     chosen = [dtype for dtype in wanted if dtype in arrays.dtypes]
     own = backward if callable(backward) else getattr(fn, "backward", None)
-    player = Player(fn, arrays, own, backward is not False, Patience(time_limit))
+    player = Player(fn, arrays, own, backward is not False, TimeLimit(time_limit))
     start, suspects = perf_counter(), Suspects()
     played = suite_of(suite) if cases is None else cases
     try:
@@ -112,12 +112,12 @@ class Player:
     framework: Framework
     backward: Callable[..., Any] | None
     gradients: bool
-    patience: Patience
+    patience: TimeLimit
 
     def play(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
         """Call the function; `play.play` says what comes back and what is raised."""
         return self.patience.call(
-            lambda: play(
+            lambda: call_kernel(
                 self.fn,
                 problem,
                 self.framework,

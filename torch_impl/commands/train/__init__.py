@@ -11,7 +11,7 @@
 `checkpoint`     what a run goes on from, after it was cut off
 `curve`          what every step came to, as a table
 `report`         the text
-`gaze`           where the attention looked
+`attention_maps` where the attention looked
 `draw`           the pictures
 ===============  =================================================================================
 """

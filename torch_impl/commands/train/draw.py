@@ -13,8 +13,8 @@ from matplotlib.ticker import PercentFormatter
 
 from lvxattn.common.layout import share
 from lvxattn.draw.rotation import COLOURS, INK
+from lvxattn.torch_impl.commands.train.attention_maps import Needle
 from lvxattn.torch_impl.commands.train.curve import Curve
-from lvxattn.torch_impl.commands.train.gaze import Needle
 
 _BLUE, _ORANGE, _GREY = COLOURS[0], COLOURS[1], COLOURS[7]
 _DPI = 100

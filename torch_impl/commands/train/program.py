@@ -22,8 +22,8 @@ from lvxattn.cli import InputError
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import raise_together
 from lvxattn.torch_impl.commands.train import checkpoint
+from lvxattn.torch_impl.commands.train.attention_maps import Needle, find_needles
 from lvxattn.torch_impl.commands.train.data import TEST, TRAIN, Images, load_images
-from lvxattn.torch_impl.commands.train.gaze import Needle, find_needles
 from lvxattn.torch_impl.commands.train.loop import Run, train
 from lvxattn.torch_impl.commands.train.options import TARGET, Settings
 from lvxattn.torch_impl.commands.train.report import Reporter, Test, Traffic, complain

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any, NoReturn
 
 from lvxattn.check.frameworks import Framework, framework_of
-from lvxattn.check.target import load
+from lvxattn.check.import_target import load
 from lvxattn.cli import arguments
 from lvxattn.cli.arguments import UsageError, try_to_write
 from lvxattn.common.validation import FLOATING

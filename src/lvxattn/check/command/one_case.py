@@ -13,11 +13,11 @@ from lvxattn.check.command.arguments import framework_in, functions_in, look_at_
 from lvxattn.check.command.listing import shapes_of
 from lvxattn.check.files import inputs_of, mask_text, write_tensors
 from lvxattn.check.judge import truth_for
-from lvxattn.check.patience import Patience
 from lvxattn.check.problem import Problem, draw
 from lvxattn.check.report import Report, Row
 from lvxattn.check.single import diagnosed
 from lvxattn.check.suite import Player
+from lvxattn.check.time_limit import TimeLimit
 from lvxattn.cli.arguments import UsageError
 
 Array = npt.NDArray[Any]
@@ -63,7 +63,7 @@ def replay(options: Namespace) -> int:
     if options.function is not None:
         fn, backward = functions_in(options)
         own = backward if callable(backward) else getattr(fn, "backward", None)
-        patience = Patience(options.time_limit or 30.0)
+        patience = TimeLimit(options.time_limit or 30.0)
         player = _Recorder(fn, arrays, own, backward is not False, patience)
 
     seed = options.seed or 0

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lvxattn.check.blame import one_line
+from lvxattn.check.error_location import one_line
 from lvxattn.check.frameworks.framework import (
     DTYPES,
     Array,

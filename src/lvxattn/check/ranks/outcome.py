@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.patience import TimeIsUpError
-from lvxattn.check.play import ComplaintError
+from lvxattn.check.call_kernel import ComplaintError
 from lvxattn.check.shards import whole_of
 from lvxattn.check.suite import attempt
+from lvxattn.check.time_limit import TimeIsUpError
 
 Array = npt.NDArray[np.float64]
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from lvxattn.check.patience import Patience
 from lvxattn.check.ranks.outcome import (
     Outcome,
     outcome_of,
@@ -28,6 +27,7 @@ from lvxattn.check.ranks.outcome import (
     verdict_on,
 )
 from lvxattn.check.ranks.ranks import Task
+from lvxattn.check.time_limit import TimeLimit
 
 START, OUTCOME, ORDER, MEET, MET = 7101, 7102, 7103, 7104, 7105
 # Seconds that ranks may be apart: what one of them does between two messages besides its task.
@@ -51,7 +51,7 @@ class Processes(ABC):
     def __init__(self, rank: int, size: int, time_limit: float) -> None:
         self.rank, self.size, self.time_limit = rank, size, time_limit
         self.stuck = False
-        self._patience = Patience(time_limit)
+        self._patience = TimeLimit(time_limit)
         self._comms: dict[int, Any] = {}
         self._trouble: BaseException | None = None
 

@@ -6,10 +6,10 @@ nobody sends is noticed, so that nothing that a function does is the end of the 
 
 from typing import Any
 
-from lvxattn.check.patience import EndedError, Patience
-from lvxattn.check.play import alone
+from lvxattn.check.call_kernel import alone
 from lvxattn.check.ranks.outcome import Outcome, outcome_of, raising
 from lvxattn.check.ranks.ranks import Task
+from lvxattn.check.time_limit import EndedError, TimeLimit
 from lvxattn.reference.virtual_ranks import VirtualComm, run_ranks
 
 
@@ -24,7 +24,7 @@ class VirtualRanks:
         if P < 1:
             raise ValueError(f"ranks: expected at least 1, got {P}")
         self.size = P
-        self._patience = [Patience(time_limit) for _ in range(P)]
+        self._patience = [TimeLimit(time_limit) for _ in range(P)]
 
     def agree(self, what: tuple[Any, ...]) -> None:
         """Do nothing: there is one caller."""

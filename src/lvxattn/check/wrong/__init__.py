@@ -6,14 +6,14 @@ behaves like.
 
 from lvxattn.check.wrong.backward import BACKWARD
 from lvxattn.check.wrong.heads import HEADS
+from lvxattn.check.wrong.kernel_base import KernelBase
 from lvxattn.check.wrong.masks import MASKS
 from lvxattn.check.wrong.memory import MEMORY
 from lvxattn.check.wrong.precision import PRECISION
-from lvxattn.check.wrong.right import Right
 from lvxattn.check.wrong.scores import SCORES
 from lvxattn.check.wrong.sums import SUMS
 
-WRONG: dict[str, type[Right]] = {
+WRONG: dict[str, type[KernelBase]] = {
     **SCORES,
     **SUMS,
     **HEADS,
@@ -23,4 +23,4 @@ WRONG: dict[str, type[Right]] = {
     **MEMORY,
 }
 
-__all__ = ["WRONG", "Right"]
+__all__ = ["WRONG", "KernelBase"]

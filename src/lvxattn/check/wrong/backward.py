@@ -5,25 +5,25 @@ from typing import Any
 import numpy as np
 
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.right import Array, Right
+from lvxattn.check.wrong.kernel_base import Array, KernelBase
 from lvxattn.check.wrong.sums import SHARDS
 
 
-class NoDelta(Right):
+class NoDelta(KernelBase):
     """The softmax's own gradient is forgotten: ds = p dp."""
 
     def _delta(self, dout: Array, out: Array) -> Array:
         return np.zeros_like(super()._delta(dout, out))
 
 
-class AddedDelta(Right):
+class AddedDelta(KernelBase):
     """Delta is added instead of subtracted."""
 
     def _delta(self, dout: Array, out: Array) -> Array:
         return -super()._delta(dout, out)
 
 
-class ShardDelta(Right):
+class ShardDelta(KernelBase):
     """Delta is taken from one shard's probabilities instead of from all."""
 
     variants = SHARDS
@@ -33,7 +33,7 @@ class ShardDelta(Right):
         return super()._score_gradients(p, dp, own)
 
 
-class ShardProbabilities(Right):
+class ShardProbabilities(KernelBase):
     """The backward normalizes the probabilities of every shard by itself."""
 
     variants = SHARDS
@@ -45,14 +45,14 @@ class ShardProbabilities(Right):
         return normalized
 
 
-class RoundedLse(Right):
+class RoundedLse(KernelBase):
     """The backward takes exp(s - lse), n times too large where lse has lost log n."""
 
     def _low(self, *_arguments: Any, **_options: Any) -> None:
         return None
 
 
-class SkippedProbabilities(Right):
+class SkippedProbabilities(KernelBase):
     """The backward leaves out probabilities below 1e-6."""
 
     def _probabilities(self, s: Array, lse: Array) -> Array:
@@ -60,7 +60,7 @@ class SkippedProbabilities(Right):
         return np.where(p < 1e-6, 0, p).astype(p.dtype)
 
 
-class Unmasked(Right):
+class Unmasked(KernelBase):
     """The backward computes the scores again and does not mask them."""
 
     def _backward(
@@ -78,14 +78,14 @@ class Unmasked(Right):
         return super()._backward(dout, q, k, v, out, lse, scale=scale, mask=None)
 
 
-class NoScaleInDq(Right):
+class NoScaleInDq(KernelBase):
     """The gradient of the queries is not scaled."""
 
     def _dq(self, ds: Array, k: Array, _scale: Any) -> Array:
         return super()._dq(ds, k, 1)
 
 
-class NoScaleInDk(Right):
+class NoScaleInDk(KernelBase):
     """The gradient of the keys is not scaled."""
 
     def _dk(self, ds: Array, q: Array, _scale: Any) -> Array:
@@ -96,7 +96,7 @@ class NoScaleInGradients(NoScaleInDq, NoScaleInDk):
     """Neither the gradient of the queries nor that of the keys is scaled."""
 
 
-class LastShardOfDq(Right):
+class LastShardOfDq(KernelBase):
     """Every shard overwrites dq instead of adding to it."""
 
     variants = SHARDS
@@ -105,7 +105,7 @@ class LastShardOfDq(Right):
         return part
 
 
-class DpOverflows(Right):
+class DpOverflows(KernelBase):
     """In float16, dout v^T is stored 256 times as large, and overflows where the values are."""
 
     def _score_gradients(self, p: Array, dp: Array, delta: Array) -> Array:
@@ -114,7 +114,7 @@ class DpOverflows(Right):
         return super()._score_gradients(p, dp, delta)
 
 
-BACKWARD: dict[str, type[Right]] = {
+BACKWARD: dict[str, type[KernelBase]] = {
     "delta missing": NoDelta,
     "delta added": AddedDelta,
     "delta of one shard": ShardDelta,

@@ -3,17 +3,17 @@
 import numpy as np
 
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.right import Array, Right
+from lvxattn.check.wrong.kernel_base import Array, KernelBase
 
 
-class TiledHeads(Right):
+class TiledHeads(KernelBase):
     """Query head h reads key-value head h % H_KV instead of h // (H / H_KV)."""
 
     def _kv_head(self, H: int, H_KV: int) -> Array:
         return np.arange(H) % H_KV
 
 
-class LastHead(Right):
+class LastHead(KernelBase):
     """The query heads that share keys overwrite one another's dk and dv instead of adding them."""
 
     def _sum_heads(self, dx: Array, H_KV: int) -> Array:
@@ -22,14 +22,14 @@ class LastHead(Right):
         return last
 
 
-class LastHeadOfAll(Right):
+class LastHeadOfAll(KernelBase):
     """Where there is one key-value head, dk and dv are those of the last query head alone."""
 
     def _sum_heads(self, dx: Array, H_KV: int) -> Array:
         return dx[:, -1:] if H_KV == 1 else super()._sum_heads(dx, H_KV)
 
 
-class MeanOverHeads(Right):
+class MeanOverHeads(KernelBase):
     """Gradients of query heads that share keys are averaged instead of added."""
 
     def _sum_heads(self, dx: Array, H_KV: int) -> Array:
@@ -37,7 +37,7 @@ class MeanOverHeads(Right):
         return mean
 
 
-class OutLikeQ(Right):
+class OutLikeQ(KernelBase):
     """The memory for out is taken in the shape of q, as if D_V were D."""
 
     compare = "complaint"
@@ -52,7 +52,7 @@ class OutLikeQ(Right):
         return like_q, lse
 
 
-HEADS: dict[str, type[Right]] = {
+HEADS: dict[str, type[KernelBase]] = {
     "heads tiled": TiledHeads,
     "dk and dv of a group's last head": LastHead,
     "dk and dv of the last head if H_KV is 1": LastHeadOfAll,

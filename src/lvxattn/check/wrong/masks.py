@@ -5,18 +5,18 @@ from typing import Any
 import numpy as np
 
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.right import Array, Right, Shape
+from lvxattn.check.wrong.kernel_base import Array, KernelBase, Shape
 from lvxattn.check.wrong.sums import SHARDS
 
 
-class Ignored(Right):
+class Ignored(KernelBase):
     """The mask is not looked at."""
 
     def _mask(self, _mask: Mask, _shape: Shape) -> Mask:
         return None
 
 
-class Inverted(Right):
+class Inverted(KernelBase):
     """True is taken for hidden, as PyTorch's nn.MultiheadAttention has it."""
 
     def _tile(self, mask: Mask, shape: Shape, keys: slice) -> Array | None:
@@ -24,7 +24,7 @@ class Inverted(Right):
         return ~tile if tile is not None and tile.dtype == bool else tile
 
 
-class BatchZero(Right):
+class BatchZero(KernelBase):
     """Every batch entry is masked with the mask of the first."""
 
     def _mask(self, mask: Mask, _shape: Shape) -> Mask:
@@ -33,7 +33,7 @@ class BatchZero(Right):
         return None if mask is None else mask[:1]
 
 
-class HeadZero(Right):
+class HeadZero(KernelBase):
     """Every head is masked with the mask of the first."""
 
     def _mask(self, mask: Mask, _shape: Shape) -> Mask:
@@ -42,7 +42,7 @@ class HeadZero(Right):
         return None if mask is None else mask[:, :1]
 
 
-class Flattened(Right):
+class Flattened(KernelBase):
     """Of a mask for all heads, row b H + h modulo B is read instead of row b."""
 
     def _mask(self, mask: Mask, shape: Shape) -> Mask:
@@ -53,7 +53,7 @@ class Flattened(Right):
         return flattened
 
 
-class LongestPadding(Right):
+class LongestPadding(KernelBase):
     """Keys are cut off behind the longest batch entry, and the padding of the others is seen."""
 
     def _mask(self, mask: Mask, _shape: Shape) -> Mask:
@@ -62,7 +62,7 @@ class LongestPadding(Right):
         return np.asarray(mask.any(axis=0, keepdims=True))
 
 
-class Causal(Right):
+class Causal(KernelBase):
     """A causal mask is put on top of the given one."""
 
     def _tile(self, mask: Mask, shape: Shape, keys: slice) -> Array | None:
@@ -74,7 +74,7 @@ class Causal(Right):
         return joined
 
 
-class BoolAdded(Right):
+class BoolAdded(KernelBase):
     """A bool mask is added to the scores as 0 and 1."""
 
     def _mask(self, mask: Mask, _shape: Shape) -> Mask:
@@ -83,7 +83,7 @@ class BoolAdded(Right):
         return mask
 
 
-class FiniteIsInfinite(Right):
+class FiniteIsInfinite(KernelBase):
     """Keys with a number like -10,000 added are taken for hidden."""
 
     def _hide(self, s: Array, mask: Array | None) -> Array:
@@ -91,7 +91,7 @@ class FiniteIsInfinite(Right):
         return np.where(s < -9000, -np.inf, s).astype(s.dtype)
 
 
-class InfiniteIsFinite(Right):
+class InfiniteIsFinite(KernelBase):
     """An additive mask's -inf is replaced by -10,000."""
 
     def _hide(self, s: Array, mask: Array | None) -> Array:
@@ -100,7 +100,7 @@ class InfiniteIsFinite(Right):
         return super()._hide(s, mask)
 
 
-class ScaledBias(Right):
+class ScaledBias(KernelBase):
     """An additive mask is multiplied by the scale as the scores are."""
 
     def _scale(self, scale: float, _D: int) -> Any:
@@ -113,7 +113,7 @@ class ScaledBias(Right):
         return super()._hide(s, mask)
 
 
-class OwnIndices(Right):
+class OwnIndices(KernelBase):
     """A callable mask is asked with indices that begin at 0 in every shard."""
 
     variants = SHARDS
@@ -124,7 +124,7 @@ class OwnIndices(Right):
         return super()._tile(mask, shape, keys)
 
 
-class DeadNaN(Right):
+class DeadNaN(KernelBase):
     """A query that sees nothing divides 0 by 0."""
 
     variants = ({"lse": np.nan}, {"lse": -np.inf})
@@ -142,14 +142,14 @@ class DeadNaN(Right):
         )
 
 
-class DeadUniform(Right):
+class DeadUniform(KernelBase):
     """What is hidden gets a large negative score, so a query that sees nothing sees all alike."""
 
     def _hide(self, s: Array, mask: Array | None) -> Array:
         return np.maximum(super()._hide(s, mask), -1e30).astype(s.dtype)
 
 
-class DeadLse(Right):
+class DeadLse(KernelBase):
     """A query that sees nothing gets an lse that is not -inf."""
 
     variants = ({"lse": 0.0}, {"lse": np.inf}, {"lse": -1e30}, {"lse": -10000.0})
@@ -168,14 +168,14 @@ class DeadLse(Right):
         return np.where(s == -np.inf, 0, super()._probabilities(s, lse))
 
 
-class DeadBackward(Right):
+class DeadBackward(KernelBase):
     """The backward takes exp(s - lse) where both are -inf."""
 
     def _probabilities(self, s: Array, lse: Array) -> Array:
         return self._exp(s - lse[..., None].astype(s.dtype))
 
 
-class DeadTile(Right):
+class DeadTile(KernelBase):
     """A tile with one query that sees nothing is left out as a whole."""
 
     variants = SHARDS
@@ -186,7 +186,7 @@ class DeadTile(Right):
         return np.where(dead, -np.inf, s).astype(s.dtype)
 
 
-class AllHiddenIsNone(Right):
+class AllHiddenIsNone(KernelBase):
     """A mask that hides everything is taken for one that was not given."""
 
     def _mask(self, mask: Mask, _shape: Shape) -> Mask:
@@ -194,7 +194,7 @@ class AllHiddenIsNone(Right):
         return None if hides_all else mask
 
 
-MASKS: dict[str, type[Right]] = {
+MASKS: dict[str, type[KernelBase]] = {
     "mask ignored": Ignored,
     "mask inverted": Inverted,
     "batch 0's mask for all": BatchZero,

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.right import Array, Right
+from lvxattn.check.wrong.kernel_base import Array, KernelBase
 
 
-class LastAxisContiguous(Right):
+class LastAxisContiguous(KernelBase):
     """The last axis is read as if its elements lay side by side."""
 
     def _read(self, x: Array) -> Array:
@@ -17,7 +17,7 @@ class LastAxisContiguous(Right):
         return x.swapaxes(2, 3).reshape(x.shape)  # in the order in which they do lie
 
 
-class Dense(Right):
+class Dense(KernelBase):
     """Heads are read one behind the other, also where all have the memory of the first."""
 
     def _read(self, x: Array) -> Array:
@@ -28,7 +28,7 @@ class Dense(Right):
         return behind
 
 
-class ScalesInPlace(Right):
+class ScalesInPlace(KernelBase):
     """The scale is multiplied into q itself, and taken back in the end."""
 
     compare = "complaint"
@@ -42,7 +42,7 @@ class ScalesInPlace(Right):
         return super()._forward(q, k, v, scale=scale, mask=mask)
 
 
-class ScalesQ(Right):
+class ScalesQ(KernelBase):
     """The scale is multiplied into q itself."""
 
     compare = "complaint"
@@ -55,7 +55,7 @@ class ScalesQ(Right):
         return result
 
 
-class _Remembers(Right):
+class _Remembers(KernelBase):
     """Keeps something from call to call."""
 
     remembers = True
@@ -112,7 +112,7 @@ class GradientsNotZeroed(_Remembers):
         return dq, dk, dv
 
 
-MEMORY: dict[str, type[Right]] = {
+MEMORY: dict[str, type[KernelBase]] = {
     "last axis read as contiguous": LastAxisContiguous,
     "stride 0 read as dense": Dense,
     "q scaled in place and restored": ScalesInPlace,

@@ -3,10 +3,10 @@
 import numpy as np
 
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.right import Array, Right
+from lvxattn.check.wrong.kernel_base import Array, KernelBase
 
 
-class HalfAccumulator(Right):
+class HalfAccumulator(KernelBase):
     """Half-precision inputs are summed in half precision, 16 products at a time."""
 
     compare = "size"
@@ -21,7 +21,7 @@ class HalfAccumulator(Right):
         return total
 
 
-class HalfMerge(Right):
+class HalfMerge(KernelBase):
     """What travels between 64 shards is rounded to half precision after every merge."""
 
     compare = "size"
@@ -38,7 +38,7 @@ class HalfMerge(Right):
         return self._rounded(super()._add(dq, part))
 
 
-class HalfLse(Right):
+class HalfLse(KernelBase):
     """The lse is stored in half precision."""
 
     compare = "size"
@@ -50,7 +50,7 @@ class HalfLse(Right):
         return out, self._rounded(lse)
 
 
-class HalfScores(Right):
+class HalfScores(KernelBase):
     """Scores are stored in half precision before the softmax."""
 
     compare = "size"
@@ -59,7 +59,7 @@ class HalfScores(Right):
         return self._rounded(super()._scores(q, k))
 
 
-class SinglePrecision(Right):
+class SinglePrecision(KernelBase):
     """Inputs in fp64 are computed with in fp32."""
 
     compare = "size"
@@ -74,7 +74,7 @@ class SinglePrecision(Right):
         return x.astype(np.float32)
 
 
-class TF32(Right):
+class TF32(KernelBase):
     """Factors of products in fp32 are rounded to 10 bits of mantissa."""
 
     compare = "size"
@@ -92,7 +92,7 @@ class BF16(TF32):
     bits = 7
 
 
-class CubicExp(Right):
+class CubicExp(KernelBase):
     """The exponential is a cubic polynomial between the powers of 2."""
 
     def _exp(self, x: Array) -> Array:
@@ -107,7 +107,7 @@ def _shortened(x: Array, bits: int) -> Array:
     return np.asarray(np.ldexp(np.round(mantissa * 2 ** (bits + 1)), exponent - bits - 1), x.dtype)
 
 
-PRECISION: dict[str, type[Right]] = {
+PRECISION: dict[str, type[KernelBase]] = {
     "half-precision accumulator": HalfAccumulator,
     "half precision between shards": HalfMerge,
     "half-precision lse": HalfLse,

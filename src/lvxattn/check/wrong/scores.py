@@ -5,31 +5,31 @@ from typing import Any
 import numpy as np
 
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.right import Array, Right
+from lvxattn.check.wrong.kernel_base import Array, KernelBase
 
 
-class NoScale(Right):
+class NoScale(KernelBase):
     """The scores are not scaled, nor are the gradients."""
 
     def _scale(self, _scale: float, _D: int) -> Any:
         return 1.0
 
 
-class ScaleTwice(Right):
+class ScaleTwice(KernelBase):
     """The scale is multiplied into q and into the scores."""
 
     def _scale(self, scale: float, _D: int) -> Any:
         return scale**2
 
 
-class OwnScale(Right):
+class OwnScale(KernelBase):
     """It takes 1 / sqrt(D) whatever it is given."""
 
     def _scale(self, _scale: float, D: int) -> Any:
         return D**-0.5
 
 
-class ShortenedD(Right):
+class ShortenedD(KernelBase):
     """The loop over D takes 8 components a step and leaves the rest of them out."""
 
     def _arguments(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -40,7 +40,7 @@ class ShortenedD(Right):
         return q, k, v
 
 
-class WrappingExp(Right):
+class WrappingExp(KernelBase):
     """The exponential is made of a float's bits, and below -87 the exponent wraps around."""
 
     def _exp(self, x: Array) -> Array:
@@ -48,7 +48,7 @@ class WrappingExp(Right):
         return np.where(wraps, -np.exp(np.where(wraps, x, 0) + 177), np.exp(x)).astype(x.dtype)
 
 
-class MeanForMaximum(Right):
+class MeanForMaximum(KernelBase):
     """The mean of the scores is subtracted from them instead of the maximum."""
 
     def _top(self, s: Array) -> Array:
@@ -56,35 +56,35 @@ class MeanForMaximum(Right):
         return np.asarray(total / max(1, s.shape[3]), s.dtype)
 
 
-class MaximumFromZero(Right):
+class MaximumFromZero(KernelBase):
     """The running maximum starts at 0 instead of -inf: exp underflows where all scores are low."""
 
     def _top(self, s: Array) -> Array:
         return np.maximum(super()._top(s), 0)
 
 
-class MaximumFromLow(Right):
+class MaximumFromLow(KernelBase):
     """The running maximum starts at -1e5 instead of -inf, as if no score could be lower."""
 
     def _top(self, s: Array) -> Array:
         return np.maximum(super()._top(s), -1e5).astype(s.dtype)
 
 
-class CappedScores(Right):
+class CappedScores(KernelBase):
     """Scores are cut off at 700, so that exp does not overflow."""
 
     def _hide(self, s: Array, mask: Array | None) -> Array:
         return np.minimum(super()._hide(s, mask), 700)
 
 
-class NoMaximum(Right):
+class NoMaximum(KernelBase):
     """Scores are exponentiated without subtracting their maximum."""
 
     def _top(self, s: Array) -> Array:
         return np.zeros_like(super()._top(s))
 
 
-class FirstMaximum(Right):
+class FirstMaximum(KernelBase):
     """The first shard's maximum is subtracted from the scores of every shard."""
 
     def _forward(
@@ -99,7 +99,7 @@ class FirstMaximum(Right):
         return self.first
 
 
-SCORES: dict[str, type[Right]] = {
+SCORES: dict[str, type[KernelBase]] = {
     "no scale": NoScale,
     "scale twice": ScaleTwice,
     "scale argument ignored": OwnScale,

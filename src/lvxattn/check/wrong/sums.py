@@ -5,19 +5,19 @@ from math import log
 import numpy as np
 
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.right import Array, Right
+from lvxattn.check.wrong.kernel_base import Array, KernelBase
 
 SHARDS = tuple({"shards": shards} for shards in (4, 2, 3, 8))
 
 
-class PhantomKey(Right):
+class PhantomKey(KernelBase):
     """The running lse starts at 0, which is one more key, of score 0 and value 0."""
 
     def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
         return super()._join([(out, np.zeros((*out.shape[:3], 2), out.dtype)), *parts], out)
 
 
-class PhantomKeys(Right):
+class PhantomKeys(KernelBase):
     """Every shard's running sum starts at 1 instead of 0."""
 
     variants = ({"shards": 4}, {"shards": 1}, {"shards": 2}, {"shards": 3}, {"shards": 8})
@@ -26,7 +26,7 @@ class PhantomKeys(Right):
         return super()._total(p) + 1
 
 
-class LastShardDropped(Right):
+class LastShardDropped(KernelBase):
     """The loop over the shards ends one too early."""
 
     variants = SHARDS
@@ -35,14 +35,14 @@ class LastShardDropped(Right):
         return super()._cut(S_KV)[:-1]
 
 
-class LastKeyDropped(Right):
+class LastKeyDropped(KernelBase):
     """The loop over the keys ends one too early."""
 
     def _cut(self, S_KV: int) -> list[slice]:
         return super()._cut(S_KV - 1)
 
 
-class LastTileDropped(Right):
+class LastTileDropped(KernelBase):
     """Keys are taken in tiles of 32, and those that do not fill one are left out."""
 
     variants = tuple({"tile": tile} for tile in (32, 8, 16, 64, 128))
@@ -55,14 +55,14 @@ class LastTileDropped(Right):
         return super()._cut(S_KV - S_KV % min(self.tile, S_KV))
 
 
-class Capacity(Right):
+class Capacity(KernelBase):
     """A buffer holds 4,096 keys, and those behind are left out."""
 
     def _cut(self, S_KV: int) -> list[slice]:
         return super()._cut(min(S_KV, 4096))
 
 
-class AveragedSplits(Right):
+class AveragedSplits(KernelBase):
     """For a single query the keys are split, and the results of the splits averaged."""
 
     variants = SHARDS
@@ -72,7 +72,7 @@ class AveragedSplits(Right):
         return (joined if out.shape[2] > 1 else _mean(parts)), lse
 
 
-class OneKey(Right):
+class OneKey(KernelBase):
     """A single key needs no softmax, so its lse is left at 0."""
 
     def _forward(
@@ -82,7 +82,7 @@ class OneKey(Right):
         return out, (np.zeros_like(lse) if k.shape[2] == 1 else lse)
 
 
-class UnweightedMerge(Right):
+class UnweightedMerge(KernelBase):
     """Shards' results are averaged, whatever their lse."""
 
     variants = SHARDS
@@ -91,7 +91,7 @@ class UnweightedMerge(Right):
         return _mean(parts), super()._join(parts, out)[1]
 
 
-class MergeWithoutMaximum(Right):
+class MergeWithoutMaximum(KernelBase):
     """Shards are merged with weights exp(lse), which overflow and underflow."""
 
     def _join(self, parts: list[tuple[Array, Array]], _out: Array) -> tuple[Array, Array]:
@@ -101,7 +101,7 @@ class MergeWithoutMaximum(Right):
         return summed / np.where(total == 0, 1, total), np.log(total)[..., 0]
 
 
-class LseWeights(Right):
+class LseWeights(KernelBase):
     """Shards weigh exp(lse_a - lse), which sum to more than 1 where lse has lost log n."""
 
     variants = SHARDS
@@ -114,7 +114,7 @@ class LseWeights(Right):
         return out, np.concatenate([np.zeros_like(lse), lse], axis=-1)
 
 
-class OneNumber(Right):
+class OneNumber(KernelBase):
     """Shards are merged by lse alone: where it has lost log n, they count alike, long or short."""
 
     variants = tuple({"shards": shards} for shards in (4, 2, 3, 5, 8))
@@ -132,7 +132,7 @@ class OneNumber(Right):
         return out, np.concatenate([one, np.where(seen, 0, -np.inf)], axis=-1).astype(out.dtype)
 
 
-class LastLse(Right):
+class LastLse(KernelBase):
     """The lse that is returned is the last shard's, not that of all."""
 
     variants = SHARDS
@@ -141,7 +141,7 @@ class LastLse(Right):
         return super()._join(parts, out)[0], parts[-1][1].sum(axis=-1)
 
 
-class EmptyShard(Right):
+class EmptyShard(KernelBase):
     """A shard without keys has lse 0 instead of -inf."""
 
     variants = tuple({"shards": shards} for shards in (4, 5, 8, 16, 64))
@@ -151,7 +151,7 @@ class EmptyShard(Right):
         return out, (lse if s.shape[3] else np.zeros_like(lse))
 
 
-class BlindShard(Right):
+class BlindShard(KernelBase):
     """A query that sees nothing of a shard gets lse 0 for it instead of -inf."""
 
     variants = SHARDS
@@ -162,7 +162,7 @@ class BlindShard(Right):
         return out, (np.where(blind, 0, lse).astype(lse.dtype) if s.shape[3] else lse)
 
 
-class NeighbourBlock(Right):
+class NeighbourBlock(KernelBase):
     """After the last hop of a ring every rank returns the results of its neighbour's queries."""
 
     variants = SHARDS
@@ -173,7 +173,7 @@ class NeighbourBlock(Right):
         return np.roll(joined, -block, axis=2), np.roll(lse, -block, axis=2)
 
 
-class LseBase2(Right):
+class LseBase2(KernelBase):
     """The lse is left in base 2, in which the exponentials are taken."""
 
     def _forward(
@@ -186,7 +186,7 @@ class LseBase2(Right):
         return super()._probabilities(s, lse * log(2))
 
 
-class _KnowsMaximum(Right):
+class _KnowsMaximum(KernelBase):
     """Keeps the largest score of every query."""
 
     def _forward(
@@ -217,7 +217,7 @@ class NotNormalized(_KnowsMaximum):
         return np.where(lse == -np.inf, 0, np.exp(lse - self.top[..., 0]))[..., None] * out, lse
 
 
-class AddedToTheSum(Right):
+class AddedToTheSum(KernelBase):
     """1e-6 is added to the sum of the probabilities, so that nothing is divided by 0."""
 
     def _total(self, p: Array) -> Array:
@@ -230,7 +230,7 @@ def _mean(parts: list[tuple[Array, Array]]) -> Array:
     return mean
 
 
-SUMS: dict[str, type[Right]] = {
+SUMS: dict[str, type[KernelBase]] = {
     "phantom key": PhantomKey,
     "phantom key in every shard": PhantomKeys,
     "last shard dropped": LastShardDropped,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lvxattn.check import Case, Problem, case_of, draw
-from lvxattn.check.rounded import PLAIN, WAYS, Way, rounded_attention
+from lvxattn.check.rounding_model import PLAIN, WAYS, Way, rounded_attention
 from lvxattn.cli.tensors import dtype_of
 from tests.naive import naive_attention
 from tests.tolerances import UNIT

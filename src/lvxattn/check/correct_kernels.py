@@ -9,7 +9,7 @@ import numpy as np
 
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.right import Array, Right
+from lvxattn.check.wrong.kernel_base import Array, KernelBase
 from lvxattn.common.validation import accumulator
 
 
@@ -30,14 +30,14 @@ class Style:
     framework: Framework
 
 
-def styles() -> list[Style]:
+def correct_kernels() -> list[Style]:
     """Return all styles that can be played here: PyTorch's only where it is installed."""
     numpy = framework_of("numpy")
     found = [
         Style("naive", Naive, numpy),
         Style("tiles of 16, a running maximum", Online, numpy),
-        Style("4 shards", Right, numpy),
-        Style("64 shards", lambda: Right(64), numpy),
+        Style("4 shards", KernelBase, numpy),
+        Style("64 shards", lambda: KernelBase(64), numpy),
     ]
     if find_spec("torch"):
         found.append(Style("PyTorch's SDPA on the CPU", lambda: _sdpa, framework_of("torch")))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lvxattn.check import Case, case_of, check
-from lvxattn.check.patience import Patience, TimeIsUpError
+from lvxattn.check.time_limit import TimeIsUpError, TimeLimit
 from tests.oracle import GAUSSIAN, TWO, checked, message, right, right_backward
 
 HERE = __file__
@@ -207,7 +207,7 @@ def test_leftover_thread_does_not_block_exit() -> None:
 
 
 def test_interrupt_reaches_only_its_call() -> None:
-    patience = Patience(0.001)
+    patience = TimeLimit(0.001)
     for n in range(30):  # calls that end just when their time is up
         patience.seconds = 0.0005 * (n % 4)
         with suppress(TimeIsUpError):

@@ -36,7 +36,7 @@ from torch import Tensor
 ROOM = 2.0**-100
 
 
-def stand_in(dout: Tensor, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def surrogate_out(dout: Tensor, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return dout', and out* such that rowsum(dout' * out*) is delta.
 
     Parameters

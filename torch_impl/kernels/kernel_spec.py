@@ -1,7 +1,7 @@
 """What a kernel is asked to do, as plain data: enough to say whether it can, and whether it should.
 
-A `Job` holds no tensor, so that the rules for a device can be read and tested on a machine that has
-none.
+A `KernelSpec` holds no tensor, so that the rules for a device can be read and tested on a machine
+that has none.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from lvxattn.common.validation import accumulator
 
 
 @dataclass(frozen=True)
-class Job:
+class KernelSpec:
     """A block's device, dtype, kind of mask and sizes, and the direction.
 
     Attributes
@@ -46,7 +46,7 @@ class Job:
     capability: tuple[int, int] = (9, 0)
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool) -> "Job":
+    def of(q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool) -> "KernelSpec":
         """Return the job that these arguments are."""
         B, H, s_q, D = q.shape
         H_KV, s_kv = k.shape[1:3]
@@ -57,7 +57,7 @@ class Job:
             shape = mask.mask.shape
             kind = "array" if len(shape) > 1 and shape[-2] != 1 else "padding"
             dtype = mask.mask.dtype
-        job = Job(
+        job = KernelSpec(
             q.device.type, q.dtype, B, H, H_KV, s_q, s_kv, D, v.shape[3], kind, dtype, backward
         )  # fmt: skip
         if q.is_cuda:
@@ -108,7 +108,7 @@ class Kernel(Protocol):
 
     NAME: str
 
-    def unsupported(self, job: Job) -> str | None:
+    def unsupported(self, job: KernelSpec) -> str | None:
         """Return None, or ``"<what is expected>, got <what is given>"``."""
 
     def forward(

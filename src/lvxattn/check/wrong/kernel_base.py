@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, int, int, int]  # B, H, S_Q, S_KV
 
 
-class Right:
+class KernelBase:
     """Attention over shards of the keys, on NumPy arrays of any floating dtype.
 
     A wrong kernel is a subclass that overrides one step.  An instance may remember what it was

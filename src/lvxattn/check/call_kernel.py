@@ -36,7 +36,7 @@ def alone(work: Callable[[], T]) -> T:
     return work()
 
 
-def play(
+def call_kernel(
     fn: Callable[..., Any],
     problem: Problem,
     framework: Framework,

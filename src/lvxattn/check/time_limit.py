@@ -34,7 +34,7 @@ class _Interrupt(BaseException):
     """Raised inside a call that is to end."""
 
 
-class Patience:
+class TimeLimit:
     """A thread that calls functions, one at a time; a new one after one that did not come back.
 
     Parameters

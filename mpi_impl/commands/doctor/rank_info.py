@@ -17,7 +17,7 @@ from lvxattn.mpi_impl.transport.device import obstacle as obstacle_of
 
 
 @dataclass(frozen=True)
-class Facts:
+class RankInfo:
     """One rank.
 
     Attributes
@@ -67,7 +67,7 @@ class Facts:
     obstacle: str = ""
 
 
-def look(threads: int, number: int = 0) -> Facts:
+def look(threads: int, number: int = 0) -> RankInfo:
     """Return this rank's facts.  Not collective.
 
     Parameters
@@ -88,7 +88,7 @@ def look(threads: int, number: int = 0) -> Facts:
     except OSError as error:
         aware, says, how = (False, str(error)), False, ""
     kernel, obstacle = _attention(device) if devices else ("", "")
-    return Facts(
+    return RankInfo(
         host=socket.gethostname(),
         cores=frozenset(os.sched_getaffinity(0)),
         library=_library(),
