@@ -16,27 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from lvxattn.torch_impl.recompute import Made
 
 if TYPE_CHECKING:
     from lvxattn.torch_impl.models.spread import Spread
 
 ATTENTION = "lvxattn"
-CACHES = "cache", "past_key_values", "past_key_value"  # names of a layer's argument
+# A layer's argument for visual features, and for a cache, in any of the models.
+FEATURES = "cross_attention_states", "key_value_states", "encoder_hidden_states"
+CACHES = "cache", "past_key_values", "past_key_value"
 
 
 class _Reached(Exception):  # noqa: N818
     """Leaves a layer's forward at its attention, with what that was called with."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    def __init__(self, *made: Any) -> None:
         super().__init__()
-        self.made = q, k, v
-        self.scale = scale
+        self.made = made
 
 
 class Interception:
@@ -45,59 +43,56 @@ class Interception:
     Parameters
     ----------
     layer : Module
-        Its forward takes text features first, and calls the model's attention function.
-    features : str
-        The name of the forward's argument that takes the visual features.
+        Its forward takes text features first, one of `FEATURES`, and calls the attention function
+        that the model was given.
     """
 
-    def __init__(self, layer: nn.Module, features: str, spread: "Spread") -> None:
-        self.spread, self.features = spread, features
+    def __init__(self, layer: nn.Module, spread: "Spread") -> None:
+        self.spread, self.name = spread, type(layer).__name__
         self._forward = layer.forward
         self._signature = inspect.signature(layer.forward)
+        names = tuple(self._signature.parameters)
+        self._text, (self._features,) = names[0], [name for name in names if name in FEATURES]
         self._leave = False  # at the attention
         self._result: Tensor | None = None  # of the attention, where it is known
+        self._calls = 0
         layer.forward = self.forward
         layer.lvxattn = self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; in two parts, if keys and values are to be recomputed."""
         given = self._signature.bind(*args, **kwargs)
-        features = given.arguments.get(self.features)
-        recompute = self.spread.recompute_kv and torch.is_grad_enabled()
-        # A cache keeps the keys and values in any case.
-        if features is None or not recompute or any(given.arguments.get(c) is not None for c in CACHES):
-            return self._forward(*args, **kwargs)
-        text = next(iter(given.arguments))
-        scale = None
+        x, y = (given.arguments.get(name) for name in (self._text, self._features))
+        caches = [given.arguments.get(name) for name in CACHES]
+        if y is None or not self.spread.recomputes or any(cache is not None for cache in caches):
+            before = self._calls
+            result = self._forward(*args, **kwargs)
+            if self._calls == before:
+                raise RuntimeError(self._unsupported())
+            return result
 
         def make(x: Tensor, y: Tensor) -> Any:
-            nonlocal scale
-            given.arguments.update({text: x, self.features: y})
-            with self._set(leave=True):
-                try:
+            given.arguments.update({self._text: x, self._features: y})
+            try:
+                with self._set(leave=True):
                     self._forward(*given.args, **given.kwargs)
-                except _Reached as reached:
-                    scale = reached.scale
-                    return Made.apply(*self.spread.prepare(*reached.made))
-            raise RuntimeError(f"{type(self).__name__}: the layer called no attention")
+            except _Reached as reached:
+                return reached.made
+            raise RuntimeError(self._unsupported())
 
-        # 1. Make queries, keys and values.
-        x = given.arguments[text]
-        q, k, v = checkpoint(make, x, features, use_reentrant=False)
-        # 2. Attend to them; with the end of this call they are forgotten.
-        out = self.spread.attend(q, k, v, scale)
-        # 3. Run the rest of the layer.
-        given.arguments.update({text: x, self.features: features[: x.shape[0], :1]})
+        out = self.spread.attend(make, x, y)
+        given.arguments.update({self._text: x, self._features: y[: x.shape[0], :1]})
         with self._set(result=out):
             return self._forward(*given.args, **given.kwargs)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Compute, or return, what the layer's attention is to return: (B, s_q, H, D_V)."""
+        self._calls += 1
         if self._leave:
             raise _Reached(q, k, v, scale)
         if self._result is not None:
             return self._result
-        return self.spread.attend(*self.spread.prepare(q, k, v), scale)
+        return self.spread.attend(lambda q, k: (q, k, v, scale), q, k, recompute=False)
 
     @contextmanager
     def _set(self, *, leave: bool = False, result: Tensor | None = None) -> Iterator[None]:
@@ -107,6 +102,12 @@ class Interception:
             yield
         finally:
             self._leave, self._result = before
+
+    def _unsupported(self) -> str:
+        return (
+            f"model: expected {self.name} to call the attention function {ATTENTION!r}, and it did "
+            f"not: its attention cannot be spread (on {self.spread.group.name})"
+        )
 
 
 def attention(
@@ -126,11 +127,15 @@ def attention(
         return sdpa_attention_forward(
             module, q, k, v, mask, *args, dropout=dropout, scaling=scaling, **kwargs
         )
+    where = f"(on {layer.spread.group.name})"
     if dropout:
         raise ValueError(
-            f"dropout: expected 0 in {type(module).__name__}, got {dropout}: ranks would not drop "
-            f"what one process drops (on {layer.spread.group.name})"
+            f"dropout: expected 0 in {layer.name}, got {dropout}: ranks would not drop what one "
+            f"process drops {where}"
         )
+    for name in ("softcap", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: expected None in {layer.name}: not supported {where}")
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return layer.attention(q, k, v, scale), None
 

@@ -1,72 +1,60 @@
 """Llama 3.2 Vision of transformers: cross-attention layers between those of a Llama."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from lvxattn.common.masks import MaskRule
+from lvxattn.torch_impl.models.images import Images
+from lvxattn.torch_impl.models.interception import ATTENTION, Interception
+
+if TYPE_CHECKING:
+    from lvxattn.torch_impl.models.spread import Spread
 
 
-class Mllama:
-    """Its images are cut along their axis; tiles and patches of an image stay together.
+class Mllama(Images):
+    """Images have tiles, and the model's mask says for each token and tile whether it may attend.
 
-    The model's own mask says for each text token and tile of all images whether it may attend; a
-    token that may attend to none attends to all, and the layer's MLP leaves it alone.  Made as the
-    model makes it, it would be as large as the scores.  Here it stays a table of tiles, which a
-    rule looks up.
+    A token that may attend to none attends to all, and the layer's MLP leaves it alone.  Made as
+    the model makes it, the mask would be as large as the scores.  Here it stays a table of tiles.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = getattr(model, "model", model)
-        self.table: Tensor | None = None  # (B, s_q, tiles of all images), bool
+    def __init__(self, model: nn.Module, spread: "Spread") -> None:
+        super().__init__(model, spread)
+        self.model: Any = getattr(model, "model", model)
+        self.seen: Tensor | None = None  # (B, 1, s_q, 1), whether a token may attend to any image
         self.model.register_forward_pre_hook(self._take_mask, with_kwargs=True)
-        self.model.language_model.register_forward_pre_hook(self._mask_rows, with_kwargs=True)
-        self.patches = self.model.vision_model.num_patches
-        self.rows: Tensor | None = None
+        self.model.language_model.register_forward_pre_hook(self._give_rows, with_kwargs=True)
+        model.set_attn_implementation({"text_config": ATTENTION})
+        for n in self.model.language_model.cross_attention_layers:
+            Interception(self.model.language_model.layers[n].cross_attn, spread)
 
-    def layers(self) -> list[tuple[nn.Module, str]]:
-        text = self.model.language_model
-        return [
-            (text.layers[n].cross_attn, "cross_attention_states") for n in text.cross_attention_layers
-        ]
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Return whether this is an Mllama."""
+        return type(model).__name__ in ("MllamaModel", "MllamaForConditionalGeneration")
 
-    def cut(self, batch: dict[str, Any], rank: int, size: int) -> tuple[dict[str, Any], int]:
-        local = dict(batch)
-        images, tiles = batch["aspect_ratio_mask"].shape[1:]
-        start, stop = (images * n // size for n in (rank, rank + 1))
-        # A rank without images encodes one all the same, so that all ranks' towers take part.
-        mine = slice(start, stop) if stop > start else slice(0, 1)
-        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
-            local[name] = batch[name][:, mine]
-        return local, (stop - start) * tiles * self.patches
+    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Cut pixels, aspect ratios and their masks."""
+        return self.cut_images(batch, ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
 
-    def rule(self) -> MaskRule | None:
-        table, patches = self.table, self.patches
-        if table is None:
-            return None
-
-        def sees(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-            return table[b, q_index, kv_index // patches]
-
-        return sees
-
-    def _take_mask(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = kwargs.pop("cross_attention_mask", None)
-        self.table = self.rows = None
-        if mask is not None:
-            ids = kwargs.get("input_ids")
-            length = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
-            if mask.shape[1] != length:
-                cache = kwargs.get("cache", kwargs.get("past_key_values"))
-                past = 0 if cache is None else int(cache.get_seq_length())
-                mask = mask[:, past : past + length]
-            table = mask.flatten(2).bool()
-            seen = table.any(-1, keepdim=True)
-            self.table, self.rows = table | ~seen, seen[:, None]
+        self.mask = self.seen = None
+        if mask is None:
+            return args, kwargs
+        ids = kwargs.get("input_ids")
+        length = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+        if mask.shape[1] != length:  # of the whole text, beside a cache
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            past = 0 if cache is None else int(cache.get_seq_length())
+            mask = mask[:, past : past + length]
+        table = mask.flatten(2).bool()  # (B, s_q, images x tiles)
+        seen = table.any(-1, keepdim=True)
+        self.mask = self.rule(table | ~seen, per_image=mask.shape[3])
+        self.seen = seen[:, None]
         return args, kwargs
 
-    def _mask_rows(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self.rows is not None:
-            kwargs["full_text_row_masked_out_mask"] = self.rows.to(self.model.dtype)
+    def _give_rows(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.seen is not None:
+            kwargs["full_text_row_masked_out_mask"] = self.seen.to(self.model.dtype)
         return args, kwargs

@@ -1,52 +1,80 @@
 """A model whose visual input is spread over ranks: what is the same for all models."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lvxattn.common.masks import MaskRule
 from lvxattn.torch_impl.autograd import Attention
 from lvxattn.torch_impl.cross_attention import agreed, passes
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.module import sum_gradients
 from lvxattn.torch_impl.recompute import Made
 
+# make(x, y) -> (q, k, v, scale): text and visual features to what attention needs.
+Make = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, float]]
 
-class Adapter(Protocol):
-    """What a kind of model needs to be spread."""
 
-    def layers(self) -> list[tuple[nn.Module, str]]:
-        """Return the cross-attention layers, each with its argument for visual features."""
+class Adapter:
+    """What a kind of model needs to be spread: how its input is cut, and its masks.
 
-    def cut(self, batch: dict[str, Any], rank: int, size: int) -> tuple[dict[str, Any], int]:
-        """Return a rank's share of a batch, and how many keys it holds."""
+    Parameters
+    ----------
+    model : Module
+    spread : Spread
+    """
 
-    def rule(self) -> MaskRule | None:
-        """Return which query may attend to which of all ranks' keys, at this moment."""
+    def __init__(self, model: nn.Module, spread: "Spread") -> None:
+        self.spread = spread
+        self.mask: Tensor | MaskRule | None = None  # of the forward that is under way
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Return whether this is a model of the kind."""
+        raise NotImplementedError
+
+    def layers(self) -> list[nn.Module]:
+        """Return the cross-attention layers."""
+        raise NotImplementedError
+
+    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return this rank's share of a batch."""
+        raise NotImplementedError
+
+    def own(self, s_kv: int) -> int:
+        """Return how many keys of those made are this rank's: the first ones.
+
+        Raises
+        ------
+        ValueError
+            Another number cannot have come from `cut`.
+        """
+        raise NotImplementedError
 
 
 class Spread:
-    """A model whose visual input is spread over ranks.
-
-    Made by `distribute`.
+    """A model whose visual input is spread over ranks; made by `distribute`.
 
     Attributes
     ----------
     group : Group
         The ranks.
+    recompute_kv : bool
+        Whether cross-attention layers make their keys and values again in the backward.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, group: Group, *, text: str, schedule: str,
-        recompute_kv: bool,
-    ) -> None:  # fmt: skip
-        self.model, self.adapter, self.group = model, adapter, group
+        self, model: nn.Module, group: Group, *, text: str, schedule: str, recompute_kv: bool
+    ) -> None:
+        self.model, self.group = model, group
         self.text, self.schedule, self.recompute_kv = text, schedule, recompute_kv
+        self.adapter: Adapter = Adapter(model, self)
         self._layouts: dict[Any, Layout] = {}
-        self._s_kv: int | None = None
+        self._cut = False
 
     def inputs(self, **batch: Any) -> dict[str, Any]:
         """Return this rank's share of a batch.
@@ -56,62 +84,89 @@ class Spread:
         batch
             The model's keyword arguments for the whole batch; equal on all ranks.
         """
-        local, self._s_kv = self.adapter.cut(batch, self.group.rank, self.group.size)
+        self.renew()
+        self._cut = True
+        return self.adapter.cut(batch)
+
+    def renew(self) -> None:
+        """Forget the layouts: there is another visual input."""
         self._layouts.clear()
-        return local
 
-    def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what a layer made, its keys and values with gradients P times as large.
+    @property
+    def recomputes(self) -> bool:
+        """Whether keys and values are to be recomputed, at this moment."""
+        return self.recompute_kv and torch.is_grad_enabled()
 
-        Averaged over ranks, the gradients of whatever made them are then whole, as are those of
-        the text, which are the same on all ranks.
+    def share(self, n: int) -> range:
+        """Return which of n images, or rows, are this rank's."""
+        rank, size = self.group.rank, self.group.size
+        return range(n * rank // size, n * (rank + 1) // size)
+
+    def attend(self, make: Make, x: Tensor, y: Tensor, *, recompute: bool = True) -> Tensor:
+        """Attend from the text to all ranks' keys.
+
+        Collective: every rank calls this.
+
+        Parameters
+        ----------
+        make : callable
+            ``make(x, y) -> (q, k, v, scale)``
+        x, y : Tensor
+            This rank's text and visual features.
+
+        Returns
+        -------
+        Tensor : (B, s_q, H, D_V)
         """
-        s_kv = self._s_kv
-        if s_kv is None:
-            raise RuntimeError("inputs: call Spread.inputs for the batch first")
-        if s_kv == 0:  # one image was encoded, or it could not have been: it is not this rank's
-            k, v = k[:, :, :0], v[:, :, :0]
-        if k.shape[2] != s_kv:
-            raise ValueError(
-                f"inputs: expected {s_kv} keys, as Spread.inputs has cut them, got {k.shape[2]} "
-                f"(on {self.group.name})"
+        if not self._cut:
+            raise RuntimeError(
+                f"inputs: expected a batch from Spread.inputs (on {self.group.name})"
             )
-        P = self.group.size
-        return q, ScaledGradient.apply(k, P), ScaledGradient.apply(v, P)
+        scale = 1.0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attend from the text to all ranks' keys: (B, s_q, H, D_V)."""
-        rule, queries = self.adapter.rule(), self.text
-        key = q.shape, q.dtype, k.shape, v.shape, rule is None
-        layout = self._layouts.get(key)
-        if layout is None:
-            layout = agreed(
-                q, k, v, self.group, None, schedule=self.schedule, scale=scale, mask=rule,
-                queries=queries, call="a model's cross-attention",
-            )  # fmt: skip
-            self._layouts[key] = layout
+        def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal scale
+            q, k, v, scale = make(x, y)
+            s_kv = self.adapter.own(k.shape[2])
+            # P times: averaged over ranks, the gradients of what made keys and values are then
+            # whole, as are those of the text model, which are the same on all ranks.
+            k, v = (
+                ScaledGradient.apply(x[:, :, :s_kv], self.group.size)  # type: ignore[no-untyped-call]
+                for x in (k, v)
+            )
+            return q, k, v
+
+        if recompute and self.recomputes:
+            q, k, v = checkpoint(lambda x, y: Made.apply(*both(x, y)), x, y, use_reentrant=False)
+            made = q.grad_fn
         else:
-            layout.check(q, k, v, self.group, scale=scale, mask=rule, queries=queries)
-        made = q.grad_fn if isinstance(q.grad_fn, Made._backward_cls) else None
-        out, _ = Attention.apply(
-            q, k, v, rule, self.group, layout, *passes(layout, self.group), None, made
-        )
-        return out.transpose(1, 2)
-
-    def _no_cache(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Make no cache in training unless asked for: it would keep what is to be recomputed."""
-        if self.recompute_kv and torch.is_grad_enabled():
-            kwargs.setdefault("use_cache", False)
-        return args, kwargs
+            (q, k, v), made = both(x, y), None
+        mask, group = self.adapter.mask, self.group
+        key = q.shape, q.dtype, k.shape, v.shape, scale, callable(mask)
+        layout = agreed(
+            q, k, v, group, self._layouts.get(key), schedule=self.schedule, scale=scale, mask=mask,
+            queries=self.text, call="the cross-attention of a model",
+        )  # fmt: skip
+        self._layouts[key] = layout
+        given = q, k, v, mask, group, layout, *passes(layout, group), None, made
+        out, _ = Attention.apply(*given)  # type: ignore[no-untyped-call]
+        return out.transpose(1, 2)  # (B, s_q, H, D_V)
 
     def average_gradients(self) -> None:
-        """Average the parameters' gradients over the ranks, as DDP does.  Collective."""
+        """Average the gradients of the model's parameters over the ranks, as DDP does.
+
+        Collective: every rank calls this, once a step, after the backward.
+        """
+        sum_gradients(self.model, self.group)
         for p in self.model.parameters():
-            if p.requires_grad:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                dist.all_reduce(p.grad, group=self.group.group)
+            if p.grad is not None:
                 p.grad /= self.group.size
+
+    def without_cache(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Make no cache in training unless asked for: it would keep what is to be recomputed."""
+        if self.recomputes:
+            kwargs.setdefault("use_cache", False)
+        return args, kwargs
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -138,15 +193,15 @@ def distribute(
     recompute_kv: bool = True,
 ) -> Spread:
     """Spread the visual input of a multimodal model over ranks."""
-    from lvxattn.torch_impl.models.interception import ATTENTION, Interception
+    from lvxattn.torch_impl.models.encoder_decoder import EncoderDecoder
+    from lvxattn.torch_impl.models.idefics import Idefics
     from lvxattn.torch_impl.models.mllama import Mllama
+    from lvxattn.torch_impl.models.openflamingo import OpenFlamingo
 
-    adapter = Mllama(model)
     spread = Spread(
-        model, adapter, Group.of(group), text=text, schedule=schedule, recompute_kv=recompute_kv
+        model, Group.of(group), text=text, schedule=schedule, recompute_kv=recompute_kv
     )
-    model.set_attn_implementation({"": "sdpa", "text_config": ATTENTION})
-    for layer, features in adapter.layers():
-        Interception(layer, features, spread)
-    model.register_forward_pre_hook(spread._no_cache, with_kwargs=True)
+    kind = next(kind for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder) if kind.fits(model))
+    spread.adapter = kind(model, spread)
+    model.register_forward_pre_hook(spread.without_cache, with_kwargs=True)
     return spread

@@ -1,0 +1,89 @@
+"""Any encoder and decoder of transformers whose cross-attention calls the attention function."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lvxattn.torch_impl.models.interception import ATTENTION, FEATURES, Interception
+from lvxattn.torch_impl.models.spread import Adapter
+
+if TYPE_CHECKING:
+    from lvxattn.torch_impl.models.spread import Spread
+
+# How decoders' layers name their cross-attention.
+LAYERS = "encoder_attn", "cross_attn", "crossattention.attention"
+
+
+class EncoderDecoder(Adapter):
+    """The encoder runs whole on every rank, and its output is cut."""
+
+    def __init__(self, model: nn.Module, spread: "Spread") -> None:
+        super().__init__(model, spread)
+        self.mine = range(0)
+        self.model = model
+        encoder = _encoder(model)
+        if encoder is not None:
+            encoder.register_forward_hook(self._cut_output)
+        for module in model.modules():
+            if "encoder_attention_mask" in inspect.signature(module.forward).parameters:
+                module.register_forward_pre_hook(self._take_mask, with_kwargs=True)
+        model.set_attn_implementation(ATTENTION)
+        for layer in _layers(model):
+            Interception(layer, spread)
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Return whether the model has cross-attention layers that can be spread."""
+        return bool(_layers(model))
+
+    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Cut what an encoder has made already."""
+        batch = dict(batch)
+        if batch.get("encoder_hidden_states") is not None:
+            batch["encoder_hidden_states"] = self._cut_rows(batch["encoder_hidden_states"])
+        if batch.get("encoder_outputs") is not None:
+            first, *others = batch["encoder_outputs"]
+            batch["encoder_outputs"] = self._cut_rows(first), *others
+        return batch
+
+    def own(self, s_kv: int) -> int:
+        """Return the number of this rank's keys."""
+        if s_kv != max(1, len(self.mine)):
+            raise ValueError(
+                f"inputs: expected {len(self.mine)} of the encoder's rows, as Spread.inputs has "
+                f"cut them, got {s_kv} (on {self.spread.group.name})"
+            )
+        return len(self.mine)
+
+    def _cut_rows(self, y: Tensor) -> Tensor:
+        self.spread.renew()
+        self.mine = self.spread.share(y.shape[1])
+        start = self.mine.start if self.mine else 0
+        return y[:, start : start + max(1, len(self.mine))]
+
+    def _cut_output(self, _: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return self._cut_rows(output[0]), *output[1:]
+        output.last_hidden_state = self._cut_rows(output.last_hidden_state)
+        return output
+
+    def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs.pop("encoder_attention_mask", None)
+        if mask is not None and mask.ndim == 2:  # (B, S_KV): padding
+            self.mask = mask[:, None, None, self.mine.start : self.mine.stop].bool()
+        return args, kwargs
+
+
+def _encoder(model: Any) -> nn.Module | None:
+    """Return the model's encoder; None where the caller brings what one has made."""
+    encoder: nn.Module | None = model.get_encoder() if model.config.is_encoder_decoder else None
+    return encoder
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(LAYERS) and set(FEATURES) & set(inspect.signature(module.forward).parameters)
+    ]

@@ -1,0 +1,52 @@
+"""Idefics of transformers: an open Flamingo, with gated cross-attention between a Llama's layers."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lvxattn.torch_impl.models.images import Images
+from lvxattn.torch_impl.models.interception import ATTENTION, Interception
+
+if TYPE_CHECKING:
+    from lvxattn.torch_impl.models.spread import Spread
+
+
+class Idefics(Images):
+    """The model's mask says for each token and image whether it may attend.
+
+    A token that may attend to none gets nothing: a gate closes, which is made of all images' mask.
+    """
+
+    def __init__(self, model: nn.Module, spread: "Spread") -> None:
+        super().__init__(model, spread)
+        self.model: Any = getattr(model, "model", model)
+        self.gate: Tensor | None = None  # (B, s_q)
+        self.model.register_forward_pre_hook(self._take_mask, with_kwargs=True)
+        model.set_attn_implementation({"": ATTENTION, "vision_config": "sdpa"})
+        for layer in self.model.gated_cross_attn_layers:
+            layer.register_forward_pre_hook(self._give_gate, with_kwargs=True)
+            Interception(layer.cross_attn, spread)
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Return whether this is an Idefics."""
+        return type(model).__name__ in ("IdeficsModel", "IdeficsForVisionText2Text")
+
+    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Cut pixels, or what their encoder made of them."""
+        return self.cut_images(batch, ("pixel_values", "image_encoder_embeddings"))
+
+    def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        table = kwargs["image_attention_mask"].bool()  # (B, s_q, images)
+        self.mask = self.rule(table)
+        self.gate = table.any(-1)
+        # In its place one of a single row: the model makes of it what is not used.
+        kwargs["image_attention_mask"] = table.new_ones(
+            (table.shape[0], 1, self.encoded.stop - self.encoded.start)
+        )
+        return args, kwargs
+
+    def _give_gate(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        assert self.gate is not None
+        kwargs["cross_attention_gate"] = self.gate.to(self.model.dtype)
+        return args, kwargs
