@@ -395,7 +395,7 @@ def test_make_gpu_passes_its_variables_on(tmp_path: Path) -> None:
     old.chmod(0o755)
     refused = launch(["make", "-C", str(ROOT), "gpu", f"PYTHON={old}"], timeout=100)
     assert refused.status == 2
-    assert f"Python 3.11 or newer is needed, and {old} is Python 3.9.1." in refused.err
+    assert f"Python 3.11 or newer is required, and {old} is Python 3.9.1." in refused.err
     for given, wanted in {
         ("DRY=1", "MPIEXEC=mpi run"): "benchmarks/gpu --dry --mpiexec 'mpi run'",
         ("DRY=0", "OUT=a b"): "benchmarks/gpu --out 'a b'",
