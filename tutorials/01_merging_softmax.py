@@ -443,7 +443,7 @@ plt.show()
 # %% tags=["exercise"]
 def in_tiles(q, k, v, tile):
     """Return (out, lse), `tile` keys at a time."""
-    raise NotImplementedError("write in_tiles")
+    raise NotImplementedError("in_tiles is not implemented")
 
 
 # %% tags=["check"]

@@ -195,7 +195,7 @@ Image(data=moving, format="png", alt="Blocks and results going round four ranks,
 # %% tags=["exercise"]
 def owner(rank, hop, P):
     """Return the rank whose block this is."""
-    raise NotImplementedError("owner is still to be written")
+    raise NotImplementedError("owner is not implemented")
 
 
 # %% tags=["check"]
@@ -229,7 +229,7 @@ with check("whose block is with which rank at every hop"):
 # %% tags=["exercise"]
 def ring_by_hand(comm, q, k, v, scale):
     """Attend from this rank's queries to the keys of all ranks; return (out, lse)."""
-    raise NotImplementedError("ring_by_hand is still to be written")
+    raise NotImplementedError("ring_by_hand is not implemented")
 
 
 # %% tags=["check"]
@@ -409,7 +409,7 @@ assert run_ranks(7, agreed, "lv-xattn")[0].s_q == (3, 3, 2, 2, 2, 2, 2)  # 16 ov
 # %% tags=["exercise"]
 def sizes_by_hand(rank, s_q, H, D, D_V):
     """Return the sizes of the query blocks and of the results that a rank sends, as two lists."""
-    raise NotImplementedError("sizes_by_hand is still to be written")
+    raise NotImplementedError("sizes_by_hand is not implemented")
 
 
 # %% tags=["check"]

@@ -176,7 +176,7 @@ assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
 # %% tags=["exercise"]
 def gradients(dout, q, k, v, lse, delta, scale):
     """Return dq, dk and dv."""
-    raise NotImplementedError("gradients is still to be written")
+    raise NotImplementedError("gradients is not implemented")
 
 
 # %% tags=["check"]
@@ -477,7 +477,7 @@ plt.show()
 # %% tags=["exercise"]
 def backward_bytes(P, B, H, s_q, D, D_V, itemsize, wide):
     """Return the bytes that all ranks send."""
-    raise NotImplementedError("backward_bytes is still to be written")
+    raise NotImplementedError("backward_bytes is not implemented")
 
 
 # %% tags=["check"]
@@ -618,7 +618,7 @@ plt.show()
 # %% tags=["exercise"]
 def delta_with_z_loss(dout, out, lse, w):
     """Return the delta of a loss to which w / 2 times the sum of lse squared is added."""
-    raise NotImplementedError("delta_with_z_loss is still to be written")
+    raise NotImplementedError("delta_with_z_loss is not implemented")
 
 
 # %% tags=["check"]

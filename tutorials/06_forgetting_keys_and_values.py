@@ -189,7 +189,7 @@ assert project(video, weights[1]).shape == (1, 2, 9, 3)
 # %% tags=["exercise"]
 def gradient_of_features(x, y, w_q, w_k, w_v, attention_backward):
     """Return dy."""
-    raise NotImplementedError("gradient_of_features is still to be written")
+    raise NotImplementedError("gradient_of_features is not implemented")
 
 
 # %% tags=["check"]
@@ -306,7 +306,7 @@ axes.spines[["top", "right", "left"]].set_visible(False)
 # %% tags=["exercise"]
 def added(model, S_Q):
     """Return operations made again, relative to those of a step."""
-    raise NotImplementedError("added is still to be written")
+    raise NotImplementedError("added is not implemented")
 
 
 # %% tags=["check"]
@@ -421,7 +421,7 @@ assert all(1.99 < twice[again] / fit[again] < 2.01 for again in (False, True))
 # %% tags=["exercise"]
 def token_bytes(model, *, recompute, trained):
     """Return the bytes of y, dy, keys and values that a visual token takes."""
-    raise NotImplementedError("token_bytes is still to be written")
+    raise NotImplementedError("token_bytes is not implemented")
 
 
 # %% tags=["check"]

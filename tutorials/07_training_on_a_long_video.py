@@ -415,7 +415,7 @@ for axes in (left, right):
 # %% tags=["exercise"]
 def audit(markers_by_rank, frames):
     """Return (missing, doubled)."""
-    raise NotImplementedError("audit is still to be written")
+    raise NotImplementedError("audit is not implemented")
 
 
 # %% tags=["check"]

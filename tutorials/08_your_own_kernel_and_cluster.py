@@ -390,7 +390,7 @@ plt.show()
 # %% tags=["exercise"]
 def first_ring(frames, machine):
     """Return the fewest text tokens, a power of two, at which ring is best."""
-    raise NotImplementedError("first_ring is still to be written")
+    raise NotImplementedError("first_ring is not implemented")
 
 
 # %% tags=["check"]
