@@ -212,7 +212,7 @@ meeting.cleanup()
 # ## Training on four processes
 #
 # The four processes above have taken thirty steps in float64. Clips start with 2 frames and double
-# every 25 steps, because training does not start to converge on long clips
+# every 25 steps, because a model learns nothing from long clips at first
 # ([curriculum.py](../torch_impl/commands/train/curriculum.py)). The same training is available as
 # `python -m lvxattn.torch_impl train`, under PyTorch's launcher torchrun, or as `make train`.
 
@@ -267,7 +267,7 @@ left.plot(range(1, 31), four, color=COLOURS[0], lw=1.5)
 left.text(1, 1.5, "one process", color=COLOURS[1], weight="bold")
 left.text(1, 1.3, "four processes", color=COLOURS[0], weight="bold")
 left.axhline(np.log(10), color=INK, lw=1, ls=":")
-left.text(30, 2.33, "guessing", color=INK, size=9, ha="right")
+left.text(30, 2.33, "chance level", color=INK, size=9, ha="right")
 left.set(xlabel="step", ylabel="loss (nats per question)", ylim=(0, 2.9))
 right.plot(steps, loss, color=COLOURS[0], lw=1)
 right.axvspan(1, 30, color=COLOURS[1], alpha=0.25, lw=0)
@@ -417,7 +417,7 @@ for axes in (left, right):
 
 # %% tags=["exercise"]
 def audit(markers_by_rank, frames):
-    """Return (missing, doubled)."""
+    """Return (missing, duplicates)."""
     raise NotImplementedError("audit is not implemented")
 
 
