@@ -88,9 +88,9 @@ assert taken.keys > 100 * taken.text and taken.keys > 3 * 80e9
 # | schedule | what moves | size of one message |
 # |---|---|---|
 # | `lv-xattn` | queries, round a ring; their results follow | $\sim s_Q$ |
-# | `gather` | queries, to all ranks at once (all-gather); results directly to their owners | $\sim s_Q$ |
+# | `gather` | queries, by all-gather; results directly to their owners | $\sim s_Q$ |
 # | `ring` | keys and values, round a ring | $\sim s_{KV}$ |
-# | `ulysses` | everything, by all-to-all: each rank gets the whole sequences of $H/P$ heads | $\sim (s_Q + s_{KV})/P$ |
+# | `ulysses` | everything, by all-to-all: each rank gets $H/P$ heads | $\sim (s_Q + s_{KV})/P$ |
 #
 # `ring` is Ring Attention ([arXiv:2310.01889](https://arxiv.org/abs/2310.01889)) and `ulysses`
 # DeepSpeed-Ulysses ([arXiv:2309.14509](https://arxiv.org/abs/2309.14509)).

@@ -481,9 +481,7 @@ for place, (name, found) in enumerate(sorted(ratio.items(), key=lambda item: ite
 axes.set_yticks(range(len(ratio)), sorted(ratio, key=lambda name: ratio[name]), size=10)
 axes.axvline(1.6, color=COLOURS[5], lw=1.8)
 axes.text(1.66, len(ratio) - 0.45, "the paper: 1.6", color=COLOURS[5])
-axes.set(
-    xlim=(0, 10.5), ylim=(-0.6, len(ratio)), xlabel="times as many frames with recomputation"
-)
+axes.set(xlim=(0, 10.5), ylim=(-0.6, len(ratio)), xlabel="times as many frames with recomputation")
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]

@@ -260,7 +260,7 @@ with exercise.check("your case detects the bug, and a correct kernel passes it")
 # | `matmul` | floating-point operations per second in attention with many queries |
 # | `memory` | bytes per second at which keys and values are read, with one query |
 # | `start`, `call` | overhead of a block and of a pass, in seconds |
-# | `inside`, `between` | links inside a host and between hosts: bytes per second, seconds per message |
+# | `inside`, `between` | links inside and between hosts: bytes per second, seconds per message |
 # | `copy`, `room`, `hiding` | copy rate, bytes of memory, overlap of arithmetic and reading |
 # | `measured` | the conditions: device, implementation, heads and dtype |
 
