@@ -1,4 +1,4 @@
-"""The demo finds what it searches for, on any number of ranks, and refuses bad input clearly."""
+"""The demo finds its patches on any number of ranks, and rejects bad input with one line."""
 
 import importlib
 import os
@@ -16,19 +16,18 @@ from mpi4py import MPI
 from PIL import Image
 
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.mpi_impl.commands.demo.camera import pan_over_photographs
-from lvxattn.mpi_impl.commands.demo.files import index_video, read_images, read_video
-from lvxattn.mpi_impl.commands.demo.gallery import check_output
-from lvxattn.mpi_impl.commands.demo.judge import (
+from lvxattn.mpi_impl.commands.demo.answers import (
     AMBIGUOUS,
     FOUND,
     WRONG,
     Check,
     check_errors,
+    check_output,
     check_verdicts,
     judge_answers,
 )
-from lvxattn.mpi_impl.commands.demo.sources import open_source
+from lvxattn.mpi_impl.commands.demo.files import index_video, read_images, read_video
+from lvxattn.mpi_impl.commands.demo.sources import open_source, pan_over_photographs
 from tests.commands import Said, commands
 
 av = pytest.importorskip("av")
@@ -61,9 +60,13 @@ def assert_found(printed: str, picture_at: Path, queries: int) -> None:
         assert picture.width >= 1200
 
 
+def default_frames(count: int) -> np.ndarray:
+    return pan_over_photographs(0, count, 240, 320, lambda _: None, frames=count, seed=1)
+
+
 def write_video(path: Path, frames: int = 20, codec: str = "mpeg4", **options: str) -> Path:
     """Encode a clip of the default video, a keyframe every 8 frames and B-frames between."""
-    video = pan_over_photographs(0, frames, frames, 240, 320, 1, lambda _: None)
+    video = default_frames(frames)
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
@@ -77,8 +80,7 @@ def write_video(path: Path, frames: int = 20, codec: str = "mpeg4", **options: s
 
 def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     folder.mkdir()
-    video = pan_over_photographs(0, len(sizes), len(sizes), 240, 320, 1, lambda _: None)
-    for number, (pixels, size) in enumerate(zip(video, sizes, strict=True)):
+    for number, (pixels, size) in enumerate(zip(default_frames(len(sizes)), sizes, strict=True)):
         Image.fromarray(pixels).resize(size).save(folder / f"{number:03}.png")
     return folder
 
