@@ -9,6 +9,7 @@ files were joined and times start again, frames are counted from the first one.
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from math import inf
@@ -63,9 +64,9 @@ def index_video(path: Path) -> VideoIndex:
 
     container, stream = _open(path)
     with container:
-        try:
-            packets, end, last, timed = [], 0.0, -inf, True
-            for packet in container.demux():  # all streams: sound may go on where pictures end
+        packets, end, last, timed = [], 0.0, -inf, True
+        with _undamaged(path):
+            for packet in container.demux():  # all streams: sound may continue after the pictures
                 if packet.pts is not None and packet.time_base is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index == stream.index and packet.size and not packet.is_discard:
@@ -73,8 +74,6 @@ def index_video(path: Path) -> VideoIndex:
                     timed = timed and packet.pts is not None and at >= last
                     last = at
                     packets.append((packet.pts or 0, packet.is_keyframe))
-        except av.FFmpegError as error:
-            raise _damaged(path, error.strerror or str(error)) from error
         packets.sort()
         if not packets:
             raise ValueError(f"--video: expected at least one frame; {path} has none")
@@ -129,30 +128,25 @@ def read_video(
     ValueError
         A frame cannot be decoded.
     """
-    import av
-
     video = np.empty((len(picks), height, width, 3), np.uint8)
     if not picks:
         return video
     container, stream = _open(path)
     pts, starts = index.pts, index.starts
-    with container:
-        try:
-            decoded, at = container.decode(stream), 0
-            for place, pick in enumerate(picks):
-                if starts and starts[bisect_right(starts, pick) - 1] > at:  # one lies between
-                    decoded = _decode_from(container, stream, pick, pts, starts)
-                if pts:
-                    frame = next((f for f in decoded if f.pts is None or f.pts >= pts[pick]), None)
-                else:
-                    frame = next(islice(decoded, pick - at, None), None)
-                if frame is None or frame.is_corrupt:
-                    found = "an end at" if frame is None else "a broken"
-                    raise _damaged(path, f"{found} frame {pick} of {index.frames}")
-                video[place], at = _shown(frame, height, width), pick + 1
-                progress(place + 1)
-        except av.FFmpegError as error:
-            raise _damaged(path, error.strerror or str(error)) from error
+    with container, _undamaged(path):
+        decoded, at = container.decode(stream), 0
+        for place, pick in enumerate(picks):
+            if starts and starts[bisect_right(starts, pick) - 1] > at:  # one lies between
+                decoded = _decode_from(container, stream, pick, pts, starts)
+            if pts:
+                frame = next((f for f in decoded if f.pts is None or f.pts >= pts[pick]), None)
+            else:
+                frame = next(islice(decoded, pick - at, None), None)
+            if frame is None or frame.is_corrupt:
+                found = "an end at" if frame is None else "a broken"
+                raise _damaged(path, f"{found} frame {pick} of {index.frames}")
+            video[place], at = _shown(frame, height, width), pick + 1
+            progress(place + 1)
     return video
 
 
@@ -178,12 +172,9 @@ def list_images(folder: Path) -> list[Path]:
 
 def size_of_image(path: Path) -> tuple[int, int]:
     """Return height and width of an image in pixels, from its header."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
+    with _readable(path), Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_images(
@@ -203,12 +194,9 @@ def read_images(
     """
     video = np.empty((len(paths), height, width, 3), np.uint8)
     for place, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                image.draft("RGB", (width, height))  # JPEG: decode no finer than needed
-                picture = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise _unreadable(path, error) from error
+        with _readable(path), Image.open(path) as image:
+            image.draft("RGB", (width, height))  # JPEG: decode no finer than needed
+            picture = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         video[place] = np.asarray(ImageOps.fit(picture, (width, height)))
         progress(place + 1)
     return video
@@ -227,10 +215,8 @@ def _open(path: Path) -> "tuple[InputContainer, VideoStream]":
         raise ValueError(
             f"--video: expected PyAV, which reads {path}; it is not installed (pip install av)"
         ) from error
-    try:
+    with _undamaged(path):
         container = av.open(f"file:{path}")  # a name may have a colon, as protocols do
-    except av.FFmpegError as error:
-        raise _damaged(path, error.strerror or str(error)) from error
     if not container.streams.video:
         container.close()
         raise ValueError(f"--video: expected a video; {path} holds no stream of frames")
@@ -329,5 +315,22 @@ def _damaged(path: Path, found: str) -> ValueError:
     return ValueError(f"--video: expected an undamaged video; {path} gives: {found}")
 
 
-def _unreadable(path: Path, error: BaseException) -> ValueError:
-    return ValueError(f"--images: expected images that Pillow reads; {path} gives: {error}")
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Raise FFmpeg's errors as ValueErrors that name the file."""
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise Pillow's errors as ValueErrors that name the file."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        text = f"--images: expected images that Pillow reads; {path} gives: {error}"
+        raise ValueError(text) from error
