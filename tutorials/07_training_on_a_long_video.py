@@ -24,8 +24,8 @@ from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.plan import messages, planned
 from lvxattn.torch_impl import CrossAttention
 from lvxattn.torch_impl.commands.train.data import TRAIN, load_images, make_clips
-from lvxattn.torch_impl.commands.train.loop import Run
 from lvxattn.torch_impl.commands.train.options import Settings
+from lvxattn.torch_impl.commands.train.training import Run
 from lvxattn.torch_impl.group import Group
 
 torch.set_num_threads(1)
@@ -172,7 +172,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from lvxattn.torch_impl import shard, sum_gradients
-from lvxattn.torch_impl.commands.train.loop import Run
+from lvxattn.torch_impl.commands.train.training import Run
 from lvxattn.torch_impl.group import Group
 
 comm = MPI.COMM_WORLD
@@ -212,7 +212,7 @@ meeting.cleanup()
 #
 # Thirty steps have been taken by the four processes above, in float64. Clips begin with 2 frames
 # and double every 25 steps, because from long clips nothing is learnt at first
-# ([curriculum.py](../torch_impl/commands/train/curriculum.py)). As a program of its own that is
+# ([options.py](../torch_impl/commands/train/options.py)). As a program of its own that is
 # `python -m lvxattn.torch_impl train`, under PyTorch's launcher torchrun, or `make train`.
 
 # %%
@@ -453,8 +453,7 @@ with check("missing and doubled frames are found, wherever they are"):
 #   the order of frames does not matter.
 #
 # Files: [torch_impl/module.py](../torch_impl/module.py),
-# [torch_impl/commands/train/step.py](../torch_impl/commands/train/step.py),
 # [torch_impl/commands/train/data.py](../torch_impl/commands/train/data.py),
-# [torch_impl/commands/train/loop.py](../torch_impl/commands/train/loop.py).
+# [torch_impl/commands/train/training.py](../torch_impl/commands/train/training.py).
 #
 # Next: [notebook 8, your own kernel and cluster](08_your_own_kernel_and_cluster.ipynb).
