@@ -143,7 +143,7 @@ def _test(run: Run) -> Test:
 
 
 def _traffic(run: Run) -> Traffic:
-    """Measure what one step's forward and backward send by the paper's two schedules and by the run's."""
+    """Measure the bytes of one step, by the paper's two schedules and by the run's own."""
     clips = run.clips(TRAIN, len(run.curve), run.settings.curriculum.final)
     sent, losses, chosen = {}, [], run.model.schedule
     for schedule in dict.fromkeys(("lv-xattn", "ring", run.model.layout(clips).schedule)):

@@ -176,7 +176,7 @@ class Run:
         self.curve.rows[-1][4:] = right / questions(clips), seconds
 
     def done(self, steps: int, goal: float) -> bool:
-        """Return whether all steps are done, or two looks in a row at longest clips met the goal."""
+        """Return whether all steps are done, or two looks in a row, at full length, met `goal`."""
         if len(self.curve) >= steps:
             return True
         grown = self.settings.curriculum.grown
