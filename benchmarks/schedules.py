@@ -12,19 +12,16 @@ Prints a table in Markdown; `--store` writes it, and every single measurement as
 Exit status 2 where no cluster can be built (`netlab/lab.py` says what that needs).
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from machine import describe
-from netlab.lab import LabError
+from bench import Results, describe_run, exit_without_lab, parser_for, publish
 from network import in_shared_memory, on_hosts
-from report import SMALL, Goal, rate, typical
+from network_report import SMALL, Goal, rate, typical
 
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.draw.rotation import COLOURS, INK
@@ -35,8 +32,6 @@ from lvxattn.plan.problem import planned
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Results = dict[str, Any]
 
 S_Q, S_KV = (1, 64, 1024, 8192), (4096, 16384, 65536)
 QUICK_S_Q, QUICK_S_KV = (1, 128), (4096,)
@@ -242,35 +237,19 @@ def _panel(axes: "Axes", cells: list[Cell]) -> None:
     axes.set_yticks(range(len(s_kv)), [f"{n // 1024}k" for n in s_kv])
 
 
-def main() -> int:
+def main() -> None:
     """Measure, print, store, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few small cells, half a minute")
-    parser.add_argument("--store", metavar="DIR", type=Path)
-    parser.add_argument("--plot", metavar="FILE", type=Path)
-    parser.add_argument("--again", metavar="FILE", type=Path, help="what --store has written")
+    parser = parser_for(__doc__, "few small cells, half a minute", "store", "plot")
+    parser.add_argument("--again", metavar="FILE", type=Path, help="results of --store")
     options = parser.parse_args()
-    try:
-        if options.again:
-            measured = {"quick": False, **json.loads(options.again.read_text())}
-        else:
-            today = date.today().isoformat()
-            measured = {"machine": describe(), "date": today, "quick": options.quick}
-            measured["cells"] = measure(options.quick)
-    except LabError as reason:
-        print(f"schedules: {reason}", file=sys.stderr)
-        return 2
+    if options.again:
+        measured = {"quick": False, **json.loads(options.again.read_text())}
+    else:
+        with exit_without_lab("schedules"):
+            measured = {**describe_run(options.quick), "cells": measure(options.quick)}
     print(file=sys.stderr)
-    text = markdown(measured)
-    print(text, end="")
-    if options.store:
-        options.store.mkdir(parents=True, exist_ok=True)
-        (options.store / "schedules.json").write_text(json.dumps(measured) + "\n")
-        (options.store / "schedules.md").write_text(text)
-    if options.plot:
-        draw(measured).savefig(options.plot, dpi=110)
-    return 0
+    publish("schedules", measured, markdown(measured), options, draw)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from local import BACKENDS, Inputs, attempt, farthest, shapes, theirs, work_of
+from local import BACKENDS, Inputs, Prepare, compare, farthest, work_of
 from timing import Device
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl.block_attention import block_attention_backward
@@ -22,36 +21,23 @@ from lvxattn.mpi_impl.block_attention import block_attention_backward
 
 def measure(device: Device) -> Iterator[dict[str, Any]]:
     """Yield a row for each shape and direction: seconds by kernel, and by PyTorch's backends."""
-    for H, H_KV, s_q, s_kv, D in shapes(device):
-        dtype = narrow(device)
-        moved = 2 * D * (2 * H * s_q + 2 * H_KV * s_kv)
-        inputs = [
-            Inputs.of(device, dtype, H, H_KV, s_q, s_kv, D) for _ in range(device.sets(moved))
-        ]
-        for backward in (False, True):
-            kernels: dict[str, float] = {}
-            peaks: dict[str, int] = {}
-            failed: dict[str, str] = {}
-            # `auto` itself would take the tiles where the kernel does not compile.
-            auto = "auto" if device.tiny else "cuda"
-            for name, kernel in (("auto", auto), ("tiles", "tiles")):
-                works = [partial(one_pass, backward, kernel, x) for x in inputs]
-                attempt(name, device, works, kernels, peaks, failed, prepare=True)
-            torch_s: dict[str, float] = {}
-            for name, backend in BACKENDS.items():
-                if name == "math":
-                    continue
-                with sdpa_kernel(backend):
-                    work = [partial(theirs, x, backward) for x in inputs]
-                    attempt(f"sdpa {name}", device, work, torch_s, {}, failed, prepare=True)
-            row = {
-                **work_of(inputs[0], backward),
-                "seconds": kernels, "sdpa seconds": torch_s, "auto": auto, "failed": failed,
-            }  # fmt: skip
-            if "auto" in kernels:
-                found = one_pass(backward, auto, inputs[0])()
-                row["off by"] = farthest(list(map(tensor, found)), inputs[0])
-            yield row
+    # `auto` itself would take the tiles where the kernel does not compile.
+    auto = "auto" if device.tiny else "cuda"
+
+    def ways(_: Inputs, backward: bool) -> Iterator[tuple[str, Prepare]]:
+        for name, kernel in (("auto", auto), ("tiles", "tiles")):
+            yield name, partial(one_pass, backward, kernel)
+
+    backends = {name: backend for name, backend in BACKENDS.items() if name != "math"}
+    for x, backward, times in compare(device, narrow(device), ways, backends):
+        row = {
+            **work_of(x, backward),
+            "seconds": times.ours, "sdpa seconds": times.theirs, "auto": auto,
+            "failed": times.failed,
+        }  # fmt: skip
+        if "auto" in times.ours:
+            row["off by"] = farthest(list(map(tensor, one_pass(backward, auto, x)())), x)
+        yield row
 
 
 def narrow(device: Device) -> torch.dtype:

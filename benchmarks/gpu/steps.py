@@ -82,16 +82,7 @@ def checks(machine: Machine, *, dry: bool) -> list[Step]:
         found.append(Step(f"tests {file.name}", [*pytest, str(file)], 130, needs))
     mpi = [*(machine.launcher or ["mpiexec"]), "-n"]
     program = [python, "-m", "mpi4py", "-m", "lvxattn.mpi_impl"]
-    attend = [
-        "run",
-        "--device",
-        "gpu",
-        "--dtype",
-        "float16",
-        "--backward",
-        "--check",
-        *SIZES.split(),
-    ]
+    attend = f"run --device gpu --dtype float16 --backward --check {SIZES}".split()
     needs = "numpy", "cupy", "mpi4py", "mpi"
     command = [*mpi, "2", *program, "doctor"]
     found.append(Step("doctor, 2 ranks", command, 60, needs, shown=dry))

@@ -94,12 +94,12 @@ class Device:
         return [start.elapsed_time(stop) / 1e3 for start, stop in marks]
 
 
-def ceilings(device: Device) -> dict[str, float]:
+def ceilings(device: Device) -> list[dict[str, float]]:
     """Return the device's rates: a large product's of random bf16 and fp16, and a copy's.
 
     Returns
     -------
-    dict
+    list of one dict
         ``bfloat16``, ``float16``: operations a second; ``copy``: bytes a second, read and written.
     """
     size, length = (128, 2**16) if device.tiny else (8192, 2**32)
@@ -112,4 +112,4 @@ def ceilings(device: Device) -> dict[str, float]:
     source = torch.ones(length, dtype=torch.uint8, device=device.name)
     target = torch.empty_like(source)
     found["copy"] = 2 * length / device.seconds([lambda: target.copy_(source)])
-    return found
+    return [found]
