@@ -167,8 +167,9 @@ class MuteComm:
     """A communicator whose messages cost nothing, for the time of a pass without communication.
 
     With it, an implementation does what it does otherwise: the same tiles, calls and shapes, the
-    same merges, buffers and requests, but nothing is sent.  A rank "receives" what it sends, so that
-    it computes with numbers of the usual size; for this a message is copied once inside the rank.  Results are wrong, and ranks must hold shares of one size.
+    same merges, buffers and requests, but nothing is sent.  A rank "receives" what it sends, to
+    compute with numbers of the usual size; for this a message is copied once inside the rank.
+    Results are wrong, and ranks must hold shares of one size.
 
     Parameters
     ----------

@@ -15,13 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from lvxattn.torch_impl.commands.train import (
-    add_options,
-    checkpoint,
-    program,
-    run_training,
-    training,
-)
+from lvxattn.torch_impl.commands.train import add_options, checkpoint, program, run_training
+from lvxattn.torch_impl.commands.train import training as training_module
 from lvxattn.torch_impl.commands.train.data import (
     BITS,
     TEST,
@@ -45,18 +40,7 @@ from tests.torch_ranks import forked
 # Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
 SETTINGS = Settings(frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
 STEPS = 48
-SMALL = [
-    "--frames",
-    "9",
-    "--first-frames",
-    "3",
-    "--batch",
-    "2",
-    "--dtype",
-    "float64",
-    "--steps",
-    "8",
-]
+SMALL = ["--frames=9", "--first-frames=3", "--batch=2", "--dtype=float64", "--steps=8"]
 SMALL_SETTINGS = Settings(frames=9, first_frames=3, batch=2, dtype="float64", seed=0)
 
 parts = cache(load_images)
@@ -325,7 +309,7 @@ class TestCheckpoint:
     def test_signal_writes_checkpoint(self, straight, tmp_path, monkeypatch, capsys):
         before = signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch:
-            patch.setattr(training, "LOOK_EVERY", 3)
+            patch.setattr(training_module, "LOOK_EVERY", 3)
             patch.setattr(Run, "look", lambda _: os.kill(os.getpid(), signal.SIGTERM))
             patch.setattr(Reporter, "step", lambda *_: None)
             assert run_training(options(tmp_path)) == 1
