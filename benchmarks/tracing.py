@@ -1,11 +1,11 @@
-"""What it costs to write down what every rank does when.
+"""The time that recording a timeline adds to passes.
 
     mpiexec -n 2 python -m mpi4py benchmarks/tracing.py [--rounds N] [--quick]
 
 Forward and backward passes with a `Meter`, with a `Timeline` and with a `Meter` again take turns,
-in an order that changes from round to round.  A ratio is taken within a round, so that whatever
-else the machine is doing meets both alike; what counts is the median over the rounds.  The ratio of
-the two meters says how much of it is noise.
+in an order that changes from round to round.  Ratios are taken within a round, so that other load
+affects both alike; the result is the median over rounds.  The ratio of the two meters shows the
+noise.
 """
 
 from statistics import median, quantiles

@@ -1,8 +1,8 @@
-"""mpi_impl's attention to a rank's own keys, in CuPy arrays, against PyTorch's own, in bf16.
+"""mpi_impl's attention to a rank's own keys, in CuPy arrays, against PyTorch's, in bf16.
 
-`auto` is the kernel in CUDA C++ where there is a device; `tiles` are matrix products.  What
-nvidia-cudnn-frontend could do instead is cuDNN's own kernel, which PyTorch calls, too: `sdpa cudnn`
-beside it says which measures better.  Rehearsed with NumPy arrays.
+`auto` is the kernel in CUDA C++ on a device; `tiles` are matrix products.  nvidia-cudnn-frontend
+would call cuDNN's kernel, which PyTorch calls, too: compare with `sdpa cudnn`.  Rehearsed with
+NumPy arrays.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,18 +41,18 @@ def measure(device: Device) -> Iterator[dict[str, Any]]:
 
 
 def narrow(device: Device) -> torch.dtype:
-    """Return bf16 or, where arrays know nothing of it, fp16: both take the same time."""
+    """Return bf16 or, where arrays lack it, fp16, which takes the same time."""
     try:
         array(device.randn(1)).astype(np.float32)
-    except Exception:  # whatever CuPy says of a dtype that it does not know
+    except Exception:  # CuPy raises various errors for unknown dtypes
         return torch.float16
     return torch.bfloat16
 
 
 def one_pass(backward: bool, kernel: str, x: Inputs) -> Callable[[], tuple[Any, ...]]:
-    """Return a call, on the same memory as PyTorch's, for out, or for dq, dk and dv.
+    """Return a call for out, or for dq, dk and dv, on the same memory as PyTorch's.
 
-    It adds to dk and dv: they are right the first time.
+    It adds to dk and dv, which are right after the first call.
     """
     q, k, v, dout, lse, delta = map(array, (x.q, x.k, x.v, x.dout, x.lse, x.delta))
     dk, dv = (array(torch.zeros_like(t)) for t in (x.k, x.v))
@@ -73,7 +73,7 @@ def tensor(x: Any) -> Tensor:
 def array(x: Tensor) -> Any:
     """Return a tensor's memory as a CuPy array or, on the CPU, a NumPy array."""
     x = x.detach()
-    if x.dtype == torch.bfloat16:  # which DLPack does not hand to every CuPy
+    if x.dtype == torch.bfloat16:  # which not every CuPy takes by DLPack
         import ml_dtypes
 
         return array(x.view(torch.int16)).view(ml_dtypes.bfloat16)

@@ -1,6 +1,6 @@
-"""One rank's attention to its own keys, by every kernel that can, against PyTorch's own.
+"""One rank's attention to its own keys, by every kernel that supports it, against PyTorch's.
 
-At the sizes a rank has in the paper: 32 query heads and 8 key-value heads of 128.  The best of
+At the sizes of a rank in the paper: 32 query heads and 8 key-value heads of 128.  The best of
 `F.scaled_dot_product_attention`'s backends, each forced in turn, counts as PyTorch's.
 """
 
@@ -26,11 +26,11 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# What may do the work of a part, where a forward's keys are split by ourselves.
+# Kernels for the parts of a forward whose keys are split.
 SPLIT_WITHIN = {"cuda": ("cuda_flash", "cudnn", "efficient"), "cpu": ("cpu_flash", "blocked")}
-# How many shares of work a device may need to be busy, and how many rows make one.
+# Numbers of shares of work that may occupy a device, and the number of rows of a share.
 BUSY, ROWS = (132, 264, 528), 128
-# The backend that keeps all scores is left out above this many bytes of them.
+# Maximum bytes of scores for the backend that stores them all.
 MOST_SCORES = 2**32
 
 Work = Callable[[], Any]
@@ -105,7 +105,7 @@ def compare(
 
 
 class Inputs:
-    """What one call works on."""
+    """The tensors of one call."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
         self.q, self.k, self.v, self.dout = q, k, v, dout
@@ -117,14 +117,14 @@ class Inputs:
     def of(
         device: Device, dtype: torch.dtype, H: int, H_KV: int, s_q: int, s_kv: int, D: int
     ) -> "Inputs":
-        """Return random ones."""
+        """Return random inputs."""
         q, dout = (device.randn(1, H, s_q, D, dtype=dtype) for _ in range(2))
         k, v = (device.randn(1, H_KV, s_kv, D, dtype=dtype) for _ in range(2))
         return Inputs(q, k, v, dout)
 
 
 def work_of(x: Inputs, backward: bool) -> dict[str, Any]:
-    """Return what a pass works on, in operations and in bytes that it must read and write."""
+    """Return a pass's sizes, operations, and bytes that it must read and write."""
     (_, H, s_q, D), (_, H_KV, s_kv, _) = x.q.shape, x.k.shape
     moved = x.q.dtype.itemsize * D * (2 * H * s_q + 2 * H_KV * s_kv)
     return {
@@ -148,7 +148,7 @@ def ours(x: Inputs, backward: bool) -> Iterator[tuple[str, Prepare]]:
         if name == "split" or (name != "auto" and KERNELS[name].unsupported(job) is not None):
             continue
         yield name, partial(one_pass, backward, name)
-    if backward:  # shared out by keys as it is
+    if backward:  # which is divided over keys anyway
         return
     shares = job.H_KV * -(-job.H // job.H_KV * job.s_q // ROWS)  # heads of a group are folded
     for inner in SPLIT_WITHIN[job.device]:
@@ -183,7 +183,7 @@ def one_split(inner: str, parts: int, x: Inputs) -> Work:
 
 
 def theirs(backward: bool, x: Inputs) -> Work:
-    """Return PyTorch's pass; before its backward, its forward is done."""
+    """Return PyTorch's pass; for a backward, the forward has been done."""
     sdpa = partial(
         torch.nn.functional.scaled_dot_product_attention,
         scale=x.scale,
@@ -197,9 +197,9 @@ def theirs(backward: bool, x: Inputs) -> Work:
 
 
 def farthest(found: Sequence[Tensor], x: Inputs) -> float:
-    """Return how far the farthest row of out, or of dq, dk and dv, is from PyTorch's own.
+    """Return the largest distance of a row of out, or of dq, dk and dv, from PyTorch's.
 
-    In norms of that row, or of the mean one if that is larger.  A wrong result is not fast.
+    Relative to the norm of that row, or to the mean norm if that is larger.
     """
     backward = len(found) > 1
     wanted = theirs(backward, x)()
@@ -229,7 +229,7 @@ def attempt(
 
 
 def rules(rows: list[dict[str, Any]]) -> list[str]:
-    """Return what was the fastest of torch_impl's, as lines to write `kernels/choose.py` by."""
+    """Return the fastest of torch_impl's kernels, as lines for writing `kernels/choose.py`."""
     lines = []
     for row in rows:
         named = {name: s for name, s in row["seconds"].items() if name != "auto"}

@@ -1,6 +1,6 @@
-"""What a rank that is alone pays for being able to have others: time, and memory at a million keys.
+"""The overhead of a single rank: time, and memory at a million keys.
 
-`cross_attention` with a layout, against the block attention that it calls; the goal is 1 %.
+`cross_attention` with a layout, relative to the block attention that it calls; the goal is 1 %.
 """
 
 from statistics import median
@@ -48,7 +48,7 @@ def overhead(device: Device) -> list[dict[str, Any]]:
     ):
         pairs = []
         for number in range(2 if device.tiny else 7):
-            # Which comes first alternates, so that what one leaves behind hits both alike.
+            # The order alternates, so that what one leaves behind affects both alike.
             order = (whole, alone) if number % 2 else (alone, whole)
             took = {work: device.seconds([work]) for work in order}
             pairs.append((took[whole] / took[alone], took[whole], took[alone]))
