@@ -19,8 +19,8 @@ UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 ROUNDINGS = 4
 # A merge: a dozen roundings of numbers below 64, which bounds lse of standard deviation 10.
 MERGE_LIMIT = 12 * 64 * UNIT["float32"]
-# Tiles of 128 queries that occupy half of an H100's 132 multiprocessors: a split over keys gains much
-# only below this number.
+# Tiles of 128 queries that occupy half of an H100's 132 multiprocessors: a split over keys gains
+# much only below this number.
 FEW_TILES = 66
 
 
