@@ -2,13 +2,11 @@
 
     python tutorials/build.py [--fresh] [NAME ...]
 
-The sources are what is edited.  A notebook holds what running its source showed, and nothing of
-when or where that was.
+Edit the sources.  A notebook holds its source's outputs, without times and places of the run.
 
-Some cells show other things on every run or on every machine: times, the size of roundings, which
-MPI there is.  They are tagged ``varies``.  Such a cell keeps the output that is stored while the
-code of its notebook stays the same, so that running this again changes no file; ``--fresh`` takes
-the new output.
+Outputs of some cells differ between runs or machines: times, rounding errors, the MPI.  Such cells
+are tagged ``varies``, and keep the stored output while the code of their notebook stays the same,
+so that running this again changes no file; ``--fresh`` stores the new output.
 """
 
 import argparse
@@ -20,12 +18,12 @@ import nbclient
 import nbformat
 
 HERE = Path(__file__).parent
-SECONDS = 300  # that a cell may take
+SECONDS = 300  # time limit of a cell
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def main() -> None:
-    """Make the notebooks that are named, or all."""
+    """Make the named notebooks, or all."""
     parser = argparse.ArgumentParser(description="Run the tutorials' sources.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="NN_name (default: all)")
     parser.add_argument("--fresh", action="store_true", help="keep no stored output")
@@ -42,17 +40,17 @@ def main() -> None:
 
 
 def sources() -> list[Path]:
-    """Return the sources, in their order."""
+    """Return the sources in order."""
     return sorted(HERE.glob("[0-9][0-9]_*.py"))
 
 
 def read(path: Path) -> nbformat.NotebookNode:
-    """Return a source as a notebook that has not been run."""
+    """Return a source as a notebook without outputs."""
     notebook = jupytext.read(path)
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # jupytext draws them by lot
-        if tagged(cell, "hide-input"):  # the site's word; this is JupyterLab's
+        cell.id = f"cell-{number}"  # jupytext's are random
+        if tagged(cell, "hide-input"):  # the site's tag; this is JupyterLab's
             cell.metadata["jupyter"] = {"source_hidden": True}
     return notebook
 
@@ -63,7 +61,7 @@ def tagged(cell: nbformat.NotebookNode, tag: str) -> bool:
 
 
 def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Run a notebook in the folder of the tutorials, from top to bottom.
+    """Run a notebook in the tutorials' folder.
 
     Raises
     ------
@@ -77,18 +75,18 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         kernel_name="python3",
         resources=where,
         record_timing=False,
-        coalesce_streams=True,  # what is printed comes in as many pieces as the kernel likes
+        coalesce_streams=True,  # the kernel may split output anywhere
     ).execute()
     return notebook
 
 
 def keep(notebook: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> int:
-    """Give cells that vary the outputs of a stored notebook, if its code is the same; in place.
+    """Replace outputs that vary by a stored notebook's, in place, if its code is the same.
 
     Returns
     -------
     int
-        How many cells have kept an output.
+        Number of cells that keep a stored output.
     """
     new, old = ([c for c in book.cells if c.cell_type == "code"] for book in (notebook, stored))
     if [cell.source for cell in new] != [cell.source for cell in old]:
