@@ -36,6 +36,7 @@ from bench import (
     publish,
 )
 from netlab.lab import Lab, address, bits_per_second
+from network_report import rate
 from torch import Tensor
 
 from lvxattn.torch_impl import Layout
@@ -195,8 +196,7 @@ def markdown(measured: Results) -> str:
     ]
     for r in measured["rows"]:
         home, *others = r["turns"].values()
-        link = f"{r['bits_per_second'] / 1e9:g} Gbit/s" if r["bits_per_second"] else "shared memory"
-        cells = [link, str(r["P"]), f"{r['S_Q']:,}", f"{median(home) * 1e3:.2f} ms"]
+        cells = [rate(r), str(r["P"]), f"{r['S_Q']:,}", f"{median(home) * 1e3:.2f} ms"]
         for other in others:
             over = median(b / a for a, b in zip(home, other, strict=True))
             cells += [f"{median(other) * 1e3:.2f} ms", f"{over:.2f}"]

@@ -1,4 +1,4 @@
-"""``%%mpi``: cells of a notebook on real ranks, and what is said when they fail."""
+"""``%%mpi``: cells of a notebook on real ranks, and the errors when they fail."""
 
 import fcntl
 import os
@@ -23,7 +23,7 @@ OURS = "LVXATTN_TEST"
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Look after every test for processes and folders that its cells have left."""
+    """Check after every test that its cells have left no processes and no folders."""
     monkeypatch.setenv(OURS, uuid4().hex)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     yield
@@ -32,7 +32,7 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
 
 
 def living() -> list[int]:
-    """Return the processes that this test has started, and that have not ended."""
+    """Return the running processes that this test has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -59,9 +59,7 @@ def test_stdin_of_every_rank_is_empty() -> None:
     assert run_cell("import sys\nsys.stdin.read()", 2, timeout=60).printed == ["''\n"] * 2
 
 
-def test_long_output_is_shortened(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_long_output_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cell_files, "_SHOWN", 8)
     told = "éé\n... 2,000 bytes are left out here ...\nabc\n"
     assert run_cell("print('é' * 1002 + 'abc')\n1;", 1).printed == [told]
@@ -316,9 +314,7 @@ def test_bad_arguments_and_launchers_raise(monkeypatch: pytest.MonkeyPatch) -> N
     assert "2 ranks were started, but MPI sees 1: the launcher" in str(error_of("", 2))
 
 
-def test_launcher_beside_python_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_launcher_beside_python_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     if "LVXATTN_MPIEXEC" in os.environ:
         pytest.skip("the launcher is another one")
     monkeypatch.setenv("PATH", "/nowhere")

@@ -95,6 +95,11 @@ def run_cell(
     -----
     The ranks end with this process.  Of the processes that ranks start, one with both a session and
     an environment of its own (``setsid env -i``) is not found, and survives.
+
+    Examples
+    --------
+    >>> run_cell("total = 2 * n", 2, take={"n": 3}, give=["total"]).given
+    {'total': 6}
     """
     if not isinstance(ranks, Integral) or isinstance(ranks, bool) or ranks < 1:
         raise ValueError(f"ranks: expected a whole number from 1 up, got {ranks!r}")
