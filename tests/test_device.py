@@ -15,7 +15,7 @@ from lvxattn import mpi_impl
 from lvxattn.cli.tensors import InputError
 from lvxattn.common.wire import QUERIES
 from lvxattn.mpi_impl import exchange
-from lvxattn.mpi_impl.commands.run.backend import choose_backend
+from lvxattn.mpi_impl.commands.run import choose_backend
 from lvxattn.mpi_impl.lv_xattn import lv_xattn
 from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.transport import buffers, device, transfers

@@ -1,4 +1,4 @@
-"""Errors are the same on all ranks, and no rank is left waiting."""
+"""Errors are the same on all ranks, and no rank waits forever."""
 
 import re
 import signal
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.mpi
 LAST = "the last rank"
 EACH = "each rank names itself"
 FLOATS = "float16, bfloat16, float32, float64"
-# What each call of programs/run_bad_input.py raises: the type; the argument and the values that the
+# The error of each call in programs/run_bad_input.py: type; the argument and the values that the
 # message contains, or the exact text where no other test asserts it; the rank that it names, None
-# where no other rank is asked.  {5P} and so on are numbers that depend on P.
+# if not collective.  {5P} and so on are numbers that depend on P.
 Expected = dict[str, tuple[type[Exception], tuple[str, ...] | str, Any]]
 EXPECTED: Expected = {
     "q has 3 axes": (ValueError, ("q", "(4, 5, 6)"), 0),
@@ -304,14 +304,14 @@ def fail(P: int, rank: int, how: str, place: str, which: str, timeout: float = S
 
 
 def assert_ended(ended: Ended) -> None:
-    """All ranks have ended, soon, and not well; none of them got as far as the end."""
+    """Assert that all ranks have failed in time, and none reached the end."""
     assert not ended.timed_out, ended.err
     assert ended.left == ()
     assert ended.status != 0
     assert "reached the end" not in ended.out
 
 
-# By turns, one place in a forward and the next in a backward are for every day.
+# The fast tests alternate: one place in a forward, the next in a backward.
 RAISES = [
     pytest.param(place, which, marks=[] if (n + m) % 2 == 0 else pytest.mark.slow)
     for n, place in enumerate(PLACES)
@@ -349,36 +349,31 @@ def test_error_noticed_by_one_rank_ends_all_and_is_named(
     assert "on rank 2 of 4" in ended.err
 
 
-@pytest.mark.parametrize(
-    ("place", "how", "which"),
-    [
-        ("before", "kill", "forward"),
-        ("in the first attend", "crash", "forward"),
-        ("in a wait", "kill", "forward"),
-        ("in the last shift", "kill", "backward"),
-        ("in the second attend", "crash", "backward"),
-    ],
-)
-def test_rank_that_dies_ends_all_and_is_named(place: str, how: str, which: str) -> None:
-    ended = fail(3, 2, how, place, which)
-    assert_ended(ended)
-    assert re.findall(r"^rank (\d) of 3 \(process \d+ on \S+\) died$", ended.err, re.M) == ["2"]
-
-
 MOMENTS = [(moment, which) for moment in ("begins", "computes", "ends") for which in PASSES]
 HOPS = [(P, hop) for P in (2, 3, 5) for hop in range(1, P)]
-# Every hop with one moment of a pass, and every one of those with a hop, is for every day.
-KILLS = [
-    pytest.param(P, hop, *moment, marks=[] if (n - m) % len(MOMENTS) == 0 else pytest.mark.slow)
-    for n, (P, hop) in enumerate(HOPS)
-    for m, moment in enumerate(MOMENTS)
+# The fast tests have every hop with one moment of a pass, and every moment with one hop.
+DEATHS = [
+    (3, 2, "kill", "before", "forward"),
+    (3, 2, "crash", "in the first attend", "forward"),
+    (3, 2, "kill", "in a wait", "forward"),
+    (3, 2, "kill", "in the last shift", "backward"),
+    (3, 2, "crash", "in the second attend", "backward"),
+    *(
+        pytest.param(
+            *(P, hop % P, "kill", f"hop {hop} {moment}", which),
+            marks=[] if (n - m) % len(MOMENTS) == 0 else pytest.mark.slow,
+        )
+        for n, (P, hop) in enumerate(HOPS)
+        for m, (moment, which) in enumerate(MOMENTS)
+    ),
 ]
 
 
-@pytest.mark.parametrize(("P", "hop", "moment", "which"), KILLS)
-def test_rank_killed_at_any_hop_ends_all(P: int, hop: int, moment: str, which: str) -> None:
-    rank = hop % P
-    ended = fail(P, rank, "kill", f"hop {hop} {moment}", which)
+@pytest.mark.parametrize(("P", "rank", "how", "place", "which"), DEATHS)
+def test_rank_that_dies_ends_all_and_is_named(
+    P: int, rank: int, how: str, place: str, which: str
+) -> None:
+    ended = fail(P, rank, how, place, which)
     assert_ended(ended)
     announced = re.findall(rf"^rank (\d) of {P} \(process \d+ on \S+\) died$", ended.err, re.M)
     assert announced == [str(rank)]
@@ -391,7 +386,7 @@ def test_no_death_notice_when_all_end_well() -> None:
 
 
 def test_hanging_program_is_ended_at_its_time_limit() -> None:
-    """One rank leaves before the others; they wait, as MPI must.  The time limit ends them."""
+    """One rank exits before the others; they wait, as MPI must, until the time limit."""
     ended = fail(3, 1, "leave", "before", "forward", timeout=3.0)
     assert ended.timed_out
     assert ended.left == ()
@@ -400,12 +395,12 @@ def test_hanging_program_is_ended_at_its_time_limit() -> None:
 
 
 def test_process_outliving_its_rank_is_killed() -> None:
-    """The tests' own launcher: what a rank leaves behind does not go unseen."""
+    """The tests' own launcher reports processes that outlive their rank."""
     ended = fail(1, 0, "leave a process", "before", "forward")
     assert ended.status == 0
     assert [command.split()[0] for command in ended.left] == ["sleep"]
 
 
 def test_launcher_exits_with_signal_of_killed_rank() -> None:
-    """So that a shell script sees it; that is MPICH's way, others have theirs."""
+    """So that a shell script sees it; MPICH does so, other launchers differ."""
     assert fail(2, 1, "kill", "before", "forward").status in (signal.SIGKILL, 128 + signal.SIGKILL)

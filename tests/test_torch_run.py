@@ -19,9 +19,16 @@ torch = pytest.importorskip("torch")
 from lvxattn.cli import InputError
 from lvxattn.cli.tensors import dtype_of
 from lvxattn.torch_impl.__main__ import main
-from lvxattn.torch_impl.commands.run import choose_device, limit_threads, processes, world
-from lvxattn.torch_impl.commands.run.backend import Backend
-from lvxattn.torch_impl.commands.run.processes import SIZES, lost_ranks, user_set_threads
+from lvxattn.torch_impl.commands import processes
+from lvxattn.torch_impl.commands.processes import (
+    SIZES,
+    choose_device,
+    limit_threads,
+    lost_ranks,
+    user_set_threads,
+    world,
+)
+from lvxattn.torch_impl.commands.run import Backend
 from lvxattn.torch_impl.group import Group, over_cpu
 from tests.errors import says
 from tests.launch import PROGRAMS

@@ -16,9 +16,7 @@ import pytest
 import torch
 
 from lvxattn.torch_impl.commands.train import add_options, checkpoint, program, run_training
-from lvxattn.torch_impl.commands.train import loop as loop_module
-from lvxattn.torch_impl.commands.train.attention_maps import find_needles
-from lvxattn.torch_impl.commands.train.curriculum import GROW, Curriculum
+from lvxattn.torch_impl.commands.train import training as training_module
 from lvxattn.torch_impl.commands.train.data import (
     BITS,
     TEST,
@@ -29,9 +27,11 @@ from lvxattn.torch_impl.commands.train.data import (
     load_images,
     make_clips,
 )
-from lvxattn.torch_impl.commands.train.loop import Run
-from lvxattn.torch_impl.commands.train.options import InputError, Settings
-from lvxattn.torch_impl.commands.train.report import Test as Answers
+from lvxattn.torch_impl.commands.train.model import find_needles
+from lvxattn.torch_impl.commands.train.options import GROW, Curriculum, InputError, Settings
+from lvxattn.torch_impl.commands.train.training import Run
+from lvxattn.torch_impl.commands.train.training_report import Reporter
+from lvxattn.torch_impl.commands.train.training_report import Test as Answers
 from lvxattn.torch_impl.group import Group
 from tests.errors import says
 from tests.launch import PROGRAMS
@@ -40,18 +40,7 @@ from tests.torch_ranks import forked
 # Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
 SETTINGS = Settings(frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
 STEPS = 48
-SMALL = [
-    "--frames",
-    "9",
-    "--first-frames",
-    "3",
-    "--batch",
-    "2",
-    "--dtype",
-    "float64",
-    "--steps",
-    "8",
-]
+SMALL = ["--frames=9", "--first-frames=3", "--batch=2", "--dtype=float64", "--steps=8"]
 SMALL_SETTINGS = Settings(frames=9, first_frames=3, batch=2, dtype="float64", seed=0)
 
 parts = cache(load_images)
@@ -225,7 +214,7 @@ class TestRanks:
         first, *others = on_4_ranks["by_rank"]
         assert {status for _, status, *_ in on_4_ranks["by_rank"]} == {0}
         assert not any(out or err for _, _, out, err in others)
-        assert "goes on after step 5" in first[2]
+        assert "resumed after step 5" in first[2]
         for schedule in ("LV-XAttn", "Ring Attention", "gather"):
             assert f"sent in a step by {schedule}" in first[2]
         assert not first[3]  # no advice of PyTorch's either
@@ -239,7 +228,9 @@ class TestRanks:
             def allgather(self, sendobj):
                 return [sendobj, "another"]
 
-        with pytest.raises(RuntimeError, match="rank 1 has come to have other weights"):
+        with pytest.raises(
+            RuntimeError, match=r"weights: expected those of rank 0, got others \(on rank 1\)"
+        ):
             checkpoint._check_equal(small_run().model, Torn(None))
 
 
@@ -318,9 +309,9 @@ class TestCheckpoint:
     def test_signal_writes_checkpoint(self, straight, tmp_path, monkeypatch, capsys):
         before = signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch:
-            patch.setattr(loop_module, "LOOK_EVERY", 3)
+            patch.setattr(training_module, "LOOK_EVERY", 3)
             patch.setattr(Run, "look", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-            patch.setattr("lvxattn.torch_impl.commands.train.report.Reporter.step", lambda *_: None)
+            patch.setattr(Reporter, "step", lambda *_: None)
             assert run_training(options(tmp_path)) == 1
         assert signal.getsignal(signal.SIGTERM) is before
         # What is heard is agreed on within a step, so that one more was taken.
@@ -345,7 +336,7 @@ class TestCommand:
     def test_training_stops_after_two_good_evaluations(self):
         run = small_run()
         for _ in range(run.settings.curriculum.grown + 4):
-            run.curve.add(3, 1.0, 0.5, 0.0)
+            run.curve.rows.append([0, 3, 1.0, 0.5, None, 0.0])
         run.curve.rows[0][4] = run.curve.rows[1][4] = run.curve.rows[-3][4] = 0.98
         assert not run.done(1000, 0.975)
         run.curve.rows[-1][4] = 0.98

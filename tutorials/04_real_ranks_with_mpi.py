@@ -21,8 +21,8 @@ from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import QUERIES
 from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.draw.trace import draw_trace
-from lvxattn.mpi_impl.commands.demo.descriptors import PATCH
-from lvxattn.mpi_impl.commands.demo.sources import Pan
+from lvxattn.mpi_impl.commands.demo.patches import PATCH
+from lvxattn.mpi_impl.commands.demo.sources import default_video
 from lvxattn.plan import messages, planned
 from lvxattn.plan.trace import Trace
 from lvxattn.reference import full_attention
@@ -630,7 +630,7 @@ assert abs(lse - truth_lse).max() < 1e-12
 # </details>
 
 # %%
-video = Pan(frames=48, seed=0)
+video = default_video(frames=48, seed=0)
 
 # %%
 # %%mpi 4 --take video --give found,meters
@@ -639,8 +639,7 @@ from mpi4py import MPI
 
 from lvxattn.common.layout import share
 from lvxattn.mpi_impl import Meter, cross_attention
-from lvxattn.mpi_impl.commands.demo.descriptors import D, describe, places
-from lvxattn.mpi_impl.commands.demo.queries import choose_queries
+from lvxattn.mpi_impl.commands.demo.patches import D, choose_queries, describe, places
 from lvxattn.mpi_impl.commands.demo.search import SCALE
 
 comm, meter = MPI.COMM_WORLD, Meter()

@@ -24,8 +24,8 @@ from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.plan import messages, planned
 from lvxattn.torch_impl import CrossAttention
 from lvxattn.torch_impl.commands.train.data import TRAIN, load_images, make_clips
-from lvxattn.torch_impl.commands.train.loop import Run
 from lvxattn.torch_impl.commands.train.options import Settings
+from lvxattn.torch_impl.commands.train.training import Run
 from lvxattn.torch_impl.group import Group
 
 torch.set_num_threads(1)
@@ -173,7 +173,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from lvxattn.torch_impl import shard, sum_gradients
-from lvxattn.torch_impl.commands.train.loop import Run
+from lvxattn.torch_impl.commands.train.training import Run
 from lvxattn.torch_impl.group import Group
 
 comm = MPI.COMM_WORLD
@@ -456,8 +456,7 @@ with check("missing and duplicate frames are detected"):
 #   reveals it. The order of frames does not matter.
 #
 # Files: [torch_impl/module.py](../torch_impl/module.py),
-# [torch_impl/commands/train/step.py](../torch_impl/commands/train/step.py),
 # [torch_impl/commands/train/data.py](../torch_impl/commands/train/data.py),
-# [torch_impl/commands/train/loop.py](../torch_impl/commands/train/loop.py).
+# [torch_impl/commands/train/training.py](../torch_impl/commands/train/training.py).
 #
 # Next: [notebook 8, your own kernel and cluster](08_your_own_kernel_and_cluster.ipynb).

@@ -45,7 +45,7 @@ def sources() -> list[Path]:
 
 
 def read(path: Path) -> nbformat.NotebookNode:
-    """Return a source as a notebook that has not been run."""
+    """Return a source as a notebook without outputs."""
     notebook = jupytext.read(path)
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):

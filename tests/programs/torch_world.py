@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from lvxattn.torch_impl.commands.run import limit_threads, world
+from lvxattn.torch_impl.commands.processes import limit_threads, world
 
 os.sched_getaffinity = lambda _: set(range(8))
 done = Path(sys.argv[1])

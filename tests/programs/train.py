@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.torch_impl.commands.train import add_options, run_training
 from lvxattn.torch_impl.commands.train.data import load_images
-from lvxattn.torch_impl.commands.train.loop import Run
+from lvxattn.torch_impl.commands.train.training import Run
 from lvxattn.torch_impl.group import Group
 from tests.test_train import SETTINGS
 

@@ -1,33 +1,39 @@
-"""What is said of a cell: what its ranks printed, where they are, and how they failed.
+"""The files through which a notebook, its cell's ranks and their guards communicate.
 
-Ranks and their guards leave it in files: see `rank` and `guard`.
+See `rank` and `guard` for a list.  From them come variables, what the ranks printed, where they
+are, and how they failed.
 """
 
 import os
+import pickle
 import re
 import signal
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
-CELL = "cell"  # the name of its file in tracebacks
-# Seconds for all ranks to write down where they are.
+CELL = "cell"  # its file name in tracebacks
+# Seconds for all ranks to write their stacks.
 _GRACE = 0.5
-# Bytes of what a rank printed that are shown, half of them from its beginning and half from its
-# end: one in an endless loop may print a great deal.
+# Maximum bytes shown of a rank's output, half from its beginning and half from its end.
 _SHOWN = 50_000
+_ADVICE = {
+    "--take": "which only the notebook has; define it in the cell, or in a module",
+    "--give": "which only the cell has; define it in a module",
+}
 
 
 class CellError(RuntimeError):
-    """A cell's ranks did not end well.
+    """A cell failed.
 
     Parameters
     ----------
     text : str
     printed : iterable of str
-        What the ranks had printed until then.
+        The output of each rank until then.
     """
 
     def __init__(self, text: str, printed: Iterable[str] = ()) -> None:
@@ -35,23 +41,74 @@ class CellError(RuntimeError):
         self.printed = list(printed)
 
     def _render_traceback_(self) -> list[str]:
-        """Return what a notebook shows: what went wrong on the ranks, not how that was found."""
+        """Return what a notebook shows: the ranks' failure, without the notebook's own frames."""
         return [f"CellError: {self}"]
 
 
 class RefusedError(CellError):
-    """What a cell asks for cannot be done; there is no more to it than this sentence."""
+    """A cell's request that cannot be met; the message says it all."""
+
+
+def store(path: Path, variables: dict[str, Any], option: str) -> None:
+    """Write variables to a file.
+
+    Parameters
+    ----------
+    path : Path
+    variables : dict
+    option : {"--take", "--give"}
+        The option that sends them: to the ranks, or back.
+
+    Raises
+    ------
+    RefusedError
+        A variable cannot be pickled.
+    """
+    with open(path, "wb") as file:
+        # One pickler for all variables: two names of one array stay one array.
+        pickler = _Pickler(file)
+        pickler.dump(list(variables))
+        for name, value in variables.items():
+            try:
+                pickler.dump(value)
+            except _LocalError as error:
+                raise RefusedError(
+                    f"{option}: {name} needs the {error}, {_ADVICE[option]}"
+                ) from None
+            except Exception as error:  # types raise various errors here
+                raise RefusedError(f"{option}: {name} cannot be pickled: {_told(error)}") from None
+
+
+def load(path: Path, option: str) -> dict[str, Any]:
+    """Read the variables that `store` wrote.
+
+    Raises
+    ------
+    RefusedError
+        A variable cannot be unpickled, as when its class cannot be imported here.
+    """
+    with open(path, "rb") as file:
+        unpickler = pickle.Unpickler(file)
+        variables = {}
+        for name in unpickler.load():
+            try:
+                variables[name] = unpickler.load()
+            except Exception as error:
+                raise RefusedError(
+                    f"{option}: {name} cannot be unpickled: {_told(error)}"
+                ) from None
+    return variables
 
 
 def printed(folder: Path, ranks: int) -> list[str]:
-    """Return what each rank printed; the beginning and the end, if that is very much."""
+    """Return each rank's output; the beginning and the end, if it is long."""
     return [_printed(folder / f"printed.{rank}") for rank in range(ranks)]
 
 
 def ask(folder: Path, ranks: int) -> None:
-    """Have all ranks write down where they are."""
+    """Make all ranks write their stacks."""
     for process in (_rank(folder, rank).process for rank in range(ranks)):
-        # A rank that has ended may have left its number to another process.
+        # The process id of a rank that has ended may be another process's.
         if process and not (folder / f"status.{process}").exists():
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGUSR1)
@@ -59,16 +116,33 @@ def ask(folder: Path, ranks: int) -> None:
 
 
 def where(folder: Path, source: str, ranks: int) -> str:
-    """Say at which line of the cell each rank is."""
+    """Return the line of the cell at which each rank is, as text."""
     told = (f"rank {rank} {_place(_rank(folder, rank), source)}" for rank in range(ranks))
     return "\n".join(told)
 
 
 def failed(folder: Path, source: str, ranks: int) -> str:
-    """Say why ranks failed; nothing if no rank and no guard has written it down."""
+    """Return why ranks failed; empty if no rank and no guard has written it."""
     for path in _by_time(folder, "refused.*"):
         return path.read_text("utf-8")
     return _raised(folder, ranks) or _died(folder, source, ranks) or _aborted(folder, ranks)
+
+
+class _LocalError(Exception):
+    """A function or class that another process cannot import."""
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        """Reject what is defined in ``__main__``, which is another module in other processes."""
+        if isinstance(value, type | FunctionType) and value.__module__ == "__main__":
+            kind = "class" if isinstance(value, type) else "function"
+            raise _LocalError(f"{kind} {value.__qualname__}")
+        return NotImplemented
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _printed(path: Path) -> str:
@@ -85,17 +159,17 @@ def _printed(path: Path) -> str:
 
 
 def _settled(text: bytes) -> str:
-    """Return text as a terminal leaves it: of a bar of progress the last state only."""
+    """Return text as a terminal shows it: only the last state of a progress bar."""
     lines = text.decode(errors="replace").split("\n")
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
 
 
 def _raised(folder: Path, ranks: int) -> str:
-    """Return what was raised, each different thing once, the first first."""
+    """Return the exceptions, equal ones once, in order of time."""
     raised: dict[str, tuple[str, list[int]]] = {}
     for path in _by_time(folder, "raised.*"):
         text = path.read_text("utf-8").rstrip()
-        same = re.sub("0x[0-9a-f]+", "", text)  # what differs in an address only
+        same = re.sub("0x[0-9a-f]+", "", text)  # equal but for addresses
         raised.setdefault(same, (text, []))[1].append(int(path.suffix[1:]))
     told = []
     for text, who in raised.values():
@@ -105,7 +179,7 @@ def _raised(folder: Path, ranks: int) -> str:
 
 
 def _died(folder: Path, source: str, ranks: int) -> str:
-    """Say which rank was the first to end too early; the launcher then ended the others."""
+    """Return which rank was the first to end too early; the launcher then ended the others."""
     by_process = {(it := _rank(folder, number)).process: it for number in range(ranks)}
     for path in _by_time(folder, "status.*"):
         rank, status = by_process.get(int(path.suffix[1:])), int(path.read_text())
@@ -121,7 +195,7 @@ def _died(folder: Path, source: str, ranks: int) -> str:
 
 
 def _aborted(folder: Path, ranks: int) -> str:
-    """Say which rank called MPI_Abort: MPICH has it print so, and kills it at once."""
+    """Return which rank called MPI_Abort: MPICH prints that on the rank, and kills it at once."""
     for rank, text in enumerate(printed(folder, ranks)):
         if said := re.search(r"^Abort\((\d+)\) on node", text, re.MULTILINE):
             return f"rank {rank} of {ranks} called MPI_Abort, with status {said[1]}"
@@ -129,7 +203,7 @@ def _aborted(folder: Path, ranks: int) -> str:
 
 
 class _Rank(NamedTuple):
-    """What a rank has written down of itself: see `rank`.
+    """The state of a rank by its files: see `rank`.
 
     Attributes
     ----------
@@ -139,9 +213,9 @@ class _Rank(NamedTuple):
     done : bool
         Whether it has run the whole cell.
     main : str
-        Where its main thread is, as `faulthandler` writes it; empty if nobody has asked.
+        The stack of its main thread, as `faulthandler` writes it; empty before `ask`.
     others : list of str
-        Where its other threads are.
+        The stacks of its other threads.
     """
 
     number: int
@@ -171,13 +245,13 @@ def _place(rank: _Rank, source: str) -> str:
         return "has run the whole cell" + (f"; a thread of it is {left[0]}" if left else "")
     if line := _line(rank.main, source):
         return f"is {line}"
-    if at := re.search(r'File "(.*)", line (\d+)', rank.main):  # too deep for the cell to be told
+    if at := re.search(r'File "(.*)", line (\d+)', rank.main):  # too deep: the cell is cut off
         return f"is in {Path(at[1]).name}, line {at[2]}"
-    return "does not say where it is"
+    return "is at an unknown line"
 
 
 def _line(stack: str, source: str) -> str:
-    """Return the line of the cell that a thread is at, or nothing."""
+    """Return the line of the cell that a thread is at; empty if unknown."""
     at = re.search(rf'File "{CELL}", line (\d+)', stack)  # the innermost call comes first
     if at is None:
         return ""
@@ -186,6 +260,6 @@ def _line(stack: str, source: str) -> str:
 
 
 def _by_time(folder: Path, pattern: str) -> list[Path]:
-    """Return files, the oldest first, but none whose writer was killed before it wrote."""
+    """Return files, oldest first, without those whose writer was killed before writing."""
     found = [(path, path.stat()) for path in folder.glob(pattern)]
     return [path for path, it in sorted(found, key=lambda x: x[1].st_mtime_ns) if it.st_size]

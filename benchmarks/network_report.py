@@ -1,7 +1,7 @@
-"""What `network.py` measured, as Markdown.
+"""The report of `network.py` in Markdown.
 
-A ratio is taken within a round, in which all kinds have had their turn, and the median over rounds
-is shown; at 50 Mbit/s the one with Ring Attention is a ratio of medians.
+Ratios are taken within a round, in which all kinds have a turn; the report shows the median over
+rounds.  At 50 Mbit/s the one with Ring Attention is a ratio of medians.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ SMALL = (
 
 
 class Goal(NamedTuple):
-    """What is to be reached, and how far it was."""
+    """A goal, and the value reached."""
 
     what: str
     got: Any
@@ -29,7 +29,7 @@ class Goal(NamedTuple):
     form: str = ".1f"
 
     def line(self, *, judged: bool = True) -> str:
-        """Say in one line whether it was met."""
+        """Return one line: whether it was met, and the value."""
         verdict = ("met" if self.met else "**missed**") if judged else "not judged"
         return f"- {verdict}: {self.what}: {self.got:{self.form}}"
 
@@ -183,7 +183,7 @@ def problem(r: Results) -> str:
 
 
 def rate(r: Results) -> str:
-    """Return the link's rate, or that there is none."""
+    """Return the link's rate as text, or ``"shared memory"``."""
     bits = r["bits_per_second"]
     if bits is None:
         return "shared memory"
@@ -196,7 +196,7 @@ def typical(r: Results, kind: str, key: str = "forward") -> float:
 
 
 def ratio(r: Results, above: str, below: str, key: str = "forward") -> float:
-    """Return the median over the rounds in which both kinds had their turn."""
+    """Return the median ratio over the rounds in which both kinds had a turn."""
     below_by_round = {turn["round"]: turn[key] for turn in r["turns"][below]}
     return median(
         turn[key] / below_by_round[turn["round"]]
@@ -206,18 +206,18 @@ def ratio(r: Results, above: str, below: str, key: str = "forward") -> float:
 
 
 def others(measured: Results, parts: list[str]) -> float:
-    """Return how many cores something else kept busy."""
+    """Return the number of cores that other processes kept busy."""
     results = (result for part in parts for result in measured[part])
     return median(t["others"] for r in results for turns in r["turns"].values() for t in turns)
 
 
 def waits(r: Results) -> float:
-    """Return how long the rank of LV-XAttn waits that waits longest."""
+    """Return the waiting time of the rank of LV-XAttn that waits longest."""
     return median(max(turn["waiting"]) for turn in r["turns"]["lv-xattn"])
 
 
 def wire_seconds(r: Results) -> float:
-    """Return how long the busiest link of LV-XAttn is busy at its rate."""
+    """Return the time that LV-XAttn's bytes take on the busiest link at its rate."""
     turn = r["turns"]["lv-xattn"][-1]
     if r["bits_per_second"] is None:
         return max(turn["bytes"]) / r["messages_alone"]
@@ -225,7 +225,7 @@ def wire_seconds(r: Results) -> float:
 
 
 def by_host(turn: Results) -> tuple[Counter[str], Counter[str]]:
-    """Return what the ranks of each host counted as leaving it, and what its link saw."""
+    """Return the bytes that leave each host, by the ranks' count and by the link's counter."""
     counted: Counter[str] = Counter()
     for host, left in zip(turn["host"], turn["left_host"], strict=True):
         counted[host] += left

@@ -1,14 +1,16 @@
-"""What ``train`` prints, at most 100 columns wide; on rank 0, and nothing with ``--quiet``."""
+"""The text of ``train``, at most 100 columns wide; on rank 0, and none with ``--quiet``."""
 
 import sys
 from dataclasses import dataclass
 from math import sqrt
 
-from lvxattn.torch_impl.commands.train.curve import Row
 from lvxattn.torch_impl.commands.train.data import Images
 from lvxattn.torch_impl.commands.train.model import LAYERS, TOKENS, D, Finder, H
 from lvxattn.torch_impl.commands.train.options import Settings
 from lvxattn.torch_impl.group import Group
+
+Row = list[float | None]
+"""A row of `Curve`."""
 
 _NAMES = {
     "lv-xattn": "LV-XAttn",
@@ -20,13 +22,13 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Test:
-    """How the questions at the end were answered.
+    """The result of the test.
 
     Attributes
     ----------
     right, questions : int
     images : int
-        Different images that they were about.
+        Number of different images that they ask about.
     """
 
     right: int
@@ -42,8 +44,7 @@ class Test:
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval.
 
-        Questions about the same image are right or wrong together, or nearly so: what is counted
-        are the images.
+        Its sample size is the number of images, as questions about one image are answered alike.
         """
         n, p, z = self.images, self.accuracy, 1.96
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -53,14 +54,14 @@ class Test:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one step sent, all ranks together, and what it would have sent another way.
+    """Bytes sent in one step by all ranks together, by several schedules.
 
     Attributes
     ----------
     sent : dict
-        Bytes by schedule, of one forward and backward through all layers.
+        Bytes by schedule, of a forward and backward through all layers.
     gap : float
-        Between the largest of their losses and the smallest, relative.
+        Relative difference of the largest and the smallest of their losses.
     """
 
     sent: dict[str, int]
@@ -68,19 +69,19 @@ class Traffic:
 
 
 class Reporter:
-    """Says on rank 0 what is going on; the other ranks are silent.
+    """Prints the report on one rank.
 
     Parameters
     ----------
     speaks : bool
-        Whether this rank is to say anything.
+        Whether this rank prints.
     """
 
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
 
-    def say(self, text: str) -> None:
-        """Print something."""
+    def print(self, text: str) -> None:
+        """Print a text."""
         if self.speaks:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
@@ -88,54 +89,54 @@ class Reporter:
     def begin(
         self, settings: Settings, parts: tuple[Images, Images, Images], model: Finder, done: int
     ) -> None:
-        """Say what is to be done."""
+        """Print the task's sizes."""
         weights = sum(p.numel() for p in model.parameters())
         train, watch, test = (len(part) for part in parts)
         ranks, frames = model.group.size, settings.frames
         growing = f"from {settings.first_frames} frames to {frames:,}"
-        self.say(f"""
+        self.print(f"""
 LV-XAttn training run
-  task      find the frame with a given marker and say which digit is written on it
-  clips     {growing}, {TOKENS} visual tokens a frame, {settings.batch} clips a step or more
+  task      find the frame with a given marker and name the digit on it
+  clips     {growing}, {TOKENS} visual tokens per frame, {settings.batch} clips per step or more
   images    {train:,} to train with, {watch} to watch, {test} to test with; none in two parts
   model     {weights:,} weights in {settings.dtype}, {LAYERS} layers of cross-attention, \
 {H} heads of {D}
-  ranks     {ranks}, of which each holds {_about(frames, ranks)} of the longest clips
+  ranks     {ranks}, each with {_about(frames, ranks)} of the longest clips
 """)
         if done:
-            self.say(f"  goes on after step {done}\n")
-        self.say("   step   frames  clips     loss    right   held out    seconds")
+            self.print(f"  resumed after step {done}\n")
+        self.print("   step   frames  clips     loss    right   held out    seconds")
 
     def step(self, row: Row, clips: int) -> None:
-        """Say what a step came to."""
+        """Print a step's row of the curve."""
         step, frames, loss, right, held_out, seconds = (x or 0.0 for x in row)
-        self.say(
+        self.print(
             f"{step:>7.0f}{frames:>9,.0f}{clips:>7}{loss:>9.3f}{right:>8.1%}{held_out:>10.1%}"
             f"{seconds:>11.1f}"
         )
 
     def tested(self, test: Test, frames: int) -> None:
-        """Say how the questions at the end were answered."""
+        """Print the result of the test."""
         low, high = test.interval
-        self.say(f"""
+        self.print(f"""
   right answers           {test.accuracy:>8.1%}   {test.right:,} of {test.questions:,} questions
     95 % interval       {low:.1%} to {high:.1%}, from {test.images} images
     in clips of         {frames:>8,}   frames, every one of them an image never trained on
 """)
 
     def traffic(self, traffic: Traffic) -> None:
-        """Say what one step sent."""
+        """Print the bytes sent in a step."""
         first = traffic.sent["lv-xattn"]
         for name, nbytes in traffic.sent.items():
             told = "measured, all ranks together"
             if name != "lv-xattn":
                 told = f"measured on the same batch: {nbytes / first:.1f} times"
-            self.say(f"  sent in a step by {_NAMES[name]:<15} {nbytes / 1e6:>9.2f} MB   {told}")
-        self.say(f"  difference of their losses        {traffic.gap:>9.0e}      relative\n")
+            self.print(f"  sent in a step by {_NAMES[name]:<15} {nbytes / 1e6:>9.2f} MB   {told}")
+        self.print(f"  difference of their losses        {traffic.gap:>9.0e}      relative\n")
 
 
 def complain(text: str, group: Group) -> None:
-    """Say on rank 0 what is wrong."""
+    """Print an error on rank 0."""
     if group.rank == 0:
         sys.stderr.write(f"lvxattn train: {text}\n")
         sys.stderr.flush()

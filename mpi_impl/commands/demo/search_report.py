@@ -1,26 +1,98 @@
-"""What the demo prints, at most 100 columns wide."""
+"""The text of the demo, at most 100 columns wide: its progress, its problem, its result."""
 
+import os
+import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from mpi4py import MPI
 from numpy.typing import NDArray
 
-from lvxattn.mpi_impl.commands.demo.answers import Answers, Costs
-from lvxattn.mpi_impl.commands.demo.descriptors import PATCH, D
-from lvxattn.mpi_impl.commands.demo.judge import AMBIGUOUS, FOUND, WRONG, Check
+from lvxattn.mpi_impl.commands.demo.answers import AMBIGUOUS, FOUND, WRONG, Answers, Check
+from lvxattn.mpi_impl.commands.demo.patches import PATCH, D
 from lvxattn.mpi_impl.commands.demo.sources import Source
 
 _EXAMPLES = 12
 
 
+@dataclass(frozen=True)
+class Costs:
+    """The work of one rank.
+
+    Attributes
+    ----------
+    frames, queries, tokens : int
+        Numbers that it holds.
+    messages, sent : int
+        Messages and bytes that it sent during the attention.
+    reading, computing, waiting : float
+        Seconds: frames to descriptors, then the attention's two parts.
+    """
+
+    frames: int
+    queries: int
+    tokens: int
+    messages: int
+    sent: int
+    reading: float
+    computing: float
+    waiting: float
+
+
+class Progress:
+    """Progress on rank 0: one updating line on a terminal, otherwise one line per stage.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._speaks = comm.rank == 0
+        # Under mpiexec stdout is a pipe even if it ends at a terminal: the caller can tell.
+        asked = os.environ.get("LVXATTN_PROGRESS")
+        self._updates = self._speaks and (asked == "line" if asked else sys.stdout.isatty())
+        self._started = self._shown = time.perf_counter()
+        self._stage = ""
+
+    def start(self, stage: str) -> None:
+        """Begin a stage, such as ``"reading frames"``."""
+        self._stage, self._started, self._shown = stage, time.perf_counter(), 0.0
+        self._rewrite(f"{stage} ...")
+
+    def update(self, done: int, total: int) -> None:
+        """Show the stage's progress, at most ten times a second."""
+        now = time.perf_counter()
+        if now - self._shown > 0.1:
+            self._shown = now
+            bar = "#" * (24 * done // max(total, 1))
+            self._rewrite(f"{self._stage}  [{bar:<24}] {done:,}/{total:,}")
+
+    def finish(self) -> None:
+        """End the stage."""
+        self.clear()
+        if self._speaks and not self._updates:
+            print(f"{self._stage} ... {time.perf_counter() - self._started:.1f} s", flush=True)
+
+    def clear(self) -> None:
+        """Clear the updating line, so that an error is on a line of its own."""
+        self._rewrite("")
+
+    def _rewrite(self, text: str) -> None:
+        if self._updates:
+            print(f"\r\033[K{text}", end="", flush=True)
+
+
 def print_problem(source: Source, ranks: int, S_Q: int, S_KV: int, scale: float) -> None:
-    """Print what is to be searched for, and where."""
+    """Print the problem's sizes."""
     grid = f"{source.rows} x {source.cols} patches of {PATCH} x {PATCH} pixels"
     print(f"""
 LV-XAttn video search
   video     {source.title}
   frames    {source.frames:,} of {grid}: {S_KV:,} visual tokens
-  ranks     {ranks}, each with its own frames; each asks for patches that others hold
+  ranks     {ranks}, each with its own frames; each searches for patches that others hold
   shapes    q (1, 1, {S_Q}, {D})   k (1, 1, {S_KV}, {D})   v (1, 1, {S_KV}, 3)   float32
   scale     {scale:g}: the softmax picks one place, unless several look alike
 """)
@@ -29,7 +101,7 @@ LV-XAttn video search
 def print_result(
     answers: Answers, verdicts: Sequence[str], checks: Sequence[Check], costs: Sequence[Costs]
 ) -> None:
-    """Print some answers, the checks, and what the search took."""
+    """Print some answers, the checks, and the costs."""
     _print_answers(answers, verdicts)
     _print_checks(checks)
     _print_costs(costs)
@@ -55,7 +127,7 @@ def _print_answers(answers: Answers, verdicts: Sequence[str]) -> None:
 
 
 def _examples(verdicts: Sequence[str]) -> list[int]:
-    """Pick answers from all over the list, and at least one of every verdict there is."""
+    """Return indices spread evenly over the answers, with at least one of each verdict."""
     picked = {n * len(verdicts) // _EXAMPLES for n in range(_EXAMPLES)}
     picked |= {verdicts.index(verdict) for verdict in set(verdicts)}
     return sorted(picked)

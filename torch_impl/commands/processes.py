@@ -1,15 +1,15 @@
 """The ranks of a program, as torchrun starts them: their process group, threads and devices.
 
-torchrun tells its processes in the environment who they are.  Without it a program is one rank.
+torchrun describes the group in the environment.  Without it a program is one rank.
 
-    RANK WORLD_SIZE        which process of how many
+    RANK WORLD_SIZE        this rank and the number of ranks
     MASTER_ADDR, _PORT     where they meet
-    LOCAL_RANK             which of its host's: it picks the GPU
-    OMP_NUM_THREADS        1, where the user has not set it: not a wish, and `limit_threads` knows
-    LVXATTN_TIMEOUT        ours: the process group's timeout in seconds; PyTorch's own unless set
+    LOCAL_RANK             this rank on its host: selects the GPU
+    OMP_NUM_THREADS        1 where the user has not set it; `limit_threads` ignores that
+    LVXATTN_TIMEOUT        the process group's timeout in seconds (default: PyTorch's own)
 
-Objects and tensors of the host go through gloo.  Blocks of GPUs go through NCCL where each rank of
-the program has a GPU of its own, else through the host's memory and gloo.
+Objects and host tensors go through gloo.  Blocks on GPUs go through NCCL where each rank has a GPU
+of its own, otherwise through host memory and gloo.
 """
 
 import atexit
@@ -29,48 +29,48 @@ from lvxattn.cli.tensors import InputError
 from lvxattn.common.validation import check_seconds, raise_together
 from lvxattn.torch_impl.group import Group
 
-# Whoever sets one of these has decided how many threads PyTorch uses.
+# Each of these sets the number of PyTorch's threads.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# How many processes there are, as torchrun, Open MPI, MPICH and srun say.  Not SLURM_NTASKS: a
-# batch script has it too, and is one process.
+# The number of processes by torchrun, Open MPI, MPICH and srun.  Not SLURM_NTASKS: a batch script,
+# which is one process, has it too.
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _TIMEOUT = "LVXATTN_TIMEOUT"
 
 
 @contextmanager
 def world() -> Iterator[Group]:
-    """Start the process group that the environment describes, and end it when all is done.
+    """Initialize the process group that the environment describes, and destroy it at the end.
 
-    Collective: every rank of the program calls this.  A group that is there already is used, and
-    left alone.  After an exception on one rank the group is left to the end of the process, when
-    what was raised has been printed: the others may be waiting in it, and will be ended by its end.
+    Collective: every rank of the program calls this.  An existing group is used and kept.  After an
+    exception the group lives until the process ends, when the exception has been printed: other
+    ranks may be waiting in it, and end with it.
 
     Yields
     ------
     Group
-        All ranks, or this process alone where no launcher says anything else.
+        All ranks; this process alone without a launcher.
     """
     ours = not dist.is_initialized() and launched(os.environ)
     if ours:
         dist.init_process_group("gloo", timeout=_timeout())
     try:
-        # Alone without a warning: `check_environment` has words for processes that are lost.
+        # No warning here if alone: `check_environment` reports lost processes.
         yield Group.of(None) if dist.is_initialized() else Group(None)
     except BaseException:
         if ours:  # by then Python has printed what was raised
             atexit.register(_end)
         raise
     if ours:
-        # torchrun ends all ranks as soon as one has ended with a status other than 0: by then
-        # whoever has something to say must have said it.
+        # torchrun ends all ranks as soon as one exits with a status other than 0: by then all must
+        # have printed.
         dist.barrier()
         dist.destroy_process_group()
 
 
 def _end() -> None:
-    """End gloo's threads: one that is alive when Python ends may abort the process.
+    """End gloo's threads: one that runs while Python exits may abort the process.
 
-    They live as long as anything refers to the group, as the frames of a traceback do.
+    They live as long as the group is referenced, as by the frames of a traceback.
     """
     for name in ("last_exc", "last_value", "last_traceback"):
         vars(sys).pop(name, None)
@@ -78,15 +78,15 @@ def _end() -> None:
 
 
 def check_environment(group: Group) -> None:
-    """Refuse a bad ``LVXATTN_TIMEOUT``, whichever rank has it, and a launcher that is no torchrun.
+    """Validate ``LVXATTN_TIMEOUT`` on all ranks, and the launcher.
 
     Collective: every rank of the group calls this.
 
     Raises
     ------
     UsageError
-        It is not a number of seconds, or other processes were started that this one cannot find;
-        the same on all ranks.
+        The variable is not a number of seconds above 0, or the launcher has started processes that
+        cannot find one another; the same on all ranks.
     """
     error = None
     if group.group is None and (lost := lost_ranks(os.environ)):
@@ -99,7 +99,7 @@ def check_environment(group: Group) -> None:
 
 
 def _timeout() -> timedelta | None:
-    """Return what ``LVXATTN_TIMEOUT`` allows; `check_environment` speaks of what is no number."""
+    """Return ``LVXATTN_TIMEOUT``, if valid; `check_environment` reports others."""
     try:
         seconds = check_seconds(_TIMEOUT, os.environ.get(_TIMEOUT))
     except ValueError:
@@ -108,14 +108,14 @@ def _timeout() -> timedelta | None:
 
 
 def launched(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun, or whoever sets what it sets, has started this process."""
+    """Return whether the environment has what torchrun sets."""
     return all(environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def lost_ranks(environment: Mapping[str, str]) -> str | None:
-    """Say that a launcher has started several processes and told them too little, if so.
+    """Return an error message if a launcher has started processes that cannot find one another.
 
-    Each would believe to be alone, and do all the work.
+    Each would run as the only rank, and do all the work.
 
     Parameters
     ----------
@@ -133,23 +133,19 @@ def lost_ranks(environment: Mapping[str, str]) -> str | None:
 
 
 def limit_threads(group: Group) -> int:
-    """Give each rank its share of its host's cores, unless the user has set `THREAD_VARIABLES`.
+    """Divide each host's cores among its ranks, unless the user has set `THREAD_VARIABLES`.
 
     Collective: every rank of the group calls this.
-
-    Parameters
-    ----------
-    group : Group
 
     Returns
     -------
     int
-        How many threads this rank computes with from now on.
+        This rank's number of threads.
     """
     mine = socket.gethostname()
     by_rank = group.allgather((mine, os.sched_getaffinity(0)))
     on_host = [cores for host, cores in by_rank if host == mine]
-    # A launcher may have bound ranks to cores of their own, or let all of them have all.
+    # A launcher may have bound ranks to different cores, or all of them to all.
     cores = frozenset[int]().union(*on_host)
     if not user_set_threads(os.environ, _environment_of_torchrun()):
         torch.set_num_threads(max(1, len(cores) // len(on_host)))
@@ -157,15 +153,15 @@ def limit_threads(group: Group) -> int:
 
 
 def user_set_threads(environment: Mapping[str, str], before: Mapping[str, str] | None) -> bool:
-    """Tell whether the user has decided how many threads a rank has.
+    """Return whether the user has set the number of threads.
 
     Parameters
     ----------
     environment : mapping
         ``os.environ``.
     before : mapping, optional
-        What torchrun was started with, where that is known.  It sets OMP_NUM_THREADS to 1 where the
-        user has left it unset and a host has several ranks, and warns of that.
+        torchrun's own environment, if known.  torchrun sets OMP_NUM_THREADS to 1 if it is unset and
+        a host has several ranks, and warns of that.
     """
     if "TORCHELASTIC_RUN_ID" in environment and environment.get("OMP_NUM_THREADS") == "1":
         environment = {**environment, "OMP_NUM_THREADS": (before or {}).get("OMP_NUM_THREADS", "")}
@@ -173,13 +169,13 @@ def user_set_threads(environment: Mapping[str, str], before: Mapping[str, str] |
 
 
 def _environment_of_torchrun() -> dict[str, str] | None:
-    """Return what torchrun was started with, where ``/proc`` tells."""
+    """Return torchrun's own environment, or None without ``/proc``."""
     process = os.getppid()
     try:
         while process > 1:
             lines = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
             found = dict(line.split("=", 1) for line in lines.split("\0") if "=" in line)
-            if "TORCHELASTIC_RUN_ID" not in found:  # what it starts, as a wrapper's shell, has it
+            if "TORCHELASTIC_RUN_ID" not in found:  # set for all that torchrun starts
                 return found
             state = Path(f"/proc/{process}/stat").read_text()
             process = int(state.rpartition(")")[2].split()[1])  # a name may hold anything but )
@@ -189,28 +185,28 @@ def _environment_of_torchrun() -> dict[str, str] | None:
 
 
 def choose_device(wish: str, group: Group) -> tuple[torch.device, Group]:
-    """Give each rank of a host a GPU, in turn where there are fewer, or the host's cores.
+    """Assign GPUs to the ranks of each host, shared where there are fewer, or the CPU.
 
     Collective: every rank of the group calls this.
 
     Parameters
     ----------
     wish : str
-        ``"cpu"``, ``"gpu"`` or ``"auto"``: GPUs where every rank finds one.
+        ``"cpu"``, ``"gpu"``, or ``"auto"``: GPUs if every rank has one.
     group : Group
-        Of `world`.
+        As `world` yields it.
 
     Returns
     -------
     device : torch.device
-        The current one from now on, if a GPU.
+        Set as the current device, if a GPU.
     group : Group
-        What blocks on these devices travel over.
+        The group that blocks on these devices are sent over.
 
     Raises
     ------
     InputError
-        GPUs are wanted and a rank has none; the same on all ranks.
+        GPUs are required and a rank has none; the same on all ranks.
     """
     if wish == "cpu":
         return torch.device("cpu"), group
@@ -219,7 +215,7 @@ def choose_device(wish: str, group: Group) -> tuple[torch.device, Group]:
         raise_together(InputError(problem) if problem else None, group)
     elif any(group.allgather(problem)):
         return torch.device("cpu"), group
-    # Where each rank is shown its own GPU only, LOCAL_RANK counts further than there are.
+    # Where each rank sees its own GPU only, LOCAL_RANK exceeds their number.
     number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
@@ -231,7 +227,7 @@ def choose_device(wish: str, group: Group) -> tuple[torch.device, Group]:
 
 
 def _obstacle() -> str | None:
-    """Say why this rank cannot compute on a GPU, if so."""
+    """Return why this rank cannot compute on a GPU, or None."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "--device gpu: this build of PyTorch is for CPUs only"
     return None if torch.cuda.is_available() else "--device gpu: no GPU found"
