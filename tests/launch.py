@@ -1,4 +1,4 @@
-"""Start programs under a launcher, in time, and leave no process behind."""
+"""Run programs under a launcher with a time limit, and end all of their processes."""
 
 import json
 import os
@@ -16,10 +16,9 @@ from typing import Any
 
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parent.parent
-# Ranks start sessions of their own, so that nothing but this, inherited by all, tells whose they
-# are.
+# An environment variable that all processes of a run inherit: ranks have sessions of their own.
 MARK = "LVXATTN_TEST_RUN"
-# Seconds that processes have to be gone in, once their launcher has ended.
+# Seconds for processes to end after their launcher.
 GRACE = 2.0
 
 
@@ -31,14 +30,14 @@ class Ended:
     ----------
     status : int
     out, err : str
-        What it printed.
+        Its output.
     timed_out : bool
-        It was killed because its time ran out.
+        Whether it was killed at its time limit.
     seconds : float
-        How long it ran.
+        Its duration.
     left : tuple of str
-        Command lines of processes that outlived the launcher (and were killed); where there is no
-        ``/proc`` nobody looks.
+        Command lines of processes that outlived the launcher (and were killed); empty without
+        ``/proc``.
     """
 
     status: int
@@ -69,7 +68,7 @@ def mpiexec(
     mpi4py : bool
         Run through ``-m mpi4py``, which ends all ranks when one raises.
     strict : bool
-        Warnings are errors: not where a GPU's packages are of versions that nobody here chose.
+        Warnings are errors; False where a GPU machine's packages have other versions.
     env : dict, optional
         Added to the environment; None takes a variable out of it.
     """
@@ -150,13 +149,13 @@ def report(
 ) -> Any:
     """Return the JSON that rank 0 of a program of `PROGRAMS` prints; it must end well.
 
-    However often it is asked for, the program runs once.
+    The program runs once for all equal calls.
     """
     ended, printed = _run_once(P, program, args, tuple((env or {}).items()), timeout)
     assert not ended.timed_out, f"more than {timeout} s\n{ended.out}\n{ended.err}"
     assert ended.status == 0, f"{ended.out}\n{ended.err}"
     assert not ended.left, ended.left
-    # MPICH says here what was not freed; another MPI may have other things to say.
+    # MPICH reports here what was not freed; another MPI may print other things.
     assert not ended.err or "LVXATTN_MPIEXEC" in os.environ, ended.err
     return printed
 
@@ -170,12 +169,12 @@ def _run_once(
 
 
 def _python_path() -> list[str]:
-    """Return the folders that other packages may be in, where they are not installed."""
+    """Return the folders of ``PYTHONPATH``."""
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _sweep(began: float) -> None:
-    """Remove the shared memory that an aborted MPICH forgets, if nobody has it mapped."""
+    """Remove shared memory that an aborted MPICH leaves, if no process maps it."""
     forgotten = [f for f in Path("/dev/shm").glob("mpich_shm_*") if f.stat().st_mtime >= began]
     maps = ""
     for path in Path("/proc").glob("[0-9]*/maps"):
@@ -195,7 +194,7 @@ def _marked(mark: str) -> dict[int, str]:
             if f"{MARK}={mark}".encode() in environment.split(b"\0"):
                 command = (directory / "cmdline").read_bytes()
                 found[int(directory.name)] = command.replace(b"\0", b" ").decode()
-        except (OSError, ValueError):  # it has ended, or is not ours to look at
+        except (OSError, ValueError):  # it has ended, or belongs to another user
             continue
     return found
 

@@ -1,4 +1,4 @@
-"""The training run: its clips, its curve on any number of ranks, its checkpoints, its command."""
+"""The training run: clips, curves on any number of ranks, checkpoints, the command."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def small_run() -> Run:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """These tensors are too small for two, least of all where the cores are busy."""
+    """Use one thread: the tensors are too small for two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,7 +80,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _undrawn(straight, monkeypatch):
-    """Draw the pictures of one run only: they take longer than all the rest."""
+    """Draw the pictures of one run only: they take longer than the rest."""
     monkeypatch.setattr(program, "_draw", lambda *_: None)
 
 
@@ -118,7 +118,7 @@ class TestData:
     def test_splits_are_disjoint(self):
         numbers = [set(part.numbers.tolist()) for part in parts()]
         assert sum(map(len, numbers)) == len(set().union(*numbers)) == 1797
-        # Nor does a picture hide under two numbers.
+        # No picture has two numbers either.
         pictures = [{x.tobytes() for x in part.pixels} for part in parts()]
         assert sum(map(len, pictures)) == len(set().union(*pictures))
 
@@ -217,7 +217,7 @@ class TestRanks:
         assert "resumed after step 5" in first[2]
         for schedule in ("LV-XAttn", "Ring Attention", "gather"):
             assert f"sent in a step by {schedule}" in first[2]
-        assert not first[3]  # no advice of PyTorch's either
+        assert not first[3]  # no warnings of PyTorch either
 
     def test_one_rank_checkpoint_resumes_on_four(self, on_4_ranks, straight):
         resumed = losses(on_4_ranks["folder"])
@@ -240,7 +240,7 @@ class TestCheckpoint:
         assert len(curve(folder)) == 5
         assert run_training(options(folder, "--resume")) == 0
         assert losses(folder) == losses(straight)
-        assert not recwarn.list  # PyTorch advises against what is meant here
+        assert not recwarn.list  # PyTorch would warn of saving in one process
         weights = []
         for where in (folder, straight):
             run = small_run()
@@ -314,7 +314,7 @@ class TestCheckpoint:
             patch.setattr(Reporter, "step", lambda *_: None)
             assert run_training(options(tmp_path)) == 1
         assert signal.getsignal(signal.SIGTERM) is before
-        # What is heard is agreed on within a step, so that one more was taken.
+        # Ranks agree on a signal during a step, so that one more was taken.
         assert len(curve(tmp_path)) == 4
         assert run_training(options(tmp_path, "--resume")) == 0
         assert losses(tmp_path) == losses(straight)
@@ -369,7 +369,7 @@ class TestCommand:
     @pytest.mark.parametrize("resume", [False, True])
     def test_bad_folder_is_refused_at_once(self, resume, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(Run, "step", None)
-        # A file where the folder is to be; or nothing to go on from.
+        # A file in place of the folder; or nothing to resume from.
         folder = tmp_path / "run"
         if not resume:
             folder.write_text("a file")
