@@ -21,7 +21,7 @@ from matplotlib.text import Annotation
 from lvxattn.common.meter import Block
 from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import PARTIALS, QUERIES
-from lvxattn.draw.bars import byte_bars, text_of
+from lvxattn.draw.bars import byte_bars, format_bytes
 from lvxattn.draw.film import animation, film_strip, scenes
 from lvxattn.draw.rotation import COLOURS, sheet
 from lvxattn.draw.trace import draw_trace
@@ -183,7 +183,7 @@ class TestByteBars:
         ],
     )
     def test_sizes_have_three_digits(self, size: float, text: str) -> None:
-        assert text_of(size) == text
+        assert format_bytes(size) == text
 
 
 def test_a_trace_shows_what_every_rank_did_when_and_the_way_of_a_block() -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from lvxattn.plan import measure as module
-from lvxattn.plan.machine import Link, Machine
+from lvxattn.plan.machine import Link, Machine, Measured
 from lvxattn.plan.measure import BLOCK, MESSAGE, measure
-from lvxattn.plan.measured import Measured
-from lvxattn.plan.problem import planned
+from lvxattn.plan.models import planned
 from lvxattn.plan.simulate import cost
 from lvxattn.plan.steps import Compute
 from lvxattn.reference import VirtualComm, run_ranks

@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
+from lvxattn.cli.plan import main
 from lvxattn.common.handshake import SCHEDULES
-from lvxattn.plan import command
+from lvxattn.draw import rotation
 from lvxattn.plan.choose import Layout, candidates, explain, unlike_ranks
-from lvxattn.plan.command import main
-from lvxattn.plan.machine import MACHINES, Link, Machine
-from lvxattn.plan.measured import Measured
+from lvxattn.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.plan.memory import memory, most_frames
-from lvxattn.plan.problem import planned
-from lvxattn.plan.problems import MODELS
+from lvxattn.plan.models import MODELS, planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
 from tests.errors import says
@@ -347,7 +345,7 @@ class TestCommand:
         model, machine = MODELS["llama3v"], MACHINES["a30-8"]
         figure = winners(model, machine, 2, "float32", 64)
         said = [text.get_text() for axes in figure.axes for text in axes.texts]
-        for title, recompute in (("kept", False), ("made again", True)):
+        for title, recompute in (("kept", False), ("recomputed", True)):
             fit = most_frames(model, 64, 2, machine.room, dtype="float32", recompute=recompute)
             assert f"keys, values {title}: {fit:,} frames" in said
         assert f"all that a rank has: {machine.room / 1e9:.3g} GB" in said
@@ -406,8 +404,8 @@ class TestCommand:
         ("frames", "words"),
         [
             (4878, "room for 4,878 frames either way"),
-            (4879, "room for 4,879 frames only if they are made again"),
-            (16260, "room for 16,260 frames only if they are made again"),
+            (4879, "room for 4,879 frames only if they are recomputed"),
+            (16260, "room for 16,260 frames only if they are recomputed"),
             (16261, "NO ROOM for 16,261 frames either way"),
         ],
     )
@@ -452,7 +450,7 @@ class TestCommand:
     def test_picture_without_matplotlib_is_refused_before_work(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(command, "find_spec", lambda _: None)
+        monkeypatch.setattr(rotation, "find_spec", lambda _: None)
         assert main(["--plot", "x.png"]) == 2
         said = capsys.readouterr()
         assert said.out == ""

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lvxattn.cli import program, tensors
+from lvxattn.cli import run, tensors
 from lvxattn.cli.arguments import Parser, try_to_write
-from lvxattn.cli.options import add_options
-from lvxattn.cli.problem import Problem as RunProblem
-from lvxattn.cli.problem import RandomTensors, describe, take_share
+from lvxattn.cli.run_options import add_options
+from lvxattn.cli.run_problem import Problem as RunProblem
+from lvxattn.cli.run_problem import RandomTensors, describe, take_share
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.validation import accumulator
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.plan import MACHINES, candidates, planned
-from lvxattn.plan.measured import Measured
-from lvxattn.plan.problems import MODELS
+from lvxattn.plan.machine import Measured
+from lvxattn.plan.models import MODELS
 from tests.cases import Case, Problem
 from tests.commands import Said, commands
 from tests.judge import ratio, worst_ratios
@@ -370,7 +370,7 @@ def test_the_table_has_fixed_widths() -> None:
 def test_long_host_name_is_shortened(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program.socket, "gethostname", lambda: "n" * 40)
+    monkeypatch.setattr(run.socket, "gethostname", lambda: "n" * 40)
     assert main(["run", *SMALL]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "nnn" in line)
     assert len(line) == 100

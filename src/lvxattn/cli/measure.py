@@ -1,13 +1,12 @@
-"""The command ``measure``: how fast this machine is."""
+"""The command ``measure``: measure this machine and save its figures."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lvxattn.cli.arguments import positive, try_to_write
-from lvxattn.cli.command import refuse
-from lvxattn.cli.ranks import Ranks
+from lvxattn.cli.arguments import positive, refuse, try_to_write
+from lvxattn.cli.run_ranks import Ranks
 from lvxattn.cli.tensors import InputError
 from lvxattn.common.validation import FLOATING, raise_together
 from lvxattn.plan.machine import Link
@@ -23,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     ----------
     parser : argparse.ArgumentParser
     output : str
-        The default file: one for each implementation, for their figures differ.
+        The default file, one for each implementation, as their figures differ.
     """
     for name, default, what in (
         ("--heads", 8, "query heads, H"),
@@ -36,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument(
         "--output", default=output, metavar="FILE",
-        help="what --machine takes elsewhere (default: %(default)s)",
+        help="the machine file, for --machine (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -50,7 +49,7 @@ def run_measure(
     Parameters
     ----------
     options : argparse.Namespace
-        As `add_options` defines them.
+        As defined by `add_options`.
     ranks : Ranks
     probe : callable
         Returns a backend's probe for H, H_KV, D and a dtype.

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lvxattn.cli.problem import Share
 from lvxattn.cli.rounding import SIGMAS, Rounding
+from lvxattn.cli.run_problem import Share
 from lvxattn.cli.tensors import Array
 from lvxattn.common.masks import tiles
 from lvxattn.common.validation import Communicator

@@ -9,8 +9,7 @@ from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.plan.choose import refusal
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.memory import memory, most_frames
-from lvxattn.plan.problem import planned
-from lvxattn.plan.problems import Model
+from lvxattn.plan.models import Model, planned
 from lvxattn.plan.simulate import play
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def winners(
     matplotlib.figure.Figure
         800 pixels wide.  Left: time of Ring Attention over that of LV-XAttn.  Right: the schedule
         of least time.  Below, if asked for: memory of a rank over frames, with keys and values kept
-        and made again.
+        and recomputed.
     """
     from matplotlib.figure import Figure
 
@@ -136,7 +135,7 @@ def _fitting(
     """Draw what a rank's memory takes over frames, and how many fit."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    ways = (("kept", False, COLOURS[5]), ("made again", True, COLOURS[0]))
+    ways = (("kept", False, COLOURS[5]), ("recomputed", True, COLOURS[0]))
     fits = [
         most_frames(model, text_tokens, P, machine.room, dtype=dtype, recompute=recompute)
         for _, recompute, _ in ways

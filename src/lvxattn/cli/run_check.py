@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lvxattn.cli.problem import Problem, Share
 from lvxattn.cli.rounding import Rounding
+from lvxattn.cli.run_problem import Problem, Share
 from lvxattn.cli.tensors import Array
 from lvxattn.cli.two_pass import Bounded, Point, TwoPass
 from lvxattn.common.validation import Communicator

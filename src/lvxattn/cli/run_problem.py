@@ -19,7 +19,7 @@ from lvxattn.cli.tensors import (
 )
 from lvxattn.common.layout import share
 from lvxattn.common.validation import FLOATING, check_attention, check_mask_rows
-from lvxattn.plan.problems import MODELS
+from lvxattn.plan.models import MODELS
 
 _PIECE = 1024
 # The axis along which each tensor is cut into the ranks' shares.

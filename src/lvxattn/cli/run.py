@@ -1,66 +1,86 @@
-"""Cross-attention on the ranks of a run, measured, checked and reported.
+"""The command ``run``: cross-attention on the ranks of a run, measured, checked and reported.
 
-Every rank takes its share of the queries and of the keys, and what comes out is written where it
-lies in the whole: no rank ever holds all of anything.
+Every rank takes its share of the queries and of the keys, and writes its share of the results: no
+rank ever holds all of anything.
 """
 
 import os
 import socket
+import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
-from lvxattn.cli.arguments import try_to_write
-from lvxattn.cli.check import Check, check_results
-from lvxattn.cli.problem import Problem, Share, describe, take_share
-from lvxattn.cli.ranks import Backend, Ranks
-from lvxattn.cli.report import Cost, Report, print_report, write_json
+from lvxattn.cli.arguments import UsageError, refuse, try_to_write
+from lvxattn.cli.run_check import Check, check_results
+from lvxattn.cli.run_options import contradiction
+from lvxattn.cli.run_problem import Problem, Share, describe, take_share
+from lvxattn.cli.run_ranks import Backend, Ranks
+from lvxattn.cli.run_report import Cost, print_report, report_of, write_json
+from lvxattn.cli.run_trace import Recorder, check_picture, save_trace
 from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, create
-from lvxattn.cli.tracing import Recorder, check_picture, save_trace
 from lvxattn.common.validation import accumulator, raise_together
 from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
 
 T = TypeVar("T")
 
+_NAME = "lvxattn run"
 _OF_QUERIES = ("out", "lse", "dq")
 
 
-def run_problem(options: Namespace, ranks: Ranks) -> bool:
-    """Run what the command line asks for.  Collective: every rank calls this.
+def run_command(options: Namespace, ranks: Ranks) -> int:
+    """Run the command.  Collective: every rank calls this.
 
     Parameters
     ----------
     options : argparse.Namespace
-        As `options.add_options` defines them.
+        As defined by `run_options.add_options`.
     ranks : Ranks
 
     Returns
     -------
-    bool
-        Whether all checks passed; the same on all ranks.
+    int
+        0, or 1 if a check failed, or 2 if the input is bad; the same on all ranks.
 
     Raises
     ------
-    InputError
-        The problem cannot be worked on, or its result not be written; the same on all ranks.
+    UsageError
+        The arguments contradict each other; the same on all ranks.
     """
+    wrong = contradiction(options)
+    if wrong:
+        raise UsageError(f"{_NAME}: error: {wrong} (on all ranks)")
+    try:
+        passed = _run(options, ranks)
+    except InputError as error:
+        return refuse(f"{_NAME}: error: {error}", ranks.rank)
+    if not passed and ranks.rank == 0:
+        print(f"{_NAME}: a check failed", file=sys.stderr, flush=True)
+    return 0 if passed else 1
+
+
+def _run(options: Namespace, ranks: Ranks) -> bool:
+    """Return whether all checks passed; raise InputError on all ranks together."""
     threads = ranks.limit_threads()
-    # 1. rank 0 looks at the problem; every rank takes its share of it
+    # 1. rank 0 reads the arguments; every rank takes its share of the problem
     _on_rank_0(lambda: _check_paths(options), ranks)
-    _on_rank_0(lambda: check_picture(options), ranks)
     problem = _on_rank_0(lambda: describe(options), ranks)
     machine = _on_rank_0(lambda: _read_machine(options), ranks)
     backend = ranks.backend(options.device, problem.dtype)
     share = _together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
-    layout = _agree(options, tensors, machine, backend)
+    try:
+        layout = backend.agree(
+            tensors, schedule=options.schedule, scale=options.scale, machine=machine
+        )
+    except (TypeError, ValueError) as error:  # the same on all ranks
+        raise InputError(str(error)) from None
     output = _on_rank_0(lambda: _create(options, problem, layout), ranks)
     try:
-        # 2. the attention, as often as is asked for
+        # 2. the attention, with its repetitions
         recorder = Recorder(options, ranks)
         results, costs = _measure(options, tensors, ranks, layout, backend, recorder)
         trace = recorder.trace()
@@ -77,18 +97,24 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
         scale, seed, gpu = layout.scale, options.seed, backend.device.startswith("GPU")
         checks = check_results(problem, share, results, ranks, scale=scale, seed=seed, gpu=gpu)
     # 5. rank 0 reports
-    host = socket.gethostname()
-    device, kernel = backend.device, backend.kernel(tensors)
-    by_rank = ranks.allgather(
-        [replace(cost, host=host, device=device, kernel=kernel, threads=threads) for cost in costs]
-    )
-    report = Report.of(options, problem, layout, by_rank, checks, trace)
+    facts: dict[str, Any] = {
+        "rank": ranks.rank,
+        "host": socket.gethostname(),
+        "device": backend.device,
+        "kernel": backend.kernel(tensors),
+        "threads": threads,
+        "queries": layout.s_q[ranks.rank],
+        "keys": layout.s_kv[ranks.rank],
+        "share": layout.s_kv[ranks.rank] / max(1, layout.S_KV),
+    }
+    by_rank = ranks.allgather((facts, costs))
+    report = report_of(options, problem, layout, by_rank, checks, trace)
     speaks = ranks.rank == 0 and not options.quiet and options.json != "-"
     if speaks:
         print_report(report, launched=ranks.launched)
     _on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)
     if trace is not None:
-        hosts = [costs[0].host for costs in by_rank]
+        hosts = [facts["host"] for facts, _ in by_rank]
         _on_rank_0(lambda: save_trace(options, trace, layout, hosts), ranks)
     written = [x for x in (options.output, options.json, options.trace, options.plot_trace) if x]
     if speaks and written:
@@ -96,60 +122,8 @@ def run_problem(options: Namespace, ranks: Ranks) -> bool:
     return all(check.passed for check in checks)
 
 
-def _read_machine(options: Namespace) -> Machine | None:
-    """Return what the schedule is chosen for, if that is said."""
-    try:
-        return None if options.machine is None else machine_of(options.machine)
-    except ValueError as error:
-        raise InputError(f"--machine: {error}") from None
-
-
-def _agree(
-    options: Namespace, tensors: dict[str, Any], machine: Machine | None, backend: Backend
-) -> Layout:
-    try:
-        return backend.agree(
-            tensors, schedule=options.schedule, scale=options.scale, machine=machine
-        )
-    except (TypeError, ValueError) as error:  # the same on all ranks
-        raise InputError(str(error)) from None
-
-
-def _measure(
-    options: Namespace,
-    tensors: dict[str, Any],
-    ranks: Ranks,
-    layout: Layout,
-    backend: Backend,
-    recorder: Recorder,
-) -> tuple[dict[str, Array], list[Cost]]:
-    """Compute once, or a warm-up and as often as is asked for; return the last results."""
-    costs = []
-    often = 1 + (options.repeat or 0)
-    for n in range(often):
-        meter = recorder.meter(last=n == often - 1)
-        ranks.start_together()
-        meter.begins("forward")
-        start = perf_counter()
-        results = backend.forward(tensors, layout, meter)
-        backend.finish()
-        forward, backward = perf_counter() - start, 0.0
-        if options.backward:
-            ranks.start_together()
-            meter.begins("backward")
-            start = perf_counter()
-            results |= backend.backward(tensors, results, layout, meter)
-            backend.finish()
-            backward = perf_counter() - start
-        mine = layout.s_q[ranks.rank], layout.s_kv[ranks.rank]
-        costs.append(Cost(*mine, forward, backward, meter.totals()))
-    if options.repeat:
-        costs = costs[1:]  # without the warm-up
-    return {name: backend.get(x) for name, x in results.items()}, costs
-
-
 def _check_paths(options: Namespace) -> None:
-    """Refuse what would be found out, or overwritten, only after the work."""
+    """Refuse files that could not be written after the work, or would be overwritten by it."""
     named = {
         "--input": options.input,
         "--machine": None if options.machine in MACHINES else options.machine,
@@ -178,10 +152,51 @@ def _check_paths(options: Namespace) -> None:
             try_to_write(path)
         except OSError as error:
             raise InputError(f"{option}: {text} cannot be written: {error.strerror}") from None
+    check_picture(options)
+
+
+def _read_machine(options: Namespace) -> Machine | None:
+    """Return the machine for which the schedule is chosen, if there is one."""
+    try:
+        return None if options.machine is None else machine_of(options.machine)
+    except ValueError as error:
+        raise InputError(f"--machine: {error}") from None
+
+
+def _measure(
+    options: Namespace,
+    tensors: dict[str, Any],
+    ranks: Ranks,
+    layout: Layout,
+    backend: Backend,
+    recorder: Recorder,
+) -> tuple[dict[str, Array], list[Cost]]:
+    """Compute once, or a warm-up and all repetitions; return the last results and all costs."""
+    costs = []
+    often = 1 + (options.repeat or 0)
+    for n in range(often):
+        meter = recorder.meter(last=n == often - 1)
+        ranks.start_together()
+        meter.begins("forward")
+        start = perf_counter()
+        results = backend.forward(tensors, layout, meter)
+        backend.finish()
+        forward, backward = perf_counter() - start, 0.0
+        if options.backward:
+            ranks.start_together()
+            meter.begins("backward")
+            start = perf_counter()
+            results |= backend.backward(tensors, results, layout, meter)
+            backend.finish()
+            backward = perf_counter() - start
+        costs.append(Cost(forward, backward, meter.totals()))
+    if options.repeat:
+        costs = costs[1:]  # without the warm-up
+    return {name: backend.get(x) for name, x in results.items()}, costs
 
 
 def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile | None:
-    """Make the output under a name of its own, so that a run cut short leaves no half of it."""
+    """Create the output under a temporary name, so that an interrupted run leaves no part of it."""
     if options.output is None:
         return None
     path = Path(options.output)
@@ -209,13 +224,13 @@ def _write(output: TensorFile, share: Share, results: dict[str, Array]) -> None:
 
 
 def _on_rank_0(work: Callable[[], T], ranks: Ranks) -> T:
-    """Do something on rank 0 and give all ranks the result, or its error."""
+    """Run a function on rank 0; return its result, or raise its error, on all ranks."""
     mine = _together(lambda: work() if ranks.rank == 0 else None, ranks)
     return cast(T, ranks.allgather(mine)[0])
 
 
 def _together(work: Callable[[], T], ranks: Ranks) -> T:
-    """Do something on every rank; if one of them cannot, raise its error on all."""
+    """Run a function on every rank; if it fails on one of them, raise its error on all."""
     result, error = None, None
     try:
         result = work()

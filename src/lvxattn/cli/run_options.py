@@ -6,7 +6,7 @@ from math import isfinite
 from lvxattn.cli.arguments import natural, positive
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.common.validation import FLOATING
-from lvxattn.plan.problems import MODELS
+from lvxattn.plan.models import MODELS
 
 _MADE_UP = [
     *("model", "frames", "text_tokens", "visual_tokens", "batch", "heads", "kv_heads"),
