@@ -214,8 +214,8 @@ def asked_while_agreeing(rule: Any) -> Any:
         (lambda b, h, q, kv: kv * 0.5, TypeError, says("mask", "float64", rank=1, of=3)),
         (lambda b, h, q, kv: np.ones(2, bool), ValueError,
          says("mask", (1, 1, 1, 1), (2,), rank=1, of=3)),
-        (lambda b, h, q, kv: {}[1], ValueError, r"^mask: expected a rule for global indices, got "
-         r"KeyError\(1\) from it \(on rank 1 of 3\)$"),
+        (lambda b, h, q, kv: {}[1], ValueError, r"^mask: expected a callable on global "
+         r"indices, got KeyError\(1\) from it \(on rank 1 of 3\)$"),
         (lambda b, h: b > h, TypeError, r"^mask: raised TypeError\(.*\) \(on rank 1 of 3\)$"),
     ],
     ids=["dtype", "shape", "KeyError", "TypeError"],

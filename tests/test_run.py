@@ -460,7 +460,7 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
             "dout: ",
         ),
         (["--input", folder / "good", "--dtype", "float32"], "--dtype: not allowed with"),
-        (["--input", folder / "good", "--output", nowhere], "/nowhere/file: there is no folder "),
+        (["--input", folder / "good", "--output", nowhere], "--output: there is no folder "),
         (["--input", folder / "good", "--output", folder / "good"], "--input"),
         (
             [*SMALL, "--output", folder / "x", "--json", folder / "x"],

@@ -7,6 +7,8 @@ from errno import EACCES
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lvxattn.cli.tensors import InputError
+
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
@@ -76,6 +78,31 @@ def try_to_write(path: str | Path) -> None:
         pass
     if not there:
         file.unlink(missing_ok=True)  # another rank may have tried at the same time
+
+
+def check_output(option: str, text: str, *, opened: bool = True) -> None:
+    """Raise if the file that an option names cannot be written.
+
+    Parameters
+    ----------
+    option, text : str
+    opened : bool
+        Whether to try to open it, too.
+
+    Raises
+    ------
+    InputError
+    """
+    path = Path(text).resolve()
+    if not path.parent.is_dir():
+        raise InputError(f"{option}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{option}: expected a file, got the directory {text}")
+    try:
+        if opened:
+            try_to_write(path)
+    except OSError as error:
+        raise InputError(f"{option}: {text} cannot be written: {error.strerror}") from None
 
 
 def writable(text: str) -> str:

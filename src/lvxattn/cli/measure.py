@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lvxattn.cli.arguments import positive, refuse, try_to_write
-from lvxattn.cli.run_ranks import Ranks
+from lvxattn.cli.arguments import check_output, positive, refuse
+from lvxattn.cli.run_ranks import Ranks, on_rank_0
 from lvxattn.cli.tensors import InputError
-from lvxattn.common.validation import FLOATING, raise_together
+from lvxattn.common.validation import FLOATING
 from lvxattn.plan.machine import Link
 from lvxattn.plan.measure import Probe, measure
 
@@ -60,19 +60,16 @@ def run_measure(
         0, or 2 if the input is bad; the same on all ranks.
     """
     path = Path(options.output)
-    shape = options.heads, options.kv_heads or options.heads, options.head_dim
+    H, H_KV, D = options.heads, options.kv_heads or options.heads, options.head_dim
+    if H % H_KV:
+        wrong = f"--kv-heads: expected a divisor of --heads {H}, got {H_KV}"
+        return refuse(f"{_NAME}: error: {wrong} (on all ranks)", ranks.rank)
     try:
-        raise_together(_wrong(path, shape, ranks.rank), ranks)
+        on_rank_0(lambda: check_output("--output", options.output), ranks)
         ranks.limit_threads()
         backend = ranks.backend(options.device, options.dtype)
-        machine = measure(ranks, probe(backend, shape, options.dtype), path.stem)
-        error = None
-        if ranks.rank == 0:
-            try:
-                machine.save(path)
-            except OSError as problem:
-                error = InputError(f"{options.output}: {problem.strerror}")
-        raise_together(error, ranks)
+        machine = measure(ranks, probe(backend, (H, H_KV, D), options.dtype), path.stem)
+        on_rank_0(lambda: machine.save(path), ranks)
     except InputError as error:
         return refuse(f"{_NAME}: error: {error}", ranks.rank)
     if ranks.rank == 0:
@@ -82,7 +79,7 @@ def run_measure(
         print(f"""
 LV-XAttn measure
   ranks     {machine.ranks} on {hosts} host{"s" * (hosts > 1)}, {backend.device}
-  problems  {shape[0]}/{shape[1]} heads of {shape[2]}, {options.dtype}
+  problems  {H}/{H_KV} heads of {D}, {options.dtype}
 
   attention         {machine.matmul / 1e9:>10.1f} GFLOP/s a rank, many queries
   reading of keys   {machine.memory / 1e9:>10.2f} GB/s a rank, one query
@@ -92,23 +89,6 @@ LV-XAttn measure
 
   {path} has them""")
     return 0
-
-
-def _wrong(path: Path, shape: tuple[int, int, int], rank: int) -> InputError | None:
-    H, H_KV, _ = shape
-    if H % H_KV:
-        return InputError(f"--kv-heads: expected a divisor of --heads {H}, got {H_KV}")
-    if rank:  # the file is rank 0's, and other hosts may not have its folder
-        return None
-    try:
-        if path.is_dir():
-            return InputError(f"--output: expected a file, got the folder {path}")
-        if not path.resolve().parent.is_dir():
-            return InputError(f"--output: there is no folder {path.resolve().parent}")
-        try_to_write(path)
-    except OSError as error:
-        return InputError(f"--output: {path} cannot be written: {error.strerror}")
-    return None
 
 
 def _link(link: Link) -> str:

@@ -8,24 +8,21 @@ import os
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from lvxattn.cli.arguments import UsageError, refuse, try_to_write
+from lvxattn.cli.arguments import UsageError, check_output, refuse
 from lvxattn.cli.run_check import Check, check_results
 from lvxattn.cli.run_options import contradiction
 from lvxattn.cli.run_problem import Problem, Share, describe, take_share
-from lvxattn.cli.run_ranks import Backend, Ranks
+from lvxattn.cli.run_ranks import Backend, Ranks, on_rank_0, together
 from lvxattn.cli.run_report import Cost, print_report, report_of, write_json
 from lvxattn.cli.run_trace import Recorder, check_picture, save_trace
 from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, create
-from lvxattn.common.validation import accumulator, raise_together
+from lvxattn.common.validation import accumulator
 from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
-
-T = TypeVar("T")
 
 _NAME = "lvxattn run"
 _OF_QUERIES = ("out", "lse", "dq")
@@ -66,11 +63,11 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
     """Return whether all checks passed; raise InputError on all ranks together."""
     threads = ranks.limit_threads()
     # 1. rank 0 reads the arguments; every rank takes its share of the problem
-    _on_rank_0(lambda: _check_paths(options), ranks)
-    problem = _on_rank_0(lambda: describe(options), ranks)
-    machine = _on_rank_0(lambda: _read_machine(options), ranks)
+    on_rank_0(lambda: _check_paths(options), ranks)
+    problem = on_rank_0(lambda: describe(options), ranks)
+    machine = on_rank_0(lambda: _read_machine(options), ranks)
     backend = ranks.backend(options.device, problem.dtype)
-    share = _together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
+    share = together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
     try:
         layout = backend.agree(
@@ -78,7 +75,7 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
         )
     except (TypeError, ValueError) as error:  # the same on all ranks
         raise InputError(str(error)) from None
-    output = _on_rank_0(lambda: _create(options, problem, layout), ranks)
+    output = on_rank_0(lambda: _create(options, problem, layout), ranks)
     try:
         # 2. the attention, with its repetitions
         recorder = Recorder(options, ranks)
@@ -86,8 +83,8 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
         trace = recorder.trace()
         # 3. every rank writes its part
         if output is not None:
-            _together(lambda: _write(output, share, results), ranks)
-            _on_rank_0(lambda: os.replace(output.path, Path(options.output).resolve()), ranks)
+            together(lambda: _write(output, share, results), ranks)
+            on_rank_0(lambda: os.replace(output.path, Path(options.output).resolve()), ranks)
     finally:
         if output is not None and ranks.rank == 0:
             Path(output.path).unlink(missing_ok=True)
@@ -112,10 +109,10 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
     speaks = ranks.rank == 0 and not options.quiet and options.json != "-"
     if speaks:
         print_report(report, launched=ranks.launched)
-    _on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)
+    on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)
     if trace is not None:
         hosts = [facts["host"] for facts, _ in by_rank]
-        _on_rank_0(lambda: save_trace(options, trace, layout, hosts), ranks)
+        on_rank_0(lambda: save_trace(options, trace, layout, hosts), ranks)
     written = [x for x in (options.output, options.json, options.trace, options.plot_trace) if x]
     if speaks and written:
         print("\n  written   " + "\n            ".join(written))
@@ -140,18 +137,9 @@ def _check_paths(options: Namespace) -> None:
         if path in seen:
             raise InputError(f"{option}: expected another file than {seen[path]}'s, got {text}")
         seen[path] = option
-        if option in ("--input", "--machine"):
-            continue
-        if not path.parent.is_dir():
-            raise InputError(f"{text}: there is no folder {path.parent}")
-        if path.is_dir():
-            raise InputError(f"{option}: expected a file, got the directory {text}")
-        if option == "--output":  # `_create` makes it before the work
-            continue
-        try:
-            try_to_write(path)
-        except OSError as error:
-            raise InputError(f"{option}: {text} cannot be written: {error.strerror}") from None
+        if option not in ("--input", "--machine"):
+            # `_create` makes the output before the work.
+            check_output(option, text, opened=option != "--output")
     check_picture(options)
 
 
@@ -221,24 +209,3 @@ def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile 
 def _write(output: TensorFile, share: Share, results: dict[str, Array]) -> None:
     for name, x in results.items():
         output.write(name, 2, share.rows if name in _OF_QUERIES else share.keys, x)
-
-
-def _on_rank_0(work: Callable[[], T], ranks: Ranks) -> T:
-    """Run a function on rank 0; return its result, or raise its error, on all ranks."""
-    mine = _together(lambda: work() if ranks.rank == 0 else None, ranks)
-    return cast(T, ranks.allgather(mine)[0])
-
-
-def _together(work: Callable[[], T], ranks: Ranks) -> T:
-    """Run a function on every rank; if it fails on one of them, raise its error on all."""
-    result, error = None, None
-    try:
-        result = work()
-    except (InputError, OSError) as problem:
-        text = str(problem)
-        if isinstance(problem, OSError) and problem.filename:
-            text = f"{problem.filename}: {problem.strerror}"  # without the number
-        error = InputError(text)
-    with ranks.watching("all ranks to read or write their parts"):
-        raise_together(error, ranks)
-    return cast(T, result)

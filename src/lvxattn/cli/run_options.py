@@ -20,77 +20,64 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument(
         "--model", choices=sorted(MODELS), metavar="NAME", help=", ".join(sorted(MODELS))
     )
-    for name, what in (
-        ("--frames", "of a model's video (default: 8)"),
-        ("--text-tokens", "queries, S_Q (default: 1024)"),
-        ("--visual-tokens", "keys, S_KV, instead of frames (default: 16384)"),
+    for name, least, what in (
+        ("--frames", natural, "frames of a model's video (default: 8)"),
+        ("--text-tokens", natural, "queries, S_Q (default: 1024)"),
+        ("--visual-tokens", natural, "keys, S_KV, instead of frames (default: 16384)"),
+        ("--heads", positive, "query heads, H (default: the model's, or 8)"),
+        ("--kv-heads", positive, "key-value heads, H_KV (default: the model's, or H)"),
+        ("--head-dim", positive, "width of queries and keys, D (default: the model's, or 64)"),
+        ("--value-dim", positive, "width of values, D_V (default: D)"),
+        ("--batch", positive, "batch size, B (default: 1)"),
     ):
-        sizes.add_argument(name, type=natural, metavar="N", help=what)
-    for name, what in (
-        ("--heads", "query heads, H (default: the model's, or 8)"),
-        ("--kv-heads", "key-value heads, H_KV (default: the model's, or as many as heads)"),
-        ("--head-dim", "width of queries and keys, D (default: the model's, or 64)"),
-        ("--value-dim", "width of values, D_V (default: D)"),
-        ("--batch", "B (default: 1)"),
-    ):
-        sizes.add_argument(name, type=positive, metavar="N", help=what)
+        sizes.add_argument(name, type=least, metavar="N", help=what)
     sizes.add_argument("--dtype", choices=FLOATING, help="(default: float32)")
     sizes.add_argument(
         "--mask", choices=("none", "padding"), help="padding: hide the end of each video"
     )
-    sizes.add_argument("--seed", type=natural, default=0, metavar="N", help="other random tensors")
+    sizes.add_argument(
+        "--seed", type=natural, default=0, metavar="N", help="seed of the random tensors"
+    )
 
     files = parser.add_argument_group("tensors in safetensors files; each rank reads its slice")
-    files.add_argument(
-        "--input", metavar="FILE", help="q, k, v and, if there are, mask and dout (--backward)"
-    )
-    files.add_argument(
-        "--output", metavar="FILE", help="write out, lse and, with --backward, dq, dk, dv"
-    )
+    work = parser.add_argument_group("computation")
+    report = parser.add_argument_group("reports")
+    for group, name, metavar, what in (
+        (files, "--input", "FILE", "q, k, v and, if present, mask and dout (--backward)"),
+        (files, "--output", "FILE", "write out, lse and, with --backward, dq, dk, dv"),
+        (report, "--json", "FILE", "write all numbers to a file, - for stdout"),
+        (report, "--trace", "FILE", "write a trace of the last repetition for ui.perfetto.dev"),
+        (report, "--plot-trace", "FILE.png", "plot the trace; needs matplotlib"),
+    ):
+        group.add_argument(name, metavar=metavar, help=what)
+    report.add_argument("--quiet", action="store_true", help="print errors only")
 
-    work = parser.add_argument_group("what is done")
     work.add_argument("--backward", action="store_true", help="compute gradients, too")
     work.add_argument(
-        "--schedule",
-        choices=(*SCHEDULES, AUTO),
-        default=SCHEDULES[0],
-        help="auto takes the one that sends the fewest bytes (default: %(default)s)",
-    )
+        "--schedule", choices=(*SCHEDULES, AUTO), default=SCHEDULES[0],
+        help="auto: the schedule that sends the fewest bytes (default: %(default)s)",
+    )  # fmt: skip
     work.add_argument(
-        "--machine",
-        metavar="NAME",
-        help="auto takes the one that takes the least time on this: a preset of "
-        "lvxattn.plan, or a file that Machine.save wrote",
-    )
+        "--machine", metavar="NAME",
+        help="auto: the schedule that takes the least time on this machine, a preset of "
+        "lvxattn.plan or a file written by measure",
+    )  # fmt: skip
     work.add_argument("--scale", type=_finite, metavar="X", help="(default: 1 / sqrt(D))")
     work.add_argument(
-        "--device",
-        choices=("auto", "cpu", "gpu"),
-        default="auto",
-        help="gpu: each rank of a host its own; auto: gpu where every rank has one",
-    )
+        "--device", choices=("auto", "cpu", "gpu"), default="auto",
+        help="gpu: one for each rank of a host; auto: gpu if every rank has one",
+    )  # fmt: skip
     work.add_argument(
-        "--check",
-        action="store_true",
+        "--check", action="store_true",
         help="compare sampled rows with a softmax in float64; exit status 1 if they differ",
-    )
+    )  # fmt: skip
     work.add_argument(
-        "--repeat", type=positive, metavar="N", help="measure N times after a warm-up: medians"
+        "--repeat", type=positive, metavar="N", help="report medians of N runs after a warm-up"
     )
-
-    report = parser.add_argument_group("what is reported")
-    report.add_argument("--json", metavar="FILE", help="write all numbers to a file, - for stdout")
-    report.add_argument(
-        "--trace",
-        metavar="FILE",
-        help="write what every rank did when, for ui.perfetto.dev; of the last repetition",
-    )
-    report.add_argument("--plot-trace", metavar="FILE.png", help="draw that; needs matplotlib")
-    report.add_argument("--quiet", action="store_true", help="print errors only")
 
 
 def contradiction(options: argparse.Namespace) -> str | None:
-    """Say which of the arguments given do not go together, if any."""
+    """Return an error message if arguments contradict each other."""
     if options.input:
         for name in _MADE_UP:
             if getattr(options, name) is not None:

@@ -1,11 +1,11 @@
-"""Tensors in safetensors files, read and written slice by slice.
+"""Read and write tensors in safetensors files, slice by slice.
 
     8 bytes            n, little-endian
     n bytes            JSON: {"q": {"dtype": "BF16", "shape": [...], "data_offsets": [from, to]}}
     the rest           the tensors' bytes, C order, little-endian
 
-Along an axis, a slice of a tensor in C order is one run of bytes for every index of the axes before
-it.  Every rank reads, and writes, the runs of its own slice and no others.
+A slice along an axis of a tensor in C order is one run of bytes for every index of the axes before
+it.  Every rank reads and writes the runs of its own slice only.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -26,31 +26,31 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int, ...]
 
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "bool": "BOOL",
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "BOOL": "bool",
 }
-_NAMES = {code: name for name, code in _CODES.items()}
+_CODES = {name: code for code, name in _NAMES.items()}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 class InputError(ValueError):
-    """What the user gave cannot be worked on."""
+    """Invalid input from the user."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies in a file.
+    """A tensor in a file.
 
     Attributes
     ----------
     dtype : str
     shape : tuple of int
     start : int
-        Its first byte, counted from the file's start.
+        Offset of its first byte in the file.
     """
 
     dtype: str
@@ -60,18 +60,18 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file's table of contents."""
+    """A safetensors file and the tensors in it."""
 
     path: str
     tensors: dict[str, Tensor]
 
     def read(self, name: str, axis: int, part: slice) -> Array:
-        """Return a slice of a tensor along one axis, and read nothing else.
+        """Read a slice of a tensor along one axis.
 
         Raises
         ------
         InputError, OSError
-            The file has become shorter, or cannot be read.
+            The file is truncated, or cannot be read.
         """
         tensor = self.tensors[name]
         x = np.empty(_cut(tensor.shape, axis, part), dtype_of(tensor.dtype))
@@ -97,7 +97,7 @@ def dtype_of(name: str) -> Any:
     Raises
     ------
     InputError
-        It is bfloat16, which NumPy has from ml_dtypes, and that is not there.
+        bfloat16 needs ml_dtypes, which is not installed.
     """
     if name != "bfloat16":
         return np.dtype(name)
@@ -109,14 +109,14 @@ def dtype_of(name: str) -> Any:
 
 
 def open_tensors(path: str) -> TensorFile:
-    """Read a file's table of contents.
+    """Read the header of a file.
 
     Raises
     ------
     InputError
-        It is no safetensors file, or is damaged.
+        The file is not a safetensors file, or is damaged.
     OSError
-        It cannot be read.
+        The file cannot be read.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -145,7 +145,7 @@ def open_tensors(path: str) -> TensorFile:
 
 
 def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str]) -> TensorFile:
-    """Make a file of its final size, with room for these tensors.
+    """Create a file of its final size for given tensors.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
     Raises
     ------
     OSError
-        It cannot be made.
+        The file cannot be created.
     """
     header: dict[str, Any] = {"__metadata__": notes}
     start, starts = 0, {}
@@ -182,7 +182,7 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give a file its size; a disk that is too full shows here, not after the work."""
+    """Set the size of a file, and fail on a full disk now rather than after the work."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -210,7 +210,7 @@ def _cut(shape: Shape, axis: int, part: slice) -> Shape:
 
 
 def _runs(x: Array, tensor: Tensor, axis: int, part: slice) -> Iterator[tuple[int, memoryview]]:
-    """Yield the slice's runs of bytes, and where each begins in the file."""
+    """Yield the offset in the file and the bytes of each run of a slice."""
     axis %= len(tensor.shape)
     row = prod(tensor.shape[axis + 1 :]) * x.itemsize
     stride, length = tensor.shape[axis] * row, (part.stop - part.start) * row
