@@ -1,4 +1,4 @@
-"""Machines, the clock on which schedules are played, and the choice among them."""
+"""Machines, simulated schedules, the choice among them, memory, and the command."""
 
 import json
 import re
@@ -273,10 +273,10 @@ class TestMachine:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            ('{"version": 3, "name": "h1', "is no JSON: "),
-            ("[" * 100_000, "is no JSON: "),
-            ("{}", "says no version"),
-            ("[3]", "says no version"),
+            ('{"version": 3, "name": "h1', "is not JSON: "),
+            ("[" * 100_000, "is not JSON: "),
+            ("{}", "has no version"),
+            ("[3]", "has no version"),
         ],
     )
     def test_other_file_raises(self, tmp_path: Path, content: str, words: str) -> None:

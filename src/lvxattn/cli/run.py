@@ -164,20 +164,18 @@ def _measure(
     often = 1 + (options.repeat or 0)
     for n in range(often):
         meter = recorder.meter(last=n == often - 1)
-        ranks.start_together()
-        meter.begins("forward")
-        start = perf_counter()
-        results = backend.forward(tensors, layout, meter)
-        backend.finish()
-        forward, backward = perf_counter() - start, 0.0
-        if options.backward:
+        seconds = {"forward": 0.0, "backward": 0.0}
+        for name in ("forward", *["backward"] * options.backward):
             ranks.start_together()
-            meter.begins("backward")
+            meter.begins(name)
             start = perf_counter()
-            results |= backend.backward(tensors, results, layout, meter)
+            if name == "forward":
+                results = backend.forward(tensors, layout, meter)
+            else:
+                results |= backend.backward(tensors, results, layout, meter)
             backend.finish()
-            backward = perf_counter() - start
-        costs.append(Cost(forward, backward, meter.totals()))
+            seconds[name] = perf_counter() - start
+        costs.append(Cost(**seconds, meter=meter.totals()))
     if options.repeat:
         costs = costs[1:]  # without the warm-up
     return {name: backend.get(x) for name, x in results.items()}, costs

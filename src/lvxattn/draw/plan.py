@@ -1,4 +1,4 @@
-"""A picture of a plan: how much faster than Ring Attention, which schedule wins, and what fits."""
+"""Draw a plan: speed-up over Ring Attention, the fastest schedule, and memory."""
 
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ FRAMES = tuple(2**n for n in range(12))
 def winners(
     model: Model, machine: Machine, P: int, dtype: str, text_tokens: int | None = None
 ) -> "Figure":
-    """Draw, over text tokens and frames, what a training step's cross-attention gains and takes.
+    """Draw the time of cross-attention in a training step, over text tokens and frames.
 
     Parameters
     ----------
@@ -32,14 +32,14 @@ def winners(
     P : int
     dtype : str
     text_tokens : int, optional
-        With so many of them memory is drawn, too.
+        Draw memory with so many text tokens, too.
 
     Returns
     -------
     matplotlib.figure.Figure
         800 pixels wide.  Left: time of Ring Attention over that of LV-XAttn.  Right: the schedule
-        of least time.  Below, if asked for: memory of a rank over frames, with keys and values kept
-        and recomputed.
+        of least time.  Below, with `text_tokens`: memory of a rank over frames, with keys and
+        values kept and recomputed.
     """
     from matplotlib.figure import Figure
 
@@ -90,7 +90,7 @@ def times(model: Model, machine: Machine, P: int, dtype: str, schedule: str) -> 
 
 
 def _gain(axes: "Axes", gain: np.ndarray) -> None:
-    """Draw how many times as fast as Ring Attention LV-XAttn is; colours follow the numbers."""
+    """Draw the speed-up of LV-XAttn over Ring Attention, as numbers and colours."""
     from matplotlib.colors import LogNorm
 
     norm = LogNorm(max(0.5, gain.min()), max(1.0, gain.max()), clip=True)
@@ -107,7 +107,7 @@ def _gain(axes: "Axes", gain: np.ndarray) -> None:
 
 
 def _best(axes: "Axes", seconds: dict[str, np.ndarray]) -> None:
-    """Draw which schedule takes the least time."""
+    """Draw the schedule of least time."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -132,7 +132,7 @@ def _best(axes: "Axes", seconds: dict[str, np.ndarray]) -> None:
 def _fitting(
     axes: "Axes", model: Model, machine: Machine, P: int, dtype: str, text_tokens: int
 ) -> None:
-    """Draw what a rank's memory takes over frames, and how many fit."""
+    """Draw a rank's memory over frames, and how many frames fit."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     ways = (("kept", False, COLOURS[5]), ("recomputed", True, COLOURS[0]))

@@ -173,9 +173,9 @@ class Machine:
         try:
             found = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{expected}, got {path}, which is no JSON: {error}") from None
+            raise ValueError(f"{expected}, got {path}, which is not JSON: {error}") from None
         if not isinstance(found, dict) or "version" not in found:
-            raise ValueError(f"{expected}, got {path}, which says no version")
+            raise ValueError(f"{expected}, got {path}, which has no version")
         got = found.pop("version")
         if got != VERSION or isinstance(got, bool):
             raise ValueError(

@@ -170,6 +170,11 @@ class Trace:
             [clock.accuracy for clock in clocks],
         )
 
+    def sent_by(self, rank: int) -> list[tuple[Trip, int]]:
+        """Return the messages that a rank sent, each with its lane (`lanes`)."""
+        mine = [trip for trip in self.trips if trip.source == rank]
+        return list(zip(mine, lanes([(trip.posted, trip.gone) for trip in mine]), strict=True))
+
     def overlap(self) -> list[Overlap]:
         """Return the hidden and exposed communication of every rank."""
         found = []

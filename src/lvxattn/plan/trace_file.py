@@ -14,11 +14,11 @@ The format is Chrome's "Trace Event Format"; its times are in microseconds.
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import count
 from typing import Any
 
 from lvxattn.common.meter import Block
-from lvxattn.plan.trace import Trace, Trip, lanes
+from lvxattn.common.timeline import Span
+from lvxattn.plan.trace import Trace, Trip
 
 Event = dict[str, Any]
 
@@ -69,15 +69,13 @@ def events(trace: Trace, hosts: Sequence[str]) -> list[Event]:
     """
     names: list[Event] = []
     slices: list[Event] = []
-    threads: dict[int, int] = {}  # of a trip, by its place in trace.trips
+    threads: dict[Trip, int] = {}
     for rank, host in enumerate(hosts):
-        mine = [n for n, trip in enumerate(trace.trips) if trip.source == rank]
-        lane_of = lanes([(trace.trips[n].posted, trace.trips[n].gone) for n in mine])
-        for n, lane in zip(mine, lane_of, strict=True):
-            threads[n] = SENDING if lane == 0 else _MORE + lane
-        names += _names(rank, host, max(lane_of, default=0))
+        sent = trace.sent_by(rank)
+        threads |= {trip: SENDING if lane == 0 else _MORE + lane for trip, lane in sent}
+        names += _names(rank, host, max((lane for _, lane in sent), default=0))
         slices += _slices(trace, rank)
-    slices += [_sending(trip, threads[n]) for n, trip in enumerate(trace.trips)]
+    slices += [_sending(trip, threads[trip]) for trip in trace.trips]
     mark = {"ph": "i", "s": "p", "tid": COMPUTING}
     marks = [
         {**mark, "name": f"{name} begins", "pid": rank, "ts": _us(at)}
@@ -133,28 +131,24 @@ def _slice(
     }
 
 
-def _arrows(trace: Trace, threads: dict[int, int]) -> Iterator[Event]:
+def _arrows(trace: Trace, threads: dict[Trip, int]) -> Iterator[Event]:
     """Yield the arrows: one flow per block that goes round the ring, one per other message."""
-    flows: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for n, trip in enumerate(trace.trips):
+    flows: dict[tuple[Any, ...], list[tuple[Trip, Span]]] = defaultdict(list)
+    for trip in trace.trips:
         if trip.taken and trip.nbytes:
             ends = () if trip.block.hop else (trip.source, trip.dest)
-            flows[trip.block.kind, trip.block.owner, trip.turn, *ends].append(n)
-    numbers = count(1)
-    for places in flows.values():
-        number = next(numbers)
+            flow = flows[trip.block.kind, trip.block.owner, trip.turn, *ends]
+            flow.append((trip, trip.taken))
+    for number, flow in enumerate(flows.values(), start=1):
         points: list[tuple[int, int, float]] = []
-        for n in sorted(places, key=lambda n: trace.trips[n].block.hop):
-            trip = trace.trips[n]
-            assert trip.taken is not None
-            points.append((trip.source, threads[n], _us(trip.posted)))
+        for trip, taken in sorted(flow, key=lambda leg: leg[0].block.hop):
+            points.append((trip.source, threads[trip], _us(trip.posted)))
             # A nanosecond before the wait ends, so that it is still open, but not before it begins.
-            last = max(_ns(trip.taken.start), _ns(trip.taken.end) - 1) / 1000
-            points.append((trip.dest, WAITING, last))
-        block = trace.trips[places[0]].block
+            points.append((trip.dest, WAITING, max(_ns(taken.start), _ns(taken.end) - 1) / 1000))
+        name = flow[0][0].block.name
         for place, (pid, tid, ts) in enumerate(points):
             phase = "s" if place == 0 else "f" if place == len(points) - 1 else "t"
-            event = {"ph": phase, "name": block.name, "cat": "block", "id": number}
+            event = {"ph": phase, "name": name, "cat": "block", "id": number}
             bound = {"bp": "e"} if phase == "f" else {}
             yield {**event, **bound, "pid": pid, "tid": tid, "ts": ts}
 
