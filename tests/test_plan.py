@@ -373,7 +373,7 @@ class TestCommand:
         file = tmp_path / "plan.png"
         assert main(["--machine", "a30-8", "--ranks", "2", "--plot", str(file)]) == 0
         assert file.stat().st_size > 10_000
-        assert capsys.readouterr().out.endswith(f"\n\n  {file} has the picture\n")
+        assert capsys.readouterr().out.endswith(f"\n\n  written   {file}\n")
 
     @pytest.mark.parametrize(
         ("line", "dtype", "words"),

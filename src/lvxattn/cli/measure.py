@@ -25,12 +25,11 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
         The default file, one for each implementation, as their figures differ.
     """
     for name, default, what in (
-        ("--heads", 8, "query heads, H"),
+        ("--heads", 8, "query heads, H (default: 8)"),
         ("--kv-heads", None, "key-value heads, H_KV (default: as many as heads)"),
-        ("--head-dim", 64, "width of queries and keys, D"),
+        ("--head-dim", 64, "width of queries and keys, D (default: 64)"),
     ):
-        text = what if default is None else f"{what} (default: {default})"
-        parser.add_argument(name, type=positive, default=default, metavar="N", help=text)
+        parser.add_argument(name, type=positive, default=default, metavar="N", help=what)
     parser.add_argument("--dtype", choices=FLOATING, default="float32", help="(default: float32)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument(
@@ -74,8 +73,10 @@ def run_measure(
         return refuse(f"{_NAME}: error: {error}", ranks.rank)
     if ranks.rank == 0:
         hosts = -(-machine.ranks // machine.ranks_per_host)
-        inside = _link(machine.inside) if machine.ranks_per_host > 1 else "a rank is alone there"
-        between = _link(machine.between) if hosts > 1 else "there is one host"
+        inside = (
+            _link(machine.inside) if machine.ranks_per_host > 1 else "not measured: one rank a host"
+        )
+        between = _link(machine.between) if hosts > 1 else "not measured: one host"
         print(f"""
 LV-XAttn measure
   ranks     {machine.ranks} on {hosts} host{"s" * (hosts > 1)}, {backend.device}
@@ -87,7 +88,7 @@ LV-XAttn measure
   inside a host     {inside}
   between hosts     {between}
 
-  {path} has them""")
+  written   {path}""")
     return 0
 
 

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         text = plan(options)
         if options.plot:
             _plot(options)
-            text += f"\n\n  {options.plot} has the picture"
+            text += f"\n\n  written   {options.plot}"
     except UsageError as error:
         print(str(error).removesuffix(" (on all ranks)"), file=sys.stderr)
         return 2
