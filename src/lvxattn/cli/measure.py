@@ -73,10 +73,9 @@ def run_measure(
         return refuse(f"{_NAME}: error: {error}", ranks.rank)
     if ranks.rank == 0:
         hosts = -(-machine.ranks // machine.ranks_per_host)
-        inside = (
-            _link(machine.inside) if machine.ranks_per_host > 1 else "not measured: one rank a host"
-        )
-        between = _link(machine.between) if hosts > 1 else "not measured: one host"
+        alone = machine.ranks_per_host == 1
+        inside = "not measured: one rank a host" if alone else _link(machine.inside)
+        between = "not measured: one host" if hosts == 1 else _link(machine.between)
         print(f"""
 LV-XAttn measure
   ranks     {machine.ranks} on {hosts} host{"s" * (hosts > 1)}, {backend.device}

@@ -1,4 +1,4 @@
-"""What an implementation provides for the commands: communication, and arrays on a device."""
+"""The interface of an implementation to the commands: communication, and arrays on a device."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -58,7 +58,7 @@ def report_of(
     problem : Problem
     layout : Layout
     by_rank : list of (dict, list of Cost)
-        What is known of every rank, and its costs by repetition.
+        By rank, entries of the report, and the costs of its repetitions.
     checks : list of Check
     trace : Trace, optional
         Of the last repetition.

@@ -94,7 +94,7 @@ class TwoPass:
             out.add(n, e, alike, rounded, v)
             squares[n, 0] += (rounded**2).sum(axis=1)
         value = self._total(out.value) / total
-        # What moves a probability moves the total, and the mean by as much of itself.
+        # An error of a probability is one of the total, too, and of the mean in proportion.
         out.squares += value**2 * squares
         limit = self._limit(value, out, total)
         limit += (moved + rounding.of_total)[:, None] * abs(value)

@@ -16,7 +16,7 @@ from lvxattn.plan.steps import messages
 
 
 class Layout(common.Layout):
-    """What all ranks agreed on, with ``schedule="auto"`` resolved to the best schedule.
+    """The layout that ranks agree on, with ``schedule="auto"`` resolved to the best schedule.
 
     Attributes and methods are those of `lvxattn.common.layout.Layout`.
     """
