@@ -220,8 +220,7 @@ OF_TENSORS: Expected = {
     ),
     "ranks differ in lse": (ValueError, ("call", "'forward'", "'forward, with lse'"), LAST),
 }
-OF_BACKWARD = {"dout has out's shape but for D_V", "out has 3 axes", "lse has 4 axes"}
-OF_BACKWARD |= {"dlse has another length", "integer dout", "lse is None"}
+OF_BACKWARD = {"dout has out's shape but for D_V", "dlse has another length", "integer dout"}
 OF_BACKWARD |= {"backward with 3 axes in q", "the last rank's dout"}
 OF_BACKWARD |= {"ranks differ in the backward's schedule"}
 OF_BACKWARD |= {"several ranks and one head with ulysses, backward"}
