@@ -1,4 +1,4 @@
-"""The machine at hand: what the probes find is what was there to be found."""
+"""Measuring a machine: the probes find the figures of a made-up one."""
 
 import os
 import threading
@@ -26,7 +26,7 @@ CLOCK = threading.local()  # a virtual rank's
 
 @dataclass
 class FakeProbe:
-    """Does nothing but move the clock on, by what a machine would take."""
+    """Advances the clock by the time that a machine would take, and does nothing else."""
 
     comm: VirtualComm
     machine: Machine

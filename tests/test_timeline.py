@@ -317,7 +317,7 @@ def test_picture_without_matplotlib_is_refused_before_work(
 
 
 def test_recorder_without_trace_is_a_plain_meter() -> None:
-    nobody: Any = None  # whoever asked other ranks for their clocks would fail
-    recorder = run_trace.Recorder(Namespace(trace=None, plot_trace=None), nobody)
+    no_ranks: Any = None  # comparing clocks with other ranks would fail
+    recorder = run_trace.Recorder(Namespace(trace=None, plot_trace=None), no_ranks)
     assert type(recorder.meter(last=True)) is Meter
     assert recorder.trace() is None
