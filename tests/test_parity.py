@@ -291,6 +291,8 @@ MAY_IMPORT = {
     "src/lvxattn/common": {"common"},
     "src/lvxattn/plan/__main__.py": {"cli"},
     "src/lvxattn/plan": {"common", "plan"},
+    "src/lvxattn/draw": {"common", "plan", "reference", "draw"},
+    "src/lvxattn/cli": {"common", "plan", "draw", "cli"},
 }
 
 

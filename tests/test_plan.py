@@ -95,7 +95,6 @@ class TestClock:
             assert play(of, machine).seconds == pytest.approx((arithmetic + reading - hidden) / 1e3)
 
     def test_only_new_blocks_are_copied(self) -> None:
-        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
         query, result = 4 * 2 * 2 * 4, 4 * 2 * 4 * 4
         keys = 2 * 4 * 4 * 2 * 4
         copied = {
@@ -104,13 +103,9 @@ class TestClock:
             "gather": 3 * query + 3 * query + 3 * result + 3 * result,  # sent, laid side by side
             "ulysses": 3 * (query + keys) / 4 * 2 + 3 * result / 4 * 2,
         }
-        for schedule, bytes_copied in copied.items():
-            assert play(layout(4, schedule), slow).seconds == pytest.approx(bytes_copied / 1e3), (
-                schedule
-            )
+        self.assert_copied(copied, backward=False)
 
     def test_memory_for_gradients_of_all_keys(self) -> None:
-        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
         mine = 4 * 4 * (2 + 2) * 4  # a quarter of 16 keys, 4 heads, D = D_V = 2, fp32
         block, result = 4 * 2 * (2 + 2 + 1 + 1) * 4, 4 * 2 * 2 * 4
         made = {
@@ -119,9 +114,13 @@ class TestClock:
             "gather": mine + 3 * block + 3 * block + 3 * result + 3 * result,
             "ulysses": mine + 3 * (block + mine) / 4 * 2 + 3 * (result + mine) / 4 * 2,
         }
-        for schedule, bytes_made in made.items():
-            played = play(layout(4, schedule), slow, backward=True)
-            assert played.seconds == pytest.approx(bytes_made / 1e3), schedule
+        self.assert_copied(made, backward=True)
+
+    def assert_copied(self, nbytes: dict[str, float], backward: bool) -> None:
+        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
+        for schedule, copied in nbytes.items():
+            played = play(layout(4, schedule), slow, backward=backward)
+            assert played.seconds == pytest.approx(copied / 1e3), schedule
 
     def test_block_without_queries_takes_no_time(self) -> None:
         slow = replace(FREE, memory=1e3, start=5.0)
