@@ -15,7 +15,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -56,6 +56,12 @@ class Tensor:
     dtype: str
     shape: Shape
     start: int
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte after its last; `start` for an unknown dtype."""
+        known = self.dtype in _CODES
+        return self.start + (prod(self.shape) * dtype_of(self.dtype).itemsize if known else 0)
 
 
 @dataclass(frozen=True)
@@ -134,11 +140,10 @@ def open_tensors(path: str) -> TensorFile:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path}: damaged header: {type(error).__name__} {error}") from None
     for name, tensor in tensors.items():
-        end = tensor.start + _nbytes(tensor.dtype, tensor.shape)
-        if end > size:
-            raise InputError(f"{path}: cut short: {name} ends at byte {end:,} of {size:,}")
-    starts = sorted((t.start, t.start + _nbytes(t.dtype, t.shape), n) for n, t in tensors.items())
-    for (_, end, name), (start, _, following) in pairwise(starts):
+        if tensor.end > size:
+            raise InputError(f"{path}: cut short: {name} ends at byte {tensor.end:,} of {size:,}")
+    places = sorted((t.start, t.end, name) for name, t in tensors.items())
+    for (_, end, name), (start, _, following) in pairwise(places):
         if start < end:
             raise InputError(f"{path}: damaged header: {name} and {following} overlap")
     return TensorFile(path, tensors)
@@ -161,16 +166,13 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
         The file cannot be created.
     """
     header: dict[str, Any] = {"__metadata__": notes}
-    start, starts = 0, {}
+    start, tensors = 0, {}
     # Wide dtypes first, so that every tensor is aligned without gaps.
     for name in sorted(shapes, key=lambda name: (-dtype_of(shapes[name][0]).itemsize, name)):
         dtype, shape = shapes[name]
-        starts[name], end = start, start + _nbytes(dtype, shape)
-        header[name] = {
-            "dtype": _CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
+        tensors[name] = Tensor(dtype, shape, start)
+        end = tensors[name].end
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -178,7 +180,7 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
     with Path(path).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         _reserve(file.fileno(), base + start)
-    return TensorFile(path, {name: Tensor(*shapes[name], base + starts[name]) for name in shapes})
+    return TensorFile(path, {n: replace(t, start=base + t.start) for n, t in tensors.items()})
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -195,13 +197,9 @@ def _tensor(entry: Any, base: int) -> Tensor:
     dtype, shape = _NAMES.get(entry["dtype"], str(entry["dtype"])), tuple(entry["shape"])
     start, end = entry["data_offsets"]
     whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))  # True is an int, too
-    if not whole or (dtype in _CODES and end - start != _nbytes(dtype, shape)):
+    if not whole or (dtype in _CODES and Tensor(dtype, shape, start).end != end):
         raise ValueError(f"{dtype} {list(shape)} does not take bytes {start} to {end}")
     return Tensor(dtype, shape, base + start)
-
-
-def _nbytes(dtype: str, shape: Shape) -> int:
-    return prod(shape) * dtype_of(dtype).itemsize if dtype in _CODES else 0
 
 
 def _cut(shape: Shape, axis: int, part: slice) -> Shape:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lvxattn.common.wire import BLOCKS, NAMES, RESULTS
-from lvxattn.draw.rotation import COLOURS, INK, follow
+from lvxattn.draw.rotation import COLOURS, INK, blank, follow
 from lvxattn.reference.virtual_ranks import Message
 
 if TYPE_CHECKING:
@@ -111,18 +111,11 @@ def film_strip(logs: Mapping[str, list[Message]]) -> "Figure":
     ValueError
         As `scenes`, or there are more ranks than colours.
     """
-    from matplotlib.figure import Figure
-
     films = _films(logs)
     widths = [len(columns) + 1.2 for columns in films.values()]
     P = max(len(columns[0]) for columns in films.values())
     cell = min(1.2, 10 / sum(widths))  # inches
-    figure = Figure(
-        figsize=(cell * sum(widths), cell * (P + 0.6) + 0.4),
-        dpi=80,
-        facecolor="white",
-        layout="constrained",
-    )
+    figure = blank(cell * sum(widths), cell * (P + 0.6) + 0.4, dpi=80)
     panels = figure.subplots(1, len(films), squeeze=False, width_ratios=widths)[0]
     for axes, (schedule, columns) in zip(panels, films.items(), strict=True):
         _strip(axes, schedule, columns, min(_SIZE, 13.5 * cell))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lvxattn.common.handshake import SCHEDULES
-from lvxattn.draw.rotation import COLOURS, INK
+from lvxattn.draw.rotation import COLOURS, INK, blank
 from lvxattn.plan.choose import refusal
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.memory import memory, most_frames
@@ -41,11 +41,9 @@ def winners(
         of least time.  Below, with `text_tokens`: memory of a rank over frames, with keys and
         values kept and recomputed.
     """
-    from matplotlib.figure import Figure
-
     seconds = {s: times(model, machine, P, dtype, s) for s in SCHEDULES}
     rows = 1 if text_tokens is None else 2
-    figure = Figure(figsize=(8, 0.5 + 3.5 * rows), dpi=100, facecolor="white", layout="constrained")
+    figure = blank(8, 0.5 + 3.5 * rows)
     grid = figure.add_gridspec(rows, 2)
     left, right = (figure.add_subplot(grid[0, column]) for column in (0, 1))
     _gain(left, seconds["ring"] / seconds["lv-xattn"])

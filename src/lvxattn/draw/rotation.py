@@ -39,15 +39,13 @@ def rotation(P: int = 4) -> "Figure":
     -------
     matplotlib.figure.Figure
     """
-    from matplotlib.figure import Figure
-
     if not 2 <= P <= len(COLOURS):
         raise ValueError(f"P: expected 2 to {len(COLOURS)} ranks, got {P}")
     log: list[Message] = []
     run_ranks(P, _small_forward, log=log)
     visits, trips = follow(log, BLOCKS), follow(log, RESULTS, first_hop=1)
 
-    figure = Figure(figsize=(10, 1.2 * P + 1.5), facecolor="white", layout="constrained")
+    figure = blank(10, 1.2 * P + 1.5)
     axes = figure.add_subplot()
     axes.set(xlim=(-1.62, P + 0.62), ylim=(P - 0.35, -0.98))
     axes.axis("off")
@@ -80,6 +78,13 @@ def cannot_draw(picture: Path) -> str:
     return ""
 
 
+def blank(width: float, height: float, dpi: int = 100) -> "Figure":
+    """Return a white figure without axes, unknown to pyplot; width and height are in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout="constrained")
+
+
 def sheet(height: float = 3.0, columns: int = 1, width: float = 8.0) -> "tuple[Figure, Any]":
     """Return an empty figure in the style of all pictures.
 
@@ -97,11 +102,9 @@ def sheet(height: float = 3.0, columns: int = 1, width: float = 8.0) -> "tuple[F
     axes : matplotlib.axes.Axes
         A list of them if there is more than one column.
     """
-    from matplotlib.figure import Figure
-
     if columns < 1:
         raise ValueError(f"columns: expected at least 1, got {columns}")
-    figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+    figure = blank(width, height)
     panels = list(figure.subplots(1, columns, squeeze=False)[0])
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lvxattn.common.wire import NAMES
-from lvxattn.draw.rotation import COLOURS, INK
+from lvxattn.draw.rotation import COLOURS, INK, blank
 from lvxattn.plan.trace import Trace, Trip
 
 if TYPE_CHECKING:
@@ -31,11 +31,9 @@ def draw_trace(trace: Trace, title: str) -> "Figure":
     -------
     matplotlib.figure.Figure
     """
-    from matplotlib.figure import Figure
-
     P = len(trace.computed)
     height = 1.6 + P * min(0.85, 20 / P)
-    figure = Figure(figsize=(10, height), facecolor="white", layout="constrained")
+    figure = blank(10, height)
     axes = figure.add_subplot()
     for rank in range(P):
         _row(axes, trace, rank)
