@@ -1,7 +1,8 @@
 """The truth: distributed cross-attention in NumPy and fp64, every rank a thread of one process."""
 
-from lvxattn.common.layout import Layout, shard, unshard
+from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter
+from lvxattn.plan.choose import Layout
 
 from .block_attention import block_attention, block_attention_backward
 from .cross_attention import cross_attention, cross_attention_backward

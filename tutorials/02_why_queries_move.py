@@ -511,7 +511,7 @@ for text in (16, TEXT):
 # - Bytes determine the time if the network is the bottleneck; with very few queries `gather` sends
 #   the same bytes as `lv-xattn` and is faster.
 #
-# Files: [src/lvxattn/plan/problems.py](../src/lvxattn/plan/problems.py),
+# Files: [src/lvxattn/plan/models.py](../src/lvxattn/plan/models.py),
 # [steps.py](../src/lvxattn/plan/steps.py), [simulate.py](../src/lvxattn/plan/simulate.py),
 # [choose.py](../src/lvxattn/plan/choose.py), [machine.py](../src/lvxattn/plan/machine.py),
 # [memory.py](../src/lvxattn/plan/memory.py).

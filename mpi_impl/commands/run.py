@@ -14,13 +14,13 @@ from mpi4py import MPI
 
 from lvxattn.cli.tensors import Array, InputError
 from lvxattn.common.launcher import claim
-from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import raise_together
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
 from lvxattn.mpi_impl.kernels import choose
 from lvxattn.mpi_impl.transport.device import limit_blas_threads, obstacle, use_device
 from lvxattn.mpi_impl.transport.watchdog import wait, watching
+from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import Machine
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ _NUMBERS = 7003
 
 @dataclass(frozen=True)
 class Backend:
-    """The arrays and the device of one rank; `lvxattn.cli.ranks.Backend`.
+    """The arrays and the device of one rank; `lvxattn.cli.run_ranks.Backend`.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Backend:
 
 
 class MPIRanks:
-    """The ranks of a communicator as `lvxattn.cli.ranks.Ranks`, seen from one of them.
+    """The ranks of a communicator as `lvxattn.cli.run_ranks.Ranks`, seen from one of them.
 
     Attributes
     ----------

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Backend:
-    """The tensors and the device of one rank; `lvxattn.cli.ranks.Backend`.
+    """The tensors and the device of one rank; `lvxattn.cli.run_ranks.Backend`.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Backend:
 
 
 class TorchRanks:
-    """The ranks of a process group as `lvxattn.cli.ranks.Ranks`, seen from one of them.
+    """The ranks of a process group as `lvxattn.cli.run_ranks.Ranks`, seen from one of them.
 
     Attributes
     ----------

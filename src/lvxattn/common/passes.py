@@ -1,4 +1,4 @@
-"""What every implementation's `Exchange` and `Rotation` have in common: who holds what, when."""
+"""Base classes of every implementation's `Exchange` and `Rotation`: owners, hops and masks."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lvxattn.common.wire import Kind
 
 
 class Pass:
-    """One rank's share of one pass.
+    """One pass on one rank.
 
     Attributes
     ----------
@@ -34,24 +34,24 @@ class Pass:
         return self.layout.view(self.mask, 0, self.rank)
 
     def split_home(self, *arrays: Any) -> tuple[list[Any], list[Any]]:
-        """Cut arrays over my keys, and their mask, in two: to work on first, and last."""
+        """Split arrays over my keys, and their mask, into a first and a last part of the work."""
         cut, mask = self.layout.home_cut, self.view()
         first, last = ([x[:, :, keys] for x in arrays] for keys in (slice(cut), slice(cut, None)))
         return [*first, mask], [*last, mask.from_key(cut)]
 
 
 class Round:
-    """One kind of block going round the ring; `hop` is the last one that was begun."""
+    """The rotation of one kind of block round the ring; `hop` is the last one begun."""
 
     def __init__(self, layout: Layout, kind: Kind, hop: int) -> None:
         self.layout, self.kind, self.hop = layout, kind, hop
 
     def awaited(self) -> Block:
-        """Return what comes from the left at this hop."""
+        """Return the block that comes from the left at this hop."""
         layout = self.layout
         return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
 
     def leaving(self) -> Block:
-        """Return what goes to the right at this hop."""
+        """Return the block that goes to the right at this hop."""
         layout = self.layout
         return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)

@@ -1,6 +1,6 @@
-"""Kinds of blocks: their names, their tags, and what they look like on the wire.
+"""Kinds of blocks: their names and tags, and the shapes and dtypes in which they are sent.
 
-What goes round, and what follows it one hop behind:
+Blocks that go round the ring, and the results that follow one hop behind:
 
     QUERIES       q                     PARTIALS         out, top, total
     QUERY_BLOCKS  q, dout, lse, delta   QUERY_GRADIENTS  dq
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lvxattn.common.layout import Layout
 
-# One tag for each of the two rotations that are under way at once.
+# One tag for each of the two rotations that run at once.
 BLOCKS, RESULTS = 7001, 7002
 ITEMSIZE = {"bool": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -27,7 +27,7 @@ class Field(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
@@ -38,7 +38,7 @@ class Kind:
     Attributes
     ----------
     name : str
-        With a place for the owner's rank.
+        With ``{}`` for the owner.
     tag : int
     fields : callable
         ``fields(layout, owner)`` returns the arrays of the block of rank `owner`.
@@ -49,7 +49,7 @@ class Kind:
     fields: Callable[[Layout, int], list[Field]]
 
     def nbytes(self, layout: Layout, owner: int) -> int:
-        """Return the size of a rank's block."""
+        """Return the size of a rank's block in bytes."""
         return sum(field.nbytes for field in self.fields(layout, owner))
 
 
@@ -90,7 +90,7 @@ QUERY_GRADIENTS = Kind(PARTIALS.name, RESULTS, _query_gradients)
 KEYS_VALUES = Kind("the keys and values of rank {}", BLOCKS, _keys_values)
 KEY_GRADIENTS = Kind("the gradients of rank {}'s keys and values", RESULTS, _key_gradients)
 
-# What goes round, by schedule, and what follows it.
+# By schedule, the names of the blocks that go round and of the results that follow.
 NAMES = {
     "lv-xattn": (QUERIES.name, PARTIALS.name),
     "ring": (KEYS_VALUES.name, KEY_GRADIENTS.name),
