@@ -1,4 +1,4 @@
-"""Whether MPI takes device memory: who is asked, and how a yes is proved."""
+"""Whether MPI supports device memory: queries of the library, and the self-test."""
 
 import io
 import os
@@ -17,7 +17,7 @@ from tests.launch import ROOT
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ask anew, with no wish."""
+    """Clear the caches and the variable."""
     monkeypatch.delenv("LVXATTN_CUDA_AWARE", raising=False)
     for known in (awareness.library_says, awareness.self_test):
         known.cache_clear()
@@ -72,14 +72,14 @@ def test_each_query_function_is_called(
 
 
 class OpenMPI:
-    """A library that answers as Open MPI does."""
+    """A library with Open MPI's query."""
 
     def __init__(self, answer: int) -> None:
         self.MPIX_Query_cuda_support = lambda: answer
 
 
 class MPICH:
-    """A library that answers as MPICH does: a status, and the answer through a pointer."""
+    """A library with MPICH's query: a status, and the answer through a pointer."""
 
     def __init__(self, answer: int, status: int = 0) -> None:
         def query(kind: int, flag: Any) -> int:
@@ -167,7 +167,7 @@ def test_hanging_self_test_is_killed_with_its_children(tmp_path: Path) -> None:
 
 
 def runs(pid: int) -> bool:
-    """Tell whether a process is there, and has not only yet to be buried."""
+    """Return whether a process runs, and is not a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
@@ -213,7 +213,7 @@ def test_self_test_runs_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.mpi
 def test_self_test_program_sends_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fake device memory, which any MPI takes; and with one whose bytes change on the way."""
+    """With fake device memory, which any MPI supports, and with one that corrupts messages."""
     monkeypatch.syspath_prepend(str(ROOT))
     assert awareness.self_test("tests.fake_cupy", 0) == (True, awareness.ARRIVED)
     passed, how = awareness.self_test("tests.wrong_cupy", 0)

@@ -1,4 +1,4 @@
-"""Real MPI ranks: right however they are called and whatever is slow."""
+"""Real MPI ranks: all ways of calling them, with delays and synchronous sends."""
 
 import ast
 import os
@@ -55,7 +55,7 @@ CORES = len(os.sched_getaffinity(0))
     ],
 )
 def test_blas_threads_share_the_cores(P: int, env: dict[str, str], threads: int) -> None:
-    """Also where ranks outnumber the cores and every one starts a thread for each of them."""
+    """With more ranks than cores, each of which starts a thread for every core."""
     unset: dict[str, str | None] = {"OMP_NUM_THREADS": None, "OPENBLAS_NUM_THREADS": None}
     ranks = report(P, "run_threads.py", env=unset | env)
     assert [rank["returned"] for rank in ranks] == [threads] * P

@@ -1,4 +1,4 @@
-"""torch_impl on the ranks of a process group, called in all the ways people do."""
+"""torch_impl on the ranks of a process group: all ways of calling it."""
 
 import ast
 
@@ -23,7 +23,7 @@ def _checks() -> list[str]:
     ]
 
 
-# Dynamo sees no ranks: two are as good as any number.
+# Dynamo does not depend on the number of ranks.
 OF_TWO = ("inside_a_compiled_module",)
 OF_ANY = tuple(name for name in _checks() if name not in OF_TWO)
 # Four ranks are two rings of two; the rest is no different from three.

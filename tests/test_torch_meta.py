@@ -1,4 +1,4 @@
-"""What torch_impl asks of a CUDA device, seen without one: on tensors that have no numbers.
+"""The operators that torch_impl calls on a CUDA device, seen without one, on meta tensors.
 
 A tensor on PyTorch's device "meta" has a shape and a dtype.  Operators check their arguments, those
 for CUDA too, and whatever a program would have to wait for a device to learn, a number, a truth or
@@ -30,7 +30,7 @@ EFFICIENT = "aten._scaled_dot_product_efficient_attention"
 
 
 class Caught(TorchDispatchMode):
-    """Notes which operators are called."""
+    """Records which operators are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Caught(TorchDispatchMode):
 
 
 class Held(TorchDispatchMode):
-    """Notes how many bytes the results of operators hold at most, all together."""
+    """Records the peak memory of the results of operators, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Held(TorchDispatchMode):
 
 @contextmanager
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Caught]:
-    """Have kernels chosen as on CUDA, for tensors without numbers."""
+    """Choose kernels as on CUDA, for meta tensors."""
     of = KernelSpec.of
     monkeypatch.setattr(
         KernelSpec, "of", staticmethod(lambda *x, **y: replace(of(*x, **y), device="cuda"))

@@ -1,4 +1,4 @@
-"""A rank that stops: the others say who waits for whom, and the run ends."""
+"""The watchdog: when a rank stops, the others report what they wait for, and the run ends."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ from tests.launch import PROGRAMS, mpiexec
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, or only waits for its parent to notice."""
+    """Return whether a process has ended, or is a zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] in "ZX"

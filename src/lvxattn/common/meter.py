@@ -1,4 +1,4 @@
-"""What a rank has sent, and where its time went."""
+"""Counters of one rank's messages, bytes and seconds."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """What is worked on, sent or awaited, in the words in which a person would ask for it.
+    """A block that is computed with, sent or awaited, as messages name it.
 
     Attributes
     ----------
     kind : str
-        With a place for the owner's number, if it has one.
+        With "{}" for the owner's rank, if it has one.
     owner : int or None
-        Whose it is.
+        The rank that it belongs to.
     hop : int
-        At which hop it arrives or, worked on, has arrived; 0 at home and where nothing goes round.
+        The hop at which it arrives or has arrived; 0 at home and where there is no ring.
     source, dest : int or None
-        From which rank it is awaited, or which one is to take it.
+        The rank that it is awaited from, or sent to.
     """
 
     kind: str
@@ -35,11 +35,11 @@ class Block(NamedTuple):
 
     @property
     def whose(self) -> int | None:
-        """The owner's number, if the name has it."""
+        """The owner's rank, if the name contains it."""
         return self.owner if "{}" in self.kind else None
 
     def __str__(self) -> str:
-        """Say what is waited for."""
+        """Return the name, hop and source or destination."""
         what = f"{self.name} at hop {self.hop}" if self.hop else self.name
         if self.dest is not None:
             return f"rank {self.dest} to take {what}"
@@ -48,19 +48,28 @@ class Block(NamedTuple):
 
 @dataclass
 class Meter:
-    """Counts one rank's blocks and seconds; hand it to any number of calls and it adds up.
+    """Counts one rank's messages, bytes and seconds, over any number of calls.
 
-    What it is told about blocks it leaves alone: that is for a `timeline.Timeline`.  It is told by
-    functions, so that nothing is put into words where nobody reads them.
+    Descriptions of blocks are used by `timeline.Timeline` only.  They are passed as functions, so
+    that nothing is formatted where it is not read.
 
     Attributes
     ----------
     messages, bytes : int
-        Sent by this rank: blocks, and the size of their arrays.
+        Blocks sent by this rank, and the size of their arrays.
     computing, waiting : float
-        Seconds in local attention, and seconds in which nothing else was left to do than to wait
-        for a block.  On a device that works behind the program's back, as a GPU does, computing is
-        the time that it takes to hand the work over.
+        Seconds in local attention, and seconds spent waiting for a block.  On an asynchronous
+        device such as a GPU, computing is the time that it takes to launch the work.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import Meter, cross_attention, run_ranks
+    >>> meters = [Meter(), Meter()]
+    >>> x = np.ones((1, 1, 3, 4))  # 3 queries, keys and values on each of 2 ranks
+    >>> _ = run_ranks(2, lambda comm: cross_attention(x, x, x, comm, meter=meters[comm.rank]))
+    >>> meters[0].messages, meters[0].bytes  # q, then out, top and total of the other rank
+    (2, 240)
     """
 
     messages: int = 0
@@ -69,27 +78,27 @@ class Meter:
     waiting: float = 0.0
 
     def totals(self) -> "Meter":
-        """Return the numbers alone."""
+        """Return a copy of the numbers, without a timeline."""
         return Meter(self.messages, self.bytes, self.computing, self.waiting)
 
     def begins(self, name: str) -> None:
         """Begin a pass."""
 
     def sent(self, nbytes: int, dest: int, what: Callable[[], Block]) -> None:  # noqa: ARG002
-        """Count one block, which is about to be sent to `dest`; `what` says which."""
+        """Count one block about to be sent to `dest`; `what` returns its description."""
         self.messages += 1
         self.bytes += nbytes
 
     @contextmanager
     def computes(self, what: Callable[[], Block]) -> Iterator[None]:
-        """Count the time within as computing; `what` says what is worked on."""
+        """Count the time within as computing; `what` returns the block computed with."""
         start = perf_counter()
         yield
         self.computed_from(start, perf_counter(), what)
 
     @contextmanager
     def waits(self, what: Callable[[], Block]) -> Iterator[None]:
-        """Count the time within as waiting; `what` says what for."""
+        """Count the time within as waiting; `what` returns the block awaited."""
         start = perf_counter()
         yield
         self.waited_from(start, perf_counter(), what)
