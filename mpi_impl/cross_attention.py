@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import instead_of
+from lvxattn.plan.choose import Layout
 
 from .block_attention import delta_of
 from .exchange import Exchange

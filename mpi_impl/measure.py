@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.common.layout import Layout
+from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.measure import measure as measure_with
 

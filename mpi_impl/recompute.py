@@ -20,7 +20,6 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import (
@@ -32,6 +31,7 @@ from lvxattn.common.validation import (
     dtype_name,
     forms,
 )
+from lvxattn.plan.choose import Layout
 
 from .cross_attention import cross_attention, cross_attention_backward
 from .transport.device import array_module, check_arrays

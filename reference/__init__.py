@@ -4,8 +4,9 @@ To be read in the order of `merge`, `block_attention`, `lv_xattn`, `cross_attent
 `full_attention` is the ground truth: one process, no merge.
 """
 
-from lvxattn.common.layout import Layout, shard, unshard
+from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter
+from lvxattn.plan.choose import Layout
 
 from .block_attention import block_attention, block_attention_backward
 from .cross_attention import cross_attention, cross_attention_backward

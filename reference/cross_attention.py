@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import check_numpy
+from lvxattn.plan.choose import Layout
 
 from .block_attention import delta_of
 from .exchange import Exchange

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import (
@@ -32,6 +31,7 @@ from lvxattn.common.validation import (
     check_numpy,
     forms,
 )
+from lvxattn.plan.choose import Layout
 
 from .cross_attention import cross_attention, cross_attention_backward
 from .virtual_ranks import VirtualComm

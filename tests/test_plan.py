@@ -11,9 +11,8 @@ import pytest
 
 from lvxattn import reference
 from lvxattn.common.handshake import SCHEDULES
-from lvxattn.common.layout import Layout
 from lvxattn.plan import command
-from lvxattn.plan.choose import candidates, table, unlike_ranks
+from lvxattn.plan.choose import Layout, candidates, explain, unlike_ranks
 from lvxattn.plan.command import main
 from lvxattn.plan.machine import MACHINES, Link, Machine
 from lvxattn.plan.measured import Measured
@@ -158,9 +157,9 @@ class TestChoice:
         )
 
     def test_unusable_schedule_is_last_with_reason(self) -> None:
-        found = candidates(layout(8, H_KV=4, S_Q=64, S_KV=64))
-        assert found[-1].schedule == "ulysses"
-        assert "P = 8 does not divide H_KV = 4" in table(found)
+        of = layout(8, H_KV=4, S_Q=64, S_KV=64)
+        assert candidates(of)[-1].schedule == "ulysses"
+        assert "P = 8 does not divide H_KV = 4" in explain(of)
         ruled = replace(layout(4, S_Q=400, S_KV=4), rules=(True, False, False, False))
         assert candidates(ruled)[0].schedule in ("lv-xattn", "gather")
         assert {c.schedule for c in candidates(ruled) if c.refused} == {"ring", "ulysses"}
@@ -179,7 +178,7 @@ class TestChoice:
             ),
         )
         assert {of.schedule for of in layouts} == {best}
-        text = layouts[2].explain()
+        text = explain(layouts[2])
         assert text.startswith(f"{best} is taken\n")
         assert text.splitlines()[2].split()[0] == best
         assert ("0.00" in text) == (machine is not None)
@@ -190,7 +189,7 @@ class TestChoice:
             3, lambda comm: Layout.agree(q, k, k, comm, schedule="auto", queries="replicated")
         ):
             assert (of.schedule, of.way) == ("lv-xattn", "replicated")
-            assert of.explain() == "queries are replicated: no schedule moves them"
+            assert explain(of) == "queries are replicated: no schedule moves them"
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
     @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lvxattn.common import layout as shared
 from lvxattn.common.handshake import agree_on
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.validation import check_here_or_together, is_array, library, on_rank
+from lvxattn.plan import choose
 
 from .group import AnyGroup, Group, over_cpu
 
@@ -24,7 +25,7 @@ STAMP = 8
 
 
 @dataclass(frozen=True)
-class Layout(shared.Layout):
+class Layout(choose.Layout):
     """The distribution of queries and keys that all ranks agreed on, as one of them sees it.
 
     Attributes are those of `lvxattn.reference.Layout`.  A layout may be used for any number of

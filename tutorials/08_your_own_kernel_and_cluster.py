@@ -301,11 +301,12 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl import Layout
+from lvxattn.plan import explain
 
 comm = MPI.COMM_WORLD
 q, k = np.zeros((1, 8, 1, 64), np.float32), np.zeros((1, 8, 16384, 64), np.float32)
 layout = Layout.agree(q, k, k, comm, schedule="auto")
-bytes_only, explained = layout.schedule, layout.explain()
+bytes_only, explained = layout.schedule, explain(layout)
 timed = Layout.agree(q, k, k, comm, schedule="auto", machine=machine).schedule
 
 # %%
@@ -315,7 +316,7 @@ assert timed in ("lv-xattn", "gather")
 
 # %% [markdown]
 # The bytes are those of the rank that sends most, forward and backward. Both ways of asking lead to
-# a schedule that moves the queries. `layout.explain()` of the other layout has seconds, too.
+# a schedule that moves the queries. `explain` of the other layout has seconds, too.
 #
 # ## A cluster that you do not have yet
 #

@@ -9,12 +9,12 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.cli.tensors import Array, InputError
-from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import raise_together
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
 from lvxattn.mpi_impl.kernels import choose
 from lvxattn.mpi_impl.transport.device import obstacle, use_device
+from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import Machine
 
 

@@ -20,8 +20,8 @@ from lvxattn.cli.ranks import Backend, Ranks
 from lvxattn.cli.report import Cost, Report, print_report, write_json
 from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, create
 from lvxattn.cli.tracing import Recorder, check_picture, save_trace
-from lvxattn.common.layout import Layout
 from lvxattn.common.validation import accumulator, raise_together
+from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
 
 T = TypeVar("T")

@@ -4,9 +4,9 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from lvxattn.cli.tensors import Array
-from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import Communicator
+from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import Machine
 
 

@@ -12,7 +12,7 @@ from lvxattn.cli.problem import Problem
 from lvxattn.common.handshake import AUTO
 from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Meter
-from lvxattn.plan.choose import Candidate, candidates
+from lvxattn.plan.choose import Candidate, candidates, explain
 from lvxattn.plan.trace import Overlap, Trace
 
 # Where stdout is no terminal, a column has this width whatever is in it.
@@ -106,7 +106,7 @@ class Report:
             layout.schedule,
             _why(layout, found) if found else "",
             _machine(layout, problem) if found else "",
-            layout.explain() if found else "",
+            explain(layout) if found else "",
             layout.scale,
             options.repeat,
             measured,

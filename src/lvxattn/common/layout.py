@@ -8,17 +8,15 @@ launcher gave them, so that P - 1 hops cross a slow link between hosts no more o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from math import isclose
 from typing import Any, Self
 
 from lvxattn.common.handshake import (
-    AUTO,
     EQUAL_ON_ALL_RANKS,
     MASKS_TRAVEL,
     ONLY_OF_THE_CALL,
-    SCHEDULES,
     Backward,
     MaskKind,
     Record,
@@ -68,7 +66,7 @@ class Layout:
     queries : str
         ``"sharded"``, or ``"replicated"``: every rank holds all queries.
     machine : lvxattn.plan.Machine or None
-        What `explain` reckons with.
+        What the planner computes seconds for.
     stamp_nbytes : int
         How many bytes every message of a backward has besides, which say whose it is.
     """
@@ -91,8 +89,9 @@ class Layout:
     machine: Any = None
     stamp_nbytes: int = 0
 
-    @staticmethod
+    @classmethod
     def agree(
+        cls,
         q: Array,
         k: Array,
         v: Array,
@@ -105,7 +104,7 @@ class Layout:
         machine: Any = None,
         backward: Backward | None = None,
         check: Callable[[], object] | None = None,
-    ) -> "Layout":
+    ) -> Self:
         """Check all ranks' arguments together and lay out the ring.
 
         Collective: every rank of comm calls this.  One all-gather of a few numbers, two where a
@@ -121,7 +120,8 @@ class Layout:
         comm : communicator
         schedule : str
             ``"lv-xattn"``, ``"ring"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the one that
-            sends the fewest bytes or, on a known machine, takes the least time.
+            sends the fewest bytes or, on a known machine, takes the least time
+            (`lvxattn.plan.choose.Layout` resolves it).
         scale : float, optional
             ``1 / sqrt(D)`` unless given.
         mask : None, array or callable
@@ -151,13 +151,13 @@ class Layout:
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
             machine=machine, backward=backward, call=call, check=check,
         )  # fmt: skip
-        return Layout.of(records, comm.rank)
+        return cls.of(records, comm.rank)
 
     @classmethod
     def of(cls, records: list[Record], rank: int) -> Self:
         """Return the layout that follows from all ranks' records, as `rank` sees it."""
         first, hosts = records[0], [r.host for r in records]
-        layout = cls(
+        return cls(
             rank=rank,
             order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
             s_q=tuple(r.s_q for r in records),
@@ -171,37 +171,11 @@ class Layout:
             },
             machine=first.machine,
         )
-        return layout.resolved()
-
-    def resolved(self) -> Self:
-        """Return the layout with a schedule that has a name of its own."""
-        if self.schedule != AUTO:
-            return self
-        if self.queries == "replicated":
-            return replace(self, schedule=SCHEDULES[0])
-        from lvxattn.plan.choose import candidates
-
-        return replace(self, schedule=candidates(self, self.machine)[0].schedule)
 
     @property
     def way(self) -> str:
         """How blocks move: the schedule or, where queries are replicated, that."""
         return "replicated" if self.queries == "replicated" else self.schedule
-
-    def explain(self) -> str:
-        """Say what every schedule would cost on these lengths, the best first.  Not collective.
-
-        Returns
-        -------
-        str
-            A table: messages and bytes of the rank that sends most, seconds where a machine was
-            given, forward and backward together; and why a schedule cannot be taken.
-        """
-        if self.queries == "replicated":
-            return "queries are replicated: no schedule moves them"
-        from lvxattn.plan.choose import candidates, table
-
-        return f"{self.schedule} is taken\n{table(candidates(self, self.machine))}"
 
     def check(
         self,

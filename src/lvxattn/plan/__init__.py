@@ -3,7 +3,7 @@
 No algorithm file imports this package.
 """
 
-from lvxattn.plan.choose import Candidate, candidates
+from lvxattn.plan.choose import Candidate, candidates, explain
 from lvxattn.plan.machine import MACHINES, Link, Machine
 from lvxattn.plan.memory import Memory, memory, most_frames
 from lvxattn.plan.problem import planned
@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "Played",
     "candidates",
+    "explain",
     "memory",
     "messages",
     "most_frames",

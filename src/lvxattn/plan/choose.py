@@ -6,12 +6,30 @@ ranks may have different ones.
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
-from lvxattn.common.handshake import MASKS_TRAVEL, SCHEDULES
-from lvxattn.common.layout import Layout
+from lvxattn.common import layout as common
+from lvxattn.common.handshake import AUTO, MASKS_TRAVEL, SCHEDULES, Record
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
+
+
+class Layout(common.Layout):
+    """What all ranks agreed on, with ``schedule="auto"`` resolved to the best schedule.
+
+    Attributes and methods are those of `lvxattn.common.layout.Layout`.
+    """
+
+    @classmethod
+    def of(cls, records: list[Record], rank: int) -> Self:
+        """Return the layout that follows from all ranks' records, as `rank` sees it."""
+        layout = super().of(records, rank)
+        if layout.schedule != AUTO:
+            return layout
+        if layout.queries == "replicated":  # which moves nothing that a schedule could choose
+            return replace(layout, schedule=SCHEDULES[0])
+        return replace(layout, schedule=candidates(layout, layout.machine)[0].schedule)
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Candidate:
     refused: str
 
 
-def candidates(layout: Layout, machine: Machine | None = None) -> list[Candidate]:
+def candidates(layout: common.Layout, machine: Machine | None = None) -> list[Candidate]:
     """Return what every schedule would cost, the best first.  Not collective.
 
     Parameters
@@ -58,7 +76,7 @@ def candidates(layout: Layout, machine: Machine | None = None) -> list[Candidate
     return sorted(found, key=rank)
 
 
-def candidate(layout: Layout, machine: Machine | None) -> Candidate:
+def candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
     """Return what the layout's schedule costs.
 
     Parameters
@@ -84,7 +102,7 @@ def candidate(layout: Layout, machine: Machine | None) -> Candidate:
     return Candidate(layout.schedule, max(map(len, by_rank)), nbytes, seconds, "")
 
 
-def unlike_ranks(layout: Layout) -> list[int]:
+def unlike_ranks(layout: common.Layout) -> list[int]:
     """Return one rank of each kind: every other one sends as much as one of these.
 
     A block is passed on by all ranks but its owner's left neighbour, where it ends, and a result by
@@ -106,7 +124,7 @@ def unlike_ranks(layout: Layout) -> list[int]:
     return list(kinds.values())
 
 
-def refusal(layout: Layout) -> str:
+def refusal(layout: common.Layout) -> str:
     """Say why the layout's schedule cannot serve it; nothing where it can.
 
     Parameters
@@ -124,19 +142,27 @@ def refusal(layout: Layout) -> str:
     return ""
 
 
-def table(found: list[Candidate]) -> str:
-    """Return candidates as text, a line each.
+def explain(layout: common.Layout) -> str:
+    """Return what every schedule would cost on the layout's lengths, best first.  Not collective.
 
     Parameters
     ----------
-    found : list of Candidate
+    layout : Layout
+        Its machine, if it has one, adds seconds.
 
     Returns
     -------
     str
+        A table: messages and bytes of the rank that sends most, and seconds, forward and backward
+        together; and why a schedule cannot be used.
     """
-    lines = [f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}"]
-    for c in found:
+    if layout.queries == "replicated":
+        return "queries are replicated: no schedule moves them"
+    lines = [
+        f"{layout.schedule} is taken",
+        f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}",
+    ]
+    for c in candidates(layout, layout.machine):
         if c.refused:
             lines.append(f"{c.schedule:10}  cannot be taken: {c.refused}")
             continue
