@@ -31,15 +31,15 @@ Array = Any  # NumPy or CuPy
 # Above this |lse|, the backward reruns the forward.
 LARGE_LSE = 256.0
 
-Forward = Callable[..., tuple[Array, Array, Array]]
-Backward = Callable[..., tuple[Array, Array, Array]]
+Schedule = Callable[..., tuple[Array, Array, Array]]
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
-BACKWARD = {
-    "lv-xattn": lv_xattn_backward,
-    "ring": ring_attention_backward,
-    "ulysses": ulysses_backward,
-    "gather": gather_backward,
+# Forward and backward of every way in which blocks travel (`Layout.way`).
+SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
+    "lv-xattn": (lv_xattn, lv_xattn_backward),
+    "ring": (ring_attention, ring_attention_backward),
+    "ulysses": (ulysses, ulysses_backward),
+    "gather": (gather, gather_backward),
+    "replicated": (replicated, replicated_backward),
 }
 
 
@@ -108,7 +108,7 @@ def cross_attention(
             )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
-    forward, _ = schedule_functions(layout)
+    forward, _ = SCHEDULE_FUNCTIONS[layout.way]
     with named(comm), computing(q):
         exchange = Exchange(comm, layout, q, mask, meter)
         out, top, total = forward(q, k, v, exchange)
@@ -189,7 +189,7 @@ def cross_attention_backward(
             )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=results)
-    forward, backward = schedule_functions(layout)
+    forward, backward = SCHEDULE_FUNCTIONS[layout.way]
     with named(comm), computing(q):
         dout = dout.astype(q.dtype, copy=False)  # as on the ranks that it visits
         lse_remainder = None
@@ -206,13 +206,6 @@ def cross_attention_backward(
         exchange.finish()
         dq, dk, dv = (x.astype(q.dtype, copy=False) for x in gradients)
         return dq, dk, dv
-
-
-def schedule_functions(layout: Layout) -> tuple[Forward, Backward]:
-    """Return the forward and the backward of the layout's schedule."""
-    if layout.queries == "replicated":
-        return replicated, replicated_backward
-    return FORWARD[layout.schedule], BACKWARD[layout.schedule]
 
 
 def check_comm(comm: MPI.Intracomm) -> None:

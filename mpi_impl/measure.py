@@ -110,7 +110,7 @@ class Probe:
         row = np.random.default_rng(self.comm.rank).standard_normal(D)
         row = row.astype(self._numpy_dtype)
         q, k, v = (
-            self.xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())
+            self.xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())  # (1, H or H_KV, s, D)
             for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
         )
 

@@ -75,7 +75,7 @@ class Tiles:
         """Return a b^T in scratch number `which`, which the next tile overwrites."""
         shape = (*a.shape[:2], b.shape[1])
         out = self.scratch[which, : prod(shape)].reshape(shape)  # (heads, G rows, keys)
-        return self.xp.matmul(a, b.swapaxes(-1, -2), out=out)
+        return self.xp.matmul(a, b.swapaxes(-1, -2), out=out)  # (heads, G rows, keys)
 
     def over_rows(self, a: Array, b: Array) -> Array:
         """Return a^T b.  For a single row a product is four times as fast as NumPy's matmul."""

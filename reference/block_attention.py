@@ -100,7 +100,7 @@ def partial_attention(
         base = np.where(row_max == -np.inf, 0.0, row_max)
         p = np.exp(scores - base[..., None])
         row_sum = p.sum(axis=-1)
-        row_out = _ungroup(_group(p, k) @ v[:, :, None, keys])
+        row_out = _ungroup(_group(p, k) @ v[:, :, None, keys])  # (B, H, s_q, D_V)
         row_out /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
         # 3. Join it with the tiles before.
         out, top, total = merge_partials(out, top, total, row_out, row_max, row_sum)
@@ -159,12 +159,12 @@ def block_attention_backward(
         # 1. Compute the probabilities of these keys among all keys.
         p = np.exp(_scores(q, k, keys, scale, MaskView.of(mask)) - base[..., None])
         # 2. Compute their gradients, and those of the scores.
-        dp = _ungroup(_group(dout, k) @ v[:, :, None, keys].swapaxes(-1, -2))
+        dp = _ungroup(_group(dout, k) @ v[:, :, None, keys].swapaxes(-1, -2))  # (B, H, s_q, keys)
         ds = scale * p * (dp - delta[..., None])
         # 3. Add to plain sums; the heads of a group share their key-value head.
-        dv[:, :, keys] += (_group(p, k).swapaxes(-1, -2) @ _group(dout, k)).sum(axis=2)
-        dk[:, :, keys] += (_group(ds, k).swapaxes(-1, -2) @ _group(q, k)).sum(axis=2)
-        dq += _ungroup(_group(ds, k) @ k[:, :, None, keys])
+        dv[:, :, keys] += _over_rows(p, dout, k)
+        dk[:, :, keys] += _over_rows(ds, q, k)
+        dq += _ungroup(_group(ds, k) @ k[:, :, None, keys])  # (B, H, s_q, D)
     return dq
 
 
@@ -205,12 +205,20 @@ def _tile_keys(q: Array) -> int:
 
 def _scores(q: Array, k: Array, keys: slice, scale: float, mask: MaskView) -> Array:
     B, H, s_q, _ = q.shape
+    # (B, H, s_q, keys)
     scores = scale * _ungroup(_group(q, k) @ k[:, :, None, keys].swapaxes(-1, -2))
     # A callable mask is called on global indices, which np.arange makes.
     mask_tile = mask.tile(slice(0, B), slice(0, H), slice(0, s_q), keys, np.arange)
     if mask_tile is None:
         return scores
     return np.where(mask_tile, scores, -np.inf) if mask_tile.dtype == bool else scores + mask_tile
+
+
+def _over_rows(a: Array, b: Array, k: Array) -> Array:
+    """Return a^T b, summed over the query heads of a group."""
+    products = _group(a, k).swapaxes(-1, -2) @ _group(b, k)  # (B, H_KV, H / H_KV, keys, ...)
+    total: Array = products.sum(axis=2)  # (B, H_KV, keys, ...)
+    return total
 
 
 def _group(x: Array, k: Array) -> Array:

@@ -30,15 +30,15 @@ AnyArray = npt.NDArray[Any]
 # Above this |lse|, the backward reruns the forward.
 LARGE_LSE = 256.0
 
-Forward = Callable[..., tuple[Array, Array, Array]]
-Backward = Callable[..., tuple[Array, Array, Array]]
+Schedule = Callable[..., tuple[Array, Array, Array]]
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
-BACKWARD = {
-    "lv-xattn": lv_xattn_backward,
-    "ring": ring_attention_backward,
-    "ulysses": ulysses_backward,
-    "gather": gather_backward,
+# Forward and backward of every way in which blocks travel (`Layout.way`).
+SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
+    "lv-xattn": (lv_xattn, lv_xattn_backward),
+    "ring": (ring_attention, ring_attention_backward),
+    "ulysses": (ulysses, ulysses_backward),
+    "gather": (gather, gather_backward),
+    "replicated": (replicated, replicated_backward),
 }
 
 
@@ -125,7 +125,7 @@ def cross_attention(
     else:
         check_numpy(q)
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
-    forward, _ = schedule_functions(layout)
+    forward, _ = SCHEDULE_FUNCTIONS[layout.way]
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     exchange = Exchange(comm, layout, mask, meter)
     out, top, total = forward(q, k, v, exchange)
@@ -206,7 +206,7 @@ def cross_attention_backward(
     else:
         check_numpy(q)
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=results)
-    forward, backward = schedule_functions(layout)
+    forward, backward = SCHEDULE_FUNCTIONS[layout.way]
     dout, q, k, v, out, lse = (x.astype(np.float64) for x in (dout, q, k, v, out, lse))
     lse_remainder = None
     if any(comm.allgather(_too_large(lse))):
@@ -219,13 +219,6 @@ def cross_attention_backward(
     dq, dk, dv = backward(dout, q, k, v, lse, delta, exchange)
     exchange.finish()
     return dq, dk, dv
-
-
-def schedule_functions(layout: Layout) -> tuple[Forward, Backward]:
-    """Return the forward and the backward of the layout's schedule."""
-    if layout.queries == "replicated":
-        return replicated, replicated_backward
-    return FORWARD[layout.schedule], BACKWARD[layout.schedule]
 
 
 def _too_large(lse: Array) -> bool:

@@ -171,11 +171,12 @@ def full_attention_backward(
         for keys in _key_tiles(q, k):
             p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
             p /= total[..., None]
+            # (B, H, rows, keys)
             dp = _ungroup(_group(dout_rows, k) @ _fp64(v, keys).swapaxes(-1, -2))
             ds = scale * p * (dp - delta[..., None])
             q_rows = q[:, :, rows].astype(np.float64)
-            dv[:, :, keys] += (_group(p, k).swapaxes(-1, -2) @ _group(dout_rows, k)).sum(axis=2)
-            dk[:, :, keys] += (_group(ds, k).swapaxes(-1, -2) @ _group(q_rows, k)).sum(axis=2)
+            dv[:, :, keys] += _over_rows(p, dout_rows, k)
+            dk[:, :, keys] += _over_rows(ds, q_rows, k)
             dq[:, :, rows] += _ungroup(_group(ds, k) @ _fp64(k, keys))
     return dq, dk, dv
 
@@ -199,6 +200,7 @@ def _scores(
     mask: AnyArray | MaskRule | None,
 ) -> Array:
     q_rows = q[:, :, rows].astype(np.float64)
+    # (B, H, rows, keys)
     scores = scale * _ungroup(_group(q_rows, k) @ _fp64(k, keys).swapaxes(-1, -2))
     everything = slice(0, q.shape[0]), slice(0, q.shape[1])
     # A callable mask is called on global indices, which np.arange makes.
@@ -206,6 +208,13 @@ def _scores(
     if mask_tile is None:
         return scores
     return np.where(mask_tile, scores, -np.inf) if mask_tile.dtype == bool else scores + mask_tile
+
+
+def _over_rows(a: Array, b: Array, k: AnyArray) -> Array:
+    """Return a^T b, summed over the query heads of a group."""
+    products = _group(a, k).swapaxes(-1, -2) @ _group(b, k)  # (B, H_KV, H / H_KV, keys, ...)
+    total: Array = products.sum(axis=2)  # (B, H_KV, keys, ...)
+    return total
 
 
 def _group(x: Array, k: AnyArray) -> Array:

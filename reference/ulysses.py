@@ -140,4 +140,5 @@ def joined(masks: list[Array | None], s_kv: tuple[int, ...]) -> Array:
     if any(m.dtype != bool for m in arrays):
         arrays = [np.where(m, 0.0, -np.inf) if m.dtype == bool else m for m in arrays]
     rows = np.broadcast_shapes(*(m.shape[:3] for m in arrays))
+    # (..., S_KV)
     return np.concatenate([np.broadcast_to(m, (*rows, m.shape[3])) for m in arrays], axis=3)

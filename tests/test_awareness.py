@@ -12,7 +12,7 @@ import pytest
 
 from lvxattn.mpi_impl.transport import cuda_aware as awareness
 from tests import fake_cupy
-from tests.launch import ROOT
+from tests.launch import ROOT, gone
 
 
 @pytest.fixture(autouse=True)
@@ -161,18 +161,9 @@ def test_hanging_self_test_is_killed_with_its_children(tmp_path: Path) -> None:
         assert got == (False, f"not done after {seconds} s")
         if where.exists():
             break
-    while runs(int(where.read_text())):
+    while not gone(int(where.read_text())):
         assert time.monotonic() - start < 60
         time.sleep(0.01)
-
-
-def runs(pid: int) -> bool:
-    """Return whether a process runs, and is not a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_self_test_that_cannot_start_fails() -> None:

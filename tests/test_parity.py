@@ -43,14 +43,13 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
         "exchange": {
             **dict.fromkeys(("Exchange.layout", "Rotation.layout"), "a layout with buffers"),
             "Exchange.check_stamp": "autograd's backwards may come in another order on some ranks",
-            "Rotation.device": "blocks may travel through the host's memory",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
             "Exchange.dtype_of": "blocks lie in buffers of bytes",
             "span": "names hop and block for the profiler",
         },
         "lv_xattn": {"lengthen": "kernels return dk and dv new"},
         "cross_attention": {
-            "agreed": "a layer that recomputes keys and values agrees too",
+            "attend": "a layer that recomputes keys and values attends too",
             "autocast_dtype": "autocast is PyTorch's",
             "cast": "autocast is PyTorch's",
             "call_of": "whether a backward follows must be agreed on",
@@ -79,7 +78,6 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "all_to_all": _FIELDS,
         "joined": {"device": "where the mask is made"},
         "cross_attention": {"return_lse": "most callers want out alone"},
-        "schedule_functions": {"group": "errors name the rank"},
         "cross_attention_layer": {
             "make_q": "a module saves the features of the queries in any case",
             "recompute": "a module can save keys and values",
@@ -107,7 +105,7 @@ ONLY_IN_REFERENCE: dict[str, dict[str, dict[str, str]]] = {
         "exchange": {"Exchange.accumulators": "kernels return dk and dv new"},
         "cross_attention": {
             **_FP64,
-            **dict.fromkeys(("cross_attention_backward", "Forward", "Backward"), _AUTOGRAD),
+            **dict.fromkeys(("cross_attention_backward", "Schedule"), _AUTOGRAD),
             "LARGE_LSE": "the rounding error of lse is saved",
         },
         "recompute": {

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lvxattn.torch_impl import CrossAttention, Layout, block_attention, cross_attention
 from lvxattn.torch_impl import autograd as autograd_module
-from lvxattn.torch_impl.cross_attention import FORWARD
+from lvxattn.torch_impl.cross_attention import SCHEDULE_FUNCTIONS
 from lvxattn.torch_impl.kernels import cuda_flash
 from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec
 from tests.torch_ranks import torch_report
@@ -101,7 +101,7 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("schedule", [*FORWARD, "replicated"])
+@pytest.mark.parametrize("schedule", SCHEDULE_FUNCTIONS)
 @pytest.mark.parametrize("dtype", OPERATORS)
 def test_cuda_step_reads_no_value_of_the_device(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, schedule: str, kind: str

@@ -19,17 +19,7 @@ from lvxattn.mpi_impl.exchange import Exchange
 from lvxattn.mpi_impl.transport import watchdog
 from lvxattn.mpi_impl.transport.watchdog import Watchdog, timeout, watching
 from tests.commands import commands
-from tests.launch import PROGRAMS, mpiexec
-
-
-def gone(pid: int) -> bool:
-    """Return whether a process has ended, or is a zombie."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
-
+from tests.launch import PROGRAMS, gone, mpiexec
 
 RESULTS_HOME = NAMES["lv-xattn"][1]
 KEYS, GRADIENTS = NAMES["ring"]

@@ -27,8 +27,7 @@ from .group import Group
 from .layout import Layout
 from .merge import lse_of, lse_remainder_of
 
-Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Schedule = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Attention(torch.autograd.Function):
@@ -46,13 +45,13 @@ class Attention(torch.autograd.Function):
         mask: Tensor | MaskRule | None,
         group: Group,
         layout: Layout,
-        forward: Forward,
-        backward: Backward,
+        functions: tuple[Schedule, Schedule],
         meter: Meter | None,
         made: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the attention, and save what the backward needs."""
         ctx.set_materialize_grads(False)
+        forward, ctx.backward = map(group.named(), functions)  # their errors name this rank
         with exactly(q.device):
             if q.is_meta and layout.size > 1:
                 out, top, total = shapes(q, v, layout)
@@ -68,7 +67,7 @@ class Attention(torch.autograd.Function):
         save(ctx, mask, *held, out, lse, lse_remainder)
         ctx.made = made
         ctx.group, ctx.layout = group, layout.numbered()
-        ctx.backward, ctx.meter = backward, meter
+        ctx.meter = meter
         return out, lse
 
     @staticmethod
@@ -78,7 +77,7 @@ class Attention(torch.autograd.Function):
         (*held, out, lse, lse_remainder), mask = saved(ctx)
         q, k, v = held or ctx.made.saved_tensors
         if q.is_meta and ctx.layout.size > 1:
-            return *map(torch.empty_like, (q, k, v)), *[None] * 7
+            return *map(torch.empty_like, (q, k, v)), *[None] * 6
         with exactly(q.device):
             # dout in q's dtype, as on the ranks that it visits.
             dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
@@ -87,7 +86,7 @@ class Attention(torch.autograd.Function):
             dq, dk, dv = ctx.backward(dout, q, k, v, lse, delta, exchange)
             exchange.finish()
             dq, dk, dv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-        return dq, dk, dv, *[None] * 7
+        return dq, dk, dv, *[None] * 6
 
 
 def shapes(q: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

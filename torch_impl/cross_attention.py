@@ -12,7 +12,7 @@ from torch import Tensor
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 
-from .autograd import Attention, Backward, Forward, not_compiled
+from .autograd import Attention, Schedule, not_compiled
 from .gather import gather, gather_backward
 from .group import AnyGroup, Group
 from .layout import Layout, Pool
@@ -21,12 +21,13 @@ from .replicated import replicated, replicated_backward
 from .ring_attention import ring_attention, ring_attention_backward
 from .ulysses import ulysses, ulysses_backward
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
-BACKWARD = {
-    "lv-xattn": lv_xattn_backward,
-    "ring": ring_attention_backward,
-    "ulysses": ulysses_backward,
-    "gather": gather_backward,
+# Forward and backward of every way in which blocks travel (`Layout.way`).
+SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
+    "lv-xattn": (lv_xattn, lv_xattn_backward),
+    "ring": (ring_attention, ring_attention_backward),
+    "ulysses": (ulysses, ulysses_backward),
+    "gather": (gather, gather_backward),
+    "replicated": (replicated, replicated_backward),
 }
 
 
@@ -120,46 +121,39 @@ def cross_attention(
     comm = Group.of(group)
     dtype = autocast_dtype(q)
     q, k, v = (cast(x, dtype) for x in (q, k, v))
-    call = call_of(q, k, v, return_lse=return_lse)
-    layout = agreed(
-        q, k, v, comm, layout,
-        schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
+    return attend(
+        q, k, v, comm, layout, schedule=schedule, scale=scale, mask=mask, queries=queries,
+        return_lse=return_lse, meter=meter,
     )  # fmt: skip
-    given = q, k, v, mask, comm, layout, *schedule_functions(layout, comm), meter
-    out, lse = Attention.apply(*given)  # type: ignore[no-untyped-call]
-    return (out, lse) if return_lse else out
 
 
-def agreed(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     group: Group,
     layout: Layout | None,
+    made: Any = None,
     *,
     schedule: str,
     scale: float | None,
     mask: Tensor | MaskRule | None,
     queries: str,
-    call: str,
-) -> Layout:
-    """Return the given layout, checked against this rank's arguments, or agree on one."""
+    return_lse: bool,
+    meter: Meter | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Check the layout or agree on one, and apply `Attention`, which saves q, k and v or `made`."""
     if layout is None:
         layout = Layout.agree(
-            q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call
-        )
-        return replace(layout, pool=Pool(keeps=False))
-    layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries)
-    return layout
-
-
-def schedule_functions(layout: Layout, group: Group) -> tuple[Forward, Backward]:
-    """Return the forward and the backward of the layout's schedule; their errors name this rank."""
-    forward, backward = FORWARD[layout.schedule], BACKWARD[layout.schedule]
-    if layout.queries == "replicated":
-        forward, backward = replicated, replicated_backward
-    named = group.named()
-    return named(forward), named(backward)
+            q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            call=call_of(q, k, v, return_lse=return_lse),
+        )  # fmt: skip
+        layout = replace(layout, pool=Pool(keeps=False))
+    else:
+        layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries)
+    given = q, k, v, mask, group, layout, SCHEDULE_FUNCTIONS[layout.way], meter, made
+    out, lse = Attention.apply(*given)  # type: ignore[no-untyped-call]
+    return (out, lse) if return_lse else out
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

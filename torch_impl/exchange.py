@@ -164,7 +164,7 @@ class Rotation(RotationBase):
         self.hop += 1
         self.exchange.meter.sent(outgoing, layout.right, self.leaving)
         what = self.leaving().name
-        with span(f"{layout.way}: hop {self.hop}, post {what}", self.device):
+        with span(f"{layout.way}: hop {self.hop}, post {what}", self.exchange.device):
             self._post(current[:outgoing], free[:incoming])
         self.buffers = [free, current]
 
@@ -175,21 +175,16 @@ class Rotation(RotationBase):
         """
         layout = self.layout
         what = self.awaited().name
-        with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.device):
+        with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.exchange.device):
             self._wait_for(self.receiving, self.awaited)
         end = self._nbytes(self.hop)
         self.exchange.check_stamp(self.buffers[0][end : end + self.stamp_nbytes], self.awaited())
         # A staged copy must be complete before the next block may overwrite the host memory.
-        return [x.to(self.device) for x in self._views()]
+        return [x.to(self.exchange.device) for x in self._views()]
 
     def wait_sent(self) -> None:
         """Wait until the last send is complete."""
         self._wait_for(self.sending, self.leaving)
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the rank computes on."""
-        return self.exchange.device
 
     def _post(self, block: Array, room: Array) -> None:
         group, layout = self.exchange.group.group, self.layout

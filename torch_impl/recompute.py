@@ -36,8 +36,8 @@ from lvxattn.common.validation import (
     forms,
 )
 
-from .autograd import Attention, not_compiled
-from .cross_attention import agreed, autocast_dtype, call_of, cast, schedule_functions
+from .autograd import not_compiled
+from .cross_attention import attend, autocast_dtype, cast
 from .group import AnyGroup, Group
 from .layout import Layout, check_tensors
 
@@ -160,15 +160,11 @@ def cross_attention_layer(
     # 1. Compute keys and values.
     q, k, v = checkpoint(make, q, y, use_reentrant=False) if recompute else make(q, y)
     # 2. Attend to them; they are freed at the end of this call.
-    call = call_of(q, k, v, return_lse=return_lse)
-    layout = agreed(
-        q, k, v, comm, layout,
-        schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
-    )  # fmt: skip
-    given = q, k, v, mask, comm, layout, *schedule_functions(layout, comm), meter
     # 3. Recompute them, and differentiate the attention.
-    out, lse = Attention.apply(*given, q.grad_fn)  # type: ignore[no-untyped-call]
-    return (out, lse) if return_lse else out
+    return attend(
+        q, k, v, comm, layout, q.grad_fn, schedule=schedule, scale=scale, mask=mask,
+        queries=queries, return_lse=return_lse, meter=meter,
+    )  # fmt: skip
 
 
 class Made(torch.autograd.Function):

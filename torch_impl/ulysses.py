@@ -157,4 +157,4 @@ def joined(masks: list[Array | None], s_kv: tuple[int, ...], device: torch.devic
         zero = torch.zeros((), dtype=wide[0], device=device)
         arrays = [torch.where(m, zero, -torch.inf) if m.dtype == torch.bool else m for m in arrays]
     rows = torch.broadcast_shapes(*(m.shape[:3] for m in arrays))
-    return torch.cat([m.expand(*rows, m.shape[3]) for m in arrays], dim=3)
+    return torch.cat([m.expand(*rows, m.shape[3]) for m in arrays], dim=3)  # (..., S_KV)

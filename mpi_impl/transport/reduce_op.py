@@ -39,7 +39,7 @@ class Rows:
         self.row_bytes = width * like[0].dtype.itemsize
         self.nbytes = count * self.row_bytes
         self.buffer = buffer(xp, self.nbytes, direct=False)
-        self.rows = self.buffer.array.view(like[0].dtype).reshape(count, width)
+        self.rows = self.buffer.array.view(like[0].dtype).reshape(count, width)  # (B H S_Q, width)
 
     def put(self, part: int, arrays: Sequence[Array]) -> None:
         """Pack one part."""
@@ -80,7 +80,7 @@ def operator(
     dtype, columns, width = np.dtype(str(arrays[0].dtype)), *_columns(arrays)
 
     def joined(a: Any, b: Any, _: MPI.Datatype) -> None:
-        rows_a, rows_b = (np.frombuffer(x, dtype).reshape(-1, width) for x in (a, b))
+        rows_a, rows_b = (np.frombuffer(x, dtype).reshape(-1, width) for x in (a, b))  # (n, width)
         result = join(*(rows_a[c] for c in columns), *(rows_b[c] for c in columns))
         for column, x in zip(columns, result, strict=True):
             rows_b[column] = x  # MPI expects the result in the second argument

@@ -232,7 +232,7 @@ class PlainAttention(nn.Module):
         )
         attend = nn.functional.scaled_dot_product_attention
         out = attend(q, k, v, enable_gqa=True)  # (B, H, S_Q, D)
-        joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, S_Q, E)
         return joined
 
 

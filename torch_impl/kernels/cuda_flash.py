@@ -36,7 +36,7 @@ def forward(
     """Compute `partial_attention`."""
     assert mask.mask is None
     out, lse = _forward(fold(q, k), k, v, 0.0, False, False, scale=scale)[:2]
-    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
+    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])  # (B, H, s_q, D), (B, H, s_q)
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
     return Bias(None, None).settle(out.to(accumulator_of(q)), lse)
 
@@ -61,4 +61,4 @@ def backward(
         dout, rows, k, v, out, lse, None, None, rows.shape[2], k.shape[2],
         0.0, False, state, state[0], scale=scale,
     )  # fmt: skip
-    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv
+    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv  # (B, H, s_q, D)

@@ -35,7 +35,7 @@ def forward(
     bias = Bias.of(mask, q, k)
     rows = _fold(q, k, bias)
     out, lse = _forward(rows, k, v, bias.bias, True, 0.0, False, False, scale=scale)[:2]
-    out = out.reshape(*q.shape[:3], v.shape[3])
+    out = out.reshape(*q.shape[:3], v.shape[3])  # (B, H, s_q, D_V)
     return bias.settle(out.to(accumulator_of(q)), lse.reshape(q.shape[:3]))
 
 
@@ -60,7 +60,7 @@ def backward(
         dout, rows, k, v, out, lse, seed, seed, bias.bias, None,
         None, rows.shape[2], k.shape[2], 0.0, False, scale=scale,
     )  # fmt: skip
-    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv
+    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv  # (B, H, s_q, D)
 
 
 def _fold(x: Tensor, k: Tensor, bias: Bias) -> Tensor:

@@ -35,8 +35,8 @@ def forward(
     bias = Bias.of(mask, q, k)
     rows = fold(q, k)
     out, lse = _forward(rows, k, v, _aligned(bias.bias, q, k), True, 0.0, False, scale=scale)[:2]
-    lse = lse[:, :, : rows.shape[2]].reshape(q.shape[:3])
-    out = out.reshape(*q.shape[:3], v.shape[3])
+    lse = lse[:, :, : rows.shape[2]].reshape(q.shape[:3])  # (B, H, s_q)
+    out = out.reshape(*q.shape[:3], v.shape[3])  # (B, H, s_q, D_V)
     return bias.settle(out.to(accumulator_of(q)), lse)
 
 
@@ -61,7 +61,7 @@ def backward(
         fold(dout, k), fold(q, k), k, v, _aligned(bias.bias, q, k), fold(out, k), lse, seed,
         seed, 0.0, [True, True, True, False], False, scale=scale,
     )  # fmt: skip
-    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv
+    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv  # (B, H, s_q, D)
 
 
 def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -76,5 +76,6 @@ def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     if bias.shape[1] != 1:
         bias = fold(bias.expand(-1, -1, q.shape[2], -1), k)
     elif bias.shape[2] != 1:
+        # (..., 1, G s_q, s_kv)
         bias = bias.expand(-1, G, -1, -1).reshape(bias.shape[0], 1, -1, bias.shape[3])
     return bias[..., :s_kv].expand(q.shape[0], k.shape[1], G * q.shape[2], -1)
