@@ -193,7 +193,7 @@ def cross_attention_backward(
     with named(comm), computing(q):
         dout = dout.astype(q.dtype, copy=False)  # as on the ranks that it visits
         lse_remainder = None
-        with watching(comm, "all ranks to look at lse"):
+        with watching(comm, "all ranks to check lse"):
             rerun = any(comm.allgather(_too_large(lse)))
         if rerun:
             exchange = Exchange(comm, layout, q, mask, meter)

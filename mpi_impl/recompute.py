@@ -214,7 +214,7 @@ def _keys_and_values(
 
     together = layout is None
     made = attempt(lambda: make_kv(y) if callable(make_kv) else None, comm, together=together)
-    with watching(comm, "all ranks to make keys and values"):
+    with watching(comm, "all ranks to compute keys and values"):
         check_here_or_together(check, comm, together=together)
     k, v = made
     return k, v

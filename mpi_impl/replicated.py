@@ -26,15 +26,12 @@ def replicated(
     Collective: every rank calls this.  Arguments come from `cross_attention`.  Returns (out, top,
     total), merged over all ranks' keys, on every rank.
     """
+    mask = exchange.mask_view_of_all()
+
     # 1. Attend from all queries to my keys.
     with exchange.computing(what=WHAT):
         partial = partial_attention(
-            q,
-            k_shard,
-            v_shard,
-            scale=exchange.scale,
-            mask=exchange.mask_view_of_all(),
-            progress=exchange.progress,
+            q, k_shard, v_shard, scale=exchange.scale, mask=mask, progress=exchange.progress
         )
     # 2. Merge with the results for the other ranks' keys.
     out, top, total = all_reduce(exchange, merge_partials, *partial)
@@ -51,12 +48,13 @@ def replicated_backward(
     and dk and dv of this rank's keys, summed over all queries.
     """
     dk, dv = exchange.accumulators(k_shard, v_shard)
+    mask = exchange.mask_view_of_all()
 
     # 1. Differentiate all queries' attention to my keys.
     with exchange.computing(what=WHAT):
         dq = block_attention_backward(
             dout, q, k_shard, v_shard, lse, delta, dk, dv,
-            scale=exchange.scale, mask=exchange.mask_view_of_all(), progress=exchange.progress,
+            scale=exchange.scale, mask=mask, progress=exchange.progress,
         )  # fmt: skip
     # 2. Add the gradients through the other ranks' keys.
     (dq,) = all_reduce(exchange, added, dq)

@@ -100,7 +100,7 @@ class Exchange(ExchangeBase):
             Forwards.name(int.from_bytes(x.tolist(), "little")) for x in (self.stamp, stamp)
         )
         raise RuntimeError(
-            f"{self.group.name} met, in the backward of {mine}, {block}, of {its}: call the "
+            f"{self.group.name} received, in the backward of {mine}, {block} of {its}: call the "
             "backwards of several forwards in one order on all ranks, or one for the sum of "
             "their losses"
         )

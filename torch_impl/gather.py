@@ -34,13 +34,13 @@ def gather(
     Collective: every rank calls this.  Arguments come from `cross_attention`.  Returns (out, top,
     total), merged over all ranks' keys.
     """
+    mask = exchange.mask_view_of_all()
+
     # 1. Gather all ranks' queries.
     (q_all,) = all_gather(exchange, q)
     # 2. Attend from all queries to my keys.
     with exchange.computing(what=WHAT):
-        partial = partial_attention(
-            q_all, k_shard, v_shard, scale=exchange.scale, mask=exchange.mask_view_of_all()
-        )
+        partial = partial_attention(q_all, k_shard, v_shard, scale=exchange.scale, mask=mask)
     # 3. Return every result to its owner, merged over all ranks' keys.
     out, top, total = reduce_scatter(exchange, merge_partials, *partial)
     return out, top, total
@@ -55,13 +55,15 @@ def gather_backward(
     Collective: every rank calls this.  delta (from `delta_of`) replaces out and dlse.  Returns dq,
     and dk and dv of this rank's keys, summed over all queries.
     """
+    mask = exchange.mask_view_of_all()
+
     # 1. Gather all ranks' blocks.
     q_all, dout_all, lse_all, delta_all = all_gather(exchange, q, dout, lse, delta)
     # 2. Differentiate all queries' attention to my keys.
     with exchange.computing(what=WHAT):
         dq, dk, dv = block_attention_backward(
             dout_all, q_all, k_shard, v_shard, lse_all, delta_all,
-            scale=exchange.scale, mask=exchange.mask_view_of_all(), dtype=k_shard.dtype,
+            scale=exchange.scale, mask=mask, dtype=k_shard.dtype,
         )  # fmt: skip
     # 3. Return every gradient to its owner, summed over all ranks' keys.
     (dq,) = reduce_scatter(exchange, added, dq)

@@ -117,7 +117,7 @@ class Group:
         if self.size == 1:
             return [sendobj]
         gathered: list[Any] = [None] * self.size
-        with self.waiting(lambda: "what all ranks have to say"):
+        with self.waiting(lambda: "all ranks' objects to be gathered"):
             dist.all_gather_object(gathered, sendobj, self.group)
         return gathered
 

@@ -241,7 +241,7 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
     device = parameters[0].device
     wire = torch.device("cpu") if over_cpu(comm, device) else device
     held = torch.tensor([_kind(p.grad) for p in parameters], dtype=torch.int32, device=wire)
-    with comm.waiting(lambda: "all ranks to say which gradients they have"):
+    with comm.waiting(lambda: "all ranks to report which gradients they have"):
         dist.all_reduce(held, dist.ReduceOp.MAX, comm.group)
     summed = [(p, kind) for p, kind in zip(parameters, held.tolist(), strict=True) if kind]
     for wide in (torch.float32, torch.float64):

@@ -26,11 +26,11 @@ def replicated(
     Collective: every rank calls this.  Arguments come from `cross_attention`.  Returns (out, top,
     total), merged over all ranks' keys, on every rank.
     """
+    mask = exchange.mask_view_of_all()
+
     # 1. Attend from all queries to my keys.
     with exchange.computing(what=WHAT):
-        partial = partial_attention(
-            q, k_shard, v_shard, scale=exchange.scale, mask=exchange.mask_view_of_all()
-        )
+        partial = partial_attention(q, k_shard, v_shard, scale=exchange.scale, mask=mask)
     # 2. Merge with the results for the other ranks' keys.
     out, top, total = all_reduce(exchange, merge_partials, *partial)
     return out, top, total
@@ -45,11 +45,13 @@ def replicated_backward(
     Collective: every rank calls this.  delta (from `delta_of`) replaces out and dlse.  Returns dq,
     and dk and dv of this rank's keys, summed over all queries.
     """
+    mask = exchange.mask_view_of_all()
+
     # 1. Differentiate all queries' attention to my keys.
     with exchange.computing(what=WHAT):
         dq, dk, dv = block_attention_backward(
             dout, q, k_shard, v_shard, lse, delta,
-            scale=exchange.scale, mask=exchange.mask_view_of_all(), dtype=k_shard.dtype,
+            scale=exchange.scale, mask=mask, dtype=k_shard.dtype,
         )  # fmt: skip
     # 2. Add the gradients through the other ranks' keys.
     (dq,) = all_reduce(exchange, added, dq)

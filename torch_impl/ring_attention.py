@@ -58,10 +58,9 @@ def ring_attention(
         if hop < P - 1:
             blocks.pass_on()
         # 3. Attend from my queries to the visiting keys.
+        mask = visiting_mask(exchange, mask_block, hop)
         with exchange.computing(hop):
-            partial = partial_attention(
-                q, k_block, v_block, scale=scale, mask=visiting_mask(exchange, mask_block, hop)
-            )
+            partial = partial_attention(q, k_block, v_block, scale=scale, mask=mask)
         # 4. Merge with the result for the keys before.
         mine = merge_partials(*mine, *partial)
     return mine
