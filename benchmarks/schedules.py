@@ -30,7 +30,7 @@ from lvxattn.common.handshake import SCHEDULES
 from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.plan import Machine, play
 from lvxattn.plan.choose import refusal
-from lvxattn.plan.problem import planned
+from lvxattn.plan.models import planned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from lvxattn.cli import UsageError, refuse, run_command
 from lvxattn.cli.arguments import Parser, natural, positive
 from lvxattn.cli.measure import add_options as add_measure_options
 from lvxattn.cli.measure import run_measure
-from lvxattn.cli.options import add_options
+from lvxattn.cli.run_options import add_options
 from lvxattn.common.launcher import mismatch, speaks
 from lvxattn.common.validation import on_rank
 from lvxattn.mpi_impl import kernels

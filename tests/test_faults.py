@@ -21,47 +21,24 @@ FLOATS = "float16, bfloat16, float32, float64"
 Expected = dict[str, tuple[type[Exception], tuple[str, ...] | str, Any]]
 EXPECTED: Expected = {
     "q has 3 axes": (ValueError, ("q", "(4, 5, 6)"), 0),
-    "k has 5 axes": (ValueError, ("k", "(1, 2, 2, 7, 6)"), 0),
-    "v has 2 axes": (ValueError, ("v", "(7, 3)"), 0),
     "D = 0": (ValueError, ("q", "(2, 4, 5, 0)"), 0),
     "k has another B": (ValueError, ("k", "B", "2", "(3, 2, 7, 6)"), 0),
-    "k has another D": (ValueError, ("k", "D", "6", "(2, 2, 7, 8)"), 0),
-    "v has another B": (ValueError, ("v", "B", "2", "(1, 2, 7, 3)"), 0),
-    "v has another H_KV": (ValueError, ("v", "H_KV", "2", "(2, 1, 7, 3)"), 0),
-    "v has another length": (ValueError, ("v", "s_kv", "7", "(2, 2, 6, 3)"), 0),
     "H_KV does not divide H": (ValueError, ("k", "H_KV", "4", "(2, 3, 7, 6)"), 0),
-    "more key-value heads than heads": (ValueError, ("k", "H_KV", "4", "(2, 8, 7, 6)"), 0),
     "k has another dtype": (TypeError, ("k", "float64", "float32"), 0),
-    "v has another dtype": (TypeError, ("v", "float64", "float16"), 0),
     "integer q": (TypeError, ("q", FLOATS, "int64"), 0),
-    "integer k": (TypeError, ("k", FLOATS, "int32"), 0),
-    "boolean v": (TypeError, ("v", FLOATS, "bool"), 0),
-    "complex q": (TypeError, ("q", FLOATS, "complex128"), 0),
     "q is a list": (TypeError, ("q", "[[1.0]]"), 0),
-    "k is None": (TypeError, ("k", "None"), 0),
-    "v is a list": (TypeError, ("v", "[1.0]"), 0),
     "scale is NaN": (ValueError, ("scale", "nan"), 0),
-    "scale is infinite": (ValueError, ("scale", "inf"), 0),
     "scale is a string": (TypeError, ("scale", "'0.5'"), 0),
-    "scale is a bool": (TypeError, ("scale", "True"), 0),
     "scale is an array": (TypeError, ("scale", "array([1., 1.])"), 0),
     "unknown schedule": (ValueError, ("schedule", "'ulysses'", "'star'"), 0),
     "mask does not broadcast over B": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(3, 1, 1, 7)"), 0),
-    "mask does not broadcast over H": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(1, 2, 1, 7)"), 0),
-    "mask has 5 axes": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(1, 1, 1, 1, 7)"), 0),
-    "mask has no axes": (ValueError, ("mask", "(2, 4, S_Q, 7)", "()"), 0),
     "mask's last axis is all keys": (ValueError, ("mask", "7", "(1, 1, 1, {7P+1})"), 0),
-    "mask's last axis is 1": (ValueError, ("mask", "7", "(1, 1, 1, 1)"), 0),
     "mask's query axis is neither 1 nor all": (ValueError, ("mask", "{5P}", "({5P+1}, 7)"), 0),
     "mask's query axis is 2 beside B and H": (ValueError, ("mask", "{5P}", "(2, 4, 2, 7)"), 0),
     "integer mask": (TypeError, ("mask", "uint8"), 0),
-    "mask is a list": (TypeError, ("mask", "[True, True, True,"), 0),
     "dout has out's shape but for D_V": (ValueError, ("dout", "(2, 4, 5, 3)", "(2, 4, 5, 4)"), 0),
-    "out has 3 axes": (ValueError, ("out", "(2, 4, 5, 3)", "(2, 4, 5)"), 0),
-    "lse has 4 axes": (ValueError, ("lse", "(2, 4, 5)", "(2, 4, 5, 1)"), 0),
     "dlse has another length": (ValueError, ("dlse", "(2, 4, 5)", "(2, 4, 4)"), 0),
     "integer dout": (TypeError, ("dout", FLOATS, "int64"), 0),
-    "lse is None": (TypeError, ("lse", "None"), 0),
     "backward with 3 axes in q": (ValueError, ("q", "(4, 5, 6)"), 0),
     "make_kv is a name": (TypeError, ("make_kv", "'k_proj'"), 0),
     "make_kv returns nothing": (TypeError, ("make_kv", "NoneType"), 0),
@@ -243,8 +220,7 @@ OF_TENSORS: Expected = {
     ),
     "ranks differ in lse": (ValueError, ("call", "'forward'", "'forward, with lse'"), LAST),
 }
-OF_BACKWARD = {"dout has out's shape but for D_V", "out has 3 axes", "lse has 4 axes"}
-OF_BACKWARD |= {"dlse has another length", "integer dout", "lse is None"}
+OF_BACKWARD = {"dout has out's shape but for D_V", "dlse has another length", "integer dout"}
 OF_BACKWARD |= {"backward with 3 axes in q", "the last rank's dout"}
 OF_BACKWARD |= {"ranks differ in the backward's schedule"}
 OF_BACKWARD |= {"several ranks and one head with ulysses, backward"}

@@ -70,8 +70,7 @@ def test_ulysses_requires_kv_heads_divisible_by_ranks() -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         reference.run_ranks(4, lambda comm: solve(problem, comm, reference, schedule="ulysses"))
     assert str(raised.value) == (
-        "schedule: expected another one than 'ulysses', which needs H_KV to be a multiple of the "
-        "4 ranks, got H_KV = 2 (on rank 0 of 4)"
+        "schedule: 'ulysses' requires H_KV divisible by the 4 ranks, got H_KV = 2 (on rank 0 of 4)"
     )
 
 

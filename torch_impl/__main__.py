@@ -15,7 +15,7 @@ from lvxattn.cli import UsageError, refuse, run_command
 from lvxattn.cli.arguments import Parser
 from lvxattn.cli.measure import add_options as add_measure_options
 from lvxattn.cli.measure import run_measure
-from lvxattn.cli.options import add_options
+from lvxattn.cli.run_options import add_options
 from lvxattn.torch_impl.commands.run import TorchRanks, check_environment, world
 from lvxattn.torch_impl.commands.run.backend import Backend
 from lvxattn.torch_impl.commands.train import add_options as add_train_options

@@ -510,7 +510,7 @@ for text in (16, TEXT):
 # - Bytes decide where the network is what everybody waits for; with very few queries `gather` sends
 #   the same and is faster.
 #
-# Files: [src/lvxattn/plan/problems.py](../src/lvxattn/plan/problems.py),
+# Files: [src/lvxattn/plan/models.py](../src/lvxattn/plan/models.py),
 # [steps.py](../src/lvxattn/plan/steps.py), [simulate.py](../src/lvxattn/plan/simulate.py),
 # [choose.py](../src/lvxattn/plan/choose.py), [machine.py](../src/lvxattn/plan/machine.py),
 # [memory.py](../src/lvxattn/plan/memory.py).

@@ -18,7 +18,7 @@ _NUMBERS = 7003
 
 
 class MPIRanks:
-    """The ranks of a communicator, seen from one of them; `lvxattn.cli.ranks.Ranks`.
+    """The ranks of a communicator, seen from one of them; `lvxattn.cli.run_ranks.Ranks`.
 
     Attributes
     ----------

@@ -51,11 +51,11 @@ class RotationBase:
         self.layout, self.kind, self.hop = layout, kind, hop
 
     def awaited(self) -> Block:
-        """Return what comes from the left at this hop."""
+        """Return the block that comes from the left at this hop."""
         layout = self.layout
         return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
 
     def leaving(self) -> Block:
-        """Return what goes to the right at this hop."""
+        """Return the block that goes to the right at this hop."""
         layout = self.layout
         return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)

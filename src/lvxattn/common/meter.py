@@ -1,4 +1,4 @@
-"""Counters of one rank's messages, bytes and seconds."""
+"""Count the messages, bytes and seconds of one rank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,18 +8,22 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """A block that is computed with, sent or awaited, as messages name it.
+    """A block that is computed with, sent or awaited, for reports and error messages.
 
     Attributes
     ----------
     kind : str
-        With "{}" for the owner's rank, if it has one.
+        Name of its kind, with ``{}`` for the owner if it has one.
     owner : int or None
-        The rank that it belongs to.
     hop : int
-        The hop at which it arrives or has arrived; 0 at home and where there is no ring.
+        The hop of the ring at which it arrives or has arrived; 0 at home and without a ring.
     source, dest : int or None
-        The rank that it is awaited from, or sent to.
+        The rank from which it is awaited, or which is to receive it.
+
+    Examples
+    --------
+    >>> print(Block("the queries of rank {}", owner=2, hop=1, source=3))
+    the queries of rank 2 at hop 1, from rank 3
     """
 
     kind: str
@@ -30,16 +34,16 @@ class Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Kind and owner."""
+        """Its kind, with the owner."""
         return self.kind.format(self.owner)
 
     @property
     def whose(self) -> int | None:
-        """The owner's rank, if the name contains it."""
+        """The owner, if its kind has one."""
         return self.owner if "{}" in self.kind else None
 
     def __str__(self) -> str:
-        """Return the name, hop and source or destination."""
+        """Format as the object of a wait."""
         what = f"{self.name} at hop {self.hop}" if self.hop else self.name
         if self.dest is not None:
             return f"rank {self.dest} to take {what}"
@@ -48,28 +52,30 @@ class Block(NamedTuple):
 
 @dataclass
 class Meter:
-    """Counts one rank's messages, bytes and seconds, over any number of calls.
+    """Totals of one rank over any number of calls.
 
-    Descriptions of blocks are used by `timeline.Timeline` only.  They are passed as functions, so
-    that nothing is formatted where it is not read.
+    Its methods take functions that return blocks, so that a block is described only if needed, as
+    by `timeline.Timeline`.
 
     Attributes
     ----------
     messages, bytes : int
         Blocks sent by this rank, and the size of their arrays.
     computing, waiting : float
-        Seconds in local attention, and seconds spent waiting for a block.  On an asynchronous
-        device such as a GPU, computing is the time that it takes to launch the work.
+        Seconds in local attention, and seconds waiting for blocks.  On an asynchronous device, such
+        as a GPU, computing is the time to launch the work.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from lvxattn.reference import Meter, cross_attention, run_ranks
-    >>> meters = [Meter(), Meter()]
-    >>> x = np.ones((1, 1, 3, 4))  # 3 queries, keys and values on each of 2 ranks
-    >>> _ = run_ranks(2, lambda comm: cross_attention(x, x, x, comm, meter=meters[comm.rank]))
-    >>> meters[0].messages, meters[0].bytes  # q, then out, top and total of the other rank
-    (2, 240)
+    >>> from lvxattn.reference import Meter, cross_attention, run_ranks, shard
+    >>> q, kv, meters = np.ones((1, 1, 8, 4)), np.ones((1, 1, 64, 4)), [Meter(), Meter()]
+    >>> def on_a_rank(comm):
+    ...     parts = (shard(x, comm) for x in (q, kv, kv))
+    ...     cross_attention(*parts, comm, meter=meters[comm.rank])
+    >>> _ = run_ranks(2, on_a_rank)
+    >>> meters[0].messages, meters[0].bytes
+    (2, 320)
     """
 
     messages: int = 0
@@ -78,35 +84,35 @@ class Meter:
     waiting: float = 0.0
 
     def totals(self) -> "Meter":
-        """Return a copy of the numbers, without a timeline."""
+        """Return the totals as a plain meter."""
         return Meter(self.messages, self.bytes, self.computing, self.waiting)
 
     def begins(self, name: str) -> None:
-        """Begin a pass."""
+        """Record the begin of a pass."""
 
     def sent(self, nbytes: int, dest: int, what: Callable[[], Block]) -> None:  # noqa: ARG002
-        """Count one block about to be sent to `dest`; `what` returns its description."""
+        """Count a block that is about to be sent to `dest`; `what` returns it."""
         self.messages += 1
         self.bytes += nbytes
 
     @contextmanager
     def computes(self, what: Callable[[], Block]) -> Iterator[None]:
-        """Count the time within as computing; `what` returns the block computed with."""
+        """Time the context as computing with the block that `what` returns."""
         start = perf_counter()
         yield
         self.computed_from(start, perf_counter(), what)
 
     @contextmanager
     def waits(self, what: Callable[[], Block]) -> Iterator[None]:
-        """Count the time within as waiting; `what` returns the block awaited."""
+        """Time the context as waiting for the block that `what` returns."""
         start = perf_counter()
         yield
         self.waited_from(start, perf_counter(), what)
 
     def computed_from(self, start: float, end: float, what: Callable[[], Block]) -> None:  # noqa: ARG002
-        """Add a time of computing."""
+        """Add a span of computing."""
         self.computing += end - start
 
     def waited_from(self, start: float, end: float, what: Callable[[], Block]) -> None:  # noqa: ARG002
-        """Add a time of waiting."""
+        """Add a span of waiting."""
         self.waiting += end - start

@@ -1,7 +1,7 @@
-"""Which schedule to take: the fewest bytes, or on a known machine the least time.
+"""Choose a schedule: the fewest bytes or, on a known machine, the least time.
 
-What counts is a forward and a backward pass together.  A schedule that cannot serve the problem is
-not taken: ulysses where P does not divide H_KV, ring and ulysses where a mask is a rule, because
+A forward and a backward pass count together.  A schedule that does not support the problem is not
+chosen: ulysses where P does not divide H_KV, ring and ulysses where a mask is a callable, because
 ranks may have different ones.
 """
 
@@ -16,7 +16,7 @@ from lvxattn.plan.steps import messages
 
 
 class Layout(common.Layout):
-    """What all ranks agreed on, with ``schedule="auto"`` resolved to the best schedule.
+    """The layout that ranks agree on, with ``schedule="auto"`` resolved to the best schedule.
 
     Attributes and methods are those of `lvxattn.common.layout.Layout`.
     """
@@ -34,7 +34,7 @@ class Layout(common.Layout):
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one schedule would cost, forward and backward.
+    """The cost of one schedule, forward and backward.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Candidate:
     seconds : float or None
         None without a machine.
     refused : str
-        Why it cannot be taken; empty where it can.
+        Why the schedule cannot be used; empty if it can.
     """
 
     schedule: str
@@ -55,20 +55,29 @@ class Candidate:
 
 
 def candidates(layout: common.Layout, machine: Machine | None = None) -> list[Candidate]:
-    """Return what every schedule would cost, the best first.  Not collective.
+    """Return the cost of every schedule, best first.  Not collective.
 
     Parameters
     ----------
     layout : Layout
-        Its own schedule does not matter.
+        Its own schedule is ignored.
     machine : Machine, optional
-        Without one nothing is said about time, and fewest bytes, then messages, is best.
+        Without one, seconds are None and candidates are sorted by bytes, then messages.
 
     Returns
     -------
     list of Candidate
+
+    Examples
+    --------
+    A few text tokens attend to a long video:
+
+    >>> from lvxattn.plan import planned
+    >>> layout = planned((1, 8, 64, 64), (1, 8, 65536, 64), P=4)
+    >>> [(c.schedule, c.nbytes) for c in candidates(layout)][:2]
+    [('lv-xattn', 350208), ('gather', 350208)]
     """
-    found = [candidate(replace(layout, schedule=s), machine) for s in SCHEDULES]
+    found = [_candidate(replace(layout, schedule=s), machine) for s in SCHEDULES]
 
     def rank(c: Candidate) -> tuple[bool, float, int]:
         return bool(c.refused), c.nbytes if c.seconds is None else c.seconds, c.messages
@@ -76,18 +85,47 @@ def candidates(layout: common.Layout, machine: Machine | None = None) -> list[Ca
     return sorted(found, key=rank)
 
 
-def candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
-    """Return what the layout's schedule costs.
+def explain(layout: common.Layout) -> str:
+    """Format the cost of every schedule on a layout's lengths, best first.  Not collective.
 
     Parameters
     ----------
     layout : Layout
-    machine : Machine, optional
+        Its machine, if it has one, adds seconds.
 
     Returns
     -------
-    Candidate
+    str
+        A table: messages and bytes of the rank that sends most, and seconds, forward and backward
+        together; and why a schedule cannot be used.
+
+    Examples
+    --------
+    >>> from lvxattn.plan import planned
+    >>> print(explain(planned((1, 6, 64, 64), (1, 6, 65536, 64), P=4, dtype="float32")))
+    lv-xattn is taken
+    schedule    messages             bytes     seconds
+    lv-xattn          12           373,248
+    gather            12           373,248
+    ring               9       452,984,832
+    ulysses     cannot be taken: P = 4 does not divide H_KV = 6
     """
+    if layout.queries == "replicated":
+        return "queries are replicated: no schedule moves them"
+    lines = [
+        f"{layout.schedule} is taken",
+        f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}",
+    ]
+    for c in candidates(layout, layout.machine):
+        if c.refused:
+            lines.append(f"{c.schedule:10}  cannot be taken: {c.refused}")
+            continue
+        seconds = "" if c.seconds is None else f"{c.seconds:.6f}"
+        lines.append(f"{c.schedule:10}{c.messages:>10,}{c.nbytes:>18,}{seconds:>12}".rstrip())
+    return "\n".join(lines)
+
+
+def _candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
     refused = refusal(layout)
     if refused:
         return Candidate(layout.schedule, 0, 0, None, refused)
@@ -103,7 +141,7 @@ def candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
 
 
 def unlike_ranks(layout: common.Layout) -> list[int]:
-    """Return one rank of each kind: every other one sends as much as one of these.
+    """Return one rank of each kind; every other rank sends as much as one of these.
 
     A block is passed on by all ranks but its owner's left neighbour, where it ends, and a result by
     all but its owner.  So what a rank sends follows from its own share and its right neighbour's.
@@ -125,7 +163,7 @@ def unlike_ranks(layout: common.Layout) -> list[int]:
 
 
 def refusal(layout: common.Layout) -> str:
-    """Say why the layout's schedule cannot serve it; nothing where it can.
+    """Return why the layout's schedule does not support it; empty if it does.
 
     Parameters
     ----------
@@ -140,32 +178,3 @@ def refusal(layout: common.Layout) -> str:
     if layout.schedule in MASKS_TRAVEL and any(layout.rules):
         return "a mask is a rule, and ranks may have different ones"
     return ""
-
-
-def explain(layout: common.Layout) -> str:
-    """Return what every schedule would cost on the layout's lengths, best first.  Not collective.
-
-    Parameters
-    ----------
-    layout : Layout
-        Its machine, if it has one, adds seconds.
-
-    Returns
-    -------
-    str
-        A table: messages and bytes of the rank that sends most, and seconds, forward and backward
-        together; and why a schedule cannot be used.
-    """
-    if layout.queries == "replicated":
-        return "queries are replicated: no schedule moves them"
-    lines = [
-        f"{layout.schedule} is taken",
-        f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}",
-    ]
-    for c in candidates(layout, layout.machine):
-        if c.refused:
-            lines.append(f"{c.schedule:10}  cannot be taken: {c.refused}")
-            continue
-        seconds = "" if c.seconds is None else f"{c.seconds:.6f}"
-        lines.append(f"{c.schedule:10}{c.messages:>10,}{c.nbytes:>18,}{seconds:>12}".rstrip())
-    return "\n".join(lines)

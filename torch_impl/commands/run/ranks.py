@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class TorchRanks:
-    """The ranks of a process group, seen from one of them; `lvxattn.cli.ranks.Ranks`.
+    """The ranks of a process group, seen from one of them; `lvxattn.cli.run_ranks.Ranks`.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
-"""What is computed: a file's tensors or random ones, and each rank's share of them.
+"""The problem of a run: tensors from a file or random ones, and each rank's share of them.
 
-Random tensors are made in pieces of 1,024 tokens, each from a seed of its own, so that a problem is
-the same on any number of ranks and no rank makes more than its share.
+Random tensors are drawn in pieces of 1,024 tokens, each from its own seed, so that a problem does
+not depend on the number of ranks and no rank makes more than its share.
 """
 
 from argparse import Namespace
@@ -9,17 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lvxattn.cli.tensors import (
-    Array,
-    InputError,
-    Shape,
-    TensorFile,
-    dtype_of,
-    open_tensors,
-)
+from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, dtype_of, open_tensors
 from lvxattn.common.layout import share
 from lvxattn.common.validation import FLOATING, check_attention, check_mask_rows
-from lvxattn.plan.problems import MODELS
+from lvxattn.plan.models import MODELS
 
 _PIECE = 1024
 # The axis along which each tensor is cut into the ranks' shares.
@@ -28,14 +21,14 @@ AXES = {"q": 2, "k": 2, "v": 2, "dout": 2, "mask": -1}
 
 @dataclass(frozen=True)
 class RandomTensors:
-    """Tensors that are made up, slice by slice."""
+    """Random tensors, drawn slice by slice."""
 
     seed: int
     shapes: dict[str, Shape]
     dtype: str
 
     def read(self, name: str, axis: int, part: slice) -> Array:
-        """Return a slice of a tensor along one axis; only "mask" is not cut along axis 2."""
+        """Return a slice of a tensor along one axis, which is 2 except for "mask"."""
         shape = self.shapes[name]
         if name == "mask":
             rng = np.random.default_rng([self.seed, 0])
@@ -60,9 +53,8 @@ class Problem:
     ----------
     title : str
     source : RandomTensors or TensorFile
-        Where its tensors come from.
     shapes : dict
-        Their whole shapes by name: q, k, v and, where there are, dout and mask.
+        The whole shapes by name: q, k, v and, if present, dout and mask.
     dtype : str
         Of q, k and v.
     """
@@ -75,14 +67,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank holds of a problem.
+    """One rank's share of a problem.
 
     Attributes
     ----------
     rows, keys : slice
-        Which queries and which keys of the whole.
+        Of the whole queries and keys.
     tensors : dict
-        By name: q, k, v and, where there are, dout and mask.
+        By name: q, k, v and, if present, dout and mask.
     """
 
     rows: slice
@@ -91,14 +83,14 @@ class Share:
 
 
 def describe(options: Namespace) -> Problem:
-    """Return the problem that the command line asks for.  Not collective.
+    """Return the problem that the command line describes.  Not collective.
 
     Raises
     ------
     InputError, OSError
-        It cannot be worked on, or cannot be read.
+        It is invalid, or cannot be read.
     """
-    problem = _in_file(options) if options.input else _made_up(options)
+    problem = _from_file(options) if options.input else _random(options)
     whole = {
         name: np.broadcast_to(np.empty((), dtype_of(_dtype(problem, name))), shape)
         for name, shape in problem.shapes.items()  # arrays of the right shapes, without memory
@@ -117,7 +109,7 @@ def describe(options: Namespace) -> Problem:
 
 
 def take_share(problem: Problem, rank: int, size: int) -> Share:
-    """Read, or make, what this rank holds.  Not collective.
+    """Read, or draw, this rank's share.  Not collective.
 
     Raises
     ------
@@ -137,7 +129,7 @@ def take_share(problem: Problem, rank: int, size: int) -> Share:
     return Share(rows, keys, tensors)
 
 
-def _in_file(options: Namespace) -> Problem:
+def _from_file(options: Namespace) -> Problem:
     file = open_tensors(options.input)
     names = ["q", "k", "v", *["dout"] * options.backward]
     for name in names:
@@ -154,7 +146,7 @@ def _in_file(options: Namespace) -> Problem:
     return Problem(options.input, file, shapes, file.tensors["q"].dtype)
 
 
-def _made_up(options: Namespace) -> Problem:
+def _random(options: Namespace) -> Problem:
     model = MODELS[options.model] if options.model else None
 
     def size(name: str, otherwise: int) -> int:
@@ -173,8 +165,11 @@ def _made_up(options: Namespace) -> Problem:
         S_KV = frames * model.tokens_per_frame
         title += f", {frames:,} frame{'s' * (frames != 1)}"
     D_V = size("value_dim", D)
-    shapes: dict[str, Shape] = {"q": (B, H, S_Q, D), "k": (B, H_KV, S_KV, D)}
-    shapes |= {"v": (B, H_KV, S_KV, D_V)}
+    shapes: dict[str, Shape] = {
+        "q": (B, H, S_Q, D),
+        "k": (B, H_KV, S_KV, D),
+        "v": (B, H_KV, S_KV, D_V),
+    }
     if options.backward:
         shapes["dout"] = B, H, S_Q, D_V
     if options.mask == "padding":

@@ -1,16 +1,16 @@
-r"""Is the result right?  Sampled rows against `two_pass`, to within what rounding allows.
+r"""Compare sampled rows of a result with `two_pass`, to within the rounding errors of a right one.
 
-How far off a result may be is derived, not tuned, and for each row by itself (`rounding`): a row
-that a mask hides with a large number must not excuse the others.  -inf, where no key is visible,
-must be so in both, and NaN is never right.
+The tolerance is derived, not tuned, and separate for each row (`rounding`): a row that a mask hides
+with a large number must not loosen that of others.  -inf, where no key is visible, must be in both,
+and NaN is never right.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from lvxattn.cli.problem import Problem, Share
 from lvxattn.cli.rounding import Rounding
+from lvxattn.cli.run_problem import Problem, Share
 from lvxattn.cli.tensors import Array
 from lvxattn.cli.two_pass import Bounded, Point, TwoPass
 from lvxattn.common.validation import Communicator
@@ -20,15 +20,15 @@ SAMPLES = 48
 
 @dataclass(frozen=True)
 class Check:
-    """How one result compares.
+    """The comparison of one result.
 
     Attributes
     ----------
     name : str
     rows : int
-        How many rows were compared.
+        Number of rows compared.
     error, allowed : float
-        The error and its limit, where the error is largest beside its limit.
+        The error and its limit, where their ratio is largest.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether it holds; NaN does not."""
+        """Whether the error is within its limit; NaN is not."""
         return bool(self.error <= self.allowed)
 
 
@@ -52,7 +52,7 @@ def check_results(
     seed: int,
     gpu: bool = False,
 ) -> list[Check]:
-    """Compare sampled rows of out, lse and, where there are, dq, dk and dv.
+    """Compare sampled rows of out, lse and, if present, dq, dk and dv.
 
     Collective: every rank of comm calls this.
 
@@ -66,9 +66,9 @@ def check_results(
     comm : communicator
     scale : float
     seed : int
-        Which rows.
+        Chooses the rows.
     gpu : bool
-        Whether that is where the results were computed.
+        Whether the results were computed on GPUs.
 
     Returns
     -------
@@ -77,7 +77,7 @@ def check_results(
     """
     D, D_V = problem.shapes["q"][3], problem.shapes["v"][3]
     rounding = Rounding(problem.dtype, D, D_V, problem.shapes["k"][2], gpu)
-    with np.errstate(all="ignore"):  # what is checked may be anything
+    with np.errstate(all="ignore"):  # results may be anything
         return _check(problem, share, TwoPass(share, results, comm, scale, rounding), seed)
 
 
@@ -97,7 +97,7 @@ def _check(problem: Problem, share: Share, truth: TwoPass, seed: int) -> list[Ch
 
 
 def _sample(rng: np.random.Generator, B: int, H: int, length: int, P: int) -> list[Point]:
-    """Pick places from all over a sequence, so that every rank's share has some."""
+    """Sample positions from the whole sequence, so that every rank's share has some."""
     count = min(max(SAMPLES, 2 * P), length)
     return [
         (int(rng.integers(B)), int(rng.integers(H)), int(length * (n + rng.random()) / count))
@@ -109,7 +109,7 @@ def _compare(name: str, got: Array, true: Bounded) -> Check:
     finite = np.isfinite(true.value)
     allowed = np.where(finite, true.limit, 0.0)
     error = abs(got - true.value)
-    # -inf, where no key is visible, must be so in both.  NaN is never right, wherever it came from.
+    # -inf, where no key is visible, must be in both; NaN is never right.
     same = got == true.value
     error = np.where(same, 0.0, np.where(np.isfinite(got) & finite, error, np.inf))
     if true.rows.size:

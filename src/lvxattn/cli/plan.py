@@ -1,4 +1,4 @@
-r"""The command of the plan: tables, and a picture.
+r"""The command ``plan``: tables, and a picture.
 
 python -m lvxattn.plan --model llama3v --frames 1200 --text-tokens 2048 \
         --machine a100-16 --plot plan.png
@@ -6,46 +6,45 @@ python -m lvxattn.plan --model llama3v --frames 1200 --text-tokens 2048 \
 
 import sys
 from argparse import ArgumentTypeError, Namespace
-from importlib.util import find_spec
 from pathlib import Path
 
 from lvxattn.cli.arguments import Parser, UsageError, positive
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.validation import FLOATING
-from lvxattn.draw.rotation import PICTURES
+from lvxattn.draw.bars import format_bytes
+from lvxattn.draw.rotation import cannot_draw
 from lvxattn.plan.choose import refusal, unlike_ranks
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.plan.memory import memory, most_frames
-from lvxattn.plan.problem import planned
-from lvxattn.plan.problems import MODELS, Model
+from lvxattn.plan.models import MODELS, planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
 
 _PROGRAM = "python -m lvxattn.plan"
 _WIDTHS = (12, 15, 12, 12, 12)
-# All steps of all ranks are played, and they grow as P^2.
+# All steps of all ranks are simulated: their number grows as P^2.
 _MOST_RANKS = 512
 
 
 def main(arguments: list[str]) -> int:
-    """Print what every schedule costs.
+    """Print the cost of every schedule.
 
     Parameters
     ----------
     arguments : list of str
-        Of the command line.
+        The command line.
 
     Returns
     -------
     int
-        The exit status: 0, or 2 if the arguments make no sense.
+        The exit status: 0, or 2 for an invalid command line.
     """
     try:
         options = _options(arguments)
         text = plan(options)
         if options.plot:
             _plot(options)
-            text += f"\n\n  {options.plot} has the picture"
+            text += f"\n\n  written   {options.plot}"
     except UsageError as error:
         print(str(error).removesuffix(" (on all ranks)"), file=sys.stderr)
         return 2
@@ -54,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def plan(options: Namespace) -> str:
-    """Return the tables: what each schedule costs a layer, and what fits.
+    """Return the tables: the cost of a layer by schedule, and memory.
 
     Parameters
     ----------
@@ -67,13 +66,18 @@ def plan(options: Namespace) -> str:
     """
     model, machine, P = MODELS[options.model], options.machine, options.ranks
     q, k = model.shapes(options.text_tokens, options.frames)
+    measured = []
+    if machine.measured is not None:
+        heads = model.heads, model.kv_heads, model.head_dim
+        text = machine.measured.compared_with("the plan", heads, options.dtype)
+        measured = [f"  measured  {text}"]
     frames, tokens = _count(options.frames, "frame"), _count(options.text_tokens, "text token")
     lines = [
         "LV-XAttn plan",
         f"  problem   {model.name}, {frames}, {tokens}",
         f"  shapes    q {q}   k {k}   v {k}   {options.dtype}",
         f"  machine   {machine.name}: {_count(P, 'rank')}, {min(P, machine.ranks_per_host)} a host",
-        *_measured(machine, model, options.dtype),
+        *measured,
         "",
         "  one layer                         forward                                backward",
         f"  {'schedule':10}" + 2 * f"{'messages':>10}{'sent':>12}{'time':>12}     " + "over ring",
@@ -94,7 +98,7 @@ def plan(options: Namespace) -> str:
             )
             seconds = play(layout, machine, backward=backward).seconds
             nbytes = sum(message.nbytes for message in sent)
-            cells += f"{len(sent):>10,}{_bytes(nbytes):>12}{_seconds(seconds):>12}     "
+            cells += f"{len(sent):>10,}{_size(nbytes):>12}{_seconds(seconds):>12}     "
             times[schedule] += seconds
         rows[schedule] = cells
     for schedule, row in rows.items():
@@ -105,61 +109,56 @@ def plan(options: Namespace) -> str:
     return "\n".join(lines)
 
 
-def _measured(machine: Machine, model: Model, dtype: str) -> list[str]:
-    """Say what the machine's figures were measured with, and how the plan differs from that."""
-    if machine.measured is None:
-        return []
-    heads = model.heads, model.kv_heads, model.head_dim
-    return [f"  measured  {machine.measured.beside('the plan', heads, dtype)}"]
-
-
 def _fitting(options: Namespace) -> list[str]:
-    """Return what all layers take of a rank, with keys and values kept and made again."""
+    """Return the lines on a rank's memory, with keys and values kept and recomputed."""
     model, machine, P = MODELS[options.model], options.machine, options.ranks
     lines = [
         f"  {model.cross_layers:>2} layers, a rank     features   keys, values        text"
         "      blocks       total   frames that fit"
     ]
     fits: list[int] = []
-    for title, recompute in (("kept", False), ("made again", True)):
+    for title, recompute in (("kept", False), ("recomputed", True)):
         given = {"dtype": options.dtype, "recompute": recompute}
         found = memory(model, options.text_tokens, options.frames, P, **given)
         fits.append(most_frames(model, options.text_tokens, P, machine.room, **given))
         sizes = (found.features, found.keys, found.text, found.blocks, found.total)
-        cells = "".join(f"{_bytes(x):>{n}}" for x, n in zip(sizes, _WIDTHS, strict=True))
+        cells = "".join(f"{_size(x):>{n}}" for x, n in zip(sizes, _WIDTHS, strict=True))
         lines.append(f"  keys, values {title:10}{cells}{fits[-1]:>18,}")
     if fits[0]:
         lines.append(
             f"  {fits[1] / fits[0]:.1f} times as many frames, if a rank keeps nothing else"
         )
-    room, frames = _bytes(machine.room), _count(options.frames, "frame")
+    room, frames = _size(machine.room), _count(options.frames, "frame")
     if options.frames <= fits[0]:
         return [*lines, f"  a rank has {room}: room for {frames} either way"]
     if options.frames <= fits[1]:
-        return [*lines, f"  a rank has {room}: room for {frames} only if they are made again"]
+        return [*lines, f"  a rank has {room}: room for {frames} only if they are recomputed"]
     return [*lines, f"  a rank has {room}: NO ROOM for {frames} either way"]
 
 
 def _options(arguments: list[str]) -> Namespace:
-    """Read the arguments; what the machine says stands where nothing else is said."""
+    """Parse the arguments; ranks and dtype default to the machine's."""
     parser = Parser(
         prog=_PROGRAM,
-        description="What each schedule would cost on a cluster, and what fits.",
+        description="Print the time, messages and memory of each schedule on a cluster.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama3v")
-    parser.add_argument("--frames", type=positive, default=1200, metavar="N")
-    parser.add_argument("--text-tokens", type=positive, default=2048, metavar="N")
+    default = "(default: %(default)s)"
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama3v", help=default)
+    for name, count in (("--frames", 1200), ("--text-tokens", 2048)):
+        parser.add_argument(name, type=positive, default=count, metavar="N", help=default)
     parser.add_argument(
         "--machine", type=_machine, default="a100-16", metavar="NAME",
-        help=f"{', '.join(MACHINES)}, or a file that the command measure wrote",
+        help=f"{', '.join(MACHINES)}, or a file written by measure (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--ranks", type=positive, metavar="P", help="the machine's unless given")
+    parser.add_argument(
+        "--ranks", type=positive, metavar="P", help="default: the ranks of the machine"
+    )
     parser.add_argument(
         "--dtype", choices=FLOATING,
-        help="that which the machine was measured with unless given; of a preset, bfloat16",
+        help="default: the dtype measured on the machine; bfloat16 for presets",
     )  # fmt: skip
-    parser.add_argument("--plot", metavar="FILE", help="draw where which schedule wins")
+    parser.add_argument("--plot", metavar="FILE", help="plot the fastest schedule, and memory")
     options = parser.parse_args(arguments)
     measured = options.machine.measured
     options.ranks = options.ranks or options.machine.ranks
@@ -167,21 +166,13 @@ def _options(arguments: list[str]) -> Namespace:
     if options.ranks > _MOST_RANKS:
         parser.error(f"argument --ranks: expected at most {_MOST_RANKS:,}, got {options.ranks:,}")
     if options.plot:
-        problem = _cannot_draw(Path(options.plot))
+        picture = Path(options.plot)
+        problem = cannot_draw(picture)
+        if not problem and not picture.resolve().parent.is_dir():
+            problem = f"there is no folder {picture.resolve().parent}"
         if problem:
             parser.error(f"argument --plot: {problem}")
     return options
-
-
-def _cannot_draw(picture: Path) -> str:
-    """Say what would be found out only after the work; nothing where all is well."""
-    if picture.suffix.lower() not in PICTURES:
-        return f"expected a name that ends in {', '.join(PICTURES)}, got {picture}"
-    if not picture.resolve().parent.is_dir():
-        return f"there is no folder {picture.resolve().parent}"
-    if find_spec("matplotlib") is None:
-        return "needs matplotlib, which is not installed"
-    return ""
 
 
 def _machine(text: str) -> Machine:
@@ -192,7 +183,7 @@ def _machine(text: str) -> Machine:
 
 
 def _plot(options: Namespace) -> None:
-    from lvxattn.draw.plan import winners  # matplotlib takes its time
+    from lvxattn.draw.plan import winners  # imports matplotlib
 
     model, machine = MODELS[options.model], options.machine
     figure = winners(model, machine, options.ranks, options.dtype, options.text_tokens)
@@ -207,11 +198,8 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
-def _bytes(x: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if x >= size:
-            return f"{x / size:.1f} {unit}"
-    return f"{x:.0f} B"
+def _size(x: float) -> str:
+    return format_bytes(x, ".1f")
 
 
 def _seconds(x: float) -> str:
