@@ -1,4 +1,4 @@
-"""Distributed cross-attention over MPI: one rank a process, NumPy or CuPy arrays."""
+"""Distributed cross-attention over MPI: one rank per process, NumPy or CuPy arrays."""
 
 from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter

@@ -1,5 +1,6 @@
 """Run programs under a launcher with a time limit, and end all of their processes."""
 
+import ast
 import json
 import os
 import shlex
@@ -205,3 +206,23 @@ def _kill(processes: dict[int, str]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def checks_of(program: str) -> list[str]:
+    """Return the names of the checks of a program of `PROGRAMS`, without running it."""
+    tree = ast.parse((PROGRAMS / program).read_text())
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "check" for d in node.decorator_list)
+    ]
+
+
+def gone(pid: int) -> bool:
+    """Return whether a process has ended, or is a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"

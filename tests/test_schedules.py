@@ -122,7 +122,7 @@ def test_ulysses_calls_callable_mask_for_own_heads() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_replicated_queries_take_no_schedule(schedule: str) -> None:
-    """Nothing goes round, so that heads need not be dealt out, and masks do not travel."""
+    """No queries or keys travel, so that heads need not be divided, and masks do not travel."""
     problem = Case("replicated", H=3, H_KV=1).make()
 
     def fn(comm: reference.VirtualComm) -> list[Any]:

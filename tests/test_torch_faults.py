@@ -66,7 +66,7 @@ TIMEOUT, SLACK, ENDING = 3.0, 15.0, 30.0
 
 QUERIES, RESULTS = NAMES["lv-xattn"]
 KEYS, GRADIENTS = NAMES["ring"]
-AGREED, JOINED = TOGETHER = "what all ranks have to say", "all ranks' results to be joined"
+AGREED, JOINED = TOGETHER = "all ranks' objects to be gathered", "all ranks' results to be joined"
 
 
 def waited(rank: int, P: int) -> str:
@@ -229,7 +229,9 @@ def test_backwards_in_different_order_raise(case: tuple[Any, ...]) -> None:
     assert not ended["killed"], ended["err"]
     assert ended["out"] == [""] * P  # nobody reached the end
     forward = r"forward (\d) of the layout of (\d\d:\d\d:\d\d\.\d{6}) UTC"
-    error = rf"RuntimeError: rank (\d) of {P} met, in the backward of {forward}, .*, of {forward}: "
+    error = (
+        rf"RuntimeError: rank (\d) of {P} received, in the backward of {forward}, .* of {forward}: "
+    )
     seen = {}
     for rank, err in enumerate(ended["err"]):
         for number, *names in re.findall(error, err):

@@ -1,4 +1,4 @@
-"""Base classes of every implementation's `Exchange` and `Rotation`: owners, hops and masks."""
+"""The common part of every implementation's `Exchange` and `Rotation`: where blocks are, when."""
 
 from typing import Any
 
@@ -8,16 +8,17 @@ from lvxattn.common.meter import Block, Meter
 from lvxattn.common.wire import Kind
 
 
-class Pass:
-    """One pass on one rank.
+class ExchangeBase:
+    """One rank's communication in one forward or backward.
 
     Attributes
     ----------
     layout : Layout
     mask : None, array or callable
-        This rank's.
+        Of this rank's keys.
     meter : Meter
     P, rank : int
+        The number of ranks, and this one.
     scale : float
     """
 
@@ -25,23 +26,26 @@ class Pass:
         self.layout, self.mask, self.meter = layout, mask, meter or Meter()
         self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
 
-    def view(self, hop: int = 0) -> MaskView:
-        """Return my keys' mask over the queries that are here at a hop."""
+    def mask_view(self, hop: int) -> MaskView:
+        """Return the mask of my keys over the queries that are here at a hop."""
         return self.layout.view(self.mask, self.layout.owner(hop), self.rank)
 
-    def view_of_all(self) -> MaskView:
-        """Return my keys' mask over all ranks' queries."""
+    def mask_view_of_all(self) -> MaskView:
+        """Return the mask of my keys over all ranks' queries."""
         return self.layout.view(self.mask, 0, self.rank)
 
-    def split_home(self, *arrays: Any) -> tuple[list[Any], list[Any]]:
-        """Split arrays over my keys, and their mask, into a first and a last part of the work."""
-        cut, mask = self.layout.home_cut, self.view()
-        first, last = ([x[:, :, keys] for x in arrays] for keys in (slice(cut), slice(cut, None)))
-        return [*first, mask], [*last, mask.from_key(cut)]
+    def split_keys(self, *arrays: Any) -> tuple[list[Any], list[Any]]:
+        """Return both halves of arrays over my keys, as views along axis 2, and of their mask.
+
+        With one rank, where nothing travels, the first half is all keys.
+        """
+        cut, mask = self.layout.home_cut, self.mask_view(hop=0)
+        first, second = ([x[:, :, keys] for x in arrays] for keys in (slice(cut), slice(cut, None)))
+        return [*first, mask], [*second, mask.from_key(cut)]
 
 
-class Round:
-    """The rotation of one kind of block round the ring; `hop` is the last one begun."""
+class RotationBase:
+    """One kind of block travelling round the ring; `hop` is the last one that was begun."""
 
     def __init__(self, layout: Layout, kind: Kind, hop: int) -> None:
         self.layout, self.kind, self.hop = layout, kind, hop
