@@ -96,5 +96,5 @@ def _own_device(device: str | None) -> str | None:
 def init_process_group(device: str | None) -> None:
     """Initialize with NCCL for CUDA tensors if each rank of this host has its own GPU."""
     own = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cuda = device is not None and torch.device(device).type == "cuda" and own
+    cuda = (device or "").startswith("cuda") and own  # an invalid device is reported later
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
