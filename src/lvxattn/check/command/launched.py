@@ -1,4 +1,4 @@
-"""The processes of a check with ``--distributed``: who speaks, and how all end alike."""
+"""The processes of a check with ``--distributed``: which one prints, and how all end."""
 
 import os
 import sys
@@ -11,13 +11,7 @@ from lvxattn.common.launcher import mismatch, speaks
 
 
 def rank_of(argv: Sequence[str]) -> int:
-    """Return the number of this process among those that were started together.
-
-    Parameters
-    ----------
-    argv : sequence of str
-        Without ``--distributed`` among them every process is alone, and 0.
-    """
+    """Return the rank of this process, or 0 without ``--distributed`` in argv."""
     if "--distributed" not in argv:
         return 0
     if launched_by_torchrun():
@@ -29,13 +23,7 @@ def rank_of(argv: Sequence[str]) -> int:
 
 
 def check_launcher(argv: Sequence[str]) -> None:
-    """Refuse ranks that all believe to be alone.
-
-    Raises
-    ------
-    UsageError
-        The launcher has started more of them than MPI sees.
-    """
+    """Raise a UsageError if the launcher started more processes than MPI knows of."""
     world = _world() if "--distributed" in argv and not launched_by_torchrun() else None
     wrong = None if world is None else mismatch(os.environ, world.size)
     if wrong:
@@ -43,19 +31,18 @@ def check_launcher(argv: Sequence[str]) -> None:
 
 
 def allgather(x: Any, device: str | None) -> list[Any]:
-    """Return what each rank has given.  Collective: every rank calls this.
+    """Return every rank's x.  Collective: every rank calls this.
 
-    Under torchrun the default process group is made, if there is none; with NCCL for the blocks on
-    CUDA devices, if each rank of this host can have its own.
+    Under torchrun this initializes the default process group if necessary, with NCCL for tensors on
+    CUDA devices if each rank of this host has its own.
     """
     if launched_by_torchrun():
         import torch.distributed as dist
-        from torch.cuda import device_count
+
+        from lvxattn.check.ranks.torch_processes import init_process_group
 
         if not dist.is_initialized():
-            enough = device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            cuda = (device or "").startswith("cuda") and enough
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            init_process_group(device)
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, x)
         return every
@@ -64,10 +51,10 @@ def allgather(x: Any, device: str | None) -> list[Any]:
 
 
 def leave() -> None:
-    """End MPI and PyTorch's process group, if they were begun.
+    """Finalize MPI and PyTorch's process group, if initialized.
 
-    ``python -m mpi4py`` ends the other ranks by force if a rank's exit status is not 0 and MPI has
-    not ended by then; that is for the rank that fails alone.
+    Otherwise ``python -m mpi4py`` would abort the other ranks if this one exits with another status
+    than 0.
     """
     sys.stdout.flush()
     if "mpi4py.MPI" in sys.modules:

@@ -1,4 +1,4 @@
-"""What the check found: a table to read, a JSON file for machines, an error for tests."""
+"""The report of a check: as a table, as JSON, or raised as an error."""
 
 import inspect
 import json
@@ -16,8 +16,8 @@ from lvxattn.check.judge import Verdict
 from lvxattn.check.wrong import WRONG
 
 SCHEMA = 1
-_FEW = 1e5  # ulps; more say nothing
-_SHOWN = 12  # failures that are told in full
+_FEW = 1e5  # ulps; larger numbers are not shown
+_SHOWN = 12  # failures shown in full
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Row:
     dtype : str
     seed : int
     status : str
-        ``"ok"``, ``"wrong"`` (numbers), ``"error"`` (it raised, did not come back, or returned
-        what is no result) or ``"unsupported"`` (NotImplementedError).
+        ``"ok"``, ``"wrong"`` (numbers), ``"error"`` (it raised, exceeded the time limit, or
+        returned invalid results) or ``"unsupported"`` (NotImplementedError).
     verdicts : tuple of Verdict
-        Of the results that there were.
+        Of the returned results.
     message : str
-        What happened, unless the status is ok.
+        The error, or why the case is unsupported.
     diagnosis : str
-        What it looks like.
+        The known defects that it resembles.
     seconds : float
     where : str
-        Ranks and cuts, where there are any.
+        Ranks and cuts, of a distributed function.
     note : str
-        Why there were no gradients, where they were asked for.
+        Why there are no gradients, if they were requested.
     """
 
     case: str
@@ -60,13 +60,18 @@ class Row:
 
     @property
     def worst(self) -> Verdict | None:
-        """The result nearest to its limit, or furthest above."""
+        """The verdict with the largest ratio, if any."""
         return max(self.verdicts, key=lambda verdict: verdict.ratio, default=None)
+
+    @property
+    def ratio(self) -> float:
+        """The largest error over its limit; 0 if nothing was judged."""
+        return self.worst.ratio if self.worst else 0.0
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """All that a check found.
+    """The outcome of a check.
 
     Attributes
     ----------
@@ -76,9 +81,11 @@ class Report:
     rows : tuple of Row
     seconds : float
     notes : tuple of str
-        What holds for the whole check.
+        Remarks on the check as a whole.
     probably : str
-        What explains most of the failures.
+        The known defects that explain most of the failures.
+    versions : dict
+        Of Python and packages, by name.
     """
 
     target: str
@@ -102,11 +109,11 @@ class Report:
 
     @property
     def worst_ratio(self) -> float:
-        """The largest error over its limit; 0 where nothing was judged."""
-        return max((row.worst.ratio for row in self.rows if row.worst), default=0.0)
+        """The largest error over its limit; 0 if nothing was judged."""
+        return max((row.ratio for row in self.rows), default=0.0)
 
     def raise_if_failed(self) -> None:
-        """Raise an error with the whole report unless it passed.
+        """Raise an error with the full report unless it passed.
 
         Raises
         ------
@@ -116,17 +123,17 @@ class Report:
             raise AssertionError(str(self))
 
     def to_json(self, path: str | Path) -> None:
-        """Write everything into a file.
+        """Write everything to a JSON file.
 
         Parameters
         ----------
         path : str
-            Of the file; infinities and NaN are written as strings.
+            Infinities and NaN are written as strings.
         """
         Path(path).write_text(self.as_json() + "\n", encoding="utf-8")
 
     def as_json(self) -> str:
-        """Return what `to_json` writes."""
+        """Format as `to_json` writes it."""
         found = {
             "schema": SCHEMA,
             **{name: x for name, x in asdict(self).items() if name != "rows"},
@@ -142,11 +149,9 @@ class Report:
 
     def __str__(self) -> str:
         """Return the table, the failures and a summary."""
-        parts = [self._title(), self._table(), *self._failures(), self._summary()]
+        title = f"LV-XAttn check of {self.target}: {self.suite} suite, {self.framework}\n"
+        parts = [title, self._table(), *self._failures(), self._summary()]
         return "\n".join(part for part in parts if part)
-
-    def _title(self) -> str:
-        return f"LV-XAttn check of {self.target}: {self.suite} suite, {self.framework}\n"
 
     def _table(self) -> str:
         """Return the largest error over its limit, by case and dtype."""
@@ -169,7 +174,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def _failures(self) -> Iterable[str]:
-        """Yield the lines of what failed, what ended with the same message as one."""
+        """Yield the lines of the failures; those with the same message are shown once."""
         alike: dict[Any, list[Row]] = {}
         for n, row in enumerate(self.failed):
             alike.setdefault(row.message or n, []).append(row)
@@ -180,7 +185,7 @@ class Report:
                 yield f"    {first.message}"
             for verdict in first.verdicts:
                 if not verdict.passed:
-                    yield from (f"    {line}" for line in _said(verdict, first.dtype))
+                    yield from (f"    {line}" for line in _wrong_lines(verdict, first.dtype))
             if first.diagnosis:
                 yield f"    {first.diagnosis}"
             if others:
@@ -198,7 +203,8 @@ class Report:
         return ", ".join(parts)
 
     def _summary(self) -> str:
-        worst = max((row for row in self.rows if row.worst), key=_ratio, default=None)
+        judged = [row for row in self.rows if row.worst]
+        worst = max(judged, key=lambda row: row.ratio, default=None)
         far = f"largest error {_number(self.worst_ratio)} of its limit" if worst else ""
         where = f" ({_name(worst)})" if worst else ""
         seconds = f"{self.seconds:.1f} s"
@@ -222,10 +228,6 @@ def _row(row: Row) -> dict[str, Any]:
     return asdict(row) | {"verdicts": verdicts}
 
 
-def _ratio(row: Row) -> float:
-    return row.worst.ratio if row.worst else 0.0
-
-
 def _cell(rows: list[Row]) -> str:
     """Return the worst of a case's rows of one dtype."""
     if not rows:
@@ -240,16 +242,16 @@ def _cell(rows: list[Row]) -> str:
     return f"{mark}{worst.name} {_number(worst.ratio)}"
 
 
-def _said(verdict: Verdict, dtype: str) -> Iterable[str]:
-    """Yield the lines of a result that is wrong."""
+def _wrong_lines(verdict: Verdict, dtype: str) -> Iterable[str]:
+    """Yield the lines of a wrong result."""
     at = f"  at {verdict.index} got {verdict.got:.6g}, expected {verdict.expected:.6g}"
-    if verdict.what:  # the rest would be about what is finite
+    if verdict.what:  # the numbers below would be about finite elements
         yield f"{verdict.name}: {verdict.what}"
         yield at
         return
     yield f"{verdict.name}: relative error {verdict.error:.1e}, limit {verdict.limit:.1e}"
     near = f", {verdict.ulps:.0f} ulps, {verdict.flash:.2g} times that of plain {dtype}"
-    yield (f"{at}; largest error {verdict.max_abs:.1e}{near if verdict.ulps < _FEW else ''}")
+    yield f"{at}; largest error {verdict.max_abs:.1e}{near if verdict.ulps < _FEW else ''}"
 
 
 def _name(row: Row) -> str:
@@ -262,7 +264,7 @@ def _number(x: float) -> str:
 
 
 def _plain(x: Any) -> Any:
-    """Return something that JSON can hold."""
+    """Convert to types of strict JSON."""
     if isinstance(x, dict):
         return {name: _plain(value) for name, value in x.items()}
     if isinstance(x, list | tuple):
@@ -273,6 +275,6 @@ def _plain(x: Any) -> Any:
 def _versions() -> dict[str, str]:
     found = {"lvxattn": lvxattn.__version__, "python": platform.python_version()}
     for name in ("numpy", "torch", "jax", "cupy"):
-        if name in sys.modules:  # nothing is imported for its version
+        if name in sys.modules:  # a version is no reason to import a package
             found[name] = str(getattr(sys.modules[name], "__version__", "?"))
     return found

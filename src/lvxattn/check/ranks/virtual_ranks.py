@@ -1,20 +1,18 @@
-"""Virtual ranks: threads of this process, a new communicator for every task.
+"""Virtual ranks: threads of this process, with a new communicator for every task.
 
-An error on one rank ends the others at their next call of the communicator, and a wait for what
-nobody sends is noticed, so that nothing that a function does is the end of the check.
+An error on one rank ends the others at their next call of the communicator, and deadlocks are
+detected, so that no function can end the check.
 """
 
+from operator import call
 from typing import Any
 
-from lvxattn.check.call_kernel import alone
-from lvxattn.check.ranks.outcome import Outcome, outcome_of, raising
-from lvxattn.check.ranks.ranks import Task
+from lvxattn.check.ranks.tasks import Outcome, Task, failed
 from lvxattn.check.time_limit import EndedError, TimeLimit
-from lvxattn.reference.virtual_ranks import VirtualComm, run_ranks
 
 
 class VirtualRanks:
-    """P threads of this process; `ranks.ranks.Ranks`."""
+    """P threads of this process; implements `tasks.Ranks`."""
 
     rank = 0
     device: str | None = None
@@ -23,23 +21,26 @@ class VirtualRanks:
     def __init__(self, P: int, time_limit: float) -> None:
         if P < 1:
             raise ValueError(f"ranks: expected at least 1, got {P}")
-        self.size = P
-        self._patience = [TimeLimit(time_limit) for _ in range(P)]
+        self.size, self.time_limit = P, time_limit
+        self._timers = [TimeLimit(time_limit) for _ in range(P)]
 
     def agree(self, what: tuple[Any, ...]) -> None:
-        """Do nothing: there is one caller."""
+        """Do nothing: there is only one caller."""
 
     def run(self, P: int, task: Task) -> list[Outcome]:
         """Run a task on P threads."""
+        # Imported now: the oracle itself depends on no implementation.
+        from lvxattn.reference.virtual_ranks import run_ranks
+
         failures: list[BaseException | None] = [None] * P
         ended = Outcome("elsewhere", "another rank failed")
         outcomes = [ended] * P
 
-        def body(comm: VirtualComm) -> None:
+        def body(comm: Any) -> None:
             try:
-                results = self._patience[comm.rank].call(lambda: task(comm, comm.rank, alone))
+                results = self._timers[comm.rank].call(lambda: task(comm, comm.rank, call))
                 outcomes[comm.rank] = Outcome("ok", results=results)
-            except NotImplementedError as error:  # the others may be about to say the same
+            except NotImplementedError as error:  # the others may be about to raise it, too
                 outcomes[comm.rank] = Outcome("unsupported", str(error))
             except EndedError as error:
                 cause = error.__cause__
@@ -57,11 +58,11 @@ class VirtualRanks:
             raise
         except BaseException as error:
             for rank, failure in enumerate(failures):
-                # What ends a rank because of another one is no Exception.
+                # A rank ended because of another one raises no Exception.
                 if failure is error or isinstance(failure, Exception):
-                    outcomes[rank] = outcome_of(raising(failure))
-            if error not in failures:  # a deadlock is raised by nobody and concerns all
-                deadlock = outcome_of(raising(error))
+                    outcomes[rank] = failed(failure)
+            if error not in failures:  # a deadlock is raised by no rank and concerns all
+                deadlock = failed(error)
                 outcomes = [deadlock if outcome is ended else outcome for outcome in outcomes]
         return outcomes
 
@@ -71,5 +72,5 @@ class VirtualRanks:
 
     def close(self) -> None:
         """End the threads."""
-        for patience in self._patience:
-            patience.close()
+        for timer in self._timers:
+            timer.close()
