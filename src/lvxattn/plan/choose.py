@@ -19,6 +19,16 @@ class Layout(common.Layout):
     """The layout that ranks agree on, with ``schedule="auto"`` resolved to the best schedule.
 
     Attributes and methods are those of `lvxattn.common.layout.Layout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import Layout, run_ranks
+    >>> def schedule(comm):
+    ...     q, k = np.ones((1, 2, 4, 8)), np.ones((1, 2, 500, 8))
+    ...     return Layout.agree(q, k, k, comm, schedule="auto").schedule
+    >>> run_ranks(3, schedule)
+    ['lv-xattn', 'lv-xattn', 'lv-xattn']
     """
 
     @classmethod
