@@ -1,15 +1,15 @@
-# Every target that needs the environment makes it first: .venv, with the versions of
-# constraints.txt. An environment holds one MPI. The mpich wheel brings its own; with MPI=system
-# mpi4py finds the library of the machine, and MPIEXEC (default: mpiexec from PATH) starts it.
+# Every target that needs the environment .venv creates it first, with the versions in
+# constraints.txt. An environment holds one MPI: the mpich wheel or, with MPI=system, the machine's
+# library, which mpi4py finds; MPIEXEC (default: mpiexec from PATH) launches it.
 
 PYTHON ?= python3
 MPI ?= mpich
 RANKS ?= 4
-# Processes that run tests: one more than two cores, as some tests wait.
+# Test processes: one more than two cores, because some tests wait.
 JOBS ?= 3
 ARGS ?=
 
-# Compiled code is kept, or every process would compile all anew.
+# Keep compiled code, or every process compiles all of it again.
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
@@ -17,7 +17,7 @@ VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.ready-$(MPI)
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
 
-# What the user named, before one is chosen.
+# The user's choice, before a default replaces it.
 NAMED_MPIEXEC := $(MPIEXEC)
 
 ifeq ($(MPI),mpich)
@@ -29,16 +29,16 @@ else ifeq ($(MPI),system)
   MPI_WHEEL :=
   TEST_ENV := LVXATTN_MPIEXEC="$(MPIEXEC)"
 else
-  $(error MPI is mpich or system, not '$(MPI)')
+  $(error MPI: expected mpich or system, got '$(MPI)')
 endif
 
 define NEEDS_PYTHON
 @command -v $(PYTHON) >/dev/null || { \
-	  echo "$(PYTHON) is not there. Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; \
+	  echo "$(PYTHON) is not found. Python 3.11 or newer is required: make PYTHON=/path/to/python3" >&2; \
 	  exit 1; }
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
-	    "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	  echo "Python 3.11 or newer is required, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+	    "Select another one: make PYTHON=python3.12" >&2; exit 1; }
 endef
 
 .DEFAULT_GOAL := help
@@ -48,65 +48,65 @@ endef
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
 
-setup: $(STAMP) ## Make .venv (PYTHON=python3.12 picks the interpreter, MPI=system the machine's MPI)
+setup: $(STAMP) ## Create .venv (PYTHON=python3.12 selects the interpreter, MPI=system the machine's MPI)
 
 demo: check-mpiexec $(STAMP) ## Search a long video on 4 MPI ranks (RANKS=8, ARGS="--video FILE")
 	@if [ -t 1 ]; then export LVXATTN_PROGRESS=line; fi; \
 	exec $(MPIEXEC) -n $(RANKS) $(VENV_PYTHON) -m mpi4py -m lvxattn.mpi_impl demo $(ARGS)
 
-train: $(STAMP) ## Train in PyTorch on 4 ranks to find digits in long clips, 1 to 3 minutes (ARGS="--steps 50")
+train: $(STAMP) ## Train a small PyTorch model on 4 ranks to find digits in long clips, 1 to 3 minutes (ARGS="--steps 50")
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV_PYTHON) -m torch.distributed.run --standalone \
 	  --nproc-per-node $(RANKS) -m lvxattn.torch_impl train $(ARGS)
 
-tutorials: check-mpiexec $(STAMP) ## Make ready what the notebooks in tutorials/ need
+tutorials: check-mpiexec $(STAMP) ## Prepare the environment for the notebooks in tutorials/
 	@echo "make lab opens the notebooks in JupyterLab, with the right kernel. Elsewhere:"
 	@echo "- VS Code: open tutorials/, Select Kernel, Python Environments, .venv"
-	@echo "- a Jupyter of your own: take the kernel lvxattn, once you have called"
+	@echo "- your own Jupyter: select the kernel lvxattn after running"
 	@echo "    $(VENV_PYTHON) -m ipykernel install --user --name lvxattn"
 
-# From here and not from tutorials/, or JupyterLab could not follow links to the code.
+# Started here, not in tutorials/: JupyterLab follows links only below its root directory.
 lab: check-mpiexec $(STAMP) ## Open the tutorials in JupyterLab
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[lab]'
 	$(TEST_ENV) $(VENV_PYTHON) -m jupyterlab --notebook-dir . tutorials/01_merging_softmax.ipynb $(ARGS)
 
-notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources, and write the notebooks (ARGS="NN_name --fresh")
+notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources and write the notebooks (ARGS="NN_name --fresh")
 	$(TEST_ENV) $(VENV_PYTHON) tutorials/build.py $(ARGS)
 
-docs: $(STAMP) ## Make a site of README, docs/, tutorials and API in docs/_build/html
+docs: $(STAMP) ## Build the site in docs/_build/html: README, docs/, tutorials, API
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	$(VENV_PYTHON) -m sphinx -W --keep-going --quiet docs docs/_build/html $(ARGS)
 	@echo "Open docs/_build/html/index.html"
 
-# Tests of one file share what they have started, and stay together.
+# Tests of one file share running processes, so they stay in one worker.
 PYTEST := $(TEST_ENV) $(VENV_PYTHON) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: check-mpiexec $(STAMP) ## Run the tests, 10 minutes on 2 cores (ARGS="-k merge" is handed to pytest)
+test: check-mpiexec $(STAMP) ## Run the tests not marked slow, 10 minutes on 2 cores (ARGS="-k merge" goes to pytest)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: check-mpiexec $(STAMP) ## Run the slow ones too
+test-all: check-mpiexec $(STAMP) ## Run all tests, slow ones too
 	$(PYTEST) $(ARGS)
 
-test-rest: check-mpiexec $(STAMP) ## Run what make test leaves out
+test-rest: check-mpiexec $(STAMP) ## Run only the slow tests, which make test leaves out
 	$(PYTEST) -m slow $(ARGS)
 
-# Other kernels of OpenBLAS and of PyTorch than the processor's own, and older ones: they are there.
+# Kernels of OpenBLAS and PyTorch for older processors, which every newer one supports.
 CORE ?= $(if $(shell grep -sw avx512f /proc/cpuinfo),Haswell,Nehalem)
 NUMERIC := $(addprefix tests/test_,block_attention.py check_golden.py cross_attention.py \
   full_attention.py kernels.py known_defects.py merge.py mpi.py precision.py recompute.py schedules.py \
   torch.py torch_module.py)
 
-test-core: check-mpiexec $(STAMP) ## Run the numeric tests as on an older processor (CORE=Nehalem)
+test-core: check-mpiexec $(STAMP) ## Run the numeric tests with the kernels of an older processor (CORE=Nehalem)
 	OPENBLAS_CORETYPE=$(CORE) ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" $(NUMERIC) $(ARGS)
 
-lint: $(STAMP) ## Check style, formatting and types
+lint: $(STAMP) ## Check style, formatting and types (ruff, mypy)
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
 
-soak: check-mpiexec $(STAMP) ## Solve 1,000 random problems on real ranks, every one checked, memory watched
+soak: check-mpiexec $(STAMP) ## Solve and check 1,000 random problems on real ranks, and watch memory
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(MPIEXEC) -n 5 $(VENV_PYTHON) -W error -m mpi4py tests/programs/soak.py $(ARGS)
 
-bench: check-mpiexec $(STAMP) ## Measure, on shaped links too, 1 hour; stored in benchmarks/results (Linux, needs root or user namespaces)
+bench: check-mpiexec $(STAMP) ## Run all benchmarks, also on shaped links, 1 hour; stored in benchmarks/results (Linux, needs root or user namespaces)
 	$(VENV_PYTHON) benchmarks/block_attention.py --json benchmarks/results/block-attention.json
 	$(VENV_PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels-cpu.json
 	$(VENV_PYTHON) benchmarks/recompute.py --json benchmarks/results/recompute.json
@@ -116,8 +116,8 @@ bench: check-mpiexec $(STAMP) ## Measure, on shaped links too, 1 hour; stored in
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --store benchmarks/results --plot docs/schedules.png
 
-bench-quick: check-mpiexec $(STAMP) ## The same on small problems, 2 minutes on 2 idle cores, more on busy ones; only printed
-	@echo "Small problems, to see that all of it runs: goals are for make bench on a quiet machine."
+bench-quick: check-mpiexec $(STAMP) ## Run the benchmarks on small problems, 2 minutes on 2 idle cores; only printed
+	@echo "Small problems, to see that all of it runs: the goals hold for make bench on an idle machine."
 	$(VENV_PYTHON) benchmarks/block_attention.py --quick
 	$(VENV_PYTHON) benchmarks/kernels.py --quick
 	$(VENV_PYTHON) benchmarks/recompute.py --quick
@@ -127,10 +127,10 @@ bench-quick: check-mpiexec $(STAMP) ## The same on small problems, 2 minutes on 
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick --only slow bytes cores
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --quick
 
-# On a GPU machine nothing is installed: PYTHON's own packages are used, with or without a network.
-# exec, so that what ends make ends the run.
+# Nothing is installed on a GPU machine: PYTHON's own packages are used, with or without a network.
+# exec, so that a signal that ends make ends the run.
 GPU_MPIEXEC := $(or $(NAMED_MPIEXEC),$(if $(filter system,$(MPI)),$(MPIEXEC)))
-gpu: ## Test and measure on this machine's GPUs with PYTHON's own packages, 9 minutes (DRY=1 rehearses)
+gpu: ## Test and measure on this machine's GPUs with PYTHON's own packages, 9 minutes (DRY=1 rehearses without a GPU)
 	$(NEEDS_PYTHON)
 	@exec $(PYTHON) benchmarks/gpu $(if $(OUT),--out '$(OUT)') $(if $(filter-out 0,$(DRY)),--dry) \
 	  $(if $(CUDA_MPI),--cuda-mpi '$(CUDA_MPI)') $(if $(GPU_MPIEXEC),--mpiexec '$(GPU_MPIEXEC)') $(ARGS)
@@ -140,12 +140,12 @@ clean: ## Remove .venv and everything built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp comes last, so that an install cut short is done again. An environment of another
-# interpreter, or one that no longer starts, is made anew; any other is brought up to date.
+# The stamp is written last, so that an interrupted install is repeated. An environment of another
+# interpreter, or one that no longer starts, is created again; any other is updated.
 $(STAMP): pyproject.toml constraints.txt src/lvxattn/__init__.py
 	$(NEEDS_PYTHON)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "$(PYTHON) has no venv or no ensurepip." \
+	  echo "$(PYTHON) lacks venv or ensurepip." \
 	    "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@rm -f $(VENV)/.ready-*
 	@echo "Installing into $(VENV), about 2 GB"
@@ -160,5 +160,5 @@ $(STAMP): pyproject.toml constraints.txt src/lvxattn/__init__.py
 
 check-mpiexec:
 	@[ $(MPI) = mpich ] || command -v $(firstword $(MPIEXEC)) >/dev/null || { \
-	  echo "MPI=system, and $(firstword $(MPIEXEC)) is not on PATH." \
+	  echo "MPI=system, but $(firstword $(MPIEXEC)) is not on PATH." \
 	    "Name it: make MPI=system MPIEXEC=/path/to/mpiexec" >&2; exit 1; }

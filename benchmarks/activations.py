@@ -1,4 +1,4 @@
-"""What layers of cross-attention keep between forward and backward, counted byte by byte."""
+"""Bytes that layers of cross-attention store between forward and backward."""
 
 import os
 from typing import Any
@@ -27,23 +27,22 @@ class Layers(nn.Module):
         )
 
     def forward(self, x: Tensor, features: Tensor, **options: Any) -> Tensor:
-        """Return x (B, s_q, E) with what all layers have added to it."""
+        """Return x (B, s_q, E) plus the outputs of all layers."""
         for layer in self.layers:
             x = x + layer(x, features, **options)
         return x
 
 
 def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> dict[str, int]:
-    """Return how many bytes of activations autograd keeps for the backward, by what they are.
+    """Return the bytes of activations that autograd stores for the backward, by name.
 
-    A storage counts once, whole, however many tensors see it; parameters do not count, as they are
-    there in any case.  What has no name of its own is ``"lse"`` by its shape, as is what that has
-    lost in rounding, or else ``"other"``.
+    A storage counts once, however many tensors share it; parameters do not count.  A tensor without
+    a name is ``"lse"`` if it has that shape (lse and its rounding error), or else ``"other"``.
     """
     parameters = {storage(p) for p in model.parameters()}
     names: dict[int, str] = {}
     seen: dict[int, Tensor] = {}
-    alive: list[Tensor] = []  # an address stands for a storage only as long as that is alive
+    alive: list[Tensor] = []  # an address identifies a storage only while that is alive
 
     def name(tensor: Tensor, as_what: str) -> None:
         names.setdefault(storage(tensor), as_what)
@@ -82,15 +81,15 @@ def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> d
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, which its views have, too."""
+    """Return the address of a tensor's storage, which its views share."""
     return tensor.untyped_storage().data_ptr()
 
 
 def peak_bytes(model: Layers, x: Tensor, features: Tensor) -> int:
-    """Return the most bytes that tensors hold at once in a step, beyond those there before.
+    """Return the peak of memory of tensors in a step, in bytes beyond those held before.
 
-    On the CPU.  What PyTorch's allocator hands out counts: activations, temporaries, gradients; a
-    BLAS's own workspace does not.
+    On the CPU.  Counts what PyTorch's allocator allocates: activations, temporaries, gradients; not
+    the workspace of a BLAS.
     """
     leaves = [t for t in (x, features, *model.parameters()) if t.requires_grad]
     # The profiler's library would announce its start and end on stderr.
@@ -100,7 +99,7 @@ def peak_bytes(model: Layers, x: Tensor, features: Tensor) -> int:
         grads = torch.autograd.grad(model(x, features).sum(), leaves)
     del grads
     held = most = 0
-    # The trace has no public form that has every allocation in it; this one is PyTorch's own.
+    # No public form of the trace has every allocation; this one is internal to PyTorch.
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()

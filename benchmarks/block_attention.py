@@ -1,65 +1,50 @@
-"""One core's block attention against that core's sgemm at the same operand sizes.
+"""Block attention on one core, relative to sgemm on that core at the same operand sizes.
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/block_attention.py [--json FILE] [--quick]
 
-The products q k^T and p v are timed as two whole matrix products, nothing else done; block
-attention does the same products tile by tile, with softmax and merging.  Both are measured in turn
-in one run, so that the ratio holds on a noisy machine.
+The products q k^T and p v are timed as two whole matrix products and nothing else; block attention
+does the same products tile by tile, with softmax and merging.  Both take turns in one run, so that
+the ratio holds on a noisy machine.
 """
 
-import argparse
-import json
-from collections.abc import Callable
 from statistics import median
-from time import perf_counter
 
 import numpy as np
-from machine import describe
+from bench import goal_of, parser_for, seconds, write_json
 from threadpoolctl import threadpool_limits
 
-from lvxattn.cli.arguments import writable
 from lvxattn.mpi_impl import block_attention, block_attention_backward
 
 GOAL = 0.8  # at D = 128, S_Q = 512, S_KV = 32,768, forward
+SHAPES = [(128, 512, 32768), (64, 512, 32768), (128, 128, 32768), (64, 16, 32768)]
+REPEAT = 7
 
 
 def main() -> None:
     """Print, and on request store, the ratio for several shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", type=writable)
-    parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="an eighth of the keys")
-    options = parser.parse_args()
+    options = parser_for(__doc__, "an eighth of the keys", "json").parse_args()
     rows = []
     with threadpool_limits(1):
-        for D, s_q, s_kv in [
-            (128, 512, 32768),
-            (64, 512, 32768),
-            (128, 128, 32768),
-            (64, 16, 32768),
-        ]:
-            keys = s_kv // 8 if options.quick else s_kv
-            rows.append(compare(D, s_q, keys, options.repeat))
+        for D, s_q, s_kv in SHAPES:
+            rows.append(compare(D, s_q, s_kv // 8 if options.quick else s_kv))
             print(
                 "D {D:4}  s_q {s_q:4}  s_kv {s_kv:6}  sgemm {sgemm:6.1f} GFLOP/s  "
                 "forward {forward:.2f} of it  backward {backward:.2f}".format(**rows[-1])
             )
-    of = ", of the full version on a quiet machine" if options.quick else ""
+    of = goal_of(options.quick).replace(" of", ", of", 1)
     print(f"goal at the first shape, forward{of}: {GOAL}")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": describe(), "goal": GOAL, "rows": rows}, file, indent=1)
+    write_json(options.json, {"goal": GOAL, "rows": rows})
 
 
-def compare(D: int, s_q: int, s_kv: int, repeat: int) -> dict[str, float]:
-    """Return sgemm's rate in GFLOP/s, and block attention's fraction of it, medians of `repeat`."""
+def compare(D: int, s_q: int, s_kv: int) -> dict[str, float]:
+    """Return sgemm's rate in GFLOP/s, and block attention's fraction of it, medians."""
     rng = np.random.default_rng(0)
     q, dout = (rng.standard_normal((1, 1, s_q, D), dtype=np.float32) for _ in range(2))
     k, v = (rng.standard_normal((1, 1, s_kv, D), dtype=np.float32) for _ in range(2))
     p, out = np.empty((s_q, s_kv), np.float32), np.empty((s_q, D), np.float32)
     dk, dv, lse = np.zeros_like(k), np.zeros_like(v), np.zeros((1, 1, s_q), np.float32)
     sgemm, forward, backward = [], [], []
-    for _ in range(repeat + 1):
+    for _ in range(REPEAT + 1):
         scores = seconds(lambda: np.matmul(q[0, 0], k[0, 0].T, out=p))
         values = seconds(lambda: np.matmul(p, v[0, 0], out=out))
         keys = seconds(lambda: np.matmul(p.T, q[0, 0], out=dk[0, 0]))
@@ -73,13 +58,6 @@ def compare(D: int, s_q: int, s_kv: int, repeat: int) -> dict[str, float]:
     names = ("sgemm", "forward", "backward")
     medians = {n: median(x[1:]) for n, x in zip(names, (sgemm, forward, backward), strict=True)}
     return {"D": D, "s_q": s_q, "s_kv": s_kv, **medians}
-
-
-def seconds(fn: Callable[[], object]) -> float:
-    """Return how long one call takes."""
-    start = perf_counter()
-    fn()
-    return perf_counter() - start
 
 
 if __name__ == "__main__":

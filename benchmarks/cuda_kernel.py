@@ -1,9 +1,8 @@
-"""What the compiler makes of mpi_impl's CUDA kernels: registers, shared memory, spills.
+"""Registers, shared memory and spills of mpi_impl's CUDA kernels, as compiled.
 
     python benchmarks/cuda_kernel.py [--out FILE]
 
-writes benchmarks/results/cuda-kernel.md.  It wants nvcc and no GPU: nothing is run, and nothing is
-timed.
+writes benchmarks/results/cuda-kernel.md.  It needs nvcc but no GPU: nothing is run or timed.
 """
 
 import argparse

@@ -1,86 +1,77 @@
-"""The kernels behind torch_impl's block attention against one another: what `auto` rests on.
+"""The kernels of torch_impl's block attention, compared: the basis of `auto`.
 
     python benchmarks/kernels.py [--json FILE] [--threads N] [--quick]
 
-Every kernel that can do a job does it in turn, forward and backward, and the least time of
-`--repeat` is kept: what others do on the machine can only add to it.  The last lines compare one
-rank's whole work with F.scaled_dot_product_attention, whose goal is at most 3 % more.
+Every kernel that supports a job does it in turn, forward and backward, and the minimum time of
+several is kept, as other work on the machine only adds to it.  The last line compares all of one
+rank's work with F.scaled_dot_product_attention; the goal is at most 3 % more.
 """
 
-import argparse
-import json
 import os
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
-from machine import describe
+from bench import goal_of, parser_for, seconds, take_turns, write_json
 from torch import Tensor
 
-from lvxattn.cli.arguments import writable
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl import block_attention, block_attention_backward, cross_attention
 from lvxattn.torch_impl.kernels import KERNELS, KernelSpec
 from lvxattn.torch_impl.kernels.choose import choose
 
 GOAL = 1.03
+REPEAT = 5
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def main() -> None:
     """Print, and on request store, milliseconds by kernel for several shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", type=writable)
+    parser = parser_for(__doc__, "a few sizes in fp32, once", "json")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a few sizes in fp32, once")
     options = parser.parse_args()
-    if options.quick:
-        options.repeat = 1
+    repeat = 1 if options.quick else REPEAT
     torch.set_num_threads(options.threads)
     rows, load = [], os.getloadavg()[0]
-    print("milliseconds, forward + backward; * marks what auto takes")
+    print("milliseconds, forward + backward; * marks the choice of auto")
     for job, mask in jobs(options.quick):
-        rows.append(compare(job, mask, options.repeat))
+        rows.append(compare(job, mask, repeat))
         print(line(rows[-1]), flush=True)
-    overhead = one_rank(options.repeat)
-    of = " of the full version on a quiet machine" if options.quick else ""
+    overhead = one_rank(repeat)
     print("one rank's cross_attention over scaled_dot_product_attention: "
           f"forward {overhead['forward']:.3f}, with backward {overhead['both']:.3f}; "
-          f"goal{of} {GOAL}")  # fmt: skip
-    if options.json:
-        stored = {"machine": describe(), "torch": torch.__version__, "threads": options.threads}
-        stored |= {"load": [load, os.getloadavg()[0]], "goal": GOAL, "one rank": overhead}
-        with open(options.json, "w") as file:
-            json.dump({**stored, "rows": rows}, file, indent=1)
+          f"goal{goal_of(options.quick)} {GOAL}")  # fmt: skip
+    stored = {"torch": torch.__version__, "threads": options.threads}
+    stored |= {"load": [load, os.getloadavg()[0]], "goal": GOAL, "one rank": overhead}
+    write_json(options.json, {**stored, "rows": rows})
 
 
 def jobs(quick: bool) -> list[tuple[KernelSpec, str]]:
-    """Return the shapes that are measured, with the kind of mask."""
+    """Return the shapes to measure, with the kind of mask."""
+
+    def job(
+        s_q: int, s_kv: int, D: int = 64, dtype: torch.dtype = torch.float32, H_KV: int = 2
+    ) -> KernelSpec:
+        return KernelSpec("cpu", dtype, 1, 4 * H_KV, H_KV, s_q, s_kv, D, D)
+
     lengths = [(1, 16384), (16, 16384), (128, 16384), (1024, 4096)]
     if quick:
-        return [
-            (KernelSpec("cpu", torch.float32, 1, 8, 2, s_q, s_kv, 64, 64), "none")
-            for s_q, s_kv in lengths
-        ]
+        return [(job(*sizes), "none") for sizes in lengths]
     lengths += [(16, 65536), (128, 65536), (1024, 16384), (2048, 4096)]
     found = []
     for dtype in DTYPES:
         for s_q, s_kv in lengths:
-            for D in (64, 128):
-                found += [(KernelSpec("cpu", dtype, 1, 8, 2, s_q, s_kv, D, D), "none")]
-        found += [(KernelSpec("cpu", dtype, 1, 4, 1, 16, 16384, 64, 64), "none")]
-    for s_q in (16, 128, 1024):
-        found += [(KernelSpec("cpu", torch.float32, 1, 8, 2, s_q, 4096, 64, 64), "padding")]
-        found += [(KernelSpec("cpu", torch.float32, 1, 8, 2, s_q, 4096, 64, 64), "array")]
-    return found
+            found += [(job(s_q, s_kv, D, dtype), "none") for D in (64, 128)]
+        found += [(job(16, 16384, dtype=dtype, H_KV=1), "none")]
+    return found + [
+        (job(s_q, 4096), mask) for s_q in (16, 128, 1024) for mask in ("padding", "array")
+    ]
 
 
 def compare(job: KernelSpec, kind: str, repeat: int) -> dict[str, Any]:
-    """Return the job, and by kernel the milliseconds of its forward and of its backward."""
+    """Return the job, and milliseconds of forward and backward by kernel."""
     torch.manual_seed(0)
     q, dout = (torch.randn(job.B, job.H, job.s_q, job.D).to(job.dtype) for _ in range(2))
     k, v = (torch.randn(job.B, job.H_KV, job.s_kv, job.D).to(job.dtype) for _ in range(2))
@@ -122,7 +113,7 @@ def line(row: dict[str, Any]) -> str:
 def one_rank(repeat: int) -> dict[str, float]:
     """Return cross_attention's time over F.scaled_dot_product_attention's: medians over pairs.
 
-    Through autograd, as people call both.
+    Through autograd, as users call both.
     """
     q, dout = (torch.randn(1, 8, 1024, 64, requires_grad=True) for _ in range(2))
     k, v = (torch.randn(1, 8, 16384, 64, requires_grad=True) for _ in range(2))
@@ -137,26 +128,17 @@ def one_rank(repeat: int) -> dict[str, float]:
 
     ratios: dict[str, float] = {}
     for name, work in (("forward", forward), ("both", both)):
-        pairs = []
-        for number in range(4 * repeat):
-            # Which comes first alternates, so that what one leaves behind hits both alike.
-            order = (cross_attention, sdpa) if number % 2 else (sdpa, cross_attention)
-            times = {attend: least(partial(work, attend), 1, warm=not number) for attend in order}
-            pairs.append(times[cross_attention] / times[sdpa])
-        ratios[name] = round(median(pairs), 4)
+        ours, theirs = partial(work, cross_attention), partial(work, sdpa)
+        ours(), theirs()
+        pairs = take_turns(4 * repeat, partial(seconds, ours), partial(seconds, theirs))
+        ratios[name] = round(median(a / b for a, b in pairs), 4)
     return ratios
 
 
-def least(fn: Callable[[], object], repeat: int, *, warm: bool = True) -> float:
-    """Return the least time of some calls in seconds, after one that is not counted."""
-    if warm:
-        fn()
-    times = []
-    for _ in range(repeat):
-        start = perf_counter()
-        fn()
-        times.append(perf_counter() - start)
-    return min(times)
+def least(work: Callable[[], object], repeat: int) -> float:
+    """Return the minimum duration of some calls, after one that is not counted."""
+    work()
+    return min(seconds(work) for _ in range(repeat))
 
 
 if __name__ == "__main__":

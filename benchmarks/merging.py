@@ -1,15 +1,15 @@
-"""Two ways to reduce partial results over gloo, which cannot be given an operator, against time.
+"""Ways to reduce partial results over gloo, which takes no user-defined operator, timed.
 
     python benchmarks/merging.py [--quick] [--store DIR]
 
-    home              results go to their owner in one all-to-all and are merged there (torch_impl)
-    reduce-scatter    lse is gathered, every rank weights its out by exp(lse - lse of all), and
-                      that is summed where it belongs; rows are padded to one length a rank
-    all-reduce        the same, summed everywhere: twice the bytes, in a collective that every
+    home              one all-to-all to the owners, which merge (torch_impl)
+    reduce-scatter    lse is gathered, every rank weights its out by exp(lse - lse of all), and a
+                      reduce-scatter sums it; rows are padded to one length per rank
+    all-reduce        the same with an all-reduce: twice the bytes, in a collective that every
                       library has tuned
 
-All have their turn in every round, in either order; a turn takes as long as its slowest rank, and
-the median over rounds of the quotient of two turns counts.  Prints a table in Markdown;
+All take turns in every round, in alternating order; a turn takes as long as its slowest rank, and
+the result is the median over rounds of the ratio of two turns.  Prints a table in Markdown;
 `--store` writes it, and every turn as JSON, to DIR.  Exit status 2 where no cluster of shaped links
 can be built; `--quick` needs none.
 """
@@ -21,16 +21,22 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import describe
-from netlab.lab import Lab, LabError, address, bits_per_second, find_mpiexec
+from bench import (
+    Results,
+    describe_run,
+    exit_without_lab,
+    mpirun,
+    parser_for,
+    printed_by,
+    publish,
+)
+from netlab.lab import Lab, address, bits_per_second
+from network_report import rate
 from torch import Tensor
 
 from lvxattn.torch_impl import Layout
@@ -39,7 +45,6 @@ from lvxattn.torch_impl.exchange import Exchange
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.merge import lse_of, merge_partials
 
-Results = dict[str, Any]
 Way = Callable[[Exchange, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 H, D = 8, 64
@@ -47,16 +52,16 @@ RATE, PORT = "1gbit", 29511
 
 
 def merged_at_home(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return this rank's rows of all ranks' partial results, as torch_impl does."""
+    """Return this rank's rows of the merged results, as torch_impl does."""
     out, top, total = reduce_scatter(exchange, merge_partials, out, lse, torch.ones_like(lse))
     return out, lse_of(top, total)
 
 
 def reduce_scattered(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return this rank's rows of all ranks' partial results, by a sum of its rows."""
+    """Return this rank's rows of the merged results, by a reduce-scatter."""
     layout = exchange.layout
     weight, total = weights(exchange, lse)
-    # Every rank's rows in one run of memory, as many for each.
+    # Contiguous rows, equally many for every rank.
     rows = out.new_zeros((layout.size, *out.shape[:2], max(layout.s_q), out.shape[3]))
     lengths = list(layout.s_q)
     for room, w, part in zip(rows, weight.split(lengths, 2), out.split(lengths, 2), strict=True):
@@ -67,7 +72,7 @@ def reduce_scattered(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tens
 
 
 def all_reduced(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return this rank's rows of all ranks' partial results, by a sum of all rows."""
+    """Return this rank's rows of the merged results, by an all-reduce."""
     layout = exchange.layout
     weight, total = weights(exchange, lse)
     out = weight * out
@@ -76,7 +81,7 @@ def all_reduced(exchange: Exchange, out: Tensor, lse: Tensor) -> tuple[Tensor, T
 
 
 def weights(exchange: Exchange, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how much this rank's results count for all queries, and lse of its own queries."""
+    """Return the weights of this rank's results for all queries, and lse of its own queries."""
     layout = exchange.layout
     lse_of_all = lse.new_empty((layout.size, *lse.shape))
     dist.all_gather_single(lse_of_all.view(-1), lse.view(-1))
@@ -128,12 +133,12 @@ def measure(S_Q: int, rounds: int, seconds: float) -> Results:
 
 
 def check(exchange: Exchange, out: Tensor, lse: Tensor) -> None:
-    """Raise AssertionError unless all ways give the same; where no rank has a key, too."""
+    """Assert that all ways agree, also where no rank has a key."""
     lse = lse.clone()
     lse[:, : H // 2, 0] = -torch.inf
     out = out * (lse > -torch.inf)[..., None]
     home, *others = (way(exchange, out, lse) for way in WAYS.values())
-    # A merge is off by (2 lse + 8) u of what it joins, and so is a weighted sum.
+    # A merge has an error of (2 lse + 8) u times its inputs, and so has a weighted sum.
     largest = agreed(out.abs().max().item()), agreed(lse.abs().nan_to_num(posinf=0).max().item())
     P = exchange.layout.size
     limit = 2 * P * (2 * (largest[1] + P) + 8) * 2.0**-24 * max(largest)
@@ -149,31 +154,28 @@ def agreed(seconds: float) -> float:
 
 
 def in_shared_memory(P: int, work: Results) -> list[Results]:
-    """Measure on ranks of this machine, which talk over its loopback."""
+    """Measure on ranks of this machine, over its loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [*find_mpiexec(), "-n", str(P), *program({**work, "address": f"127.0.0.1:{port}"})]
-    return read(subprocess.run(command, capture_output=True, text=True, check=False), None)
+    return read(mpirun(P, program({**work, "address": f"127.0.0.1:{port}"})), None)
 
 
 def on_hosts(P: int, work: Results) -> list[Results]:
-    """Measure on a cluster of shaped links, a rank a host."""
+    """Measure on a cluster of shaped links, one rank per host."""
     with Lab(P, RATE) as lab:
         command = program({**work, "address": f"{address(0)}:{PORT}"})
         return read(lab.mpiexec(command, env={"GLOO_SOCKET_IFNAME": "e0"}), bits_per_second(RATE))
 
 
 def program(work: Results) -> list[str]:
-    """Return the command of a rank; Hydra tells it which one it is."""
+    """Return the command of a rank; Hydra sets its number."""
     return [sys.executable, __file__, "--on-a-rank", json.dumps(work)]
 
 
 def read(done: "subprocess.CompletedProcess[str]", rate: int | None) -> list[Results]:
-    """Return what rank 0 printed, with where it ran."""
-    if done.returncode:
-        raise RuntimeError(f"the ranks ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
-    printed = next(line for line in done.stdout.splitlines() if line.startswith("[{"))
+    """Return the results that rank 0 printed, with the link's rate."""
+    printed = next(line for line in printed_by(done).splitlines() if line.startswith("[{"))
     return [{"bits_per_second": rate, **result} for result in json.loads(printed)]
 
 
@@ -194,8 +196,7 @@ def markdown(measured: Results) -> str:
     ]
     for r in measured["rows"]:
         home, *others = r["turns"].values()
-        link = f"{r['bits_per_second'] / 1e9:g} Gbit/s" if r["bits_per_second"] else "shared memory"
-        cells = [link, str(r["P"]), f"{r['S_Q']:,}", f"{median(home) * 1e3:.2f} ms"]
+        cells = [rate(r), str(r["P"]), f"{r['S_Q']:,}", f"{median(home) * 1e3:.2f} ms"]
         for other in others:
             over = median(b / a for a, b in zip(home, other, strict=True))
             cells += [f"{median(other) * 1e3:.2f} ms", f"{over:.2f}"]
@@ -203,40 +204,26 @@ def markdown(measured: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main() -> None:
     """Measure, print, store; or be a rank."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 ranks in shared memory only")
-    parser.add_argument("--store", metavar="DIR", type=Path)
+    parser = parser_for(__doc__, "2 ranks in shared memory only", "store")
     parser.add_argument("--on-a-rank", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.on_a_rank:
         results = on_a_rank(json.loads(options.on_a_rank))
         if os.environ["PMI_RANK"] == "0":
             print(json.dumps(results))
-        return 0
+        return
     if options.quick:
         rows = in_shared_memory(2, {"S_Q": [1, 64, 1024], "rounds": 10, "seconds": 0.5})
     else:
         work = {"S_Q": [1, 64, 1024, 8192], "rounds": 60, "seconds": 5}
-        try:
+        with exit_without_lab("merging"):
             rows = [row for where in (in_shared_memory, on_hosts)
                     for P in (2, 4) for row in where(P, work)]  # fmt: skip
-        except LabError as reason:
-            print(f"merging: {reason}", file=sys.stderr)
-            return 2
-    measured = {
-        "machine": describe(), "torch": torch.__version__, "date": date.today().isoformat(),
-        "quick": options.quick, "rows": rows,
-    }  # fmt: skip
-    text = markdown(measured)
-    print(text, end="")
-    if options.store:
-        options.store.mkdir(parents=True, exist_ok=True)
-        (options.store / "merging.json").write_text(json.dumps(measured) + "\n")
-        (options.store / "merging.md").write_text(text)
-    return 0
+    measured = {**describe_run(options.quick), "torch": torch.__version__, "rows": rows}
+    publish("merging", measured, markdown(measured), options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,26 +7,31 @@ Parts, each on the ranks of this machine, one BLAS thread a rank:
     slow     4 hosts at 50 Mbit/s, which gives two CPU cores about the ratio of arithmetic to
              bandwidth of the paper's GPU cluster; forward and forward + backward
     sweep    1 Gbit/s and shared memory, short texts to long ones, grouped heads and not; forward
-    bytes    what the links' counters saw against what was counted, and placement of ranks
+    bytes    the links' counters against the bytes counted, for two placements of ranks
     cores    two ranks against one
 
 Prints a table in Markdown; `--store` writes it, and every single measurement as JSON, to DIR.
 Exit status 2 where no cluster can be built (`netlab/lab.py` says what that needs).
 """
 
-import argparse
 import json
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import describe
-from netlab.lab import Lab, LabError, bits_per_second, find_mpiexec
-from report import markdown
+from bench import (
+    Results,
+    describe_run,
+    exit_without_lab,
+    mpirun,
+    parser_for,
+    printed_by,
+    publish,
+)
+from netlab.lab import Lab, bits_per_second
+from network_report import markdown
 
-Results = dict[str, Any]
 PROGRAM = [sys.executable, "-m", "mpi4py", str(Path(__file__).with_name("passes.py"))]
 
 # S_Q, S_KV of the sweep, and its heads: H, H_KV.
@@ -62,7 +67,7 @@ def sweep(quick: bool) -> list[Results]:
 
 
 def bytes_sent(quick: bool) -> list[Results]:
-    """Measure what leaves each host, 2 hosts of 2 ranks placed in two ways."""
+    """Measure the bytes that leave each host, for two placements of 2 hosts of 2 ranks."""
     work = {"kinds": ["lv-xattn", "ring"], "S_Q": 4096, "S_KV": 8192, "backward": True}
     work |= {"rounds": 1 if quick else 3}
     return [
@@ -96,48 +101,30 @@ def on_hosts(hosts: int, rate: str, works: list[Results], **placed: Any) -> list
 
 def in_shared_memory(P: int, works: list[Results]) -> list[Results]:
     """Return the works' results from ranks that share this machine's memory."""
-    command = [*find_mpiexec(), "-n", str(P), *PROGRAM, json.dumps(works)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = mpirun(P, [*PROGRAM, json.dumps(works)])
     return read(done, {"hosts": 1, "bits_per_second": None, "placement": None})
 
 
 def read(done: "subprocess.CompletedProcess[str]", where: Results) -> list[Results]:
-    """Return what `passes.py` printed, with where it ran."""
-    if done.returncode:
-        raise RuntimeError(f"passes.py ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
-    printed = json.loads(done.stdout)
+    """Return the results that `passes.py` printed, with the link."""
+    printed = json.loads(printed_by(done))
     common = {**where, "messages_alone": printed["messages_alone"], "mpi": printed["mpi"]}
     print(".", end="", file=sys.stderr, flush=True)
     return [{**common, **result} for result in printed["results"]]
 
 
-def main() -> int:
+def main() -> None:
     """Run the parts, print the table, store it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small problems, under 2 minutes")
+    parser = parser_for(__doc__, "small problems, under 2 minutes", "store")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
-    parser.add_argument("--store", metavar="DIR", type=Path)
     options = parser.parse_args()
-    measured: Results = {
-        "machine": describe(),
-        "date": date.today().isoformat(),
-        "quick": options.quick,
-    }
-    try:
+    measured = describe_run(options.quick)
+    with exit_without_lab("network"):
         for part in options.only:
             measured[part] = PARTS[part](options.quick)
-    except LabError as reason:
-        print(f"network: {reason}", file=sys.stderr)
-        return 2
     print(file=sys.stderr)
-    text = markdown(measured)
-    print(text, end="")
-    if options.store:
-        options.store.mkdir(parents=True, exist_ok=True)
-        (options.store / "network.json").write_text(json.dumps(measured) + "\n")
-        (options.store / "network.md").write_text(text)
-    return 0
+    publish("network", measured, markdown(measured), options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,12 +2,11 @@
 
     mpiexec -n P python -m mpi4py benchmarks/passes.py '[{"kinds": ["none", "lv-xattn"], ...}, ...]'
 
-Every item is the arguments of a `Work`.  The kinds take turns, round by round, so that whatever
-else the machine is doing meets all of them alike: a ratio is to be taken within a round, and its
-median over the rounds.
+Every item holds the arguments of a `Work`.  The kinds take turns, round by round, so that other
+load affects all of them alike: ratios are to be taken within a round, and their median over rounds.
 
     "lv-xattn", "ring"   a schedule, or any other of them
-    "none"               "lv-xattn" with communication switched off (mute.py)
+    "none"               "lv-xattn" with communication switched off (`MuteComm`)
     "one"                one rank alone does the whole problem, the others sleep
     "each"               every rank does the whole problem alone, all at the same time
 """
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from mute import MuteComm
 from netlab.lab import sent_by
 from threadpoolctl import threadpool_limits
 
@@ -33,7 +31,7 @@ from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_bac
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be timed, and how often.
+    """A problem to be timed, and the number of turns.
 
     Attributes
     ----------
@@ -43,14 +41,14 @@ class Work:
     backward : bool
         A backward pass follows every forward pass.
     rounds : int
-        At most so many.
+        Maximum number of rounds.
     seconds : float
-        After so long no round begins, once `least` are done.
+        Time after which no round begins, once `least` are done.
     least : int
     ring_every : int
-        Ring Attention has its turn in every so many-th round, because it takes long.
+        Ring Attention, which takes long, has a turn in every `ring_every`-th round only.
     machine : bool
-        The machine's own figures are measured first, for these heads.
+        Whether to measure the machine's figures first, for these heads.
     """
 
     kinds: list[str]
@@ -80,7 +78,7 @@ def main() -> None:
 
 
 def timed(work: Work, comm: MPI.Intracomm) -> dict[str, Any]:
-    """Return the work, and for every kind one record a turn.  Collective."""
+    """Return the work, and one record per turn for every kind.  Collective."""
     shape = {"H": work.H, "H_KV": work.H_KV, "D": work.D}
     machine = asdict(measure(comm, **shape)) if work.machine else None
     problem = {kind: Problem(work, kind, comm) for kind in work.kinds}
@@ -115,15 +113,15 @@ class Problem:
         self.group = MuteComm(comm) if kind == "none" else group
 
     def turn(self, comm: MPI.Intracomm) -> dict[str, Any]:
-        """Do it once.  Collective; the record is the same on every rank.
+        """Time one turn.  Collective; the record is the same on every rank.
 
         Returns
         -------
         dict
             forward, total : seconds, from the first rank's start to the last one's end
             computing, waiting : seconds of every rank
-            cpu : seconds that every rank kept a core busy; one that waits for a message does, too
-            others : cores that something else than these ranks kept busy, on average
+            cpu : seconds that every rank kept a core busy, waiting for messages included
+            others : cores that other processes kept busy, on average
             bytes : that every rank counted as sent
             left_host : bytes that every rank counted as sent to another host
             link : bytes that the counter of every rank's link saw, in a lab
@@ -165,15 +163,44 @@ class Problem:
         }
 
 
+class MuteComm:
+    """A communicator whose messages cost nothing, for the time of a pass without communication.
+
+    With it, an implementation does what it does otherwise: the same tiles, calls and shapes, the
+    same merges, buffers and requests, but nothing is sent.  A rank "receives" what it sends, to
+    compute with numbers of the usual size; for this a message is copied once inside the rank.
+    Results are wrong, and ranks must hold shares of one size.
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+        The communicator whose rank and size it shows, and over which the layout is agreed on.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.rank, self.size = comm.rank, comm.size
+        self._posted: dict[int, Any] = {}
+
+    def Irecv(self, buffer: list[Any], source: int, tag: int) -> MPI.Request:  # noqa: ARG002
+        """Keep the buffer; the request is complete."""
+        self._posted[tag] = buffer[0]
+        return MPI.Request()
+
+    def Isend(self, buffer: list[Any], dest: int, tag: int) -> MPI.Request:  # noqa: ARG002
+        """Copy the message to the posted buffer; the request is complete."""
+        self._posted.pop(tag)[...] = buffer[0]
+        return MPI.Request()
+
+
 def quiet_barrier(comm: MPI.Intracomm) -> None:
-    """Wait for all ranks asleep: a rank that spins takes a core from those that still compute."""
+    """Wait for all ranks without spinning, which would take cores from those that compute."""
     request = comm.Ibarrier()
     while not request.Test():
         sleep(2e-4)
 
 
 def busy_seconds() -> float:
-    """Return for how long the cores of this machine have been busy, added up."""
+    """Return the busy time of all cores of this machine."""
     with open("/proc/stat") as file:
         ticks = [int(n) for n in file.readline().split()[1:9]]
     idle, waiting_for_disk = ticks[3:5]
@@ -181,7 +208,7 @@ def busy_seconds() -> float:
 
 
 def link_bytes() -> int:
-    """Return what has left over this host's link; 0 outside a lab."""
+    """Return the bytes that left over this host's link; 0 outside a lab."""
     return sent_by("self") if os.environ.get("NETLAB_HOSTS") else 0
 
 

@@ -7,15 +7,11 @@ or bf16, and nothing else is (`rounded_wire.py`).  Prints a table in Markdown; `
 and every error as JSON, to DIR; `--plot` draws it.
 """
 
-import argparse
-import json
-from datetime import date
-from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from machine import describe
+from bench import Results, describe_run, parser_for, publish
 from rounded_wire import Problem, errors, rounded
 
 from lvxattn.draw.rotation import COLOURS, INK
@@ -23,8 +19,6 @@ from lvxattn.draw.rotation import COLOURS, INK
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Results = dict[str, Any]
 
 SIZES = {"B": 4, "H": 2, "S_Q": 256, "S_KV": 4096, "D": 32}
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -57,7 +51,7 @@ def measure(quick: bool) -> Results:
         for row in rows_of(problem, P, schedule, wire, dtypes)
     ]
     return {
-        "machine": describe(), "date": date.today().isoformat(), "quick": quick, "sizes": sizes,
+        **describe_run(quick), "sizes": sizes,
         "ranks": ranks, "once": once, "rows": rows, "growth": growth(rows),
     }  # fmt: skip
 
@@ -215,20 +209,10 @@ def _panel(axes: "Axes", measured: Results, of: str, schedule: str) -> None:
 
 def main() -> None:
     """Measure, print, store, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="up to 16 ranks, 3 seconds")
-    parser.add_argument("--store", metavar="DIR", type=Path)
-    parser.add_argument("--plot", metavar="FILE", type=Path)
+    parser = parser_for(__doc__, "up to 16 ranks, 3 seconds", "store", "plot")
     options = parser.parse_args()
     measured = measure(options.quick)
-    text = markdown(measured)
-    print(text, end="")
-    if options.store:
-        options.store.mkdir(parents=True, exist_ok=True)
-        (options.store / "precision.json").write_text(json.dumps(measured) + "\n")
-        (options.store / "precision.md").write_text(text)
-    if options.plot:
-        draw(measured).savefig(options.plot, dpi=110)
+    publish("precision", measured, markdown(measured), options, draw)
 
 
 if __name__ == "__main__":

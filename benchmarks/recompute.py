@@ -1,53 +1,47 @@
-"""What it saves to make keys and values again in the backward, and what it costs.
+"""Recomputation of keys and values in the backward: bytes saved, and time.
 
     python benchmarks/recompute.py [--json FILE] [--threads N] [--quick]
 
 Layers of cross-attention with 4 query heads to a key-value head, S_Q = E and S_KV = 16 S_Q, all
 reading the same features, in one process and fp32.  Bytes between forward and backward are counted,
-storage by storage.  A step is forward and backward: with recomputation and without it in turn, and
-the median of the ratios of such pairs is what counts.
+storage by storage.  Steps (forward and backward) with and without recomputation take turns; the
+result is the median ratio of such pairs.
 """
 
-import argparse
-import json
 import os
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 from activations import Layers, peak_bytes, saved_bytes
-from machine import describe
+from bench import goal_of, parser_for, take_turns, write_json
 from torch import Tensor
-
-from lvxattn.cli.arguments import writable
 
 MEMORY_GOAL, TIME_GOAL = 0.40, 1.08
 LAYERS, HEADS_TO_ONE = 8, 4
+PAIRS, QUICK_PAIRS = 9, 2
 
 
 def main() -> None:
-    """Print, and on request store, the bytes saved and the time that takes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", type=writable)
+    """Print, and on request store, bytes and times."""
+    parser = parser_for(__doc__, f"E = 256 only, {QUICK_PAIRS} pairs", "json")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="E = 256 only, 2 pairs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows, load = [], os.getloadavg()[0]
     widths = [(256, False)] if options.quick else [(256, False), (256, True), (512, False)]
     for E, frozen in widths:
-        rows.append(compare(E, frozen, 2 if options.quick else options.pairs))
+        rows.append(compare(E, frozen, QUICK_PAIRS if options.quick else PAIRS))
         show(rows[-1])
-    of = " of the full version on a quiet machine" if options.quick else ""
-    print(f"goals{of}: saved at most {MEMORY_GOAL:.0%}, time at most {TIME_GOAL}")
-    if options.json:
-        stored = {"machine": describe(), "torch": torch.__version__, "threads": options.threads}
-        stored |= {"load": [load, os.getloadavg()[0]]}
-        stored |= {"memory goal": MEMORY_GOAL, "time goal": TIME_GOAL, "layers": LAYERS}
-        with open(options.json, "w") as file:
-            json.dump({**stored, "rows": rows}, file, indent=1)
+    print(
+        f"goals{goal_of(options.quick)}: saved at most {MEMORY_GOAL:.0%}, time at most {TIME_GOAL}"
+    )
+    stored = {"torch": torch.__version__, "threads": options.threads}
+    stored |= {"load": [load, os.getloadavg()[0]]}
+    stored |= {"memory goal": MEMORY_GOAL, "time goal": TIME_GOAL, "layers": LAYERS}
+    write_json(options.json, {**stored, "rows": rows})
 
 
 def compare(E: int, frozen: bool, pairs: int) -> dict[str, Any]:
@@ -56,11 +50,11 @@ def compare(E: int, frozen: bool, pairs: int) -> dict[str, Any]:
     Parameters
     ----------
     E : int
-        The width of text and features; D is 64.
+        Width of text and features; D is 64.
     frozen : bool
-        Whether the features come from an encoder that is not trained: they get no gradient.
+        Whether the features come from a frozen encoder, and get no gradient.
     pairs : int
-        How often both take their turn.
+        Number of turns of both.
     """
     torch.manual_seed(0)
     H, S_Q, S_KV = E // 64, E, 16 * E
@@ -76,14 +70,12 @@ def compare(E: int, frozen: bool, pairs: int) -> dict[str, Any]:
             "bytes": saved_bytes(model, x, features), "peak": peak_bytes(model, x, features),
             "forward": [], "step": [],
         }  # fmt: skip
-    for number in range(pairs + 1):
-        # Which comes first alternates, so that what one leaves behind hits both alike.
-        for again in (True, False) if number % 2 else (False, True):
-            forward, both = step(models[again], x, features)
-            if number:  # the first pair warms up
-                row[kind(again)]["forward"].append(forward)
-                row[kind(again)]["step"].append(both)
+    steps = (partial(step, models[again], x, features) for again in (True, False))
     again, kept = row[kind(True)], row[kind(False)]
+    for turns in take_turns(pairs + 1, *steps)[1:]:  # the first pair warms up
+        for variant, (forward, both) in zip((again, kept), turns, strict=True):
+            variant["forward"].append(forward)
+            variant["step"].append(both)
     row["memory"] = sum(again["bytes"].values()) / sum(kept["bytes"].values())
     row["peak"] = again["peak"] / kept["peak"]
     row["time"] = median(a / b for a, b in zip(again["step"], kept["step"], strict=True))
@@ -101,7 +93,7 @@ def step(model: Layers, x: Tensor, features: Tensor) -> tuple[float, float]:
 
 
 def kind(again: bool) -> str:
-    """Return how a variant is called where it is printed and stored."""
+    """Return the name of a variant."""
     return "recomputed" if again else "kept"
 
 

@@ -1,15 +1,15 @@
-r"""What it does to a result that partial results are rounded whenever they travel.
+r"""The error of a result whose partial results are rounded whenever they are sent.
 
-Ranks are virtual and compute in fp64; queries, keys, values and dout travel as they are.  Every
+Ranks are virtual and compute in fp64; queries, keys, values and dout are sent unrounded.  Every
 rounding has an error of about `one`, relative to what is rounded.  With random values, the h-th of
-P equal parts has sqrt(P / h) times the size of the whole while h parts travel together and counts
-h / P in the end, so that what they add up to is, relative to the result,
+P equal parts has sqrt(P / h) times the size of the whole while h parts travel together, and weight
+h / P in the end, so that the sum is, relative to the result,
 
     ring     h = 1 .. P - 1, one after the other    one sqrt(sum_h h / P)   = one sqrt((P - 1) / 2)
     gather   P - 1 parts, each rounded once         one sqrt(sum 1 / P)     = one sqrt((P - 1) / P)
 
-and the same for sums, dq, which nothing weighs.  Rounding lse comes on top: an absolute error in it
-is a relative one in the weight of all that has been merged so far.
+and the same for sums, dq, which have no weights.  Rounding lse adds to it: its absolute error is a
+relative error in the weight of all that has been merged so far.
 """
 
 from collections.abc import Sequence
@@ -34,16 +34,16 @@ Array = npt.NDArray[Any]
 
 
 class RoundedResults:
-    """Stands in for a communicator; partial results are rounded when they are sent.
+    """A communicator that rounds partial results when they are sent.
 
-    Blocks of queries are told from results by how many arrays they have: q against out and lse, as
-    a pair, in a forward; q, dout, lse and delta against dq in a backward.
+    Results differ from blocks of queries in their number of arrays: in a forward, out and a pair
+    for lse against q; in a backward, dq against q, dout, lse and delta.
 
     Parameters
     ----------
     comm : VirtualComm
     dtypes : sequence of str
-        One for each array of a result.
+        A dtype for each array of a result.
     """
 
     def __init__(self, comm: VirtualComm, dtypes: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ class RoundedResults:
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments that fp16 and bf16 both hold exactly, and their results in fp64.
+    """Arguments that are exact in fp16 and bf16, and their results in fp64.
 
     Every index of the batch axis is a problem of its own.
     """
@@ -86,7 +86,7 @@ class Problem:
         return Problem(q, k, v, dout, out, lse, dq)
 
     def forward(self, P: int, schedule: str, dtypes: Sequence[str]) -> tuple[Array, Array]:
-        """Return out and lse of P ranks whose results travel in these dtypes."""
+        """Return out and lse of P ranks that send results in these dtypes."""
 
         def on_a_rank(comm: VirtualComm) -> tuple[Array, Array]:
             wire: Any = RoundedResults(comm, [*dtypes, dtypes[-1]])
@@ -97,7 +97,7 @@ class Problem:
         return np.concatenate(out, axis=2), np.concatenate(lse, axis=2)
 
     def backward(self, P: int, schedule: str, dtypes: Sequence[str]) -> Array:
-        """Return dq of P ranks whose results travel in this dtype; out and lse are exact."""
+        """Return dq of P ranks that send results in this dtype; out and lse are exact."""
 
         def on_a_rank(comm: VirtualComm) -> Array:
             wire: Any = RoundedResults(comm, dtypes)
@@ -116,5 +116,5 @@ def errors(result: Array, truth: Array) -> list[float]:
 
 
 def rounded(x: Array, dtype: str) -> Array:
-    """Return x as this dtype holds it, in fp64."""
+    """Return x rounded to this dtype, in fp64."""
     return x.astype(dtype_of(dtype)).astype(np.float64)

@@ -1,48 +1,43 @@
-"""Every schedule over text and video lengths, and what the plan says of them beforehand.
+"""Every schedule over text and video lengths, measured and predicted by the plan.
 
     python benchmarks/schedules.py [--quick] [--store DIR] [--plot FILE] [--again FILE]
 
 On 1 Gbit/s links and in shared memory, P = 2 and 4, heads grouped and not, forward and backward,
 one BLAS thread a rank.  Before each sweep the machine measures itself for the sweep's heads, as
-`lvxattn.mpi_impl.measure` does for users; from these figures alone the plan foretells the time of
-every schedule in every cell, and `auto` chooses.  Both are then held against what was measured.
+`lvxattn.mpi_impl.measure` does for users; from these figures alone the plan predicts the time of
+every schedule in every cell, and `auto` chooses.  Both are then compared with the measurements.
 
 Prints a table in Markdown; `--store` writes it, and every single measurement as JSON, to DIR;
-`--plot` draws who won where; `--again` reads the measurements from a file instead of making them.
+`--plot` draws the fastest schedules; `--again` reads the measurements from a file instead.
 Exit status 2 where no cluster can be built (`netlab/lab.py` says what that needs).
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from machine import describe
-from netlab.lab import LabError
+from bench import Results, describe_run, exit_without_lab, parser_for, publish
 from network import in_shared_memory, on_hosts
-from report import SMALL, Goal, rate, typical
+from network_report import SMALL, Goal, rate, typical
 
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.plan import Machine, play
 from lvxattn.plan.choose import refusal
-from lvxattn.plan.problem import planned
+from lvxattn.plan.models import planned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Results = dict[str, Any]
-
 S_Q, S_KV = (1, 64, 1024, 8192), (4096, 16384, 65536)
 QUICK_S_Q, QUICK_S_KV = (1, 128), (4096,)
 HEADS = ((4, 4), (4, 2))
 D = 64
-#: The goals: auto against the best, in the worst cell and in the median; foretold over measured.
+#: The goals: auto over the best, in the worst cell and in the median; predicted over measured.
 WORST, MIDDLE, FORETOLD = 1.25, 1.10, 1.3
 
 
@@ -60,7 +55,7 @@ def measure(quick: bool) -> list[Results]:
 
 
 def sweep(P: int, H: int, H_KV: int, *, quick: bool) -> list[Results]:
-    """Return what one run of `passes.py` is to measure."""
+    """Return the arguments of one run of `passes.py`."""
     sizes = [
         (s_q, s_kv)
         for s_kv in (QUICK_S_KV if quick else S_KV)
@@ -93,7 +88,7 @@ class Cell:
 
     @staticmethod
     def read(r: Results) -> "Cell":
-        """Return what was measured in a cell, beside what the plan says of it."""
+        """Return a cell's measured times, with the plan's predictions."""
         machine = Machine.of(r["machine"])
         q, k = (1, r["H"], r["S_Q"], r["D"]), (1, r["H_KV"], r["S_KV"], r["D"])
         foretold = {}
@@ -116,7 +111,7 @@ class Cell:
 
     @property
     def lost(self) -> float:
-        """Return how long the plan's choice takes over the best."""
+        """Return the time of the plan's choice over the best."""
         return self.measured[self.auto] / self.measured[self.best]
 
 
@@ -156,7 +151,7 @@ def markdown(measured: Results) -> str:
 
 
 def goals(cells: list[Cell], *, judged: bool) -> list[str]:
-    """Return the goals, and how far they are met."""
+    """Return the goals, and the values reached."""
     lost = [cell.lost for cell in cells]
     ratios = {
         s: [cell.foretold[s] / cell.measured[s] for cell in cells if s in cell.measured]
@@ -185,12 +180,12 @@ def goals(cells: list[Cell], *, judged: bool) -> list[str]:
 
 
 def factor(ratio: float) -> float:
-    """Return how far a ratio is from 1, either way."""
+    """Return a ratio's factor from 1, in either direction."""
     return max(ratio, 1 / ratio)
 
 
 def draw(measured: Results) -> "Figure":
-    """Draw who won where; where the plan chose another, it says so."""
+    """Draw the fastest schedule of every cell, and the loss where the plan chose another."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -230,7 +225,7 @@ def _panel(axes: "Axes", cells: list[Cell]) -> None:
         x, y = s_q.index(cell.of["S_Q"]), s_kv.index(cell.of["S_KV"])
         first, second = sorted(cell.measured.values())[:2]
         colour = COLOURS[SCHEDULES.index(cell.best)]
-        # Pale where the fastest wins by next to nothing.
+        # Pale where the lead is small.
         strength = min(1.0, 0.25 + 1.5 * (second / first - 1))
         axes.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, color=colour, alpha=strength, lw=0)
         text = f"{second / first:.2f}"
@@ -242,35 +237,19 @@ def _panel(axes: "Axes", cells: list[Cell]) -> None:
     axes.set_yticks(range(len(s_kv)), [f"{n // 1024}k" for n in s_kv])
 
 
-def main() -> int:
+def main() -> None:
     """Measure, print, store, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few small cells, half a minute")
-    parser.add_argument("--store", metavar="DIR", type=Path)
-    parser.add_argument("--plot", metavar="FILE", type=Path)
-    parser.add_argument("--again", metavar="FILE", type=Path, help="what --store has written")
+    parser = parser_for(__doc__, "few small cells, half a minute", "store", "plot")
+    parser.add_argument("--again", metavar="FILE", type=Path, help="results of --store")
     options = parser.parse_args()
-    try:
-        if options.again:
-            measured = {"quick": False, **json.loads(options.again.read_text())}
-        else:
-            today = date.today().isoformat()
-            measured = {"machine": describe(), "date": today, "quick": options.quick}
-            measured["cells"] = measure(options.quick)
-    except LabError as reason:
-        print(f"schedules: {reason}", file=sys.stderr)
-        return 2
+    if options.again:
+        measured = {"quick": False, **json.loads(options.again.read_text())}
+    else:
+        with exit_without_lab("schedules"):
+            measured = {**describe_run(options.quick), "cells": measure(options.quick)}
     print(file=sys.stderr)
-    text = markdown(measured)
-    print(text, end="")
-    if options.store:
-        options.store.mkdir(parents=True, exist_ok=True)
-        (options.store / "schedules.json").write_text(json.dumps(measured) + "\n")
-        (options.store / "schedules.md").write_text(text)
-    if options.plot:
-        draw(measured).savefig(options.plot, dpi=110)
-    return 0
+    publish("schedules", measured, markdown(measured), options, draw)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,18 +1,18 @@
-"""What it costs to write down what every rank does when.
+"""The time that recording a timeline adds to passes.
 
     mpiexec -n 2 python -m mpi4py benchmarks/tracing.py [--rounds N] [--quick]
 
 Forward and backward passes with a `Meter`, with a `Timeline` and with a `Meter` again take turns,
-in an order that changes from round to round.  A ratio is taken within a round, so that whatever
-else the machine is doing meets both alike; what counts is the median over the rounds.  The ratio of
-the two meters says how much of it is noise.
+in an order that changes from round to round.  Ratios are taken within a round, so that other load
+affects both alike; the result is the median over rounds.  The ratio of the two meters shows the
+noise.
 """
 
-import argparse
 from statistics import median, quantiles
 from time import perf_counter
 
 import numpy as np
+from bench import goal_of, parser_for
 from mpi4py import MPI
 from threadpoolctl import threadpool_limits
 
@@ -26,9 +26,8 @@ KINDS = {"meter": Meter, "timeline": Timeline, "meter again": Meter}
 
 def main() -> None:
     """Take turns, and print the median ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for(__doc__, "5 rounds")
     parser.add_argument("--rounds", type=int, default=40, help="2 or more")
-    parser.add_argument("--quick", action="store_true", help="5 rounds")
     options = parser.parse_args()
     comm = MPI.COMM_WORLD
     rng = np.random.default_rng(comm.rank)
@@ -52,13 +51,12 @@ def main() -> None:
             order = np.roll(list(KINDS), n).tolist()
             rounds.append({kind: turn(kind) for kind in order})
     if comm.rank == 0:
-        of = " (of the full version on a quiet machine)" if options.quick else ""
         print(f"{comm.size} ranks, {S_Q} queries, {S_KV} keys, forward and backward: "
               f"{median(r['meter'] for r in rounds):.3f} s")  # fmt: skip
         for kind in ("timeline", "meter again"):
             ratios = [r[kind] / r["meter"] for r in rounds]
             low, _, high = quantiles(ratios, n=4)
-            goal = f", goal {GOAL:.2f}{of}" if kind == "timeline" else ""
+            goal = f", goal {GOAL:.2f}{goal_of(options.quick)}" if kind == "timeline" else ""
             print(f"  {kind:<12} over meter {median(ratios):.4f}, quartiles {low:.3f} to {high:.3f}"
                   f"{goal}")  # fmt: skip
 

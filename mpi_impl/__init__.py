@@ -1,7 +1,8 @@
-"""Distributed cross-attention over MPI: one rank a process, NumPy or CuPy arrays."""
+"""Distributed cross-attention over MPI: one rank per process, NumPy or CuPy arrays."""
 
-from lvxattn.common.layout import Layout, shard, unshard
+from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter
+from lvxattn.plan.choose import Layout
 
 from .block_attention import block_attention, block_attention_backward
 from .cross_attention import cross_attention, cross_attention_backward

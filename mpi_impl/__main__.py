@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mpi4py import MPI
 
@@ -11,25 +12,22 @@ from lvxattn.cli import UsageError, refuse, run_command
 from lvxattn.cli.arguments import Parser, natural, positive
 from lvxattn.cli.measure import add_options as add_measure_options
 from lvxattn.cli.measure import run_measure
-from lvxattn.cli.options import add_options
+from lvxattn.cli.run_options import add_options
 from lvxattn.common.launcher import mismatch, speaks
 from lvxattn.common.validation import on_rank
 from lvxattn.mpi_impl import kernels
 from lvxattn.mpi_impl.commands.doctor import examine
-from lvxattn.mpi_impl.commands.run import MPIRanks
-from lvxattn.mpi_impl.commands.run.backend import Backend
+from lvxattn.mpi_impl.commands.run import Backend, MPIRanks
 from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.transport import cuda_aware as awareness
 from lvxattn.mpi_impl.transport.death_notice import announce_death
 from lvxattn.mpi_impl.transport.watchdog import timeout
 
 _DEMO = "lvxattn demo"
-
-
 _ENVIRONMENT = (
     "environment: LVXATTN_TIMEOUT=SECONDS ends a run in which a rank waits that long; "
-    "LVXATTN_CUDA_AWARE=auto|0|1 hands MPI device memory or not; LVXATTN_KERNEL=auto|cuda|tiles "
-    "chooses what attends to CuPy arrays. "
+    "LVXATTN_CUDA_AWARE=auto|0|1 passes device memory to MPI or not; LVXATTN_KERNEL=auto|cuda|tiles"
+    " selects the kernel for CuPy arrays. "
 )
 
 
@@ -43,7 +41,7 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
     Parameters
     ----------
     argv : sequence of str, optional
-        The arguments; those of the process unless given.
+        The arguments (default: the process's own).
     comm : mpi4py.MPI.Intracomm
 
     Returns
@@ -61,10 +59,8 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
 
 def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     try:
-        from lvxattn.mpi_impl.commands.demo import (  # what only the demo needs
-            InputError,
-            search_video,
-        )
+        # Here, as other commands do without what it imports.
+        from lvxattn.mpi_impl.commands.demo import InputError, search_video
     except ModuleNotFoundError as error:
         hint = "the extra 'demo' brings all it needs"
         return refuse(f"{_DEMO}: error: {error}; {hint} (on all ranks)", comm.rank)
@@ -74,10 +70,6 @@ def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
         return refuse(f"{_DEMO}: error: {error}", comm.rank)
 
 
-def _run(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
-    return run_command(options, MPIRanks(comm))
-
-
 def _measure(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     def probe(backend: Backend, shape: tuple[int, int, int], dtype: str) -> Probe:
         return Probe(comm, shape, dtype, backend.xp)
@@ -85,12 +77,8 @@ def _measure(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     return run_measure(options, MPIRanks(comm), probe)
 
 
-def _doctor(_: argparse.Namespace, comm: MPI.Intracomm) -> int:
-    return 0 if examine(comm) else 1
-
-
 def _check_environment(command: str, comm: MPI.Intracomm) -> None:
-    """Refuse a wrong launcher, which the doctor examines, and a bad variable of any rank's."""
+    """Reject a bad variable of any rank and, except for the doctor, a wrong launcher."""
     wrong = mismatch(os.environ, MPI.COMM_WORLD.size)
     if wrong and command != "doctor":
         raise UsageError(f"lvxattn: error: {wrong}")
@@ -117,11 +105,17 @@ def _parser() -> argparse.ArgumentParser:
         "lvxattn", description="Exact distributed cross-attention over MPI.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
+
+    def add(name: str, run: Callable[..., int], **texts: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, allow_abbrev=False, **texts)
+        command.set_defaults(run=run)
+        return command
+
+    demo = add(
         "demo",
+        _demo,
         help="search a long video for small patches",
         description="Search a long video for small patches, by exact distributed cross-attention.",
-        allow_abbrev=False,
     )
     source = demo.add_mutually_exclusive_group()
     source.add_argument("--video", metavar="FILE", help="search a video file")
@@ -140,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         help="patches to search for (default: 256)",
     )
     demo.add_argument(
-        "--seed", type=natural, default=0, metavar="N", help="another path, other patches"
+        "--seed", type=natural, default=0, metavar="N", help="selects the camera's path and patches"
     )
     demo.add_argument(
         "--output",
@@ -148,33 +142,29 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to write the picture (default: demo.png)",
     )
-    demo.set_defaults(run=_demo)
-    run = commands.add_parser(
+    run = add(
         "run",
+        lambda options, comm: run_command(options, MPIRanks(comm)),
         help="cross-attention on random tensors or on a file's",
         description="Exact distributed cross-attention: measured, checked and reported.",
         epilog=_ENVIRONMENT + "exit status: 0; 1 if a check failed; 2 if the input is bad",
-        allow_abbrev=False,
     )
     add_options(run)
-    run.set_defaults(run=_run)
-    measure = commands.add_parser(
+    measure = add(
         "measure",
-        help="how fast is this machine?",
+        _measure,
+        help="measure the speed of this machine",
         description="Measure what the choice of a schedule rests on, within 10 seconds.",
-        allow_abbrev=False,
     )
     add_measure_options(measure, "machine-mpi.json")
-    measure.set_defaults(run=_measure)
-    doctor = commands.add_parser(
+    add(
         "doctor",
-        help="are these ranks fit for a run?",
-        description="Look at every rank, send messages round, and say what to do better.",
-        epilog=_ENVIRONMENT + "exit status: 0; 1 if ranks cannot talk, or cannot compute on their "
-        "GPUs; 2 if an argument or a variable is bad",
-        allow_abbrev=False,
+        lambda _, comm: 0 if examine(comm) else 1,
+        help="check that these ranks are fit for a run",
+        description="Examine every rank, send messages around the ring, and give advice.",
+        epilog=_ENVIRONMENT + "exit status: 0; 1 if ranks cannot communicate, or cannot compute on "
+        "their GPUs; 2 if an argument or a variable is bad",
     )
-    doctor.set_defaults(run=_doctor)
     return parser
 
 

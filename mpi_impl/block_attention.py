@@ -1,41 +1,40 @@
-r"""One block of queries against one rank's keys.
+r"""Attention of one block of queries to one rank's keys.
 
-Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge_partials` joins
-it with the tiles before; scores are never kept for more than one tile.
+Keys are processed tile by tile.  Each tile gives attention over its keys alone, and
+`merge_partials` joins it with the tiles before; scores are kept for one tile only.
 
     s = scale q k^T + mask       p = exp(s - top)      top = rowmax s
     out = p v / total            total = rowsum p      lse = top + log total
 
-The backward needs no such care: with lse over all keys of all ranks known, every tile's
-probabilities are what they are in the whole,
+The backward needs no running maximum.  lse over all keys of all ranks is known, so that a tile's
+probabilities are final,
 
-    p  = exp(s - lse)           dv = p^T dout
-    ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
+    p  = exp(s - lse)                   dv = p^T dout
+    ds = scale p (dout v^T - delta)     dq = ds k       dk = ds^T q
 
-so its sums over tiles, blocks and ranks are plain sums.  What lse has lost in rounding, `low`, is a
-factor exp(-low) of every p of a row.  dout and delta have it instead, to which all gradients are
-proportional: nothing more travels.
+and the sums over tiles, blocks and ranks are plain sums.  The rounding error of lse,
+`lse_remainder`, would be a factor exp(-lse_remainder) of all p of a row.  Gradients are linear in
+dout and delta, so the factor is applied there, and nothing more has to travel.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 
-The elementwise steps between two matrix products are done in place on a tile that stays in a core's
-cache (NumPy) or fills the device (CuPy).  Between tiles the caller's `progress` lets MPI work.
-
-For CuPy there is another way, `kernels/`: the same tiles in one kernel on tensor cores, which takes
-over where it can.
+The elementwise steps between two matrix products work in place on a tile that stays in a core's
+cache (NumPy) or fills the device (CuPy).  Between tiles `progress` is called, for MPI to continue
+its transfers.  For CuPy arrays `kernels/` does the same in one kernel on tensor cores, where it
+can.
 """
 
-from collections.abc import Callable, Iterator
-from math import prod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from lvxattn.common.masks import MaskRule, MaskView, tiles
+from lvxattn.common.masks import MaskRule, MaskView
 from lvxattn.common.validation import accumulator, dtype_name
 
 from . import kernels
 from .merge import lse_of, merge_partials
+from .tiles import Tiles
 from .transport.device import array_module
 
 Array = Any  # NumPy or CuPy
@@ -60,25 +59,34 @@ def block_attention(
     v : (B, H_KV, s_kv, D_V)
     scale : float
     mask : optional
-        A mask over this block, or the view that `Layout.view` gives of a rank's mask.
+        A mask of this block, or the view of a rank's mask that `Layout.view` returns.
     progress : callable
         Called between tiles.
     kernel : str
-        ``"tiles"``: these steps, which can do everything; ``"cuda"``: those of `kernels`;
-        ``"auto"``: what ``LVXATTN_KERNEL`` says or, unless it is set, the latter where they can.
+        ``"tiles"``: these steps, for any block; ``"cuda"``: those of `kernels`; ``"auto"``: the
+        value of ``LVXATTN_KERNEL`` or, where that is not set, ``"cuda"`` where it is supported.
 
     Returns
     -------
     out : (B, H, s_q, D_V), accumulator dtype
     lse : (B, H, s_q), accumulator dtype
-        Natural log; (0, -inf) where a query may attend to none of the keys.
+        Natural log; (0, -inf) where a query may attend to no key.
 
     Raises
     ------
     ValueError
-        `kernel`, or the variable, is none of these, or cannot do this.
+        `kernel`, or the variable, is none of these, or does not support this block.
     RuntimeError
-        ``"cuda"`` is asked for, and cannot be compiled.
+        ``"cuda"`` is requested, and cannot be compiled.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.mpi_impl import block_attention
+    >>> q, k, v = (np.ones((1, 2, s, 8), np.float16) for s in (6, 50, 50))
+    >>> out, lse = block_attention(q, k, v, scale=1.0)
+    >>> out.shape, out.dtype, lse.shape
+    ((1, 2, 6, 8), dtype('float32'), (1, 2, 6))
     """
     out, top, total = partial_attention(
         q, k, v, scale=scale, mask=mask, progress=progress, kernel=kernel
@@ -96,21 +104,21 @@ def partial_attention(
     progress: Callable[[], None] = lambda: None,
     kernel: str = "auto",
 ) -> tuple[Array, Array, Array]:
-    """Do what `block_attention` does, with lse as the pair that `merge_partials` joins.
+    """Compute `block_attention` as a partial result, the form that `merge_partials` joins.
 
     Returns
     -------
     out : (B, H, s_q, D_V), accumulator dtype
     top, total : (B, H, s_q), accumulator dtype
         The largest score, and the sum of exponentiated scores divided by exp(top); (0, -inf, 0)
-        where a query may attend to none of the keys.  Of `kernels`: lse and 1.
+        where a query may attend to no key.  Of `kernels`: lse and 1.
     """
     if kernels.choose(q, k, v, MaskView.of(mask).mask, kernel).kernel == "cuda":
         xp = array_module(q)
         out, lse = kernels.forward(xp, q, k, v, scale=float(scale))
         progress()
         return out, lse, xp.ones_like(lse)
-    work = _Tiles(q, k, MaskView.of(mask))
+    work = Tiles(q, k, MaskView.of(mask))
     xp = work.xp
     out, top, total = work.new_rows(v.shape[3]), work.new_rows(), work.new_rows()
     for at in work.row_tiles():
@@ -119,19 +127,19 @@ def partial_attention(
         top_tile = xp.full(q_tile.shape[:2], -xp.inf, work.dtype)
         total_tile = xp.zeros(q_tile.shape[:2], work.dtype)
         for keys in work.key_tiles():
-            # 1. Scores, with -inf where a query may not look.
+            # 1. Compute scores, with -inf where a query may not attend.
             p = work.scores(q_tile, work.load_keys(k, at, keys), at, keys)
-            # 2. Softmax over this tile alone.  Where a row sees nothing: 0 instead of -inf - -inf.
+            # 2. Softmax over this tile alone.  Where a row sees no key, 0 avoids -inf - -inf.
             row_max = p.max(axis=-1)
             base = xp.where(row_max == -xp.inf, 0.0, row_max)
             p -= base[..., None]
             xp.exp(p, out=p)
             row_sum = p.sum(axis=-1)
-            part = p @ work.load_keys(v, at, keys)
-            part /= xp.where(row_sum == 0, 1.0, row_sum)[..., None]
+            row_out = p @ work.load_keys(v, at, keys)
+            row_out /= xp.where(row_sum == 0, 1.0, row_sum)[..., None]
             # 3. Join it with the tiles before.
             out_tile, top_tile, total_tile = merge_partials(
-                out_tile, top_tile, total_tile, part, row_max, row_sum
+                out_tile, top_tile, total_tile, row_out, row_max, row_sum
             )
             progress()
         for x, tile in ((out, out_tile), (top, top_tile), (total, total_tile)):
@@ -154,9 +162,9 @@ def block_attention_backward(
     progress: Callable[[], None] = lambda: None,
     kernel: str = "auto",
 ) -> Array:
-    """Differentiate `block_attention` given lse and delta over all keys of all ranks.
+    """Differentiate `block_attention`, given lse and delta over all keys of all ranks.
 
-    Not collective.  Adds this block's share to dk and dv in place.
+    Not collective.  Adds the share of this block to dk and dv in place.
 
     Parameters
     ----------
@@ -168,20 +176,32 @@ def block_attention_backward(
     delta : (B, H, s_q)
         ``rowsum(dout * out) - dlse``, out over all keys.
     dk, dv : shaped as k, v
-        Added to in place.  In the accumulator dtype, or k's if nothing else is added to them: this
-        block's sums are in the former, and then rounded once.
+        Added to in place.  In the accumulator dtype, or in k's where nothing else is added to them:
+        the sums of this block are taken in the former, and then rounded once.
 
     Returns
     -------
     dq : (B, H, s_q, D), accumulator dtype
         The share of these keys.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.mpi_impl import block_attention, block_attention_backward
+    >>> q, k, v = (np.ones((1, 2, s, 8)) for s in (6, 50, 50))
+    >>> out, lse = block_attention(q, k, v, scale=1.0)
+    >>> dout, dk, dv = np.ones_like(out), np.zeros_like(k), np.zeros_like(v)
+    >>> delta = (dout * out).sum(axis=-1)
+    >>> dq = block_attention_backward(dout, q, k, v, lse, delta, dk, dv, scale=1.0)
+    >>> np.allclose(dv, 6 / 50)  # each of 6 queries gives each of 50 keys an equal weight
+    True
     """
     if kernels.choose(q, k, v, MaskView.of(mask).mask, kernel).kernel == "cuda":
         xp = array_module(q)
         dq = kernels.backward(xp, dout, q, k, v, lse, delta, dk, dv, scale=float(scale))
         progress()
         return dq
-    work = _Tiles(q, k, MaskView.of(mask))
+    work = Tiles(q, k, MaskView.of(mask))
     xp = work.xp
     dq = work.new_rows(q.shape[3])
     sums = [x if x.dtype == work.dtype else xp.zeros(x.shape, work.dtype) for x in (dk, dv)]
@@ -193,15 +213,15 @@ def block_attention_backward(
         base = xp.where(lse_tile == -xp.inf, 0.0, lse_tile)
         for keys in work.key_tiles():
             k_tile, v_tile = work.load_keys(k, at, keys), work.load_keys(v, at, keys)
-            # 1. The probabilities that these keys have among all keys.
+            # 1. Compute the probabilities of these keys among all keys.
             p = work.scores(q_tile, k_tile, at, keys)
             p -= base[..., None]
             xp.exp(p, out=p)
-            # 2. Their gradients, and those of the scores.
-            ds = work.product(1, dout_tile, v_tile)
+            # 2. Compute their gradients, and those of the scores.
+            ds = work.product(1, dout_tile, v_tile)  # without scale, which q_tile has, and dq gets
             ds -= delta_tile[..., None]
             ds *= p
-            # 3. Plain sums; the heads of a group share their key-value head.
+            # 3. Add to plain sums; the heads of a group share their key-value head.
             dv_sum[at[0], at[1], keys] += work.over_rows(p, dout_tile)
             dk_sum[at[0], at[1], keys] += work.over_rows(ds, q_tile)
             dq_tile += ds @ k_tile
@@ -215,20 +235,20 @@ def block_attention_backward(
 
 
 def delta_of(
-    dout: Array, out: Array, lse: Array, low: Array | None, dlse: Array | None
+    dout: Array, out: Array, lse: Array, lse_remainder: Array | None, dlse: Array | None
 ) -> tuple[Array, Array]:
-    """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
+    """Return dout and delta = rowsum(dout * out) - dlse, both times exp(-lse_remainder).
 
-    Both have the factor exp(-low), and are 0 in rows that see nothing (lse = -inf), whatever comes
-    from above, NaN too: no gradient goes through them.
+    Computed once, on the queries' rank.  Both are 0 in rows that see no key (lse = -inf), even
+    where dout or dlse is NaN: no gradient passes through such rows.
 
     Parameters
     ----------
     dout, out : (B, H, s_q, D_V)
     lse : (B, H, s_q)
         Over all keys.
-    low : (B, H, s_q), optional
-        What lse has lost in rounding (`remainder_of`); 0 unless given.
+    lse_remainder : (B, H, s_q), optional
+        Rounding error of lse, from `lse_remainder_of`; default: 0.
     dlse : (B, H, s_q), optional
 
     Returns
@@ -240,96 +260,9 @@ def delta_of(
     wide = np.dtype(accumulator(dtype_name(dout)))
     seen = lse != -xp.inf
     dout, dlse = xp.where(seen[..., None], dout, zero), xp.zeros_like(lse) if dlse is None else dlse
-    if low is not None:
-        factor = xp.exp(-low)
-        # Rounded to its dtype before delta is taken from it: the two must fit each other.
+    if lse_remainder is not None:
+        factor = xp.exp(-lse_remainder)
+        # Rounded before delta is computed from it: the two must be consistent.
         dout, dlse = (dout.astype(wide) * factor[..., None]).astype(dout.dtype), dlse * factor
     delta = (dout.astype(wide) * out).sum(axis=-1) - dlse
     return dout, xp.where(seen, delta, 0.0)
-
-
-# Batch entry, key-value heads and query rows of one tile.
-At = tuple[int, slice, slice]
-
-
-class _Tiles:
-    """How a block is cut, and the way from its arrays to a tile's and back.
-
-    The query heads that share a key-value head are laid one under the other, so that a tile is one
-    matrix product for each key-value head: (heads, G rows, D) by (heads, keys, D), G = H / H_KV.
-    """
-
-    def __init__(self, q: Array, k: Array, mask: MaskView) -> None:
-        self.xp, self.mask = array_module(q), mask
-        self.dtype = np.dtype(accumulator(dtype_name(q)))
-        self.B, self.H, self.s_q, _ = q.shape
-        self.H_KV, self.s_kv = k.shape[1:3]
-        self.G = self.H // self.H_KV
-        if self.xp is np:  # one head at a time; the scores fit a core's cache
-            heads, rows, scores = 1, 512, 2**19
-        else:  # all heads at once; enough work to fill a device
-            heads, rows, scores = self.H_KV, 2048, 2**26
-        self.tile_heads = heads
-        self.tile_rows = max(1, min(self.s_q, rows // self.G))
-        lines = heads * self.G * self.tile_rows
-        self.tile_keys = max(1, min(self.s_kv, max(1024, scores // lines)))
-        self.scratch = self.xp.empty((2, lines * self.tile_keys), self.dtype)
-
-    def row_tiles(self) -> Iterator[At]:
-        """Yield every tile's batch entry, key-value heads and rows."""
-        for b in range(self.B):
-            for heads in tiles(self.H_KV, self.tile_heads):
-                for rows in tiles(self.s_q, self.tile_rows):
-                    yield b, heads, rows
-
-    def key_tiles(self) -> Iterator[slice]:
-        """Yield every tile's keys."""
-        return tiles(self.s_kv, self.tile_keys)
-
-    def new_rows(self, *width: int) -> Array:
-        """Return an array (B, H, s_q, *width) in the accumulator dtype, to be stored into."""
-        return self.xp.empty((self.B, self.H, self.s_q, *width), self.dtype)
-
-    def load(self, x: Array, at: At) -> Array:
-        """Return a tile (heads, G rows, ...) of x (B, H, s_q, ...), in the accumulator dtype."""
-        b, heads, rows = at
-        tile = x[b, self._query_heads(heads), rows].astype(self.dtype)
-        return tile.reshape(heads.stop - heads.start, -1, *x.shape[3:])
-
-    def store(self, x: Array, at: At, tile: Array) -> None:
-        """Write a tile back to where `load` would read it."""
-        b, heads, rows = at
-        view = x[b, self._query_heads(heads), rows]
-        view[...] = tile.reshape(view.shape)
-
-    def load_keys(self, x: Array, at: At, keys: slice) -> Array:
-        """Return a tile (heads, keys, ...) of keys or values; a copy only if the dtype differs."""
-        return x[at[0], at[1], keys].astype(self.dtype, copy=False)
-
-    def product(self, which: int, a: Array, b: Array) -> Array:
-        """Return a b^T in scratch number `which`, which the next tile uses again."""
-        shape = (*a.shape[:2], b.shape[1])
-        out = self.scratch[which, : prod(shape)].reshape(shape)
-        return self.xp.matmul(a, b.swapaxes(-1, -2), out=out)
-
-    def over_rows(self, a: Array, b: Array) -> Array:
-        """Return a^T b.  A single row is multiplied out: NumPy's matmul is four times as slow."""
-        a = a.swapaxes(-1, -2)
-        return a * b if b.shape[1] == 1 else a @ b
-
-    def scores(self, q_tile: Array, k_tile: Array, at: At, keys: slice) -> Array:
-        """Return masked scores (heads, G rows, keys), in scratch number 0."""
-        b, heads, rows = at
-        scores = self.product(0, q_tile, k_tile)
-        tile = self.mask.tile(slice(b, b + 1), self._query_heads(heads), rows, keys, self.xp.arange)
-        if tile is not None:
-            by_head = scores.reshape(-1, rows.stop - rows.start, scores.shape[2])
-            if tile.dtype == bool:
-                self.xp.copyto(by_head, -self.xp.inf, where=~tile[0])
-            else:
-                with np.errstate(over="ignore"):  # what the accumulator cannot hold is -inf
-                    by_head += tile[0].astype(self.dtype, copy=False)
-        return scores
-
-    def _query_heads(self, heads: slice) -> slice:
-        return slice(heads.start * self.G, heads.stop * self.G)

@@ -1,26 +1,26 @@
-r"""How blocks move all at once: each rank with every other one, in the fewest bytes that do it.
+r"""How blocks travel all at once: every rank exchanges messages with every other one.
 
     all_gather        my block to every rank                     P - 1 messages
     reduce_scatter    rows to their owner, joined there          P - 1 messages
     all_reduce        joined rows to every rank, in two steps    2 (P - 1) messages
-    all_to_all        a part of its own to each rank             P - 1 messages
+    all_to_all        a different block to each rank             P - 1 messages
 
-What joins two partial results is `merge_partials`, or `added` for sums; it becomes an `MPI.Op`, and
-MPI may call it on any ranks' results, in any order.  The messages of a reduction are those of the
-best algorithm; how many there really are, MPI decides.
+Two partial results are joined by `merge_partials`, or by `added` where they are plain sums.  Here
+that function becomes an `MPI.Op`, which MPI may apply to any ranks' results in any order.  The
+messages counted for a reduction are those of the best algorithm; MPI may use another.
 """
 
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 
 from mpi4py import MPI
 
 from lvxattn.common.layout import share
 from lvxattn.common.meter import Block
+from lvxattn.common.wire import Field, Fields, cut, nbytes
 
-from .exchange import Exchange, Field, Fields, cut, nbytes
+from .exchange import Exchange
 from .merge import Array
 from .transport.buffers import buffer
 from .transport.reduce_op import Rows, operator
@@ -29,7 +29,8 @@ from .transport.watchdog import Pending, wait
 
 Join = Callable[..., tuple[Array, ...]]
 
-_TRADES = 7004  # a tag; 7003 is a command's
+_RESULTS = partial(Block, "all ranks' results to be joined")
+_ALL_TO_ALL = 7004  # a tag; a command uses 7003
 
 
 def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
@@ -43,15 +44,13 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
     *arrays : (B, H, s_q, ...)
         This rank's block.
     """
-    layout = exchange.layout
 
-    def block(owner: int) -> list[Field]:
-        rows = layout.s_q[owner]
-        return [Field((*x.shape[:2], rows, *x.shape[3:]), x.dtype) for x in arrays]
+    def fields(owner: int) -> list[Field]:
+        return [Field.like(x, rows=exchange.layout.s_q[owner]) for x in arrays]
 
     what = "all ranks' rows to be gathered"
-    blocks = all_to_all(exchange, [list(arrays)] * layout.size, block, what)
-    return [exchange.xp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)]
+    incoming = all_to_all(exchange, [list(arrays)] * exchange.P, fields, what)
+    return [exchange.xp.concatenate(blocks, axis=2) for blocks in zip(*incoming, strict=True)]
 
 
 def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, ...]:
@@ -67,30 +66,18 @@ def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Arra
     *arrays : (B, H, S_Q, ...), of one dtype
         This rank's results for all queries.
     """
-    layout = exchange.layout
-    bounds = list(accumulate(layout.s_q, initial=0))
-    sent = Rows(exchange.xp, arrays, layout.s_q)
-    mine = Rows(exchange.xp, arrays, [layout.s_q[layout.rank]])
-    what = partial(Block, "all ranks' results to be joined")
-    for owner, (start, stop) in enumerate(pairwise(bounds)):
-        sent.put(owner, [x[:, :, start:stop] for x in arrays])
-        if owner != layout.rank:
-            exchange.meter.sent(sent.counts[owner] * sent.row_bytes, owner, what)
-    with operator(join, arrays) as (op, row):
-        (rows, packed), (room, empty) = sent.sendable(), mine.receivable()
-        transfer = Transfer(
-            lambda: exchange.comm.Ireduce_scatter(
-                [rows, sum(sent.counts), row], [room, sum(mine.counts), row], sent.counts, op
-            ),
-            packed,
-            empty,
-        )
-        _wait(exchange, transfer, what)
-    return mine.arrays()
+    s_q = exchange.layout.s_q
+    sent, mine = Rows(exchange.xp, arrays, s_q), Rows(exchange.xp, arrays, [s_q[exchange.rank]])
+    for owner, (first, end) in enumerate(pairwise(accumulate(s_q, initial=0))):
+        sent.put(owner, [x[:, :, first:end] for x in arrays])
+        if owner != exchange.rank:
+            exchange.meter.sent(sent.counts[owner] * sent.row_bytes, owner, _RESULTS)
+    start = partial(exchange.comm.Ireduce_scatter, recvcounts=sent.counts)
+    return _reduced(exchange, join, sent, mine, start)
 
 
 def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, ...]:
-    """Return partial results, joined over all ranks, on every rank alike.
+    """Return partial results joined over all ranks, the same on every rank.
 
     Collective: every rank of the exchange calls this.
 
@@ -102,77 +89,66 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     *arrays : (B, H, S_Q, ...), of one dtype
         This rank's results for all queries.
     """
-    layout = exchange.layout
-    S_Q, what = arrays[0].shape[2], partial(Block, "all ranks' results to be joined")
+    S_Q = arrays[0].shape[2]
     sent, result = (Rows(exchange.xp, arrays, [S_Q]) for _ in range(2))
     sent.put(0, arrays)
-    shares = [share(S_Q, rank, layout.size) for rank in range(layout.size)]
-    for rank, part in enumerate(shares):  # there and, joined, back
-        if rank != layout.rank:
-            for owner in (part, shares[layout.rank]):
-                nbytes_each = sent.nbytes // max(1, S_Q)
-                exchange.meter.sent(nbytes_each * (owner.stop - owner.start), rank, what)
-    with operator(join, arrays) as (op, row):
-        (rows, packed), (room, empty) = sent.sendable(), result.receivable()
-        count = sum(sent.counts)
-        transfer = Transfer(
-            lambda: exchange.comm.Iallreduce([rows, count, row], [room, count, row], op),
-            packed,
-            empty,
-        )
-        _wait(exchange, transfer, what)
-    return result.arrays()
+    query_nbytes = sent.nbytes // max(1, S_Q)
+    shares = [share(S_Q, rank, exchange.P) for rank in range(exchange.P)]
+    for rank, part in enumerate(shares):  # to their owner and, joined, back
+        if rank != exchange.rank:
+            for rows in (part, shares[exchange.rank]):
+                exchange.meter.sent(query_nbytes * (rows.stop - rows.start), rank, _RESULTS)
+    return _reduced(exchange, join, sent, result, exchange.comm.Iallreduce)
 
 
 def all_to_all(
-    exchange: Exchange, parts: list[list[Array]], fields: Fields, what: str
+    exchange: Exchange, outgoing: list[list[Array]], fields: Fields, what: str
 ) -> list[list[Array]]:
-    """Give every rank a part, and return what all ranks gave to this one, in rank order.
+    """Send every rank its block, and return the blocks from all ranks, in rank order.
 
     Collective: every rank of the exchange calls this.
 
     Parameters
     ----------
     exchange : Exchange
-    parts : list
-        For each rank the arrays that it is to have.
+    outgoing : list
+        For each rank the arrays of its block.
     fields : callable
-        Shapes and dtypes of what each rank gives to this one: MPI must know how much will come.
+        Shapes and dtypes of the block from each rank: MPI must know its size.
     what : str
-        What is waited for.
+        Name of the blocks, for the meter.
     """
-    layout, xp = exchange.layout, exchange.xp
-    going = [[Field(x.shape, x.dtype) for x in part] for part in parts]
-    coming = [fields(source) for source in range(layout.size)]
-    going[layout.rank] = coming[layout.rank] = []  # what I give to myself stays where it is
-    out, into = _Room(xp, going), _Room(xp, coming)
-    for dest, views in enumerate(out.views()):
-        for view, x in zip(views, parts[dest], strict=False):
+    comm, rank, P = exchange.comm, exchange.rank, exchange.P
+    outgoing_fields = [[Field.like(x) for x in block] for block in outgoing]
+    incoming_fields = [fields(source) for source in range(P)]
+    outgoing_fields[rank] = incoming_fields[rank] = []  # my block for myself is not copied
+    out, into = _Room(exchange, outgoing_fields), _Room(exchange, incoming_fields)
+    for views, block in zip(out.views(), outgoing, strict=True):
+        for view, x in zip(views, block, strict=False):
             view[...] = x
     label = partial(Block, what)
-    for dest, part in enumerate(going):
-        if dest != layout.rank:
-            exchange.meter.sent(nbytes(part), dest, label)
+    for dest in range(P):
+        if dest != rank:
+            exchange.meter.sent(nbytes(outgoing_fields[dest]), dest, label)
     out.buffer.filled()
     sent, whole = out.buffer.sendable(out.nbytes)
     room, empty = into.buffer.receivable(into.nbytes)
-    # Point to point: an MPI that takes device memory there need not take it in collective calls.
-    comm, rank, P = exchange.comm, layout.rank, layout.size
+    # Point to point: an MPI may accept device memory here, and not in collective calls.
     transfers = []
     for step in range(1, P):
         source, dest = (rank - step) % P, (rank + step) % P
         if into.counts[source]:
             message = [into.part(room, source), MPI.BYTE]
-            transfers.append(Transfer(partial(comm.Irecv, message, source, _TRADES), empty))
+            transfers.append(Transfer(partial(comm.Irecv, message, source, _ALL_TO_ALL), empty))
         if out.counts[dest]:
             message = [out.part(sent, dest), MPI.BYTE]
-            transfers.append(Transfer(partial(comm.Isend, message, dest, _TRADES), whole))
+            transfers.append(Transfer(partial(comm.Isend, message, dest, _ALL_TO_ALL), whole))
     _wait(exchange, Transfers(transfers), label)
     into.buffer.deliver(into.nbytes)
     into.buffer.settle()
-    received = into.views()
-    received[layout.rank] = parts[layout.rank]
-    return received
+    incoming = into.views()
+    incoming[rank] = outgoing[rank]
+    return incoming
 
 
 def added(*arrays: Array) -> tuple[Array, ...]:
@@ -181,23 +157,37 @@ def added(*arrays: Array) -> tuple[Array, ...]:
     return tuple(a + b for a, b in zip(arrays[:half], arrays[half:], strict=True))
 
 
-class _Room:
-    """A buffer with a block for each rank; blocks begin where any dtype may."""
+def _reduced(
+    exchange: Exchange, join: Join, sent: Rows, result: Rows, start: Callable[..., MPI.Request]
+) -> tuple[Array, ...]:
+    """Join rows over all ranks by the call of MPI that `start` makes, and unpack the result."""
+    with operator(join, sent.like) as (op, row):
+        (rows, packed), (room, empty) = sent.sendable(), result.receivable()
+        ends = [rows, sum(sent.counts), row], [room, sum(result.counts), row]
+        _wait(exchange, Transfer(lambda: start(*ends, op=op), packed, empty), _RESULTS)
+    return result.arrays()
 
-    def __init__(self, xp: Any, blocks: list[list[Field]]) -> None:
-        self.blocks = blocks
+
+class _Room:
+    """A buffer with a block for each rank, at multiples of 16 bytes, which suit any dtype."""
+
+    def __init__(self, exchange: Exchange, blocks: list[list[Field]]) -> None:
+        self.exchange, self.blocks = exchange, blocks
         self.counts = [-(-nbytes(block) // 16) * 16 for block in blocks]
         *self.starts, self.nbytes = accumulate(self.counts, initial=0)
-        self.buffer = buffer(xp, self.nbytes)
+        self.buffer = buffer(exchange.xp, self.nbytes)
 
     def part(self, memory: Array, rank: int) -> Array:
-        """Return a rank's bytes of `memory`, the buffer's or its twin."""
+        """Return a rank's bytes of `memory`, the buffer's on the device or on the host."""
         return memory[self.starts[rank] : self.starts[rank] + self.counts[rank]]
 
     def views(self) -> list[list[Array]]:
-        """Return every block's arrays."""
-        memory = self.buffer.array
-        return [cut(self.part(memory, rank), block) for rank, block in enumerate(self.blocks)]
+        """Return the arrays of every block."""
+        parts = (self.part(self.buffer.array, rank) for rank in range(len(self.blocks)))
+        return [
+            cut(part, block, self.exchange.dtype_of)
+            for part, block in zip(parts, self.blocks, strict=True)
+        ]
 
 
 def _wait(exchange: Exchange, transfer: Pending, what: Callable[[], Block]) -> None:

@@ -1,7 +1,7 @@
-"""Exact cross-attention over keys and values that are spread over ranks: the front door.
+"""Exact cross-attention over keys and values that are sharded over ranks: the front door.
 
-Both functions agree on a layout, unless they are given one, and hand over to the schedule, whose
-partial result, over all keys, is out and lse.
+Both functions agree on a layout, unless one is given, and call the schedule.  A schedule's forward
+returns (out, top, total), merged over all keys, and `lse_of` computes lse from the last two.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import instead_of
+from lvxattn.plan.choose import Layout
 
 from .block_attention import delta_of
 from .exchange import Exchange
 from .gather import gather, gather_backward
 from .lv_xattn import lv_xattn, lv_xattn_backward
-from .merge import lse_of, remainder_of
+from .merge import lse_of, lse_remainder_of
 from .replicated import replicated, replicated_backward
 from .ring_attention import ring_attention, ring_attention_backward
 from .transport.death_notice import named
@@ -28,18 +28,18 @@ from .transport.watchdog import watching
 from .ulysses import ulysses, ulysses_backward
 
 Array = Any  # NumPy or CuPy
-# Up to this size lse alone will do for a backward.
+# Above this |lse|, the backward reruns the forward.
 LARGE_LSE = 256.0
 
-Forward = Callable[..., tuple[Array, Array, Array]]
-Backward = Callable[..., tuple[Array, Array, Array]]
+Schedule = Callable[..., tuple[Array, Array, Array]]
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
-BACKWARD = {
-    "lv-xattn": lv_xattn_backward,
-    "ring": ring_attention_backward,
-    "ulysses": ulysses_backward,
-    "gather": gather_backward,
+# Forward and backward of every way in which blocks travel (`Layout.way`).
+SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
+    "lv-xattn": (lv_xattn, lv_xattn_backward),
+    "ring": (ring_attention, ring_attention_backward),
+    "ulysses": (ulysses, ulysses_backward),
+    "gather": (gather, gather_backward),
+    "replicated": (replicated, replicated_backward),
 }
 
 
@@ -63,59 +63,52 @@ def cross_attention(
     Parameters
     ----------
     q : (B, H, s_q, D)
-        This rank's queries.
     k : (B, H_KV, s_kv, D)
     v : (B, H_KV, s_kv, D_V)
-        This rank's keys and values; H is a multiple of H_KV, and head h reads group
-        ``h // (H // H_KV)``.  Lengths may differ between ranks and may be 0.
+        This rank's queries, keys and values, NumPy's or CuPy's.
     comm : MPI.Intracomm
         Messages use tags 7001, 7002 and 7004 of it.
-    schedule : str
-        What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
-        once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
-        rank has all lengths of a share of the heads (P must divide H_KV); ``"auto"``, whichever
-        sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
-    scale : float, optional
-        ``1 / sqrt(D)`` unless given.
-    mask : array or callable, optional
-        What this rank's keys look like to every query: bool (True = may attend) or additive float,
-        broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
-        its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable arrays of global indices.  With ``"ring"`` and ``"ulysses"`` a callable is
-        asked about the keys of all ranks, so that it must be the same rule on every rank.  What is
-        hidden must be finite all the same: 0 times NaN is NaN.
-    queries : str
-        ``"sharded"``, or ``"replicated"``: every rank holds all queries, the same ones, and gets
-        out for all of them.
-    layout : Layout, optional
-        From `Layout.agree`, to agree once for many calls.
-    meter : Meter, optional
-        Is added to: messages, bytes, seconds.
+    schedule, scale, mask, queries, layout, meter
+        As in `lvxattn.reference.cross_attention`.
 
     Returns
     -------
     out : (B, H, s_q, D_V), q's dtype
     lse : (B, H, s_q), float32, or float64 where q is
-        Natural log; -inf, with out = 0, where a query may attend to nothing.
+        Natural log; -inf, with out = 0, where a query may attend to no key.
 
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, what was expected, what was given and the rank; on every rank alike,
-        before anything is sent, unless `layout` is given: then on the rank that misfits.  Whatever
-        else is raised later, as by a callable mask, leaves blocks under way: end the program, as
-        ``python -m mpi4py`` does, or at least use another communicator.
+        As `lvxattn.reference.cross_attention`.
+
+    Notes
+    -----
+    Any error raised later, as by a callable mask, leaves messages pending: end the program, as
+    ``python -m mpi4py`` does, or at least use another communicator.
+
+    Examples
+    --------
+    Here with one rank; ``mpiexec -n 4 python -m mpi4py program.py`` runs the same on four.
+
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import cross_attention
+    >>> q, k, v = (np.ones((1, 2, s, 8), np.float32) for s in (6, 50, 50))  # this rank's
+    >>> out, lse = cross_attention(q, k, v, MPI.COMM_WORLD)
+    >>> out.shape, out.dtype, lse.shape
+    ((1, 2, 6, 8), dtype('float32'), (1, 2, 6))
     """
     check_comm(comm)
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                check=lambda: check_arrays(q),
+                check=lambda: check_arrays(q),  # called there, so that all ranks raise its error
             )  # fmt: skip
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
-    forward, _ = passes(layout)
+    forward, _ = SCHEDULE_FUNCTIONS[layout.way]
     with named(comm), computing(q):
         exchange = Exchange(comm, layout, q, mask, meter)
         out, top, total = forward(q, k, v, exchange)
@@ -142,20 +135,19 @@ def cross_attention_backward(
 ) -> tuple[Array, Array, Array]:
     """Differentiate `cross_attention`.
 
-    Collective: every rank of comm calls this.  Of several calls, all ranks differentiate the same
-    one: which that is, nothing but the program's order says.
+    Collective: every rank of comm calls this.  The backwards of several calls must come in the same
+    order on all ranks; this is not checked.
 
     Parameters
     ----------
     dout : (B, H, s_q, D_V)
-        Gradient of the loss with respect to this rank's out; is cast to q's dtype.
+        Gradient of the loss with respect to this rank's out; cast to q's dtype.
     q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
-        As returned by it.  Where any rank's lse is large, as that of a row hidden by -1e9, which
-        has lost how many keys there were, the forward is run once more, with its messages.
+        As returned by it.
     dlse : (B, H, s_q), optional
-        Gradient of the loss with respect to lse, where lse is used too.
+        Gradient of the loss with respect to lse; default: 0.
 
     Returns
     -------
@@ -168,52 +160,61 @@ def cross_attention_backward(
     ------
     ValueError, TypeError
         As `cross_attention`.
+
+    Notes
+    -----
+    Where any rank has an |lse| above `LARGE_LSE`, the forward is rerun: see
+    `lvxattn.reference.cross_attention_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import cross_attention, cross_attention_backward
+    >>> args = [np.ones((1, 2, s, 8), np.float32) for s in (6, 50, 50)]
+    >>> out, lse = cross_attention(*args, MPI.COMM_WORLD)
+    >>> dq, dk, dv = cross_attention_backward(
+    ...     np.ones_like(out), *args, out, lse, MPI.COMM_WORLD
+    ... )
+    >>> dv.shape, bool(np.isclose(dv.sum(), out.size))  # each row of weights sums to 1
+    ((1, 2, 50, 8), True)
     """
-    backward = dout, out, lse, dlse
+    results = dout, out, lse, dlse
     check_comm(comm)
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                backward=backward, check=lambda: check_arrays(q),
+                backward=results, check=lambda: check_arrays(q),
             )  # fmt: skip
     else:
-        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
-    forward, backward_pass = passes(layout)
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=results)
+    forward, backward = SCHEDULE_FUNCTIONS[layout.way]
     with named(comm), computing(q):
-        dout = dout.astype(q.dtype, copy=False)  # as it is on the ranks that it visits
-        low = None
-        # Where lse is large, as in a row hidden by -1e9, it cannot say how many keys a row saw: the
-        # forward can.
-        with watching(comm, "all ranks to look at lse"):
-            lost = any(comm.allgather(_too_large(lse)))
-        if lost:
+        dout = dout.astype(q.dtype, copy=False)  # as on the ranks that it visits
+        lse_remainder = None
+        with watching(comm, "all ranks to check lse"):
+            rerun = any(comm.allgather(_too_large(lse)))
+        if rerun:
             exchange = Exchange(comm, layout, q, mask, meter)
             _, top, total = forward(q, k, v, exchange)
             exchange.finish()
-            low = remainder_of(lse, top, total)
-        dout, delta = delta_of(dout, out, lse, low, dlse)
+            lse_remainder = lse_remainder_of(lse, top, total)
+        dout, delta = delta_of(dout, out, lse, lse_remainder, dlse)
         exchange = Exchange(comm, layout, q, mask, meter)
-        gradients = backward_pass(dout, q, k, v, lse, delta, exchange)
+        gradients = backward(dout, q, k, v, lse, delta, exchange)
         exchange.finish()
         dq, dk, dv = (x.astype(q.dtype, copy=False) for x in gradients)
         return dq, dk, dv
 
 
-def passes(layout: Layout) -> tuple[Forward, Backward]:
-    """Return forward and backward of what the layout says."""
-    if layout.queries == "replicated":
-        return replicated, replicated_backward
-    return FORWARD[layout.schedule], BACKWARD[layout.schedule]
-
-
 def check_comm(comm: MPI.Intracomm) -> None:
-    """Refuse what is not a communicator within one group of ranks.
+    """Check that comm is an intracommunicator.
 
     Raises
     ------
     TypeError
-        At once and on this rank: nobody can be asked over such a communicator.
+        On this rank only: no other rank can be reached over such a communicator.
     """
     if not hasattr(comm, "Isend"):
         raise TypeError(f"comm: expected an MPI.Intracomm, got {instead_of(comm)}")
@@ -223,5 +224,5 @@ def check_comm(comm: MPI.Intracomm) -> None:
 
 
 def _too_large(lse: Array) -> bool:
-    """Return whether the rounding of an lse in fp32, 1.5e-5 of p at 256, would show."""
+    """Return whether rounding any |lse| to fp32 matters: at 256 it changes p by 1.5e-5."""
     return bool(((abs(lse) > LARGE_LSE) & (lse != -np.inf)).any())

@@ -1,4 +1,4 @@
-"""How fast this machine is under MPI: the probes of `lvxattn.plan.measure`."""
+"""The probes of `lvxattn.plan.measure` over MPI."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.common.layout import Layout
+from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.measure import measure as measure_with
 
@@ -30,7 +30,7 @@ def measure(
     xp: Any = np,
     name: str = "here",
 ) -> Machine:
-    """Measure this machine, in a few seconds: what `auto` and the plan's seconds rest on.
+    """Measure this machine in a few seconds, for ``schedule="auto"`` and the planner.
 
     Collective: every rank of comm calls this.
 
@@ -38,24 +38,29 @@ def measure(
     ----------
     comm : mpi4py.MPI.Intracomm
     H, H_KV, D : int
-        The heads of the problems to come, and their width; as many of keys as of queries unless
-        given.
+        The numbers of heads and their width in the problems to come; default of H_KV: H.
     dtype : str
         Of q, k and v.
     xp : module
-        numpy or cupy; with cupy on each rank's current device.
+        numpy, or cupy on each rank's current device.
     name : str
-        The machine's.
+        Of the machine.
 
     Returns
     -------
     lvxattn.plan.Machine
-        The same on all ranks; `Machine.save` keeps it.
+        The same on all ranks; `Machine.save` writes it to a file.
 
     Raises
     ------
     ValueError
-        There are no such problems; the same on all ranks.
+        There are no such problems; raised on all ranks.
+
+    Examples
+    --------
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import measure
+    >>> machine = measure(MPI.COMM_WORLD)  # doctest: +SKIP
     """
     shape = H, H if H_KV is None else H_KV, D
     return measure_with(comm, Probe(comm, shape, dtype, xp), name)
@@ -79,7 +84,7 @@ class Probe:
 
     @property
     def room(self) -> float:
-        """Bytes of this rank's share of its device's memory, or of its host's."""
+        """The rank's share of the memory of its device, or of its host, in bytes."""
         where, size = "", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.xp is not np:
             device = self.xp.cuda.Device()  # numbers of devices may be each rank's own
@@ -91,7 +96,7 @@ class Probe:
 
     @property
     def device_name(self) -> str:
-        """Where this rank computes."""
+        """The name of the device that this rank computes on."""
         if self.xp is np:
             return f"CPU, {len(os.sched_getaffinity(0))} cores"
         here = self.xp.cuda.Device().id
@@ -99,13 +104,13 @@ class Probe:
         return f"GPU {name.decode()}"
 
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
-        """Return one block's attention."""
+        """Return a function that computes the attention of one block."""
         H, H_KV, D = self.shape
-        # Numbers of the usual size: what NumPy's exp takes depends on them.
+        # Numbers of a usual size: the time of NumPy's exp depends on them.
         row = np.random.default_rng(self.comm.rank).standard_normal(D)
         row = row.astype(self._numpy_dtype)
         q, k, v = (
-            self.xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())
+            self.xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())  # (1, H or H_KV, s, D)
             for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
         )
 
@@ -117,7 +122,7 @@ class Probe:
         return attend
 
     def call(self) -> Callable[[], None]:
-        """Return both passes, alone."""
+        """Return a function that runs forward and backward with one rank."""
         H, H_KV, D = self.shape
         q, k = (self.xp.zeros((1, heads, 1, D), self._numpy_dtype) for heads in (H, H_KV))
         alone = MPI.COMM_SELF
@@ -130,7 +135,7 @@ class Probe:
         return both
 
     def copy(self, nbytes: int) -> Callable[[], None]:
-        """Return a copy."""
+        """Return a function that copies an array."""
         x = self.xp.zeros(nbytes, np.uint8)
 
         def copy() -> None:
@@ -141,7 +146,7 @@ class Probe:
         return copy
 
     def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
-        """Return one message to the right and one from the left."""
+        """Return a function that sends a message to the right and receives one from the left."""
         there, here = buffer(self.xp, nbytes), buffer(self.xp, nbytes)
 
         def message() -> None:
@@ -158,5 +163,5 @@ class Probe:
         return message
 
     def together(self) -> None:
-        """Wait asleep: a rank that spins takes a core from those that still work."""
+        """Wait for all ranks, asleep: a rank that spins takes a core from those that work."""
         wait(self.comm.Ibarrier(), Watchdog.armed(self.comm), lambda: "all ranks to measure")

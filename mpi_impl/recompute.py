@@ -1,11 +1,11 @@
-r"""A cross-attention layer that forgets its keys and values, and makes them again in the backward.
+r"""Checkpointing: a cross-attention layer that recomputes keys and values in its backward.
 
     k, v = make_kv(y)     out, lse = cross_attention(q, k, v)
 
-All cross-attention layers of a model read the same visual features y, so a layer that keeps only
-q, y, out and lse keeps y once for the whole model, where keys and values would be kept for every
-layer.  The backward calls make_kv again, whatever that does.  Where it projects, that costs two
-matrix products, and gradients go on from dk and dv as
+All cross-attention layers of a model read the same visual features y.  A layer that saves q, y, out
+and lse saves y once for the whole model; keys and values would be saved for every layer.  The
+backward calls make_kv again.  Where that projects y, this costs two matrix products, and gradients
+follow from dk and dv by
 
     k = y W_k     v = y W_v     dy = dk W_k^T + dv W_v^T     dW_k = y^T dk     dW_v = y^T dv
 
@@ -20,7 +20,6 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import (
@@ -32,6 +31,7 @@ from lvxattn.common.validation import (
     dtype_name,
     forms,
 )
+from lvxattn.plan.choose import Layout
 
 from .cross_attention import cross_attention, cross_attention_backward
 from .transport.device import array_module, check_arrays
@@ -43,13 +43,23 @@ MakeKV = Callable[[Any], tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class Saved:
-    """All that a layer keeps from its forward for its backward: no keys, no values.
+    """Arrays that a layer's forward saves for its backward: neither keys nor values.
 
     Attributes
     ----------
     q, y, out, lse : array
     forms : tuple
-        The shapes and dtypes of k and v, as they have to come again.
+        Shapes and dtypes of k and v, which must be the same when recomputed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import cross_attention_layer
+    >>> q, kv = np.ones((1, 2, 6, 8)), np.ones((1, 2, 50, 8))
+    >>> out, saved = cross_attention_layer(q, kv, lambda y: (y, y), MPI.COMM_WORLD)
+    >>> saved.y is kv, saved.out is out
+    (True, True)
     """
 
     q: Array
@@ -72,7 +82,7 @@ def cross_attention_layer(
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Saved]:
-    """Make keys and values of visual features, attend to them, and forget them.
+    """Compute keys and values from visual features, attend to them, and do not save them.
 
     Collective: every rank of comm calls this.
 
@@ -81,11 +91,11 @@ def cross_attention_layer(
     q : (B, H, s_q, D)
         This rank's queries; all of them where queries are replicated.
     y : (B, s_kv, E_V)
-        This rank's visual features, or whatever else `make_kv` takes.
+        This rank's visual features, or any other argument of `make_kv`.
     make_kv : callable
         ``make_kv(y) -> (k, v)``, of shapes (B, H_KV, s_kv, D) and (B, H_KV, s_kv, D_V), such as
-        ``lambda y: (project(y, w_k), project(y, w_v))``.  The backward calls it again, and it has
-        to make the same.
+        ``lambda y: (project(y, w_k), project(y, w_v))``.  The backward calls it again, and it must
+        return the same.
     comm, schedule, scale, mask, queries, layout, meter
         As in `cross_attention`.
 
@@ -98,11 +108,24 @@ def cross_attention_layer(
     Raises
     ------
     ValueError, TypeError
-        As `cross_attention`, for make_kv too.
+        As `cross_attention`, and for the return value of make_kv.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import cross_attention_layer
+    >>> q, y = np.ones((1, 2, 6, 8)), np.ones((1, 50, 16))  # this rank's
+    >>> def make_kv(y):  # in a model a projection
+    ...     heads = y.reshape(1, 50, 2, 8).swapaxes(1, 2)
+    ...     return heads, heads
+    >>> out, saved = cross_attention_layer(q, y, make_kv, MPI.COMM_WORLD)
+    >>> out.shape
+    (1, 2, 6, 8)
     """
-    # 1. Make keys and values.
+    # 1. Compute keys and values.
     k, v = _keys_and_values(make_kv, y, q, comm, layout)
-    # 2. Attend to them; with the end of this call they are forgotten.
+    # 2. Attend to them; they are freed at the end of this call.
     out, lse = cross_attention(
         q, k, v, comm,
         schedule=schedule, scale=scale, mask=mask, queries=queries, layout=layout, meter=meter,
@@ -123,7 +146,7 @@ def cross_attention_layer_backward(
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Differentiate `cross_attention_layer`, making keys and values again.
+    """Differentiate `cross_attention_layer`, recomputing keys and values.
 
     Collective: every rank of comm calls this.
 
@@ -131,24 +154,41 @@ def cross_attention_layer_backward(
     ----------
     dout : (B, H, s_q, D_V)
     saved : Saved
-        From the forward.
+        Returned by the forward.
     make_kv, comm, schedule, scale, mask, queries, layout, meter
-        As given to it.
+        As given to the forward.
 
     Returns
     -------
     dq : (B, H, s_q, D)
     dk : (B, H_KV, s_kv, D)
     dv : (B, H_KV, s_kv, D_V)
-        From dk and dv the caller goes back through make_kv, as by `project_backward`.
+        The caller differentiates make_kv, given dk and dv, as by `project_backward`.
 
     Raises
     ------
     ValueError, TypeError
-        As `cross_attention_backward`, and where make_kv makes others than in the forward.
+        As `cross_attention_backward`, and where make_kv returns other shapes or dtypes than in the
+        forward.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import cross_attention_layer, cross_attention_layer_backward
+    >>> q, y = np.ones((1, 2, 6, 8)), np.ones((1, 50, 16))  # this rank's
+    >>> def make_kv(y):
+    ...     heads = y.reshape(1, 50, 2, 8).swapaxes(1, 2)
+    ...     return heads, heads
+    >>> out, saved = cross_attention_layer(q, y, make_kv, MPI.COMM_WORLD)
+    >>> dq, dk, dv = cross_attention_layer_backward(
+    ...     np.ones_like(out), saved, make_kv, MPI.COMM_WORLD
+    ... )
+    >>> dv.shape
+    (1, 2, 50, 8)
     """
     q, y = saved.q, saved.y
-    # 3. Make again what was forgotten, and go back through the attention.
+    # 3. Recompute them, and differentiate the attention.
     k, v = _keys_and_values(make_kv, y, q, comm, layout, saved.forms)
     return cross_attention_backward(
         dout, q, k, v, saved.out, saved.lse, comm,
@@ -164,9 +204,9 @@ def _keys_and_values(
     layout: Layout | None,
     before: Forms | None = None,
 ) -> tuple[Array, Array]:
-    """Return what `make_kv` makes of y, checked: on all ranks together, unless a layout is there.
+    """Return ``make_kv(y)``, checked; collective unless a layout is given.
 
-    In a backward it has to be what it was `before`.
+    In a backward its shapes and dtypes must be those of `before`.
     """
 
     def check() -> None:
@@ -174,31 +214,32 @@ def _keys_and_values(
 
     together = layout is None
     made = attempt(lambda: make_kv(y) if callable(make_kv) else None, comm, together=together)
-    with watching(comm, "all ranks to make keys and values"):
+    with watching(comm, "all ranks to compute keys and values"):
         check_here_or_together(check, comm, together=together)
     k, v = made
     return k, v
 
 
 def project(features: Array, weight: Array) -> Array:
-    """Project features (B, s, E) by a weight (E, H, D) to heads (B, H, s, D)."""
+    """Project features (B, s, E) to heads (B, H, s, D) by a weight (E, H, D)."""
     xp, dtype = array_module(features), features.dtype
     features, weight = widen(features), widen(weight)
-    return xp.moveaxis(xp.tensordot(features, weight, axes=1), 1, 2).astype(dtype, copy=False)
+    heads = xp.tensordot(features, weight, axes=1)  # (B, s, H, D)
+    return xp.moveaxis(heads, 1, 2).astype(dtype, copy=False)  # (B, H, s, D)
 
 
 def project_backward(dheads: Array, features: Array, weight: Array) -> tuple[Array, Array]:
     """Return the gradients of features (B, s, E) and weight (E, H, D), given those of the heads.
 
-    Both are in the accumulator dtype: what follows adds them to others.
+    Both are in the accumulator dtype, as they are added to others.
     """
     xp = array_module(features)
     dheads, features, weight = widen(dheads), widen(features), widen(weight)
-    dfeatures = xp.tensordot(dheads, weight, axes=((1, 3), (1, 2)))
-    dweight = xp.tensordot(features, dheads, axes=((0, 1), (0, 2)))
+    dfeatures = xp.tensordot(dheads, weight, axes=((1, 3), (1, 2)))  # (B, s, E)
+    dweight = xp.tensordot(features, dheads, axes=((0, 1), (0, 2)))  # (E, H, D)
     return dfeatures, dweight
 
 
 def widen(x: Array) -> Array:
-    """Return x in the dtype in which its sums are taken."""
+    """Return x in the accumulator dtype."""
     return x.astype(accumulator(dtype_name(x)), copy=False)

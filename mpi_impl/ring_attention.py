@@ -1,19 +1,20 @@
-r"""Ring Attention: queries stay, the long blocks of keys and values go round the ring.
+r"""Ring Attention: queries stay, the long blocks of keys and values travel round the ring.
 
-The baseline that LV-XAttn is measured against, with the same tiles, merging and overlap.  Forward.
-A rank attends from its own queries to every visiting block of keys; nothing follows, for the
-results are already at home.  Rank r, P = 4:
+The baseline that LV-XAttn is compared with, with the same tiles, merging and overlap.
+
+Forward.  A rank attends from its own queries to its own keys and to every visiting block of keys.
+No results travel.  Rank r of P = 4:
 
     hop        0 (home)      1           2           3           home again (backward)
-    k, v       of r          of r-1      of r-2      of r-3      of r, 2nd part
-    sends      k, v of r     of r-1      of r-2      -           -
+    k, v       r             r-1         r-2         r-3         r, 2nd half
+    sends      k, v of r     k, v r-1    k, v r-2    -           -
     and (backward)           dk dv r-1   dk dv r-2   dk dv r-3   -
 
-Backward.  k and v go round again; dk and dv follow one hop behind, are added to on the way and end
-at home, after P - 1 hops like everything else.  dq is summed where the queries are.
+Backward.  k and v travel round the ring again; dk and dv follow one hop behind, are added to on the
+way and end at home after P - 1 hops.  dq is summed where the queries are.  As in LV-XAttn a rank
+works on its own keys in two halves, which overlap with the first and the last transfer.
 
-An array mask belongs to the keys and travels with them; a callable stays, and is asked about the
-keys of every rank.
+An array mask travels with its keys.  A callable stays, and is called on the keys of every rank.
 
 Source: arXiv:2310.01889, algorithm 1.
 """
@@ -33,40 +34,36 @@ def ring_attention(
 ) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
-    partial result over all keys: out, top and total.
+    Collective: every rank calls this.  Arguments come from `cross_attention`.  Returns (out, top,
+    total), merged over all ranks' keys.
     """
     blocks = exchange.rotation(KEYS_VALUES)
-    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_keys(k_shard, v_shard)
     P, scale, progress = exchange.P, exchange.scale, exchange.progress
 
-    # 1. Send my keys and values on; my own work hides their way.
-    blocks.send(k_shard, v_shard, *travelling(exchange.mask))
+    # 1. Send my keys and values; attention to them overlaps with the transfer.
+    blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask))
     with exchange.computing(hop=0):
         mine = partial_attention(q, k1, v1, scale=scale, mask=mask1, progress=progress)
     if P > 1:
-        # Cut as the backward cuts it: scores are then rounded in the same way.
+        # The backward works in the same halves, so that both passes round scores alike.
         with exchange.computing(hop=0):
             rest = partial_attention(q, k2, v2, scale=scale, mask=mask2, progress=progress)
         mine = merge_partials(*mine, *rest)
 
     for hop in range(1, P):
-        # 2. Take over a visiting block, and send it on before working on it.
+        # 2. Receive a visiting block, and pass it on before computing with it.
         k_block, v_block, *mask_block = blocks.receive()
         if hop < P - 1:
-            blocks.forward()
+            blocks.pass_on()
         # 3. Attend from my queries to the visiting keys.
+        mask = visiting_mask(exchange, mask_block, hop)
         with exchange.computing(hop):
-            part = partial_attention(
-                q,
-                k_block,
-                v_block,
-                scale=scale,
-                mask=visiting(exchange, mask_block, hop),
-                progress=progress,
+            partial = partial_attention(
+                q, k_block, v_block, scale=scale, mask=mask, progress=progress
             )
-        # 4. Merge with what the blocks before gave.
-        mine = merge_partials(*mine, *part)
+        # 4. Merge with the result for the keys before.
+        mine = merge_partials(*mine, *partial)
     return mine
 
 
@@ -76,36 +73,37 @@ def ring_attention_backward(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `ring_attention`.
 
-    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
-    dv are those of my keys, summed over all queries.
+    Collective: every rank calls this.  delta (from `delta_of`) replaces out and dlse.  Returns dq,
+    and dk and dv of this rank's keys, summed over all queries.
     """
     blocks, gradients = exchange.rotation(KEYS_VALUES), exchange.rotation(KEY_GRADIENTS, start=1)
     dk, dv = exchange.accumulators(k_shard, v_shard)
-    (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_home(
+    # dk1, dv1, dk2 and dv2 are views: adding to them adds to dk and dv.
+    (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_keys(
         k_shard, v_shard, dk, dv
     )
     P, scale, progress = exchange.P, exchange.scale, exchange.progress
 
-    # 1. Send my keys and values on; the first part of my own work hides their way.
-    blocks.send(k_shard, v_shard, *travelling(exchange.mask))
+    # 1. Send my keys and values; work on their first half overlaps with the transfer.
+    blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask))
     with exchange.computing(hop=0):
         dq = block_attention_backward(
             dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1, progress=progress
         )
 
     for hop in range(1, P):
-        # 2. Take over a visiting block, and send it on before working on it.
+        # 2. Receive a visiting block, and pass it on before computing with it.
         k_block, v_block, *mask_block = blocks.receive()
         if hop < P - 1:
-            blocks.forward()
-        # 3. Differentiate my queries' attention to the visiting keys; dq is added to here.
+            blocks.pass_on()
+        # 3. Differentiate my queries' attention to the visiting keys, adding to dq.
         dk_block, dv_block = exchange.accumulators(k_block, v_block)
         with exchange.computing(hop):
             dq += block_attention_backward(
                 dout, q, k_block, v_block, lse, delta, dk_block, dv_block,
-                scale=scale, mask=visiting(exchange, mask_block, hop), progress=progress,
+                scale=scale, mask=visiting_mask(exchange, mask_block, hop), progress=progress,
             )  # fmt: skip
-        # 4. Add to it what the ranks before me found, and send it after the block.
+        # 4. Add the gradients from the ranks before, and send them after the block.
         if hop > 1:
             dk_before, dv_before = gradients.receive()
             dk_block += dk_before
@@ -113,25 +111,25 @@ def ring_attention_backward(
         gradients.send(dk_block, dv_block)
 
     if P > 1:
-        # 5. The rest of my own work hides the way home of its gradients.
+        # 5. Work on the second half of my keys while their gradients come home.
         with exchange.computing(hop=0):
             dq += block_attention_backward(
                 dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2, progress=progress
             )
-        # 6. Add what all the others found for my keys.
+        # 6. Add the other ranks' gradients of my keys.
         dk_others, dv_others = gradients.receive()
         dk += dk_others
         dv += dv_others
     return dq, dk, dv
 
 
-def travelling(mask: Any) -> list[Array]:
-    """Return what of a mask travels with its keys: an array, nothing else."""
+def travelling_mask(mask: Any) -> list[Array]:
+    """Return the arrays of a mask that travel with its keys: one, or none for a callable."""
     return [] if mask is None or callable(mask) else [mask]
 
 
-def visiting(exchange: Exchange, mask_block: list[Array], hop: int) -> MaskView:
-    """Return the mask of the visiting keys over my queries: it came along, or is a rule."""
+def visiting_mask(exchange: Exchange, mask_block: list[Array], hop: int) -> MaskView:
+    """Return the mask of the visiting keys over my queries: the received array or the callable."""
     rule = exchange.mask if callable(exchange.mask) else None
     mask = mask_block[0] if mask_block else rule
     return exchange.layout.view(mask, exchange.rank, exchange.layout.owner(hop))

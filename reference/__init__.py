@@ -1,17 +1,18 @@
-"""The truth: distributed cross-attention in NumPy and fp64, every rank a thread of one process."""
+"""Reference implementation in NumPy, float64: every rank is a thread of one process.
 
-from lvxattn.common.layout import Layout, shard, unshard
+To be read in the order of `merge`, `block_attention`, `lv_xattn`, `cross_attention`.
+`full_attention` is the ground truth: one process, no merge.
+"""
+
+from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter
+from lvxattn.plan.choose import Layout
 
 from .block_attention import block_attention, block_attention_backward
 from .cross_attention import cross_attention, cross_attention_backward
 from .full_attention import full_attention, full_attention_backward
 from .merge import merge
-from .recompute import (
-    Saved,
-    cross_attention_layer,
-    cross_attention_layer_backward,
-)
+from .recompute import Saved, cross_attention_layer, cross_attention_layer_backward
 from .virtual_ranks import Message, VirtualComm, run_ranks
 
 __all__ = [

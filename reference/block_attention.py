@@ -1,20 +1,20 @@
-r"""One block of queries against one rank's keys.
+r"""Attention of one block of queries to one rank's keys.
 
-Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge_partials` joins
-it with the tiles before; scores are never kept for more than one tile.
+Keys are processed tile by tile.  Each tile gives attention over its keys alone, and
+`merge_partials` joins it with the tiles before; scores are kept for one tile only.
 
     s = scale q k^T + mask       p = exp(s - top)      top = rowmax s
     out = p v / total            total = rowsum p      lse = top + log total
 
-The backward needs no such care: with lse over all keys of all ranks known, every tile's
-probabilities are what they are in the whole,
+The backward needs no running maximum.  lse over all keys of all ranks is known, so that a tile's
+probabilities are final,
 
-    p  = exp(s - lse)           dv = p^T dout
-    ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
+    p  = exp(s - lse)                   dv = p^T dout
+    ds = scale p (dout v^T - delta)     dq = ds k       dk = ds^T q
 
-so its sums over tiles, blocks and ranks are plain sums.  What lse has lost in rounding, `low`, is a
-factor exp(-low) of every p of a row.  dout and delta have it instead, to which all gradients are
-proportional: nothing more travels.
+and the sums over tiles, blocks and ranks are plain sums.  The rounding error of lse,
+`lse_remainder`, would be a factor exp(-lse_remainder) of all p of a row.  Gradients are linear in
+dout and delta, so the factor is applied there, and nothing more has to travel.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 """
@@ -52,13 +52,22 @@ def block_attention(
     v : (B, H_KV, s_kv, D_V)
     scale : float
     mask : optional
-        A mask over this block, or the view that `Layout.view` gives of a rank's mask.
+        A mask of this block, or the view of a rank's mask that `Layout.view` returns.
 
     Returns
     -------
     out : (B, H, s_q, D_V)
     lse : (B, H, s_q)
-        Natural log; (0, -inf) where a query may attend to none of the keys.
+        Natural log; (0, -inf) where a query may attend to no key.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import block_attention
+    >>> q, k, v = np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 4, 2)), np.ones((1, 1, 4, 3))
+    >>> out, lse = block_attention(q, k, v, scale=1.0)
+    >>> out.shape, bool(lse[0, 0, 0] == np.log(4))
+    ((1, 1, 1, 3), True)
     """
     out, top, total = partial_attention(q, k, v, scale=scale, mask=mask)
     return out, lse_of(top, total)
@@ -72,29 +81,29 @@ def partial_attention(
     scale: float,
     mask: MaskView | npt.NDArray[Any] | MaskRule | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Do what `block_attention` does, with lse as the pair that `merge_partials` joins.
+    """Compute `block_attention` as a partial result, the form that `merge_partials` joins.
 
     Returns
     -------
     out : (B, H, s_q, D_V)
     top, total : (B, H, s_q)
         The largest score, and the sum of exponentiated scores divided by exp(top); (0, -inf, 0)
-        where a query may attend to none of the keys.
+        where a query may attend to no key.
     """
     out = np.zeros((*q.shape[:3], v.shape[3]))
     top, total = np.full(q.shape[:3], -np.inf), np.zeros(q.shape[:3])
     for keys in tiles(k.shape[2], _tile_keys(q)):
-        # 1. Scores, with -inf where a query may not look.
+        # 1. Compute scores, with -inf where a query may not attend.
         scores = _scores(q, k, keys, scale, MaskView.of(mask))
-        # 2. Softmax over this tile alone.  Where a row sees nothing: 0 instead of -inf - -inf.
+        # 2. Softmax over this tile alone.  Where a row sees no key, 0 avoids -inf - -inf.
         row_max = scores.max(axis=-1)
         base = np.where(row_max == -np.inf, 0.0, row_max)
         p = np.exp(scores - base[..., None])
         row_sum = p.sum(axis=-1)
-        part = _ungroup(_group(p, k) @ v[:, :, None, keys])
-        part /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
+        row_out = _ungroup(_group(p, k) @ v[:, :, None, keys])  # (B, H, s_q, D_V)
+        row_out /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
         # 3. Join it with the tiles before.
-        out, top, total = merge_partials(out, top, total, part, row_max, row_sum)
+        out, top, total = merge_partials(out, top, total, row_out, row_max, row_sum)
     return out, top, total
 
 
@@ -111,9 +120,9 @@ def block_attention_backward(
     scale: float,
     mask: MaskView | npt.NDArray[Any] | MaskRule | None = None,
 ) -> Array:
-    """Differentiate `block_attention` given lse and delta over all keys of all ranks.
+    """Differentiate `block_attention`, given lse and delta over all keys of all ranks.
 
-    Not collective.  Adds this block's share to dk and dv in place.
+    Not collective.  Adds the share of this block to dk and dv in place.
 
     Parameters
     ----------
@@ -131,37 +140,49 @@ def block_attention_backward(
     -------
     dq : (B, H, s_q, D)
         The share of these keys.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import block_attention, block_attention_backward
+    >>> q, k, v = np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 4, 2)), np.ones((1, 1, 4, 3))
+    >>> out, lse = block_attention(q, k, v, scale=1.0)
+    >>> dout, dk, dv = np.ones_like(out), np.zeros_like(k), np.zeros_like(v)
+    >>> delta = (dout * out).sum(axis=-1)
+    >>> dq = block_attention_backward(dout, q, k, v, lse, delta, dk, dv, scale=1.0)
+    >>> dv[0, 0, :, 0].tolist()
+    [0.25, 0.25, 0.25, 0.25]
     """
     dq = np.zeros(q.shape)
     base = np.where(lse == -np.inf, 0.0, lse)
     for keys in tiles(k.shape[2], _tile_keys(q)):
-        # 1. The probabilities that these keys have among all keys.
+        # 1. Compute the probabilities of these keys among all keys.
         p = np.exp(_scores(q, k, keys, scale, MaskView.of(mask)) - base[..., None])
-        # 2. Their gradients, and those of the scores.
-        dp = _ungroup(_group(dout, k) @ v[:, :, None, keys].swapaxes(-1, -2))
+        # 2. Compute their gradients, and those of the scores.
+        dp = _ungroup(_group(dout, k) @ v[:, :, None, keys].swapaxes(-1, -2))  # (B, H, s_q, keys)
         ds = scale * p * (dp - delta[..., None])
-        # 3. Plain sums; the heads of a group share their key-value head.
-        dv[:, :, keys] += (_group(p, k).swapaxes(-1, -2) @ _group(dout, k)).sum(axis=2)
-        dk[:, :, keys] += (_group(ds, k).swapaxes(-1, -2) @ _group(q, k)).sum(axis=2)
-        dq += _ungroup(_group(ds, k) @ k[:, :, None, keys])
+        # 3. Add to plain sums; the heads of a group share their key-value head.
+        dv[:, :, keys] += _over_rows(p, dout, k)
+        dk[:, :, keys] += _over_rows(ds, q, k)
+        dq += _ungroup(_group(ds, k) @ k[:, :, None, keys])  # (B, H, s_q, D)
     return dq
 
 
 def delta_of(
-    dout: Array, out: Array, lse: Array, low: Array | None, dlse: Array | None
+    dout: Array, out: Array, lse: Array, lse_remainder: Array | None, dlse: Array | None
 ) -> tuple[Array, Array]:
-    """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
+    """Return dout and delta = rowsum(dout * out) - dlse, both times exp(-lse_remainder).
 
-    Both have the factor exp(-low), and are 0 in rows that see nothing (lse = -inf), whatever comes
-    from above, NaN too: no gradient goes through them.
+    Computed once, on the queries' rank.  Both are 0 in rows that see no key (lse = -inf), even
+    where dout or dlse is NaN: no gradient passes through such rows.
 
     Parameters
     ----------
     dout, out : (B, H, s_q, D_V)
     lse : (B, H, s_q)
         Over all keys.
-    low : (B, H, s_q), optional
-        What lse has lost in rounding (`remainder_of`); 0 unless given.
+    lse_remainder : (B, H, s_q), optional
+        Rounding error of lse, from `lse_remainder_of`; default: 0.
     dlse : (B, H, s_q), optional
 
     Returns
@@ -171,8 +192,8 @@ def delta_of(
     """
     seen = lse != -np.inf
     dout, dlse = np.where(seen[..., None], dout, 0.0), np.zeros_like(lse) if dlse is None else dlse
-    if low is not None:
-        factor = np.exp(-low)
+    if lse_remainder is not None:
+        factor = np.exp(-lse_remainder)
         dout, dlse = dout * factor[..., None], dlse * factor
     delta = (dout * out).sum(axis=-1) - dlse
     return dout, np.where(seen, delta, 0.0)
@@ -184,18 +205,29 @@ def _tile_keys(q: Array) -> int:
 
 def _scores(q: Array, k: Array, keys: slice, scale: float, mask: MaskView) -> Array:
     B, H, s_q, _ = q.shape
+    # (B, H, s_q, keys)
     scores = scale * _ungroup(_group(q, k) @ k[:, :, None, keys].swapaxes(-1, -2))
-    tile = mask.tile(slice(0, B), slice(0, H), slice(0, s_q), keys, np.arange)
-    if tile is None:
+    # A callable mask is called on global indices, which np.arange makes.
+    mask_tile = mask.tile(slice(0, B), slice(0, H), slice(0, s_q), keys, np.arange)
+    if mask_tile is None:
         return scores
-    return np.where(tile, scores, -np.inf) if tile.dtype == bool else scores + tile
+    return np.where(mask_tile, scores, -np.inf) if mask_tile.dtype == bool else scores + mask_tile
+
+
+def _over_rows(a: Array, b: Array, k: Array) -> Array:
+    """Return a^T b, summed over the query heads of a group."""
+    products = _group(a, k).swapaxes(-1, -2) @ _group(b, k)  # (B, H_KV, H / H_KV, keys, ...)
+    total: Array = products.sum(axis=2)  # (B, H_KV, keys, ...)
+    return total
 
 
 def _group(x: Array, k: Array) -> Array:
-    """Split the query heads by the key-value head that they read: (B, H_KV, H / H_KV, s, ...)."""
-    return x.reshape(x.shape[0], k.shape[1], x.shape[1] // k.shape[1], *x.shape[2:])
+    """Split the query heads (B, H, s, ...) by the key-value head that they read."""
+    B, H, *rest = x.shape
+    return x.reshape(B, k.shape[1], H // k.shape[1], *rest)  # (B, H_KV, H / H_KV, s, ...)
 
 
 def _ungroup(x: Array) -> Array:
-    """Undo `_group`: (B, H, s, ...)."""
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+    """Undo `_group`."""
+    B, H_KV, G, *rest = x.shape
+    return x.reshape(B, H_KV * G, *rest)  # (B, H, s, ...)

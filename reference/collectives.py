@@ -1,11 +1,11 @@
-r"""How blocks move all at once: each rank with every other one, in the fewest bytes that do it.
+r"""How blocks travel all at once: every rank exchanges messages with every other one.
 
     all_gather        my block to every rank                     P - 1 messages
     reduce_scatter    rows to their owner, joined there          P - 1 messages
     all_reduce        joined rows to every rank, in two steps    2 (P - 1) messages
-    all_to_all        a part of its own to each rank             P - 1 messages
+    all_to_all        a different block to each rank             P - 1 messages
 
-What joins two partial results is `merge_partials`, or `added` for plain sums.
+Two partial results are joined by `merge_partials`, or by `added` where they are plain sums.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
         This rank's block.
     """
     what = "all ranks' rows to be gathered"
-    blocks = all_to_all(exchange, [list(arrays)] * exchange.layout.size, what)
-    return [np.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)]
+    incoming = all_to_all(exchange, [list(arrays)] * exchange.P, what)
+    return [np.concatenate(blocks, axis=2) for blocks in zip(*incoming, strict=True)]
 
 
 def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, ...]:
@@ -56,7 +56,7 @@ def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Arra
 
 
 def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, ...]:
-    """Return partial results, joined over all ranks, on every rank alike.
+    """Return partial results joined over all ranks, the same on every rank.
 
     Collective: every rank of the exchange calls this.
 
@@ -68,34 +68,34 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     *arrays : (B, H, S_Q, ...)
         This rank's results for all queries.
     """
-    P, S_Q = exchange.layout.size, arrays[0].shape[2]
+    P, S_Q = exchange.P, arrays[0].shape[2]
     rows = [share(S_Q, rank, P) for rank in range(P)]
     mine = _joined_rows(exchange, join, tuple(part.stop - part.start for part in rows), arrays)
     return tuple(all_gather(exchange, *mine))
 
 
-def all_to_all(exchange: Exchange, parts: list[list[Array]], what: str) -> list[list[Array]]:
-    """Give every rank a part, and return what all ranks gave to this one, in rank order.
+def all_to_all(exchange: Exchange, outgoing: list[list[Array]], what: str) -> list[list[Array]]:
+    """Send every rank its block, and return the blocks from all ranks, in rank order.
 
     Collective: every rank of the exchange calls this.
 
     Parameters
     ----------
     exchange : Exchange
-    parts : list
-        For each rank the arrays that it is to have.
+    outgoing : list
+        For each rank the arrays of its block.
     what : str
-        What is waited for.
+        Name of the blocks, for the meter.
     """
     layout = exchange.layout
-    received = [parts[layout.rank]] * layout.size
-    for hop in range(1, layout.size):
+    incoming = [outgoing[exchange.rank]] * exchange.P
+    for hop in range(1, exchange.P):
         dest, source = layout.owner(-hop), layout.owner(hop)
-        exchange.meter.sent(sum(x.nbytes for x in parts[dest]), dest, partial(Block, what))
-        exchange.comm.send(parts[dest], dest, BLOCKS)
+        exchange.meter.sent(sum(x.nbytes for x in outgoing[dest]), dest, partial(Block, what))
+        exchange.comm.send(outgoing[dest], dest, BLOCKS)
         with exchange.meter.waits(partial(Block, what, source=source)):
-            received[source] = exchange.comm.recv(source, BLOCKS)
-    return received
+            incoming[source] = exchange.comm.recv(source, BLOCKS)
+    return incoming
 
 
 def added(*arrays: Array) -> tuple[Array, ...]:
@@ -108,10 +108,11 @@ def _joined_rows(
     exchange: Exchange, join: Join, lengths: tuple[int, ...], arrays: tuple[Array, ...]
 ) -> tuple[Array, ...]:
     bounds = np.cumsum(lengths)[:-1]
-    pieces = zip(*(np.split(x, bounds, axis=2) for x in arrays), strict=True)
-    parts = [list(part) for part in pieces]
-    first, *others = all_to_all(exchange, parts, "all ranks' results to be joined")
+    outgoing = zip(*(np.split(x, bounds, axis=2) for x in arrays), strict=True)
+    first, *others = all_to_all(
+        exchange, list(map(list, outgoing)), "all ranks' results to be joined"
+    )
     result = tuple(first)
-    for part in others:
-        result = join(*result, *part)
+    for block in others:
+        result = join(*result, *block)
     return result

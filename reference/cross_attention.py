@@ -1,7 +1,7 @@
-"""Exact cross-attention over keys and values that are spread over ranks: the front door.
+"""Exact cross-attention over keys and values that are sharded over ranks: the front door.
 
-Both functions agree on a layout, unless they are given one, and hand over to the schedule, whose
-partial result, over all keys, is out and lse.
+Both functions agree on a layout, unless one is given, and call the schedule.  A schedule's forward
+returns (out, top, total), merged over all keys, and `lse_of` computes lse from the last two.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import check_numpy
+from lvxattn.plan.choose import Layout
 
 from .block_attention import delta_of
 from .exchange import Exchange
 from .gather import gather, gather_backward
 from .lv_xattn import lv_xattn, lv_xattn_backward
-from .merge import lse_of, remainder_of
+from .merge import lse_of, lse_remainder_of
 from .replicated import replicated, replicated_backward
 from .ring_attention import ring_attention, ring_attention_backward
 from .ulysses import ulysses, ulysses_backward
@@ -27,18 +27,18 @@ from .virtual_ranks import VirtualComm
 
 Array = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
-# Up to this size lse alone will do for a backward.
+# Above this |lse|, the backward reruns the forward.
 LARGE_LSE = 256.0
 
-Forward = Callable[..., tuple[Array, Array, Array]]
-Backward = Callable[..., tuple[Array, Array, Array]]
+Schedule = Callable[..., tuple[Array, Array, Array]]
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
-BACKWARD = {
-    "lv-xattn": lv_xattn_backward,
-    "ring": ring_attention_backward,
-    "ulysses": ulysses_backward,
-    "gather": gather_backward,
+# Forward and backward of every way in which blocks travel (`Layout.way`).
+SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
+    "lv-xattn": (lv_xattn, lv_xattn_backward),
+    "ring": (ring_attention, ring_attention_backward),
+    "ulysses": (ulysses, ulysses_backward),
+    "gather": (gather, gather_backward),
+    "replicated": (replicated, replicated_backward),
 }
 
 
@@ -71,46 +71,61 @@ def cross_attention(
     schedule : str
         What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
         once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
-        rank has all lengths of a share of the heads (P must divide H_KV); ``"auto"``, whichever
-        sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
+        rank has all rows of a share of the heads (P must divide H_KV); ``"auto"``, the one of these
+        that sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
     scale : float, optional
-        ``1 / sqrt(D)`` unless given.
+        Default: ``1 / sqrt(D)``.
     mask : array or callable, optional
-        What this rank's keys look like to every query: bool (True = may attend) or additive float,
-        broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
-        its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable arrays of global indices.  With ``"ring"`` and ``"ulysses"`` a callable is
-        asked about the keys of all ranks, so that it must be the same rule on every rank.  What is
-        hidden must be finite all the same: 0 times NaN is NaN.
+        The mask of this rank's keys over all queries: bool (True = may attend) or additive float,
+        broadcastable to (B, H, S_Q, s_kv).  Axis 2 has length 1 or S_Q, the queries of all ranks in
+        rank order; the last axis has exactly s_kv.  Or ``mask(b, h, q_index, kv_index) -> bool`` on
+        broadcastable arrays of global indices; with ``"ring"`` and ``"ulysses"`` it is called on
+        the keys of all ranks, and must be the same on every rank.  Hidden keys and values must be
+        finite too: 0 times NaN is NaN.
     queries : str
-        ``"sharded"``, or ``"replicated"``: every rank holds all queries, the same ones, and gets
-        out for all of them.
+        ``"sharded"``, or ``"replicated"``: every rank passes the same queries, all of them, and
+        gets out for all of them.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional
-        Is added to: messages, bytes, seconds.
+        Adds up messages, bytes and seconds.
 
     Returns
     -------
     out : (B, H, s_q, D_V), float64
     lse : (B, H, s_q), float64
-        Natural log; -inf, with out = 0, where a query may attend to nothing.
+        Natural log of the sum of exponentiated scores; -inf, with out = 0, where a query may attend
+        to no key.
 
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, what was expected, what was given and the rank; on every rank alike,
-        before anything is sent, unless `layout` is given: then on the rank that misfits.
+        The message names the argument, what was expected, what was given and the rank.  Raised on
+        every rank alike before anything is sent or, where `layout` is given, on the rank whose
+        arguments do not fit it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import cross_attention, full_attention, run_ranks, shard, unshard
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((1, 2, length, 8)) for length in (6, 50, 50))
+    >>> def attend(comm):
+    ...     out, lse = cross_attention(shard(q, comm), shard(k, comm), shard(v, comm), comm)
+    ...     return unshard(out, comm)
+    >>> out, lse = full_attention(q, k, v)
+    >>> all(np.allclose(found, out) for found in run_ranks(4, attend))
+    True
     """
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            check=lambda: check_numpy(q),
+            check=lambda: check_numpy(q),  # called there, so that all ranks raise its error
         )  # fmt: skip
     else:
         check_numpy(q)
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
-    forward, _ = passes(layout)
+    forward, _ = SCHEDULE_FUNCTIONS[layout.way]
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     exchange = Exchange(comm, layout, mask, meter)
     out, top, total = forward(q, k, v, exchange)
@@ -146,10 +161,9 @@ def cross_attention_backward(
     q, k, v, comm, schedule, scale, mask, queries, layout, meter
         As given to `cross_attention`.
     out, lse
-        As returned by it.  Where any rank's lse is large, as that of a row hidden by -1e9, which
-        has lost how many keys there were, the forward is run once more, with its messages.
+        As returned by it.
     dlse : (B, H, s_q), optional
-        Gradient of the loss with respect to lse, where lse is used too.
+        Gradient of the loss with respect to lse; default: 0.
 
     Returns
     -------
@@ -162,40 +176,51 @@ def cross_attention_backward(
     ------
     ValueError, TypeError
         As `cross_attention`.
+
+    Notes
+    -----
+    In a row that a mask of -1e9 hides, lse is about -1e9.  In float32, which the other
+    implementations use, its rounding loses the log of the number of keys.  Where any rank has an
+    |lse| above `LARGE_LSE`, the forward is therefore rerun, with its messages, to compute what the
+    rounding lost.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import cross_attention, cross_attention_backward, run_ranks, shard
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((1, 2, length, 8)) for length in (6, 50, 50))
+    >>> def differentiate(comm):
+    ...     args = [shard(x, comm) for x in (q, k, v)]
+    ...     out, lse = cross_attention(*args, comm)
+    ...     return cross_attention_backward(np.ones_like(out), *args, out, lse, comm)
+    >>> [dk.shape for dq, dk, dv in run_ranks(4, differentiate)]
+    [(1, 2, 13, 8), (1, 2, 13, 8), (1, 2, 12, 8), (1, 2, 12, 8)]
     """
-    backward = dout, out, lse, dlse
+    results = dout, out, lse, dlse
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            backward=backward, check=lambda: check_numpy(q),
+            backward=results, check=lambda: check_numpy(q),
         )  # fmt: skip
     else:
         check_numpy(q)
-        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=backward)
-    forward, backward_pass = passes(layout)
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=results)
+    forward, backward = SCHEDULE_FUNCTIONS[layout.way]
     dout, q, k, v, out, lse = (x.astype(np.float64) for x in (dout, q, k, v, out, lse))
-    low = None
-    # Where lse is large, as in a row hidden by -1e9, it cannot say how many keys a row saw: the
-    # forward can.
+    lse_remainder = None
     if any(comm.allgather(_too_large(lse))):
         exchange = Exchange(comm, layout, mask, meter)
         _, top, total = forward(q, k, v, exchange)
         exchange.finish()
-        low = remainder_of(lse, top, total)
-    dout, delta = delta_of(dout, out, lse, low, dlse)
+        lse_remainder = lse_remainder_of(lse, top, total)
+    dout, delta = delta_of(dout, out, lse, lse_remainder, dlse)
     exchange = Exchange(comm, layout, mask, meter)
-    dq, dk, dv = backward_pass(dout, q, k, v, lse, delta, exchange)
+    dq, dk, dv = backward(dout, q, k, v, lse, delta, exchange)
     exchange.finish()
     return dq, dk, dv
 
 
-def passes(layout: Layout) -> tuple[Forward, Backward]:
-    """Return forward and backward of what the layout says."""
-    if layout.queries == "replicated":
-        return replicated, replicated_backward
-    return FORWARD[layout.schedule], BACKWARD[layout.schedule]
-
-
 def _too_large(lse: Array) -> bool:
-    """Return whether the rounding of an lse in fp32, 1.5e-5 of p at 256, would show."""
+    """Return whether rounding any |lse| to fp32 matters: at 256 it changes p by 1.5e-5."""
     return bool(((abs(lse) > LARGE_LSE) & (lse != -np.inf)).any())

@@ -1,4 +1,4 @@
-r"""The truth: attention of all queries over all keys, in one process and in fp64.
+r"""Reference implementation in NumPy, float64, of attention in one process: the ground truth.
 
     s   = scale q k^T + mask
     lse = log sum_j exp(s_j)
@@ -6,14 +6,14 @@ r"""The truth: attention of all queries over all keys, in one process and in fp6
 
 and, with delta = rowsum(dout * out) - dlse,
 
-    p  = exp(s) / sum_j exp(s_j)     dv = p^T dout
-    ds = p (dout v^T - delta)        dq = scale ds k       dk = scale ds^T q
+    p  = exp(s) / sum_j exp(s_j)           dv = p^T dout
+    ds = scale p (dout v^T - delta)        dq = ds k       dk = ds^T q
 
-Softmax is taken in two passes, first the maximum of each row over all keys, then the sums, so that
-nothing here rests on the merging that the distributed versions use and that this file is there to
-check.  The backward takes it anew: a large lse, as of a row that a mask of -1e9 hides, has lost in
-rounding how many keys there were.  Queries and keys are tiled: beyond arguments and results, memory
-is that of a few tiles of scores (16 MB each) and of rows of queries, B H 1,024 D numbers each.
+The softmax takes two passes, first the maximum of each row over all keys, then the sums.  So
+nothing here depends on the merge, which the distributed implementations use and this file checks.
+The backward computes the softmax again, as rounding may have cost lse the log of the number of keys
+(see `merge`).  Queries and keys are tiled: beyond arguments and results, memory is a few tiles of
+scores (16 MB each) and of rows of queries (B H 1,024 D numbers each).
 
 Equations: arXiv:2307.08691, section 2.2; lse and delta are in its algorithms 1 and 2.
 """
@@ -36,7 +36,7 @@ from lvxattn.common.validation import (
 Array = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
 
-# Scores in one tile: 2**21 fp64 numbers are 16 MB, and a handful of such arrays live at once.
+# Scores in one tile: 2**21 fp64 numbers are 16 MB, and a few such arrays exist at once.
 TILE_SCORES = 2**21
 TILE_ROWS = 1024
 
@@ -59,7 +59,7 @@ def full_attention(
     v : (B, H_KV, S_KV, D_V)
         All three of one floating dtype.
     scale : float, optional
-        ``1 / sqrt(D)`` unless given.
+        Default: ``1 / sqrt(D)``.
     mask : array or callable, optional
         bool (True = may attend) or additive float, broadcastable to (B, H, S_Q, S_KV) with its last
         axis S_KV; or ``mask(b, h, q_index, kv_index) -> bool`` on broadcastable index arrays.
@@ -68,13 +68,23 @@ def full_attention(
     -------
     out : (B, H, S_Q, D_V), float64
     lse : (B, H, S_Q), float64
-        Natural log of the sum of exponentiated scores; -inf, with out = 0, where a query may
-        attend to nothing.
+        Natural log of the sum of exponentiated scores; -inf, with out = 0, where a query may attend
+        to no key.
 
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, what was expected and what was given.
+        The message names the argument, what was expected and what was given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import full_attention
+    >>> q, k = np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 4, 2))  # all scores are 0
+    >>> v = np.arange(4.0).reshape(1, 1, 4, 1)
+    >>> out, lse = full_attention(q, k, v)
+    >>> float(out[0, 0, 0, 0]), bool(lse[0, 0, 0] == np.log(4))
+    (1.5, True)
     """
     check_numpy(q)
     check_attention(q, k, v, scale=scale, mask=mask)
@@ -118,7 +128,7 @@ def full_attention_backward(
     out, lse
         As returned by it.
     dlse : (B, H, S_Q), optional
-        Gradient of the loss with respect to lse, where lse is used too.
+        Gradient of the loss with respect to lse; default: 0.
 
     Returns
     -------
@@ -127,7 +137,18 @@ def full_attention_backward(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, what was expected and what was given.
+        As `full_attention`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import full_attention, full_attention_backward
+    >>> q, k = np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 4, 2))
+    >>> v = np.arange(4.0).reshape(1, 1, 4, 1)
+    >>> out, lse = full_attention(q, k, v)
+    >>> dq, dk, dv = full_attention_backward(np.ones_like(out), q, k, v, out, lse)
+    >>> dv[0, 0, :, 0].tolist()
+    [0.25, 0.25, 0.25, 0.25]
     """
     check_numpy(q)
     check_attention(q, k, v, scale=scale, mask=mask)
@@ -142,7 +163,7 @@ def full_attention_backward(
         for keys in _key_tiles(q, k):
             p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
             total += p.sum(axis=-1)
-        dead = total == 0  # no gradient goes through them, whatever comes from above, NaN too
+        dead = total == 0  # no gradient passes through these rows, even where dout is NaN
         total[dead], dout_rows[dead] = 1.0, 0.0
         delta = (dout_rows * out[:, :, rows].astype(np.float64)).sum(axis=-1)
         if dlse is not None:
@@ -150,11 +171,12 @@ def full_attention_backward(
         for keys in _key_tiles(q, k):
             p = np.exp(_scores(q, k, rows, keys, scale, mask) - maximum[..., None])
             p /= total[..., None]
+            # (B, H, rows, keys)
             dp = _ungroup(_group(dout_rows, k) @ _fp64(v, keys).swapaxes(-1, -2))
             ds = scale * p * (dp - delta[..., None])
             q_rows = q[:, :, rows].astype(np.float64)
-            dv[:, :, keys] += (_group(p, k).swapaxes(-1, -2) @ _group(dout_rows, k)).sum(axis=2)
-            dk[:, :, keys] += (_group(ds, k).swapaxes(-1, -2) @ _group(q_rows, k)).sum(axis=2)
+            dv[:, :, keys] += _over_rows(p, dout_rows, k)
+            dk[:, :, keys] += _over_rows(ds, q_rows, k)
             dq[:, :, rows] += _ungroup(_group(ds, k) @ _fp64(k, keys))
     return dq, dk, dv
 
@@ -162,7 +184,7 @@ def full_attention_backward(
 def _maximum(
     q: AnyArray, k: AnyArray, rows: slice, scale: float, mask: AnyArray | MaskRule | None
 ) -> Array:
-    """Return the largest score of each row; 0 in a row that sees nothing, where exp gives 0."""
+    """Return the largest score of each row; 0 in a row that sees no key, where exp gives 0."""
     maximum = np.full((*q.shape[:2], rows.stop - rows.start), -np.inf)
     for keys in _key_tiles(q, k):
         maximum = np.maximum(maximum, _scores(q, k, rows, keys, scale, mask).max(axis=-1))
@@ -178,27 +200,38 @@ def _scores(
     mask: AnyArray | MaskRule | None,
 ) -> Array:
     q_rows = q[:, :, rows].astype(np.float64)
+    # (B, H, rows, keys)
     scores = scale * _ungroup(_group(q_rows, k) @ _fp64(k, keys).swapaxes(-1, -2))
     everything = slice(0, q.shape[0]), slice(0, q.shape[1])
-    tile = MaskView.of(mask).tile(*everything, rows, keys, np.arange)
-    if tile is None:
+    # A callable mask is called on global indices, which np.arange makes.
+    mask_tile = MaskView.of(mask).tile(*everything, rows, keys, np.arange)
+    if mask_tile is None:
         return scores
-    return np.where(tile, scores, -np.inf) if tile.dtype == bool else scores + tile
+    return np.where(mask_tile, scores, -np.inf) if mask_tile.dtype == bool else scores + mask_tile
+
+
+def _over_rows(a: Array, b: Array, k: AnyArray) -> Array:
+    """Return a^T b, summed over the query heads of a group."""
+    products = _group(a, k).swapaxes(-1, -2) @ _group(b, k)  # (B, H_KV, H / H_KV, keys, ...)
+    total: Array = products.sum(axis=2)  # (B, H_KV, keys, ...)
+    return total
 
 
 def _group(x: Array, k: AnyArray) -> Array:
-    """Split the query heads by the key-value head that they read: (B, H_KV, H / H_KV, s, ...)."""
-    return x.reshape(x.shape[0], k.shape[1], x.shape[1] // k.shape[1], *x.shape[2:])
+    """Split the query heads (B, H, s, ...) by the key-value head that they read."""
+    B, H, *rest = x.shape
+    return x.reshape(B, k.shape[1], H // k.shape[1], *rest)  # (B, H_KV, H / H_KV, s, ...)
 
 
 def _ungroup(x: Array) -> Array:
-    """Undo `_group`: (B, H, s, ...)."""
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+    """Undo `_group`."""
+    B, H_KV, G, *rest = x.shape
+    return x.reshape(B, H_KV * G, *rest)  # (B, H, s, ...)
 
 
 def _fp64(x: AnyArray, keys: slice) -> Array:
-    """Return one tile of keys or values, with an axis over which a group's heads share it."""
-    return x[:, :, None, keys].astype(np.float64)
+    """Return one tile of keys or values, with an axis for the query heads of a group."""
+    return x[:, :, None, keys].astype(np.float64)  # (B, H_KV, 1, keys, ...)
 
 
 def _row_tiles(q: AnyArray) -> Iterator[slice]:

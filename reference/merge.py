@@ -1,25 +1,25 @@
-r"""The operator on which everything rests: joining two attention results.
+r"""The merge: join two attention results over disjoint sets of keys.
 
-Attention over a set of keys gives `out`, the softmax-weighted mean of their values, and `lse`, the
-natural log of the sum of their exponentiated scores.  Two results over disjoint keys join into the
-result over the union of the keys:
-
-    top = max(lse_a, lse_b)      a = exp(lse_a - top)      b = exp(lse_b - top)
-    out = (a out_a + b out_b) / (a + b)
-    lse = top + log(a + b)
-
-The weights sum to 1 whatever lse is.  But where |lse| is so large that the log of a number of keys
-is lost in its rounding, as in a row that a mask of -1e9 hides, lse cannot say how much each side
-counts.  A partial result therefore holds lse as a pair, whose sum of exponentiated scores is
-total exp(top), and is joined by the same equations:
+Attention over a set of keys is a partial result of three arrays: `out`, the softmax-weighted mean
+of the values, and the sum of exponentiated scores, written as total exp(top), where `top` is
+usually the largest score.  Two partial results over disjoint keys join into that over their union:
 
     top = max(top_a, top_b)      a = total_a exp(top_a - top)      b = total_b exp(top_b - top)
     out = (a out_a + b out_b) / (a + b)
     total = a + b
 
-(lse, 1) is such a pair.  Both forms are associative and commutative; attention over no keys,
-(0, -inf) or (0, -inf, 0), is their identity.  They join the tiles of a block, the ranks of a ring
-and the members of a reduction.
+With lse = top + log(total), the pair (lse, 1) stands for the same sum, and (out, lse) join by
+
+    top = max(lse_a, lse_b)      a = exp(lse_a - top)      b = exp(lse_b - top)
+    out = (a out_a + b out_b) / (a + b)
+    lse = top + log(a + b)
+
+Schedules merge the three arrays.  In a row that a mask of -1e9 hides, lse is about -1e9; rounded to
+float32 it has lost the log of the number of keys, and no longer holds the weights of both sides.
+
+Both forms are associative and commutative; attention over no keys, (0, -inf, 0) or (0, -inf), is
+their identity.  The merge joins the tiles of a block, the ranks of a ring and the members of a
+reduction.
 
 Equation: arXiv:2502.02406, section 3; the running form is in arXiv:2307.08691, section 3.1.
 """
@@ -31,7 +31,7 @@ Array = npt.NDArray[np.float64]
 
 
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
-    """Join attention over one set of keys with attention over another, disjoint one.
+    """Join two attention results over disjoint sets of keys.
 
     Parameters
     ----------
@@ -44,7 +44,18 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     -------
     out : (..., s_q, D_V)
     lse : (..., s_q)
-        The result over both sets of keys.  The arguments are left alone.
+        The result over both sets of keys.  The arguments are not changed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import block_attention, merge
+    >>> q = k = v = np.random.default_rng(0).standard_normal((1, 1, 6, 4))
+    >>> first = block_attention(q, k[:, :, :2], v[:, :, :2], scale=0.5)
+    >>> rest = block_attention(q, k[:, :, 2:], v[:, :, 2:], scale=0.5)
+    >>> together = block_attention(q, k, v, scale=0.5)
+    >>> all(np.allclose(x, y) for x, y in zip(merge(*first, *rest), together))
+    True
     """
     out, top, total = merge_partials(
         out_a, lse_a, np.ones_like(lse_a), out_b, lse_b, np.ones_like(lse_b)
@@ -55,7 +66,7 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
 def merge_partials(
     out_a: Array, top_a: Array, total_a: Array, out_b: Array, top_b: Array, total_b: Array
 ) -> tuple[Array, Array, Array]:
-    """Join two partial results, with lse as a pair.
+    """Join two partial results over disjoint sets of keys.
 
     Parameters
     ----------
@@ -70,7 +81,18 @@ def merge_partials(
     -------
     out : (..., s_q, D_V)
     top, total : (..., s_q)
-        The result over both sets of keys.  The arguments are left alone.
+        The result over both sets of keys.  The arguments are not changed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import block_attention, merge
+    >>> q = k = v = np.random.default_rng(0).standard_normal((1, 1, 6, 4))
+    >>> first = block_attention(q, k[:, :, :2], v[:, :, :2], scale=0.5)
+    >>> rest = block_attention(q, k[:, :, 2:], v[:, :, 2:], scale=0.5)
+    >>> together = block_attention(q, k, v, scale=0.5)
+    >>> all(np.allclose(x, y) for x, y in zip(merge(*first, *rest), together))
+    True
     """
     top = np.maximum(top_a, top_b)
     # Where both are -inf, top_a - top would be NaN; against 0 both weights are 0, and so is out.
@@ -78,8 +100,8 @@ def merge_partials(
     with np.errstate(invalid="ignore"):  # NaN in, NaN out, and no warning
         weight_a, weight_b = total_a * np.exp(top_a - base), total_b * np.exp(top_b - base)
         total = weight_a + weight_b
-        whole = np.where(total == 0, 1.0, total)
-        share_a, share_b = (weight_a / whole)[..., None], (weight_b / whole)[..., None]
+        safe_total = np.where(total == 0, 1.0, total)
+        share_a, share_b = (weight_a / safe_total)[..., None], (weight_b / safe_total)[..., None]
     return share_a * out_a + share_b * out_b, top, total
 
 
@@ -89,10 +111,10 @@ def lse_of(top: Array, total: Array) -> Array:
     return np.where(seen, top + np.log(np.where(seen, total, 1.0)), -np.inf)
 
 
-def remainder_of(lse: Array, top: Array, total: Array) -> Array:
-    """Return what lse has lost: the log of total exp(top), less lse; 0 where lse is -inf.
+def lse_remainder_of(lse: Array, top: Array, total: Array) -> Array:
+    """Return the rounding error of lse: the log of total exp(top), less lse; 0 where lse is -inf.
 
-    A rounding where |lse| is small; where it is too large to hold it, the log of a number of keys.
+    In float32 with |lse| near 1e9 it is as large as the log of the number of keys.
     """
     seen = lse != -np.inf
     top, lse = (np.where(seen, x, 0.0) for x in (top, lse))  # -inf - -inf would be NaN

@@ -1,9 +1,9 @@
-"""P ranks in one process: threads that share nothing but messages.
+"""P ranks in one process: threads that exchange messages.
 
-A `VirtualComm` has the few calls of a communicator that the reference needs.  What is sent is
-copied, so that no rank can see another's arrays (what is gathered is not: leave it alone); a
-receive waits for its message; when all ranks
-wait and no message can come, that is a deadlock and is raised as one.
+A `VirtualComm` has the few methods of a communicator that the reference needs.  Arrays that are
+sent are copied, so that ranks share none; objects that are gathered are not copied, and must not be
+changed.  A receive waits for its message.  When all ranks wait and no message can come, a deadlock
+is raised.
 
     run_ranks(3, fn, *args)    fn(comm 0, *args)   fn(comm 1, *args)   fn(comm 2, *args)
                                      |  send, recv, allgather  |             |
@@ -41,24 +41,35 @@ def run_ranks(
     *args
         The same objects for every rank: cut them with `shard`, or index them by ``comm.rank``.
     wire_dtype : dtype, optional
-        Round every floating array that travels to this dtype and back, to study what that does.
+        Round every floating array that is sent to this dtype and back, to study the effect.
     hosts : sequence of str, optional
-        The host that each rank believes it is on; all on one unless given.
+        The name of each rank's host; default: all on one.
     log : list, optional
-        Every message is appended to it, in the order in which they are sent.
+        Every `Message` is appended to it, in the order of sending.
 
     Returns
     -------
     list
-        What each rank returned, in rank order.
+        The return value of each rank, in rank order.
 
     Raises
     ------
     Exception
-        The first one that a rank raised, with a note of the rank; it ends the other ranks at their
-        next call of comm.
+        The first that a rank raised, with a note of the rank; it ends the other ranks at their next
+        call of comm.
     RuntimeError
-        All ranks wait for messages that nobody will send.
+        Deadlock: all ranks wait, and no message can come.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import run_ranks
+    >>> def shift(comm):
+    ...     comm.send([np.array([comm.rank])], dest=(comm.rank + 1) % comm.size)
+    ...     (received,) = comm.recv(source=(comm.rank - 1) % comm.size)
+    ...     return int(received[0])
+    >>> run_ranks(3, shift)
+    [2, 0, 1]
     """
     if P < 1:
         raise ValueError(f"P: expected at least 1 rank, got {P}")
@@ -85,7 +96,7 @@ def run_ranks(
             thread.start()
         for thread in threads:
             thread.join()
-    except BaseException as error:  # an interrupt of the caller ends the ranks too
+    except BaseException as error:  # as KeyboardInterrupt
         world.fail(error)
         raise
     if world.failure is not None:
@@ -95,7 +106,17 @@ def run_ranks(
 
 @dataclass(frozen=True)
 class Message:
-    """One message that was sent: from which rank to which, its tag and its size in bytes."""
+    """One message: its source and destination, its tag and its size in bytes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import run_ranks
+    >>> log = []
+    >>> _ = run_ranks(2, lambda comm: comm.send([np.zeros(3)], 0) if comm.rank else None, log=log)
+    >>> log
+    [Message(source=1, dest=0, tag=0, nbytes=24)]
+    """
 
     source: int
     dest: int
@@ -105,7 +126,19 @@ class Message:
 
 @dataclass(frozen=True)
 class VirtualComm:
-    """One rank's end of the virtual communicator."""
+    """The communicator that `run_ranks` passes to each rank.
+
+    Attributes
+    ----------
+    rank, size : int
+    host : str
+
+    Examples
+    --------
+    >>> from lvxattn.reference import run_ranks
+    >>> run_ranks(2, lambda comm: (comm.rank, comm.size, comm.host, comm.allgather(comm.rank)))
+    [(0, 2, 'virtual', [0, 1]), (1, 2, 'virtual', [0, 1])]
+    """
 
     rank: int
     size: int
@@ -113,15 +146,15 @@ class VirtualComm:
     _world: "_World"
 
     def send(self, arrays: Sequence[Array], dest: int, tag: int = 0) -> None:
-        """Send copies of the arrays; returns at once."""
+        """Send copies of arrays, without waiting for the receiver."""
         self._world.send(self.rank, dest, tag, arrays)
 
     def recv(self, source: int, tag: int = 0) -> list[Array]:
-        """Wait for the oldest message from `source` with this tag."""
+        """Wait for the oldest message from `source` with this tag, and return its arrays."""
         return self._world.recv(self.rank, source, tag)
 
     def allgather(self, sendobj: T) -> list[T]:
-        """Give every rank the objects of all ranks.
+        """Return the objects of all ranks, in rank order.
 
         Collective: every rank calls this.
         """
@@ -129,11 +162,11 @@ class VirtualComm:
 
 
 class _Ended(BaseException):
-    """Unwinds a rank because another one failed; never leaves `run_ranks`."""
+    """Ends a rank after another one has failed; never raised out of `run_ranks`."""
 
 
 class _World:
-    """What the ranks share: mail, the meeting point of allgather, and who is waiting."""
+    """The state that all ranks share: messages, pending allgathers, and waiting ranks."""
 
     def __init__(self, P: int, wire_dtype: np.dtype[Any] | None, log: list[Message] | None) -> None:
         self.changed = threading.Condition()

@@ -1,8 +1,8 @@
-"""What people make of a module's projections, and a step that shows whether it counts.
+"""Common changes of a module's projections, and a step that shows their effect.
 
-`CHANGES` are functions that change a `CrossAttention` in place, and return what has to be removed
-again, if anything.  Each must change out, and must change it alike whether queries, keys and values
-are kept or made again.
+`CHANGES` are functions that change a `CrossAttention` in place, and return handles to remove, if
+any.  Each must change out, and by the same amount whether queries, keys and values are kept or
+recomputed.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from tests.tolerances import UNIT, summed
 
 B, S_Q, S_KV, E, E_V, H, H_KV, D = 2, 6, 20, 12, 10, 4, 2, 3
 PROJECTIONS = "q_proj", "k_proj", "v_proj"
-# Kept or made again, the same numbers enter the same products; sums of gradients differ in order.
+# Kept or recomputed, the same numbers enter the same products; sums of gradients differ in order.
 LIMIT = 16 * summed(UNIT["float64"], B * S_KV)
 
 
@@ -42,7 +42,7 @@ class LowRank(nn.Module):
 
 
 class Magnitudes(LowRank):
-    """DoRA: what LoRA makes of the weight, row by row of length 1, times a learned magnitude."""
+    """DoRA: LoRA's weight, its rows normalized to length 1, times a learned magnitude."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base)
@@ -55,7 +55,7 @@ class Magnitudes(LowRank):
 
 
 class Normed(nn.Module):
-    """A projection whose heads are normed, as a model's k_norm does."""
+    """A projection with normalized heads, like a model's k_norm."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Normed(nn.Module):
 
 
 class Turned(nn.Module):
-    """Rotary embedding: pairs of numbers are turned by an angle that grows with the position."""
+    """Rotary embedding: pairs of numbers are rotated by an angle proportional to the position."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Turned(nn.Module):
 
 
 class Int8(torch.Tensor):
-    """A frozen weight in 8 bits, of which nothing can be had but its linear layer."""
+    """A frozen weight in 8 bits, which supports only its linear layer."""
 
     whole: Tensor
     step: Tensor
@@ -115,7 +115,7 @@ Change = Callable[[CrossAttention], Any]
 
 
 def replaced(by: Callable[[nn.Linear], nn.Module], *names: str) -> Change:
-    """Return a change that puts another module in the place of projections."""
+    """Return a change that replaces projections by other modules."""
 
     def change(module: CrossAttention) -> None:
         for name in names or PROJECTIONS:
@@ -181,7 +181,7 @@ CHANGES: dict[str, Change] = {
 
 
 def module(recompute_kv: bool, **options: Any) -> CrossAttention:
-    """Return a module of the same weights whether it recomputes or not."""
+    """Return a module with the same weights whether it recomputes or not."""
     torch.manual_seed(0)
     options = {"num_kv_heads": H_KV, "kv_dim": E_V, "dtype": torch.float64, "bias": True} | options
     made = CrossAttention(E, H, recompute_kv=recompute_kv, **options)
@@ -191,13 +191,13 @@ def module(recompute_kv: bool, **options: Any) -> CrossAttention:
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Return whole text and visual features."""
+    """Return the unsharded text and visual features."""
     torch.manual_seed(1)
     return [torch.randn(B, s, e).to(dtype) for s, e in ((S_Q, E), (S_KV, E_V))]
 
 
 def step(model: nn.Module, x: Tensor, y: Tensor, around: Any = nullcontext) -> dict[str, Any]:
-    """Return out and the gradients of all that is trained; `around` what the forward runs."""
+    """Return out and the gradients of all leaves; the forward runs within `around`."""
     leaves = {"x": x.clone().requires_grad_(), "features": y.clone().requires_grad_()}
     torch.manual_seed(2)
     with around():
@@ -209,7 +209,7 @@ def step(model: nn.Module, x: Tensor, y: Tensor, around: Any = nullcontext) -> d
 
 
 def apart(results: dict[str, Any], wanted: dict[str, Any]) -> float:
-    """Return the largest difference, relative to the largest element of any gradient."""
+    """Return the largest difference, relative to the largest element of any result."""
     assert results.keys() == wanted.keys()
     wanted = {name: whole(x) for name, x in wanted.items()}
     size = max(float(x.abs().max()) for x in wanted.values())
@@ -217,14 +217,14 @@ def apart(results: dict[str, Any], wanted: dict[str, Any]) -> float:
 
 
 def whole(gradient: Any) -> Tensor:
-    """Return a gradient, or all ranks' parts of it, and see that there is one."""
+    """Return a gradient, gathered from all ranks, and assert that it is not 0."""
     full: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
     assert full.any()
     return full
 
 
 def compared(change: Change, x: Tensor, y: Tensor, wrap: Any = lambda m: m) -> dict[str, float]:
-    """Return how far made again is from kept, and changed from unchanged."""
+    """Return the differences between recomputed and kept, and between changed and unchanged."""
     results = []
     for recompute_kv in (True, False):
         model = module(recompute_kv)
@@ -239,7 +239,7 @@ def compared(change: Change, x: Tensor, y: Tensor, wrap: Any = lambda m: m) -> d
 
 @contextmanager
 def changed(model: CrossAttention, change: Change) -> Iterator[None]:
-    """Change a module; what holds for all modules ends with the block."""
+    """Change a module; global changes end with the block."""
     handles = change(model) or []
     try:
         yield

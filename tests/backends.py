@@ -28,7 +28,7 @@ class Backend:
 
     @property
     def fp64(self) -> bool:
-        """Whether it computes in fp64 whatever the inputs."""
+        """Whether it computes in fp64 for inputs of any dtype."""
         return self.implementation is reference
 
     def wide(self, dtype: Any) -> Any:
@@ -36,7 +36,7 @@ class Backend:
         return np.dtype("float64" if self.fp64 else accumulator(str(np.dtype(dtype))))
 
     def array(self, x: Any) -> Any:
-        """Return a NumPy array as the backend wants it; anything else as it is."""
+        """Return a NumPy array as an array of the backend; anything else as it is."""
         if not isinstance(x, np.ndarray):
             return x
         if self.fp64 and x.dtype != bool:
@@ -57,7 +57,7 @@ class Backend:
         return dq
 
     def can(self, case: Case) -> bool:
-        """Return whether it solves the case, forward and backward."""
+        """Return whether it supports the case, forward and backward."""
         kernel = KERNELS.get(self.options.get("kernel", "auto"))
         if kernel is None:
             return True

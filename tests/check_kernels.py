@@ -1,4 +1,4 @@
-"""Attention functions to be checked by name, as users write them in a file of their own."""
+"""The source of a user's file with attention functions, to be checked by name."""
 
 SOURCE = '''
 """Kernels."""

@@ -52,7 +52,7 @@ class Emulator:
         self.launches: list[tuple[str, tuple[int, ...]]] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Give fake_cupy a device that runs kernels, and this to compile them."""
+        """Make fake_cupy compile and run kernels here."""
         runtime = dict(vars(getattr(fake_cupy.cuda, "runtime", SimpleNamespace())))
         runtime["deviceGetAttribute"] = lambda attribute, device: ATTRIBUTES[attribute]
         monkeypatch.setattr(fake_cupy.cuda, "runtime", SimpleNamespace(**runtime), raising=False)
@@ -65,7 +65,7 @@ class Emulator:
         return Module(self, self.compile(options))
 
     def compile(self, options: tuple[str, ...]) -> ctypes.CDLL:
-        """Return the library; what was compiled once is taken from the folder."""
+        """Return the library, compiled once per folder."""
         parts = [f'#include "{HEADER}"', build.source("tile.cuh", "attention.cu")]
         parts += [f"LAUNCHER({name})" for name in build.KERNELS]
         text = self.edit("\n".join(parts))
@@ -132,7 +132,7 @@ def _bytes(x: Any) -> tuple[str, bytes]:
 
 
 def _kinds(name: str) -> list[str]:
-    """Return what kinds of arguments the kernel takes, by its declaration in the source."""
+    """Return the types of the kernel's arguments, from its declaration in the source."""
     source = build.source("attention.cu")
     found = re.search(rf"\n{name}\((.*?)\) \{{", source, re.DOTALL)
     assert found

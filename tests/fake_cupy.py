@@ -1,4 +1,4 @@
-"""A device array library over host memory that behaves like CuPy: everything on it runs late.
+"""A device array library in host memory that behaves like CuPy: everything on it runs late.
 
 Kernels and copies wait in a queue, their stream, and run when something waits for them: only those,
 and what events or the default stream put before them.  Until then a result holds garbage, and a
@@ -37,7 +37,7 @@ whole: Counter[str] = Counter()
 
 
 class Stream:
-    """Work that the device was given, in order; `done` of it has run."""
+    """Queued work, in order; `done` of it has run."""
 
     null: "Stream"
     current: "list[Stream]"
@@ -108,7 +108,7 @@ def get_current_stream() -> Stream:
 
 
 class Event:
-    """A mark in a stream; without `record` there is nothing to wait for."""
+    """A mark in a stream; before `record` there is nothing to wait for."""
 
     failure = 0  # what a kernel has failed with
 
@@ -123,7 +123,7 @@ class Event:
 
     @property
     def done(self) -> bool:
-        """Whether it had passed before somebody asked."""
+        """Whether it had passed before this query."""
         passed = self.stream.done >= self.at
         self.stream.run(self.at)
         return passed
@@ -144,7 +144,7 @@ def _alloc_pinned_memory(size: int) -> memoryview:
 
 
 class CUDARuntimeError(RuntimeError):
-    """What a call of CUDA has failed with."""
+    """The error of a call of CUDA."""
 
 
 def _event_query(ptr: int) -> int:
@@ -152,7 +152,7 @@ def _event_query(ptr: int) -> int:
 
 
 class Device:
-    """One of the devices; arrays are all on number 0."""
+    """A device; all arrays are on number 0."""
 
     count = 1
     used = 0
@@ -194,7 +194,7 @@ cuda = SimpleNamespace(
 
 
 class Allocation:
-    """Memory of a stream's pool, given back when no array is left that lies in it.
+    """Memory of a stream's pool, returned to it with the last array that uses it.
 
     What is queued and still uses it does not keep it.
     """
@@ -215,7 +215,7 @@ class Allocation:
 
 
 class MemoryPointer:
-    """The address of an array: what copies take."""
+    """The address of an array, for copies."""
 
     def __init__(self, memory: Any) -> None:
         self.memory = memory
@@ -453,7 +453,7 @@ def _launch(work: Callable[[], None]) -> None:
 def _kernel(
     function: Callable[..., Any], *args: Any, out: ndarray | None = None, **options: Any
 ) -> ndarray:
-    """Queue ``function(*args, **options)``; where to, and of which shape, is known at once."""
+    """Queue ``function(*args, **options)``; the result array exists at once."""
     for x in args:
         if not isinstance(x, ndarray | bool | int | float | np.generic):
             raise TypeError(f"Unsupported type {type(x)}")
@@ -468,7 +468,7 @@ def _kernel(
 
 @lru_cache(10_000, typed=True)
 def _kind(function: Callable[..., Any], *kinds: Any, **options: Any) -> tuple[Any, Any]:
-    """Return shape and dtype of what comes of arrays of such kinds, by trying it with ones."""
+    """Return shape and dtype of the result for arrays of these kinds, by a call with ones."""
     args = (np.broadcast_to(np.ones((), x[1]), x[0]) if isinstance(x, tuple) else x for x in kinds)
     with np.errstate(all="ignore"):
         like = np.asarray(function(*args, **options))

@@ -49,7 +49,7 @@ def _problems(schedule: str, P: int) -> Iterator[Callable[[], Problem]]:
 def worst(
     problem: Problem, results: dict[str, Array], truth: Truth | None = None, *, fp64: bool = False
 ) -> float:
-    """Return the largest error of all results over its limit, which no score's size is in.
+    """Return the largest error of all results over its limit, which does not depend on scores.
 
     1e-9 in fp64 and 1e-4 in fp32 of a result's size; in 16 bits two roundings of inputs or outputs.
     """
@@ -80,7 +80,7 @@ def _problem(low: Any, dtype: str, mask_dtype: str, cut: str, schedule: str, P: 
 
 
 def _large(size: float, dtype: str, schedule: str, P: int) -> Problem:
-    """Return a problem with scores of this size, of which lse cannot say how many there were."""
+    """Return a problem with scores so large that lse has lost the number of keys."""
     return replace(_equal(f"scores of {size:g}", dtype, "ragged", schedule, P), scale=size)
 
 

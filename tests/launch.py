@@ -1,5 +1,6 @@
-"""Start programs under a launcher, in time, and leave no process behind."""
+"""Run programs under a launcher with a time limit, and end all of their processes."""
 
+import ast
 import json
 import os
 import shlex
@@ -16,10 +17,9 @@ from typing import Any
 
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parent.parent
-# Ranks start sessions of their own, so that nothing but this, inherited by all, tells whose they
-# are.
+# An environment variable that all processes of a run inherit: ranks have sessions of their own.
 MARK = "LVXATTN_TEST_RUN"
-# Seconds that processes have to be gone in, once their launcher has ended.
+# Seconds for processes to end after their launcher.
 GRACE = 2.0
 
 
@@ -31,14 +31,14 @@ class Ended:
     ----------
     status : int
     out, err : str
-        What it printed.
+        Its output.
     timed_out : bool
-        It was killed because its time ran out.
+        Whether it was killed at its time limit.
     seconds : float
-        How long it ran.
+        Its duration.
     left : tuple of str
-        Command lines of processes that outlived the launcher (and were killed); where there is no
-        ``/proc`` nobody looks.
+        Command lines of processes that outlived the launcher (and were killed); empty without
+        ``/proc``.
     """
 
     status: int
@@ -69,7 +69,7 @@ def mpiexec(
     mpi4py : bool
         Run through ``-m mpi4py``, which ends all ranks when one raises.
     strict : bool
-        Warnings are errors: not where a GPU's packages are of versions that nobody here chose.
+        Warnings are errors; False where a GPU machine's packages have other versions.
     env : dict, optional
         Added to the environment; None takes a variable out of it.
     """
@@ -150,13 +150,13 @@ def report(
 ) -> Any:
     """Return the JSON that rank 0 of a program of `PROGRAMS` prints; it must end well.
 
-    However often it is asked for, the program runs once.
+    The program runs once for all equal calls.
     """
     ended, printed = _run_once(P, program, args, tuple((env or {}).items()), timeout)
     assert not ended.timed_out, f"more than {timeout} s\n{ended.out}\n{ended.err}"
     assert ended.status == 0, f"{ended.out}\n{ended.err}"
     assert not ended.left, ended.left
-    # MPICH says here what was not freed; another MPI may have other things to say.
+    # MPICH reports here what was not freed; another MPI may print other things.
     assert not ended.err or "LVXATTN_MPIEXEC" in os.environ, ended.err
     return printed
 
@@ -170,12 +170,12 @@ def _run_once(
 
 
 def _python_path() -> list[str]:
-    """Return the folders that other packages may be in, where they are not installed."""
+    """Return the folders of ``PYTHONPATH``."""
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _sweep(began: float) -> None:
-    """Remove the shared memory that an aborted MPICH forgets, if nobody has it mapped."""
+    """Remove shared memory that an aborted MPICH leaves, if no process maps it."""
     forgotten = [f for f in Path("/dev/shm").glob("mpich_shm_*") if f.stat().st_mtime >= began]
     maps = ""
     for path in Path("/proc").glob("[0-9]*/maps"):
@@ -195,7 +195,7 @@ def _marked(mark: str) -> dict[int, str]:
             if f"{MARK}={mark}".encode() in environment.split(b"\0"):
                 command = (directory / "cmdline").read_bytes()
                 found[int(directory.name)] = command.replace(b"\0", b" ").decode()
-        except (OSError, ValueError):  # it has ended, or is not ours to look at
+        except (OSError, ValueError):  # it has ended, or belongs to another user
             continue
     return found
 
@@ -206,3 +206,23 @@ def _kill(processes: dict[int, str]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def checks_of(program: str) -> list[str]:
+    """Return the names of the checks of a program of `PROGRAMS`, without running it."""
+    tree = ast.parse((PROGRAMS / program).read_text())
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "check" for d in node.decorator_list)
+    ]
+
+
+def gone(pid: int) -> bool:
+    """Return whether a process has ended, or is a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"

@@ -1,4 +1,4 @@
-"""Functions that keep the oracle's contract, in every library, for its tests to break."""
+"""Functions that fulfil the oracle's contract, in every library, as a basis for its tests."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,12 +65,12 @@ def plain(xp: Any, q: Any, k: Any, v: Any, scale: float, mask: Any, double: Any)
 def checked(
     fn: Callable[..., Any], cases: Sequence[Case] = TWO, dtypes: Any = ("float64",), **options: Any
 ) -> Report:
-    """Check a function on few cases."""
+    """Check a function on a few cases."""
     return check(fn, cases=cases, dtypes=dtypes, **options)
 
 
 def message(fn: Callable[..., Any], case: Case = GAUSSIAN, **options: Any) -> str:
-    """Return what is said of the only case."""
+    """Return the error message of the only case."""
     (row,) = checked(fn, [case], **options).rows
     assert row.status == "error", row
     return row.message

@@ -1,7 +1,7 @@
-"""A small distributed attention, right and wrong in chosen ways.
+"""A small distributed attention, correct or with a planted fault.
 
 It gathers all queries, attends from them to this rank's keys, gathers the parts and merges those of
-its own queries: ``rank``, ``size`` and ``allgather`` are all that it needs of a communicator.
+its own queries.  Its communicator needs only ``rank``, ``size`` and ``allgather``.
 """
 
 import time
@@ -21,12 +21,12 @@ class Planted:
     Attributes
     ----------
     fault : str
-        ``"merge in half"``, ``"dq in half"`` and ``"dkv in half"`` round what travels after every
-        merge; the names of the others say what they do.
+        ``"merge in half"``, ``"dq in half"`` and ``"dkv in half"`` round partial sums after every
+        merge; see the code for the others.
     blocks_in_half : bool
-        The parts come in the dtype of the inputs, as from a fast kernel: not a fault.
+        Whether the parts have the dtype of the inputs, as from a fast kernel: not a fault.
     round_p : bool
-        So do probabilities and score gradients: no fault either.
+        Whether probabilities and score gradients have that dtype: not a fault, either.
     """
 
     fault: str = ""
@@ -37,7 +37,7 @@ class Planted:
         self, q: Array, k: Array, v: Array, comm: Any, *, scale: float, mask: Any
     ) -> tuple[Array, Array]:
         """Return this rank's out and lse."""
-        self._misbehave(comm)
+        self._fail(comm)
         dtype, wide = q.dtype, np.result_type(q.dtype, np.float32)
         blocks = comm.allgather(q)
         dropped = self.fault == "last rank dropped" and 0 < comm.rank == comm.size - 1
@@ -101,7 +101,7 @@ class Planted:
             self._scores(block[0], k, columns, scale, start[owner], first_key)
             for owner, block in enumerate(blocks)
         ]
-        # lse may have lost how many keys there are: the softmax is taken anew.
+        # lse may have lost the number of keys: the softmax is recomputed.
         tops = comm.allgather([s.max(axis=-1, initial=-np.inf) for s in scores])
         tops = [np.maximum(np.max(x, axis=0), np.finfo(wide).min) for x in zip(*tops, strict=True)]
         own = [np.exp(s - top[..., None]) for s, top in zip(scores, tops, strict=True)]
@@ -128,7 +128,7 @@ class Planted:
         )
         return dq, dk, dv
 
-    def _misbehave(self, comm: Any) -> None:
+    def _fail(self, comm: Any) -> None:
         if comm.rank != 1:
             return
         if self.fault == "raises":
@@ -140,7 +140,7 @@ class Planted:
                 time.sleep(0.01)
 
     def _columns(self, k: Array, mask: Any, comm: Any) -> Any:
-        """Return this rank's mask; at fault: rank 0's, where it has as many columns."""
+        """Return this rank's mask; with the fault, rank 0's, if it has as many columns."""
         if self.fault != "mask of rank 0":
             return mask
         first = comm.allgather(None if callable(mask) else mask)[0]

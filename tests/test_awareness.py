@@ -1,4 +1,4 @@
-"""Whether MPI takes device memory: who is asked, and how a yes is proved."""
+"""Whether MPI supports device memory: queries of the library, and the self-test."""
 
 import io
 import os
@@ -12,12 +12,12 @@ import pytest
 
 from lvxattn.mpi_impl.transport import cuda_aware as awareness
 from tests import fake_cupy
-from tests.launch import ROOT
+from tests.launch import ROOT, gone
 
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ask anew, with no wish."""
+    """Clear the caches and the variable."""
     monkeypatch.delenv("LVXATTN_CUDA_AWARE", raising=False)
     for known in (awareness.library_says, awareness.self_test):
         known.cache_clear()
@@ -72,14 +72,14 @@ def test_each_query_function_is_called(
 
 
 class OpenMPI:
-    """A library that answers as Open MPI does."""
+    """A library with Open MPI's query."""
 
     def __init__(self, answer: int) -> None:
         self.MPIX_Query_cuda_support = lambda: answer
 
 
 class MPICH:
-    """A library that answers as MPICH does: a status, and the answer through a pointer."""
+    """A library with MPICH's query: a status, and the answer through a pointer."""
 
     def __init__(self, answer: int, status: int = 0) -> None:
         def query(kind: int, flag: Any) -> int:
@@ -161,18 +161,9 @@ def test_hanging_self_test_is_killed_with_its_children(tmp_path: Path) -> None:
         assert got == (False, f"not done after {seconds} s")
         if where.exists():
             break
-    while runs(int(where.read_text())):
+    while not gone(int(where.read_text())):
         assert time.monotonic() - start < 60
         time.sleep(0.01)
-
-
-def runs(pid: int) -> bool:
-    """Tell whether a process is there, and has not only yet to be buried."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_self_test_that_cannot_start_fails() -> None:
@@ -213,7 +204,7 @@ def test_self_test_runs_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.mpi
 def test_self_test_program_sends_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fake device memory, which any MPI takes; and with one whose bytes change on the way."""
+    """With fake device memory, which any MPI supports, and with one that corrupts messages."""
     monkeypatch.syspath_prepend(str(ROOT))
     assert awareness.self_test("tests.fake_cupy", 0) == (True, awareness.ARRIVED)
     passed, how = awareness.self_test("tests.wrong_cupy", 0)

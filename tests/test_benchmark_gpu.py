@@ -1,4 +1,4 @@
-"""The GPU run can be rehearsed without one: every part runs, and no step's failure ends the run."""
+"""The GPU run, rehearsed without a GPU: every part runs; a failing step does not end the run."""
 
 import json
 import os
@@ -19,7 +19,7 @@ FOLDER = ROOT / "benchmarks" / "gpu"
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """Return the modules of the folder, which are imported from there alone."""
+    """Return the modules of the folder, which are importable only from there."""
     monkeypatch.syspath_prepend(FOLDER)
     names = ("examine", "judge", "process", "steps", "store", "table")
     found = {name: import_module(name) for name in names}
@@ -29,7 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
 
 
 def test_all_benchmarks_run_without_a_device(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
-    """All in one process: to import PyTorch takes longer than all of them."""
+    """In one process: importing PyTorch takes longer than all benchmarks."""
     program = (
         "import sys, part\n"
         "for name in part.PARTS:\n"
@@ -116,7 +116,7 @@ def test_all_gpu_tests_are_steps_and_fit(gpu: dict[str, ModuleType]) -> None:
     assert {"tests test_torch_gpu.py", "tests test_cupy_ranks_gpu.py"} <= names
     assert any(step.command[:4] == ["mpirun", "-x", "A", "-n"] for step in checks)
     parts = gpu["steps"].parts(Path("x"), dry=False)
-    # What comes before cannot take the time of the benchmarks, nor one of them that of all.
+    # Neither the steps before nor one benchmark can use up the time of the benchmarks.
     assert gpu["steps"].ALL <= 540
     assert max(step.limit for step in parts) < gpu["steps"].ALL - gpu["steps"].CHECKS
     needs = {need for step in [*checks, *parts] for need in step.needs}
@@ -147,7 +147,7 @@ def test_cuda_mpi_sets_environment_and_launcher(gpu: dict[str, ModuleType], tmp_
     assert launcher == [str(mpirun), "--mca", "pml", "ucx"]
 
 
-# A run of steps that are given as programs: all else is what `make gpu` does.
+# A run of `make gpu`, with given programs as its steps.
 RUN = """
 import json, os, runpy, sys
 sys.path.insert(0, FOLDER)
@@ -191,7 +191,7 @@ def test_interrupted_run_leaves_no_process_and_keeps_old_results(
     (out / "gpu-x-1.json").write_text("complete")
     rows = json.dumps([cupy_row()])
     cut = f"{WRITE_CUPY.format(rows)}; import os, subprocess, time\n"
-    # A rank in a session of its own, that holds the output and does not hear of the end.
+    # A rank in a session of its own, which holds the output and ignores SIGTERM.
     cut += "subprocess.Popen(['sh', '-c', 'trap : TERM; sleep 100'], start_new_session=True)\n"
     cut += f"os.kill(os.getppid(), {int(number)}); time.sleep(100)"
     ended = run_gpu(out, [("one", "print(1)", ""), ("two", cut, "cupy"), ("three", "", "")])
@@ -301,7 +301,7 @@ def test_goal_is_judged_by_its_worst_row(
 
 def test_result_fails_beyond_its_rounding_error(gpu: dict[str, ModuleType]) -> None:
     wrong, nan = gpu["judge"].wrong, float("nan")
-    # Two random results, which have nothing to do with one another, are hundreds of limits apart.
+    # Two unrelated random results differ by hundreds of limits.
     assert not wrong("cupy", [cupy_row()])
     assert wrong("cupy", [cupy_row(**{"off by": 2e-2})])
     assert wrong("cupy", [cupy_row(**{"off by": nan})])
@@ -370,9 +370,7 @@ def test_unusable_cuda_mpi_raises(
         gpu["examine"].carried(carried, tmp_path, dict(os.environ))
 
 
-def test_rehearsal_needs_packages_but_no_device(
-    gpu: dict[str, ModuleType],
-) -> None:
+def test_rehearsal_needs_packages_but_no_device(gpu: dict[str, ModuleType]) -> None:
     examine, steps = gpu["examine"], gpu["steps"]
     machine = examine.Machine(dict(os.environ))
     program = "print('2.1', flush=True); assert False, 'it finds no device'"
@@ -395,7 +393,7 @@ def test_make_gpu_passes_its_variables_on(tmp_path: Path) -> None:
     old.chmod(0o755)
     refused = launch(["make", "-C", str(ROOT), "gpu", f"PYTHON={old}"], timeout=100)
     assert refused.status == 2
-    assert f"Python 3.11 or newer is needed, and {old} is Python 3.9.1." in refused.err
+    assert f"Python 3.11 or newer is required, and {old} is Python 3.9.1." in refused.err
     for given, wanted in {
         ("DRY=1", "MPIEXEC=mpi run"): "benchmarks/gpu --dry --mpiexec 'mpi run'",
         ("DRY=0", "OUT=a b"): "benchmarks/gpu --out 'a b'",

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.report import SMALL, markdown
+from benchmarks.network_report import SMALL, markdown
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MEASURED = json.loads((RESULTS / "network.json").read_text())

@@ -104,13 +104,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> None:
     for name in ("mpi_impl.block_attention", "torch_impl.kernels.blocked"):
         module = sys.modules[f"lvxattn.{name}"]
 
-        class Tiles(module._Tiles):  # type: ignore[name-defined, misc]
+        class SmallTiles(module.Tiles):  # type: ignore[name-defined, misc]
             def __init__(self, *args: Any) -> None:
                 super().__init__(*args)
                 self.tile_rows = min(rows, self.tile_rows)
                 self.tile_keys = min(keys, self.tile_keys)
 
-        monkeypatch.setattr(module, "_Tiles", Tiles)
+        monkeypatch.setattr(module, "Tiles", SmallTiles)
 
 
 @solvable(CASES + BF16)
@@ -234,8 +234,10 @@ def test_dead_rows_get_no_gradient(bad: float, backend: Backend) -> None:
     dlse = np.where(dead, bad, problem.dlse).astype(lse.dtype)
     out = np.where(dead[..., None], 0.0, problem.dout).astype(lse.dtype)
     delta_of = sys.modules[f"{backend.implementation.__name__}.block_attention"].delta_of
-    *given, low, dlse = (backend.array(x) for x in (dout, out, lse, 0.0 * lse.clip(0), dlse))
-    dout, delta = (host(x) for x in delta_of(*given, low, dlse))
+    *given, lse_remainder, dlse = (
+        backend.array(x) for x in (dout, out, lse, 0.0 * lse.clip(0), dlse)
+    )
+    dout, delta = (host(x) for x in delta_of(*given, lse_remainder, dlse))
     assert not dout[dead].any()
     assert not delta[dead].any()
     assert np.array_equal(dout[~dead], problem.dout[~dead])

@@ -1,4 +1,4 @@
-"""Functions that do not keep the oracle's contract: a clear line each, and the rest goes on."""
+"""Functions that break the contract: one clear line each, and the other cases run."""
 
 import signal
 import subprocess
@@ -56,7 +56,7 @@ class SilentError(Exception):
         raise RuntimeError("no text")
 
 
-# What a function does wrong, and parts of the message.
+# Broken contracts, and parts of the message.
 WRONG: dict[str, tuple[Any, ...]] = {
     "None": (lambda q, k, v, mask: None, "out: expected an array of numpy on cpu, got None"),
     "a list": (lambda q, k, v, mask: [1, 2, 3], "expected out or (out, lse), got a list of 3"),
@@ -207,14 +207,14 @@ def test_leftover_thread_does_not_block_exit() -> None:
 
 
 def test_interrupt_reaches_only_its_call() -> None:
-    patience = TimeLimit(0.001)
-    for n in range(30):  # calls that end just when their time is up
-        patience.seconds = 0.0005 * (n % 4)
+    timer = TimeLimit(0.001)
+    for n in range(30):  # calls that end just at the limit
+        timer.seconds = 0.0005 * (n % 4)
         with suppress(TimeIsUpError):
-            assert patience.call(lambda: time.sleep(0.0005) or "came back") == "came back"
-    patience.seconds = 30
-    assert patience.call(lambda: "came back") == "came back"
-    patience.close()
+            assert timer.call(lambda: time.sleep(0.0005) or "came back") == "came back"
+    timer.seconds = 30
+    assert timer.call(lambda: "came back") == "came back"
+    timer.close()
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -222,7 +222,7 @@ def test_ctrl_c_ends_check_and_call() -> None:
     ended = threading.Event()
 
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
-        # As of a terminal: to the thread that waits.
+        # Like a terminal's: to the waiting thread.
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         try:
             loop()
@@ -234,7 +234,7 @@ def test_ctrl_c_ends_check_and_call() -> None:
     assert ended.wait(30)
 
 
-# Arguments that are written into, memory that is used again.
+# Modified arguments, reused memory.
 
 
 def writes(name: str) -> Callable[..., Any]:
@@ -361,7 +361,7 @@ def test_unsupported_cases_neither_fail_nor_pass() -> None:
         report.raise_if_failed()
 
 
-# What is set outside and inside of a call.
+# Settings outside and inside of a call.
 
 
 def test_numpy_error_state_is_the_callers() -> None:
@@ -373,7 +373,7 @@ def test_numpy_error_state_is_the_callers() -> None:
         with np.errstate(all="ignore"):
             return right(q, k, v, scale=scale, mask=mask)
 
-    with np.errstate(all="raise"):  # nor does the check itself stumble over it
+    with np.errstate(all="raise"):  # which does not disturb the check itself
         half = ["float16", "bfloat16", "float64"]
         assert checked(fn, [case_of("scores-600"), case_of("lse-low")], half).passed
         assert np.geterr()["over"] == "raise"

@@ -1,4 +1,4 @@
-"""The oracle's command line: what it prints, its exit status, what it says of bad usage."""
+"""The command line: output, exit statuses, and errors of usage."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from lvxattn.check import case_of, check, draw, suite_of
 from lvxattn.check.command import main
-from lvxattn.check.files import read_tensors
+from lvxattn.check.golden_data import read_tensors
 from lvxattn.pytest_plugin import OPTIONS
 from lvxattn.reference import full_attention
 from tests.check_kernels import SOURCE
@@ -274,11 +274,9 @@ def test_self_test_sets_exit_status(
         asked.append(options)
         return Found(passed=passed)
 
-    stand_in = ModuleType("self_test")
-    stand_in.self_test = self_test  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lvxattn.check.self_test", stand_in)
+    monkeypatch.setattr("lvxattn.check.command.entry.self_test", self_test)
     assert main(["self-test", "--seeds", "7"]) == (0 if passed else 1)
-    assert asked == [{"seeds": 7}]
+    assert asked == [{"seeds": 7, "path": None}]
     assert "the matrix" in capsys.readouterr().out
 
 

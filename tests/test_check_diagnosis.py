@@ -1,25 +1,20 @@
-"""What a failure is called: the right name where there is one, none where there is not."""
+"""Diagnoses: the right name for known defects, none for unknown ones."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lvxattn.check import Report, case_of, check, matching
+from lvxattn.check import Report, case_of, check
+from lvxattn.check.case_arrays import Mask
 from lvxattn.check.diagnosis import Suspects
-from lvxattn.check.masks import Mask
 from lvxattn.check.wrong import WRONG
-from lvxattn.check.wrong.kernel_base import Array, KernelBase, Shape
-from tests.library import played_once
+from lvxattn.check.wrong.kernel_base import Array, KernelBase, Partial
+from tests.kernel_cache import cached_kernels  # noqa: F401
 
 CASES = [
     case_of(name) for name in ("gaussian", "one-query", "random-mask", "dead-rows", "grouped-heads")
 ]
-
-
-@pytest.fixture(autouse=True)
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "played", played_once)
 
 
 def diagnoses(report: Report) -> set[str]:
@@ -29,14 +24,14 @@ def diagnoses(report: Report) -> set[str]:
 
 
 class Shrunk(KernelBase):
-    def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
+    def _join(self, parts: list[Partial], out: Array) -> Partial:
         out, lse = super()._join(parts, out)
         return np.asarray(out * 0.99, out.dtype), lse
 
 
 class OtherScale(KernelBase):
-    def _scale(self, scale: float, _D: int) -> Any:
-        return 1.05 * scale
+    def _scale(self, _D: int) -> Any:
+        return 1.05 * self.scale
 
 
 class SoftCap(KernelBase):
@@ -51,9 +46,9 @@ class ReversedKeys(KernelBase):
 
 
 class Window(KernelBase):
-    def _tile(self, mask: Mask, shape: Shape, keys: slice) -> Array | None:
-        seen = np.arange(shape[3])[keys] < np.arange(shape[2])[:, None] + 20
-        tile = super()._tile(mask, shape, keys)
+    def _tile(self, mask: Mask, keys: slice) -> Array | None:
+        seen = np.arange(self.shape[3])[keys] < np.arange(self.shape[2])[:, None] + 20
+        tile = super()._tile(mask, keys)
         return seen[None, None] if tile is None else tile & seen
 
 
@@ -63,7 +58,7 @@ class ReversedDv(KernelBase):
 
 
 class Noisy(KernelBase):
-    def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
+    def _join(self, parts: list[Partial], out: Array) -> Partial:
         out, lse = super()._join(parts, out)
         noise = np.random.default_rng(0).standard_normal(out.shape)
         return np.asarray(out + 0.03 * noise, out.dtype), lse
@@ -157,8 +152,8 @@ class TestWhatPassedIsHeldAgainstAName:
 
     def test_neither_is_left(self) -> None:
         class Other(KernelBase):
-            def _scale(self, scale: float, D: int) -> Any:
-                return 1.0 if D == 1 else scale
+            def _scale(self, D: int) -> Any:
+                return 1.0 if D == 1 else self.scale
 
         cases = [case_of(name) for name in ("head-size-1", "gaussian", "one-hot-table")]
         assert "no scale" not in diagnoses(check(Other(), cases=cases))

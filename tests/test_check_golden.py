@@ -1,4 +1,4 @@
-"""Golden files: what ships is right and whole, and what is wrong with files is found."""
+"""Golden files: the shipped ones are correct, and defects of files are found."""
 
 import hashlib
 import json
@@ -13,15 +13,16 @@ from safetensors.numpy import load_file
 
 from lvxattn.check import case_of, draw, golden, golden_names, suite_of
 from lvxattn.check.command import main
-from lvxattn.check.files import inputs_of, read_tensors, write_tensors
 from lvxattn.check.golden_data import (
     MANIFEST,
     SHIPPED,
+    inputs_of,
+    read_tensors,
     verify_golden,
     write_golden,
+    write_tensors,
 )
 from lvxattn.cli.tensors import InputError
-from lvxattn.reference import full_attention
 from tests.errors import says
 
 AGAIN = "python -m lvxattn.check golden --out src/lvxattn/check/golden_files"
@@ -33,6 +34,10 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(SHIPPED, tmp_path / "golden"))
 
 
+def manifest_of(folder: Path) -> Any:
+    return json.loads((folder / MANIFEST).read_text())
+
+
 def test_golden_files_are_correct_and_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_golden() == []
     assert main(["golden", "--verify"]) == 0
@@ -41,7 +46,7 @@ def test_golden_files_are_correct_and_small(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_golden_files_match_quick_suite() -> None:
-    manifest = json.loads((SHIPPED / MANIFEST).read_text())
+    manifest = manifest_of(SHIPPED)
     listed = set(manifest["cases"]) | set(manifest["left_out"])
     assert listed == {case.name for case in suite_of("quick")}, AGAIN
     for name, entry in manifest["cases"].items():
@@ -59,18 +64,13 @@ def test_golden_files_match_quick_suite() -> None:
 def test_other_libraries_read_golden_files() -> None:
     for name in golden_names():
         x = golden(name)
-        scale = x.pop("scale")
+        del x["scale"]
         read = load_file(SHIPPED / f"{name}.safetensors")
         assert set(read) == set(x)
         assert all(np.array_equal(read[key], x[key]) for key in x)
-        entry = json.loads((SHIPPED / MANIFEST).read_text())["cases"][name]
+        entry = manifest_of(SHIPPED)["cases"][name]
         for key, tensor in entry["tensors"].items():
             assert (list(x[key].shape), x[key].dtype.name) == (tensor["shape"], tensor["dtype"])
-        q, k, v = (x[key].astype(np.float64) for key in "qkv")
-        out, lse = full_attention(q, k, v, scale=scale, mask=x.get("mask"))
-        # Another machine's sums: a few of float64's steps, for scores up to 800.
-        assert np.allclose(out, x["out"], rtol=1e-12, atol=1e-12)
-        assert np.allclose(lse, x["lse"], rtol=1e-12, atol=1e-12)
 
 
 def test_unknown_golden_case_raises() -> None:
@@ -145,7 +145,7 @@ def test_results_are_recomputed_and_compared_within_limits(
 
 def rewrite(folder: Path, name: str, key: str, x: Any) -> None:
     """Write the files of one case, with another tensor and the checksum that belongs to that."""
-    manifest = json.loads((SHIPPED / MANIFEST).read_text())
+    manifest = manifest_of(SHIPPED)
     content = bytearray((SHIPPED / f"{name}.safetensors").read_bytes())
     length = int.from_bytes(content[:8], "little")
     start, end = json.loads(content[8 : 8 + length])[key]["data_offsets"]
@@ -171,7 +171,7 @@ def test_only_golden_files_are_replaced(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{len(golden_names())} cases, 0." in said
     assert "left out: stride-0: its point is how" in said
     first = golden("gaussian", folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = manifest_of(folder)
     manifest["cases"]["old"] = {**manifest["cases"]["gaussian"], "file": "old.safetensors"}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     (folder / "old.safetensors").write_text("of a case that there is no more")
@@ -195,7 +195,7 @@ def test_unwritable_folder_raises(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_removed_case_is_still_verified(tmp_path: Path) -> None:
     folder = tmp_path / "golden"
     write_golden(folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = manifest_of(folder)
     manifest["cases"]["of-yesterday"] = manifest["cases"].pop("value-size")
     (folder / MANIFEST).write_text(json.dumps(manifest))
     assert verify_golden(folder) == []
@@ -218,7 +218,7 @@ def test_file_must_match_its_manifest(copy: Path, change: dict[str, Any], text: 
         if dtype is not None:
             arrays[key] = x.astype(dtype)
     write_tensors(file, arrays, {})
-    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest = manifest_of(copy)
     manifest["cases"]["gaussian"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (copy / MANIFEST).write_text(json.dumps(manifest))
     (line,) = verify_golden(copy)

@@ -1,4 +1,4 @@
-"""The oracle's limit, by formulas of its own, and what is above and below it."""
+"""The limit, computed independently, and results above and below it."""
 
 from dataclasses import replace
 from math import log
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lvxattn.check import Problem, case_of, draw
+from lvxattn.check.cases import DTYPES
 from lvxattn.check.judge import RESULTS, Truth, judge, norms, truth_of
 from lvxattn.check.rounding_model import PLAIN, WAYS, rounded_attention
 from lvxattn.cli.tensors import dtype_of
@@ -15,7 +16,6 @@ from tests.naive import naive_attention
 from tests.tolerances import UNIT
 
 Array = np.ndarray[Any, np.dtype[Any]]
-DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def problem_and_truth(name: str, dtype: str = "float32") -> tuple[Problem, Truth]:
@@ -267,7 +267,7 @@ def test_lse_of_dead_row_must_be_minus_infinity(bad: float) -> None:
     assert (verdict.index, verdict.expected) == ((0, 0, 1), -np.inf)
 
 
-# What is reported and not judged.
+# Figures that are only reported.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

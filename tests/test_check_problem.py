@@ -1,4 +1,4 @@
-"""The oracle's cases are what their reasons say, and the same everywhere."""
+"""The cases have the properties of their reasons, and are reproducible."""
 
 import os
 import subprocess
@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 
 from lvxattn.check import Case, Problem, case_of, draw, suite_of
-from lvxattn.check.cases import CASES, large
+from lvxattn.check.cases import CASES, DTYPES, large
 from lvxattn.check.judge import truth_of
-from lvxattn.check.rounding_model import visible
 from lvxattn.cli.tensors import InputError
 from lvxattn.reference import full_attention
 from tests.errors import says
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NAMES = [case.name for case in CASES if case.name != "long-keys"]
-DTYPES = ("float64", "float32", "float16", "bfloat16")
 DEAD = {"minus-infinity": slice(1, None, 4), "dead-rows": slice(1, None, 4)}
 DEAD["everything-dead"] = slice(None)
 
@@ -50,7 +48,7 @@ def scores(problem: Problem) -> Array:
 
 def seen(problem: Problem) -> Array:
     """Return which query sees which key: (B, H, S_Q, S_KV)."""
-    mask = visible(problem)
+    mask = problem.dense_mask()
     shape = (*problem.q.shape[:3], problem.k.shape[2])
     if mask is None:
         return np.ones(shape, bool)
@@ -149,7 +147,7 @@ def test_masks_differ_along_unbroadcast_axes(name: str, shape: tuple[int, ...]) 
 
 @pytest.mark.parametrize("name", ["random-mask", "mask-over-heads", "mask-over-batches"])
 def test_random_mask_shows_the_first_key(name: str) -> None:
-    """So that none is dead by chance, whatever the seed."""
+    """So that no row is dead by chance, for any seed."""
     assert all(seen(drawn(name, seed=seed))[..., 0].all() for seed in range(5))
 
 
@@ -191,7 +189,7 @@ def test_row_hidden_by_finite_number_is_the_mean(name: str, dtype: str) -> None:
     np.testing.assert_allclose(
         truth.results["out"][:, :, rows], mean.repeat(5, axis=2), rtol=1e-9, atol=1e-12
     )
-    # Each key has 1 / n of what comes from above, in one of the cases.
+    # Each key gets 1 / n of the gradient, in one of the cases.
     dout = problem.dout[:, :, rows].astype(float)
     assert (name == "hidden-rows") == dout.any()
     others = replace(problem, dout=problem.dout.copy(), known={})
@@ -336,7 +334,7 @@ def test_astype_converts_additive_masks_only() -> None:
         assert mask.dtype == dtype
 
 
-# Cases that somebody makes.
+# Cases of users.
 
 
 @pytest.mark.parametrize(

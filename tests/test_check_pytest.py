@@ -1,4 +1,4 @@
-"""The oracle's pytest plugin: conformance tests, the fixture, the list of known failures."""
+"""The pytest plugin: conformance tests, the fixture, the list of known failures."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-# Before pytester forgets what a run of its imported: these cannot be imported twice.
+# Before pytester resets sys.modules after a run: these cannot be imported twice.
 import ml_dtypes  # noqa: F401
 import numpy as np  # noqa: F401
 import pytest
@@ -28,7 +28,7 @@ COUNT = len(suite_of("quick"))
 
 @pytest.fixture
 def run(pytester: pytest.Pytester):  # type: ignore[no-untyped-def]
-    """Run pytest where kernels are, and return what it said."""
+    """Run pytest in a folder with kernels, and return its result."""
     pytester.makepyfile(kernels=SOURCE)
 
     def run(*args: str) -> pytest.RunResult:
@@ -99,7 +99,7 @@ RIGHT = ("--lvx-impl", "kernels:right")
         (("--lvx-impl", "kernels:rihgt"), "did you mean right"),
         (
             (*RIGHT, "--lvx-dtypes", "fp32"),
-            r"--lvx-dtypes: expected some of .* with numpy here, got 'fp32'",
+            r"--lvx-dtypes: expected some of .* with numpy, got 'fp32'",
         ),
         ((*RIGHT, "--lvx-suite", "slow"), "--lvx-suite: .*'slow'"),
         (
@@ -123,7 +123,7 @@ def test_bad_usage_prints_one_line(run, options: tuple[str, ...], words: str) ->
 
 
 class TestKnownFailures:
-    """Lines of the file: which tests they mean, and that none means nothing."""
+    """Lines of the file match tests, and a line without a match is an error."""
 
     FAILING = (
         "minus-infinity-float32  # by case and dtype\n\n"

@@ -1,4 +1,4 @@
-"""The reference with a dtype's roundings: each of them shows, and nothing else is lost."""
+"""The reference with a dtype's roundings: each is present, and there are no others."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def test_equals_naive_softmax_up_to_rounding(name: str, dtype: str, way: Way) ->
     # the accumulator: sums of S_KV or S_Q terms, taken one by one, and the scores once more.
     u, a, n = UNIT[dtype], UNIT["float32"], max(x.k.shape[2], x.q.shape[2])
     relative = 6 * u + u * truth.largest_score + a * (4 * n + 16 * truth.largest_score)
-    tiny = 2.0**-24 if dtype == "float16" else 2.0**-126  # what underflows there
+    tiny = 2.0**-24 if dtype == "float16" else 2.0**-126  # the size of underflows
     for key, got in rounded_attention(problem, way).items():
         assert got.dtype == np.float32
         want = truth.results[key]

@@ -1,4 +1,4 @@
-"""The oracle on kernels that are known to be wrong, all to be caught and named, or right."""
+"""The oracle on known wrong kernels, all caught and diagnosed, and on correct ones."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from lvxattn.check import Case, case_of, check, matching
+from lvxattn.check import Case, case_of, check
 from lvxattn.check.cases import CASES
-from lvxattn.check.matrix import SelfTest
-from lvxattn.check.self_test import play_right, play_wrong, self_test
+from lvxattn.check.self_test import (
+    SelfTest,
+    check_correct_kernels,
+    check_wrong_kernels,
+    self_test,
+)
 from lvxattn.check.wrong import WRONG, KernelBase
-from tests.library import played_once
+from tests.kernel_cache import cached_kernels  # noqa: F401
 
 Caught = dict[str, dict[str, list[str]]]
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "oracle.md"
-
-
-@pytest.fixture(autouse=True)
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "played", played_once)
 
 
 every_wrong_kernel = pytest.mark.parametrize("name", WRONG)
@@ -28,10 +27,10 @@ every_wrong_kernel = pytest.mark.parametrize("name", WRONG)
 
 @pytest.fixture(scope="module")
 def found() -> SelfTest:
-    """What the cases catch in fp32, and in other dtypes what they do not catch there."""
-    caught = play_wrong(("float32",))
+    """The wrong kernels caught in fp32, and the others in fp16 and fp64."""
+    caught = check_wrong_kernels(("float32",))
     for dtype in ("float16", "float64"):
-        caught |= play_wrong((dtype,), [name for name in WRONG if not caught[name]])
+        caught |= check_wrong_kernels((dtype,), [name for name in WRONG if not caught[name]])
     return SelfTest(caught, {}, (), seeds=1)
 
 
@@ -44,7 +43,7 @@ def test_case_catches_it(name: str, found: SelfTest) -> None:
 def test_the_diagnosis_names_it(name: str, found: SelfTest) -> None:
     caught = found.caught[name]
     by_effort = sorted(caught, key=lambda case: case_of(case).S_KV)
-    # The library is played on the first that fails: most often one that others have asked for.
+    # The library is searched on the first that fails, most often one that other tests share.
     names = dict.fromkeys(["gaussian", "lse-low", "one-hot-table", "padding-mask", *by_effort[:2]])
     dtype = next(iter(caught.values()))[0]
     report = check(WRONG[name](), cases=[case_of(name) for name in names], dtypes=(dtype,))
@@ -53,13 +52,13 @@ def test_the_diagnosis_names_it(name: str, found: SelfTest) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case_alone_catches_a_wrong_kernel(case: Case, found: SelfTest) -> None:
-    assert found.alone()[case.name]
+def test_case_is_the_only_one_to_catch_a_wrong_kernel(case: Case, found: SelfTest) -> None:
+    assert found.unique()[case.name]
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Let PyTorch's threads not wait for one another: the problems are small."""
+    """Use one thread of PyTorch: the problems are small."""
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,7 +68,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_correct_kernels_pass() -> None:
-    ratios, alarms = play_right(seeds=1)
+    ratios, alarms = check_correct_kernels(seeds=1)
     assert alarms == ()
     assert {"naive", "4 shards", "64 shards", "PyTorch's SDPA on the CPU"} <= ratios.keys()
     assert all(0 < ratio <= 1 for by_dtype in ratios.values() for ratio in by_dtype.values())
@@ -78,7 +77,7 @@ def test_correct_kernels_pass() -> None:
 def test_false_alarm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lvxattn.check.self_test.CASES", [case_of("one-query")])
     monkeypatch.setattr(KernelBase, "_kv_head", WRONG["heads tiled"]._kv_head)
-    ratios, alarms = play_right(seeds=1)
+    ratios, alarms = check_correct_kernels(seeds=1)
     assert ratios["4 shards"]["float32"] > 1
     assert any(alarm.startswith("4 shards: one-query, float32, seed 0") for alarm in alarms)
 
@@ -89,14 +88,14 @@ def test_correct_kernel_passes_for_any_key_cut(shards: int) -> None:
     check(KernelBase(shards), cases=cases).raise_if_failed()
 
 
-class TestWhatASelfTestSays:
-    """It passes when nothing is missing, and names what is."""
+class TestSelfTestOutcome:
+    """It passes if nothing is missing, and otherwise names it."""
 
     @pytest.fixture
     def passed(self, found: SelfTest) -> SelfTest:
         return SelfTest(found.caught, {"naive": {"float32": 0.5}}, (), seeds=1)
 
-    def test_it_passes(self, passed: SelfTest) -> None:
+    def test_complete_outcome_passes(self, passed: SelfTest) -> None:
         assert passed.passed
         assert str(passed).endswith("passed")
 
@@ -111,7 +110,7 @@ class TestWhatASelfTestSays:
         assert not missing.passed
         assert "never alone: lse-high" in str(missing)
 
-    def test_a_false_alarm(self, passed: SelfTest) -> None:
+    def test_false_alarm_fails(self, passed: SelfTest) -> None:
         missing = replace(passed, alarms=("naive: gaussian, float32, seed 0: 1.20 of the limit",))
         assert not missing.passed
         assert "naive: gaussian, float32" in str(missing)
@@ -138,9 +137,9 @@ _LETTERS = ["a", "bcde", "fghi", "jklm", "nopq", "rst", "uv", "w", "xy", "zAB", 
 def test_outcome_is_written_to_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: SelfTest
 ) -> None:
-    monkeypatch.setattr("lvxattn.check.self_test.play_wrong", lambda: found.caught)
+    monkeypatch.setattr("lvxattn.check.self_test.check_wrong_kernels", lambda: found.caught)
     monkeypatch.setattr(
-        "lvxattn.check.self_test.play_right",
+        "lvxattn.check.self_test.check_correct_kernels",
         lambda seeds: ({"naive": {"float32": seeds / 10}}, ()),
     )
     outcome = self_test(seeds=3, path=str(tmp_path / "oracle.md"))

@@ -1,4 +1,4 @@
-"""What the front doors refuse before they agree on anything."""
+"""Arguments that the front doors reject before they agree on a layout."""
 
 from typing import Any
 

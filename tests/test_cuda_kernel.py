@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++: compiled for GPUs, and their very source run on the CPU."""
+"""The kernels in CUDA C++: compiled for GPUs, and the same source emulated on the CPU."""
 
 import ctypes
 import shutil
@@ -39,7 +39,7 @@ emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 def sized(dtype: str, D: int, name: str = "", **sizes: Any) -> Case:
-    """Return a case that the kernels take."""
+    """Return a case that the kernels support."""
     return Case(f"{name or sizes} {dtype} {D}", D=D, D_V=D, dtype=dtype, **sizes)
 
 

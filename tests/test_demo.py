@@ -1,4 +1,4 @@
-"""The demo finds what it searches for, on any number of ranks, and refuses bad input clearly."""
+"""The demo finds its patches on any number of ranks, and rejects bad input with one line."""
 
 import importlib
 import os
@@ -16,19 +16,18 @@ from mpi4py import MPI
 from PIL import Image
 
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.mpi_impl.commands.demo.camera import pan_over_photographs
-from lvxattn.mpi_impl.commands.demo.files import index_video, read_images, read_video
-from lvxattn.mpi_impl.commands.demo.gallery import check_output
-from lvxattn.mpi_impl.commands.demo.judge import (
+from lvxattn.mpi_impl.commands.demo.answers import (
     AMBIGUOUS,
     FOUND,
     WRONG,
     Check,
     check_errors,
+    check_output,
     check_verdicts,
     judge_answers,
 )
-from lvxattn.mpi_impl.commands.demo.sources import open_source
+from lvxattn.mpi_impl.commands.demo.files import index_video, read_images, read_video
+from lvxattn.mpi_impl.commands.demo.sources import open_source, pan_over_photographs
 from tests.commands import Said, commands
 
 av = pytest.importorskip("av")
@@ -61,9 +60,13 @@ def assert_found(printed: str, picture_at: Path, queries: int) -> None:
         assert picture.width >= 1200
 
 
+def default_frames(count: int) -> np.ndarray:
+    return pan_over_photographs(0, count, 240, 320, lambda _: None, frames=count, seed=1)
+
+
 def write_video(path: Path, frames: int = 20, codec: str = "mpeg4", **options: str) -> Path:
     """Encode a clip of the default video, a keyframe every 8 frames and B-frames between."""
-    video = pan_over_photographs(0, frames, frames, 240, 320, 1, lambda _: None)
+    video = default_frames(frames)
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
@@ -77,8 +80,7 @@ def write_video(path: Path, frames: int = 20, codec: str = "mpeg4", **options: s
 
 def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     folder.mkdir()
-    video = pan_over_photographs(0, len(sizes), len(sizes), 240, 320, 1, lambda _: None)
-    for number, (pixels, size) in enumerate(zip(video, sizes, strict=True)):
+    for number, (pixels, size) in enumerate(zip(default_frames(len(sizes)), sizes, strict=True)):
         Image.fromarray(pixels).resize(size).save(folder / f"{number:03}.png")
     return folder
 
@@ -101,7 +103,7 @@ def test_default_video_on_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Said, Path]]:
-    """What three ranks, in one launch, find in images of different sizes and in a video."""
+    """The output of three ranks, in one launch, for images of different sizes and for a video."""
     folder = tmp_path_factory.mktemp("searched")
     images = write_images(folder / "images", [(320, 240), (500, 300)])
     clip = write_video(folder / "clip.mp4")
@@ -116,20 +118,17 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Said, 
 
 
 @pytest.mark.mpi
-def test_images_of_different_sizes_on_more_ranks_than_images(
-    searched: dict[str, tuple[Said, Path]],
+@pytest.mark.parametrize(
+    ("source", "queries", "title"),
+    [("images", 10, "the images in images"), ("video", 20, "clip.mp4, 13 of its 20 frames")],
+)
+def test_files_are_searched(
+    source: str, queries: int, title: str, searched: dict[str, tuple[Said, Path]]
 ) -> None:
-    said, picture = searched["images"]
+    said, picture = searched[source]
     assert said.status == 0, said
-    assert_found(said.out, picture, 10)
-
-
-@pytest.mark.mpi
-def test_a_video_file_is_searched(searched: dict[str, tuple[Said, Path]]) -> None:
-    said, picture = searched["video"]
-    assert said.status == 0, said
-    assert_found(said.out, picture, 20)
-    assert "13 of its 20 frames" in said.out
+    assert_found(said.out, picture, queries)
+    assert title in said.out
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])  # a .ts is seldom sought exactly
@@ -221,22 +220,18 @@ def garbage(folder: Path) -> list[str]:
     return ["--video", str(folder / "noise.mp4")]
 
 
-def truncated(folder: Path) -> list[str]:
-    data = write_video(folder / "whole.mp4").read_bytes()
-    (folder / "half.mp4").write_bytes(data[: len(data) // 2])
-    return ["--video", str(folder / "half.mp4")]
+def truncated(folder: Path, name: str = "half.mp4", **options: str) -> list[str]:
+    path = write_video(folder / name, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return ["--video", str(path)]
 
 
 def truncated_behind_its_index(folder: Path) -> list[str]:
-    data = write_video(folder / "whole.mp4", movflags="+faststart").read_bytes()
-    (folder / "half.mp4").write_bytes(data[: len(data) // 2])
-    return ["--video", str(folder / "half.mp4")]
+    return truncated(folder, movflags="+faststart")
 
 
 def truncated_matroska(folder: Path) -> list[str]:
-    data = write_video(folder / "whole.mkv").read_bytes()
-    (folder / "half.mkv").write_bytes(data[: len(data) // 2])
-    return ["--video", str(folder / "half.mkv")]
+    return truncated(folder, "half.mkv")
 
 
 def overwritten(folder: Path) -> list[str]:
@@ -330,13 +325,12 @@ def test_unwritable_picture_raises() -> None:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Said, Path]]:
-    """What two ranks say of each bad input, all in one launch, and where its picture would be."""
-    folders = [tmp_path_factory.mktemp(make.__name__) for make in BAD]
-    pictures = [folder / "demo.png" for folder in folders]
-    lines = [
-        ["demo", "--output", picture, *make(folder)]
-        for make, folder, picture in zip(BAD, folders, pictures, strict=True)
-    ]
+    """The output of two ranks for each bad input, all in one launch, and the picture's path."""
+    pictures, lines = [], []
+    for make in BAD:
+        folder = tmp_path_factory.mktemp(make.__name__)
+        pictures.append(folder / "demo.png")
+        lines.append(["demo", "--output", pictures[-1], *make(folder)])
     return dict(zip(BAD, zip(commands(2, *lines), pictures, strict=True), strict=True))
 
 
@@ -351,7 +345,7 @@ def test_bad_input_prints_one_line_and_exits_2(make, told) -> None:
 
 @pytest.mark.mpi
 def test_broken_frame_prints_one_line(tmp_path: Path) -> None:
-    finished = demo(2, tmp_path, *overwritten(tmp_path))  # FFmpeg has something to say itself
+    finished = demo(2, tmp_path, *overwritten(tmp_path))  # FFmpeg would print, too
     assert finished.returncode == 2, finished.stdout + finished.stderr
     assert re.fullmatch(f"lvxattn demo: error: .*{BAD[overwritten]}.*\n", finished.stderr)
     assert not (tmp_path / "demo.png").exists()

@@ -1,4 +1,4 @@
-"""Buffers between a device that works late and an MPI that knows nothing of it, and its streams."""
+"""Buffers shared by an asynchronous device and MPI, streams and memory."""
 
 import ctypes
 import sys
@@ -15,7 +15,7 @@ from lvxattn import mpi_impl
 from lvxattn.cli.tensors import InputError
 from lvxattn.common.wire import QUERIES
 from lvxattn.mpi_impl import exchange
-from lvxattn.mpi_impl.commands.run.backend import choose_backend
+from lvxattn.mpi_impl.commands.run import choose_backend
 from lvxattn.mpi_impl.lv_xattn import lv_xattn
 from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.transport import buffers, device, transfers
@@ -29,19 +29,19 @@ Kind = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def own_stream() -> Iterator[fake_cupy.Stream]:
-    """Compute on a stream of its own, as in a pass; nothing may wait for all of a stream."""
+    """Compute on another stream, as the front door does; nothing may wait for all of a stream."""
     fake_cupy.whole.clear()
     device.streams.cache_clear()
     with fake_cupy.Stream(non_blocking=True) as stream:
         yield stream
-    # A test may leave copies whose memory is gone: nobody is to wait for them.
+    # A test may leave copies whose memory has been freed.
     fake_cupy.Stream.null.pending.clear()
     fake_cupy.Stream.made[:] = [fake_cupy.Stream.null]
     device.streams.cache_clear()
 
 
 def ready(promised: tuple[Any, transfers.Ready]) -> np.ndarray[Any, Any]:
-    """Ask until MPI may use the memory, and return what it sees at the address."""
+    """Poll until MPI may use the memory, and return the bytes at its address."""
     memory, is_ready = promised
     while not is_ready():
         pass
@@ -50,7 +50,7 @@ def ready(promised: tuple[Any, transfers.Ready]) -> np.ndarray[Any, Any]:
 
 
 def at_once(promised: tuple[Any, transfers.Ready]) -> np.ndarray[Any, Any]:
-    """Return what an MPI sees that does not ask."""
+    """Return the bytes that MPI would see without polling."""
     memory, _ = promised
     return memory if isinstance(memory, np.ndarray) else memory.memory
 
@@ -230,7 +230,7 @@ def test_kernel_failure_raises_instead_of_hanging(
 
 
 class TestTransfer:
-    """Requests that are made when their buffers are ready."""
+    """Requests that start when their buffers are ready."""
 
     def test_request_starts_once_when_ready(self) -> None:
         made: list[int] = []
@@ -250,7 +250,7 @@ class TestTransfer:
         assert made == [1]
 
     def test_wait_starts_requests_of_the_ring(self) -> None:
-        """Here a message to oneself, which may be sent only later."""
+        """With a message to oneself that may be sent only later."""
         comm, asked = MPI.COMM_SELF, [0]
         there, here = np.array([5]), np.zeros(1, int)
 
@@ -297,7 +297,7 @@ def test_single_rank_does_not_query_mpi(
 
 
 class TestStreams:
-    """A pass computes on a stream of its own, in order with the caller's."""
+    """Computation is on its own stream, in order with the caller's."""
 
     def test_device_has_three_non_blocking_streams(self) -> None:
         found = device.streams(fake_cupy, 0)
@@ -339,7 +339,7 @@ class TestStreams:
 
 
 class TestMemory:
-    """Running out of memory is an error that says for what, how much, and how much was there."""
+    """Out-of-memory errors name the purpose, the size and the free memory."""
 
     @pytest.mark.parametrize(
         ("error", "text"),
@@ -369,7 +369,7 @@ class TestMemory:
         with pytest.raises(error) as raised, device.computing(q):
             lv_xattn(q, q, q, exchange.Exchange(MPI.COMM_SELF, layout, q))
         assert raised.value.__notes__ == [
-            "a buffer of 96 bytes was asked for",
+            "while allocating a buffer of 96 bytes",
             "for the queries of rank 0, the largest block",
             "device 0 has 1,000,000 of 1,000,000,000 bytes free",
         ]
@@ -399,7 +399,7 @@ def parts() -> dict[str, Any]:
 def test_device_by_rank_on_host(
     count: int, number: int, own: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One visible device a rank, one for each, and fewer devices than ranks."""
+    """One visible device per rank, one for each, and fewer devices than ranks."""
     monkeypatch.setattr(fake_cupy.Device, "count", count)
     monkeypatch.setattr(fake_cupy.Device, "used", -1)
     monkeypatch.setattr(device, "rank_on_host", lambda comm: number)
@@ -449,7 +449,7 @@ def test_blas_threads_from_environment_are_kept(
 
 
 class TestFakeDevice:
-    """What the tests that use it rely on."""
+    """Properties of fake_cupy that the tests depend on."""
 
     def test_fake_device_is_asynchronous(self) -> None:
         ones = fake_cupy.asarray(np.ones(2))

@@ -1,4 +1,4 @@
-"""The doctor: what it says of sound ranks, and what it finds."""
+"""The doctor: its report on sound ranks, and the problems that it finds."""
 
 import os
 import re
@@ -13,10 +13,8 @@ from mpi4py import MPI
 
 from lvxattn.common.launcher import claim, mismatch, speaks
 from lvxattn.mpi_impl.__main__ import main
-from lvxattn.mpi_impl.commands.doctor.advice import find_problems
-from lvxattn.mpi_impl.commands.doctor.examination import _print_facts, examine
-from lvxattn.mpi_impl.commands.doctor.rank_info import RankInfo
-from lvxattn.mpi_impl.commands.doctor.ring import Link
+from lvxattn.mpi_impl.commands.doctor.examination import _print_ranks, examine, find_problems
+from lvxattn.mpi_impl.commands.doctor.rank_info import Link, RankInfo
 from tests import fake_cupy
 from tests.commands import commands
 
@@ -33,7 +31,8 @@ SOUND = RankInfo(
     gpu_files=0,
     cuda_aware=(False, "asked"),
 )
-# As torchrun tells the first of its processes.
+WITH_GPUS = replace(SOUND, cupy="13", devices=("H", "H"))
+# As torchrun sets them for its first process.
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
 LINKS = [Link(1, 0, True, 1e-6, 1e9), Link(0, 1, True, 1e-6, 1e9)]
 
@@ -60,7 +59,7 @@ def test_communication_check() -> None:
     assert "within hosts, 2 links" in said.out
     assert "CUDA-aware" in said.out
     assert damaged.status == 1
-    assert "ERROR: rank 1 did not get what rank 0 sent" in damaged.out
+    assert "ERROR: rank 1 did not receive what rank 0 sent" in damaged.out
 
 
 @pytest.mark.mpi
@@ -153,12 +152,9 @@ def test_launcher_and_library_are_compared(
 
 
 def test_one_rank_prints_on_launcher_mismatch() -> None:
-    assert claim({"PMI_SIZE": "2", "PMI_RANK": "1"}) == (
-        "PMI_SIZE",
-        2,
-        1,
-        claim({"PMI_SIZE": "2"})[3],
-    )  # type: ignore[index]
+    found = claim({"PMI_SIZE": "2", "PMI_RANK": "1"})
+    assert found is not None
+    assert found[:3] == ("PMI_SIZE", 2, 1)
     assert speaks({}, 0)
     assert speaks({"PMI_SIZE": "2", "PMI_RANK": "0"}, 0)
     assert not speaks({"PMI_SIZE": "2", "PMI_RANK": "1"}, 0)
@@ -187,26 +183,21 @@ def test_no_problem_found() -> None:
         ([replace(SOUND, gpu_files=2)] * 2, "no CuPy: the extra"),
         ([replace(SOUND, cupy="13")] * 2, "CuPy finds no GPU"),
         (
-            [replace(SOUND, cupy="13", devices=("H",), cuda_aware=(True, ""))] * 2,
+            [replace(WITH_GPUS, devices=("H",), cuda_aware=(True, ""))] * 2,
             "2 ranks share 1 GPU:",
         ),
-        ([replace(SOUND, cupy="13", devices=("H", "H"))] * 2, "pinned host memory"),
+        ([WITH_GPUS] * 2, "pinned host memory"),
         (
             # One rank's GPU is enough.
             [
-                replace(SOUND, cupy="13", devices=("H", "H"), cuda_aware=(True, "asked")),
-                replace(
-                    SOUND,
-                    cupy="13",
-                    devices=("H", "H"),
-                    cuda_aware=(False, "asked and a self-test: ended by SIGSEGV"),
-                ),
+                replace(WITH_GPUS, cuda_aware=(True, "asked")),
+                replace(WITH_GPUS, cuda_aware=(False, "asked and a self-test: ended by SIGSEGV")),
             ],
-            "ended by SIGSEGV): messages go through pinned host memory; see what the library lacks",
+            "by SIGSEGV): messages go through pinned host memory; find out what the library lacks",
         ),
         (
             [replace(SOUND, cuda_aware=(True, "so"), denied="MPIX_Query_cuda_support")] * 2,
-            "against the library's word (MPIX_Query_cuda_support)",
+            "contradicts the library (MPIX_Query_cuda_support)",
         ),
     ],
 )
@@ -217,22 +208,20 @@ def test_a_problem_comes_with_advice(ranks: list[RankInfo], advice: str) -> None
     assert not problem.fatal
 
 
-def test_device_memory_decision_names_ranks(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_device_memory_decision_names_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     other = replace(SOUND, cuda_aware=(True, "asked and a self-test: device memory arrived"))
     other = replace(other, kernel="cuda: float16")
-    _print_facts([SOUND, other, SOUND])
+    _print_ranks([SOUND, other, SOUND])
     said = capsys.readouterr().out
     assert "  kernel      cuda: float16 on ranks 1\n" in said
     assert "CUDA-aware  no, by asked on ranks 0, 2\n" in said
     assert "yes, by asked and a self-test: device memory arrived on ranks 1\n" in said
-    _print_facts([SOUND, SOUND])
+    _print_ranks([SOUND, SOUND])
     assert "CUDA-aware  no, by asked\n" in capsys.readouterr().out
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, cupy: Any) -> None:
-    """Have the commands find arrays of the host in CuPy's place, on a GPU called H."""
+    """Let the commands import a stand-in for CuPy that has a GPU called H."""
     runtime = cupy.cuda.runtime
     properties = {"name": b"H"}
     monkeypatch.setattr(runtime, "getDeviceProperties", lambda _: properties, raising=False)
@@ -251,13 +240,13 @@ def test_device_memory_is_sent_around(
     assert examine(MPI.COMM_SELF) == whole
     said = capsys.readouterr().out
     assert "kernel      tiles: cuda expects a device" in said
-    assert ("against the library's word" in said) == (aware == "1")
-    assert ("device memory came round whole" in said) == whole
-    assert ("ERROR: rank 0 did not get what rank 0 sent from its GPU" in said) != whole
+    assert ("contradicts the library" in said) == (aware == "1")
+    assert ("device memory arrives intact" in said) == whole
+    assert ("ERROR: rank 0 did not receive what rank 0 sent from its GPU" in said) != whole
 
 
 def no_compiler(*given: Any) -> Any:
-    """What CuPy does where its kernels cannot be compiled."""
+    """Raise as CuPy does if its kernels cannot be compiled."""
     raise RuntimeError('Failure finding "libnvrtc.so.13"\nand where it was looked for')
 
 
@@ -299,4 +288,4 @@ def test_communication_problems_are_fatal() -> None:
     first, second = find_problems([SOUND, SOUND], broken, "4 processes, but MPI sees 1")
     assert first.fatal
     assert second.fatal
-    assert "rank 0 did not get what rank 1 sent" in second.text
+    assert "rank 0 did not receive what rank 1 sent" in second.text

@@ -21,7 +21,7 @@ from matplotlib.text import Annotation
 from lvxattn.common.meter import Block
 from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import PARTIALS, QUERIES
-from lvxattn.draw.bars import byte_bars, text_of
+from lvxattn.draw.bars import byte_bars, format_bytes
 from lvxattn.draw.film import animation, film_strip, scenes
 from lvxattn.draw.rotation import COLOURS, sheet
 from lvxattn.draw.trace import draw_trace
@@ -183,10 +183,10 @@ class TestByteBars:
         ],
     )
     def test_sizes_have_three_digits(self, size: float, text: str) -> None:
-        assert text_of(size) == text
+        assert format_bytes(size) == text
 
 
-def test_a_trace_shows_what_every_rank_did_when_and_the_way_of_a_block() -> None:
+def test_trace_shows_spans_and_arrows() -> None:
     queries, results = (Block(kind.name, owner=0, hop=1) for kind in (QUERIES, PARTIALS))
     sender = Timeline(
         computed=[Span(0, 3e-3, queries)],
@@ -216,7 +216,7 @@ def test_a_trace_shows_what_every_rank_did_when_and_the_way_of_a_block() -> None
     (start, from_rank), (end, to_rank) = arrow.xyann, arrow.xy
     assert (start, int(from_rank), end, int(to_rank)) == (0, 0, 3.5, 1)
     said = [text.get_text() for text in axes.texts if text is not arrow]
-    assert said == ["0"]  # whose block; other work is nobody's
+    assert said == ["0"]  # the owner of the block; other work has none
 
 
 def test_sheet_is_800_pixels_wide() -> None:

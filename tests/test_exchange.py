@@ -1,4 +1,4 @@
-"""What moves, counted three ways: by formula, by the meter, by what MPI was handed."""
+"""Messages and bytes, counted by formula, by the meter and by the calls of MPI."""
 
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class TestTraffic:
 
 @NUMBERS
 def test_virtual_ranks_send_the_same_messages(P: int) -> None:
-    """The reference's own log, in fp64, equals what real ranks sent."""
+    """The reference's log, in fp64, equals the messages of real ranks."""
     problem = PROBLEMS["float64"].make()
     log: list[reference.Message] = []
 
@@ -122,7 +122,7 @@ def test_virtual_ranks_send_the_same_messages(P: int) -> None:
 
 @pytest.mark.parametrize("P", [pytest.param(2, marks=pytest.mark.slow), 3])
 class TestProgress:
-    """Large messages move while a rank computes, because it lets MPI work between tiles."""
+    """Large messages progress while a rank computes, as it calls MPI between tiles."""
 
     def test_progress_completes_a_large_block(self, P: int) -> None:
         for rank in progress(P):
@@ -141,12 +141,12 @@ class TestProgress:
         hops = [event for h in range(P - 1) for event in ("shift", "attend")]
         for rank in progress(P):
             for which in ("forward", "backward"):
-                # My own block first; on the last hop there is nothing to hand on; then the rest.
+                # My own block first; on the last hop nothing to pass on; then the rest.
                 assert rank[which]["blocks"] == [*hops, "attend", "attend"]
 
 
 def available_memory() -> int:
-    """Bytes that programs may take without swapping; 0 where nobody tells."""
+    """Return the free memory in bytes; 0 where it is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Errors are the same on all ranks, and no rank is left waiting."""
+"""Errors are the same on all ranks, and no rank waits forever."""
 
 import re
 import signal
@@ -15,53 +15,30 @@ pytestmark = pytest.mark.mpi
 LAST = "the last rank"
 EACH = "each rank names itself"
 FLOATS = "float16, bfloat16, float32, float64"
-# What each call of programs/run_bad_input.py raises: the type; the argument and the values that the
+# The error of each call in programs/run_bad_input.py: type; the argument and the values that the
 # message contains, or the exact text where no other test asserts it; the rank that it names, None
-# where no other rank is asked.  {5P} and so on are numbers that depend on P.
+# if not collective.  {5P} and so on are numbers that depend on P.
 Expected = dict[str, tuple[type[Exception], tuple[str, ...] | str, Any]]
 EXPECTED: Expected = {
     "q has 3 axes": (ValueError, ("q", "(4, 5, 6)"), 0),
-    "k has 5 axes": (ValueError, ("k", "(1, 2, 2, 7, 6)"), 0),
-    "v has 2 axes": (ValueError, ("v", "(7, 3)"), 0),
     "D = 0": (ValueError, ("q", "(2, 4, 5, 0)"), 0),
     "k has another B": (ValueError, ("k", "B", "2", "(3, 2, 7, 6)"), 0),
-    "k has another D": (ValueError, ("k", "D", "6", "(2, 2, 7, 8)"), 0),
-    "v has another B": (ValueError, ("v", "B", "2", "(1, 2, 7, 3)"), 0),
-    "v has another H_KV": (ValueError, ("v", "H_KV", "2", "(2, 1, 7, 3)"), 0),
-    "v has another length": (ValueError, ("v", "s_kv", "7", "(2, 2, 6, 3)"), 0),
     "H_KV does not divide H": (ValueError, ("k", "H_KV", "4", "(2, 3, 7, 6)"), 0),
-    "more key-value heads than heads": (ValueError, ("k", "H_KV", "4", "(2, 8, 7, 6)"), 0),
     "k has another dtype": (TypeError, ("k", "float64", "float32"), 0),
-    "v has another dtype": (TypeError, ("v", "float64", "float16"), 0),
     "integer q": (TypeError, ("q", FLOATS, "int64"), 0),
-    "integer k": (TypeError, ("k", FLOATS, "int32"), 0),
-    "boolean v": (TypeError, ("v", FLOATS, "bool"), 0),
-    "complex q": (TypeError, ("q", FLOATS, "complex128"), 0),
     "q is a list": (TypeError, ("q", "[[1.0]]"), 0),
-    "k is None": (TypeError, ("k", "None"), 0),
-    "v is a list": (TypeError, ("v", "[1.0]"), 0),
     "scale is NaN": (ValueError, ("scale", "nan"), 0),
-    "scale is infinite": (ValueError, ("scale", "inf"), 0),
     "scale is a string": (TypeError, ("scale", "'0.5'"), 0),
-    "scale is a bool": (TypeError, ("scale", "True"), 0),
     "scale is an array": (TypeError, ("scale", "array([1., 1.])"), 0),
     "unknown schedule": (ValueError, ("schedule", "'ulysses'", "'star'"), 0),
     "mask does not broadcast over B": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(3, 1, 1, 7)"), 0),
-    "mask does not broadcast over H": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(1, 2, 1, 7)"), 0),
-    "mask has 5 axes": (ValueError, ("mask", "(2, 4, S_Q, 7)", "(1, 1, 1, 1, 7)"), 0),
-    "mask has no axes": (ValueError, ("mask", "(2, 4, S_Q, 7)", "()"), 0),
     "mask's last axis is all keys": (ValueError, ("mask", "7", "(1, 1, 1, {7P+1})"), 0),
-    "mask's last axis is 1": (ValueError, ("mask", "7", "(1, 1, 1, 1)"), 0),
     "mask's query axis is neither 1 nor all": (ValueError, ("mask", "{5P}", "({5P+1}, 7)"), 0),
     "mask's query axis is 2 beside B and H": (ValueError, ("mask", "{5P}", "(2, 4, 2, 7)"), 0),
     "integer mask": (TypeError, ("mask", "uint8"), 0),
-    "mask is a list": (TypeError, ("mask", "[True, True, True,"), 0),
     "dout has out's shape but for D_V": (ValueError, ("dout", "(2, 4, 5, 3)", "(2, 4, 5, 4)"), 0),
-    "out has 3 axes": (ValueError, ("out", "(2, 4, 5, 3)", "(2, 4, 5)"), 0),
-    "lse has 4 axes": (ValueError, ("lse", "(2, 4, 5)", "(2, 4, 5, 1)"), 0),
     "dlse has another length": (ValueError, ("dlse", "(2, 4, 5)", "(2, 4, 4)"), 0),
     "integer dout": (TypeError, ("dout", FLOATS, "int64"), 0),
-    "lse is None": (TypeError, ("lse", "None"), 0),
     "backward with 3 axes in q": (ValueError, ("q", "(4, 5, 6)"), 0),
     "make_kv is a name": (TypeError, ("make_kv", "'k_proj'"), 0),
     "make_kv returns nothing": (TypeError, ("make_kv", "NoneType"), 0),
@@ -243,8 +220,7 @@ OF_TENSORS: Expected = {
     ),
     "ranks differ in lse": (ValueError, ("call", "'forward'", "'forward, with lse'"), LAST),
 }
-OF_BACKWARD = {"dout has out's shape but for D_V", "out has 3 axes", "lse has 4 axes"}
-OF_BACKWARD |= {"dlse has another length", "integer dout", "lse is None"}
+OF_BACKWARD = {"dout has out's shape but for D_V", "dlse has another length", "integer dout"}
 OF_BACKWARD |= {"backward with 3 axes in q", "the last rank's dout"}
 OF_BACKWARD |= {"ranks differ in the backward's schedule"}
 OF_BACKWARD |= {"several ranks and one head with ulysses, backward"}
@@ -304,14 +280,14 @@ def fail(P: int, rank: int, how: str, place: str, which: str, timeout: float = S
 
 
 def assert_ended(ended: Ended) -> None:
-    """All ranks have ended, soon, and not well; none of them got as far as the end."""
+    """Assert that all ranks have failed in time, and none reached the end."""
     assert not ended.timed_out, ended.err
     assert ended.left == ()
     assert ended.status != 0
     assert "reached the end" not in ended.out
 
 
-# By turns, one place in a forward and the next in a backward are for every day.
+# The fast tests alternate: one place in a forward, the next in a backward.
 RAISES = [
     pytest.param(place, which, marks=[] if (n + m) % 2 == 0 else pytest.mark.slow)
     for n, place in enumerate(PLACES)
@@ -349,36 +325,31 @@ def test_error_noticed_by_one_rank_ends_all_and_is_named(
     assert "on rank 2 of 4" in ended.err
 
 
-@pytest.mark.parametrize(
-    ("place", "how", "which"),
-    [
-        ("before", "kill", "forward"),
-        ("in the first attend", "crash", "forward"),
-        ("in a wait", "kill", "forward"),
-        ("in the last shift", "kill", "backward"),
-        ("in the second attend", "crash", "backward"),
-    ],
-)
-def test_rank_that_dies_ends_all_and_is_named(place: str, how: str, which: str) -> None:
-    ended = fail(3, 2, how, place, which)
-    assert_ended(ended)
-    assert re.findall(r"^rank (\d) of 3 \(process \d+ on \S+\) died$", ended.err, re.M) == ["2"]
-
-
 MOMENTS = [(moment, which) for moment in ("begins", "computes", "ends") for which in PASSES]
 HOPS = [(P, hop) for P in (2, 3, 5) for hop in range(1, P)]
-# Every hop with one moment of a pass, and every one of those with a hop, is for every day.
-KILLS = [
-    pytest.param(P, hop, *moment, marks=[] if (n - m) % len(MOMENTS) == 0 else pytest.mark.slow)
-    for n, (P, hop) in enumerate(HOPS)
-    for m, moment in enumerate(MOMENTS)
+# The fast tests have every hop with one moment of a pass, and every moment with one hop.
+DEATHS = [
+    (3, 2, "kill", "before", "forward"),
+    (3, 2, "crash", "in the first attend", "forward"),
+    (3, 2, "kill", "in a wait", "forward"),
+    (3, 2, "kill", "in the last shift", "backward"),
+    (3, 2, "crash", "in the second attend", "backward"),
+    *(
+        pytest.param(
+            *(P, hop % P, "kill", f"hop {hop} {moment}", which),
+            marks=[] if (n - m) % len(MOMENTS) == 0 else pytest.mark.slow,
+        )
+        for n, (P, hop) in enumerate(HOPS)
+        for m, (moment, which) in enumerate(MOMENTS)
+    ),
 ]
 
 
-@pytest.mark.parametrize(("P", "hop", "moment", "which"), KILLS)
-def test_rank_killed_at_any_hop_ends_all(P: int, hop: int, moment: str, which: str) -> None:
-    rank = hop % P
-    ended = fail(P, rank, "kill", f"hop {hop} {moment}", which)
+@pytest.mark.parametrize(("P", "rank", "how", "place", "which"), DEATHS)
+def test_rank_that_dies_ends_all_and_is_named(
+    P: int, rank: int, how: str, place: str, which: str
+) -> None:
+    ended = fail(P, rank, how, place, which)
     assert_ended(ended)
     announced = re.findall(rf"^rank (\d) of {P} \(process \d+ on \S+\) died$", ended.err, re.M)
     assert announced == [str(rank)]
@@ -391,7 +362,7 @@ def test_no_death_notice_when_all_end_well() -> None:
 
 
 def test_hanging_program_is_ended_at_its_time_limit() -> None:
-    """One rank leaves before the others; they wait, as MPI must.  The time limit ends them."""
+    """One rank exits before the others; they wait, as MPI must, until the time limit."""
     ended = fail(3, 1, "leave", "before", "forward", timeout=3.0)
     assert ended.timed_out
     assert ended.left == ()
@@ -400,12 +371,12 @@ def test_hanging_program_is_ended_at_its_time_limit() -> None:
 
 
 def test_process_outliving_its_rank_is_killed() -> None:
-    """The tests' own launcher: what a rank leaves behind does not go unseen."""
+    """The tests' own launcher reports processes that outlive their rank."""
     ended = fail(1, 0, "leave a process", "before", "forward")
     assert ended.status == 0
     assert [command.split()[0] for command in ended.left] == ["sleep"]
 
 
 def test_launcher_exits_with_signal_of_killed_rank() -> None:
-    """So that a shell script sees it; that is MPICH's way, others have theirs."""
+    """So that a shell script sees it; MPICH does so, other launchers differ."""
     assert fail(2, 1, "kill", "before", "forward").status in (signal.SIGKILL, 128 + signal.SIGKILL)

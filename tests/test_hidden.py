@@ -15,7 +15,7 @@ from tests.test_full_attention import solve_whole
 
 
 def test_truth_does_not_use_lse() -> None:
-    """It is held against the naive softmax, which takes no logarithm."""
+    """It is compared with the naive softmax, which takes no logarithm."""
     for problem in problems("lv-xattn", 1):
         assert worst(problem, solve_whole(problem), fp64=True) <= 1
 

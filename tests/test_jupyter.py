@@ -1,4 +1,4 @@
-"""``%%mpi``: cells of a notebook on real ranks, and what is said when they fail."""
+"""``%%mpi``: cells of a notebook on real ranks, and the errors when they fail."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 
-from lvxattn.mpi_impl.jupyter import CellError, guard, report, run_cell
+from lvxattn.mpi_impl.jupyter import CellError, cell_files, guard, run_cell
 from lvxattn.mpi_impl.jupyter.launch import find_mpiexec
 
 COMM = "from mpi4py import MPI\ncomm = MPI.COMM_WORLD\n"
@@ -23,7 +23,7 @@ OURS = "LVXATTN_TEST"
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Look after every test for processes and folders that its cells have left."""
+    """Check after every test that its cells have left no processes and no folders."""
     monkeypatch.setenv(OURS, uuid4().hex)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     yield
@@ -32,7 +32,7 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
 
 
 def living() -> list[int]:
-    """Return the processes that this test has started, and that have not ended."""
+    """Return the running processes that this test has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -59,17 +59,15 @@ def test_stdin_of_every_rank_is_empty() -> None:
     assert run_cell("import sys\nsys.stdin.read()", 2, timeout=60).printed == ["''\n"] * 2
 
 
-def test_long_output_is_shortened(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(report, "_SHOWN", 8)
+def test_long_output_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell_files, "_SHOWN", 8)
     told = "éé\n... 2,000 bytes are left out here ...\nabc\n"
     assert run_cell("print('é' * 1002 + 'abc')\n1;", 1).printed == [told]
 
 
 def test_carriage_return_shows_last_state(tmp_path: Path) -> None:
     (tmp_path / "printed.0").write_bytes(b"\r 10%\r 99%\ndone\r\n\n5\rlast")
-    assert report.printed(tmp_path, 1) == [" 99%\ndone\n\nlast"]
+    assert cell_files.printed(tmp_path, 1) == [" 99%\ndone\n\nlast"]
 
 
 def test_variables_are_passed_in_and_out() -> None:
@@ -123,10 +121,10 @@ def test_sys_exit_with_status_is_a_failure() -> None:
     ("source", "told"),
     [
         ("x = 1\nif x\n", 'File "cell", line 2\n    if x\n'),
-        ("x = 1\n%time f()", "ranks run plain Python, and line 2 is for IPython: %time f()"),
-        ("files = !ls", "ranks run plain Python, and line 1 is for IPython: files = !ls"),
-        ("print?", "ranks run plain Python, and line 1 is for IPython: print?"),
-        ("??os.path", "ranks run plain Python, and line 1 is for IPython: ??os.path"),
+        ("x = 1\n%time f()", "ranks run plain Python, but line 2 is for IPython: %time f()"),
+        ("files = !ls", "ranks run plain Python, but line 1 is for IPython: files = !ls"),
+        ("print?", "ranks run plain Python, but line 1 is for IPython: print?"),
+        ("??os.path", "ranks run plain Python, but line 1 is for IPython: ??os.path"),
         ("def f(: # why?", 'File "cell", line 1\n    def f(: # why?\n          ^'),
     ],
 )
@@ -194,7 +192,7 @@ def test_deadlock_ends_at_timeout_and_shows_lines(
         if told[1:] == lines:
             break
     assert error.printed == 5 * ["here\n"]
-    assert told == [f"not done after {seconds} s, and ended.", *lines]
+    assert told == [f"not done after {seconds} s, ended.", *lines]
 
 
 def test_ended_rank_gets_no_signal(tmp_path: Path) -> None:
@@ -202,7 +200,7 @@ def test_ended_rank_gets_no_signal(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "100"]) as other:
         (tmp_path / "stack.0").write_text(f"{other.pid} 1\n")
         (tmp_path / f"status.{other.pid}").write_text("0")
-        report.ask(tmp_path, 1)
+        cell_files.ask(tmp_path, 1)
         ended = other.poll()
         other.kill()
     assert ended is None
@@ -253,7 +251,7 @@ def test_ranks_end_with_their_notebook(number: int, tmp_path: Path) -> None:
                 time.sleep(0.05)
             notebook.send_signal(signal.SIGCONT)
             told = notebook.communicate()[0]
-        wanted = "" if number == signal.SIGKILL else f"not done after {seconds:g} s, and ended\n"
+        wanted = "" if number == signal.SIGKILL else f"not done after {seconds:g} s, ended\n"
         if told == wanted:
             break
     assert told == wanted
@@ -313,12 +311,10 @@ def test_bad_arguments_and_launchers_raise(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LVXATTN_MPIEXEC", "no-such-launcher --flag")
     assert "there is no no-such-launcher" in str(error_of("", 1))
     monkeypatch.setenv("LVXATTN_MPIEXEC", "sh -c 'shift; exec \"$@\"' ")
-    assert "2 ranks were started, and MPI knows of 1: the launcher" in str(error_of("", 2))
+    assert "2 ranks were started, but MPI sees 1: the launcher" in str(error_of("", 2))
 
 
-def test_launcher_beside_python_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_launcher_beside_python_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     if "LVXATTN_MPIEXEC" in os.environ:
         pytest.skip("the launcher is another one")
     monkeypatch.setenv("PATH", "/nowhere")
@@ -373,7 +369,7 @@ def test_magic() -> None:
     ]
     assert interrupted == [
         "rank 0 | before",
-        "CellError: interrupted, and ended.",
+        "CellError: interrupted, ended.",
         "rank 0 is at line 5: while True: pass",
         "left False 3",
     ]

@@ -1,4 +1,4 @@
-"""The kernels behind torch_impl's block attention: traps, the stand-in for out, and the choice."""
+"""The kernels of torch_impl's block attention: pitfalls, the surrogate out, and the choice."""
 
 import sys
 from itertools import pairwise, product
@@ -21,7 +21,7 @@ from lvxattn.torch_impl.kernels import (
     split,
 )
 from lvxattn.torch_impl.kernels.choose import RULES, choose
-from lvxattn.torch_impl.kernels.surrogate_out import surrogate_out
+from lvxattn.torch_impl.kernels.fused import surrogate_out
 from lvxattn.torch_impl.merge import lse_of, merge_partials
 from tests import fake_fused
 from tests.backends import tensor

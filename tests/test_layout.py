@@ -141,87 +141,68 @@ def test_home_keys_are_split_in_half() -> None:
     assert alone.home_cut == 10  # nothing travels: nothing to hide
 
 
-def test_ring_requires_callable_masks_on_all_ranks_or_none() -> None:
-    def agree(comm: VirtualComm) -> Layout:
-        mask = (lambda b, h, q, kv: kv >= q) if comm.rank == 1 else None
-        return Layout.agree(*arrays(), comm, schedule="ring", mask=mask)
+def agreeing(given: dict[int, dict[str, Any]], **options: Any) -> Any:
+    """Return what ranks agree on; `given` has, by rank, sizes, a dtype and options of its own."""
 
-    with pytest.raises(ValueError) as raised:  # noqa: PT011
-        run_ranks(3, agree)
-    assert str(raised.value) == (
-        "mask: expected a callable on all ranks or on none with schedule 'ring', "
-        "got a callable where rank 0 has an array or None (on rank 1 of 3)"
-    )
+    def fn(comm: VirtualComm) -> Layout:
+        mine = options | given.get(comm.rank, {})
+        dtype, changed = mine.pop("dtype", "float64"), mine.pop("arrays", lambda *x: x)
+        sizes = {name: mine.pop(name) for name in ("B", "H", "H_KV", "D", "D_V") if name in mine}
+        return Layout.agree(*changed(*(x.astype(dtype) for x in arrays(**sizes))), comm, **mine)
 
-
-def test_ring_checks_array_mask_against_layout() -> None:
-    def misfit(comm: VirtualComm) -> None:
-        q, k, v = arrays()
-        layout = Layout.agree(q, k, v, comm, schedule="ring")
-        layout.check(q, k, v, comm)
-        layout.check(q, k, v, comm, mask=np.ones((1, 1, 1, k.shape[2]), bool))
-
-    text = "^mask: expected the layout's shape and travelling dtype None, got"
-    with pytest.raises(ValueError, match=text):
-        run_ranks(2, misfit)
+    return fn
 
 
-MISMATCHES = {"B": ("q", 1, 2), "H": ("q", 4, 2), "H_KV": ("k", 2, 4), "D": ("q", 8, 4)}
-MISMATCHES |= {"D_V": ("v", 5, 4)}
+SIZES = {"B": ("q", 1, 2), "H": ("q", 4, 2), "H_KV": ("k", 2, 4), "D": ("q", 8, 4)}
+SIZES |= {"D_V": ("v", 5, 4)}
 
 
-@pytest.mark.parametrize("size", MISMATCHES)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("odd", [1, 2])
 def test_sizes_differing_between_ranks_raise_on_all(size: str, odd: int) -> None:
-    argument, first, other = MISMATCHES[size]
-
-    def fn(comm: VirtualComm) -> Layout:
-        given = {size: other} if comm.rank == odd else {}
-        return Layout.agree(*arrays(**given), comm, scale=1.0)
-
+    argument, first, other = SIZES[size]
     text = f"{argument}: expected rank 0's {size} = {first}, got {size} = {other}"
-    for error in outcomes(3, fn):
-        assert (type(error), str(error)) == (ValueError, f"{text} (on rank {odd} of 3)")
-
-
-def test_dtypes_and_scales_differing_between_ranks_raise_on_all() -> None:
-    def dtypes(comm: VirtualComm) -> Layout:
-        given = [x.astype("float32" if comm.rank == 2 else "float64") for x in arrays()]
-        return Layout.agree(*given, comm)
-
-    def scales(comm: VirtualComm) -> Layout:
-        return Layout.agree(*arrays(), comm, scale=None if comm.rank == 0 else 0.25)
-
-    for fn, kind, text in (
-        (dtypes, TypeError, says("q", "float64", "float32", rank=2, of=3)),
-        (scales, ValueError, says("scale", 1 / sqrt(8), 0.25, rank=1, of=3)),
-    ):
-        assert_same_error(outcomes(3, fn), kind, text)
-
-
-def asked_while_agreeing(rule: Any) -> Any:
-    """What comes of a layout for a rule that one of three ranks gives."""
-
-    def fn(comm: VirtualComm) -> Layout:
-        return Layout.agree(*arrays(), comm, mask=rule if comm.rank == 1 else None)
-
-    return outcomes(3, fn)
+    errors = outcomes(3, agreeing({odd: {size: other}}, scale=1.0))
+    assert_same_error(errors, ValueError, f"^{text} \\(on rank {odd} of 3\\)$")
 
 
 @pytest.mark.parametrize(
-    ("rule", "kind", "text"),
+    ("fn", "kind", "text"),
     [
-        (lambda b, h, q, kv: kv * 0.5, TypeError, says("mask", "float64", rank=1, of=3)),
-        (lambda b, h, q, kv: np.ones(2, bool), ValueError,
-         says("mask", (1, 1, 1, 1), (2,), rank=1, of=3)),
-        (lambda b, h, q, kv: {}[1], ValueError, r"^mask: expected a rule for global indices, got "
-         r"KeyError\(1\) from it \(on rank 1 of 3\)$"),
-        (lambda b, h: b > h, TypeError, r"^mask: raised TypeError\(.*\) \(on rank 1 of 3\)$"),
+        (agreeing({2: {"dtype": "f4"}}), TypeError, says("q", "float64", "float32", rank=2, of=3)),
+        (agreeing({1: {"scale": 0.25}, 2: {"scale": 0.25}}), ValueError,
+         says("scale", 1 / sqrt(8), 0.25, rank=1, of=3)),
+        (agreeing({n: {"mask": np.ones((m, 3), bool)} for n, m in enumerate((6, 2, 2))}),
+         ValueError, says("mask", 6, (2, 3), rank=1, of=3)),
+        (agreeing({1: {"mask": lambda b, h, q, kv: kv >= q}}, schedule="ring"), ValueError,
+         "^mask: expected a callable on all ranks or on none with schedule 'ring', "
+         r"got a callable where rank 0 has an array or None \(on rank 1 of 3\)$"),
+        (agreeing({1: {"dtype": int}, 2: {"arrays": lambda q, k, v: (q[0], k, v)}}), TypeError,
+         says("q", "int64", rank=1, of=3)),
+        (agreeing({}, schedule="star"), ValueError,
+         r"^schedule: expected one of \('lv-xattn', 'ring', 'ulysses', 'gather', 'auto'\), "
+         r"got 'star' \(on rank 0 of 3\)$"),
+        (agreeing({}, queries="mirrored"), ValueError,
+         r"^queries: expected one of \('sharded', 'replicated'\), got 'mirrored' "
+         r"\(on rank 0 of 3\)$"),
+        *[
+            (agreeing({1: {"mask": rule}}), kind, text)
+            for rule, kind, text in (
+                (lambda b, h, q, kv: kv * 0.5, TypeError, says("mask", "float64", rank=1, of=3)),
+                (lambda b, h, q, kv: np.ones(2, bool), ValueError,
+                 says("mask", (1, 1, 1, 1), (2,), rank=1, of=3)),
+                (lambda b, h, q, kv: {}[1], ValueError, "^mask: expected a callable on global "
+                 r"indices, got KeyError\(1\) from it \(on rank 1 of 3\)$"),
+                (lambda b, h: b > h, TypeError,
+                 r"^mask: raised TypeError\(.*\) \(on rank 1 of 3\)$"),
+            )
+        ],
     ],
-    ids=["dtype", "shape", "KeyError", "TypeError"],
+    ids=["dtype", "scale", "queries of mask", "ring with a callable", "lowest rank", "schedule",
+         "queries", "rule's dtype", "rule's shape", "rule's KeyError", "rule's TypeError"],
 )  # fmt: skip
-def test_bad_callable_mask_raises_on_all_ranks(rule: Any, kind: type, text: str) -> None:
-    assert_same_error(asked_while_agreeing(rule), kind, text)
+def test_disagreement_raises_on_all_ranks(fn: Any, kind: type[Exception], text: str) -> None:
+    assert_same_error(outcomes(3, fn), kind, text)
 
 
 def test_callable_mask_is_tried_on_own_keys() -> None:
@@ -231,7 +212,7 @@ def test_callable_mask_is_tried_on_own_keys() -> None:
         asked.append(int(kv_index[0]))
         return kv_index >= 0
 
-    assert {type(x) for x in asked_while_agreeing(rule)} == {Layout}
+    run_ranks(3, agreeing({1: {"mask": rule}}))
     assert asked == [3]  # rank 0 has keys 0 to 2
 
 
@@ -257,57 +238,10 @@ def test_a_scale_may_differ_in_the_last_bit() -> None:
     assert {layout.scale for layout in run_ranks(2, fn)} == {8**-0.5}
 
 
-def test_ring_checks_callable_mask_against_layout() -> None:
-    def misfit(comm: VirtualComm) -> None:
-        q, k, v = arrays()
-        layout = Layout.agree(q, k, v, comm, schedule="ring")
-        layout.check(q, k, v, comm, mask=lambda b, h, q_index, kv_index: kv_index >= 0)
-
-    text = "^mask: expected a callable only if the layout was agreed with one, got function"
-    with pytest.raises(ValueError, match=text):
-        run_ranks(2, misfit)
-
-
-def test_error_of_lowest_rank_is_raised_on_all() -> None:
-    def fn(comm: VirtualComm) -> Layout:
-        q, k, v = arrays()
-        if comm.rank == 1:
-            q = q.astype(int)
-        if comm.rank == 2:
-            q = q[0]
-        return Layout.agree(q, k, v, comm)
-
-    assert_same_error(outcomes(4, fn), TypeError, says("q", "int64", rank=1, of=4))
-
-
-def test_mask_is_checked_against_queries_of_all_ranks() -> None:
-    def fn(comm: VirtualComm) -> Layout:
-        mask = np.ones((6 if comm.rank == 0 else 2, 3), bool)
-        return Layout.agree(*arrays(), comm, mask=mask)
-
-    assert_same_error(outcomes(3, fn), ValueError, says("mask", 6, (2, 3), rank=1, of=3))
-
-
 def test_ranks_may_differ_in_mask_kind() -> None:
     masks = [None, np.ones((6, 3), bool), lambda b, h, q, k: k >= 0]
     layouts = run_ranks(3, lambda c: Layout.agree(*arrays(), c, mask=masks[c.rank]))
     assert [layout.s_q for layout in layouts] == [(2, 2, 2)] * 3
-
-
-def test_unknown_schedule_and_queries_raise() -> None:
-    for given, text in (
-        (
-            {"schedule": "star"},
-            "schedule: expected one of ('lv-xattn', 'ring', 'ulysses', 'gather', 'auto'), "
-            "got 'star' (on rank 0 of 1)",
-        ),
-        (
-            {"queries": "mirrored"},
-            "queries: expected one of ('sharded', 'replicated'), got 'mirrored' (on rank 0 of 1)",
-        ),
-    ):
-        (error,) = outcomes(1, lambda comm, given=given: Layout.agree(*arrays(), comm, **given))
-        assert (type(error), str(error)) == (ValueError, text)
 
 
 def test_nothing_is_sent_after_failed_agreement() -> None:
@@ -375,6 +309,14 @@ def misfits() -> dict[str, Any]:
             f"^scale: expected the layout's {1 / sqrt(8)}, got 0.5 ",
         ),
         "mask": (good, {"mask": np.ones((2, 3))}, ValueError, says("mask", 4, (2, 3))),
+        "mask of ring": (
+            good, {"schedule": "ring", "mask": np.ones((1, 1, 1, 3), bool)}, ValueError,
+            "^mask: expected the layout's shape and travelling dtype None, got ",
+        ),
+        "rule of ring": (
+            good, {"schedule": "ring", "mask": lambda b, h, q, kv: kv >= 0}, ValueError,
+            "^mask: expected a callable only if the layout was agreed with one, got function ",
+        ),
         "axes": ((q[0], k, v), {}, ValueError, says("q", (4, 2, 8))),
         "lse": (good, short, ValueError, says("lse", (1, 4, 2), (1, 4, 1))),
     }  # fmt: skip
@@ -384,10 +326,13 @@ def misfits() -> dict[str, Any]:
 def test_layout_misfit_raises_on_its_rank_only(
     given: Any, options: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
+    agreed = {"schedule": options.get("schedule", "lv-xattn")}
+    given_to_check = {name: x for name, x in options.items() if name != "schedule"}
+
     def fn(comm: VirtualComm) -> Any:
-        layout = Layout.agree(*arrays(), comm)
+        layout = Layout.agree(*arrays(), comm, **agreed)
         if comm.rank == 1:
-            return layout.check(*given, comm, **options)
+            return layout.check(*given, comm, **given_to_check)
         return layout.check(*arrays(), comm, scale=8**-0.5)  # not 1 / sqrt(8) to the last bit
 
     fits, error = outcomes(2, fn)

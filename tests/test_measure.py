@@ -1,4 +1,4 @@
-"""The machine at hand: what the probes find is what was there to be found."""
+"""Measuring a machine: the probes find the figures of a made-up one."""
 
 import os
 import threading
@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from lvxattn.plan import measure as module
-from lvxattn.plan.machine import Link, Machine
+from lvxattn.plan.machine import Link, Machine, Measured
 from lvxattn.plan.measure import BLOCK, MESSAGE, measure
-from lvxattn.plan.measured import Measured
-from lvxattn.plan.problem import planned
+from lvxattn.plan.models import planned
 from lvxattn.plan.simulate import cost
 from lvxattn.plan.steps import Compute
 from lvxattn.reference import VirtualComm, run_ranks
@@ -27,7 +26,7 @@ CLOCK = threading.local()  # a virtual rank's
 
 @dataclass
 class FakeProbe:
-    """Does nothing but move the clock on, by what a machine would take."""
+    """Advances the clock by the time that a machine would take, and does nothing else."""
 
     comm: VirtualComm
     machine: Machine

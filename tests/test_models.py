@@ -1,40 +1,44 @@
-"""Models of transformers spread over ranks: the same results as one process has."""
+"""Model presets against the figures of the paper and of the models' configurations."""
 
-# ruff: noqa: E402 - what follows needs torch
-
-from typing import Any
+from dataclasses import astuple
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+from lvxattn.plan import MODELS
+from tests.errors import says
 
-from tests.torch_ranks import torch_report
-from tests.zoo import MODELS, HERE
-
-# A unit in the last place, times the products that a gradient passes through in these models.
-LIMITS = {"float64": 1e-12, "float32": 2e-4}
-QUICK = "mllama", "idefics", "whisper"
-
-
-def cases() -> list[Any]:
-    found = []
-    for name in MODELS:
-        for P in (1, 2, 3):
-            marks = [] if name in QUICK and P == 3 else [pytest.mark.slow]
-            if name not in HERE:
-                marks += [pytest.mark.skip(reason=f"the package of {name} is not installed")]
-            found.append(pytest.param(name, P, marks=marks))
-    return found
+# name: hidden, heads, key-value heads, head size, cross-attention layers, blocks, tokens a frame
+FIGURES = {
+    "llama3v": (4096, 32, 8, 128, 8, 40, 6404),
+    "mplug-owl3-7b": (3584, 28, 4, 128, 4, 28, 729),
+    "mplug-owl3-2b": (1536, 12, 2, 128, 4, 28, 729),
+    "mplug-owl3-1b": (896, 14, 2, 64, 4, 24, 729),
+    "openflamingo-9b": (4096, 8, 8, 64, 8, 32, 64),
+    "openflamingo-3b": (2048, 8, 8, 64, 24, 24, 64),
+}
 
 
-@pytest.mark.parametrize(("name", "P"), cases())
-def test_spread_model_equals_one_process(name: str, P: int) -> None:
-    for key, every in torch_report(P, "torch_models.py", name, "float64,float32").items():
-        limit = LIMITS[key.split()[1]]
-        for report in every:
-            assert report["compared"] > 20
-            assert report["logits"] < limit, key
-            assert report["gradients"] < limit, (key, report["worst"])
-            assert all(report["generated"].values()), (key, report["generated"])
-            assert report["bits"], key
+def test_presets_match_published_figures() -> None:
+    assert {name: astuple(model)[1:] for name, model in MODELS.items()} == FIGURES
+    for name, model in MODELS.items():
+        assert model.name == name
+        assert model.heads % model.kv_heads == 0
+
+
+def test_shapes_of_the_whole_problem() -> None:
+    assert MODELS["llama3v"].shapes(5514, 2386) == ((1, 32, 5514, 128), (1, 8, 15_279_944, 128))
+    assert MODELS["mplug-owl3-1b"].shapes(7, 2, batch=3) == ((3, 14, 7, 64), (3, 2, 1458, 64))
+    assert MODELS["openflamingo-3b"].shapes(0, 0) == ((1, 8, 0, 64), (1, 8, 0, 64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((-1, 1), "^text_tokens: expected at least 0, got -1$"),
+        ((1, -2), says("frames", 0, -2)),
+        ((1, 1, 0), says("batch", 1, 0)),
+    ],
+)
+def test_bad_counts_raise(arguments: tuple[int, ...], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        MODELS["llama3v"].shapes(*arguments)

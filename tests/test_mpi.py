@@ -1,25 +1,13 @@
-"""Real MPI ranks: right however they are called and whatever is slow."""
+"""Real MPI ranks: all ways of calling them, with delays and synchronous sends."""
 
-import ast
 import os
 from typing import Any
 
 import pytest
 
-from tests.launch import PROGRAMS, report
+from tests.launch import checks_of, report
 
 pytestmark = pytest.mark.mpi
-
-
-def _checks() -> list[str]:
-    """Return the names of the checks of run_calls.py, without starting MPI here."""
-    tree = ast.parse((PROGRAMS / "run_calls.py").read_text())
-    return [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-        and any(isinstance(d, ast.Name) and d.id == "check" for d in node.decorator_list)
-    ]
 
 
 def calls(P: int) -> Any:
@@ -27,7 +15,7 @@ def calls(P: int) -> Any:
 
 
 @pytest.mark.parametrize("P", [1, pytest.param(2, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("check", _checks())
+@pytest.mark.parametrize("check", checks_of("run_calls.py"))
 def test_calls(check: str, P: int) -> None:
     verdicts = calls(P)[check]
     assert len(verdicts) == P
@@ -55,7 +43,7 @@ CORES = len(os.sched_getaffinity(0))
     ],
 )
 def test_blas_threads_share_the_cores(P: int, env: dict[str, str], threads: int) -> None:
-    """Also where ranks outnumber the cores and every one starts a thread for each of them."""
+    """With more ranks than cores, each of which starts a thread for every core."""
     unset: dict[str, str | None] = {"OMP_NUM_THREADS": None, "OPENBLAS_NUM_THREADS": None}
     ranks = report(P, "run_threads.py", env=unset | env)
     assert [rank["returned"] for rank in ranks] == [threads] * P

@@ -1,4 +1,4 @@
-"""The cluster of shaped links: rates, counters, placement, and that it leaves nothing behind."""
+"""The cluster of shaped links: rates, counters, placement, and cleaning up."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def _lab_can_be_built() -> None:
 
 
 def output(lab: Lab, program: str, *args: object) -> str:
-    """Return what a program of tests/programs prints on the ranks of a lab."""
+    """Return the output of a program of tests/programs on the ranks of a lab."""
     command = [sys.executable, "-m", "mpi4py", str(PROGRAMS / program), *map(str, args)]
     done = lab.mpiexec(command, timeout=100, env=ENV)
     assert done.returncode == 0, done.stderr
@@ -42,7 +42,7 @@ def output(lab: Lab, program: str, *args: object) -> str:
 def count_bytes(
     hosts: int, rate: str, ranks_per_host: int, placement: str, S_Q: int
 ) -> tuple[list[tuple[str, int, str]], list[int]]:
-    """Return what the ranks report, and what the links' counters saw."""
+    """Return the ranks' report, and the links' counters."""
     with Lab(hosts, rate, ranks_per_host, placement) as lab:
         return json.loads(output(lab, "count_bytes.py", S_Q, 768)), lab.bytes_sent()
 
@@ -51,7 +51,7 @@ def count_bytes(
 @pytest.mark.parametrize(("rate", "nbytes"), [("50mbit", 2**18), ("1gbit", 2**23)])
 def test_block_after_idling_takes_size_over_rate(rate: str, nbytes: int) -> None:
     with Lab(hosts=2, rate=rate) as lab:
-        for _ in range(3):  # a busy machine may take time of its own
+        for _ in range(3):  # a busy machine may add time
             ratios = output(lab, "send_block.py", nbytes, lab.bits_per_second, 9).split()
             typical = median(map(float, ratios[1:]))
             if typical == pytest.approx(1, rel=0.10):

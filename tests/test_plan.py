@@ -1,4 +1,4 @@
-"""Machines, the clock on which schedules are played, and the choice among them."""
+"""Machines, simulated schedules, the choice among them, memory, and the command."""
 
 import json
 import re
@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
+from lvxattn.cli.plan import main
 from lvxattn.common.handshake import SCHEDULES
-from lvxattn.common.layout import Layout
-from lvxattn.plan import command
-from lvxattn.plan.choose import candidates, table, unlike_ranks
-from lvxattn.plan.command import main
-from lvxattn.plan.machine import MACHINES, Link, Machine
-from lvxattn.plan.measured import Measured
+from lvxattn.draw import rotation
+from lvxattn.plan.choose import Layout, candidates, explain, unlike_ranks
+from lvxattn.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.plan.memory import memory, most_frames
-from lvxattn.plan.problem import planned
-from lvxattn.plan.problems import MODELS
+from lvxattn.plan.models import MODELS, planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
 from tests.errors import says
@@ -98,7 +95,6 @@ class TestClock:
             assert play(of, machine).seconds == pytest.approx((arithmetic + reading - hidden) / 1e3)
 
     def test_only_new_blocks_are_copied(self) -> None:
-        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
         query, result = 4 * 2 * 2 * 4, 4 * 2 * 4 * 4
         keys = 2 * 4 * 4 * 2 * 4
         copied = {
@@ -107,13 +103,9 @@ class TestClock:
             "gather": 3 * query + 3 * query + 3 * result + 3 * result,  # sent, laid side by side
             "ulysses": 3 * (query + keys) / 4 * 2 + 3 * result / 4 * 2,
         }
-        for schedule, bytes_copied in copied.items():
-            assert play(layout(4, schedule), slow).seconds == pytest.approx(bytes_copied / 1e3), (
-                schedule
-            )
+        self.assert_copied(copied, backward=False)
 
     def test_memory_for_gradients_of_all_keys(self) -> None:
-        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
         mine = 4 * 4 * (2 + 2) * 4  # a quarter of 16 keys, 4 heads, D = D_V = 2, fp32
         block, result = 4 * 2 * (2 + 2 + 1 + 1) * 4, 4 * 2 * 2 * 4
         made = {
@@ -122,9 +114,13 @@ class TestClock:
             "gather": mine + 3 * block + 3 * block + 3 * result + 3 * result,
             "ulysses": mine + 3 * (block + mine) / 4 * 2 + 3 * (result + mine) / 4 * 2,
         }
-        for schedule, bytes_made in made.items():
-            played = play(layout(4, schedule), slow, backward=True)
-            assert played.seconds == pytest.approx(bytes_made / 1e3), schedule
+        self.assert_copied(made, backward=True)
+
+    def assert_copied(self, nbytes: dict[str, float], backward: bool) -> None:
+        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
+        for schedule, copied in nbytes.items():
+            played = play(layout(4, schedule), slow, backward=backward)
+            assert played.seconds == pytest.approx(copied / 1e3), schedule
 
     def test_block_without_queries_takes_no_time(self) -> None:
         slow = replace(FREE, memory=1e3, start=5.0)
@@ -158,9 +154,9 @@ class TestChoice:
         )
 
     def test_unusable_schedule_is_last_with_reason(self) -> None:
-        found = candidates(layout(8, H_KV=4, S_Q=64, S_KV=64))
-        assert found[-1].schedule == "ulysses"
-        assert "P = 8 does not divide H_KV = 4" in table(found)
+        of = layout(8, H_KV=4, S_Q=64, S_KV=64)
+        assert candidates(of)[-1].schedule == "ulysses"
+        assert "P = 8 does not divide H_KV = 4" in explain(of)
         ruled = replace(layout(4, S_Q=400, S_KV=4), rules=(True, False, False, False))
         assert candidates(ruled)[0].schedule in ("lv-xattn", "gather")
         assert {c.schedule for c in candidates(ruled) if c.refused} == {"ring", "ulysses"}
@@ -179,7 +175,7 @@ class TestChoice:
             ),
         )
         assert {of.schedule for of in layouts} == {best}
-        text = layouts[2].explain()
+        text = explain(layouts[2])
         assert text.startswith(f"{best} is taken\n")
         assert text.splitlines()[2].split()[0] == best
         assert ("0.00" in text) == (machine is not None)
@@ -190,7 +186,7 @@ class TestChoice:
             3, lambda comm: Layout.agree(q, k, k, comm, schedule="auto", queries="replicated")
         ):
             assert (of.schedule, of.way) == ("lv-xattn", "replicated")
-            assert of.explain() == "queries are replicated: no schedule moves them"
+            assert explain(of) == "queries are replicated: no schedule moves them"
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
     @pytest.mark.parametrize(
@@ -276,10 +272,10 @@ class TestMachine:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            ('{"version": 3, "name": "h1', "is no JSON: "),
-            ("[" * 100_000, "is no JSON: "),
-            ("{}", "says no version"),
-            ("[3]", "says no version"),
+            ('{"version": 3, "name": "h1', "is not JSON: "),
+            ("[" * 100_000, "is not JSON: "),
+            ("{}", "has no version"),
+            ("[3]", "has no version"),
         ],
     )
     def test_other_file_raises(self, tmp_path: Path, content: str, words: str) -> None:
@@ -348,7 +344,7 @@ class TestCommand:
         model, machine = MODELS["llama3v"], MACHINES["a30-8"]
         figure = winners(model, machine, 2, "float32", 64)
         said = [text.get_text() for axes in figure.axes for text in axes.texts]
-        for title, recompute in (("kept", False), ("made again", True)):
+        for title, recompute in (("kept", False), ("recomputed", True)):
             fit = most_frames(model, 64, 2, machine.room, dtype="float32", recompute=recompute)
             assert f"keys, values {title}: {fit:,} frames" in said
         assert f"all that a rank has: {machine.room / 1e9:.3g} GB" in said
@@ -376,7 +372,7 @@ class TestCommand:
         file = tmp_path / "plan.png"
         assert main(["--machine", "a30-8", "--ranks", "2", "--plot", str(file)]) == 0
         assert file.stat().st_size > 10_000
-        assert capsys.readouterr().out.endswith(f"\n\n  {file} has the picture\n")
+        assert capsys.readouterr().out.endswith(f"\n\n  written   {file}\n")
 
     @pytest.mark.parametrize(
         ("line", "dtype", "words"),
@@ -407,8 +403,8 @@ class TestCommand:
         ("frames", "words"),
         [
             (4878, "room for 4,878 frames either way"),
-            (4879, "room for 4,879 frames only if they are made again"),
-            (16260, "room for 16,260 frames only if they are made again"),
+            (4879, "room for 4,879 frames only if they are recomputed"),
+            (16260, "room for 16,260 frames only if they are recomputed"),
             (16261, "NO ROOM for 16,261 frames either way"),
         ],
     )
@@ -453,7 +449,7 @@ class TestCommand:
     def test_picture_without_matplotlib_is_refused_before_work(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(command, "find_spec", lambda _: None)
+        monkeypatch.setattr(rotation, "find_spec", lambda _: None)
         assert main(["--plot", "x.png"]) == 2
         said = capsys.readouterr()
         assert said.out == ""

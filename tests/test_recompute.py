@@ -1,4 +1,4 @@
-"""A layer that makes its keys and values again in the backward loses no gradient by it."""
+"""A layer that recomputes keys and values in its backward has the right gradients."""
 
 import re
 from dataclasses import dataclass, fields, replace

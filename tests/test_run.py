@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lvxattn.cli import program, tensors
+from lvxattn.cli import run, tensors
 from lvxattn.cli.arguments import Parser, try_to_write
-from lvxattn.cli.options import add_options
-from lvxattn.cli.problem import Problem as RunProblem
-from lvxattn.cli.problem import RandomTensors, describe, take_share
+from lvxattn.cli.run_options import add_options
+from lvxattn.cli.run_problem import Problem as RunProblem
+from lvxattn.cli.run_problem import RandomTensors, describe, take_share
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.validation import accumulator
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.plan import MACHINES, candidates, planned
-from lvxattn.plan.measured import Measured
-from lvxattn.plan.problems import MODELS
+from lvxattn.plan.machine import Measured
+from lvxattn.plan.models import MODELS
 from tests.cases import Case, Problem
 from tests.commands import Said, commands
 from tests.judge import ratio, worst_ratios
@@ -96,15 +96,15 @@ RANDOM = ["run", *SMALL, "--seed", "3", "--backward"]
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one command line said, in one launch, to everything that it was told.
+class Outcomes:
+    """The outcomes of all command lines of one implementation, from one launch.
 
     Attributes
     ----------
     folder : Path
-        Where its files are.
+        Of its files.
     files, presets, chosen, broken, hidden, bad : list of Said
-        By `file_lines`, `preset_lines`, `chosen_lines`, `BREAKAGES`, `hidden_lines` and
+        Of `file_lines`, `preset_lines`, `chosen_lines`, `BREAKAGES`, `hidden_lines` and
         `bad_inputs`.
     """
 
@@ -117,15 +117,15 @@ class Told:
     bad: list[Said]
 
 
-Tell = Callable[[str, int], Told]
+Runs = Callable[[str, int], Outcomes]
 
 
 @pytest.fixture(scope="module")
-def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
-    """Return a function that tells one implementation everything, once."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Return a function that runs all command lines of an implementation, once."""
 
     @cache
-    def told(implementation: str, P: int) -> Told:
+    def outcomes(implementation: str, P: int) -> Outcomes:
         folder = tmp_path_factory.mktemp(f"{implementation}{P}")
         broken = [["run", *SMALL, "--backward", "--check"]] * len(BREAKAGES)
         bad = [["run", *line] for line, _ in bad_inputs(folder, implementation)]
@@ -145,9 +145,9 @@ def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
                 timeout=100,
             )
         )
-        return Told(folder, *[[next(said) for _ in part] for part in parts])
+        return Outcomes(folder, *[[next(said) for _ in part] for part in parts])
 
-    return told
+    return outcomes
 
 
 def file_lines(folder: Path) -> list[list[Any]]:
@@ -165,12 +165,12 @@ def file_lines(folder: Path) -> list[list[Any]]:
 @pytest.mark.parametrize(
     ("implementation", "P"), [pytest.param("mpi_impl", 1, marks=pytest.mark.mpi), *WORLDS]
 )
-def test_files_in_every_dtype_give_correct_results(implementation: str, P: int, tell: Tell) -> None:
-    told = tell(implementation, P)
+def test_files_in_every_dtype_give_correct_results(implementation: str, P: int, runs: Runs) -> None:
+    ran = runs(implementation, P)
     for n, one in enumerate(MADE):
-        said = told.files[n]
+        said = ran.files[n]
         assert (said.status, said.out, said.err) == (0, "", ""), one.case.name
-        path = told.folder / f"{n}.out"
+        path = ran.folder / f"{n}.out"
         results = load(path)
         for tensor in tensors.open_tensors(str(path)).tensors.values():
             assert tensor.start % tensors.dtype_of(tensor.dtype).itemsize == 0
@@ -178,16 +178,16 @@ def test_files_in_every_dtype_give_correct_results(implementation: str, P: int, 
         for name in ("out", "dq", "dk", "dv"):
             assert results[name].dtype == one.q.dtype
         assert max(worst_ratios(one, results).values()) <= 1, one.case.name
-    assert not list(told.folder.glob("*.part"))
+    assert not list(ran.folder.glob("*.part"))
 
 
 @pytest.mark.mpi
 @pytest.mark.skipif(find_spec("torch") is None, reason="needs PyTorch")
-def test_command_lines_agree_on_a_file(tell: Tell) -> None:
-    ours, theirs = tell(*MPI_RANKS), tell(*TORCH_RANKS)
+def test_command_lines_agree_on_a_file(runs: Runs) -> None:
+    ours, theirs = runs(*MPI_RANKS), runs(*TORCH_RANKS)
     for n, one in enumerate(MADE):
         limit = limits(one.case, one.truth(), one.case.dtype, accumulator(one.case.dtype))
-        a, b = (load(told.folder / f"{n}.out") for told in (ours, theirs))
+        a, b = (load(ran.folder / f"{n}.out") for ran in (ours, theirs))
         for name in a:
             assert a[name].dtype == b[name].dtype
             got, want = (x[name].astype(np.float64) for x in (a, b))
@@ -195,14 +195,14 @@ def test_command_lines_agree_on_a_file(tell: Tell) -> None:
 
 
 @EACH
-def test_random_problem_equals_that_of_one_rank(implementation: str, P: int, tell: Tell) -> None:
+def test_random_problem_equals_that_of_one_rank(implementation: str, P: int, runs: Runs) -> None:
     parser = Parser()
     add_options(parser)
     made = take_share(describe(parser.parse_args(RANDOM[1:])), 0, 1).tensors
     case = Case("random", H=4, H_KV=4, S_Q=19, S_KV=100, dtype="float32")
     lse = np.zeros(made["q"].shape[:3])
     one = Problem(case, *(made[x] for x in ("q", "k", "v", "dout")), lse, 8**-0.5, None)
-    results = load(tell(implementation, P).folder / "random.out")
+    results = load(runs(implementation, P).folder / "random.out")
     assert max(worst_ratios(one, results).values()) <= 1
 
 
@@ -281,9 +281,9 @@ def chosen_lines(folder: Path) -> list[list[Any]]:
 
 
 @EACH
-def test_presets_and_sizes_pass_check(implementation: str, P: int, tell: Tell) -> None:
-    told = tell(implementation, P)
-    preset, sizes, *others = told.presets
+def test_presets_and_sizes_pass_check(implementation: str, P: int, runs: Runs) -> None:
+    ran = runs(implementation, P)
+    preset, sizes, *others = ran.presets
 
     model, report = MODELS["openflamingo-3b"], json.loads(preset.out)
     q, k = model.shapes(9, 3)
@@ -294,7 +294,7 @@ def test_presets_and_sizes_pass_check(implementation: str, P: int, tell: Tell) -
     assert report["totals"]["bytes"] == (P - 1) * (4 * np.prod(q) * 2 + 8 * np.prod(q[:3]))
     assert report["totals"]["messages"] == P * 2 * (P - 1)
 
-    report = json.loads((told.folder / "all.json").read_text())
+    report = json.loads((ran.folder / "all.json").read_text())
     assert [check["name"] for check in report["checks"]] == ["out", "lse", "dq", "dk", "dv"]
     assert all(check["rows"] >= 16 and check["passed"] for check in report["checks"])
     assert report["repeats"] == 2
@@ -304,12 +304,12 @@ def test_presets_and_sizes_pass_check(implementation: str, P: int, tell: Tell) -
     assert report["ranks"][P - 1]["messages"] == 4 * (P - 1)
     assert "float16" in sizes.out
 
-    report = json.loads((told.folder / "ring.json").read_text())
+    report = json.loads((ran.folder / "ring.json").read_text())
     assert (report["schedule"], report["scale"]) == ("ring", 0.5)
     assert report["totals"]["bytes"] == (P - 1) * 2 * 4 * 4 * 100 * 8  # keys and values
     assert (report["why"], report["explained"]) == ("", "")
     for schedule in ("ulysses", "gather"):
-        report = json.loads((told.folder / f"{schedule}.json").read_text())
+        report = json.loads((ran.folder / f"{schedule}.json").read_text())
         assert report["schedule"] == schedule
         assert all(check["passed"] for check in report["checks"])
     for said in (preset, sizes, *others):
@@ -318,9 +318,9 @@ def test_presets_and_sizes_pass_check(implementation: str, P: int, tell: Tell) -
 
 
 @EACH
-def test_auto_explains_its_choice(implementation: str, P: int, tell: Tell) -> None:
+def test_auto_explains_its_choice(implementation: str, P: int, runs: Runs) -> None:
     q, k = (1, 4, 19, 8), (1, 4, 100, 8)
-    fewest, least, mine = tell(implementation, P).chosen
+    fewest, least, mine = runs(implementation, P).chosen
     assert {(said.status, said.err) for said in (fewest, least, mine)} == {(0, "")}
     # In PyTorch a message of a backward is stamped, where it goes through the host.
     stamp = 8 if implementation == "torch_impl" else 0
@@ -370,7 +370,7 @@ def test_the_table_has_fixed_widths() -> None:
 def test_long_host_name_is_shortened(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program.socket, "gethostname", lambda: "n" * 40)
+    monkeypatch.setattr(run.socket, "gethostname", lambda: "n" * 40)
     assert main(["run", *SMALL]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "nnn" in line)
     assert len(line) == 100
@@ -378,8 +378,8 @@ def test_long_host_name_is_shortened(
 
 
 @EACH
-def test_check_catches_wrong_results(implementation: str, P: int, tell: Tell) -> None:
-    for breakage, said in zip(BREAKAGES, tell(implementation, P).broken, strict=True):
+def test_check_catches_wrong_results(implementation: str, P: int, runs: Runs) -> None:
+    for breakage, said in zip(BREAKAGES, runs(implementation, P).broken, strict=True):
         assert said.status == 1, breakage
         assert said.err == "lvxattn run: a check failed\n"
         failed = {line.split()[0] for line in said.out.splitlines() if line.endswith("FAIL")}
@@ -398,8 +398,8 @@ def hidden_lines(folder: Path) -> list[list[Any]]:
 
 
 @EACH
-def test_row_hidden_by_finite_number_passes_check(implementation: str, P: int, tell: Tell) -> None:
-    right, broken = tell(implementation, P).hidden
+def test_row_hidden_by_finite_number_passes_check(implementation: str, P: int, runs: Runs) -> None:
+    right, broken = runs(implementation, P).hidden
     assert right.status == 0, right.out
     assert broken.status == 1
     assert re.search(r"out .* FAIL", broken.out)
@@ -449,7 +449,7 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
     ]
     nowhere, pipe = folder / "nowhere" / "file", folder / "pipe"
     os.mkfifo(pipe)
-    # Where there is /proc, nobody can make a file in it, root included.
+    # No process can create a file in /proc, not even root's.
     sealed = "error: {}: /proc/lvxattn" if Path("/proc").is_dir() else "/proc"
     return [
         *bad,
@@ -460,7 +460,7 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
             "dout: ",
         ),
         (["--input", folder / "good", "--dtype", "float32"], "--dtype: not allowed with"),
-        (["--input", folder / "good", "--output", nowhere], "/nowhere/file: there is no folder "),
+        (["--input", folder / "good", "--output", nowhere], "--output: there is no folder "),
         (["--input", folder / "good", "--output", folder / "good"], "--input"),
         (
             [*SMALL, "--output", folder / "x", "--json", folder / "x"],
@@ -515,15 +515,15 @@ def has_gpu() -> bool:
 
 
 @EACH
-def test_bad_input_prints_one_line(implementation: str, P: int, tell: Tell, tmp_path: Path) -> None:
-    told = tell(implementation, P)
-    for (line, text), said in zip(bad_inputs(tmp_path, implementation), told.bad, strict=True):
+def test_bad_input_prints_one_line(implementation: str, P: int, runs: Runs, tmp_path: Path) -> None:
+    ran = runs(implementation, P)
+    for (line, text), said in zip(bad_inputs(tmp_path, implementation), ran.bad, strict=True):
         assert said.status == 2, line
         assert said.out == ""
         assert said.err.count("\n") == 1
         assert said.err.startswith("lvxattn run: error: ")
         assert text in said.err, said.err
-    assert not list(told.folder.glob("**/*.part"))
+    assert not list(ran.folder.glob("**/*.part"))
 
 
 @pytest.mark.mpi

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lvxattn.cli.check import check_results
-from lvxattn.cli.problem import Problem, RandomTensors, Share
+from lvxattn.cli.run_check import check_results
+from lvxattn.cli.run_problem import Problem, RandomTensors, Share
 from lvxattn.cli.tensors import dtype_of
 from lvxattn.common.validation import accumulator
 from lvxattn.reference.virtual_ranks import VirtualComm, run_ranks

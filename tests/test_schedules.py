@@ -70,8 +70,7 @@ def test_ulysses_requires_kv_heads_divisible_by_ranks() -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         reference.run_ranks(4, lambda comm: solve(problem, comm, reference, schedule="ulysses"))
     assert str(raised.value) == (
-        "schedule: expected another one than 'ulysses', which needs H_KV to be a multiple of the "
-        "4 ranks, got H_KV = 2 (on rank 0 of 4)"
+        "schedule: 'ulysses' requires H_KV divisible by the 4 ranks, got H_KV = 2 (on rank 0 of 4)"
     )
 
 
@@ -123,7 +122,7 @@ def test_ulysses_calls_callable_mask_for_own_heads() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_replicated_queries_take_no_schedule(schedule: str) -> None:
-    """Nothing goes round, so that heads need not be dealt out, and masks do not travel."""
+    """No queries or keys travel, so that heads need not be divided, and masks do not travel."""
     problem = Case("replicated", H=3, H_KV=1).make()
 
     def fn(comm: reference.VirtualComm) -> list[Any]:

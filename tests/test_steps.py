@@ -1,4 +1,4 @@
-"""What the plan says is sent is what is sent: message by message, and by every rank's meter."""
+"""The planned messages are those sent, message by message, and on every rank's meter."""
 
 from collections import Counter
 from dataclasses import replace

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
-from lvxattn.cli import clocks, tracing
+from lvxattn.cli import run_trace
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import NAMES
+from lvxattn.draw import rotation
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.plan.steps import messages
 from lvxattn.plan.trace import Clock, Overlap, Trace, lanes
@@ -231,8 +232,8 @@ def test_clock_error_is_half_the_shortest_round_trip(
             return [sendobj, []]
 
     ranks: Any = Slow()
-    monkeypatch.setattr(clocks, "perf_counter", lambda: ranks.now)
-    first, second = clocks.compare_clocks(ranks)
+    monkeypatch.setattr(run_trace, "perf_counter", lambda: ranks.now)
+    first, second = run_trace.compare_clocks(ranks)
     assert first[:2] == (0, 0)
     assert abs(second.offset - offset) <= second.accuracy
     assert 5e-5 <= second.accuracy < 1e-4  # the shortest, not any: the mean is 2.8e-4
@@ -307,7 +308,7 @@ def check_overlap(report: dict[str, Any], said: Said) -> None:
 def test_picture_without_matplotlib_is_refused_before_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tracing, "find_spec", lambda _: None)
+    monkeypatch.setattr(rotation, "find_spec", lambda _: None)
     assert main([*SMALL, "--plot-trace", str(tmp_path / "x.png")]) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -316,7 +317,7 @@ def test_picture_without_matplotlib_is_refused_before_work(
 
 
 def test_recorder_without_trace_is_a_plain_meter() -> None:
-    nobody: Any = None  # whoever asked other ranks for their clocks would fail
-    recorder = tracing.Recorder(Namespace(trace=None, plot_trace=None), nobody)
+    no_ranks: Any = None  # comparing clocks with other ranks would fail
+    recorder = run_trace.Recorder(Namespace(trace=None, plot_trace=None), no_ranks)
     assert type(recorder.meter(last=True)) is Meter
     assert recorder.trace() is None

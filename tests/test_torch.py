@@ -1,31 +1,18 @@
-"""torch_impl on the ranks of a process group, called in all the ways people do."""
-
-import ast
+"""torch_impl on the ranks of a process group: all ways of calling it."""
 
 import pytest
 import torch
 
 from lvxattn.torch_impl import CrossAttention, Layout, cross_attention, shard, unshard
-from tests.launch import PROGRAMS
+from tests.launch import checks_of
 from tests.torch_ranks import torch_report
 
 pytestmark = pytest.mark.mpi
 
 
-def _checks() -> list[str]:
-    """Return the names of the checks of torch_calls.py, without starting ranks here."""
-    tree = ast.parse((PROGRAMS / "torch_calls.py").read_text())
-    return [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-        and any(isinstance(d, ast.Name) and d.id == "check" for d in node.decorator_list)
-    ]
-
-
-# Dynamo sees no ranks: two are as good as any number.
+# Dynamo does not depend on the number of ranks.
 OF_TWO = ("inside_a_compiled_module",)
-OF_ANY = tuple(name for name in _checks() if name not in OF_TWO)
+OF_ANY = tuple(name for name in checks_of("torch_calls.py") if name not in OF_TWO)
 # Four ranks are two rings of two; the rest is no different from three.
 OF_FOUR = ("groups_and_meshes_beside_one_another", "equals_sdpa_on_gathered_tensors")
 LAUNCHES = [(1, OF_ANY), (2, OF_TWO), (3, OF_ANY), (4, OF_FOUR)]

@@ -1,4 +1,4 @@
-"""The examples do what they say: they run as their own first lines have it, and are right."""
+"""The examples run with the commands in their docstrings, and print right results."""
 
 # ruff: noqa: E402 - what follows needs torch
 
@@ -21,12 +21,12 @@ LIMIT = 4 * STEPS * PRODUCTS * summed(UNIT["float64"], max(mesh.S_KV, 5 * mesh.S
 
 
 def ended(P: int, *options: str) -> Ended:
-    """How the example ends on P ranks."""
+    """Return how the example ends on P ranks."""
     return forked(P, "-m", mesh.__name__, "--steps", str(STEPS), *options)
 
 
 def table(P: int, *options: str) -> list[tuple[float, float, float]]:
-    """What it prints: by step, the loss on the mesh, the loss alone, how far gradients differ."""
+    """Return what it prints by step: loss on the mesh, loss alone, difference of gradients."""
     end = ended(P, *options)
     assert (end.status, end.err, end.left) == (0, "", ())
     assert end.out.startswith(f"{P // 2} x 2 ranks (data x context), gloo, cpu\n")

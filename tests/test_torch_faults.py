@@ -1,4 +1,4 @@
-"""A rank of a process group that fails: the others end in time, and say what they waited for."""
+"""A rank of a process group fails: the others end in time, and name what they waited for."""
 
 import json
 import re
@@ -48,29 +48,29 @@ MORE = [
 
 
 def cases(how: str = "") -> pytest.MarkDecorator:
-    """Return a mark: a test is for all cases in which a rank fails so, some of them slow."""
+    """Return a mark for all cases in which a rank fails in this way, some of them slow."""
     fast = [case for case in CASES if how in case[2]]
     slow = [pytest.param(case, marks=pytest.mark.slow) for case in MORE if how in case[2]]
     return pytest.mark.parametrize("case", fast + slow, ids=lambda case: "-".join(map(str, case)))
 
 
-# The rank calls two backwards in another order than the others.
+# The rank calls two backwards in a different order than the others.
 ORDERS = [
     (3, 1, "other order", "one layout", "lv-xattn", "backward"),
     (2, 0, "other order", "two layouts", "ring", "backward"),
     (2, 1, "other order", "one layout", "gather", "backward"),
 ]
 
-# Of the groups; what else a rank has to find out that another has failed; to end, as Python ends.
+# Seconds: the groups' timeout, more to notice that another rank has failed, and for Python to exit.
 TIMEOUT, SLACK, ENDING = 3.0, 15.0, 30.0
 
 QUERIES, RESULTS = NAMES["lv-xattn"]
 KEYS, GRADIENTS = NAMES["ring"]
-AGREED, JOINED = TOGETHER = "what all ranks have to say", "all ranks' results to be joined"
+AGREED, JOINED = TOGETHER = "all ranks' objects to be gathered", "all ranks' results to be joined"
 
 
 def waited(rank: int, P: int) -> str:
-    """Return how the message of a wait in vain begins."""
+    """Return the beginning of the message of a failed wait."""
     return f"rank {rank} of {P} waited for "
 
 
@@ -81,7 +81,7 @@ def report(case: tuple[Any, ...]) -> dict[str, Any]:
 
 @cache
 def _reports(more: bool) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Return how the ranks of every case ended; they all run once, in one launch."""
+    """Return how the ranks of every case ended; all run once, in one launch."""
     all_cases = MORE if more else CASES + ORDERS
     program = [sys.executable, "-W", "error", str(PROGRAMS / "torch_fault.py")]
     ended = launch([*program, json.dumps(all_cases)], timeout=280.0)
@@ -90,7 +90,7 @@ def _reports(more: bool) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def awaited(case: tuple[Any, ...], rank: int) -> set[str]:
-    """Return all that a rank can ever wait for in a pass of this case."""
+    """Return everything that a rank can wait for in a pass of this case."""
     P, _, _, place, schedule, which = case
     if schedule == "replicated":
         return {JOINED}
@@ -107,7 +107,7 @@ def awaited(case: tuple[Any, ...], rank: int) -> set[str]:
 
 
 def said(case: tuple[Any, ...]) -> dict[int, str]:
-    """Return what each rank but the failing one says that it waited for."""
+    """Return what each rank but the failing one reports to have waited for."""
     found = {}
     for rank, err in enumerate(report(case)["err"]):
         if rank != case[1]:
@@ -122,7 +122,7 @@ def test_other_ranks_end_in_time_and_name_their_wait(case: tuple[Any, ...]) -> N
     P, failing, how = case[:3]
     ended = report(case)
     assert not ended["killed"], ended["err"]
-    assert ended["out"] == [""] * P  # nobody reached the end
+    assert ended["out"] == [""] * P  # no rank reached the end
     for rank, status in enumerate(ended["status"]):
         # PyTorch aborts a process now and then, after its traceback, when it ends with a group.
         killed = rank == failing and how.startswith("kill")
@@ -131,7 +131,7 @@ def test_other_ranks_end_in_time_and_name_their_wait(case: tuple[Any, ...]) -> N
     assert max(ended["seconds"]) < TIMEOUT + SLACK + ENDING
     for rank, what in said(case).items():
         assert what in awaited(case, rank), (rank, what)
-    # It is named by somebody, where anybody can be.
+    # Some rank names the failed one, where waits can name ranks.
     waits = set(said(case).values())
     names = re.compile(rf"from rank {failing}\b|rank {failing} to take")
     assert waits <= set(TOGETHER) or any(map(names.search, waits)), waits
@@ -140,7 +140,7 @@ def test_other_ranks_end_in_time_and_name_their_wait(case: tuple[Any, ...]) -> N
 @cases()
 def test_cause_is_chained(case: tuple[Any, ...]) -> None:
     for rank, err in enumerate(report(case)["err"]):
-        if rank != case[1]:  # what gloo said, and below it our words for it
+        if rank != case[1]:  # gloo's error, and below it ours
             assert err.count("The above exception was the direct cause") >= 1
             gloo, ours = re.findall(r"RuntimeError: (.*)", err)[:2]
             assert ours.endswith(gloo)
@@ -195,7 +195,7 @@ def test_stopped_rank_is_waited_for_until_timeout(
     for rank, words in said(case).items():
         assert words in map(str, what[rank])
         assert report(case)["raised"][rank] > TIMEOUT - 0.5
-    # Whoever gives up first may end another's wait for it, a moment before its own time is up.
+    # The first rank to time out may end another's wait for it, shortly before that one's timeout.
     assert any(f"{1000 * TIMEOUT:.0f}ms" in err for err in report(case)["err"])
 
 
@@ -229,7 +229,9 @@ def test_backwards_in_different_order_raise(case: tuple[Any, ...]) -> None:
     assert not ended["killed"], ended["err"]
     assert ended["out"] == [""] * P  # nobody reached the end
     forward = r"forward (\d) of the layout of (\d\d:\d\d:\d\d\.\d{6}) UTC"
-    error = rf"RuntimeError: rank (\d) of {P} met, in the backward of {forward}, .*, of {forward}: "
+    error = (
+        rf"RuntimeError: rank (\d) of {P} received, in the backward of {forward}, .* of {forward}: "
+    )
     seen = {}
     for rank, err in enumerate(ended["err"]):
         for number, *names in re.findall(error, err):
@@ -264,5 +266,5 @@ def test_torchrun_ends_all_ranks_when_one_raises() -> None:
     assert (ended.status, ended.out, ended.left) == (1, "", ())
     assert "ZeroDivisionError: of the user's own\n" in ended.err
     assert "raised on rank 1 of 2" in ended.err
-    assert "terminate called" not in ended.err  # by a thread that outlives Python
+    assert "terminate called" not in ended.err  # by a thread that runs while Python exits
     assert "exitcode  : 1 " in ended.err

@@ -14,7 +14,7 @@ from lvxattn.torch_impl import (
     block_attention_backward,
     cross_attention,
 )
-from lvxattn.torch_impl.cross_attention import FORWARD
+from lvxattn.torch_impl.cross_attention import SCHEDULE_FUNCTIONS
 from lvxattn.torch_impl.kernels import KERNELS
 from tests.backends import tensor
 from tests.cases import BF16, CASES, Case
@@ -112,7 +112,7 @@ def rule(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["no mask", "padding", "additive", "callable"])
-@pytest.mark.parametrize("schedule", [*FORWARD, "replicated"])
+@pytest.mark.parametrize("schedule", SCHEDULE_FUNCTIONS)
 def test_pass_never_synchronises_the_device(schedule: str, kind: str) -> None:
     masks = {
         "no mask": None,

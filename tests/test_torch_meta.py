@@ -1,4 +1,4 @@
-"""What torch_impl asks of a CUDA device, seen without one: on tensors that have no numbers.
+"""The operators that torch_impl calls on a CUDA device, seen without one, on meta tensors.
 
 A tensor on PyTorch's device "meta" has a shape and a dtype.  Operators check their arguments, those
 for CUDA too, and whatever a program would have to wait for a device to learn, a number, a truth or
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lvxattn.torch_impl import CrossAttention, Layout, block_attention, cross_attention
 from lvxattn.torch_impl import autograd as autograd_module
-from lvxattn.torch_impl.cross_attention import FORWARD
+from lvxattn.torch_impl.cross_attention import SCHEDULE_FUNCTIONS
 from lvxattn.torch_impl.kernels import cuda_flash
 from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec
 from tests.torch_ranks import torch_report
@@ -30,7 +30,7 @@ EFFICIENT = "aten._scaled_dot_product_efficient_attention"
 
 
 class Caught(TorchDispatchMode):
-    """Notes which operators are called."""
+    """Records which operators are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Caught(TorchDispatchMode):
 
 
 class Held(TorchDispatchMode):
-    """Notes how many bytes the results of operators hold at most, all together."""
+    """Records the peak memory of the results of operators, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Held(TorchDispatchMode):
 
 @contextmanager
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Caught]:
-    """Have kernels chosen as on CUDA, for tensors without numbers."""
+    """Choose kernels as on CUDA, for meta tensors."""
     of = KernelSpec.of
     monkeypatch.setattr(
         KernelSpec, "of", staticmethod(lambda *x, **y: replace(of(*x, **y), device="cuda"))
@@ -101,7 +101,7 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("schedule", [*FORWARD, "replicated"])
+@pytest.mark.parametrize("schedule", SCHEDULE_FUNCTIONS)
 @pytest.mark.parametrize("dtype", OPERATORS)
 def test_cuda_step_reads_no_value_of_the_device(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, schedule: str, kind: str

@@ -1,6 +1,6 @@
-"""The PyTorch command line as torchrun starts it: its world, threads and devices, and how it ends.
+"""The PyTorch command line under torchrun: its process group, threads, devices and exit.
 
-What it has in common with the MPI one is tested in test_run.py, on both.
+What it shares with the MPI command line is tested in test_run.py, on both.
 """
 
 # ruff: noqa: E402 - what follows needs torch
@@ -19,9 +19,16 @@ torch = pytest.importorskip("torch")
 from lvxattn.cli import InputError
 from lvxattn.cli.tensors import dtype_of
 from lvxattn.torch_impl.__main__ import main
-from lvxattn.torch_impl.commands.run import choose_device, limit_threads, processes, world
-from lvxattn.torch_impl.commands.run.backend import Backend
-from lvxattn.torch_impl.commands.run.processes import SIZES, lost_ranks, user_set_threads
+from lvxattn.torch_impl.commands import processes
+from lvxattn.torch_impl.commands.processes import (
+    SIZES,
+    choose_device,
+    limit_threads,
+    lost_ranks,
+    user_set_threads,
+    world,
+)
+from lvxattn.torch_impl.commands.run import Backend
 from lvxattn.torch_impl.group import Group, over_cpu
 from tests.errors import says
 from tests.launch import PROGRAMS
@@ -70,7 +77,7 @@ def test_threads_are_shared_and_waits_time_out(tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Return an environment without a launcher; the number of threads is put back."""
+    """Return an environment without a launcher; restores the number of threads."""
     for name in (*SIZES, "RANK", "MASTER_ADDR", "LVXATTN_TIMEOUT", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
@@ -175,9 +182,7 @@ def test_threads_default_to_cores(
     assert limit_threads(ALONE) == torch.get_num_threads() == (threads or before)
 
 
-def test_cpu_is_chosen_on_request_or_without_gpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_cpu_is_chosen_on_request_or_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for wish in ("cpu", "auto"):
         assert choose_device(wish, ALONE) == (torch.device("cpu"), ALONE)
@@ -186,7 +191,7 @@ def test_cpu_is_chosen_on_request_or_without_gpu(
 
 
 class Ranks(Group):
-    """A rank of two, the other of which says `said`."""
+    """One rank of two; the other one's objects are `said`."""
 
     def __init__(self, *said: object) -> None:
         self._group, self.rank, self.size, self.said = (lambda: "the world"), 1, 2, list(said)

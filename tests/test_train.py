@@ -1,4 +1,4 @@
-"""The training run: its clips, its curve on any number of ranks, its checkpoints, its command."""
+"""The training run: clips, curves on any number of ranks, checkpoints, the command."""
 
 import csv
 import json
@@ -16,9 +16,7 @@ import pytest
 import torch
 
 from lvxattn.torch_impl.commands.train import add_options, checkpoint, program, run_training
-from lvxattn.torch_impl.commands.train import loop as loop_module
-from lvxattn.torch_impl.commands.train.attention_maps import find_needles
-from lvxattn.torch_impl.commands.train.curriculum import GROW, Curriculum
+from lvxattn.torch_impl.commands.train import training as training_module
 from lvxattn.torch_impl.commands.train.data import (
     BITS,
     TEST,
@@ -29,9 +27,11 @@ from lvxattn.torch_impl.commands.train.data import (
     load_images,
     make_clips,
 )
-from lvxattn.torch_impl.commands.train.loop import Run
-from lvxattn.torch_impl.commands.train.options import InputError, Settings
-from lvxattn.torch_impl.commands.train.report import Test as Answers
+from lvxattn.torch_impl.commands.train.model import find_needles
+from lvxattn.torch_impl.commands.train.options import GROW, Curriculum, InputError, Settings
+from lvxattn.torch_impl.commands.train.training import Run
+from lvxattn.torch_impl.commands.train.training_report import Reporter
+from lvxattn.torch_impl.commands.train.training_report import Test as Answers
 from lvxattn.torch_impl.group import Group
 from tests.errors import says
 from tests.launch import PROGRAMS
@@ -40,18 +40,7 @@ from tests.torch_ranks import forked
 # Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
 SETTINGS = Settings(frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
 STEPS = 48
-SMALL = [
-    "--frames",
-    "9",
-    "--first-frames",
-    "3",
-    "--batch",
-    "2",
-    "--dtype",
-    "float64",
-    "--steps",
-    "8",
-]
+SMALL = ["--frames=9", "--first-frames=3", "--batch=2", "--dtype=float64", "--steps=8"]
 SMALL_SETTINGS = Settings(frames=9, first_frames=3, batch=2, dtype="float64", seed=0)
 
 parts = cache(load_images)
@@ -82,7 +71,7 @@ def small_run() -> Run:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """These tensors are too small for two, least of all where the cores are busy."""
+    """Use one thread: the tensors are too small for two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -91,7 +80,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _undrawn(straight, monkeypatch):
-    """Draw the pictures of one run only: they take longer than all the rest."""
+    """Draw the pictures of one run only: they take longer than the rest."""
     monkeypatch.setattr(program, "_draw", lambda *_: None)
 
 
@@ -129,7 +118,7 @@ class TestData:
     def test_splits_are_disjoint(self):
         numbers = [set(part.numbers.tolist()) for part in parts()]
         assert sum(map(len, numbers)) == len(set().union(*numbers)) == 1797
-        # Nor does a picture hide under two numbers.
+        # No picture has two numbers either.
         pictures = [{x.tobytes() for x in part.pixels} for part in parts()]
         assert sum(map(len, pictures)) == len(set().union(*pictures))
 
@@ -225,10 +214,10 @@ class TestRanks:
         first, *others = on_4_ranks["by_rank"]
         assert {status for _, status, *_ in on_4_ranks["by_rank"]} == {0}
         assert not any(out or err for _, _, out, err in others)
-        assert "goes on after step 5" in first[2]
+        assert "resumed after step 5" in first[2]
         for schedule in ("LV-XAttn", "Ring Attention", "gather"):
             assert f"sent in a step by {schedule}" in first[2]
-        assert not first[3]  # no advice of PyTorch's either
+        assert not first[3]  # no warnings of PyTorch either
 
     def test_one_rank_checkpoint_resumes_on_four(self, on_4_ranks, straight):
         resumed = losses(on_4_ranks["folder"])
@@ -239,7 +228,9 @@ class TestRanks:
             def allgather(self, sendobj):
                 return [sendobj, "another"]
 
-        with pytest.raises(RuntimeError, match="rank 1 has come to have other weights"):
+        with pytest.raises(
+            RuntimeError, match=r"weights: expected those of rank 0, got others \(on rank 1\)"
+        ):
             checkpoint._check_equal(small_run().model, Torn(None))
 
 
@@ -249,7 +240,7 @@ class TestCheckpoint:
         assert len(curve(folder)) == 5
         assert run_training(options(folder, "--resume")) == 0
         assert losses(folder) == losses(straight)
-        assert not recwarn.list  # PyTorch advises against what is meant here
+        assert not recwarn.list  # PyTorch would warn of saving in one process
         weights = []
         for where in (folder, straight):
             run = small_run()
@@ -318,12 +309,12 @@ class TestCheckpoint:
     def test_signal_writes_checkpoint(self, straight, tmp_path, monkeypatch, capsys):
         before = signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch:
-            patch.setattr(loop_module, "LOOK_EVERY", 3)
+            patch.setattr(training_module, "LOOK_EVERY", 3)
             patch.setattr(Run, "look", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-            patch.setattr("lvxattn.torch_impl.commands.train.report.Reporter.step", lambda *_: None)
+            patch.setattr(Reporter, "step", lambda *_: None)
             assert run_training(options(tmp_path)) == 1
         assert signal.getsignal(signal.SIGTERM) is before
-        # What is heard is agreed on within a step, so that one more was taken.
+        # Ranks agree on a signal during a step, so that one more was taken.
         assert len(curve(tmp_path)) == 4
         assert run_training(options(tmp_path, "--resume")) == 0
         assert losses(tmp_path) == losses(straight)
@@ -345,7 +336,7 @@ class TestCommand:
     def test_training_stops_after_two_good_evaluations(self):
         run = small_run()
         for _ in range(run.settings.curriculum.grown + 4):
-            run.curve.add(3, 1.0, 0.5, 0.0)
+            run.curve.rows.append([0, 3, 1.0, 0.5, None, 0.0])
         run.curve.rows[0][4] = run.curve.rows[1][4] = run.curve.rows[-3][4] = 0.98
         assert not run.done(1000, 0.975)
         run.curve.rows[-1][4] = 0.98
@@ -378,7 +369,7 @@ class TestCommand:
     @pytest.mark.parametrize("resume", [False, True])
     def test_bad_folder_is_refused_at_once(self, resume, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(Run, "step", None)
-        # A file where the folder is to be; or nothing to go on from.
+        # A file in place of the folder; or nothing to resume from.
         folder = tmp_path / "run"
         if not resume:
             folder.write_text("a file")

@@ -1,4 +1,4 @@
-"""Ranks that are threads: they talk like processes, and none is ever left hanging."""
+"""Virtual ranks: messages, errors and deadlocks."""
 
 import signal
 import threading

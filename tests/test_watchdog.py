@@ -1,4 +1,4 @@
-"""A rank that stops: the others say who waits for whom, and the run ends."""
+"""The watchdog: when a rank stops, the others report what they wait for, and the run ends."""
 
 import gc
 import os
@@ -19,17 +19,7 @@ from lvxattn.mpi_impl.exchange import Exchange
 from lvxattn.mpi_impl.transport import watchdog
 from lvxattn.mpi_impl.transport.watchdog import Watchdog, timeout, watching
 from tests.commands import commands
-from tests.launch import PROGRAMS, mpiexec
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended, or only waits for its parent to notice."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
-
+from tests.launch import PROGRAMS, gone, mpiexec
 
 RESULTS_HOME = NAMES["lv-xattn"][1]
 KEYS, GRADIENTS = NAMES["ring"]

@@ -1,4 +1,4 @@
-"""What a file must be for Perfetto and chrome://tracing to show it, written down once more."""
+"""Check that a file is a valid trace for Perfetto and chrome://tracing, independently."""
 
 from collections import defaultdict
 from typing import Any

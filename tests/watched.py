@@ -1,4 +1,4 @@
-"""A communicator that is looked at: what it was asked for, what it sent, what became of it.
+"""A communicator that records its calls, messages and requests.
 
 Everything is handed on to the communicator underneath, and all names that are asked for are
 counted, so that a test can say "nothing but blocks was sent".
@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 
 class Watched:
-    """Delegates to an MPI communicator and keeps account.
+    """Delegates to an MPI communicator and records calls.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class Watched:
 
 
 class Synchronous(Watched):
-    """Its sends are synchronous, and it dawdles: a receive may be posted late, or a send."""
+    """With synchronous sends, and random delays before sends and receives."""
 
     def __init__(self, comm: MPI.Intracomm, seed: int, longest: float) -> None:
         super().__init__(comm)

@@ -1,4 +1,4 @@
-"""Distributed cross-attention in PyTorch, differentiable: what people train with."""
+"""Distributed cross-attention in PyTorch, differentiable, over a process group."""
 
 from lvxattn.common.meter import Meter
 

@@ -1,13 +1,14 @@
 """Command line: ``torchrun --nproc-per-node 4 -m lvxattn.torch_impl COMMAND``.
 
-Without torchrun it is one rank, and its exit status is the command's.  torchrun's own is 0 or 1: it
-ends with 1, and a report on stderr that names the ranks' status, whatever that was.
+Without torchrun it is one rank, and its exit status is the command's.  torchrun's own is 0 or 1: on
+any other status of a rank it exits with 1, and reports the ranks' status on stderr.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -15,9 +16,9 @@ from lvxattn.cli import UsageError, refuse, run_command
 from lvxattn.cli.arguments import Parser
 from lvxattn.cli.measure import add_options as add_measure_options
 from lvxattn.cli.measure import run_measure
-from lvxattn.cli.options import add_options
-from lvxattn.torch_impl.commands.run import TorchRanks, check_environment, world
-from lvxattn.torch_impl.commands.run.backend import Backend
+from lvxattn.cli.run_options import add_options
+from lvxattn.torch_impl.commands.processes import check_environment, world
+from lvxattn.torch_impl.commands.run import Backend, TorchRanks
 from lvxattn.torch_impl.commands.train import add_options as add_train_options
 from lvxattn.torch_impl.commands.train import run_training
 from lvxattn.torch_impl.group import Group
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        The arguments; those of the process unless given.
+        The arguments (default: the process's own).
 
     Returns
     -------
@@ -48,10 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(options.run(options, group))
         except UsageError as error:
             return refuse(str(error), group.rank)
-
-
-def _run(options: argparse.Namespace, group: Group) -> int:
-    return run_command(options, TorchRanks(group))
 
 
 def _measure(options: argparse.Namespace, group: Group) -> int:
@@ -68,33 +65,36 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser(
+
+    def add(name: str, run: Callable[..., int], **texts: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, allow_abbrev=False, **texts)
+        command.set_defaults(run=run)
+        return command
+
+    run = add(
         "run",
+        lambda options, group: run_command(options, TorchRanks(group)),
         help="cross-attention on random tensors or on a file's",
         description="Exact distributed cross-attention: measured, checked and reported.",
-        allow_abbrev=False,
     )
     add_options(run)
-    run.set_defaults(run=_run)
-    measure = commands.add_parser(
+    measure = add(
         "measure",
-        help="how fast is this machine?",
+        _measure,
+        help="measure the speed of this machine",
         description="Measure what the choice of a schedule rests on, within 10 seconds.",
-        allow_abbrev=False,
     )
     add_measure_options(measure, "machine-torch.json")
-    measure.set_defaults(run=_measure)
-    train = commands.add_parser(
+    train = add(
         "train",
-        help="teach a small model to find the needle in a long video",
+        run_training,
+        help="train a small model to find the needle in a long video",
         description="Train a small model to read a digit in a long video of real handwriting.",
-        allow_abbrev=False,
     )
     add_train_options(train)
-    train.set_defaults(run=run_training)
     return parser
 
 
 if __name__ == "__main__":
-    # What is raised on one rank becomes part of torchrun's report.
+    # An exception on one rank becomes part of torchrun's report.
     sys.exit(record(main)())

@@ -1,16 +1,17 @@
-"""Where the passes meet autograd.
+"""The autograd function of the attention, and what keeps autocast and torch.compile out of it.
 
-The passes themselves are plain functions on tensors.  What is saved between them is what the
-equations need: q, k, v, out and lse, and of lse what it has lost in rounding; of q, k and v nothing
-where a layer makes them again (`recompute.py`).  The layout is kept too, so that a backward sends
-nothing but blocks.
+The schedules are plain functions on tensors.  Saved between forward and backward are q, k, v, out,
+lse and the rounding error of lse; of q, k and v nothing where a layer recomputes them
+(`recompute`).  The layout is saved too, so that a backward sends nothing but blocks.
 
-A backward is collective like its forward: the loss of every rank has to depend on its out, be it
-times 0, and all ranks call their losses' backward.
+A backward is collective like its forward: the loss of every rank must depend on its out, if only by
+a factor of 0, and all ranks must run the backward of their loss.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,16 +25,15 @@ from .block_attention import delta_of
 from .exchange import Exchange
 from .group import Group
 from .layout import Layout
-from .merge import lse_of, remainder_of
+from .merge import lse_of, lse_remainder_of
 
-Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Schedule = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Attention(torch.autograd.Function):
     """``(q, k, v) -> (out, lse)`` by a schedule's forward, and its backward.
 
-    It saves q, k and v unless `made` is given: a node of the graph whose saved tensors they are.
+    It saves q, k and v unless `made` is given, a node of the graph that has saved them.
     """
 
     @staticmethod
@@ -45,13 +45,13 @@ class Attention(torch.autograd.Function):
         mask: Tensor | MaskRule | None,
         group: Group,
         layout: Layout,
-        forward: Forward,
-        backward: Backward,
+        functions: tuple[Schedule, Schedule],
         meter: Meter | None,
         made: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attend, and save what the backward needs."""
+        """Compute the attention, and save what the backward needs."""
         ctx.set_materialize_grads(False)
+        forward, ctx.backward = map(group.named(), functions)  # their errors name this rank
         with exactly(q.device):
             if q.is_meta and layout.size > 1:
                 out, top, total = shapes(q, v, layout)
@@ -60,37 +60,37 @@ class Attention(torch.autograd.Function):
                 out, top, total = forward(q, k, v, exchange)
                 exchange.finish()
             lse = lse_of(top, total)
-            low = remainder_of(lse, top, total)
-            # In memory (B, s_q, H, D_V): what joins the heads takes it as it is, and keeps no copy.
+            lse_remainder = lse_remainder_of(lse, top, total)
+            # (B, H, s_q, D_V), in memory (B, s_q, H, D_V): joining the heads needs no copy then.
             out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         held = (q, k, v) if made is None else ()
-        save(ctx, mask, *held, out, lse, low)
+        save(ctx, mask, *held, out, lse, lse_remainder)
         ctx.made = made
         ctx.group, ctx.layout = group, layout.numbered()
-        ctx.backward, ctx.meter = backward, meter
+        ctx.meter = meter
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Differentiate."""
-        (*held, out, lse, low), mask = saved(ctx)
+        """Return the gradients of q, k and v."""
+        (*held, out, lse, lse_remainder), mask = saved(ctx)
         q, k, v = held or ctx.made.saved_tensors
         if q.is_meta and ctx.layout.size > 1:
-            return *map(torch.empty_like, (q, k, v)), *[None] * 7
+            return *map(torch.empty_like, (q, k, v)), *[None] * 6
         with exactly(q.device):
-            # dout in q's dtype, as it is on the ranks that it visits.
+            # dout in q's dtype, as on the ranks that it visits.
             dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
-            dout, delta = delta_of(dout, out, lse, low, dlse)
+            dout, delta = delta_of(dout, out, lse, lse_remainder, dlse)
             exchange = Exchange(ctx.group, ctx.layout, q, mask, ctx.meter)
             dq, dk, dv = ctx.backward(dout, q, k, v, lse, delta, exchange)
             exchange.finish()
             dq, dk, dv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-        return dq, dk, dv, *[None] * 7
+        return dq, dk, dv, *[None] * 6
 
 
 def shapes(q: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a forward over ranks returns of meta tensors: shapes.  Nothing is sent."""
+    """Return the result of a forward of meta tensors over ranks, without sending anything."""
     wide = getattr(torch, layout.accumulator)
     top, total = (q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
     return q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), top, total
@@ -105,14 +105,33 @@ def save(ctx: Any, mask: Tensor | MaskRule | None, *tensors: Tensor) -> None:
 
 
 def saved(ctx: Any) -> tuple[list[Tensor], Tensor | MaskRule | None]:
-    """Return what `save` was given."""
+    """Return the tensors and the mask that `save` has saved."""
     tensors = list(ctx.saved_tensors)
     held = tensors[ctx.count :]
     return tensors[: ctx.count], held[0] if held else ctx.rule
 
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:
-    """Compute in the dtypes that are given: autocast has had its say before."""
-    if not torch.amp.is_autocast_available(device.type):  # as of meta tensors
+    """Disable autocast, which has been applied to the arguments before."""
+    if not torch.amp.is_autocast_available(device.type):  # as for meta tensors
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that ``torch.compile`` calls without compiling it.
+
+    ``torch.compiler.disable`` does the same, but imports the compiler, which takes seconds, even
+    where nothing is compiled.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call

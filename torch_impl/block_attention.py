@@ -1,25 +1,25 @@
-r"""One block of queries against one rank's keys.
+r"""Attention of one block of queries to one rank's keys.
 
-Keys are taken tile by tile.  A tile gives attention over its keys alone, and `merge_partials` joins
-it with the tiles before; scores are never kept for more than one tile.
+Keys are processed tile by tile.  Each tile gives attention over its keys alone, and
+`merge_partials` joins it with the tiles before; scores are kept for one tile only.
 
     s = scale q k^T + mask       p = exp(s - top)      top = rowmax s
     out = p v / total            total = rowsum p      lse = top + log total
 
-The backward needs no such care: with lse over all keys of all ranks known, every tile's
-probabilities are what they are in the whole,
+The backward needs no running maximum.  lse over all keys of all ranks is known, so that a tile's
+probabilities are final,
 
-    p  = exp(s - lse)           dv = p^T dout
-    ds = p (dout v^T - delta)   dq = scale ds k    dk = scale ds^T q
+    p  = exp(s - lse)                   dv = p^T dout
+    ds = scale p (dout v^T - delta)     dq = ds k       dk = ds^T q
 
-so its sums over tiles, blocks and ranks are plain sums.  What lse has lost in rounding, `low`, is a
-factor exp(-low) of every p of a row.  dout and delta have it instead, to which all gradients are
-proportional: nothing more travels.
+and the sums over tiles, blocks and ranks are plain sums.  The rounding error of lse,
+`lse_remainder`, would be a factor exp(-lse_remainder) of all p of a row.  Gradients are linear in
+dout and delta, so the factor is applied there, and nothing more has to travel.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 
-The steps are in `kernels/blocked.py`.  The other kernels are PyTorch's fused ones, which take the
-same tiles in one call; `kernels/choose.py` says when.
+This file is a front door: the steps are in `kernels/blocked.py`.  The other kernels are PyTorch's
+fused ones, which process the same tiles in one call; `kernels/choose.py` chooses one.
 """
 
 import torch
@@ -52,20 +52,29 @@ def block_attention(
     v : (B, H_KV, s_kv, D_V)
     scale : float
     mask : optional
-        A mask over this block, or the view that `Layout.view` gives of a rank's mask.
+        A mask of this block, or the view of a rank's mask that `Layout.view` returns.
     kernel : str
-        The name of one of `KERNELS`, or ``"auto"``.
+        A name in `KERNELS`, or ``"auto"``.
 
     Returns
     -------
     out : (B, H, s_q, D_V), accumulator dtype
     lse : (B, H, s_q), accumulator dtype
-        Natural log; (0, -inf) where a query may attend to none of the keys.
+        Natural log; (0, -inf) where a query may attend to no key.
 
     Raises
     ------
     ValueError
-        `kernel` is not the name of a kernel, or of one that cannot do this.
+        There is no such kernel, or it does not support this block.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvxattn.torch_impl import block_attention
+    >>> q, k, v = (torch.ones(1, 2, s, 8) for s in (6, 50, 50))
+    >>> out, lse = block_attention(q, k, v, scale=1.0)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 2, 6, 8]), torch.Size([1, 2, 6]))
     """
     out, top, total = partial_attention(q, k, v, scale=scale, mask=mask, kernel=kernel)
     return out, lse_of(top, total)
@@ -81,18 +90,18 @@ def partial_attention(
     mask: MaskView | Tensor | MaskRule | None = None,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `block_attention` does, with lse as the pair that `merge_partials` joins.
+    """Compute `block_attention` as a partial result, the form that `merge_partials` joins.
 
     Returns
     -------
     out : (B, H, s_q, D_V), accumulator dtype
     top, total : (B, H, s_q), accumulator dtype
         A bound such as the largest score, and the sum of exponentiated scores divided by exp(top);
-        (0, -inf, any) where a query may attend to none of the keys.
+        (0, -inf, any) where a query may attend to no key.
     """
     view = MaskView.of(mask)
     work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=False))
-    if 0 in (q.shape[2], k.shape[2]):  # with which fused kernels end the process
+    if 0 in (q.shape[2], k.shape[2]):  # fused kernels would end the process
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=accumulator_of(q))
         top = out.new_full(q.shape[:3], -torch.inf)
         return out, top, torch.zeros_like(top)
@@ -114,14 +123,14 @@ def block_attention_backward(
     kernel: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate `block_attention` given lse and delta over all keys of all ranks.
+    """Differentiate `block_attention`, given lse and delta over all keys of all ranks.
 
     Not collective.
 
     Parameters
     ----------
     dout : (B, H, s_q, D_V)
-        Rounded to q's dtype by kernels that take nothing else.
+        Rounded to q's dtype by kernels that require it.
     q, k, v, scale, mask, kernel
         As given to `block_attention`.
     lse : (B, H, s_q), accumulator dtype
@@ -129,16 +138,28 @@ def block_attention_backward(
     delta : (B, H, s_q), accumulator dtype
         ``rowsum(dout * out) - dlse``, out over all keys.
     dtype : torch.dtype, optional
-        Of dk and dv: the accumulator's, or k's where nothing will be added to them.  Of millions of
-        keys no gradient in fp32 is made then, if the kernel rounds its own.
+        Of dk and dv.  Default: the accumulator dtype.  k's, where nothing will be added to them,
+        saves memory if the kernel rounds its own sums.
 
     Returns
     -------
     dq : (B, H, s_q, D), accumulator dtype
         The share of these keys.
     dk, dv : shaped as k, v, `dtype`
-        The share of this block.  Not added to what is there, as elsewhere: fused kernels return
-        them new, and to zero and add would cost a rank that is alone a twentieth of its time.
+        The share of this block.  The other implementations add it in place, but fused kernels
+        return new tensors, and with one rank adding these to zeros would cost 5 % of the time.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvxattn.torch_impl import block_attention, block_attention_backward
+    >>> q, k, v = (torch.ones(1, 2, s, 8) for s in (6, 50, 50))
+    >>> out, lse = block_attention(q, k, v, scale=1.0)
+    >>> dout = torch.ones_like(out)
+    >>> delta = (dout * out).sum(dim=-1)
+    >>> dq, dk, dv = block_attention_backward(dout, q, k, v, lse, delta, scale=1.0)
+    >>> torch.allclose(dv, torch.tensor(6 / 50))  # 6 queries give 50 keys equal weights
+    True
     """
     view = MaskView.of(mask)
     work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=True))
@@ -151,20 +172,20 @@ def block_attention_backward(
 
 
 def delta_of(
-    dout: Tensor, out: Tensor, lse: Tensor, low: Tensor | None, dlse: Tensor | None
+    dout: Tensor, out: Tensor, lse: Tensor, lse_remainder: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return dout and delta = rowsum(dout * out) - dlse, computed once, where the queries are.
+    """Return dout and delta = rowsum(dout * out) - dlse, both times exp(-lse_remainder).
 
-    Both have the factor exp(-low), and are 0 in rows that see nothing (lse = -inf), whatever comes
-    from above, NaN too: no gradient goes through them.
+    Computed once, on the queries' rank.  Both are 0 in rows that see no key (lse = -inf), even
+    where dout or dlse is NaN: no gradient passes through such rows.
 
     Parameters
     ----------
     dout, out : (B, H, s_q, D_V)
     lse : (B, H, s_q)
         Over all keys.
-    low : (B, H, s_q), optional
-        What lse has lost in rounding (`remainder_of`); 0 unless given.
+    lse_remainder : (B, H, s_q), optional
+        Rounding error of lse, from `lse_remainder_of`; default: 0.
     dlse : (B, H, s_q), optional
 
     Returns
@@ -176,28 +197,28 @@ def delta_of(
     dead = lse == -torch.inf
     dout = dout.masked_fill(dead[..., None], 0.0)
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    if low is not None:
-        factor = torch.exp(-low)
-        # Rounded to its dtype before delta is taken from it: the two must fit each other.
+    if lse_remainder is not None:
+        factor = torch.exp(-lse_remainder)
+        # Rounded before delta is computed from it: the two must be consistent.
         dout, dlse = (dout.to(wide) * factor[..., None]).to(dout.dtype), dlse * factor
     delta = (dout.to(wide) * out).sum(dim=-1) - dlse
     return dout, delta.masked_fill(dead, 0.0)
 
 
-def _kernel(name: str, job: KernelSpec) -> Kernel:
+def _kernel(name: str, spec: KernelSpec) -> Kernel:
     if name == "auto":
-        return KERNELS[choose(job)]
+        return KERNELS[choose(spec)]
     if name not in KERNELS:
         raise ValueError(f"kernel: expected auto, {', '.join(KERNELS)}, got {name!r:.40}")
-    wrong = KERNELS[name].unsupported(job)
+    wrong = KERNELS[name].unsupported(spec)
     if wrong is not None:
         raise ValueError(f"kernel: expected for {name} {wrong}")
     return KERNELS[name]
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return x as fused kernels take it for granted: rows in one piece, on CUDA aligned to 16 B."""
-    # Rows that are no multiple of 16 B long go to no fused kernel.
+    """Return x as fused kernels require it: contiguous rows, on CUDA aligned to 16 bytes."""
+    # No fused kernel supports rows that are not a multiple of 16 bytes.
     if x.device.type == "cpu" or x.shape[-1] * x.element_size() % 16:
         aligned = True
     else:

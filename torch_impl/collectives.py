@@ -1,11 +1,11 @@
-r"""How blocks move all at once: each rank with every other one, in the fewest bytes that do it.
+r"""How blocks travel all at once: every rank exchanges messages with every other one.
 
     all_gather        my block to every rank                     P - 1 messages
     reduce_scatter    rows to their owner, joined there          P - 1 messages
     all_reduce        joined rows to every rank, in two steps    2 (P - 1) messages
-    all_to_all        a part of its own to each rank             P - 1 messages
+    all_to_all        a different block to each rank             P - 1 messages
 
-What joins two partial results is `merge_partials`, or `added` for plain sums.
+Two partial results are joined by `merge_partials`, or by `added` where they are plain sums.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,18 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lvxattn.common.layout import share
 from lvxattn.common.meter import Block
+from lvxattn.common.wire import Field, Fields, cut, nbytes
 
-from .exchange import Exchange, Field, Fields, cut, nbytes, span
+from .exchange import Exchange, span
+from .merge import Array
 
-Join = Callable[..., tuple[Tensor, ...]]
+Join = Callable[..., tuple[Array, ...]]
 
 
-def all_gather(exchange: Exchange, *tensors: Tensor) -> list[Tensor]:
+def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
     """Return the blocks of all ranks, in rank order along axis 2.
 
     Collective: every rank of the exchange calls this.
@@ -32,13 +33,13 @@ def all_gather(exchange: Exchange, *tensors: Tensor) -> list[Tensor]:
     Parameters
     ----------
     exchange : Exchange
-    *tensors : (B, H, s_q, ...)
+    *arrays : (B, H, s_q, ...)
         This rank's block.
     """
-    return _gathered(exchange, exchange.layout.s_q, tensors)
+    return _gathered(exchange, exchange.layout.s_q, arrays)
 
 
-def reduce_scatter(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Tensor, ...]:
+def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, ...]:
     """Return this rank's rows of partial results, joined over all ranks.
 
     Collective: every rank of the exchange calls this.
@@ -48,14 +49,14 @@ def reduce_scatter(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Te
     exchange : Exchange
     join : callable
         ``join(*a, *b)``: associative and commutative.
-    *tensors : (B, H, S_Q, ...)
+    *arrays : (B, H, S_Q, ...)
         This rank's results for all queries.
     """
-    return _joined_rows(exchange, join, exchange.layout.s_q, tensors)
+    return _joined_rows(exchange, join, exchange.layout.s_q, arrays)
 
 
-def all_reduce(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return partial results, joined over all ranks, on every rank alike.
+def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, ...]:
+    """Return partial results joined over all ranks, the same on every rank.
 
     Collective: every rank of the exchange calls this.
 
@@ -64,112 +65,109 @@ def all_reduce(exchange: Exchange, join: Join, *tensors: Tensor) -> tuple[Tensor
     exchange : Exchange
     join : callable
         ``join(*a, *b)``: associative and commutative.
-    *tensors : (B, H, S_Q, ...)
+    *arrays : (B, H, S_Q, ...)
         This rank's results for all queries.
     """
-    P, S_Q = exchange.layout.size, tensors[0].shape[2]
+    P, S_Q = exchange.P, arrays[0].shape[2]
     rows = [share(S_Q, rank, P) for rank in range(P)]
     lengths = tuple(part.stop - part.start for part in rows)
-    mine = _joined_rows(exchange, join, lengths, tensors)
+    mine = _joined_rows(exchange, join, lengths, arrays)
     return tuple(_gathered(exchange, lengths, mine))
 
 
 def all_to_all(
-    exchange: Exchange, parts: list[list[Tensor]], fields: Fields, what: str
-) -> list[list[Tensor]]:
-    """Give every rank a part, and return what all ranks gave to this one, in rank order.
+    exchange: Exchange, outgoing: list[list[Array]], fields: Fields, what: str
+) -> list[list[Array]]:
+    """Send every rank its block, and return the blocks from all ranks, in rank order.
 
     Collective: every rank of the exchange calls this.
 
     Parameters
     ----------
     exchange : Exchange
-    parts : list
-        For each rank the tensors that it is to have.
+    outgoing : list
+        For each rank the tensors of its block.
     fields : callable
-        Shapes and dtypes of what each rank gives to this one: it is known how much will come.
+        Shapes and dtypes of the block from each rank: PyTorch must know its size.
     what : str
-        What is waited for.
+        Name of the blocks, for the meter.
     """
-    layout, group = exchange.layout, exchange.group
-    if layout.size == 1:
-        return parts
+    rank, P = exchange.rank, exchange.P
+    if P == 1:
+        return outgoing
     stamp = [] if exchange.stamp is None else [exchange.stamp]
-    given = [[*part, *stamp] for part in parts]
-    going = [_fields(part) for part in given]
-    coming = [[*fields(source), *_fields(stamp)] for source in range(layout.size)]
-    going[layout.rank] = coming[layout.rank] = []  # what I give to myself stays where it is
+    stamp_fields = [Field(tuple(x.shape), "uint8") for x in stamp]
+    outgoing_fields = [[*map(Field.like, block), *stamp_fields] for block in outgoing]
+    incoming_fields = [[*fields(source), *stamp_fields] for source in range(P)]
+    outgoing_fields[rank] = incoming_fields[rank] = []  # my block for myself is not copied
     device = torch.device("cpu") if exchange.staged else exchange.device
-    sent, room = (_room(blocks, device) for blocks in (going, coming))
-    for dest, views in enumerate(_views(sent, going)):
-        for view, x in zip(views, given[dest], strict=False):
+    sent, room = (
+        torch.empty(sum(_counts(blocks)), dtype=torch.uint8, device=device)
+        for blocks in (outgoing_fields, incoming_fields)
+    )
+    for views, block in zip(_views(exchange, sent, outgoing_fields), outgoing, strict=True):
+        for view, x in zip(views, [*block, *stamp], strict=False):
             view.copy_(x)
     label = partial(Block, what)
-    for dest, part in enumerate(going):
-        if dest != layout.rank:
-            exchange.meter.sent(nbytes(part), dest, label)
-    name = f"{layout.way}: all-to-all, {what}"
+    for dest in range(P):
+        if dest != rank:
+            exchange.meter.sent(nbytes(outgoing_fields[dest]), dest, label)
+    name = f"{exchange.layout.way}: all-to-all, {what}"
+    group, counts = exchange.group, (_counts(incoming_fields), _counts(outgoing_fields))
     with group.waiting(label), span(name, device), exchange.meter.waits(label):
-        dist.all_to_all_single(room, sent, _counts(coming), _counts(going), group=group.group)
-    received = []
-    for source, views in enumerate(_views(room, coming)):
+        dist.all_to_all_single(room, sent, *counts, group=group.group)
+    incoming = []
+    for source, views in enumerate(_views(exchange, room, incoming_fields)):
         if stamp and views:
             exchange.check_stamp(views.pop(), Block(what, source=source))
-        received.append([x.to(exchange.device) for x in views])
-    received[layout.rank] = parts[layout.rank]
-    return received
+        incoming.append([x.to(exchange.device) for x in views])
+    incoming[rank] = outgoing[rank]
+    return incoming
 
 
-def added(*tensors: Tensor) -> tuple[Tensor, ...]:
+def added(*arrays: Array) -> tuple[Array, ...]:
     """Join two partial results by adding them."""
-    half = len(tensors) // 2
-    return tuple(a + b for a, b in zip(tensors[:half], tensors[half:], strict=True))
+    half = len(arrays) // 2
+    return tuple(a + b for a, b in zip(arrays[:half], arrays[half:], strict=True))
 
 
 def _gathered(
-    exchange: Exchange, lengths: tuple[int, ...], tensors: tuple[Tensor, ...]
-) -> list[Tensor]:
-    def block(owner: int) -> list[Field]:
-        return [Field((*x.shape[:2], lengths[owner], *x.shape[3:]), x.dtype) for x in tensors]
+    exchange: Exchange, lengths: tuple[int, ...], arrays: tuple[Array, ...]
+) -> list[Array]:
+    def fields(owner: int) -> list[Field]:
+        return [Field.like(x, rows=lengths[owner]) for x in arrays]
 
-    # gloo refuses an all-gather of blocks that differ in length.
-    blocks = all_to_all(
-        exchange, [list(tensors)] * len(lengths), block, "all ranks' rows to be gathered"
-    )
-    return [torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True)]
+    # gloo does not support an all-gather of blocks that differ in length.
+    what = "all ranks' rows to be gathered"
+    incoming = all_to_all(exchange, [list(arrays)] * exchange.P, fields, what)
+    return [torch.cat(blocks, dim=2) for blocks in zip(*incoming, strict=True)]
 
 
 def _joined_rows(
-    exchange: Exchange, join: Join, lengths: tuple[int, ...], tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    mine = lengths[exchange.layout.rank]
+    exchange: Exchange, join: Join, lengths: tuple[int, ...], arrays: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    def fields(_: int) -> list[Field]:
+        return [Field.like(x, rows=lengths[exchange.rank]) for x in arrays]
 
-    def block(_: int) -> list[Field]:
-        return [Field((*x.shape[:2], mine, *x.shape[3:]), x.dtype) for x in tensors]
-
-    pieces = zip(*(x.split(list(lengths), dim=2) for x in tensors), strict=True)
-    parts = [list(part) for part in pieces]
-    first, *others = all_to_all(exchange, parts, block, "all ranks' results to be joined")
+    outgoing = zip(*(x.split(list(lengths), dim=2) for x in arrays), strict=True)
+    first, *others = all_to_all(
+        exchange, list(map(list, outgoing)), fields, "all ranks' results to be joined"
+    )
     result = tuple(first)
-    for part in others:
-        result = join(*result, *part)
+    for block in others:
+        result = join(*result, *block)
     return result
 
 
-def _fields(tensors: list[Tensor]) -> list[Field]:
-    return [Field(tuple(x.shape), x.dtype) for x in tensors]
-
-
 def _counts(blocks: list[list[Field]]) -> list[int]:
-    """Return how many bytes each rank's block takes; it begins where any dtype may."""
+    """Return the bytes of each rank's block, rounded up to 16, so that the next suits any dtype."""
     return [-(-nbytes(block) // 16) * 16 for block in blocks]
 
 
-def _room(blocks: list[list[Field]], device: torch.device) -> Tensor:
-    return torch.empty(sum(_counts(blocks)), dtype=torch.uint8, device=device)
-
-
-def _views(buffer: Tensor, blocks: list[list[Field]]) -> list[list[Tensor]]:
-    """Return every block's tensors, as views."""
+def _views(exchange: Exchange, buffer: Array, blocks: list[list[Field]]) -> list[list[Array]]:
+    """Return the tensors of every block, as views."""
     starts = accumulate(_counts(blocks), initial=0)
-    return [cut(buffer[start:], block) for start, block in zip(starts, blocks, strict=False)]
+    return [
+        cut(buffer[start:], block, exchange.dtype_of)
+        for start, block in zip(starts, blocks, strict=False)
+    ]

@@ -1,6 +1,6 @@
-"""Exact cross-attention over keys and values that are spread over ranks: the front door.
+"""Exact cross-attention over keys and values that are sharded over ranks: the front door.
 
-It agrees on a layout, unless it is given one, and hands over to the schedule, by way of autograd.
+It agrees on a layout, unless one is given, and calls the schedule through autograd.
 """
 
 from dataclasses import replace
@@ -12,22 +12,22 @@ from torch import Tensor
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 
-from .autograd import Attention, Backward, Forward
+from .autograd import Attention, Schedule, not_compiled
 from .gather import gather, gather_backward
 from .group import AnyGroup, Group
 from .layout import Layout, Pool
-from .lazy import not_compiled
 from .lv_xattn import lv_xattn, lv_xattn_backward
 from .replicated import replicated, replicated_backward
 from .ring_attention import ring_attention, ring_attention_backward
 from .ulysses import ulysses, ulysses_backward
 
-FORWARD = {"lv-xattn": lv_xattn, "ring": ring_attention, "ulysses": ulysses, "gather": gather}
-BACKWARD = {
-    "lv-xattn": lv_xattn_backward,
-    "ring": ring_attention_backward,
-    "ulysses": ulysses_backward,
-    "gather": gather_backward,
+# Forward and backward of every way in which blocks travel (`Layout.way`).
+SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
+    "lv-xattn": (lv_xattn, lv_xattn_backward),
+    "ring": (ring_attention, ring_attention_backward),
+    "ulysses": (ulysses, ulysses_backward),
+    "gather": (gather, gather_backward),
+    "replicated": (replicated, replicated_backward),
 }
 
 
@@ -59,114 +59,105 @@ def cross_attention(
     """Attend from this rank's queries to all ranks' keys.
 
     Collective: every rank of the group calls this.  Differentiable, once; its backward is
-    collective too, so that every rank's loss has to depend on its out, be it times 0, and backwards
-    of several calls have to come in the same order on all ranks.  Another order is a RuntimeError
-    where blocks go through the host's memory, and wrong gradients with NCCL.
+    collective too.  So every rank's loss must depend on its out, if only by a factor of 0, and the
+    backwards of several calls must come in the same order on all ranks.  Another order raises a
+    RuntimeError where blocks go through host memory, and gives wrong gradients with NCCL.
 
     Parameters
     ----------
     q : (B, H, s_q, D)
-        This rank's queries.
     k : (B, H_KV, s_kv, D)
     v : (B, H_KV, s_kv, D_V)
-        This rank's keys and values; H is a multiple of H_KV, and head h reads group
-        ``h // (H // H_KV)``.  Lengths may differ between ranks and may be 0.
+        This rank's queries, keys and values.
     group : ProcessGroup or one-dimensional DeviceMesh, optional
-        The world unless given; this process alone where torch.distributed was not initialised.
+        Default: the world, or this process alone where torch.distributed is not initialised.
         Messages use tags 7001 and 7002 of it.
-    schedule : str
-        What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
-        once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
-        rank has all lengths of a share of the heads (P must divide H_KV); ``"auto"``, whichever
-        sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
-    scale : float, optional
-        ``1 / sqrt(D)`` unless given.
+    schedule, scale, layout
+        As in `lvxattn.reference.cross_attention`.
     mask : Tensor or callable, optional
-        What this rank's keys look like to every query: bool (True = may attend) or additive float,
-        broadcastable to (B, H, S_Q, s_kv), its query axis 1 or all ranks' queries in rank order,
-        its last axis exactly this rank's keys; or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable tensors of global indices.  With ``"ring"`` and ``"ulysses"`` a callable is
-        asked about the keys of all ranks, so that it must be the same rule on every rank.  What is
-        hidden must be finite all the same: 0 times NaN is NaN.  A constant: it gets no gradient.
-        On CUDA a bool mask is faster than an additive one, whose forward takes no fused kernel.
+        As there.  It gets no gradient.  On CUDA a bool mask is faster than an additive one, whose
+        forward uses no fused kernel.
     queries : str
-        ``"sharded"``, or ``"replicated"``: every rank holds all queries, gets out for all of them,
-        and computes the same loss from it, as where the text model is not spread.
-    layout : Layout, optional
-        From `Layout.agree`, to agree once for many calls.
+        As there.  With ``"replicated"`` every rank must compute the same loss.
     return_lse : bool
-        Whether to return lse, too.
+        Whether to return lse too.
     meter : Meter, optional
-        Is added to: messages, bytes, seconds; of the backward, too.
+        Adds up messages, bytes and seconds, of the backward too.
 
     Returns
     -------
     out : (B, H, s_q, D_V), q's dtype
-        Under autocast in its dtype, as `torch.nn.functional.scaled_dot_product_attention` has it.
+        Under autocast its dtype, as for `torch.nn.functional.scaled_dot_product_attention`.
     lse : (B, H, s_q), float32, or float64 where q is
-        With `return_lse`.  Natural log; -inf, with out = 0, where a query may attend to nothing.
+        With `return_lse`.  Natural log; -inf, with out = 0, where a query may attend to no key.
 
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, what was expected, what was given and the rank; on every rank alike,
-        before anything is sent, unless `layout` is given: then on the rank that misfits.
+        As `lvxattn.reference.cross_attention`.
     RuntimeError
-        A block did not come within the group's timeout, or another rank has ended: names this
-        rank, the block and the rank that it should have come from; its cause is what the group
-        said.  So does the backward.
+        In the forward or the backward: a block did not arrive within the group's timeout, or
+        another rank has ended.  Names this rank, the block and its source; the cause is the group's
+        error.
 
-    After that, or whatever else is raised later than the checks, as by a callable mask, blocks may
-    still be under way: do not use the group again.  End the program, as torchrun does when one of
-    its ranks ends, or at least make another group.
+    Notes
+    -----
+    After a RuntimeError, or any error raised later than the checks, as by a callable mask, messages
+    may be pending: do not use the group again.  End the program, as torchrun does when a rank ends,
+    or at least make another group.
+
+    Examples
+    --------
+    Here with one process; under ``torchrun --nproc-per-node 4`` the same runs on four.
+
+    >>> import torch
+    >>> from lvxattn.torch_impl import cross_attention
+    >>> q, k, v = (torch.ones(1, 2, s, 8, requires_grad=True) for s in (6, 50, 50))  # this rank's
+    >>> out = cross_attention(q, k, v)
+    >>> out.sum().backward()
+    >>> out.shape, v.grad.shape
+    (torch.Size([1, 2, 6, 8]), torch.Size([1, 2, 50, 8]))
     """
     comm = Group.of(group)
     dtype = autocast_dtype(q)
     q, k, v = (cast(x, dtype) for x in (q, k, v))
-    call = call_of(q, k, v, return_lse=return_lse)
-    layout = agreed(
-        q, k, v, comm, layout,
-        schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
+    return attend(
+        q, k, v, comm, layout, schedule=schedule, scale=scale, mask=mask, queries=queries,
+        return_lse=return_lse, meter=meter,
     )  # fmt: skip
-    given = q, k, v, mask, comm, layout, *passes(layout, comm), meter
-    out, lse = Attention.apply(*given)  # type: ignore[no-untyped-call]
-    return (out, lse) if return_lse else out
 
 
-def agreed(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     group: Group,
     layout: Layout | None,
+    made: Any = None,
     *,
     schedule: str,
     scale: float | None,
     mask: Tensor | MaskRule | None,
     queries: str,
-    call: str,
-) -> Layout:
-    """Return the layout given, checked against this rank's arguments, or agree on one."""
+    return_lse: bool,
+    meter: Meter | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Check the layout or agree on one, and apply `Attention`, which saves q, k and v or `made`."""
     if layout is None:
         layout = Layout.agree(
-            q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call
-        )
-        return replace(layout, pool=Pool(keeps=False))
-    layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries)
-    return layout
-
-
-def passes(layout: Layout, group: Group) -> tuple[Forward, Backward]:
-    """Return forward and backward of what the layout says; what they raise names this rank."""
-    forward, backward = FORWARD[layout.schedule], BACKWARD[layout.schedule]
-    if layout.queries == "replicated":
-        forward, backward = replicated, replicated_backward
-    named = group.named()
-    return named(forward), named(backward)
+            q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            call=call_of(q, k, v, return_lse=return_lse),
+        )  # fmt: skip
+        layout = replace(layout, pool=Pool(keeps=False))
+    else:
+        layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries)
+    given = q, k, v, mask, group, layout, SCHEDULE_FUNCTIONS[layout.way], meter, made
+    out, lse = Attention.apply(*given)  # type: ignore[no-untyped-call]
+    return (out, lse) if return_lse else out
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast wants on the device of x, or None where it is off."""
+    """Return the dtype of autocast on the device of x, or None where it is off."""
     if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
         return None
     if not torch.is_autocast_enabled(x.device.type):
@@ -175,14 +166,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return x in autocast's dtype, if that is one that it would be cast to for SDPA."""
+    """Return x in autocast's dtype if SDPA would cast it: if it is floating, but not float64."""
     if dtype is None or not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def call_of(*tensors: Tensor | None, return_lse: bool) -> str:
-    """Say what is called, in words that are equal on all ranks unless one would be left waiting."""
+    """Describe the call: ranks whose descriptions differ would wait for one another in vain."""
     wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
     name = "forward and backward" if wanted else "forward"
     return f"{name}, with lse" if return_lse else name

@@ -1,58 +1,46 @@
-"""How blocks move: every rank hands what it holds to the right and takes over from the left.
+"""How blocks travel round a ring: every rank sends to the right and receives from the left.
 
     hop 1     rank 0 --> 1 --> 2 --> 3 --+        after hop h a block is h places right of its
-              ^--------------------------+        owner; after P - 1 hops it has been everywhere
+              ^--------------------------+        owner; after P - 1 hops every rank has had it
 
-A `Rotation` is one kind of block going round: queries, or the results that follow them.  It has two
-buffers: while one is on its way to the right, the next block comes from the left into the other,
-and gloo's threads, or NCCL's stream, move both while the rank computes.  With NCCL the program
-never waits here: it only tells the device's stream to.
+A `Rotation` is one kind of block on its way round: queries, or the results that follow them.  It
+has two buffers: while one is sent to the right, the next block is received from the left into the
+other, and gloo's threads, or NCCL's stream, do both while the rank computes.  With NCCL the program
+never blocks here: waiting is queued on the device's stream.
 
-What a backward sends through the host's memory says which forward it belongs to, in 8 bytes at the
-end of every message: backwards in another order on some ranks would otherwise take one another's
-blocks, of the same shape, and return wrong gradients.  With NCCL nobody could read them without
-waiting for the device.
+In a backward every message that goes through host memory ends in 8 bytes, its stamp, which identify
+the forward.  If ranks ran their backwards in different orders, they would otherwise receive one
+another's blocks, of the same shape, and return wrong gradients.  With NCCL there are no stamps, as
+reading them would mean waiting for the device.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lvxattn.common.exchange_base import ExchangeBase, RotationBase
 from lvxattn.common.meter import Block, Meter
-from lvxattn.common.passes import Pass, Round
-from lvxattn.common.wire import NAMES, Kind
+from lvxattn.common.wire import NAMES, Kind, cut
 
 from .group import Group, over_cpu
 from .layout import Forwards, Layout
 from .merge import Array
 
 
-class Field(NamedTuple):
-    """Shape and dtype of one tensor of a block."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-# Those of a block by its owner.
-Fields = Callable[[int], list[Field]]
-
-
-class Exchange(Pass):
-    """One rank's traffic and work in one pass: made by the front door, given to a schedule.
+class Exchange(ExchangeBase):
+    """One rank's communication in one forward or backward; the front door passes it to a schedule.
 
     Parameters
     ----------
     group : Group
     layout : Layout
     q : Tensor
-        Tells the device.
+        Determines the device.
     mask : None, Tensor or callable
-        This rank's.
+        Of this rank's keys.
     meter : Meter, optional
         Counts what this rank sends.
     """
@@ -70,7 +58,7 @@ class Exchange(Pass):
         super().__init__(layout, mask, meter)
         self.group = group
         self.device, self.wide = q.device, getattr(torch, layout.accumulator)
-        # gloo takes tensors of the host only: blocks of a GPU are then copied there and back.
+        # gloo takes host memory only: blocks of a GPU are copied there and back.
         over_host = over_cpu(group, q.device)
         self.staged = q.device.type != "cpu" and over_host
         self.stamp: Array | None = None
@@ -87,19 +75,24 @@ class Exchange(Pass):
 
     @contextmanager
     def computing(self, hop: int = 0, what: str = "") -> Iterator[None]:
-        """Measure work on the block that is here at a hop, or on `what`, for the profiler too."""
+        """Measure and profile work on the block that is here at a hop, or on `what`."""
         block = Block(what or NAMES[self.layout.schedule][0], self.layout.owner(hop), hop)
         name = f"{self.layout.way}: hop {hop}, compute with {block.name}"
         with span(name, self.device), self.meter.computes(lambda: block):
             yield
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return a dtype by name."""
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+
     def check_stamp(self, stamp: Array, block: Block) -> None:
-        """Refuse a block of another forward than the one whose backward this is.
+        """Check that a block belongs to the forward that this backward differentiates.
 
         Raises
         ------
         RuntimeError
-            On this rank; the others end as after any exception.
+            On this rank only.
         """
         if self.stamp is None or torch.equal(stamp, self.stamp):
             return
@@ -107,23 +100,23 @@ class Exchange(Pass):
             Forwards.name(int.from_bytes(x.tolist(), "little")) for x in (self.stamp, stamp)
         )
         raise RuntimeError(
-            f"{self.group.name} met, in the backward of {mine}, {block}, of {its}: call the "
+            f"{self.group.name} received, in the backward of {mine}, {block} of {its}: call the "
             "backwards of several forwards in one order on all ranks, or one for the sum of "
             "their losses"
         )
 
     def finish(self) -> None:
-        """Wait until what this rank has sent is gone, so that its buffers are free again."""
+        """Wait for pending sends, so that their buffers are free again."""
         for rotation in self.rotations:
             rotation.wait_sent()
             for buffer in rotation.buffers:
                 self.layout.pool.give(buffer)
-        # They point back here: a circle would keep all buffers until Python looks for circles.
+        # They refer to this exchange: a cycle would keep all buffers until garbage collection.
         self.rotations.clear()
 
 
-class Rotation(Round):
-    """One kind of block going round the ring.
+class Rotation(RotationBase):
+    """One kind of block travelling round the ring.
 
     Attributes
     ----------
@@ -137,10 +130,10 @@ class Rotation(Round):
         super().__init__(exchange.layout, kind, hop)
         self.exchange = exchange
         layout, staged = exchange.layout, exchange.staged
-        self.nbytes = max(self._nbytes(owner) for owner in range(layout.size))
+        self.nbytes = max(kind.nbytes(layout, owner) for owner in range(exchange.P))
         device = torch.device("cpu") if staged else exchange.device
-        # In hand, and to be received into; a rank that is alone needs neither.
-        count = 2 if layout.size > 1 else 0
+        # The current block's, and the next block's; one rank needs neither.
+        count = 2 if exchange.P > 1 else 0
         self.stamp_nbytes = 0 if exchange.stamp is None else exchange.stamp.numel()
         room = self.nbytes + self.stamp_nbytes
         self.buffers = [layout.pool.take(room, device, pinned=staged) for _ in range(count)]
@@ -148,60 +141,55 @@ class Rotation(Round):
         self.receiving: list[dist.Work] = []
 
     def send(self, *arrays: Array) -> None:
-        """Send tensors to the right, and begin to receive the next block from the left."""
+        """Send tensors to the right, and start to receive from the left; nothing with one rank."""
         if self.exchange.P > 1:
             for view, x in zip(self._views(), arrays, strict=True):
-                view.copy_(x)  # in place: what was received there has been used
+                view.copy_(x)  # over the block received before, which has been used
             if self.exchange.stamp is not None:
-                end = self._nbytes(self.layout.owner(self.hop))
+                end = self._nbytes(self.hop)
                 self.buffers[0][end : end + self.stamp_nbytes] = self.exchange.stamp
-            self.forward()
+            self.pass_on()
 
-    def forward(self) -> None:
-        """Send on the block that was received last, and begin to receive the next one.
+    def pass_on(self) -> None:
+        """Send the current block to the right, and start to receive the next one.
 
-        The block that was received before it is overwritten from now on.
+        The next one overwrites the block before the current one.
         """
         layout = self.layout
-        in_hand, free = self.buffers
-        mine = self._nbytes(layout.owner(self.hop)) + self.stamp_nbytes
-        coming = self._nbytes(layout.owner(self.hop + 1)) + self.stamp_nbytes
-        # The block sent last left from `free`: until it is gone nothing may be received there.
+        current, free = self.buffers
+        outgoing = self._nbytes(self.hop) + self.stamp_nbytes
+        incoming = self._nbytes(self.hop + 1) + self.stamp_nbytes
+        # The block before was sent from `free`: nothing may be received there until it has left.
         self.wait_sent()
         self.hop += 1
-        self.exchange.meter.sent(mine, layout.right, self.leaving)
+        self.exchange.meter.sent(outgoing, layout.right, self.leaving)
         what = self.leaving().name
-        with span(f"{layout.way}: hop {self.hop}, post {what}", self.device):
-            self._post(in_hand[:mine], free[:coming])
-        self.buffers = [free, in_hand]
+        with span(f"{layout.way}: hop {self.hop}, post {what}", self.exchange.device):
+            self._post(current[:outgoing], free[:incoming])
+        self.buffers = [free, current]
 
     def receive(self) -> list[Array]:
-        """Wait for the next block, and return its tensors.
+        """Wait for the next block from the left, and return its tensors.
 
-        They are views of a buffer, good until the next but one block is sent.
+        They are views of a buffer, valid until the next but one block is sent.
         """
         layout = self.layout
         what = self.awaited().name
-        with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.device):
+        with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.exchange.device):
             self._wait_for(self.receiving, self.awaited)
-        end = self._nbytes(layout.owner(self.hop))
+        end = self._nbytes(self.hop)
         self.exchange.check_stamp(self.buffers[0][end : end + self.stamp_nbytes], self.awaited())
-        # Staged, the copy has to be done before the next block may come into the same memory.
-        return [x.to(self.device) for x in self._views()]
+        # A staged copy must be complete before the next block may overwrite the host memory.
+        return [x.to(self.exchange.device) for x in self._views()]
 
     def wait_sent(self) -> None:
-        """Wait until the block that was sent last is gone."""
+        """Wait until the last send is complete."""
         self._wait_for(self.sending, self.leaving)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the rank computes."""
-        return self.exchange.device
 
     def _post(self, block: Array, room: Array) -> None:
         group, layout = self.exchange.group.group, self.layout
-        # Both in one batch: NCCL would otherwise wait for the one before it starts the other.
-        # Empty blocks have nothing to wait for, and both ends know it.
+        # One batch: NCCL would otherwise finish the one before it starts the other.  Empty blocks
+        # are not sent, as both ends know.
         ends = (dist.isend, block, layout.right), (dist.irecv, room, layout.left)
         works = {
             op: dist.P2POp(op, x, group=group, group_peer=peer, tag=self.kind.tag)
@@ -211,10 +199,10 @@ class Rotation(Round):
         if not works:
             self.sending, self.receiving = [], []
             return
-        # What has ended a neighbour may show here first, and not by which of the two.
+        # The failure of a neighbour may show here first, without telling which of the two.
         with self.exchange.group.waiting(lambda: f"{self.awaited()}, or {self.leaving()}"):
             requests = dist.batch_isend_irecv(list(works.values()))
-        if len(requests) < len(works):  # NCCL gives one for the batch
+        if len(requests) < len(works):  # NCCL returns one for the batch
             self.sending = self.receiving = requests
         else:
             by_op = dict(zip(works, requests, strict=True))
@@ -228,30 +216,11 @@ class Rotation(Round):
         works.clear()
 
     def _views(self) -> list[Array]:
-        layout = self.layout
-        fields = self.kind.fields(layout, layout.owner(self.hop))
-        return cut(self.buffers[0], [Field(x.shape, getattr(torch, x.dtype)) for x in fields])
+        fields = self.kind.fields(self.layout, self.layout.owner(self.hop))
+        return cut(self.buffers[0], fields, self.exchange.dtype_of)
 
-    def _nbytes(self, owner: int) -> int:
-        return self.kind.nbytes(self.layout, owner)
-
-
-def cut(buffer: Array, fields: list[Field]) -> list[Array]:
-    """Return the tensors of a block that lies in a buffer of bytes, as views."""
-    views: dict[int, Array] = {}
-    start = 0
-    # Wide dtypes first, so that every tensor is aligned without gaps.
-    for i in sorted(range(len(fields)), key=lambda i: -fields[i][1].itemsize):
-        shape, dtype = fields[i]
-        stop = start + prod(shape) * dtype.itemsize
-        views[i] = buffer[start:stop].view(dtype).view(shape)
-        start = stop
-    return [views[i] for i in range(len(fields))]
-
-
-def nbytes(fields: list[Field]) -> int:
-    """Return how many bytes a block has."""
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in fields)
+    def _nbytes(self, hop: int) -> int:
+        return self.kind.nbytes(self.layout, self.layout.owner(hop))
 
 
 @contextmanager

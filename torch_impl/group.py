@@ -1,7 +1,7 @@
-"""The ranks that attend together: a process group, by the names that the shared checks use.
+"""Process groups, with the attributes of a communicator that the shared checks use.
 
-Whoever takes a `group` takes a process group, a one-dimensional DeviceMesh or None.  None is the
-world, or this process alone where torch.distributed was not initialised.
+A `group` argument is a process group, a one-dimensional DeviceMesh or None.  None is the world, or
+this process alone where torch.distributed is not initialised.
 """
 
 import os
@@ -19,20 +19,20 @@ from lvxattn.common.validation import instead_of
 
 T = TypeVar("T")
 
-# What a public function's `group` may be.
+# The type of the `group` argument of public functions.
 AnyGroup = Any  # dist.ProcessGroup | DeviceMesh | Group | None; mypy sees ProcessGroup as Any
 
 
 class Group:
-    """A process group as the ring sees it.
+    """The ranks of a process group.
 
-    It does not keep the process group alive: an autograd graph that did so until Python ends would
-    leave gloo's threads running into that end, and one of them might abort the process.
+    Holds a weak reference to it: if an autograd graph kept the process group alive until the
+    interpreter exits, gloo's threads could abort the process then.
 
     Attributes
     ----------
     rank, size : int
-        This rank's number within the group, and how many ranks there are.
+        The number of this rank within the group, and the number of ranks.
     """
 
     def __init__(self, group: Any) -> None:
@@ -41,11 +41,11 @@ class Group:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
-        """Return the same ranks: a copy of a module attends over them, too."""
+        """Return the same object: a copy of a module uses the same ranks."""
         return self
 
     def __reduce__(self) -> Any:
-        """Refuse to be pickled, as a process group does."""
+        """Raise a TypeError: process groups cannot be pickled."""
         raise TypeError(
             "group: a process group cannot be pickled; save the state_dict, or set the module's "
             "group to None before"
@@ -53,12 +53,12 @@ class Group:
 
     @property
     def group(self) -> Any:
-        """The process group, or None: this process alone.
+        """The process group, or None for this process alone.
 
         Raises
         ------
         RuntimeError
-            It has been destroyed.
+            The process group has been destroyed.
         """
         group = None if self._group is None else self._group()
         if group is None and self._group is not None:
@@ -67,12 +67,12 @@ class Group:
 
     @staticmethod
     def of(group: AnyGroup) -> "Group":
-        """Return the ranks that `group` stands for.  Not collective.
+        """Return the ranks of a `group` argument.  Not collective.
 
         Raises
         ------
         TypeError, ValueError
-            At once and on this rank: nobody can be asked over such a group.
+            On this rank only: no other rank can be reached over such a group.
         """
         if isinstance(group, Group):
             return group
@@ -106,24 +106,24 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Return how messages name this rank."""
+        """The name of this rank in messages."""
         return f"rank {self.rank} of {self.size}"
 
     def allgather(self, sendobj: T) -> list[T]:
-        """Give every rank the objects of all ranks, in rank order.
+        """Return the objects of all ranks, in rank order.
 
         Collective: every rank of the group calls this.
         """
         if self.size == 1:
             return [sendobj]
         gathered: list[Any] = [None] * self.size
-        with self.waiting(lambda: "what all ranks have to say"):
+        with self.waiting(lambda: "all ranks' objects to be gathered"):
             dist.all_gather_object(gathered, sendobj, self.group)
         return gathered
 
     @contextmanager
     def waiting(self, what: Callable[[], object]) -> Iterator[None]:
-        """Say what was waited for, should the group's timeout end the wait, or another rank."""
+        """Name what was waited for in an error of the group, such as a timeout or a lost rank."""
         try:
             yield
         except RuntimeError as error:
@@ -131,7 +131,7 @@ class Group:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Add a note of this rank to whatever is raised: it will end the others too."""
+        """Add a note of this rank to any exception."""
         try:
             yield
         except BaseException as error:
@@ -140,7 +140,7 @@ class Group:
 
 
 def over_cpu(group: Group, device: torch.device) -> bool:
-    """Return whether tensors of this device travel through the host's memory; meta ones do not.
+    """Return whether tensors of this device are sent through host memory.
 
     Raises
     ------

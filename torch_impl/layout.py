@@ -1,9 +1,10 @@
-"""Who holds what, for tensors: the shared layout, agreed on over a process group.
+"""The layout for tensors: which rank holds what, agreed on over a process group.
 
-It also keeps the buffers that blocks travel in, so that a layout that is used again costs neither
-small collectives nor allocations.
+It also keeps the buffers for blocks, so that a call with a layout needs neither small collectives
+nor allocations.
 """
 
+import sys
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -15,20 +16,30 @@ from lvxattn.common import layout as shared
 from lvxattn.common.handshake import agree_on
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.validation import check_here_or_together, is_array, library, on_rank
+from lvxattn.plan import choose
 
 from .group import AnyGroup, Group, over_cpu
-from .lazy import is_dtensor
 
-# Bytes that say which forward a block of a backward belongs to.
+# Bytes that identify the forward that a block of a backward belongs to.
 STAMP = 8
 
 
 @dataclass(frozen=True)
-class Layout(shared.Layout):
-    """What all ranks agreed on, seen from one of them.
+class Layout(choose.Layout):
+    """The distribution of queries and keys that all ranks agreed on, as one of them sees it.
 
-    Attributes are those of `lvxattn.reference.Layout`.  It may be used for any number of calls, one
-    at a time on a device's stream, as their buffers are the same.
+    Attributes are those of `lvxattn.reference.Layout`.  A layout may be used for any number of
+    calls, but only one at a time on a device's stream, as calls share its buffers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvxattn.torch_impl import Layout, cross_attention
+    >>> q, k, v = (torch.ones(1, 2, s, 8) for s in (6, 50, 50))  # this rank's
+    >>> layout = Layout.agree(q, k, v)
+    >>> layout.S_Q, layout.S_KV, layout.schedule
+    (6, 50, 'lv-xattn')
+    >>> out = cross_attention(q, k, v, layout=layout)
     """
 
     pool: "Pool" = field(default_factory=lambda: Pool(), compare=False, repr=False)
@@ -36,7 +47,7 @@ class Layout(shared.Layout):
     forward: int | None = field(default=None, compare=False, repr=False)
 
     def numbered(self) -> "Layout":
-        """Return the layout for the backward of the forward that is under way."""
+        """Return the layout for the backward of the current forward."""
         return replace(self, forward=self.forwards.number())
 
     @staticmethod
@@ -53,43 +64,32 @@ class Layout(shared.Layout):
         machine: Any = None,
         call: str = "forward",
     ) -> "Layout":
-        """Check all ranks' arguments together and lay out the ring.
+        """Check all ranks' arguments together, and return the layout.
 
-        Collective: every rank of the group calls this.  One all-gather of a few numbers, two where
-        a mask is a callable; when it raises, it raises the same error on every rank and nothing
-        else has been sent.
+        Collective: every rank of the group calls this.  It takes one all-gather of a few numbers,
+        two where a mask is a callable.  An error is raised on every rank alike, before anything
+        else is sent.
 
         Parameters
         ----------
-        q : (B, H, s_q, D)
-        k : (B, H_KV, s_kv, D)
-        v : (B, H_KV, s_kv, D_V)
-            This rank's shares; lengths may differ between ranks and may be 0.
-        group : ProcessGroup or DeviceMesh, optional
-            The world unless given.
+        q, k, v, group, scale, mask, queries
+            As in `cross_attention`.
         schedule : str
-            ``"lv-xattn"``, ``"ring"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the one that
-            sends the fewest bytes or, on a known machine, takes the least time.
-        scale : float, optional
-            ``1 / sqrt(D)`` unless given.
-        mask : None, tensor or callable
-            What this rank's keys look like to every query.
-        queries : str
-            ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+            As there; with `machine`, ``"auto"`` is the schedule that takes the least time.
         machine : lvxattn.plan.Machine, optional
-            Where the ranks are; rank 0's counts.
+            The machine that the ranks run on; rank 0's counts.
         call : str
-            What the layout is for, in words; must be equal on all ranks.
+            Description of the call; must be equal on all ranks.
 
         Returns
         -------
         Layout
-            Valid for any call on any tensors of these shapes and this dtype.
+            For any call on tensors of these shapes and this dtype.
 
         Raises
         ------
         ValueError, TypeError
-            Naming the argument, what was expected, what was given and the rank.
+            The message names the argument, what was expected, what was given and the rank.
         """
         comm = Group.of(group)
         records = agree_on(
@@ -111,12 +111,12 @@ class Layout(shared.Layout):
         mask: Tensor | MaskRule | None = None,
         queries: str = "sharded",
     ) -> None:
-        """Check that this rank's arguments fit what was agreed.  Not collective.
+        """Check that this rank's arguments fit the layout.  Not collective.
 
         Raises
         ------
         ValueError, TypeError
-            On this rank only: the others end by the group's timeout, or by their launcher.
+            On this rank only; the others are ended by the group's timeout, or by their launcher.
         """
         comm = Group.of(group)
         try:
@@ -127,37 +127,37 @@ class Layout(shared.Layout):
 
 
 class Forwards:
-    """Numbers the forwards of a layout: equal on all ranks, for each of them takes part in all.
+    """Numbers the forwards of a layout, equally on all ranks, as all take part in each forward.
 
     Parameters
     ----------
     agreed : int
-        When the layout was agreed on, in microseconds of rank 0's clock.
+        The time of agreement, in microseconds of rank 0's clock.
     """
 
     def __init__(self, agreed: int) -> None:
         self.agreed, self.count = agreed, 0
 
     def number(self) -> int:
-        """Return the next number, which no other layout has either; it fits into 8 bytes."""
+        """Return the next number, unique among all layouts; it fits into 8 bytes."""
         self.count += 1
         return self.agreed << 12 | self.count % (1 << 12)
 
     @staticmethod
     def name(number: int) -> str:
-        """Return how messages name a forward."""
+        """Return the name of a forward in messages."""
         agreed = datetime.fromtimestamp((number >> 12) / 1e6, UTC)
         return f"forward {number % (1 << 12)} of the layout of {agreed:%H:%M:%S.%f} UTC"
 
 
 class Pool:
-    """Buffers at rest, by size and device; a pass takes what it needs and gives it back.
+    """Free buffers, by size and device.
 
     Parameters
     ----------
     keeps : bool
-        Whether it keeps what it is given: not where a layout serves one call, whose graph would
-        hold the buffers until its backward.
+        Whether returned buffers are kept.  Not where a layout serves one call only: its graph would
+        keep them until the backward.
     """
 
     def __init__(self, *, keeps: bool = True) -> None:
@@ -165,7 +165,7 @@ class Pool:
         self.at_rest: dict[tuple[int, torch.device, bool], list[Tensor]] = {}
 
     def take(self, nbytes: int, device: torch.device, *, pinned: bool) -> Tensor:
-        """Return a buffer of bytes that nobody else has."""
+        """Return a buffer of bytes, and remove it from the pool."""
         buffers = self.at_rest.get((nbytes, device, pinned))
         if buffers:
             return buffers.pop()
@@ -174,7 +174,7 @@ class Pool:
             return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
 
     def give(self, buffer: Tensor) -> None:
-        """Take a buffer back."""
+        """Return a buffer to the pool."""
         if not self.keeps:
             return
         key = buffer.numel(), buffer.device, buffer.is_pinned()
@@ -182,37 +182,44 @@ class Pool:
 
 
 def shard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
-    """Return this rank's part of a tensor that every rank holds whole.  Not collective.
+    """Return this rank's part of a tensor that every rank has.  Not collective.
 
     Parameters
     ----------
     x : Tensor
     group : ProcessGroup or DeviceMesh, optional
-        The world unless given.
+        Default: the world.
     axis : int
-        The axis that is cut; the first ``length % P`` parts are one longer than the others.
+        The axis that is split; the first ``length % P`` parts are one longer than the others.
 
     Returns
     -------
     Tensor
         A view of x.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvxattn.torch_impl import shard
+    >>> shard(torch.ones(1, 2, 10, 8)).shape  # of one process
+    torch.Size([1, 2, 10, 8])
     """
     return shared.shard(x, Group.of(group), axis)
 
 
 def unshard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
-    """Join all ranks' parts, of any lengths, into the whole, which every rank must have room for.
+    """Return all ranks' parts, of any lengths, concatenated in rank order, on every rank.
 
-    Collective: every rank of the group calls this.  For looking at results: it carries no
-    gradients, and goes through the host's memory.
+    Collective: every rank of the group calls this.  For inspecting results: without gradients, and
+    through host memory.
 
     Parameters
     ----------
     x : Tensor
     group : ProcessGroup or DeviceMesh, optional
-        The world unless given.
+        Default: the world.
     axis : int
-        The axis along which the parts follow one another in rank order.
+        The axis of concatenation.
 
     Returns
     -------
@@ -222,7 +229,15 @@ def unshard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
     Raises
     ------
     ValueError, TypeError
-        On every rank, when the parts differ in dtype or in another axis, or are no tensors.
+        On every rank, where parts differ in dtype or in another axis, or are not tensors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvxattn.torch_impl import shard, unshard
+    >>> x = torch.arange(10.0).reshape(1, 1, 10, 1)
+    >>> torch.equal(unshard(shard(x)), x)
+    True
     """
     comm, part = Group.of(group), x.detach().cpu() if isinstance(x, Tensor) else x
     whole: Tensor = shared.unshard(part, comm, axis)
@@ -231,12 +246,12 @@ def unshard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:
 
 
 def check_tensors(q: Any, k: Any, v: Any, mask: Any, group: Group) -> None:
-    """Check what only tensors can get wrong; what is no array is left to the shared checks.
+    """Check the properties that only tensors have; `lvxattn.common.validation` checks the rest.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what was given.
+        The message names the argument, what was expected and what was given.
     """
     check_kind("q", q)
     arrays = {"q": q, "k": k, "v": v}
@@ -251,13 +266,13 @@ def check_tensors(q: Any, k: Any, v: Any, mask: Any, group: Group) -> None:
 
 
 def check_kind(name: str, x: Any) -> None:
-    """Refuse the arrays of other libraries; what is no array is left to the shared checks."""
+    """Check that `x`, if an array, is a tensor."""
     if is_array(x) and not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch tensor, got {type(x).__name__} of {library(x)}")
 
 
 def check_tensor(name: str, x: Any, q: Any, of: str = "q") -> None:
-    """Check that `x`, if a tensor, is a plain one on the device of `q`, which is argument `of`."""
+    """Check that `x`, if a tensor, is a plain one on the device of `q`, the argument named `of`."""
     if not isinstance(x, Tensor):
         return
     if is_dtensor(x):
@@ -270,3 +285,9 @@ def check_tensor(name: str, x: Any, q: Any, of: str = "q") -> None:
         raise TypeError(f"{name}: expected a strided tensor, got {kind}")
     if isinstance(q, Tensor) and x.device != q.device:
         raise ValueError(f"{name}: expected {of}'s device {q.device}, got {x.device}")
+
+
+def is_dtensor(x: Any) -> bool:
+    """Return whether x is a DTensor, without importing that class, which takes seconds."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(x, tensors.DTensor)

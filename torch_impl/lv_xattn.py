@@ -1,24 +1,27 @@
-r"""LV-XAttn: keys and values stay, the short query blocks go round the ring.
+r"""LV-XAttn: keys and values stay, the short query blocks travel round the ring.
 
-Forward.  A rank attends from every visiting block to its own keys; its partial
-result follows it one hop behind, is merged on the way and ends at home.  Rank r, P = 4:
+Forward.  A rank attends to its own keys, from its own queries and from every visiting block.  The
+partial result follows its block one hop behind, is merged on the way and ends at home.  Rank r of
+P = 4:
 
-    hop        0 (home)      1           2           3           home again
-    q block    r, 1st part   r-1         r-2         r-3         r, 2nd part
-    sends      q of r        q of r-1    q of r-2    -           -
-    and                      result r-1  result r-2  result r-3  -
-    receives   q of r-1      q of r-2    q of r-3    result r
-                             result r-2  result r-3
+    hop              0 (home)    1           2           3           home again
+    q block          r           r-1         r-2         r-3         r
+    keys             1st half    all         all         all         2nd half
+    sends            q of r      q of r-1    q of r-2    -           -
+    and                          result r-1  result r-2  result r-3  -
+    receives, for    q of r-1    q of r-2    q of r-3    result r
+    the next hop                 result r-2  result r-3
 
-Queries make P - 1 hops and results P - 1, as few as an all-gather and a reduce-scatter would need.
-Work on the rank's own block is cut in two, so that the first hop of the queries and the last hop of
-the results have something to hide behind.
+Queries make P - 1 hops and results P - 1, as few as an all-gather and a reduce-scatter need.  For
+its own queries a rank cuts its own *keys* in two: attention to the first half overlaps with the
+first transfer of queries, attention to the second half with the last transfer of results.  One
+rank alone has all keys in the first half.
 
-Backward.  delta = rowsum(dout * out) - dlse is computed once, at home, so that out need not travel;
-q, dout, lse and delta go round, dq follows as the result did, dk and dv are summed where the keys
-are.
+Backward.  delta = rowsum(dout * out) - dlse is computed once, at home, so that out need not travel.
+q, dout, lse and delta travel round the ring, dq follows as the result did, and dk and dv are summed
+where the keys are.
 
-Source: arXiv:2502.02406, algorithm 1; hops and the cut are this project's.
+Source: arXiv:2502.02406, algorithm 1.  The hop order and the key cut are not in the paper.
 """
 
 import torch
@@ -35,39 +38,40 @@ def lv_xattn(
 ) -> tuple[Array, Array, Array]:
     """Attend from this rank's queries to all ranks' keys.
 
-    Collective: every rank calls this.  Arguments come from `cross_attention`; what is returned is a
-    partial result over all keys: out, top and total.
+    Collective: every rank calls this.  Arguments come from `cross_attention`.  Returns (out, top,
+    total), merged over all ranks' keys.
     """
+    # Partial results first leave at hop 1.
     queries, partials = exchange.rotation(QUERIES), exchange.rotation(PARTIALS, start=1)
-    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_keys(k_shard, v_shard)
     P, scale = exchange.P, exchange.scale
 
-    # 1. Send my queries on; the first part of my own work hides their way.
+    # 1. Send my queries; attention to the first half of my keys overlaps with the transfer.
     queries.send(q)
     with exchange.computing(hop=0):
         mine = partial_attention(q, k1, v1, scale=scale, mask=mask1)
 
     for hop in range(1, P):
-        # 2. Take over a visiting block, and send it on before working on it.
+        # 2. Receive a visiting block, and pass it on before computing with it.
         (q_block,) = queries.receive()
         if hop < P - 1:
-            queries.forward()
+            queries.pass_on()
         # 3. Attend from the visiting queries to my keys.
         with exchange.computing(hop):
-            part = partial_attention(
-                q_block, k_shard, v_shard, scale=scale, mask=exchange.view(hop)
+            partial = partial_attention(
+                q_block, k_shard, v_shard, scale=scale, mask=exchange.mask_view(hop)
             )
-        # 4. Merge with what the ranks before me found, and send it after the block.
+        # 4. Merge with the result of the ranks before, and send it after the block.
         if hop > 1:
-            part = merge_partials(*part, *partials.receive())
-        partials.send(*part)
+            partial = merge_partials(*partial, *partials.receive())
+        partials.send(*partial)
 
     if P > 1:
-        # 5. The rest of my own work hides the way home of its result.
+        # 5. Attend to the second half of my keys while the result for my queries comes home.
         with exchange.computing(hop=0):
             rest = partial_attention(q, k2, v2, scale=scale, mask=mask2)
         mine = merge_partials(*mine, *rest)
-        # 6. Merge with what all the others found for my queries.
+        # 6. Merge with the other ranks' result for my queries.
         mine = merge_partials(*mine, *partials.receive())
     return mine
 
@@ -78,43 +82,43 @@ def lv_xattn_backward(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Differentiate `lv_xattn`.
 
-    Collective: every rank calls this.  delta (`delta_of`) takes the place of out and dlse; dk and
-    dv are those of my keys, summed over all queries.
+    Collective: every rank calls this.  delta (from `delta_of`) replaces out and dlse.  Returns dq,
+    and dk and dv of this rank's keys, summed over all queries.
     """
     blocks, gradients = exchange.rotation(QUERY_BLOCKS), exchange.rotation(QUERY_GRADIENTS, start=1)
-    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_home(k_shard, v_shard)
+    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_keys(k_shard, v_shard)
     P, scale = exchange.P, exchange.scale
 
-    # 1. Send my block on; the first part of my own work hides its way.
+    # 1. Send my block; work on the first half of my keys overlaps with the transfer.
     blocks.send(q, dout, lse, delta)
     with exchange.computing(hop=0):
         dq, dk, dv = block_attention_backward(
             dout, q, k1, v1, lse, delta, scale=scale, mask=mask1,
-            dtype=k_shard.dtype if P == 1 else exchange.wide,  # alone, nothing is added to them
+            dtype=k_shard.dtype if P == 1 else exchange.wide,  # one rank: nothing is added
         )  # fmt: skip
     if P > 1:
         dk, dv = lengthen(dk, k_shard), lengthen(dv, v_shard)
 
     for hop in range(1, P):
-        # 2. Take over a visiting block, and send it on before working on it.
+        # 2. Receive a visiting block, and pass it on before computing with it.
         q_block, dout_block, lse_block, delta_block = blocks.receive()
         if hop < P - 1:
-            blocks.forward()
-        # 3. Differentiate the visitor's attention to my keys; dk and dv are added to in place.
+            blocks.pass_on()
+        # 3. Differentiate the visiting queries' attention to my keys, adding to dk and dv.
         with exchange.computing(hop):
-            part, dk_part, dv_part = block_attention_backward(
+            dq_block, dk_block, dv_block = block_attention_backward(
                 dout_block, q_block, k_shard, v_shard, lse_block, delta_block,
-                scale=scale, mask=exchange.view(hop),
+                scale=scale, mask=exchange.mask_view(hop),
             )  # fmt: skip
-        dk += dk_part
-        dv += dv_part
-        # 4. Add to it what the ranks before me found, and send it after the block.
+        dk += dk_block
+        dv += dv_block
+        # 4. Add the gradient from the ranks before, and send it after the block.
         if hop > 1:
-            part += gradients.receive()[0]
-        gradients.send(part)
+            dq_block += gradients.receive()[0]
+        gradients.send(dq_block)
 
     if P > 1:
-        # 5. The rest of my own work hides the way home of its gradient.
+        # 5. Work on the second half of my keys while the gradient of my queries comes home.
         with exchange.computing(hop=0):
             rest, dk2, dv2 = block_attention_backward(
                 dout, q, k2, v2, lse, delta, scale=scale, mask=mask2
@@ -122,11 +126,11 @@ def lv_xattn_backward(
         dq += rest
         dk[:, :, exchange.layout.home_cut :] += dk2
         dv[:, :, exchange.layout.home_cut :] += dv2
-        # 6. Add what all the others found for my queries.
+        # 6. Add the other ranks' gradient of my queries.
         dq += gradients.receive()[0]
     return dq, dk, dv
 
 
-def lengthen(part: Array, whole: Array) -> Array:
-    """Return the gradient of the first keys with zeros for all that follow in `whole`."""
-    return torch.nn.functional.pad(part, (0, 0, 0, whole.shape[2] - part.shape[2]))
+def lengthen(first: Array, like: Array) -> Array:
+    """Return the gradient of the first keys, padded with zeros to the length of all keys."""
+    return torch.nn.functional.pad(first, (0, 0, 0, like.shape[2] - first.shape[2]))

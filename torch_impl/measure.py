@@ -1,4 +1,4 @@
-"""How fast this machine is under PyTorch: the probes of `lvxattn.plan.measure`."""
+"""The probes of `lvxattn.plan.measure` in PyTorch."""
 
 import os
 import socket
@@ -28,33 +28,37 @@ def measure(
     device: torch.device | str = "cpu",
     name: str = "here",
 ) -> Machine:
-    """Measure this machine, in a few seconds: what `auto` and the plan's seconds rest on.
+    """Measure this machine in a few seconds, for ``schedule="auto"`` and the planner.
 
     Collective: every rank of the group calls this.
 
     Parameters
     ----------
-    group : optional
-        The world unless given.
+    group : ProcessGroup or one-dimensional DeviceMesh, optional
+        Default: the world.
     H, H_KV, D : int
-        The heads of the problems to come, and their width; as many of keys as of queries unless
-        given.
+        The numbers of heads and their width in the problems to come; default of H_KV: H.
     dtype : str
         Of q, k and v.
     device : torch.device
-        Where this rank computes.
+        The device of this rank.
     name : str
-        The machine's.
+        Of the machine.
 
     Returns
     -------
     lvxattn.plan.Machine
-        The same on all ranks; `Machine.save` keeps it.
+        The same on all ranks; `Machine.save` writes it to a file.
 
     Raises
     ------
     ValueError
-        There are no such problems; the same on all ranks.
+        There are no such problems; raised on all ranks.
+
+    Examples
+    --------
+    >>> from lvxattn.torch_impl import measure
+    >>> machine = measure()  # doctest: +SKIP
     """
     ranks, shape = Group.of(group), (H, H if H_KV is None else H_KV, D)
     return measure_with(ranks, Probe(ranks, shape, dtype, torch.device(device)), name)
@@ -73,7 +77,7 @@ class Probe:
 
     @property
     def room(self) -> float:
-        """Bytes of this rank's device, or its share of the host's memory."""
+        """The memory of the rank's device, or its share of the host's, in bytes."""
         hosts = self.group.allgather(socket.gethostname())
         if self.device.type != "cpu":
             return float(torch.cuda.get_device_properties(self.device).total_memory)
@@ -82,13 +86,13 @@ class Probe:
 
     @property
     def device_name(self) -> str:
-        """Where this rank computes."""
+        """The name of the device that this rank computes on."""
         if self.device.type == "cpu":
             return f"CPU, {len(os.sched_getaffinity(0))} cores"
         return f"GPU {torch.cuda.get_device_name(self.device)}"
 
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
-        """Return one block's attention."""
+        """Return a function that computes the attention of one block."""
         H, H_KV, D = self.shape
         q, k, v = (
             torch.randn(D, device=self.device).to(getattr(torch, self.dtype)).repeat(1, heads, s, 1)
@@ -102,7 +106,7 @@ class Probe:
         return attend
 
     def call(self) -> Callable[[], None]:
-        """Return both passes, alone."""
+        """Return a function that runs forward and backward with one rank."""
         H, H_KV, D = self.shape
         dtype, alone = getattr(torch, self.dtype), Group(None)
         q, k = (torch.zeros(1, n, 1, D, dtype=dtype, device=self.device) for n in (H, H_KV))
@@ -117,7 +121,7 @@ class Probe:
         return both
 
     def copy(self, nbytes: int) -> Callable[[], None]:
-        """Return a copy."""
+        """Return a function that copies an array."""
         x = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
         def copy() -> None:
@@ -127,7 +131,7 @@ class Probe:
         return copy
 
     def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
-        """Return one message to the right and one from the left."""
+        """Return a function that sends a message to the right and receives one from the left."""
         group = self.group.group
         home = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         there, here = (x.cpu() if self.staged else x.clone() for x in (home, home))

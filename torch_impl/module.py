@@ -1,6 +1,6 @@
-"""Cross-attention as a module, as people put it into a model and train it."""
+"""Cross-attention as a module for models."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -10,25 +10,25 @@ from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import check_here_or_together
 
+from .autograd import not_compiled
 from .group import AnyGroup, Group, over_cpu
-from .layout import Layout, check_tensor
-from .lazy import local, not_compiled
+from .layout import Layout, check_tensor, is_dtensor
 from .recompute import cross_attention_layer
 
 # Dtypes whose sums are taken in float64.
 _DOUBLE = torch.float64, torch.complex128
-# More sparse axes than any sparse gradient has: where ranks differ, it is dense.
+# Larger than any number of sparse axes: where ranks differ, the sum is dense.
 _DENSE = 1 << 16
 
 
 class CrossAttention(nn.Module):
-    """Attend from text to visual features that are spread over ranks.
+    """Cross-attention from text to visual features that are sharded over ranks.
 
         q = x W_q     k, v = features W_k, features W_v     out = attention(q, k, v) W_o
 
-    Argument names are those of `torch.nn.MultiheadAttention` where they mean the same.  Weights are
-    equal on all ranks, and each rank's gradients of them are partial sums: `sum_gradients` adds
-    them up.
+    Arguments are named as in `torch.nn.MultiheadAttention` where they mean the same.  Weights must
+    be equal on all ranks, and each rank's gradients of them are partial sums, which `sum_gradients`
+    adds up.
 
     Parameters
     ----------
@@ -37,28 +37,37 @@ class CrossAttention(nn.Module):
     num_heads : int
         H, the number of query heads.
     num_kv_heads : int, optional
-        H_KV, the number of key-value heads, a divisor of `num_heads`; as many unless given.
+        H_KV, the number of key-value heads, a divisor of `num_heads`; default: `num_heads`.
     kv_dim : int, optional
-        E_V, the width of the visual features; `embed_dim` unless given.
+        E_V, the width of the visual features; default: `embed_dim`.
     head_dim : int, optional
-        D, the width of a head; ``embed_dim // num_heads`` unless given.
+        D, the width of a head; default: ``embed_dim // num_heads``.
     bias : bool
         Whether the four projections have biases.
     group : ProcessGroup or one-dimensional DeviceMesh, optional
-        The ranks that the features are spread over; the world at the time of a call unless given.
+        The ranks that the features are sharded over; default: the world at the time of a call.
     recompute_kv : bool
-        Keep x, the features, out and lse for the backward, and call the projections again for
-        queries, keys and values: all layers of a model keep the same features, once.  Gradients are
-        the same, whatever the projections have become, as by adapters.
+        Whether the backward recomputes queries, keys and values from x and the features.  Then only
+        these, out and lse are saved, and the features, which all layers of a model share, only
+        once.  The projections may be replaced by any modules, such as adapters.
     dropout : float
-        Only 0: attention over shards cannot drop out as one process would.
+        Must be 0: dropout over shards would differ from that of one process.
     device, dtype
         Of the weights, as for any module.
 
     Raises
     ------
     ValueError
-        Sizes that do not fit, or dropout.
+        Sizes do not fit, or dropout is not 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvxattn.torch_impl import CrossAttention
+    >>> layer = CrossAttention(32, num_heads=4, kv_dim=24)
+    >>> x, features = torch.ones(1, 6, 32), torch.ones(1, 50, 24)  # this rank's
+    >>> layer(x, features).shape
+    torch.Size([1, 6, 32])
     """
 
     def __init__(
@@ -124,7 +133,7 @@ class CrossAttention(nn.Module):
         queries: str = "sharded",
         meter: Meter | None = None,
     ) -> Tensor:
-        """Attend from this rank's text to all ranks' features.
+        """Compute the attention from this rank's text to all ranks' features.
 
         Collective: every rank of the group calls this, and its backward.
 
@@ -136,7 +145,7 @@ class CrossAttention(nn.Module):
             This rank's visual features.
         mask, layout, schedule, queries, meter
             As in `cross_attention`.  With ``queries="replicated"`` the gradients of q_proj and
-            out_proj are whole on every rank: call `sum_gradients` for k_proj and v_proj alone.
+            out_proj are complete on every rank: call `sum_gradients` for k_proj and v_proj only.
 
         Returns
         -------
@@ -151,12 +160,12 @@ class CrossAttention(nn.Module):
             x, features, self._make_kv, self.group, make_q=self._make_q,
             recompute=self.recompute_kv, **options,
         )  # fmt: skip
-        joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return joined
+        rows = out.transpose(1, 2).flatten(2)  # (B, s_q, H D)
+        return cast(Tensor, self.out_proj(rows))  # (B, s_q, E)
 
     @not_compiled
     def _check(self, x: Tensor, features: Tensor, *, together: bool) -> None:
-        """Check what the projections are given; collective where `together`."""
+        """Check the arguments of the projections; collective where `together`."""
         check_here_or_together(
             lambda: self._check_alone(x, features), Group.of(self.group), together=together
         )
@@ -187,7 +196,7 @@ class CrossAttention(nn.Module):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, s, D)
 
     def extra_repr(self) -> str:
-        """Say what the projections do not show."""
+        """Return the attributes that the projections do not show."""
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, recompute_kv={self.recompute_kv}"
@@ -196,36 +205,43 @@ class CrossAttention(nn.Module):
 
 @torch.no_grad()
 def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
-    """Add up the gradients of a module's parameters over the ranks, in place.
+    """Sum the gradients of a module's parameters over the ranks, in place.
 
-    Collective: every rank of the group calls this, once a step, after the backward.  The sum is
-    taken in float32, or float64 for float64 and complex128, in one all-reduce for each of the two.
-    A parameter that has a gradient on any rank gets the sum on all: a sparse one, as
-    ``nn.Embedding(sparse=True)`` makes it, where all gradients of it are sparse.  On the way it
-    takes the room of a dense one.
+    Collective: every rank of the group calls this, once per step, after the backward.  The sum is
+    taken in float32, or float64 for float64 and complex128, by one all-reduce for each of the two.
+    A parameter that has a gradient on any rank gets the sum on all.  The sum is sparse, as of
+    ``nn.Embedding(sparse=True)``, where all gradients are; it takes the memory of a dense one while
+    it is computed.
 
-    Every parameter is taken to be a partial sum on each rank, as it is when each rank's loss is its
-    share of the whole: sum over its own tokens, divided by all ranks' number of tokens.  Parameters
-    whose gradients are whole on every rank (those behind ``queries="replicated"``) do not belong
-    here: give the module that holds the others.
+    Each rank's gradients must be partial sums, as they are where its loss is the sum over its own
+    tokens divided by the number of tokens of all ranks.  Parameters whose gradients are complete on
+    every rank (those behind ``queries="replicated"``) must not be in the module.
 
     Parameters
     ----------
     module : torch.nn.Module
     group : ProcessGroup or one-dimensional DeviceMesh, optional
-        The world unless given.
+        Default: the world.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvxattn.torch_impl import CrossAttention, sum_gradients
+    >>> layer = CrossAttention(32, num_heads=4)
+    >>> layer(torch.ones(1, 6, 32), torch.ones(1, 50, 32)).sum().backward()
+    >>> sum_gradients(layer)  # with several ranks after every backward
     """
     comm = Group.of(group)
     if comm.size == 1:
         return
-    # All of them, for ranks may differ in what they have frozen.
+    # All parameters: ranks may differ in which ones are frozen.
     parameters = list(module.parameters())
     if not parameters:
         return
     device = parameters[0].device
     wire = torch.device("cpu") if over_cpu(comm, device) else device
     held = torch.tensor([_kind(p.grad) for p in parameters], dtype=torch.int32, device=wire)
-    with comm.waiting(lambda: "all ranks to say which gradients they have"):
+    with comm.waiting(lambda: "all ranks to report which gradients they have"):
         dist.all_reduce(held, dist.ReduceOp.MAX, comm.group)
     summed = [(p, kind) for p, kind in zip(parameters, held.tolist(), strict=True) if kind]
     for wide in (torch.float32, torch.float64):
@@ -233,8 +249,8 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
         if not part:
             continue
         grads = [_dense(p) for p, _ in part]
-        # A DTensor, as fully_shard makes them along another dimension of a mesh, has a part here.
-        parts = [local(g) for g in grads]
+        # The local part of DTensors, which fully_shard makes along another dimension of a mesh.
+        parts = [cast(Any, g).to_local() if is_dtensor(g) else g for g in grads]
         numbers = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in parts]
         flat = torch.cat([g.to(wire, wide).flatten() for g in numbers])
         with comm.waiting(lambda: "all ranks' gradients of the weights"):
@@ -254,7 +270,7 @@ def _kind(grad: Tensor | None) -> int:
 
 
 def _dense(p: Tensor) -> Tensor:
-    """Return a parameter's gradient, itself if it is dense."""
+    """Return a parameter's gradient as a dense tensor; the gradient itself if it is dense."""
     if p.grad is None:
         return torch.zeros_like(p)
     return p.grad if p.grad.layout == torch.strided else p.grad.to_dense()

@@ -1,19 +1,20 @@
-r"""A cross-attention layer that forgets its keys and values, and makes them again in the backward.
+r"""Checkpointing: a cross-attention layer that recomputes keys and values in its backward.
 
     k, v = make_kv(y)     out, lse = cross_attention(q, k, v)
 
-All cross-attention layers of a model read the same visual features y, so a layer that keeps only
-q, y, out and lse keeps y once for the whole model, where keys and values would be kept for every
-layer.  The backward calls make_kv again, whatever that does.  Where it projects, that costs two
-matrix products, and gradients go on from dk and dv as
+All cross-attention layers of a model read the same visual features y.  A layer that saves q, y, out
+and lse saves y once for the whole model; keys and values would be saved for every layer.  The
+backward calls make_kv again.  Where that projects y, this costs two matrix products, and gradients
+follow from dk and dv by
 
     k = y W_k     v = y W_v     dy = dk W_k^T + dv W_v^T     dW_k = y^T dk     dW_v = y^T dv
 
 Gradients of the weights are this rank's partial sums: add them up over the ranks, once a step.
 
-Here autograd goes back, through make_kv too, and `torch.utils.checkpoint` calls that again, with
-the forward's autocast and random numbers.  So its parameters get their gradients, its hooks run and
-what it computes on the way is not kept, as in any checkpointed part of a model.
+The steps are those of the other implementations; the code is not.  Here autograd runs the backward,
+that of make_kv included, and `torch.utils.checkpoint` calls make_kv again with the forward's
+autocast and random numbers.  So its parameters get gradients, its hooks run and its intermediate
+results are not saved, as in any checkpointed part of a model.
 
 Source: arXiv:2502.02406, section 3.3.
 """
@@ -35,11 +36,10 @@ from lvxattn.common.validation import (
     forms,
 )
 
-from .autograd import Attention
-from .cross_attention import agreed, autocast_dtype, call_of, cast, passes
+from .autograd import not_compiled
+from .cross_attention import attend, autocast_dtype, cast
 from .group import AnyGroup, Group
 from .layout import Layout, check_tensors
-from .lazy import not_compiled
 
 MakeKV = Callable[[Any], tuple[Tensor, Tensor]]
 
@@ -71,27 +71,27 @@ def cross_attention_layer(
     return_lse: bool = False,
     meter: Meter | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Make keys and values of visual features, attend to them, and forget them.
+    """Compute keys and values from visual features, attend to them, and do not save them.
 
-    Collective: every rank of the group calls this.  Differentiable, once, with respect to q, y and
-    all parameters that `make_kv` uses; its backward is collective too.
+    Collective: every rank of the group calls this, and its backward.  Differentiable, once, with
+    respect to q, y and all parameters that `make_kv` uses.
 
     Parameters
     ----------
     q : (B, H, s_q, D)
         This rank's queries; all of them where queries are replicated.
     y : (B, s_kv, E_V)
-        This rank's visual features, or whatever else `make_kv` takes.
+        This rank's visual features, or any other argument of `make_kv`.
     make_kv : callable
         ``make_kv(y) -> (k, v)``, of shapes (B, H_KV, s_kv, D) and (B, H_KV, s_kv, D_V).  The
         backward calls it again, as `torch.utils.checkpoint.checkpoint` does: hooks run again, and
-        it has to make the same, of the same weights.  What counts its calls does not, such as a
-        spectral norm in training, which takes another step of its power iteration.
+        it must return the same from the same weights.  A function with state that each call changes
+        does not, such as spectral norm in training.
     make_q : callable, optional
-        Makes the queries of what is given as q.  They are then made again, too, and q is kept: for
-        text features, which other parts of a model keep in any case.
+        Computes the queries from the argument q, such as text features, which other parts of a
+        model save in any case.  The queries are then recomputed too, and q is saved.
     recompute : bool
-        False keeps keys and values, and calls nothing again.  Ranks may differ.
+        Whether to recompute; False saves keys and values.  Ranks may differ.
     group, schedule, scale, mask, queries, layout, return_lse, meter
         As in `cross_attention`.
 
@@ -104,15 +104,29 @@ def cross_attention_layer(
     Raises
     ------
     ValueError, TypeError, RuntimeError
-        As `cross_attention`, for make_kv too, and what that raises; and from the backward, on the
-        rank where make_kv makes others than in the forward, or has used other weights or weights
-        that were changed in place, as those of `torch.func.functional_call` are.
+        As `cross_attention`, and for the return value of make_kv; also what make_kv raises.  From
+        the backward, on this rank only, where make_kv returns other shapes or dtypes than in the
+        forward, or has used other weights, or weights that were changed in place, as by
+        `torch.func.functional_call`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvxattn.torch_impl import cross_attention_layer
+    >>> q, y = torch.ones(1, 2, 6, 8), torch.ones(1, 50, 3)  # this rank's
+    >>> project = torch.nn.Linear(3, 2 * 8)
+    >>> def make_kv(y):
+    ...     heads = project(y).unflatten(2, (2, 8)).transpose(1, 2)
+    ...     return heads, heads
+    >>> cross_attention_layer(q, y, make_kv).sum().backward()
+    >>> project.weight.grad.shape
+    torch.Size([16, 3])
     """
     comm = Group.of(group)
     before: list[tuple[Forms, _Leaves]] = []
 
     def make(x: Tensor, y: Any) -> Any:
-        """Return q, k and v, saved; the forward calls this, and the backward again."""
+        """Return q, k and v, saved; called by the forward, and again by the backward."""
         again, together = bool(before), layout is None and not before
 
         def both() -> tuple[Tensor, Any]:
@@ -143,45 +157,40 @@ def cross_attention_layer(
             raise TypeError(f"q: expected a torch tensor, got {type(q).__name__}")
         check_tensors(q, k, v, None, comm)
 
-    # 1. Make keys and values.
+    # 1. Compute keys and values.
     q, k, v = checkpoint(make, q, y, use_reentrant=False) if recompute else make(q, y)
-    # 2. Attend to them; with the end of this call they are forgotten.
-    call = call_of(q, k, v, return_lse=return_lse)
-    layout = agreed(
-        q, k, v, comm, layout,
-        schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
+    # 2. Attend to them; they are freed at the end of this call.
+    # 3. Recompute them, and differentiate the attention.
+    return attend(
+        q, k, v, comm, layout, q.grad_fn, schedule=schedule, scale=scale, mask=mask,
+        queries=queries, return_lse=return_lse, meter=meter,
     )  # fmt: skip
-    given = q, k, v, mask, comm, layout, *passes(layout, comm), meter
-    # 3. Make again what was forgotten, and go back through the attention.
-    out, lse = Attention.apply(*given, q.grad_fn)  # type: ignore[no-untyped-call]
-    return (out, lse) if return_lse else out
 
 
 class Made(torch.autograd.Function):
-    """Pass q, k and v on, saved: in a checkpoint that means that they are made again when read.
+    """Return q, k and v unchanged, but save them: in a checkpoint, reading them recomputes them.
 
-    The attention stands outside of the checkpoint, so that it is not computed again, and reads what
-    it needs from here.
+    The attention is outside of the checkpoint, so that it is not recomputed, and reads them here.
     """
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Save them."""
+        """Save the tensors."""
         ctx.save_for_backward(*tensors)
         return tensors
 
     @staticmethod
     def backward(_: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        """Pass gradients on."""
+        """Return the gradients unchanged."""
         return grads
 
 
-# Tensors in which a graph's gradients end, and the versions of their data.
+# The leaves of a graph, where gradients are accumulated, and the versions of their data.
 _Leaves = dict[Tensor, int]
 
 
 def _leaves_of(made: Iterable[Tensor], given: Iterable[Any]) -> _Leaves:
-    """Return the leaves of the graph that leads from what was given to what was made of it."""
+    """Return the leaves of the graph from the arguments of make_kv to its return value."""
     leaves: _Leaves = {}
     nodes: list[Any] = [x.grad_fn for x in made]
     seen = {None, *(x.grad_fn for x in given if isinstance(x, Tensor))}
@@ -197,12 +206,12 @@ def _leaves_of(made: Iterable[Tensor], given: Iterable[Any]) -> _Leaves:
 
 
 def _check_leaves(before: _Leaves, after: _Leaves, comm: Group) -> None:
-    """Refuse to go back through others than the forward has used: those would get its gradients.
+    """Check that the leaves are those of the forward: others would get its gradients.
 
     Raises
     ------
     RuntimeError
-        On this rank alone.
+        On this rank only.
     """
     other = [tuple(x.shape) for x in before.keys() ^ after.keys()]
     changed = [tuple(x.shape) for x in before.keys() & after.keys() if before[x] != after[x]]

@@ -1,14 +1,13 @@
 # %% [markdown]
 # # 1. Merging softmax: attention in pieces
 #
-# At the end you can cut the keys of softmax attention into any pieces, attend to each piece by
-# itself, and join the results with nothing lost. You also know four ways in which that goes
-# wrong, and what each of them looks like.
+# You will learn how to split the keys of softmax attention into pieces, attend to each piece
+# separately, and merge the results exactly; and to recognise four ways in which that goes wrong.
 #
-# It needs softmax attention and NumPy, no notebook before it, and about 30 minutes.
+# Prerequisites: softmax attention and NumPy. Time: about 30 minutes.
 #
-# **Predict.** asks you a question, in all eight notebooks. Decide on an answer before you open its
-# *Reasoning* and run the cell that follows: a guess that was wrong stays in mind.
+# In all eight notebooks, **Predict.** marks a question. Decide on an answer before you open its
+# *Reasoning* and run the next cell: wrong guesses are remembered best.
 
 # %%
 from functools import reduce
@@ -30,7 +29,7 @@ plt.rcParams.update({
 })  # fmt: skip
 
 # %% [markdown]
-# ## What is computed
+# ## Softmax attention
 #
 # A query $q$ scores every key, $s_j = \mathrm{scale}\; q \cdot k_j$. The result is a weighted mean
 # of the values $v_j$:
@@ -38,16 +37,16 @@ plt.rcParams.update({
 # $$\mathrm{lse} = \log \sum_j e^{s_j} \qquad\qquad
 #   \mathrm{out} = \sum_j e^{s_j - \mathrm{lse}}\, v_j$$
 #
-# The weights $e^{s_j - \mathrm{lse}}$ sum to 1; that is softmax. $\mathrm{lse}$, for log of a sum
-# of exponentials, is the log of its denominator ($L$ in arXiv:2307.08691, algorithm 1). Arrays have
-# the axes (B, H, S, D): batch, heads, tokens, size of a head. There are `S_Q` queries and `S_KV`
-# keys; values may have a size `D_V` of their own.
+# The weights $e^{s_j - \mathrm{lse}}$ sum to 1; they are the softmax of the scores. $\mathrm{lse}$,
+# log-sum-exp, is the log of its denominator ($L$ in arXiv:2307.08691, algorithm 1). Arrays have the
+# axes (B, H, S, D): batch, heads, tokens, head dimension. There are `S_Q` queries and `S_KV` keys;
+# values may have a different dimension `D_V`.
 #
 # **Predict.** What are the shapes of `out` and `lse` below?
 #
 # <details><summary>Reasoning</summary>
 #
-# Every query of every head gets one mean of values, of size `D_V`, and one denominator.
+# Every query of every head has one mean of values, of size `D_V`, and one denominator.
 #
 # </details>
 
@@ -63,14 +62,14 @@ assert out.shape == (1, 1, 64, 8)
 assert lse.shape == (1, 1, 64)
 
 # %% [markdown]
-# `full_attention` is this project's truth: all queries, all keys, one process, fp64. Everything
-# below is held against it.
+# `full_attention` is this project's ground truth: all queries, all keys, one process, fp64.
+# Everything below is compared with it.
 #
-# ## Break it: overflow
+# ## Failure 1: overflow
 #
-# Written down as it stands, softmax takes `exp` first and divides afterwards.
+# Implemented literally, softmax takes `exp` first and divides afterwards.
 #
-# **Predict.** From which whole number $s$ on is $e^s$ infinite in fp32?
+# **Predict.** What is the smallest integer $s$ for which $e^s$ is infinite in fp32?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -82,35 +81,36 @@ assert lse.shape == (1, 1, 64)
 whole = np.arange(80, 100, dtype=np.float32)
 with np.errstate(over="ignore"):
     first = whole[np.isinf(np.exp(whole))][0]
-print("infinite from", first, "on: log of the largest number is", np.log(np.finfo("f4").max))
+print("infinite from", first, "on: log of the largest fp32 number is", np.log(np.finfo("f4").max))
 assert first == 89
 
 # %% [markdown]
-# Add one constant $c$ to all scores of a query. Every $e^{s_j}$ grows by the factor $e^c$, and so
+# Now add a constant $c$ to all scores of a query. Every $e^{s_j}$ grows by the factor $e^c$, and so
 # does their sum.
 #
 # **Predict.** What happens to `out`, and what to `lse`?
 #
 # <details><summary>Reasoning</summary>
 #
-# The factor cancels in the weights, so `out` stays as it is. `lse` is the log of the sum: it moves
-# by $c$.
+# The factor cancels in the weights, so `out` does not change. `lse` is the log of the sum: it
+# increases by $c$.
 #
 # </details>
 #
-# An additive mask can add the constant, here 1,000. That is past what `exp` bears even in fp64.
+# An additive mask can add the constant, here 1,000, at which `exp` overflows even in fp64.
 
 # %% tags=["varies"]
 c = np.full(512, 1000.0)
 out_c, lse_c = full_attention(q, k, v, scale=scale, mask=c)
-print(f"out moved by {abs(out_c - out).max():.0e}, lse by {(lse_c - lse).mean():.6f}")
+print(f"out changed by {abs(out_c - out).max():.0e}, lse by {(lse_c - lse).mean():.6f}")
 assert abs(out_c - out).max() < 1e-11
 assert abs(lse_c - lse - 1000).max() < 1e-11
 
 # %% [markdown]
-# So the constant is ours to choose. `full_attention` subtracts each row's largest score: the
-# largest exponential is then 1, nothing overflows, and what underflows is too small to count. Below
-# is the first query in fp32, its scores moved to many levels, with and without that.
+# So any constant may be subtracted. `full_attention` subtracts each row's largest score: the
+# largest exponential is then 1, nothing overflows, and terms that underflow are negligible. Below
+# is the first query in fp32, with many constants added to its scores, with and without the
+# subtraction.
 
 
 # %%
@@ -139,24 +139,22 @@ axes.semilogy(levels, safe, color=BLUE, lw=2.5)
 for lost in (levels[broken & (levels < 0)], levels[broken & (levels > 0)]):
     axes.axvspan(lost[0], lost[-1], color=ORANGE, alpha=0.18, lw=0)
     axes.text(lost.mean(), 3e-2, "NaN", color=RED, size=13, ha="center", weight="bold")
-axes.text(-93, 2e-3, "exp(s), then divide:\ntoo small for fp32", color="#A66F00", size=12)
-axes.text(
-    78, 2e-3, "exp(s), then divide:\ntoo large for fp32", color="#A66F00", size=12, ha="right"
-)
+axes.text(-93, 2e-3, "exp(s), then divide:\nunderflow", color="#A66F00", size=12)
+axes.text(78, 2e-3, "exp(s), then divide:\noverflow", color="#A66F00", size=12, ha="right")
 axes.text(0, 1.5e-6, "exp(s - max s), then divide", color=BLUE, ha="center", size=12)
 axes.set(xlim=(-130, 130), ylim=(3e-8, 1), xlabel="constant added to all scores",
          ylabel="largest error of out in fp32")  # fmt: skip
 plt.show()
 
 # %% [markdown]
-# Without the maximum, softmax works in a window of scores. (It ends below 88 because the largest
-# score of this query was above 0 to begin with.) With the maximum no level is special: what remains
-# is that fp32 rounds a score the more coarsely, the larger it is.
+# Without subtracting the maximum, softmax works only in a window of scores. (It ends below 88
+# because the largest score of this query is above 0.) With it, every level works; only the rounding
+# error grows, because fp32 rounds larger scores more coarsely.
 #
 # ### Exercise 1: lse at every level
 #
-# Write `stable_lse(s)`: the log of the sum of exponentials along the last axis, in the dtype of
-# `s`, for scores of any level.
+# Write `stable_lse(s)`: the log-sum-exp along the last axis, in the dtype of `s`, for scores at any
+# level.
 
 
 # %% tags=["exercise"]
@@ -166,7 +164,7 @@ def stable_lse(s):
 
 
 # %% tags=["check"]
-with check("lse is right at every level"), np.errstate(all="ignore"):
+with check("lse is correct at every level"), np.errstate(all="ignore"):
     rows = {level: scores + level for level in (0, 100, 1000, -200)}
     found = stable_lse(np.stack(list(rows.values())).astype(np.float32))
     assert found.shape == (4,), f"4 rows of scores: expected shape (4,), got {found.shape}"
@@ -189,18 +187,18 @@ with check("lse is right at every level"), np.errstate(all="ignore"):
 # </details>
 
 # %% [markdown]
-# ## Break it: forgotten weights
+# ## Failure 2: missing weights
 #
-# Now the keys are in two places, half of them in each. `block_attention` attends to some keys as if
-# there were no others. Part $a$ gives $(\mathrm{out}_a, \mathrm{lse}_a)$, part $b$ gives
-# $(\mathrm{out}_b, \mathrm{lse}_b)$. Each result is a mean over as many keys.
+# Now split the keys into two halves. `block_attention` attends to some keys as if there were no
+# others. Part $a$ gives $(\mathrm{out}_a, \mathrm{lse}_a)$, part $b$ gives $(\mathrm{out}_b,
+# \mathrm{lse}_b)$. Each result is a mean over the same number of keys.
 #
 # **Predict.** Is the mean of the two the result over all keys?
 #
 # <details><summary>Reasoning</summary>
 #
-# Only where both parts have the same sum of exponentials. A part whose keys score higher counts
-# for more, however many keys it has.
+# Only if both parts have the same sum of exponentials. A part whose keys score higher has more
+# weight, regardless of the number of its keys.
 #
 # </details>
 
@@ -214,16 +212,16 @@ print(f"relative error of the mean: {error_of_mean:.2f}")
 assert error_of_mean > 0.1
 
 # %% [markdown]
-# The right weights follow from the definition. $e^{\mathrm{lse}_a}$ is the sum of exponentials of
-# part $a$, so $e^{\mathrm{lse}_a}\,\mathrm{out}_a$ is the numerator that its division took away.
-# Numerators add, and so do denominators:
+# The correct weights follow from the definition. $e^{\mathrm{lse}_a}$ is the sum of exponentials of
+# part $a$, the denominator, so $e^{\mathrm{lse}_a}\,\mathrm{out}_a$ is the numerator. Numerators
+# add, and so do denominators:
 #
 # $$\mathrm{out} = \frac{e^{\mathrm{lse}_a}\,\mathrm{out}_a + e^{\mathrm{lse}_b}\,\mathrm{out}_b}
 #                       {e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}}$$
 #
-# The weight of $a$ is $1 / (1 + e^{\mathrm{lse}_b - \mathrm{lse}_a})$: it depends on the difference
-# of the two lse alone. Is that what attention over all keys does? `out` lies on the line from
-# `out_b` to `out_a`, and how far along can be read off.
+# The weight of $a$ is $1 / (1 + e^{\mathrm{lse}_b - \mathrm{lse}_a})$: it depends only on the
+# difference of the two lse. To compare with attention over all keys: `out` lies on the line from
+# `out_b` to `out_a`, and its position on that line is the weight.
 
 # %%
 way = out_a - out_b
@@ -237,7 +235,7 @@ line = np.linspace(-2.4, 2.4, 200)
 axes.plot(line, 1 / (1 + np.exp(-line)), color=BLUE, lw=2)
 axes.plot(difference.ravel(), weight.ravel(), "o", color=INK, ms=4.5)
 axes.axhline(0.5, color=ORANGE, lw=2)
-axes.text(-2.3, 0.53, "the mean: always a half", color="#A66F00", size=12)
+axes.text(-2.3, 0.53, "mean: weight 1/2", color="#A66F00", size=12)
 axes.text(1.3, 0.9, r"$1 / (1 + e^{-(\mathrm{lse}_a - \mathrm{lse}_b)})$", color=BLUE,
           size=13, ha="right")  # fmt: skip
 axes.text(1.2, 0.66, "dots: the 64 queries,\nfrom full_attention", color=INK, size=11, va="center")
@@ -246,27 +244,27 @@ axes.set(xlim=(-2.4, 2.4), ylim=(0, 1), xlabel=r"$\mathrm{lse}_a - \mathrm{lse}_
 plt.show()
 
 # %% [markdown]
-# Every query weights the parts in its own way, and a pair of lse is all it takes to know how.
+# Every query has its own weights for the parts, and the two lse determine them.
 #
 # ## The merge
 #
-# Dividing by $e^{\mathrm{lse}}$ early, instead of forming sums that overflow, gives the operator
-# on which this project rests (arXiv:2502.02406, section 3):
+# Dividing by $e^{\mathrm{lse}}$ early, instead of forming sums that overflow, gives the merge
+# (arXiv:2502.02406, section 3), the basis of this project:
 #
 # $$\mathrm{lse} = \log\left(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}\right) \qquad\qquad
 #   \mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}}\,\mathrm{out}_a
 #                + e^{\mathrm{lse}_b - \mathrm{lse}}\,\mathrm{out}_b$$
 #
-# `np.logaddexp` computes the first without overflow: it, too, takes the larger one out. From here
-# on errors are told in units of $u = 2^{-53} \approx 10^{-16}$, half the distance from 1 to the
+# `np.logaddexp` computes the first without overflow: it, too, subtracts the larger argument. From
+# here on errors are in units of $u = 2^{-53} \approx 10^{-16}$, half the distance from 1 to the
 # next fp64 number.
 #
-# **Predict.** How large is the error now, and how large where all scores are moved by 1,000?
+# **Predict.** How large is the error now, and how large with 1,000 added to all scores?
 #
 # <details><summary>Reasoning</summary>
 #
-# The formula is exact, so only roundings are left: about $10^{-16}$ times a handful. An lse near
-# 1,000 has steps of $10^{-13}$, and a step of lse is a relative error of the weights.
+# The formula is exact, so only rounding errors are left, a few times $10^{-16}$. An lse near 1,000
+# has steps of $10^{-13}$, and a step of lse is a relative error of the weights.
 #
 # </details>
 
@@ -280,35 +278,35 @@ assert max(error, abs(merged_lse - lse).max()) < 1e-14
 assert error_high < 1e-12
 
 # %% [markdown]
-# The parts may lie in one tile and the next, in two kernels, or on two machines. Nobody who merges
-# needs the scores or the keys: `out` and `lse` are enough.
+# The parts may be two tiles, two kernel launches, or two machines. The merge needs neither scores
+# nor keys: `out` and `lse` are enough.
 #
 # ## Any order, any tree
 #
-# Numerators add, and addition is associative and commutative: so is `merge`. Eight parts, of any
-# lengths, one of them empty, can be joined in any order and any grouping.
+# Numerators add, and addition is associative and commutative; so is `merge`. Eight parts of any
+# length, one of them empty, can be merged in any order and any grouping.
 #
 # **Predict.** In how many ways?
 #
 # <details><summary>Reasoning</summary>
 #
-# 8! = 40,320 orders, and for each $\binom{14}{7} / 8 = 429$ ways of placing the brackets (a Catalan
+# 8! = 40,320 orders, and for each $\binom{14}{7} / 8 = 429$ ways to place the brackets (a Catalan
 # number): 17 million.
 #
 # </details>
 #
-# One hundred chains draw the order by lot. One hundred trees draw, again and again, which two
-# results to join next.
+# The next cells try 100 chains, with a random order each, and 100 trees, which repeatedly merge two
+# results chosen at random.
 
 
 # %%
 def in_a_chain(parts, rng):
-    """Merge the parts one after the other, in an order drawn by lot."""
+    """Merge the parts one after the other, in random order."""
     return reduce(lambda x, y: merge(*x, *y), [parts[n] for n in rng.permutation(len(parts))])
 
 
 def in_a_tree(parts, rng):
-    """Merge two results drawn by lot until there is one."""
+    """Merge two randomly chosen results until one is left."""
     parts = list(parts)
     while len(parts) > 1:
         x, y = (parts.pop(rng.integers(len(parts))) for _ in range(2))
@@ -324,11 +322,11 @@ eight = [
 ]
 results = {f: [f(eight, rng)[0] for _ in range(100)] for f in (in_a_chain, in_a_tree)}
 off = {f: [abs(x - out).max() / abs(out).max() for x in found] for f, found in results.items()}
-assert factorial(8) * comb(14, 7) // 8 == 17_297_280  # two hundred of them are tried here
+assert factorial(8) * comb(14, 7) // 8 == 17_297_280  # 200 of them are tried here
 
 # %% [markdown]
-# What may the error be? A merge rounds lse to its own size and takes a difference of it, twice, and
-# spends 8 roundings on the rest. Scores and sums round as well
+# The error has a bound. Each merge rounds lse, relative to its size, and takes a difference of it,
+# twice; the remaining operations take 8 roundings. Scores and sums are rounded as well
 # ([tests/tolerances.py](../tests/tolerances.py) derives each term).
 
 # %%
@@ -340,7 +338,7 @@ limit = (seven_merges + sums + rounded_scores) * abs(v).max() / abs(out).max()
 # %% tags=["varies"]
 worst = max(map(max, off.values()))
 off_by_mean = abs(mean - out).max() / abs(out).max()
-print(f"200 ways: at most {worst / u:.0f} u, allowed {limit / u:.0f} u")
+print(f"200 ways: error at most {worst / u:.0f} u, bound {limit / u:.0f} u")
 print(f"the mean of two halves: {off_by_mean / u:.0e} u")
 assert worst < min(limit, 1e-13)
 assert off_by_mean > 1e12 * limit
@@ -352,13 +350,13 @@ units = [np.array(errors) / u for errors in off.values()]
 axes.hist(units, bins, color=(BLUE, ORANGE), label=("100 chains", "100 trees"))
 axes.legend(frameon=False, loc="upper right")
 axes.set(xlabel=r"largest error of out, in units of $u = 2^{-53}$, relative to the largest out",
-         ylabel="ways of merging", xlim=(0, bins[-1]))  # fmt: skip
+         ylabel="number of orders", xlim=(0, bins[-1]))  # fmt: skip
 plt.show()
 
 # %% [markdown]
-# Two hundred ways, and all are right to 13 digits and more. They do not agree in every bit, though:
-# rounding is not associative. Where results must be reproducible, the order has to be fixed; the
-# ring of ranks in [notebook 3](03_the_ring_in_one_process.ipynb) has a fixed one.
+# All 200 ways are correct to at least 13 digits. They do not agree in every bit: rounding is not
+# associative. Reproducible results require a fixed order; the ring of ranks in [notebook
+# 3](03_the_ring_in_one_process.ipynb) has one.
 
 # %%
 different = {x.tobytes() for found in results.values() for x in found}
@@ -366,16 +364,17 @@ print("all to the same bits:", len(different) == 1)
 assert len(different) > 1
 
 # %% [markdown]
-# ## The identity, and the phantom key
+# ## Failure 3: an accumulator that starts with lse = 0
 #
-# Most programs merge in a loop: an accumulator starts empty and takes in one part after the other.
+# Most programs merge in a loop: an accumulator starts empty, and one part after the other is merged
+# into it.
 #
-# **Predict.** Which `(out, lse)` is attention over no keys at all?
+# **Predict.** What are `out` and `lse` of attention over no keys?
 #
 # <details><summary>Reasoning</summary>
 #
-# The sum of no exponentials is 0, and log 0 = -inf. The sum of no values is 0. So `(0, -inf)`, and
-# in a merge its weight is $e^{-\infty} = 0$.
+# The sum of no exponentials is 0, and log 0 = -inf. The sum of no values is 0. So the result is
+# `(0, -inf)`, and its weight in a merge is $e^{-\infty} = 0$: it is the identity of the merge.
 #
 # </details>
 
@@ -387,23 +386,23 @@ assert np.array_equal(same_lse, lse)
 empty = block_attention(q, k[:, :, :0], v[:, :, :0], scale=scale)
 assert np.array_equal(empty[1], nothing[1])
 assert not empty[0].any()
-print("merging with attention over no keys changes no bit")
+print("merging with (0, -inf) changes no bit")
 
 # %% [markdown]
-# A buffer of zeros is what one allocates without thinking, and a published implementation starts
-# its lse at 0. Now $e^0 = 1$: the accumulator has seen one key of score 0, with the value 0. It is
-# a key that nobody has.
+# Buffers are often allocated as zeros, and a published implementation starts its lse at 0. But $e^0
+# = 1$: such an accumulator counts a phantom key with score 0 and value 0.
 #
-# **Predict.** By what fraction of `out` is the result off where the true lse is 0? Where it is 4?
+# **Predict.** What is the relative error of `out` if the true lse is 0? If it is 4?
 #
 # <details><summary>Reasoning</summary>
 #
-# The phantom has weight $1 / (1 + e^{\mathrm{lse}})$ and value 0, so `out` shrinks by that: a half
-# at 0, and 1.8 % at 4.
+# The phantom key has weight $1 / (1 + e^{\mathrm{lse}})$ and value 0, so `out` shrinks by that
+# fraction: a half at 0, and 1.8 % at 4.
 #
 # </details>
 #
-# The lse of the parts can be set at will here: moving all scores moves lse, and not out.
+# The lse of the parts can be set freely here: a constant added to all scores changes lse, and not
+# out.
 
 # %%
 true_lse = np.linspace(-4, 12, 33)
@@ -425,30 +424,30 @@ axes.semilogy(true_lse, 1 / (1 + np.exp(true_lse)), color=BLUE, lw=2)
 axes.semilogy(true_lse, relative, "o", color=INK, ms=4.5)
 axes.axvline(usual, color=INK, lw=1, ls=(0, (4, 3)))
 axes.text(usual + 0.1, 2e-2, "lse of 4,096 keys,\nrandom scores", color=INK, size=11)
-axes.text(6.75, 0.2, "allclose(atol=1e-2)\nsees nothing", color="#A66F00", size=12, ha="center")
+axes.text(6.75, 0.2, "allclose(atol=1e-2)\npasses", color="#A66F00", size=12, ha="center")
 axes.text(-3.8, 0.2, r"$1 / (1 + e^{\mathrm{lse}})$", color=BLUE, size=13)
-axes.set(xlabel="lse over the keys that there are", ylabel="relative error of out", xlim=(-4, 12))
+axes.set(xlabel="true lse", ylabel="relative error of out", xlim=(-4, 12))
 plt.show()
 
 # %% [markdown]
-# The error is large where scores are low or keys are few, and hides in the tests that people write
-# first, with many random keys and a generous tolerance.
+# The error is large if scores are low or keys are few. The usual first test, with many random keys
+# and a generous tolerance, does not detect it.
 #
 # ### Exercise 2: tile by tile
 #
-# Write `in_tiles(q, k, v, tile)`: attention over all keys, of which `block_attention` never sees
-# more than `tile` at a time, joined by `merge`. The last tile may be shorter, and there may be no
-# keys at all. `scale` is the one from above.
+# Write `in_tiles(q, k, v, tile)`: attention over all keys, with `block_attention` on at most `tile`
+# keys at a time, joined by `merge`. The last tile may be shorter, and there may be no keys at all.
+# Use the `scale` from above.
 
 
 # %% tags=["exercise"]
 def in_tiles(q, k, v, tile):
     """Return (out, lse), `tile` keys at a time."""
-    raise NotImplementedError("in_tiles is still to be written")
+    raise NotImplementedError("in_tiles is not implemented")
 
 
 # %% tags=["check"]
-with check("a stream of tiles, from the right start to the last key"):
+with check("tiles are merged from the correct start to the last key"):
     for S_KV, tile in ((512, 64), (10, 4), (3, 8), (0, 8)):
         few = k[:, :, :S_KV], v[:, :, :S_KV]
         want_out, want_lse = full_attention(q, *few, scale=scale)
@@ -481,17 +480,17 @@ with check("a stream of tiles, from the right start to the last key"):
 # </details>
 
 # %% [markdown]
-# ## Dead rows
+# ## Failure 4: dead rows
 #
-# A mask can hide every key from a query: a token that comes before the first frame of its video, or
-# padding. Here token $i$ may see the frames $j < 2i$, which were shown before it, and the frames
-# lie in four parts of four keys.
+# A mask can hide every key from a query, for example from padding, or from a token before the first
+# frame of its video. Here token $i$ may attend to the frames $j < 2i$, which come before it, and
+# the frames are in four parts of four keys.
 #
 # **Predict.** What are `out` and `lse` of token 0?
 #
 # <details><summary>Reasoning</summary>
 #
-# Attention over no keys, `(0, -inf)`: whether keys are absent or hidden makes no difference.
+# Those of attention over no keys, `(0, -inf)`: absent and hidden keys are equivalent.
 #
 # </details>
 
@@ -525,7 +524,7 @@ for (row, column), value in np.ndenumerate(table):
     text = "-inf" if np.isinf(value) else f"{value:.1f}"
     right.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=9.5, color=INK)
 right.axvline(4, color=INK, lw=2)
-left.set(title="which frames a token may see", xlabel="frame", ylabel="token", ylim=(8, 0),
+left.set(title="mask: frames that a token may see", xlabel="frame", ylabel="token", ylim=(8, 0),
          yticks=np.arange(8) + 0.5, yticklabels=range(8), xticks=np.arange(0, 16, 4) + 0.5,
          xticklabels=range(0, 16, 4))  # fmt: skip
 right.set(title="lse", xticks=np.arange(5) + 0.5,
@@ -533,26 +532,26 @@ right.set(title="lse", xticks=np.arange(5) + 0.5,
 plt.show()
 
 # %% [markdown]
-# Most tokens are dead in some part, and token 0 is dead in all. The formula of the merge, taken
-# literally, fails there: $e^{-\infty - (-\infty)}$ is not a number. `merge` subtracts 0 instead, so
-# that both weights are 0.
+# Most tokens see no key of some part, and token 0 sees none of any part. There the literal formula
+# of the merge fails: $e^{-\infty - (-\infty)}$ is NaN. `merge` subtracts 0 instead, so that both
+# weights are 0.
 
 # %%
 with np.errstate(invalid="ignore"):
     literal = np.exp(-np.inf - np.logaddexp(-np.inf, -np.inf))
-print("the weight by the formula:", literal)
+print("weight by the literal formula:", literal)
 assert np.isnan(literal)
 assert np.isfinite(merge(*parts[0], *parts[1])[0]).all()
 
 # %% [markdown]
-# A common way round is to hide with a large negative number, say -1e9, instead of $-\infty$.
+# A common workaround is to mask with a large negative number, for example -1e9, instead of
+# $-\infty$.
 #
 # **Predict.** What is `out` of token 0 then?
 #
 # <details><summary>Reasoning</summary>
 #
-# All its scores are moved by -1e9, and a constant in all scores cancels. It is as if there were no
-# mask.
+# -1e9 is added to all of its scores, and a constant cancels. The result is that of no mask.
 #
 # </details>
 
@@ -560,17 +559,17 @@ assert np.isfinite(merge(*parts[0], *parts[1])[0]).all()
 minus_1e9 = np.where(visible, 0.0, -1e9)
 leaked, _ = full_attention(few_q, few_k, few_v, scale=scale, mask=minus_1e9)
 everything, _ = full_attention(few_q, few_k, few_v, scale=scale)
-print("token 0 has seen all that was hidden:", np.allclose(leaked[0, 0, 0], everything[0, 0, 0]))
+print("token 0 attends to all hidden keys:", np.allclose(leaked[0, 0, 0], everything[0, 0, 0]))
 assert np.allclose(leaked[0, 0, 0], everything[0, 0, 0], atol=1e-5)
 
 # %% [markdown]
-# No NaN, and no sense either: what must not be seen is in the result.
+# The result is not NaN, but wrong: it contains the hidden values.
 #
 # ### Exercise 3: all parts at once
 #
-# A reduction over machines may hold all parts at the same time. Write `merge_all(outs, lses)`
-# without a loop: `outs` is (n, B, H, s_q, D_V) and `lses` (n, B, H, s_q); the result is that of
-# merging all n parts. Dead rows give `(0, -inf)`.
+# A reduction over machines may have all parts at the same time. Write `merge_all(outs, lses)`
+# without a loop: `outs` is (n, B, H, s_q, D_V) and `lses` (n, B, H, s_q); return the merge of all n
+# parts. Dead rows give `(0, -inf)`.
 
 
 # %% tags=["exercise"]
@@ -580,7 +579,7 @@ def merge_all(outs, lses):
 
 
 # %% tags=["check"]
-with check("all parts at once, dead rows and high scores too"), np.errstate(all="ignore"):
+with check("all parts at once, also for dead rows and high scores"), np.errstate(all="ignore"):
     for level in (0, 1000):
         outs, lses = (np.stack(x) for x in zip(*parts, strict=True))
         got_out, got_lse = merge_all(outs, lses + level)
@@ -615,18 +614,18 @@ with check("all parts at once, dead rows and high scores too"), np.errstate(all=
 # </details>
 
 # %% [markdown]
-# ## What was shown
+# ## Summary
 #
-# - Attention over some keys is `(out, lse)`, and two such results merge into the one over all these
-#   keys: weights follow from the difference of the two lse. The mean is wrong, the merge exact.
-# - The merge takes its parts in any order and grouping. Only the last bits differ.
-# - `(0, -inf)` is where an accumulator starts and what a row that sees nothing gives. An lse of 0
-#   counts a phantom key, and -1e9 shows what was hidden.
+# - Attention over some keys gives `(out, lse)`, and two such results merge into the result over all
+#   their keys. The weights follow from the difference of the two lse; the plain mean is wrong.
+# - Parts can be merged in any order and grouping. Only the last bits differ.
+# - `(0, -inf)` is the initial value of an accumulator and the result of a dead row. An initial lse
+#   of 0 counts a phantom key, and masking with -1e9 lets dead rows attend to hidden keys.
 #
-# The merge is in [reference/merge.py](../reference/merge.py); tiles are merged in
-# [reference/block_attention.py](../reference/block_attention.py), and the truth, without any merge,
-# is [reference/full_attention.py](../reference/full_attention.py).
-# [tests/test_known_defects.py](../tests/test_known_defects.py) holds every implementation against
-# the defects above.
+# Code: the merge is in [reference/merge.py](../reference/merge.py); tiles are merged in
+# [reference/block_attention.py](../reference/block_attention.py); the ground truth, without any
+# merge, is in [reference/full_attention.py](../reference/full_attention.py).
+# [tests/test_known_defects.py](../tests/test_known_defects.py) tests every implementation for the
+# defects above.
 #
-# Next: [notebook 2, why queries move](02_why_queries_move.ipynb), and keys do not.
+# Next: [notebook 2, why queries move](02_why_queries_move.ipynb).

@@ -1,14 +1,13 @@
 # %% [markdown]
 # # 2. Why queries move
 #
-# At the end you can say what every schedule sends for a given model before there is a cluster, and
-# where Ring Attention is the better choice. You also know what a faster network changes, and what
-# it does not.
+# You will learn to compute what every schedule sends for a given model, without a cluster; when
+# Ring Attention is the better choice; and what a faster network changes.
 #
-# It needs [notebook 1](01_merging_softmax.ipynb), for `(out, lse)`, and about 25 minutes.
+# Prerequisites: [notebook 1](01_merging_softmax.ipynb) for `(out, lse)`. Time: about 25 minutes.
 #
-# A *rank* is one process with memory of its own, typically one GPU. There are $P$ of them, and what
-# one needs of another has to be sent. A *schedule* says what is sent to whom, and when.
+# A *rank* is one process with its own memory, typically one GPU. There are $P$ ranks, which
+# exchange data by messages. A *schedule* determines what is sent to which rank, and when.
 
 # %%
 from dataclasses import replace
@@ -34,13 +33,13 @@ from lvxattn.plan import (
 # %% [markdown]
 # ## Text is short, video is long
 #
-# In cross-attention the queries are text and the keys and values are video. With $B$ for the batch,
-# $H$ for the query heads, $H_{KV}$ for the key-value heads that they share, and $D$ for the size of
-# a head, `q` is $(B, H, S_Q, D)$ and `k` and `v` are $(B, H_{KV}, S_{KV}, D)$ each.
+# In cross-attention the queries are text and the keys and values are video. With batch size $B$,
+# $H$ query heads, $H_{KV}$ key-value heads that they share (grouped-query attention, GQA), and head
+# dimension $D$, `q` is $(B, H, S_Q, D)$ and `k` and `v` are $(B, H_{KV}, S_{KV}, D)$ each.
 #
-# **Predict.** Llama 3-V turns one video frame into 6,404 visual tokens. Someone asks about a video
-# of 20 minutes, one frame a second, in 2,048 tokens of text. How many keys does one query have
-# to look at?
+# **Predict.** Llama 3-V turns one video frame into 6,404 visual tokens. The input is a video of 20
+# minutes, at one frame per second, and 2,048 tokens of text. How many keys does one query attend
+# to?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -58,18 +57,18 @@ llama = MODELS["llama3v"]
 assert llama.shapes(TEXT, FRAMES)[1][2] == 7_684_800
 
 # %% [markdown]
-# Each line is one cross-attention layer. The sizes are those of the models that the LV-XAttn paper
-# ([arXiv:2502.02406](https://arxiv.org/abs/2502.02406), table 1) measures.
+# Each line is one cross-attention layer. The sizes are those of the models in the LV-XAttn paper
+# ([arXiv:2502.02406](https://arxiv.org/abs/2502.02406), table 1).
 #
-# ## More than one GPU holds
+# ## More memory than one GPU has
 #
-# **Predict.** Llama 3-V has 8 cross-attention layers, each with keys and values of its own, and a
-# number takes 2 bytes. How much memory do `k` and `v` of all layers need?
+# **Predict.** Llama 3-V has 8 cross-attention layers, each with its own keys and values, and a
+# number has 2 bytes. How much memory do `k` and `v` of all layers need?
 #
 # <details><summary>Reasoning</summary>
 #
 # 2 (k and v) · 8 layers · 8 heads · 7,684,800 keys · 128 · 2 bytes = 252 · 10⁹ bytes, or 234.5 GiB:
-# three GPUs of 80 GB are not enough.
+# more than three GPUs of 80 GB.
 #
 # </details>
 
@@ -80,28 +79,28 @@ assert 234 < taken.keys / 2**30 < 235
 assert taken.keys > 100 * taken.text and taken.keys > 3 * 80e9
 
 # %% [markdown]
-# The paper speaks of "over 234 GB". Keys and values have to be spread over ranks: each holds
-# $s_{KV} = S_{KV}/P$ of them, and $s_Q = S_Q/P$ of the queries. Every query still has to meet every
-# key, so something has to move.
+# The paper states "over 234 GB". Keys and values have to be sharded over ranks: each holds $s_{KV}
+# = S_{KV}/P$ of them, and $s_Q = S_Q/P$ of the queries. Every query attends to every key, so either
+# queries or keys have to be sent.
 #
-# ## Four ways to move
+# ## Four schedules
 #
 # | schedule | what moves | size of one message |
 # |---|---|---|
 # | `lv-xattn` | queries, round a ring; their results follow | $\sim s_Q$ |
-# | `gather` | queries, to all ranks at once; results straight home | $\sim s_Q$ |
+# | `gather` | queries, by all-gather; results directly to their owners | $\sim s_Q$ |
 # | `ring` | keys and values, round a ring | $\sim s_{KV}$ |
-# | `ulysses` | everything: each rank gets all lengths of $H/P$ heads | $\sim (s_Q + s_{KV})/P$ |
+# | `ulysses` | everything, by all-to-all: each rank gets $H/P$ heads | $\sim (s_Q + s_{KV})/P$ |
 #
 # `ring` is Ring Attention ([arXiv:2310.01889](https://arxiv.org/abs/2310.01889)) and `ulysses`
 # DeepSpeed-Ulysses ([arXiv:2309.14509](https://arxiv.org/abs/2309.14509)).
 #
-# In each, a rank sends $P - 1$ messages of a kind. LV-XAttn has two kinds in the forward pass:
-# queries, and the partial results `(out, lse)` that follow them and are merged on the way. There
-# lse is two numbers, the largest score and the sum of all, exponentiated and divided by the
-# exponential of the largest: beside a mask of -1e9 a single number would lose the log of that sum.
+# In each schedule a rank sends $P - 1$ messages of a kind. LV-XAttn has two kinds in the forward
+# pass: queries, and the partial results `(out, lse)` that follow them and are merged on the way. On
+# the wire lse is a pair: the largest score $m$ and $\sum_j e^{s_j - m}$. As a single number it
+# would lose the log of that sum to rounding next to a mask of -1e9.
 #
-# `planned` lays out a problem that nobody has yet, and `messages` lists what a rank would send.
+# `planned` makes the layout of a hypothetical problem, and `messages` lists what a rank would send.
 
 # %%
 P = 4
@@ -113,13 +112,13 @@ for schedule in ("lv-xattn", "ring"):
 
 # %% [markdown]
 # **Predict.** How many times the bytes of `lv-xattn` does `ring` send here? There are 3,752 times
-# as many keys as queries, two arrays go round in each case, and the four query heads that share a
-# key-value head have to travel one by one.
+# as many keys as queries, two arrays rotate in both schedules, and each key-value head is shared by
+# four query heads, all of which travel.
 #
 # <details><summary>Reasoning</summary>
 #
-# 3,752 / 4, for the shared heads, is 938. Partial results travel in fp32, twice the size of the
-# bf16 queries, so that LV-XAttn sends 6 bytes where ring sends 4: 938 · 4 / 6 = 625, a little less
+# 3,752 / 4 (shared heads) = 938. Partial results travel in fp32, twice the size of the bf16
+# queries, so LV-XAttn sends 6 bytes for every 4 bytes of ring: 938 · 4 / 6 = 625, a little less
 # with lse.
 #
 # </details>
@@ -142,26 +141,26 @@ bars = {n: {s: sends(MODELS[n], TEXT, FRAMES, P, s) for s in order} for n in nam
 for sizes in bars.values():
     assert sizes["lv-xattn"] == sizes["gather"] < sizes["ulysses"] < sizes["ring"]
 assert [round(sizes["ring"] / sizes["lv-xattn"]) for sizes in bars.values()] == [619, 40, 24]
-byte_bars(bars, f"bytes that one of {P} ranks sends in the forward of one layer")
+byte_bars(bars, f"bytes sent by one of {P} ranks in the forward of one layer")
 
 # %% [markdown]
-# On long videos the schedules that move queries send least: here 24 to 619 times less than `ring`.
-# How much less depends on the tokens that a frame becomes, and on how many heads share keys.
+# On long videos the schedules that move queries send least: here `ring` sends 24 to 619 times as
+# much. The factor depends on the tokens per frame, and on how many query heads share keys.
 #
-# ### Exercise 1: bytes by hand
+# ### Exercise 1: bytes of two schedules
 #
-# Write the bytes that a rank sends in one forward with `lv-xattn` and with `ring`. `q`, `k` and `v`
-# have 2 bytes a number; `out` and `lse` travel with 4. `P` divides both lengths.
+# Compute the bytes that a rank sends in one forward with `lv-xattn` and with `ring`. `q`, `k` and
+# `v` have 2 bytes per number; `out` and `lse` have 4 on the wire. `P` divides both lengths.
 
 
 # %% tags=["exercise"]
 def bytes_by_hand(B, H, H_KV, S_Q, S_KV, D, P):
-    """Return the bytes with lv-xattn, and those with ring."""
-    raise NotImplementedError("bytes_by_hand is still to be written")
+    """Return the bytes with lv-xattn and those with ring."""
+    raise NotImplementedError("bytes_by_hand is not implemented")
 
 
 # %% tags=["check"]
-with check("the bytes of both schedules, as the plan counts them"):
+with check("the bytes of both schedules are those of the plan"):
     for B, H, H_KV, S_Q, S_KV, D, ranks in [(1, 8, 8, 64, 640, 64, 4), (2, 6, 2, 15, 990, 32, 5)]:
         found = bytes_by_hand(B, H, H_KV, S_Q, S_KV, D, ranks)
         for schedule, got in zip(("lv-xattn", "ring"), found, strict=True):
@@ -186,21 +185,21 @@ with check("the bytes of both schedules, as the plan counts them"):
 # ## Where Ring Attention wins
 #
 # With $e$ bytes for a number of `q`, `k`, `v` and $w$ for one of a partial result, both send the
-# same where
+# same amount if
 #
 # $$H\,S_Q\,\bigl(D\,e + (D + 2)\,w\bigr) = H_{KV}\,S_{KV}\,2D\,e .$$
 #
-# $B$ and $P$ are on both sides. Solved for the ratio of the lengths,
+# $B$ and $P$ cancel. The ratio of the lengths is then
 #
 # $$\frac{S_Q}{S_{KV}} = \frac{H_{KV}}{H}\cdot\frac{2D\,e}{D\,e + (D + 2)\,w} .$$
 #
 # **Predict.** The paper counts elements, for one head: a round moves $2\frac{S_{KV}}{P}D$ with Ring
-# Attention and $2\frac{S_Q}{P}D + \frac{S_Q}{P}$ with LV-XAttn. Where is its break-even? How far is
-# that of Llama 3-V, which shares each key-value head among 4 query heads, from it?
+# Attention and $2\frac{S_Q}{P}D + \frac{S_Q}{P}$ with LV-XAttn. What is its break-even ratio? What
+# is that of Llama 3-V, in which 4 query heads share each key-value head?
 #
 # <details><summary>Reasoning</summary>
 #
-# The paper's is 2D / (2D + 1), almost 1: whichever is shorter should move. Shared heads divide that
+# The paper's is 2D / (2D + 1), almost 1: the shorter sequence should move. Shared heads divide that
 # by 4, and results of 4 bytes by 1.5: almost 1/6.
 #
 # </details>
@@ -221,9 +220,9 @@ for S_KV in (1_552_000, 15_520_000):
     assert lv[0] < ring[0] and lv[1] == ring[1] and lv[2] > ring[2]
 
 # %% [markdown]
-# The plan counts the same bytes at exactly this ratio, fewer with `lv-xattn` at 8 queries less, and
-# more at 8 queries more. So queries should move while the text is shorter than about a sixth of the
-# video. In pictures, over the length of the video:
+# At exactly this ratio the plan counts equal bytes; with 8 queries fewer `lv-xattn` sends less,
+# with 8 more it sends more. So for Llama 3-V queries should move as long as the text has less than
+# about a sixth of the tokens of the video. As a function of the length of the video:
 
 # %%
 for name, f in (("llama3v", 1), ("openflamingo-9b", 49)):
@@ -239,26 +238,26 @@ for name, s in (("llama3v", "-"), ("openflamingo-9b", "--")):
         y = [sends(MODELS[name], TEXT, f, 8, schedule) / 1e6 for f in frames]
         axes.loglog(frames, y, s, color=COLOURS[schedule == "ring"], lw=2)
         axes.text(frames[-1], y[-1], f"  {schedule}, {name}", va="center", color=INK, size=10)
-axes.set(xlabel="frames", ylabel="megabytes that a rank sends", xlim=(1, 4096))
+axes.set(xlabel="frames", ylabel="megabytes sent by a rank", xlim=(1, 4096))
 axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
 axes.set_yticks([1, 100, 10_000], ["1", "100", "10,000"])
 figure
 
 # %% [markdown]
-# What `lv-xattn` sends does not depend on the video at all. For Llama 3-V the lines cross
-# between one frame and two; for OpenFlamingo, with 64 tokens a frame, at 49.
+# The bytes of `lv-xattn` do not depend on the video. For Llama 3-V the lines cross between one
+# frame and two; for OpenFlamingo, with 64 tokens per frame, at 49.
 #
 # ### Exercise 2: the break-even in frames
 #
-# From how many frames on does `lv-xattn` send fewer bytes than `ring` in the forward? Use the
-# equation, in bf16 ($e = 2$, $w = 4$); a model has `heads`, `kv_heads`, `head_dim` and
-# `tokens_per_frame`.
+# What is the least number of frames for which `lv-xattn` sends fewer bytes than `ring` in the
+# forward? Use the equation, in bf16 ($e = 2$, $w = 4$); a model has `heads`, `kv_heads`, `head_dim`
+# and `tokens_per_frame`.
 
 
 # %% tags=["exercise"]
 def frames_from_which_queries_move(model, text):
-    """Return the least number of frames with which lv-xattn sends fewer bytes than ring."""
-    raise NotImplementedError("frames_from_which_queries_move is still to be written")
+    """Return the least number of frames for which lv-xattn sends fewer bytes than ring."""
+    raise NotImplementedError("frames_from_which_queries_move is not implemented")
 
 
 # %% tags=["check"]
@@ -269,7 +268,7 @@ with check("the least number of frames for which queries should move"):
         for f, fewer in ((got - 1, False), (got, True)):
             lv, ring = (sends(model, 4096, f, 1024, s) for s in ("lv-xattn", "ring"))
             says = f"{model.name}: with {f} frames lv-xattn sends {lv} bytes and ring {ring}"
-            assert (lv < ring) == fewer, f"{says}, you say {got}"
+            assert (lv < ring) == fewer, f"{says}, got {got}"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -277,43 +276,44 @@ with check("the least number of frames for which queries should move"):
 # ```python
 # def frames_from_which_queries_move(model, text):
 #     D, group = model.head_dim, model.heads // model.kv_heads
-#     keys = text * group * (2 * D + 4 * (D + 2)) / (2 * 2 * D)  # as many bytes as the text
+#     keys = text * group * (2 * D + 4 * (D + 2)) / (2 * 2 * D)  # with as many bytes as the text
 #     return int(keys // model.tokens_per_frame) + 1
 # ```
 #
 # </details>
 
 # %% [markdown]
-# ## Bytes that nobody waits for
+# ## Overlap: bytes hidden behind computing
 #
-# A rank computes with one block while the next one travels. A hop costs the longer of the two:
+# A rank computes with one block while the next one travels. A hop takes the longer of the two
+# times:
 #
 # $$t_{hop} = \max(t_{compute},\ t_{wire}), \qquad
 # t_{compute} = \frac{4\,B\,H\,s_Q\,s_{KV}\,D}{F}, \qquad t_{wire} = \frac{\text{bytes}}{W},$$
 #
-# with $F$ floating-point operations a second (two products of $2D$ operations for each pair of
-# query and key) and $W$ bytes a second on the link. Divide the two:
+# with $F$ floating-point operations per second (two products of $2D$ operations for each pair of
+# query and key) and $W$ bytes per second on the link. Their ratio is
 #
 # $$\text{ring: } \frac{t_{wire}}{t_{compute}} = \frac{H_{KV}\,e\,F}{2\,H\,W\,s_Q}, \qquad
 # \text{lv-xattn: } \frac{t_{wire}}{t_{compute}} = \frac{(D e + (D+2) w)\,F}{4\,D\,W\,s_{KV}} .$$
 #
-# The block that travels cancels out; what counts is the length of what stays. **Ring Attention
-# needs a long text to hide its keys; LV-XAttn needs a long video to hide its queries.** A long
-# video is what there is.
+# The length of the block that travels cancels; only the length of what stays is left. **Ring
+# Attention needs a long text to hide its keys; LV-XAttn needs a long video to hide its queries.**
+# Here the video is long.
 #
-# **Predict.** Twice as many frames: does Ring Attention wait for a larger, an equal or a smaller
-# part of its time?
+# **Predict.** With twice as many frames, does Ring Attention wait for a larger, an equal or a
+# smaller part of its time?
 #
 # <details><summary>Reasoning</summary>
 #
-# Equal. Its blocks are twice as long and take twice as long to work on; the video's length is not
+# Equal. Its blocks take twice as long to send and to compute with; the length of the video is not
 # in its ratio.
 #
 # </details>
 
 # %%
 # Eight A30 on eight nodes, links of 10 Gbit/s: one of the clusters that the paper measures.
-# Copies and the start of a call are left out, so that arithmetic, memory and links remain.
+# Copies and the overhead of calls are left out; arithmetic, memory and links remain.
 slow = replace(MACHINES["a30-8"], start=0, call=0, copy=1e30)
 
 
@@ -330,24 +330,24 @@ assert abs(share_of_waiting(100, "ring") - share_of_waiting(1000, "ring")) < 0.0
 assert share_of_waiting(1000, "ring") > 0.9 and share_of_waiting(1000, "lv-xattn") < 0.01
 
 # %% [markdown]
-# `play` runs every rank's steps on the clocks of a machine of which only a few figures are known.
-# On this cluster Ring Attention waits for nearly all of its time, at any length of the video.
+# `play` simulates every rank's steps on a machine that is described by a few figures. On this
+# cluster Ring Attention spends nearly all of its time waiting, at any length of the video.
 #
 # ### Exercise 3: how long must the text be?
 #
 # How many queries does *one rank* need, at least, so that Ring Attention hides its keys behind its
-# arithmetic? Take $t_{wire} \le t_{compute}$ and bf16. A machine has `matmul` ($F$) and
+# arithmetic ($t_{wire} \le t_{compute}$)? Use bf16. A machine has `matmul` ($F$) and
 # `between.bandwidth` ($W$).
 
 
 # %% tags=["exercise"]
 def queries_that_hide_the_ring(model, machine):
-    """Return the least s_q with which a hop's keys travel no longer than its work takes."""
-    raise NotImplementedError("queries_that_hide_the_ring is still to be written")
+    """Return the least s_q for which a hop's keys take no longer to send than to compute with."""
+    raise NotImplementedError("queries_that_hide_the_ring is not implemented")
 
 
 # %% tags=["check"]
-with check("how many queries a rank needs to hide travelling keys"):
+with check("with so many queries a rank hides the keys that travel"):
     fast = replace(slow, memory=1e30, between=Link(slow.between.bandwidth, 0))
     for model in (llama, MODELS["openflamingo-9b"]):
         s_q = queries_that_hide_the_ring(model, fast)
@@ -372,25 +372,25 @@ with check("how many queries a rank needs to hide travelling keys"):
 # </details>
 
 # %% [markdown]
-# LV-XAttn asks the same of what stays with it. On this cluster a rank needs 120,038 keys of Llama
-# 3-V to hide its queries, which is 19 frames; of a video of an hour it has 450.
+# For LV-XAttn the same condition holds for the keys. On this cluster a rank needs 120,038 keys of
+# Llama 3-V to hide its queries, which is 19 frames; of a video of one hour each rank has 450.
 
 # %%
 e, w, F, W = 2, 4, slow.matmul, slow.between.bandwidth
-enough = (D * e + (D + 2) * w) * F / (4 * D * W)  # keys of a rank with which lv-xattn's ratio is 1
+enough = (D * e + (D + 2) * w) * F / (4 * D * W)  # keys of a rank for which lv-xattn's ratio is 1
 assert round(enough) == 120_038 and 18 < enough / llama.tokens_per_frame < 19
 assert 3600 / 8 == 450  # an hour, a frame a second, 8 ranks
 
 # %% [markdown]
-# ## The speed-up, redrawn
+# ## The speed-up
 #
 # **Predict.** If arithmetic took no time, how many times as fast as Ring Attention would LV-XAttn
-# be? And if the network took none?
+# be? And if communication took no time?
 #
 # <details><summary>Reasoning</summary>
 #
-# Without arithmetic only bytes count: the ratio of the bytes. Without a network nothing is left to
-# gain: both do the same arithmetic.
+# Without arithmetic, the ratio of the bytes. Without communication, equally fast: both do the same
+# arithmetic.
 #
 # </details>
 
@@ -424,8 +424,8 @@ for f in (1, 64, 1024):
 
 # %% [markdown]
 # These are ratios of predicted times, forward and backward, for one layer of Llama 3-V on 8 ranks.
-# The speed-up follows the bytes until LV-XAttn hides all that it sends. From there on both take
-# longer in proportion to the video, and the speed-up grows no more.
+# The speed-up is that of the bytes until LV-XAttn hides all that it sends. From there on both times
+# grow in proportion to the video, and the speed-up is constant.
 
 # %%
 assert gain(MACHINES["a30-8"], 4096) > gain(MACHINES["a100-16"], 4096) > 5
@@ -448,10 +448,10 @@ axes.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
 figure
 
 # %% [markdown]
-# Dashed is what counting alone promises: the paper's elements per round, in the dtypes that travel.
-# A cluster stays below it and comes to a plateau, which is the lower the faster its network is
-# beside its arithmetic: 8 ranks are two hosts of `a100-16` with 25 GB/s between them, and a single
-# host of `h100`, with NVLink. The break-even hardly moves: one frame is about even on all three.
+# The dashed line is the ratio of bytes: the paper's elements per round, in the dtypes that travel.
+# Clusters stay below it and reach a plateau, which is lower for a faster network relative to
+# arithmetic: 8 ranks are two hosts of `a100-16` with 25 GB/s between them, and a single host of
+# `h100`, with NVLink. The break-even is about one frame on all three.
 #
 # Over both lengths, for all schedules:
 
@@ -467,22 +467,23 @@ for text, shown, best in (
 figure
 
 # %% [markdown]
-# Left, each number is the time of Ring Attention over that of LV-XAttn. Right, the fastest of the
-# four. The averages that the paper gives for the Video-MME benchmark, 5,514 text tokens and 2,386
-# frames, are at the upper edge, right of the middle. Long texts about short videos, the lower right
-# corner, go to Ulysses and, in its last cell, to Ring Attention.
+# Left: the time of Ring Attention over that of LV-XAttn. Right: the fastest of the four schedules.
+# The averages that the paper gives for the Video-MME benchmark, 5,514 text tokens and 2,386 frames,
+# are at the upper edge, right of the middle. For long texts about short videos, in the lower right
+# corner, Ulysses is fastest and, in the last cell, Ring Attention.
 #
-# ## When bytes do not decide
+# ## When bytes are not the bottleneck
 #
-# While an answer is being written, one token at a time, there are hardly any queries. `lv-xattn`
-# and `gather` send the same bytes then as ever. But a rank whose visitors come one after the other
-# reads all of its keys from memory $P$ times; if they come at once, it reads them once.
+# In decoding, one token at a time, there are few queries. `lv-xattn` and `gather` send the same
+# bytes, as always. But if query blocks arrive one after the other, a rank reads all of its keys
+# from memory $P$ times; if they arrive together, it reads them once.
 #
 # **Predict.** 16 queries on 16 ranks: which of the two is faster, and by how much?
 #
 # <details><summary>Reasoning</summary>
 #
-# Gather, by almost P = 16: with one query a block, reading the keys is all that takes time.
+# Gather, by almost P = 16: with one query per block, nearly all of the time is spent reading the
+# keys.
 #
 # </details>
 
@@ -497,20 +498,20 @@ for text in (16, TEXT):
     assert sum(m.nbytes for m in messages(lv, 0)) == sum(m.nbytes for m in messages(gather, 0))
 
 # %% [markdown]
-# With 2,048 queries it is the other way round: `gather` has to wait for everything before it can
-# start, and `lv-xattn` hides its queries behind its arithmetic. `schedule="auto"` with a machine
-# chooses by time, without one by bytes.
+# With 2,048 queries it is the other way round: `gather` has to wait for all queries before it can
+# start, and `lv-xattn` hides its queries behind its arithmetic. `schedule="auto"` selects by time
+# if it is given a machine, otherwise by bytes.
 #
-# ## What was shown
+# ## Summary
 #
-# - Queries are the smaller thing to move while the text is shorter than
-#   $\frac{H_{KV}}{H}\frac{2De}{De + (D+1)w}$ of the video: a sixth, for Llama 3-V.
-# - What travels can be hidden behind work on what stays: LV-XAttn's queries behind a long video,
-#   Ring Attention's keys only behind a long text.
-# - Bytes decide where the network is what everybody waits for; with very few queries `gather` sends
-#   the same and is faster.
+# - Moving queries sends fewer bytes as long as the text is shorter than
+#   $\frac{H_{KV}}{H}\frac{2De}{De + (D+2)w}$ of the video: a sixth, for Llama 3-V.
+# - Communication can be hidden behind computing with what stays: LV-XAttn's queries behind a long
+#   video, Ring Attention's keys only behind a long text.
+# - Bytes determine the time if the network is the bottleneck; with very few queries `gather` sends
+#   the same bytes as `lv-xattn` and is faster.
 #
-# Files: [src/lvxattn/plan/problems.py](../src/lvxattn/plan/problems.py),
+# Files: [src/lvxattn/plan/models.py](../src/lvxattn/plan/models.py),
 # [steps.py](../src/lvxattn/plan/steps.py), [simulate.py](../src/lvxattn/plan/simulate.py),
 # [choose.py](../src/lvxattn/plan/choose.py), [machine.py](../src/lvxattn/plan/machine.py),
 # [memory.py](../src/lvxattn/plan/memory.py).

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 3. The ring in one process
 #
-# At the end you can follow every block of LV-XAttn round the ring, write its forward pass with
-# nothing but *send*, *receive* and *merge*, and say to the byte what each rank sends.
+# You will learn to follow every block of LV-XAttn round the ring, to write its forward pass with
+# only *send*, *receive* and *merge*, and to compute exactly how many bytes each rank sends.
 #
-# It needs [notebook 1](01_merging_softmax.ipynb), for the merge,
-# [notebook 2](02_why_queries_move.ipynb), for the schedules, and about 30 minutes.
+# Prerequisites: [notebook 1](01_merging_softmax.ipynb) for the merge, [notebook
+# 2](02_why_queries_move.ipynb) for the schedules. Time: about 30 minutes.
 
 # %%
 import numpy as np
@@ -29,19 +29,19 @@ from lvxattn.reference import (
 # %matplotlib inline
 
 # %% [markdown]
-# ## Ranks without a cluster
+# ## Virtual ranks
 #
-# A rank shares nothing with the others but messages. `run_ranks(P, fn, *args)` runs
-# `fn(comm, *args)` on $P$ virtual ranks: threads of this process that get copies of what is sent,
-# so that they are as separate as processes. `comm.rank` is a rank's number, `comm.size` is $P$,
-# `comm.send(arrays, dest)` goes on at once, and `comm.recv(source)` waits.
+# Ranks share no memory and only exchange messages. `run_ranks(P, fn, *args)` runs `fn(comm, *args)`
+# on $P$ virtual ranks: threads of this process that receive copies of what is sent, so that they
+# are as separate as processes. `comm.rank` is a rank's number, `comm.size` is $P$,
+# `comm.send(arrays, dest)` returns at once, and `comm.recv(source)` waits.
 #
 # **Predict.** Each of four ranks sends its number to the right, that is, to rank $(r + 1) \bmod 4$,
-# and returns what came from the left. What is the list of results?
+# and returns the number that it receives from the left. What is the list of results?
 #
 # <details><summary>Reasoning</summary>
 #
-# What came from the left is the left neighbour's number: 3, 0, 1, 2.
+# Each rank receives its left neighbour's number: 3, 0, 1, 2.
 #
 # </details>
 
@@ -58,15 +58,15 @@ assert run_ranks(4, pass_to_the_right) == [3, 0, 1, 2]
 
 
 # %% [markdown]
-# A *hop* is that: everybody hands what it holds to the right and takes over from the left. After
-# $h$ hops a block is $h$ places right of its owner.
+# This is a *hop*: every rank sends its block to the right and receives one from the left. After $h$
+# hops a block is $h$ places to the right of its owner.
 #
 # **Predict.** Swap the two lines: first receive, then send. What happens?
 #
 # <details><summary>Reasoning</summary>
 #
-# Each rank waits for a message that its left neighbour would send after receiving one: a deadlock.
-# Virtual ranks notice; real ones hang.
+# Each rank waits for a message that its left neighbour sends only after receiving one: a deadlock.
+# Virtual ranks detect it; real ranks hang.
 #
 # </details>
 
@@ -87,9 +87,9 @@ assert said.startswith("deadlock")
 # %% [markdown]
 # ## Cross-attention over four ranks
 #
-# `shard(x, comm)` cuts this rank's share out of an array that everybody holds whole; the library's
-# `cross_attention` gets the shares. Every rank gets the results for its own queries, over the keys
-# of all.
+# `shard(x, comm)` returns this rank's shard of an array that every rank holds whole; the library's
+# `cross_attention` takes the shards. Every rank gets the results for its own queries, over the keys
+# of all ranks.
 
 # %%
 P, B, H, H_KV, S_Q, S_KV, D = 4, 1, 2, 1, 16, 400, 8
@@ -106,7 +106,7 @@ def forward(comm, schedule):
 
 # %% tags=["varies"]
 logs = {schedule: [] for schedule in ("lv-xattn", "ring")}
-want, _ = full_attention(q, k, v)  # all of it, on one rank
+want, _ = full_attention(q, k, v)  # unsharded
 for schedule, log in logs.items():
     results = run_ranks(P, forward, schedule, log=log)
     out = np.concatenate([out for out, _, _ in results], axis=2)
@@ -114,36 +114,36 @@ for schedule, log in logs.items():
     assert np.allclose(out, want, rtol=0, atol=1e-13)
 
 # %% [markdown]
-# Both are exact, down to the rounding of fp64. `log` has every message that was sent, in order.
+# Both are exact up to rounding in fp64. `log` contains every message that was sent, in order.
 #
-# ## The film strip
+# ## Every hop in a picture
 #
-# **Predict.** With LV-XAttn on four ranks, whose queries does rank 0 work on at hop 1, and where
-# are its own queries then?
+# **Predict.** With LV-XAttn on four ranks, whose queries does rank 0 compute with at hop 1, and
+# where are its own queries then?
 #
 # <details><summary>Reasoning</summary>
 #
-# Blocks move to the right: rank 3's queries are with rank 0, and rank 0's with rank 1.
+# Blocks move to the right: rank 3's queries are on rank 0, and rank 0's on rank 1.
 #
 # </details>
 
 # %%
-film = scenes("lv-xattn", logs["lv-xattn"])  # film[hop][rank], followed through the log
+film = scenes("lv-xattn", logs["lv-xattn"])  # film[hop][rank], reconstructed from the log
 assert film[1][0].owner == 3 and film[1][1].owner == 0
 film_strip(logs)
 
 # %% [markdown]
-# A row is a rank, in its own colour; a column is a hop. Boxes are keys and values, discs are
-# queries. The small squares under a block are the ranks whose keys its result covers once the work
-# of this hop is done.
+# A row is a rank, with its colour; a column is a hop. Boxes are keys and values, discs are queries.
+# The small squares under a block show the ranks whose keys its result covers at the end of this
+# hop.
 #
-# **Left, LV-XAttn.** Boxes stay, discs travel. Follow blue, $q_0$: it comes down the diagonal, one
-# rank a hop. Its result travels one hop behind it, from rank 1 on: at hop 2 rank 2 attends from
-# $q_0$ to its keys and merges that with what rank 1 has found. In the last column results are home
-# again, and are merged there with what each rank has computed for itself.
+# **Left, LV-XAttn.** Boxes stay, discs travel. Follow blue, $q_0$: it moves down the diagonal, one
+# rank per hop. Its result travels one hop behind it, from rank 1 on: at hop 2 rank 2 attends from
+# $q_0$ to its keys and merges the result with that of rank 1. In the last column each result is
+# back on its owner, which merges it with the attention to its own keys.
 #
-# **Right, Ring Attention.** Discs stay, boxes travel. Results are at home already, so that there is
-# no last column: fewer messages, of longer blocks.
+# **Right, Ring Attention.** Discs stay, boxes travel. Results never leave their owner, so there is
+# no last column: fewer messages, but longer ones.
 
 # %%
 q_0 = np.split(q, P, axis=2)[0]
@@ -155,16 +155,16 @@ both, _ = full_attention(q_0, *(np.concatenate(x, axis=2) for x in ((k_1, k_2), 
 assert np.allclose(result[0], both, rtol=0, atol=1e-13) and film[2][2] == (0, (1, 2))
 
 # %% [markdown]
-# That is what the squares under $q_0$ say at hop 2: the result is attention over the keys of ranks
-# 1 and 2, exactly.
+# This is what the squares under $q_0$ show at hop 2: the result is exactly the attention over the
+# keys of ranks 1 and 2.
 #
-# **Predict.** How many messages are there in each strip, and which ranks' keys does each result
-# cover in the end?
+# **Predict.** How many messages are there in each picture, and which ranks' keys does each result
+# cover at the end?
 #
 # <details><summary>Reasoning</summary>
 #
-# Every rank sends 3 blocks, and with LV-XAttn 3 results too: 4 · 6 = 24 and 4 · 3 = 12. In the end
-# all ranks' keys, each once.
+# Every rank sends 3 blocks, and with LV-XAttn also 3 results: 4 · 6 = 24 and 4 · 3 = 12. Each
+# result covers all ranks' keys, each once.
 #
 # </details>
 
@@ -182,29 +182,29 @@ assert len(moving) < 300_000
 Image(data=moving, format="png", alt="Blocks and results going round four ranks, hop by hop")
 
 # %% [markdown]
-# The same as an animation. With LV-XAttn a rank sends the visiting queries on *before* it works on
-# them, and the result once the work is done; so the disc goes first and the squares follow.
-# What a rank has computed at home for its own queries waits there, and is drawn again at the end.
-# Either way some block is travelling while a rank computes.
+# The same as an animation. With LV-XAttn a rank forwards the visiting queries *before* it computes
+# with them, and sends the result afterwards; so the disc moves first and the squares follow. The
+# result for a rank's own queries and keys stays on that rank, and is drawn again at the end. With
+# both schedules a block travels while a rank computes.
 #
-# ### Exercise 1: whose block is here?
+# ### Exercise 1: the owner of a block
 #
-# The block that is with rank `rank` after `hop` hops is whose? The last column is hop $P$.
+# Which rank owns the block that is on rank `rank` after `hop` hops? The last column is hop $P$.
 
 
 # %% tags=["exercise"]
 def owner(rank, hop, P):
-    """Return the rank whose block this is."""
-    raise NotImplementedError("owner is still to be written")
+    """Return the rank that owns the block."""
+    raise NotImplementedError("owner is not implemented")
 
 
 # %% tags=["check"]
-with check("whose block is with which rank at every hop"):
+with check("the owner of every block at every hop"):
     for at_hop, by_rank in enumerate(film):
         for at_rank, scene in enumerate(by_rank):
             got = owner(at_rank, at_hop, P)
             says = f"rank {at_rank} at hop {at_hop}"
-            assert got == scene.owner, f"{says}: expected rank {scene.owner}'s, got {got}"
+            assert got == scene.owner, f"{says}: expected owner {scene.owner}, got {got}"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -217,23 +217,23 @@ with check("whose block is with which rank at every hop"):
 # </details>
 
 # %% [markdown]
-# ### Exercise 2: the forward pass by hand
+# ### Exercise 2: the forward pass
 #
 # Write LV-XAttn's forward with `comm.send`, `comm.recv`, `block_attention` and `merge`.
-# `block_attention(q, k, v, scale=scale)` attends from some queries to some keys and returns
-# `(out, lse)`; `merge(out_a, lse_a, out_b, lse_b)` joins results over different keys
-# ([notebook 1](01_merging_softmax.ipynb)). The simplest way sends a block and its result together,
-# and takes $P$ hops. Ten lines are enough.
+# `block_attention(q, k, v, scale=scale)` attends from some queries to some keys and returns `(out,
+# lse)`; `merge(out_a, lse_a, out_b, lse_b)` joins results over different keys ([notebook
+# 1](01_merging_softmax.ipynb)). The simplest solution sends a block and its result together, and
+# takes $P$ hops. Ten lines are enough.
 
 
 # %% tags=["exercise"]
 def ring_by_hand(comm, q, k, v, scale):
     """Attend from this rank's queries to the keys of all ranks; return (out, lse)."""
-    raise NotImplementedError("ring_by_hand is still to be written")
+    raise NotImplementedError("ring_by_hand is not implemented")
 
 
 # %% tags=["check"]
-with check("the forward on any number of ranks, with nothing sent but queries and results"):
+with check("the forward on any number of ranks, which send only queries and results"):
     want, want_lse = full_attention(q, k, v)
     for ranks in (1, 2, 3, 5):
         log = []
@@ -269,26 +269,26 @@ with check("the forward on any number of ranks, with nothing sent but queries an
 #     return out, lse
 # ```
 #
-# All of this waits for one another: a block cannot leave before the work on it is done. The
-# library's [lv_xattn.py](../reference/lv_xattn.py) sends queries on first, and results after them.
-# It also stops a hop earlier in both: queries need not come home, and home's own result never
-# leaves.
+# Nothing overlaps here: a block cannot leave before the computation with it is done. The library's
+# [lv_xattn.py](../reference/lv_xattn.py) forwards queries first and sends results after them. It
+# also takes one hop fewer for both: queries need not return to their owner, and the owner's own
+# part of the result is never sent.
 #
 # </details>
 
 # %% [markdown]
-# ## Bytes, message by message
+# ## Bytes of every message
 #
-# A `Meter` counts what its rank sends; the log has single messages. The plan of notebook 2
-# foresees both. In fp64 all numbers take 8 bytes.
+# A `Meter` counts what its rank sends; the log lists single messages. The plan of notebook 2
+# predicts both. In fp64 all numbers have 8 bytes.
 #
-# **Predict.** `q` is (1, 2, 16, 8) here, on 4 ranks. How long is a block of queries, how long a
-# partial result, and how many bytes does a rank send with `lv-xattn`?
+# **Predict.** `q` is (1, 2, 16, 8), on 4 ranks. How many bytes are a block of queries and a partial
+# result, and how many does a rank send with `lv-xattn`?
 #
 # <details><summary>Reasoning</summary>
 #
-# Queries: 2 heads · 4 rows · 8 numbers · 8 bytes = 512. Result: out, as many again, and lse, a pair
-# on the way, 2 · 4 · 2 · 8 = 128: 640. Three of each: 3,456.
+# Queries: 2 heads · 4 rows · 8 numbers · 8 bytes = 512. Result: 512 for out, and 2 · 4 · 2 · 8 =
+# 128 for lse, a pair on the wire: 640. Three of each: 3,456.
 #
 # </details>
 
@@ -313,17 +313,18 @@ for schedule, log in logs.items():
     print(f"{schedule:9} each rank sends {meters[0].messages} messages, {meters[0].bytes:6,} bytes")
 
 # %% [markdown]
-# Every message is foreseen: its order, receiver and length. In the list of `lv-xattn` queries are
-# sent on early, each result after the work on it.
+# The plan predicts every message: its position, receiver and length. In the list of `lv-xattn`
+# queries are sent early, and each result after it is computed.
 #
-# **Predict.** The first trip of the queries and the last one of the results have to be hidden
-# behind something, too: a rank cuts the work on its own queries in two. How many of its 100 keys
-# would you take first, and how many last?
+# **Predict.** To hide the first hop of the queries and the last hop of the results, a rank splits
+# the attention from its own queries to its own keys in two. How many of its 100 keys would you use
+# first, and how many last?
 #
 # <details><summary>Reasoning</summary>
 #
-# The trips weigh about the same here, and each gets half: 50 and 50. In fp16 a result is twice as
-# heavy as its query, but the halves stay: forward and backward then round scores in the same way.
+# Both hops have about the same number of bytes here, and each gets half: 50 and 50. In fp16 a
+# result has twice the bytes of its queries, but the split stays: forward and backward then round
+# scores in the same way.
 #
 # </details>
 
@@ -332,13 +333,13 @@ for layout in run_ranks(P, agreed, "lv-xattn"):
     assert layout.s_kv[layout.rank] == 100 and layout.home_cut == 50
 
 # %% [markdown]
-# **Predict.** The lengths stay, and $P$ grows. How do the bytes grow that one rank sends, and those
-# that all send together?
+# **Predict.** With fixed lengths and growing $P$, how do the bytes grow that one rank sends, and
+# those that all ranks send together?
 #
 # <details><summary>Reasoning</summary>
 #
-# P - 1 blocks of S_Q / P rows: a rank sends almost S_Q rows however many ranks there are, and all
-# together P - 1 times S_Q.
+# P - 1 blocks of S_Q / P rows: a rank sends almost S_Q rows for any P, and all ranks together P - 1
+# times S_Q.
 #
 # </details>
 
@@ -358,29 +359,29 @@ for (schedule, sent), colour in zip(of_a_rank.items(), COLOURS, strict=False):
     y = [nbytes / 1000 for nbytes in sent]
     axes.plot(numbers, y, "o-", color=colour, lw=2)
     axes.text(numbers[-1], y[-1], f"  {schedule}", va="center", color=INK, size=11)
-axes.set(xlabel="ranks", ylabel="kilobytes that a rank sends", xticks=numbers)
+axes.set(xlabel="ranks", ylabel="kilobytes sent by a rank", xticks=numbers)
 figure
 
 # %% [markdown]
-# More ranks share the work, but not the bytes: what each sends rises towards all rows once, and
-# never gets there.
+# More ranks divide the work, but not the bytes: what each rank sends approaches, but never reaches,
+# all rows once.
 #
-# ## Lengths that do not divide, and empty shares
+# ## Uneven and empty shards
 #
-# Nothing above needs equal shares. `shard` makes the first ones longer by one where $P$ does not
-# divide a length. A rank may as well hold whatever it happens to have, or nothing.
+# Nothing above requires equal shards. If $P$ does not divide a length, `shard` makes the first
+# shards longer by one. A rank may also hold a shard of any length, or an empty one.
 #
 # **Predict.** Three ranks hold 5, 0 and 11 queries, and 0, 150 and 250 keys. Is the result still
-# exact? What is a partial result over no keys?
+# exact? What is the partial result over no keys?
 #
 # <details><summary>Reasoning</summary>
 #
-# Yes. Over no keys it is (0, -inf), the identity of the merge: joining it changes nothing.
+# Yes. Over no keys it is (0, -inf), the identity of the merge.
 #
 # </details>
 
 # %%
-q_cuts, kv_cuts = [5, 5], [0, 150]  # where the next rank's share begins
+q_cuts, kv_cuts = [5, 5], [0, 150]  # where the next rank's shard begins
 uneven = [np.split(q, q_cuts, axis=2), *(np.split(x, kv_cuts, axis=2) for x in (k, v))]
 
 
@@ -397,23 +398,23 @@ for schedule in ("lv-xattn", "ring"):
 assert run_ranks(7, agreed, "lv-xattn")[0].s_q == (3, 3, 2, 2, 2, 2, 2)  # 16 over 7 ranks
 
 # %% [markdown]
-# An empty block is sent all the same: everyone knows how many messages to expect, and nothing needs
-# to be asked first. Before the first block, `Layout.agree` has told all ranks all lengths.
+# Empty blocks are sent like others, so that every rank knows how many messages to expect. Before
+# the first block, `Layout.agree` has exchanged all lengths.
 #
-# ### Exercise 3: what a rank sends, unevenly
+# ### Exercise 3: bytes of uneven shards
 #
-# Rank `rank` sends $P - 1$ blocks of queries and $P - 1$ results, forward, in fp64. Return the
-# bytes of each message in the order of the hops: first the blocks of queries, then the results.
+# In the forward, in fp64, rank `rank` sends $P - 1$ blocks of queries and $P - 1$ results. Return
+# the bytes of each message in the order of the hops, as one list for blocks and one for results.
 
 
 # %% tags=["exercise"]
 def sizes_by_hand(rank, s_q, H, D, D_V):
     """Return the sizes of the query blocks and of the results that a rank sends, as two lists."""
-    raise NotImplementedError("sizes_by_hand is still to be written")
+    raise NotImplementedError("sizes_by_hand is not implemented")
 
 
 # %% tags=["check"]
-with check("the size of every message, with shares of any length"):
+with check("the size of every message, with shards of any length"):
     narrow = [*uneven[:2], [x[..., :5] for x in uneven[2]]]  # D_V is not D
     for layout in run_ranks(3, lambda comm: Layout.agree(*(x[comm.rank] for x in narrow), comm)):
         found = sizes_by_hand(layout.rank, layout.s_q, H, D, D_V=5)
@@ -427,28 +428,27 @@ with check("the size of every message, with shares of any length"):
 # ```python
 # def sizes_by_hand(rank, s_q, H, D, D_V):
 #     P = len(s_q)
-#     visitor = [s_q[(rank - hop) % P] for hop in range(P)]  # its length, by hop
-#     blocks = [H * n * D * 8 for n in visitor[:-1]]  # its own first, the last is not sent on
-#     results = [H * n * (D_V + 2) * 8 for n in visitor[1:]]  # of all but its own
+#     visitor = [s_q[(rank - hop) % P] for hop in range(P)]  # length of the block, by hop
+#     blocks = [H * n * D * 8 for n in visitor[:-1]]  # own block first; the last is not forwarded
+#     results = [H * n * (D_V + 2) * 8 for n in visitor[1:]]  # of all blocks but its own
 #     return blocks, results
 # ```
 #
 # </details>
 
 # %% [markdown]
-# ## Masks that never travel
+# ## Masks do not travel
 #
-# A mask says which query may look at which key. A rank is given the columns of *its own keys*: with
-# LV-XAttn every query comes to them, so that the mask stays where it is used. With Ring Attention
-# keys are used elsewhere, and the columns have to go along.
+# A mask determines which query may attend to which key. Each rank is given the columns of *its own
+# keys*. With LV-XAttn every query visits these keys, so the mask is used where it is. With Ring
+# Attention keys travel, and their columns of the mask with them.
 #
-# **Predict.** The mask is (1, 1, 16, 400) of one byte a number. How many bytes more does it cost
-# all ranks together, with each schedule?
+# **Predict.** The mask is (1, 1, 16, 400), one byte per element. How many more bytes do all ranks
+# together send, with each schedule?
 #
 # <details><summary>Reasoning</summary>
 #
-# LV-XAttn: none. Ring: each column travels P - 1 = 3 hops, as its key does: 3 · 6,400 = 19,200
-# bytes.
+# LV-XAttn: none. Ring: each column travels P - 1 = 3 hops with its key: 3 · 6,400 = 19,200 bytes.
 #
 # </details>
 
@@ -471,18 +471,18 @@ for schedule, more in (("lv-xattn", 0), ("ring", 19_200)):
     assert extra == more and np.allclose(out, masked_want, rtol=0, atol=1e-13)
 
 # %% [markdown]
-# ## The ring goes host by host
+# ## The order of the ring
 #
-# Ranks of one host talk faster than hosts do. `Layout.agree` orders the ring so that it crosses
-# between hosts as rarely as possible, whatever numbers the ranks have.
+# Links inside a host are faster than links between hosts. `Layout.agree` orders the ring so that it
+# crosses between hosts as rarely as possible, regardless of the ranks' numbers.
 #
 # **Predict.** Ranks 0 and 2 are on host a, 1 and 3 on host b. In which order does the ring visit
 # them, and how many of its four hops cross?
 #
 # <details><summary>Reasoning</summary>
 #
-# 0, 2, 1, 3: two cross, from 2 to 1 and from 3 back to 0. In the order of their numbers all four
-# would.
+# 0, 2, 1, 3: two cross, from 2 to 1 and from 3 back to 0. In the order of the ranks' numbers all
+# four would.
 #
 # </details>
 
@@ -502,17 +502,16 @@ assert all(sorted(at_a_rank) == [0, 1, 2, 3] for at_a_rank in zip(*hops[:P], str
 film_strip({"lv-xattn": dealt})
 
 # %% [markdown]
-# The rows are in the order of numbers, so that the diagonals are gone; every block still visits
-# every rank once, and ends at home.
+# The rows are in the order of the ranks' numbers, so blocks do not move along diagonals; every
+# block still visits every rank once, and every result ends on its owner.
 #
-# ## What was shown
+# ## Summary
 #
-# - LV-XAttn leaves keys, values and masks where they are; queries make $P - 1$ hops, and so do
-#   results, one hop behind them.
-# - Ten lines of send, receive and merge are the whole algorithm. It needs neither equal shares nor
-#   any share at all.
-# - What each rank sends is known to the byte from the shapes alone. However large $P$ is, it is
-#   less than all queries and all results once.
+# - With LV-XAttn keys, values and masks stay; queries make $P - 1$ hops, and so do results, one hop
+#   behind them.
+# - The algorithm is ten lines of send, receive and merge. Shards may be uneven or empty.
+# - The bytes that each rank sends follow from the shapes alone. For any $P$ they are less than all
+#   queries and all results once.
 #
 # Files: [reference/virtual_ranks.py](../reference/virtual_ranks.py),
 # [exchange.py](../reference/exchange.py), [lv_xattn.py](../reference/lv_xattn.py),

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # 4. Real ranks with MPI
 #
-# At the end you can write a program for several processes that pass blocks round a ring, say why
-# it stands still when it does, and see how much of its communication is hidden behind computing.
+# You will learn to write an MPI program that passes blocks round a ring, to find the cause of a
+# deadlock, and to measure how much of the communication overlaps with computing.
 #
-# It needs [notebook 3](03_the_ring_in_one_process.ipynb), for the ring, and about 30 minutes.
+# Prerequisites: [notebook 3](03_the_ring_in_one_process.ipynb) for the ring. Time: about 30
+# minutes.
 
 # %%
 # %load_ext lvxattn.mpi_impl.jupyter
@@ -20,8 +21,8 @@ from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import QUERIES
 from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.draw.trace import draw_trace
-from lvxattn.mpi_impl.commands.demo.descriptors import PATCH
-from lvxattn.mpi_impl.commands.demo.sources import Pan
+from lvxattn.mpi_impl.commands.demo.patches import PATCH
+from lvxattn.mpi_impl.commands.demo.sources import default_video
 from lvxattn.plan import messages, planned
 from lvxattn.plan.trace import Trace
 from lvxattn.reference import full_attention
@@ -29,24 +30,23 @@ from lvxattn.reference import full_attention
 # %% [markdown]
 # ## Ranks are processes
 #
-# MPI starts $P$ copies of one program. A copy is a *rank*: a process of its own, with a number $r$
-# from 0 to $P - 1$, that runs the same lines as all others. It reaches them through a
-# *communicator*, which knows its number (`comm.rank`) and how many there are (`comm.size`).
+# MPI starts $P$ copies of one program. Each copy is a *rank*: a separate process with a number $r$
+# from 0 to $P - 1$, which runs the same program as all others. Ranks communicate through a
+# *communicator*, which has the rank's number (`comm.rank`) and the number of ranks (`comm.size`).
 #
-# A cell that begins with `%%mpi 4` is not run by this notebook. It is sent to four new processes;
-# what each of them prints is shown with its number. `--take` names variables of the notebook that
-# every rank is to have; `--give` names variables of rank 0 that the notebook is to have afterwards.
-# Processes end with their cell, so that each such cell begins with its imports, and defines the
-# functions that it calls.
+# A cell that begins with `%%mpi 4` runs not in the notebook's process but in four new ones; the
+# output of each is shown with its rank. `--take` copies variables of the notebook to every rank;
+# `--give` copies variables of rank 0 back to the notebook. The processes end with the cell, so each
+# such cell contains its own imports and functions.
 #
 # `gather` collects an object of every rank in a list, on rank 0.
 #
-# **Predict.** The notebook has an empty list, and every rank appends its number to it. What is in
-# the list of rank 2, and what is in that of the notebook?
+# **Predict.** The notebook has an empty list, and every rank appends its number to it. What does
+# the list contain on rank 2, and what in the notebook?
 #
 # <details><summary>Reasoning</summary>
 #
-# Processes share no memory: each rank was sent a copy. Rank 2 has [2], and the notebook has [].
+# Processes share no memory: each rank gets a copy. Rank 2 has [2], and the notebook has [].
 #
 # </details>
 
@@ -61,7 +61,7 @@ from mpi4py import MPI
 
 comm = MPI.COMM_WORLD
 numbers.append(comm.rank)
-print("I am one of", comm.size, "and have", numbers)
+print("one of", comm.size, "ranks, with the list", numbers)
 lists, processes = comm.gather(numbers), comm.gather(os.getpid())
 
 # %%
@@ -70,18 +70,18 @@ assert len(set(processes)) == 4  # four different processes
 assert numbers == []
 
 # %% [markdown]
-# What a rank is to know of another one must be sent to it. That is all that the rest is about.
+# Data of another rank has to be received in a message.
 #
 # ## One hop: send to the right, receive from the left
 #
 # In a ring, rank $r$ sends to its right neighbour $(r + 1) \bmod P$ and receives from its left one,
 # $(r - 1) \bmod P$. `Sendrecv` does both, and returns when both are done. The block that is sent
-# and the room for the block that comes are two arrays. (Names with a capital send the bytes of an
-# array as they lie in memory. `send`, `recv` and `gather`, with a small letter, take any Python
-# object and pickle it.)
+# and the buffer for the block that is received are two arrays. (Methods with a capital letter send
+# the memory of an array. `send`, `recv` and `gather`, in lower case, take any Python object and
+# pickle it.)
 #
-# **Predict.** Every rank first sends a block of its own, and then on and on what it received last.
-# Whose block does rank 0 have after 3 hops?
+# **Predict.** Every rank first sends its own block, and then forwards the block that it received
+# last. Whose block does rank 0 have after 3 hops?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -100,7 +100,7 @@ right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
 block, room, owners = np.full(1000, comm.rank), np.empty(1000, int), [comm.rank]
 for _ in range(1, comm.size):
     comm.Sendrecv(block, right, recvbuf=room, source=left)
-    block, room = room, block  # what came is what is sent next
+    block, room = room, block  # forward what was received
     owners.append(int(block[0]))
 holds = comm.gather(owners)
 
@@ -119,28 +119,28 @@ axes.set_xticks(range(4))
 axes.set_yticks(range(4), [f"rank {r}" for r in range(4)])
 axes.spines[:].set_visible(False)
 axes.tick_params(length=0)
-axes.set_title("Each block moves one rank down at every hop", size=11, color=INK)
+axes.set_title("Each block moves down one rank per hop", size=11, color=INK)
 plt.show()
 
 # %% [markdown]
 # After $P - 1$ hops every block has been on every rank. `layout.owner(hop)` in
 # [src/lvxattn/common/layout.py](../src/lvxattn/common/layout.py) is this table's formula.
 #
-# ## A hop while there is something to do: Isend and Irecv
+# ## Computing during a hop: Isend and Irecv
 #
-# During `Sendrecv` a rank computes nothing. `Isend` and `Irecv` (I for immediate) only begin to
-# send and to receive. They return a *request*, and the rank goes on computing. `request.Wait()`
-# returns when the block is gone, or is there. Until then its array belongs to MPI: a block that is
-# being sent must not be written, and room that is being filled must not be read.
+# A rank cannot compute during `Sendrecv`. `Isend` and `Irecv` (I for immediate) only start to send
+# and to receive. They return a *request*, and the rank goes on computing. `request.Wait()` returns
+# when the block has been sent or received. Until then MPI uses its array: a send buffer must not be
+# written, and a receive buffer must not be read.
 #
-# **Predict.** Rank 0 begins to send eight megabytes of ones, and overwrites them with sevens before
+# **Predict.** Rank 0 starts to send eight megabytes of ones, and overwrites them with sevens before
 # it waits. What does rank 1 receive?
 #
 # <details><summary>Reasoning</summary>
 #
-# The standard forbids it and says nothing about what happens. MPI makes no copy of a large block,
-# it reads it when the receiver is ready. That is after the barrier here, at which all ranks wait
-# for one another, so that sevens arrive. Nothing warns.
+# By the standard, this is an error with undefined results. MPI does not copy a large block, it
+# reads it when the receiver is ready. Here that is after the barrier, at which all ranks wait for
+# one another, so sevens are received. There is no warning.
 #
 # </details>
 
@@ -165,16 +165,16 @@ print("rank 1 received the mean", means[1])
 assert means[1] != 1.0
 
 # %% [markdown]
-# Reading is allowed while a block is being sent. So a ring that computes while blocks move needs
-# two arrays, one that is being sent and computed with, and one that is being filled; they change
-# places at every hop.
+# A send buffer may be read. So a ring that computes while blocks move needs two arrays: one that is
+# sent and computed with, and one that is received into; they are swapped at every hop (double
+# buffering).
 #
-# **Predict.** Every rank adds up all blocks, a thousand numbers each, while they go round. What is
+# **Predict.** Every rank sums up all blocks, a thousand numbers each, while they rotate. What is
 # the sum on each of four ranks?
 #
 # <details><summary>Reasoning</summary>
 #
-# Everybody sees every block once: 1,000 · (0 + 1 + 2 + 3) = 6,000 on all ranks.
+# Every rank has every block once: 1,000 · (0 + 1 + 2 + 3) = 6,000 on all ranks.
 #
 # </details>
 
@@ -197,22 +197,23 @@ sums = comm.gather(total + int(block.sum()))
 assert sums == [6000, 6000, 6000, 6000]
 
 # %% [markdown]
-# `Rotation` in [mpi_impl/exchange.py](../mpi_impl/exchange.py) is that loop's body and little more.
+# `Rotation` in [mpi_impl/exchange.py](../mpi_impl/exchange.py) is essentially the body of this
+# loop.
 #
 # ## Deadlock
 #
-# A plain `Send` returns once its array may be used again. With a small block that is at once,
-# because MPI puts a copy aside. With a large one it is when the receiver has taken it. `Ssend`
-# (synchronous) waits for the receiver whatever the size.
+# `Send` returns when its array may be reused. For a small block that is at once, because MPI copies
+# it into a buffer; for a large one it is when the receiver has received it. `Ssend` (synchronous)
+# waits for the receiver regardless of the size.
 #
-# **Predict.** Every rank sends one number to the right, then receives from the left. Does it end
-# with `Send`? With `Ssend`? With `Send` and a million numbers?
+# **Predict.** Every rank sends one number to the right, then receives from the left. Does the
+# program end with `Send`? With `Ssend`? With `Send` and a million numbers?
 #
 # <details><summary>Reasoning</summary>
 #
-# Yes, no, no. A small Send returns before anybody has received. In the other two every rank waits
-# for its right neighbour to receive, which itself waits for its right neighbour, and so on round
-# the ring: nobody ever comes to its Recv.
+# Yes, no, no. A small Send returns before any rank has received. In the other two cases every rank
+# waits for its right neighbour to receive, which waits for its own right neighbour, and so on round
+# the ring: no rank reaches its Recv.
 #
 # </details>
 
@@ -232,8 +233,8 @@ received = comm.gather(int(room[0]))
 assert received == [3, 0, 1, 2]
 
 # %% [markdown]
-# The next cell is the same with `Ssend`, and a limit of 4 seconds. `%%mpi` then says at which line
-# each rank is, and ends all of them.
+# The next cell is the same with `Ssend`, and a time limit of 4 seconds, after which `%%mpi` reports
+# the line of each rank, and ends all of them.
 
 # %% tags=["raises-exception"]
 # %%mpi 4 --timeout 4
@@ -251,7 +252,7 @@ told = str(sys.last_value)  # what the cell above raised
 assert told.count("is at line 7: comm.Ssend(block, right)") == 4
 
 # %% [markdown]
-# All four are in the same line, each waiting for its right neighbour to receive:
+# All four ranks are at the same line, each waiting for its right neighbour to receive:
 
 # %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(8, 1.6), dpi=100, layout="constrained")
@@ -268,7 +269,7 @@ axes.axis("off")
 plt.show()
 
 # %% [markdown]
-# A closed chain of ranks that wait is a *deadlock*. Now `Send`, with a million numbers:
+# A cycle of waiting ranks is a *deadlock*. Now `Send` with a million numbers:
 
 # %% tags=["raises-exception"]
 # %%mpi 4 --timeout 4
@@ -286,15 +287,14 @@ told = str(sys.last_value)
 assert told.count("is at line 7: comm.Send(block, right)") == 4
 
 # %% [markdown]
-# So a program that sends before it receives may pass every test on small blocks, and stand still on
-# real ones. Putting `Ssend` in place of `Send` shows that on small blocks, too. `Sendrecv`, or
-# `Irecv` before anything that waits, cannot form the chain: the room is offered before anybody
-# waits.
+# So a program that sends before it receives may pass every test on small blocks, and deadlock on
+# real ones. Replacing `Send` by `Ssend` reveals this on small blocks, too. `Sendrecv`, or `Irecv`
+# before any call that waits, cannot form the cycle: the receive is posted before any rank waits.
 #
-# ### Exercise 1: mend it
+# ### Exercise 1: fix the deadlock
 #
-# Use `Ssend` and `Recv`, each once, and no other call that sends. Bring `block` one place to the
-# right so that the program ends on any number of ranks from 2 up.
+# Move `block` one place to the right with one call of `Ssend` and one of `Recv` on each rank, so
+# that the program ends on any number of ranks from 2 up.
 
 # %% tags=["exercise"]
 # %%mpi 4 --timeout 5 --give shifted
@@ -304,18 +304,18 @@ from mpi4py import MPI
 comm = MPI.COMM_WORLD
 right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
 block, room = np.full(1, comm.rank), np.full(1, -1)
-# Here: Ssend and Recv, in an order in which somebody receives.
+# Insert here: Ssend and Recv, in an order without a deadlock.
 shifted = comm.gather(int(room[0]))
 
 # %% tags=["check"]
-with check("every block has moved one place, and nobody waits for ever"):
+with check("every block has moved one place, without a deadlock"):
     assert shifted == [3, 0, 1, 2], f"expected [3, 0, 1, 2] on ranks 0 to 3, got {shifted}"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# One rank that receives first breaks the chain. With every second one the hop takes two rounds, and
-# not $P$, because pairs of ranks work at the same time.
+# One rank that receives first breaks the cycle. If every second rank receives first, the hop takes
+# two rounds instead of $P$, because pairs of ranks communicate at the same time.
 #
 # ```python
 # %%mpi 4 --timeout 5 --give shifted
@@ -337,16 +337,16 @@ with check("every block has moved one place, and nobody waits for ever"):
 # </details>
 
 # %% [markdown]
-# ## Overlap, seen on a timeline
+# ## Overlap on a timeline
 #
 # `cross_attention` of [mpi_impl](../mpi_impl/cross_attention.py) is LV-XAttn (arXiv:2502.02406,
-# algorithm 1) on such ranks: `Irecv` and `Isend`, attention to this rank's keys, then a wait,
-# $P - 1$ times. A `Timeline` handed over as `meter=` writes down when this rank computed, when it
-# could only wait, and when it began to send a block. `Trace.of` puts the timelines of all ranks
-# together. (All ranks are on one host and look at one clock.)
+# algorithm 1) on MPI ranks: $P - 1$ times `Irecv` and `Isend`, attention to this rank's keys, then
+# a wait. A `Timeline` passed as `meter=` records when this rank computed, when it only waited, and
+# when it started to send a block. `Trace.of` combines the timelines of all ranks. (All ranks are on
+# one host and use the same clock.)
 #
-# There are $S_Q$ queries and $S_{KV}$ keys in all; a rank has a share of both (`shard`). The first
-# call warms the caches up, and is not written down.
+# There are $S_Q$ queries and $S_{KV}$ keys in total; each rank has a shard of both (`shard`). The
+# first call is a warm-up and is not recorded.
 #
 # **Predict.** How many blocks does a rank of four send in one forward pass?
 #
@@ -357,7 +357,7 @@ with check("every block has moved one place, and nobody waits for ever"):
 # </details>
 
 # %%
-S_Q, S_KV, H, D = 256, 16384, 8, 64  # queries, keys, heads, their width
+S_Q, S_KV, H, D = 256, 16384, 8, 64  # queries, keys, heads, head dimension
 
 # %%
 # %%mpi 4 --take S_Q,S_KV,H,D --give timelines
@@ -385,27 +385,27 @@ for rank, timeline in enumerate(timelines):
     assert timeline.bytes == sum(message.nbytes for message in messages(layout, rank))
 
 # %% [markdown]
-# The bytes are those that the cost model foretold. This is when they moved:
+# The bytes are those that the plan predicts. The trace shows when they were sent:
 
 # %% tags=["varies"]
 draw_trace(trace, "LV-XAttn")
 
 # %% [markdown]
 # A rank's row has three tracks. Blue: it computes, with the block of the rank whose number is
-# written there. Green: a block that it sends is not yet known to be gone. Orange: it can only wait.
-# An arrow leads from where a block is posted to where its receiver has it in hand; dashed arrows
-# are results, which follow their queries. Where an arrow leads along under its receiver's blue, its
-# way was hidden. One that ends in orange was waited for.
+# shown. Green: the send of a block is not yet known to be complete. Orange: it only waits. An arrow
+# leads from the time at which a block is posted to the time at which its receiver takes it; dashed
+# arrows are results, which follow their queries. The part of an arrow below its receiver's blue was
+# hidden; if an arrow ends in orange, its receiver waited for the block.
 #
-# `trace.overlap()` adds that up. For each rank, in seconds,
+# `trace.overlap()` sums these times up. For each rank, in seconds:
 #
-# - *on the way*: something was on its way to it or from it,
-# - *hidden*: of that, the rank computed meanwhile,
-# - *exposed*: of that, it could only wait.
+# - *on the way*: a block was on the way to it or from it,
+# - *hidden*: the part of it during which the rank computed,
+# - *exposed*: the part of it during which the rank only waited.
 #
-# What is left of the first went to other work: merging, copying, and where ranks outnumber cores
-# also to other ranks. A block counts as on its way from just before it is sent until the receiver
-# has it in hand; it may have arrived earlier, but a rank that computes does not look.
+# The rest of the first was spent on other work: merging, copying and, if there are more ranks than
+# cores, other ranks. A block counts as on the way from just before it is sent until the receiver
+# takes it; it may have arrived earlier, while the receiver computed.
 
 # %%
 for x in trace.overlap():
@@ -426,13 +426,13 @@ axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Orange is the time that a better order of steps, or a faster link, could still save. Where queries
-# are few, and the keys that each of them meets are many, there need not be much of it.
+# Orange is the time that a better schedule or a faster link could still save. With few queries and
+# many keys it can be small.
 #
 # ### Exercise 2: read a timeline
 #
-# Two ranks, made up by hand. Rank 0 posts its queries at 0 ms and computes for 3 ms. Rank 1
-# computes for 2 ms, and then waits for those queries until 3.5 ms.
+# This is a constructed trace of two ranks. Rank 0 posts its queries at 0 ms and computes for 3 ms.
+# Rank 1 computes for 2 ms, and then waits for those queries until 3.5 ms.
 
 # %%
 queries = Block(QUERIES.name, owner=0, hop=1)
@@ -446,10 +446,10 @@ trace = Trace.of(
         ),
     ]
 )
-draw_trace(trace, "A made-up pass")
+draw_trace(trace, "A constructed pass")
 
 # %% [markdown]
-# For both ranks, how many milliseconds was something on the way, how many of them were hidden, and
+# For both ranks, how many milliseconds was a block on the way, how many of them were hidden, and
 # how many exposed?
 
 # %% tags=["exercise"]
@@ -457,9 +457,9 @@ rank_0 = None, None, None  # on the way, hidden, exposed, in milliseconds
 rank_1 = None, None, None
 
 # %% tags=["check"]
-with check("you read what was hidden and what was exposed"):
+with check("hidden and exposed time on both ranks"):
     for rank, told in enumerate((rank_0, rank_1)):
-        assert None not in told, f"rank {rank} is still to be filled in"
+        assert None not in told, f"rank {rank}: expected three numbers, got {told}"
         right = [1e3 * x for x in trace.overlap()[rank]]
         for name, x, y in zip(("on the way", "hidden", "exposed"), told, right, strict=True):
             assert abs(x - y) < 1e-6, f"rank {rank}, {name}: {x} ms is not what the tracks show"
@@ -467,9 +467,9 @@ with check("you read what was hidden and what was exposed"):
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# The queries are on the way from 0 to 3.5 ms, for both. Rank 0 computes during 3 ms of that; in the
-# last half millisecond it has nothing to do, but it does not wait for this block, so nothing is
-# exposed. Rank 1 computes during 2 ms, and waits for 1.5 ms.
+# For both ranks the queries are on the way from 0 to 3.5 ms. Rank 0 computes during 3 ms of that;
+# in the last half millisecond it is idle, but it does not wait for a block, so nothing is exposed.
+# Rank 1 computes for 2 ms, and waits for 1.5 ms.
 #
 # ```python
 # rank_0 = 3.5, 3, 0
@@ -481,18 +481,18 @@ with check("you read what was hidden and what was exposed"):
 # %% [markdown]
 # ## The merge as an MPI.Op
 #
-# The queries are few. Where every rank holds all of them, each attends to its own keys, and the $P$
-# partial results are to be joined: MPI calls that a reduction. Attention over some keys is `out`,
-# the weighted mean of their values, and `lse`, the log of the sum of the exponentiated scores
-# ([notebook 1](01_merging_softmax.ipynb)).
+# There are few queries. If every rank holds all of them, each attends to its own keys, and the $P$
+# partial results are merged by a reduction. A partial result is `out`, the weighted mean of the
+# values, and `lse`, the log of the sum of the exponentiated scores ([notebook
+# 1](01_merging_softmax.ipynb)).
 #
-# **Predict.** `allreduce` adds up an object of every rank. Is the sum of the four `out`, divided by
-# 4, the right result?
+# **Predict.** `allreduce` sums an object over all ranks. Is the sum of the four `out`, divided by
+# 4, the correct result?
 #
 # <details><summary>Reasoning</summary>
 #
-# No. A rank whose keys fit a query well must count for more in its row; the mean counts all ranks
-# alike.
+# No. A rank whose keys score higher for a query must have more weight in its row; the mean gives
+# all ranks the same weight.
 #
 # </details>
 
@@ -515,17 +515,17 @@ mean = comm.allreduce(out) / comm.size
 assert abs(mean - truth_out).max() > 0.1
 
 # %% [markdown]
-# The right operator is the merge (arXiv:2502.02406, section 3):
+# The correct operator is the merge (arXiv:2502.02406, section 3):
 #
 # $$\mathrm{lse} = \log\left(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}\right), \qquad
 # \mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}}\,\mathrm{out}_a
 # + e^{\mathrm{lse}_b - \mathrm{lse}}\,\mathrm{out}_b$$
 #
-# MPI takes any function as an operator, as long as it is associative: it may join any two partial
-# results first. It calls `join(a, b, datatype)` with two pieces of memory and expects the result in
-# `b`. It may also cut a message between any two elements. So that it never tears a query's `out`
-# from its `lse`, an element is a whole row, 8 numbers of `out` and one of `lse`; that is what
-# `Create_contiguous` is for.
+# MPI accepts any associative function as an operator, and may merge the partial results in any
+# grouping. It calls `join(a, b, datatype)` with two buffers and expects the result in `b`. It may
+# also split a message between any two elements. To keep a query's `out` and `lse` together, an
+# element is a whole row, 8 numbers of `out` and one of `lse`; `Create_contiguous` defines this
+# datatype.
 #
 # ### Exercise 3: write the operator
 #
@@ -544,7 +544,7 @@ from lvxattn.mpi_impl import block_attention, shard
 def join(a, b, datatype):
     """Merge the rows in a into those in b."""
     a, b = (np.frombuffer(x).reshape(-1, 9) for x in (a, b))
-    b[:] += a  # a sum: not what is wanted
+    b[:] += a  # a sum, not the merge
 
 
 comm = MPI.COMM_WORLD
@@ -554,11 +554,11 @@ joined, row = np.empty_like(rows), MPI.DOUBLE.Create_contiguous(9).Commit()
 comm.Allreduce([rows, 6, row], [joined, 6, row], MPI.Op.Create(join, commute=True))
 
 # %% tags=["check"]
-with check("MPI merges partial results of all ranks"):
+with check("MPI merges the partial results of all ranks"):
     error = abs(joined[:, 8] - truth_lse[0, 0]).max()
-    assert error < 1e-12, f"lse is off by up to {error:.2g}"
+    assert error < 1e-12, f"lse: expected an error below 1e-12, got {error:.2g}"
     error = abs(joined[:, :8] - truth_out[0, 0]).max()
-    assert error < 1e-12, f"lse is right, and out is off by up to {error:.2g}"
+    assert error < 1e-12, f"lse is correct; out: expected an error below 1e-12, got {error:.2g}"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -587,8 +587,9 @@ with check("MPI merges partial results of all ranks"):
 # </details>
 
 # %% [markdown]
-# [mpi_impl/collectives.py](../mpi_impl/collectives.py) makes this operator for any dtype and width.
-# With `queries="replicated"`, `cross_attention` is block attention and that reduction:
+# [mpi_impl/collectives.py](../mpi_impl/collectives.py) creates this operator for any dtype and
+# width. With `queries="replicated"`, `cross_attention` is block attention followed by this
+# reduction:
 
 # %%
 # %%mpi 4 --take Q,K,V --give out,lse
@@ -606,20 +607,21 @@ assert abs(lse - truth_lse).max() < 1e-12
 # %% [markdown]
 # ## A search in a long video
 #
-# `make demo` searches a video for small patches; here is its core, on a short one, a camera that
-# pans over twelve photographs. Each of four ranks makes the frames that it holds and cuts them into
-# patches of 16 × 16 pixels. A patch is a visual token:
+# `make demo` searches a video for small patches. This is its core, on a short video in which a
+# camera pans over twelve photographs. Each of four ranks generates its own frames and divides them
+# into patches of 16 × 16 pixels. A patch is a visual token:
 #
-# - its key is what it looks like: brightness in 64 cells, mean removed, of length 1 (`describe`);
-# - its value is where it is: frame, row, column (`places`);
+# - its key is a descriptor: brightness in 64 cells, mean removed, normalised to length 1
+#   (`describe`);
+# - its value is its position: frame, row, column (`places`);
 # - a query is the key of a noisy copy of a patch that another rank holds (`choose_queries`).
 #
-# So the product of a query and a key is how alike two patches are. The scale is large, 1000: nearly
-# all the weight goes to the key that is most alike, and `out` is its place.
+# So the product of a query and a key is the similarity of two patches. The scale is large, 1000:
+# nearly all the weight is on the most similar key, and `out` is its position.
 #
-# **Predict.** A rank asks 4 queries of 64 numbers; a result is 3 numbers of `out` and two of `lse`;
+# **Predict.** A rank has 4 queries of 64 numbers; a result is 3 numbers of `out` and two of `lse`;
 # a number has 4 bytes. How many bytes does a rank send? How many if its 3,600 keys and values, of
-# 64 and 3 numbers, went round instead?
+# 64 and 3 numbers, travelled instead?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -628,7 +630,7 @@ assert abs(lse - truth_lse).max() < 1e-12
 # </details>
 
 # %%
-video = Pan(frames=48, seed=0)
+video = default_video(frames=48, seed=0)
 
 # %%
 # %%mpi 4 --take video --give found,meters
@@ -637,8 +639,7 @@ from mpi4py import MPI
 
 from lvxattn.common.layout import share
 from lvxattn.mpi_impl import Meter, cross_attention
-from lvxattn.mpi_impl.commands.demo.descriptors import D, describe, places
-from lvxattn.mpi_impl.commands.demo.queries import choose_queries
+from lvxattn.mpi_impl.commands.demo.patches import D, choose_queries, describe, places
 from lvxattn.mpi_impl.commands.demo.search import SCALE
 
 comm, meter = MPI.COMM_WORLD, Meter()
@@ -660,8 +661,8 @@ assert per_rank == 3600
 print(f"a rank sent {meters[0].bytes:,} bytes; keys and values: {3 * per_rank * 67 * 4:,}")
 
 # %% [markdown]
-# One find of each rank: the noisy patch that was asked for and, in a frame that another rank holds,
-# a box where the attention found it.
+# One result of each rank: the noisy patch and, in a frame of another rank, a box at the position
+# that the attention returned.
 
 # %% tags=["hide-input"]
 figure, rows = plt.subplots(
@@ -670,32 +671,32 @@ figure, rows = plt.subplots(
 for rank, ((truth, seen, out), n) in enumerate(zip(found, (1, 3, 3, 2), strict=True)):
     frame, row, col = np.rint(out[n]).astype(int)
     rows[0, rank].imshow(seen[n])
-    rows[0, rank].set_title(f"rank {rank} asks", size=10, color=INK)
+    rows[0, rank].set_title(f"query of rank {rank}", size=10, color=INK)
     rows[1, rank].imshow(video.read(frame, frame + 1, lambda _: None)[0])
     for colour, width in (("black", 4), ("#F0E442", 2)):
         corner = PATCH * col - 3, PATCH * row - 3
         box = Rectangle(corner, PATCH + 5, PATCH + 5, fill=False, ec=colour, lw=width)
         rows[1, rank].add_patch(box)
-    rows[1, rank].set_title(f"rank {truth.holder[n]} has it", size=10, color=INK)
+    rows[1, rank].set_title(f"found on rank {truth.holder[n]}", size=10, color=INK)
     rows[1, rank].set_xlabel(f"frame {frame}, row {row}, col {col}", size=9)
 for axes in rows.flat:
     axes.set(xticks=[], yticks=[])
 plt.show()
 
 # %% [markdown]
-# Every query was compared with every patch of every rank, and no key and no value was sent.
-# The whole demo ([demo/search.py](../mpi_impl/commands/demo/search.py)) does the same with 360
-# frames and 256 queries, checks each answer, and takes a video of yours:
-# `make demo ARGS="--video FILE"`.
+# Every query was compared with every patch of every rank, and no key and no value was sent. The
+# whole demo ([demo/search.py](../mpi_impl/commands/demo/search.py)) does the same with 360 frames
+# and 256 queries, checks each answer, and accepts your own video: `make demo ARGS="--video FILE"`.
 #
-# ## What was shown
+# ## Summary
 #
-# - Ranks are processes that share nothing. `Sendrecv` moves blocks one place round a ring; after
-#   $P - 1$ hops everybody has had all.
-# - A closed chain of ranks that wait for one another stands still. `Irecv` and `Isend` offer room
-#   first and leave time to compute; two buffers keep what is sent apart from what comes.
-# - A timeline tells what of the communication was hidden. Because the merge is associative, it can
-#   be handed to MPI as the operator of a reduction.
+# - Ranks are processes that share no memory. `Sendrecv` moves blocks one place round a ring; after
+#   $P - 1$ hops every rank has had every block.
+# - A cycle of ranks that wait for one another is a deadlock. `Irecv` and `Isend` post receives
+#   first and return at once, so that a rank can compute; two buffers separate what is sent from
+#   what is received.
+# - A timeline shows how much of the communication was hidden. Because the merge is associative, MPI
+#   can use it as the operator of a reduction.
 #
 # Files: [mpi_impl/exchange.py](../mpi_impl/exchange.py),
 # [mpi_impl/collectives.py](../mpi_impl/collectives.py),

@@ -1,12 +1,11 @@
 # %% [markdown]
-# # 5. Going backward: gradients, and their way home
+# # 5. Going backward: the gradients
 #
-# At the end you can derive every gradient of attention, say which four arrays travel in a backward
-# pass over many ranks and why `out` is none of them, and count their bytes.
+# You will learn to derive every gradient of attention, which four arrays travel in the backward
+# pass over many ranks and why `out` is not one of them, and how many bytes they have.
 #
-# It needs [notebook 1](01_merging_softmax.ipynb), for `(out, lse)`,
-# [notebook 3](03_the_ring_in_one_process.ipynb), for the ring of virtual ranks, and about 45
-# minutes.
+# Prerequisites: [notebook 1](01_merging_softmax.ipynb) for `(out, lse)`, [notebook
+# 3](03_the_ring_in_one_process.ipynb) for the ring of virtual ranks. Time: about 45 minutes.
 
 # %%
 import matplotlib.pyplot as plt
@@ -35,16 +34,16 @@ plt.rcParams.update({
 })  # fmt: skip
 
 # %% [markdown]
-# ## What is asked for
+# ## Notation
 #
-# Training ends in one number, the loss $\mathcal{L}$. We write $dx$ for
-# $\partial \mathcal{L} / \partial x$; it has the shape of $x$. The layers above attention hand down
-# $\mathrm{dout}$, and attention has to hand down $dq$, $dk$ and $dv$. The forward, again:
+# The loss $\mathcal{L}$ is a scalar. We write $dx$ for $\partial \mathcal{L} / \partial x$; it has
+# the shape of $x$. The backward of attention is given $\mathrm{dout}$ by the layers above it, and
+# returns $dq$, $dk$ and $dv$. The forward is
 #
 # $$s_j = \mathrm{scale}\; q \cdot k_j \qquad \mathrm{lse} = \log \sum_j e^{s_j} \qquad
 #   p_j = e^{s_j - \mathrm{lse}} \qquad \mathrm{out} = \sum_j p_j v_j$$
 #
-# $p_j$ is the weight of key $j$. All sizes below differ, so that a wrong shape shows.
+# $p_j$ is the weight of key $j$. All sizes below differ, so that wrong shapes raise errors.
 
 # %%
 rng = np.random.default_rng(0)
@@ -58,26 +57,26 @@ assert p.shape == (1, 2, 8, 24)  # (B, H, S_Q, S_KV)
 assert np.allclose(p @ v, out, atol=1e-13, rtol=0)
 
 # %% [markdown]
-# ## How weights answer to scores
+# ## The Jacobian of softmax
 #
 # The derivative of $\mathrm{lse}$ with respect to $s_j$ is $p_j$. So
 #
 # $$\frac{\partial p_i}{\partial s_j} = p_i \left([i = j] - p_j\right)$$
 #
-# $[i = j]$ is 1 where $i$ is $j$, else 0. Raising a score raises its own weight and takes from all
+# $[i = j]$ is 1 if $i = j$, else 0. Increasing a score increases its own weight and decreases all
 # others.
 #
 # **Predict.** What does a row of this matrix sum to?
 #
 # <details><summary>Reasoning</summary>
 #
-# It sums to 0. The sum over $j$ says what happens when all scores rise alike, and that changes no
-# weight (notebook 1).
+# It sums to 0. The sum over $j$ is the derivative for a constant added to all scores, which changes
+# no weight (notebook 1).
 #
 # </details>
 #
-# Values that are unit vectors make `full_attention` return its weights. Below are eight scores, and
-# the matrix for them.
+# If the values are unit vectors, `full_attention` returns its weights. Below are eight scores and
+# their Jacobian.
 
 
 # %%
@@ -93,14 +92,14 @@ jacobian = np.diag(p_8) - np.outer(p_8, p_8)
 assert abs(jacobian.sum(axis=1)).max() < 1e-15
 
 # %% [markdown]
-# A derivative can be tried out: move each score a little to both sides, and see how the weights
-# move.
+# Central differences check the derivative: change each score by a small step to both sides, and
+# measure the change of the weights.
 
 # %%
 step = 1e-5
 moves = [(weights_of(eight + e) - weights_of(eight - e)) / (2 * step) for e in step * np.eye(8)]
 error = abs(np.stack(moves, axis=1) - jacobian).max()
-print("the moves and the matrix agree to nine digits:", error < 1e-9)
+print("the differences and the Jacobian agree to nine digits:", error < 1e-9)
 assert error < 1e-9
 
 # %% tags=["hide-input"]
@@ -112,30 +111,30 @@ for (i, j), value in np.ndenumerate(jacobian):
     colour = "white" if value > 0.15 else INK
     right.text(j, i, f"{value:+.3f}", ha="center", va="center", size=9.5, color=colour)
 right.set(xlabel="score j", xticks=range(8))
-right.set_title("how weight i moves when score j rises", size=12)
+right.set_title("derivative of weight i with respect to score j", size=12)
 right.tick_params(length=0)
 right.spines[["left", "bottom"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# ## From out back to the scores
+# ## From out to the scores
 #
-# $\mathrm{out} = \sum_j p_j v_j$ gives two gradients at once, and the matrix above the third:
+# $\mathrm{out} = \sum_j p_j v_j$ gives two gradients, and the Jacobian above the third:
 #
 # $$dv_j = p_j\,\mathrm{dout} \qquad dp_j = \mathrm{dout} \cdot v_j$$
 #
 # $$ds_j = \sum_i dp_i\, p_i\left([i = j] - p_j\right)
 #        = p_j \Big(dp_j - \underbrace{\sum_i p_i\, dp_i}_{\delta}\Big)$$
 #
-# The sum $\delta$ runs over all keys. Once keys are on many ranks, that would be a sum over ranks,
-# in the middle of every backward.
+# The sum $\delta$ runs over all keys. If keys are sharded, that would be a reduction over ranks in
+# every backward.
 #
-# **Predict.** Can it be had without looking at a key?
+# **Predict.** Can it be computed without the keys and values?
 #
 # <details><summary>Reasoning</summary>
 #
 # $\sum_i p_i\, \mathrm{dout} \cdot v_i = \mathrm{dout} \cdot \sum_i p_i v_i
-# = \mathrm{dout} \cdot \mathrm{out}$. The forward has done the sum already.
+# = \mathrm{dout} \cdot \mathrm{out}$. The forward has already computed this sum.
 #
 # </details>
 
@@ -147,8 +146,8 @@ print("delta", delta.shape, "from", dp.shape, "products, or from out alone")
 assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
 
 # %% [markdown]
-# `delta = rowsum(dout * out)` is one number a query, known where the query lives (arXiv:2307.08691,
-# algorithm 2). Below is the whole chain, with the shapes for one head.
+# `delta = rowsum(dout * out)` is one number per query, computed on the rank that owns the query
+# (arXiv:2307.08691, algorithm 2). Below are all gradients, with the shapes for one head.
 #
 # **Predict.** Which of these products sum over keys, and which over queries?
 #
@@ -162,21 +161,21 @@ assert np.allclose(delta, over_all_keys, atol=1e-13, rtol=0)
 #
 # <details><summary>Reasoning</summary>
 #
-# The axis that vanishes is summed over: keys in $dq$, queries in $dk$ and $dv$. Where keys are on
-# many ranks, $dq$ is a sum over ranks; where queries are, $dk$ and $dv$ are.
+# The contracted axis is summed over: keys in $dq$, queries in $dk$ and $dv$. If keys are sharded,
+# $dq$ is a sum over ranks; if queries are sharded, $dk$ and $dv$ are.
 #
 # </details>
 #
 # ### Exercise 1: the gradients
 #
-# Write them, from `lse` and `delta` alone: no `out`, and no softmax. Every key-value head has one
-# query head here.
+# Write them in terms of `lse` and `delta`, without `out` and without a softmax. Here every
+# key-value head has one query head.
 
 
 # %% tags=["exercise"]
 def gradients(dout, q, k, v, lse, delta, scale):
     """Return dq, dk and dv."""
-    raise NotImplementedError("gradients is still to be written")
+    raise NotImplementedError("gradients is not implemented")
 
 
 # %% tags=["check"]
@@ -204,20 +203,20 @@ with check("dq, dk and dv are those of full_attention_backward"):
 # </details>
 
 # %% [markdown]
-# ## Held against differences
+# ## Check with finite differences
 #
-# No formula is needed to measure a gradient. Move an argument along a direction $t$, by a step $h$
-# to both sides; the loss changes at the rate $dx \cdot t$, up to the error of the difference.
+# Gradients can be measured without a formula. Move an argument along a direction $t$, by a step $h$
+# to both sides: the loss changes at the rate $dx \cdot t$, up to the error of the difference.
 #
-# The error has two sources: the bend of the loss, in proportion to $h^2$, and rounding, in
-# proportion to $1/h$.
+# The error has two parts: truncation, proportional to $h^2$, from the third derivative of the loss,
+# and rounding, proportional to $1/h$.
 #
-# **Predict.** For one of $q$, $k$ and $v$ only one of the two errors is there, at any step. Which
+# **Predict.** For one of $q$, $k$ and $v$ there is only one of the two errors, at any step. Which
 # of the three is it, and which error?
 #
 # <details><summary>Reasoning</summary>
 #
-# `out` is linear in $v$: there is no bend, only rounding, and the larger the step the better.
+# `out` is linear in $v$: there is no truncation error, only rounding, and a larger step is better.
 #
 # </details>
 
@@ -230,7 +229,7 @@ def loss(**moved):
 
 
 def error_of_difference(name, x, dx, h):
-    """Return how far the central difference is from dx, along a direction drawn by lot."""
+    """Return the relative error of the central difference, along a random direction."""
     t = np.random.default_rng(1).standard_normal(x.shape)
     rate = (loss(**{name: x + h * t}) - loss(**{name: x - h * t})) / (2 * h)
     return abs(rate - (dx * t).sum()) / abs(dx * t).sum()
@@ -247,7 +246,7 @@ errors = {
 
 # %%
 assert max(e.min() for e in errors.values()) < 1e-10
-for name in ("q", "k"):  # from 1e-2 to 1e-3 the bend's part falls by 100
+for name in ("q", "k"):  # from 1e-2 to 1e-3 the truncation error falls by 100
     assert 80 < errors[name][-3] / errors[name][-5] < 125
 assert errors["v"][-1] < 1e-13
 
@@ -265,23 +264,23 @@ axes.set(xlabel="step h", ylabel="error of the difference", xlim=(6e-11, 0.2))
 plt.show()
 
 # %% [markdown]
-# The gradients are right, and at the best step a difference confirms ten digits of them.
+# The gradients are correct: at the best step, the differences confirm ten digits.
 #
-# ## Cut the keys
+# ## Split the keys
 #
-# In notebook 1 results of parts had to be merged with weights.
+# In notebook 1 the results of parts were merged with weights.
 #
 # **Predict.** Is a merge needed for the gradients?
 #
 # <details><summary>Reasoning</summary>
 #
 # No. With the lse over all keys, $p_j = e^{s_j - \mathrm{lse}}$ is the weight of key $j$ among all
-# keys, whichever part computes it. All that follows are sums.
+# keys, regardless of which part computes it. The rest are sums.
 #
 # </details>
 #
-# `block_attention_backward` differentiates one block: it returns the part's share of `dq`, and adds
-# to `dk` and `dv` in place. It is given `lse` and `delta` over all keys.
+# `block_attention_backward` differentiates one block, given `lse` and `delta` over all keys: it
+# returns the part's contribution to `dq`, and adds to `dk` and `dv` in place.
 
 # %%
 rows = [np.s_[:, :, start : start + 6] for start in range(0, 24, 6)]  # keys of four ranks
@@ -294,21 +293,22 @@ for got, want in ((sum(shares), dq), (dk_sum, dk), (dv_sum, dv)):
     assert np.allclose(got, want, atol=1e-13, rtol=0)
 
 # %% [markdown]
-# A plain sum of four shares. Now break it: give each part the lse over its own keys, the one that
-# its forward found.
+# The gradient is a plain sum of four contributions. Now pass the wrong lse: that over each part's
+# own keys, as its forward computes it.
 #
 # **Predict.** How are the weights wrong?
 #
 # <details><summary>Reasoning</summary>
 #
-# They sum to 1 in every part, so to 4 in all. Each part believes that its keys are all there are.
+# They sum to 1 in every part, so to 4 in total. Each part normalises as if there were no other
+# keys.
 #
 # </details>
 
 # %%
 own = [block_attention(q, k[r], v[r], scale=scale)[1] for r in rows]
 part_of = np.stack([p[..., r[2]].sum(axis=-1) for r in rows])
-assert np.allclose(part_of, np.exp(np.stack(own) - lse), rtol=1e-12)  # what lse is for
+assert np.allclose(part_of, np.exp(np.stack(own) - lse), rtol=1e-12)  # weights of the merge
 assert np.allclose(part_of.sum(axis=0), 1, rtol=1e-12)
 
 # %%
@@ -332,18 +332,18 @@ for rank, colour in enumerate(COLOURS[:4]):
 left.set(xlabel="key", ylabel="query", ylim=(8, 0), yticks=np.arange(8) + 0.5,
          yticklabels=range(8), xticks=range(0, 25, 6))  # fmt: skip
 right.set(xlabel="weight of each rank's keys", xlim=(0, 1))
-right.set_title("together 1", size=11)
+right.set_title("sum: 1", size=11)
 plt.show()
 
 # %% [markdown]
-# Left, $p$ of the first head: darker is more. A rank's columns of it depend on nothing that the
-# other ranks hold, once `lse` is known. Right, what they add up to: the weights of the merge,
+# Left: $p$ of the first head, darker is larger. Given `lse`, a rank's columns do not depend on data
+# of other ranks. Right: the sums over each rank's columns, which are the weights of the merge,
 # $e^{\mathrm{lse}_r - \mathrm{lse}}$ for rank $r$.
 #
-# ## Cut the queries
+# ## Split the queries
 #
-# `dk` and `dv` are sums over queries. A rank need not have all queries at once: blocks of them may
-# come by, one after the other, and each adds to the same `dk` and `dv`.
+# `dk` and `dv` are sums over queries. A rank need not have all queries at once: blocks of queries
+# may arrive one after the other, and each adds to the same `dk` and `dv`.
 
 # %%
 dk_sum, dv_sum = np.zeros_like(k), np.zeros_like(v)
@@ -354,14 +354,14 @@ assert np.allclose(dk_sum, dk, atol=1e-13, rtol=0)
 assert np.allclose(dv_sum, dv, atol=1e-13, rtol=0)
 
 # %% [markdown]
-# ## The round
+# ## The backward pass on the ring
 #
-# That is the backward of LV-XAttn (arXiv:2502.02406, section 3). Keys and values stay, and so do
-# `dk` and `dv`. A block of queries goes round once more, with what its gradients take: `q`, `dout`,
-# `lse` and `delta`. Its `dq` follows one hop behind and ends at home. `delta` is computed once, at
-# home, from `out`; so `out` has no reason to travel.
+# Together these two splits are the backward of LV-XAttn (arXiv:2502.02406, section 3). Keys,
+# values, `dk` and `dv` stay. A block travels round the ring again, with the inputs of its
+# gradients: `q`, `dout`, `lse` and `delta`. Its `dq` follows one hop behind and ends on the block's
+# owner. The owner computes `delta` once, from `out`, so `out` need not travel.
 #
-# **Predict.** How many messages does the whole backward take on four ranks?
+# **Predict.** How many messages does the backward send on four ranks?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -374,7 +374,7 @@ P = 4
 
 
 def backward(comm):
-    """Return the gradients of a rank's shares."""
+    """Return the gradients of a rank's shards."""
     mine = [shard(x, comm) for x in (dout, q, k, v, out, lse)]
     return cross_attention_backward(*mine, comm, scale=scale)
 
@@ -388,8 +388,8 @@ print(len(log), "messages")
 assert len(log) == 2 * P * (P - 1) == 24
 
 # %% [markdown]
-# **Predict.** Two heads, two queries a rank, $D = 4$, $D_V = 3$, fp64: how many bytes is each
-# message?
+# **Predict.** With two heads, two queries per rank, $D = 4$, $D_V = 3$, and fp64, how many bytes
+# has each message?
 #
 # <details><summary>Reasoning</summary>
 #
@@ -405,11 +405,11 @@ print("blocks", of_blocks, "  dq", of_dq)
 assert (of_blocks, of_dq) == ({288}, {128})
 
 # %% [markdown]
-# ## What sending `out` would cost
+# ## The cost of sending `out`
 #
-# A backward can also be written with `out` in the travelling block instead of `delta`; then every
-# rank computes `delta` anew for every block that comes by. In bf16, with $D = D_V = 128$: 2 bytes a
-# number, 4 for `lse`, `delta` and `dq`, which are kept in fp32.
+# A backward could also send `out` with the block instead of `delta`; then every rank recomputes
+# `delta` for every visiting block. In bf16, with $D = D_V = 128$, a number has 2 bytes, and 4 in
+# `lse`, `delta` and `dq`, which are in fp32.
 #
 # **Predict.** By how much do the bytes grow?
 #
@@ -420,8 +420,8 @@ assert (of_blocks, of_dq) == ({288}, {128})
 #
 # </details>
 #
-# The cost model knows every message of every schedule. Below is one layer of Llama 3-V, 2,048 text
-# tokens, 64 frames, 8 ranks.
+# The plan lists every message of every schedule. Below is one layer of Llama 3-V with 2,048 text
+# tokens and 64 frames on 8 ranks.
 
 # %%
 model = MODELS["llama3v"]
@@ -453,7 +453,7 @@ for bar, pieces in enumerate((bytes_of, with_out)):
                 start + width / 2, bar, name, color="white", ha="center", va="center", size=13
             )
         start += width
-axes.set(yticks=(0, 1, 2), yticklabels=("LV-XAttn", "if out travelled", "Ring Attention"),
+axes.set(yticks=(0, 1, 2), yticklabels=("LV-XAttn", "LV-XAttn with out", "Ring Attention"),
          xlim=(0, 78), ylim=(2.5, -0.5),
          xlabel="MB sent by a rank in one layer's backward")  # fmt: skip
 axes.barh(2, 78, color="#CCCCCC", height=0.6)
@@ -464,24 +464,24 @@ axes.tick_params(axis="y", length=0)
 plt.show()
 
 # %% [markdown]
-# The thin black stripe is `lse` and `delta`. Half of what travels is `dq`, in fp32; why not in
-# half precision is the last question of this notebook.
+# The thin black stripe is `lse` and `delta`. Half of the bytes are `dq`, in fp32; the last section
+# of this notebook explains why it is not sent in half precision.
 #
-# ### Exercise 2: a backward to the byte
+# ### Exercise 2: bytes of a backward
 #
-# Write `backward_bytes`: what all P ranks together send in one backward of LV-XAttn. `itemsize` is
-# that of `q` and `dout`, `wide` that of `lse`, `delta` and `dq`, in bytes. Every rank has `s_q`
-# queries.
+# Write `backward_bytes`: the bytes that all P ranks together send in one backward of LV-XAttn.
+# `itemsize` is the size of a number of `q` and `dout`, `wide` that of `lse`, `delta` and `dq`, in
+# bytes. Every rank has `s_q` queries.
 
 
 # %% tags=["exercise"]
 def backward_bytes(P, B, H, s_q, D, D_V, itemsize, wide):
     """Return the bytes that all ranks send."""
-    raise NotImplementedError("backward_bytes is still to be written")
+    raise NotImplementedError("backward_bytes is not implemented")
 
 
 # %% tags=["check"]
-with check("as many bytes as were sent"):
+with check("the bytes that were sent"):
     logged = sum(message.nbytes for message in log)
     got = backward_bytes(P=4, B=1, H=2, s_q=2, D=4, D_V=3, itemsize=8, wide=8)
     assert got == logged, f"the log above: expected {logged:,} bytes, got {got:,}"
@@ -506,26 +506,26 @@ with check("as many bytes as were sent"):
 # </details>
 
 # %% [markdown]
-# ## dq's way home
+# ## dq is summed on the way
 #
-# `dq` of rank 0 sets out empty-handed and is added to at every stop.
+# The `dq` of rank 0 starts on rank 1, and every rank that the block visits adds its contribution.
 #
-# **Predict.** When it leaves rank 2, which ranks' keys are in it? And which rank's share is never
-# on the wire?
+# **Predict.** When it leaves rank 2, the contributions of which ranks does it contain? And which
+# rank's contribution is never sent?
 #
 # <details><summary>Reasoning</summary>
 #
-# Those of ranks 1 and 2. Rank 0's own share is computed at home, and added there.
+# Those of ranks 1 and 2. Rank 0 computes its own contribution, and adds it at the end.
 #
 # </details>
 #
-# To look into the messages, hand the ranks a communicator that shows every travelling result to a
-# function first.
+# To inspect the messages, pass the ranks a communicator that applies a function to every result
+# before it is sent.
 
 
 # %%
 class Wire:
-    """A rank's communicator; every result that it sends goes through a function."""
+    """A rank's communicator that applies a function to every result before it is sent."""
 
     def __init__(self, comm, through):
         self.rank, self.size, self.host = comm.rank, comm.size, comm.host
@@ -533,14 +533,14 @@ class Wire:
         self.comm, self.through = comm, through
 
     def send(self, arrays, dest, tag=0):
-        """Send the arrays, and a result as the function returns it."""
+        """Send the arrays; of a result, what the function returns."""
         arrays = [self.through(x) for x in arrays] if tag == RESULTS else arrays
         self.comm.send(arrays, dest, tag)
 
 
 # %%
 def recorded(comm):
-    """Return the results that a rank sends, in their order."""
+    """Return the results that a rank sends, in order."""
     seen = []
     backward(Wire(comm, lambda x: seen.append(x.copy()) or x))
     return seen
@@ -557,13 +557,13 @@ for owner in range(P):
     assert np.allclose(collected + shares[owner][b], dq[b], atol=1e-13, rtol=0)
 
 # %% [markdown]
-# The picture is drawn from the log: who works on whose queries at which hop. Its boxes are the sums
-# that were just checked.
+# The picture is drawn from the log: which rank computes with whose queries at which hop. Its boxes
+# are the sums that were just checked.
 
 
 # %% tags=["hide-input"]
 def draw_stop(axes, hop, rank, owner):
-    """Draw a block at a rank, and under it whose keys have added to its dq."""
+    """Draw a block on a rank, and below it the ranks that have added to its dq."""
     bold = owner == 0
     disc = Ellipse((hop, rank - 0.1), 0.34, 0.4, color=COLOURS[owner], alpha=1 if bold else 0.3)
     axes.add_patch(disc)
@@ -587,7 +587,7 @@ for hop in (1, 2):
 axes.plot((3.29, 3.5), (3.26, 3.55), color=BLUE, lw=2)
 axes.annotate("", (3.72, 0.2), (3.5, -0.42), arrowprops=arrow)
 axes.set(xlim=(-0.45, P + 0.4), ylim=(P - 0.4, -0.5), xticks=range(P + 1),
-         xticklabels=["home", "hop 1", "hop 2", "hop 3", "home again"], yticks=range(P),
+         xticklabels=["owner", "hop 1", "hop 2", "hop 3", "owner"], yticks=range(P),
          yticklabels=[f"rank {rank}\n$k_{rank}\\ v_{rank}$" for rank in range(P)])  # fmt: skip
 axes.tick_params(length=0)
 axes.xaxis.tick_top()
@@ -597,32 +597,32 @@ axes.spines[["left", "bottom"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Follow $q_0$, in full colour. The four boxes are its `dq`: a box is filled once the keys of the
-# rank of that colour have added to it. The arrows are the three hops of `dq`. The last one leads
-# from rank 3 round to rank 0, where rank 0's own share, computed while the block was away,
-# completes it. In every column each rank has a block to work on, and no two have the same.
+# Follow $q_0$, in full colour. The four boxes are its `dq`: a box is filled once the rank of that
+# colour has added its contribution. The arrows are the three hops of `dq`. The last one leads from
+# rank 3 to rank 0, which adds its own contribution, computed while the block travelled. In every
+# column each rank has a block to compute with, and no two ranks have the same.
 #
 # ## A loss that uses lse
 #
-# Some training runs add a z-loss, which keeps the softmax's denominator near 1:
-# $\mathcal{L} = \dots + \tfrac{w}{2} \sum \mathrm{lse}^2$. Then lse has a gradient of its own,
-# $\mathrm{dlse} = w\, \mathrm{lse}$. Since $\partial\, \mathrm{lse} / \partial s_j = p_j$, it adds
-# $p_j\, \mathrm{dlse}$ to $ds_j = p_j\,(dp_j - \delta)$.
+# Some training runs add a z-loss, which keeps the denominator of the softmax near 1: $\mathcal{L} =
+# \dots + \tfrac{w}{2} \sum \mathrm{lse}^2$. Then lse has a gradient, $\mathrm{dlse} = w\,
+# \mathrm{lse}$. Since $\partial\, \mathrm{lse} / \partial s_j = p_j$, it adds $p_j\, \mathrm{dlse}$
+# to $ds_j = p_j\,(dp_j - \delta)$.
 #
-# ### Exercise 3: nothing more need travel
+# ### Exercise 3: the z-loss in delta
 #
-# Write `delta_with_z_loss`, so that the ranks can go on as before, with this delta in the place of
-# the other.
+# Write `delta_with_z_loss`, so that the backward is unchanged except for this delta, and no other
+# array has to be sent.
 
 
 # %% tags=["exercise"]
 def delta_with_z_loss(dout, out, lse, w):
     """Return the delta of a loss to which w / 2 times the sum of lse squared is added."""
-    raise NotImplementedError("delta_with_z_loss is still to be written")
+    raise NotImplementedError("delta_with_z_loss is not implemented")
 
 
 # %% tags=["check"]
-with check("the z-loss goes in through delta"):
+with check("delta contains the z-loss"):
     new = delta_with_z_loss(dout, out, lse, 0.1)
     assert new.shape == lse.shape, f"expected shape {lse.shape}, got {new.shape}"
     keep = np.zeros_like(k), np.zeros_like(v)
@@ -646,24 +646,24 @@ with check("the z-loss goes in through delta"):
 # </details>
 
 # %% [markdown]
-# ## Why dq does not travel in half precision
+# ## Why dq is sent in fp32
 #
-# `dq` is half of the bytes, and q, k and v are in half precision anyway. Why not send it so? It is
-# a sum that is rounded at every hop, not once.
+# `dq` is half of the bytes, and q, k and v are in half precision. But `dq` is a running sum: in
+# half precision it would be rounded at every hop, not once.
 #
-# **Predict.** On 32 ranks, how many times the error of two ranks does that give?
+# **Predict.** How many times the error on two ranks is the error on 32 ranks?
 #
 # <details><summary>Reasoning</summary>
 #
-# A sum over $h$ of $P$ equal shares has about $\sqrt{h / P}$ of the final size, and its rounding is
-# in proportion. Independent errors add as squares:
+# A sum over $h$ of $P$ contributions of equal size has about $\sqrt{h / P}$ of the final size, and
+# its rounding error is proportional to that. Independent errors add as squares:
 # $\sqrt{\sum_{h=1}^{P-1} h / P} = \sqrt{(P - 1) / 2}$ roundings. From 2 to 32 ranks that grows by
 # $\sqrt{31} = 5.6$.
 #
 # </details>
 #
-# The same `Wire`, now with a function that rounds. Everything else is fp64, so that nothing but
-# these roundings is seen.
+# The next cells use `Wire` with a function that rounds. Everything else is in fp64, so that only
+# these rounding errors are measured.
 
 # %%
 long = [rng.standard_normal((2, 2, n, 16)) for n in (64, 1024, 1024, 64)]
@@ -672,7 +672,7 @@ long_dq = full_attention_backward(long[3], *long[:3], long_out, long_lse)[0]
 
 
 def error_on(P, dtype):
-    """Return the relative error of dq when it travels round P ranks in this dtype."""
+    """Return the relative error of dq if it is sent round P ranks in this dtype."""
 
     def on_a_rank(comm):
         mine = [shard(x, comm) for x in (long[3], *long[:3], long_out, long_lse)]
@@ -684,10 +684,10 @@ def error_on(P, dtype):
 
 
 # %% [markdown]
-# Rounding to nearest errs by at most half a step: relative to the number between $u / 2$ and $u$,
-# where $u$ is $2^{-24}$ in fp32, $2^{-11}$ in fp16 and $2^{-8}$ in bf16. Its root mean square is
-# smaller by $\sqrt{3}$. That gives a band, between $u / \sqrt{12}$ and $u / \sqrt{3}$ for one
-# rounding.
+# The error of rounding to nearest is at most half a step: relative to the number, between $u / 2$
+# and $u$, where $u$ is $2^{-24}$ in fp32, $2^{-11}$ in fp16 and $2^{-8}$ in bf16. Its root mean
+# square is smaller by a factor of $\sqrt{3}$, so between $u / \sqrt{12}$ and $u / \sqrt{3}$ for one
+# rounding; this is the band in the picture.
 
 # %%
 ranks = np.array([2, 4, 8, 16, 32])
@@ -715,7 +715,7 @@ for (name, (_, u)), colour in zip(dtypes.items(), (BLUE, GREEN, ORANGE), strict=
     axes.loglog(ranks, measured[name], "o-", color=colour, lw=2, ms=5)
     axes.text(35, measured[name][-1], name, color=colour, size=13, va="center")
 axes.axhline(once, color=INK, lw=1.2, ls=(0, (4, 3)))
-axes.annotate("to round the result once,\nat the end, to bf16", (2.3, once), (2, 8e-3), color=INK,
+axes.annotate("rounding the result once,\nat the end, to bf16", (2.3, once), (2, 8e-3), color=INK,
               size=11, arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.8})  # fmt: skip
 axes.set_xscale("log", base=2)
 axes.set(xlabel="P, ranks", ylabel="relative error of dq", xlim=(1.8, 50), ylim=(5e-9, 0.06),
@@ -723,26 +723,27 @@ axes.set(xlabel="P, ranks", ylabel="relative error of dq", xlim=(1.8, 50), ylim=
 plt.show()
 
 # %% [markdown]
-# In bf16 the way round 32 ranks costs more than three times the rounding of the result itself, and
-# it costs more with every rank. In fp32 it is four digits smaller. So partial results travel in
-# fp32, or in fp64 for fp64, in every implementation here. [A larger measurement, up to 128
-# ranks](../docs/precision.png), has the forward too; its numbers are in
+# In bf16 the error on 32 ranks is more than three times that of rounding the result once, and it
+# grows with every rank. In fp32 it is four digits smaller. So all implementations send partial
+# results in fp32, or in fp64 for fp64 inputs. [A larger measurement, up to 128
+# ranks](../docs/precision.png), includes the forward; its figures are in
 # [benchmarks/results/precision.md](../benchmarks/results/precision.md).
 #
-# ## What was shown
+# ## Summary
 #
-# - With `lse` and `delta = rowsum(dout * out) - dlse`, one number a query each, every key's share
-#   of every gradient can be computed where the key is. The shares are added, not merged.
-# - So `q`, `dout`, `lse` and `delta` travel, `dq` follows them home, `dk` and `dv` are summed
-#   where they are, and `out` stays at home.
-# - What is added to at every hop is kept in fp32: in half precision its error grows with the root
-#   of the number of hops.
+# - With `lse` and `delta = rowsum(dout * out) - dlse`, one number per query each, every key's
+#   contribution to every gradient can be computed on the rank that holds the key. The contributions
+#   are added, not merged.
+# - So `q`, `dout`, `lse` and `delta` travel, `dq` follows them back to their owner, `dk` and `dv`
+#   are summed where they are, and `out` stays.
+# - Sums that are rounded at every hop are kept in fp32: in half precision the error grows with the
+#   square root of the number of hops.
 #
-# The two passes are in [reference/lv_xattn.py](../reference/lv_xattn.py), the gradients of one
-# block in [reference/block_attention.py](../reference/block_attention.py), those without ranks or
-# parts in [reference/full_attention.py](../reference/full_attention.py). That `out` stays at home
-# is tested in [tests/test_known_defects.py](../tests/test_known_defects.py), the growth of errors
-# in [tests/test_precision.py](../tests/test_precision.py).
+# Code: the two passes are in [reference/lv_xattn.py](../reference/lv_xattn.py), the gradients of
+# one block in [reference/block_attention.py](../reference/block_attention.py), unsharded gradients
+# in [reference/full_attention.py](../reference/full_attention.py). That `out` is not sent is tested
+# in [tests/test_known_defects.py](../tests/test_known_defects.py), the growth of errors in
+# [tests/test_precision.py](../tests/test_precision.py).
 #
-# Next: [notebook 6, forgetting keys and values](06_forgetting_keys_and_values.ipynb), and making
-# them again.
+# Next: [notebook 6, forgetting keys and values](06_forgetting_keys_and_values.ipynb), and
+# recomputing them.

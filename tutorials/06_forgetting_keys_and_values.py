@@ -1,10 +1,10 @@
 # %% [markdown]
-# # 6. Forgetting keys and values
+# # 6. Forgetting keys and values: activation checkpointing
 #
-# At the end you can say, to the byte, what cross-attention layers keep between forward and
-# backward, and how many more frames fit if keys and values are made again instead of kept.
+# You will learn to compute exactly how many bytes cross-attention layers store between forward and
+# backward, and how many more frames fit if keys and values are recomputed instead of stored.
 #
-# It needs [notebook 5](05_going_backward.ipynb), for the gradients, and about 25 minutes.
+# Prerequisites: [notebook 5](05_going_backward.ipynb) for the gradients. Time: about 25 minutes.
 
 # %%
 import json
@@ -34,26 +34,25 @@ from lvxattn.reference.recompute import project, project_backward
 MiB, GB = 2**20, 1e9
 
 # %% [markdown]
-# ## What layers keep
+# ## What layers store
 #
 # A cross-attention layer reads text features $x$, one row of $E$ numbers for each of $S_Q$ text
-# tokens, and visual features $y$, one row for each of $S_{KV}$ visual tokens; models bring them to
-# the same width $E$. It projects them to $H$ query heads and $H_{KV}$ key-value heads, all of width
-# $D$:
+# tokens, and visual features $y$, one row for each of $S_{KV}$ visual tokens; both have the same
+# width $E$. It projects them to $H$ query heads and $H_{KV}$ key-value heads, all of dimension $D$:
 #
 # $$q = x W_Q \qquad k = y W_K \qquad v = y W_V \qquad (out, lse) = \text{attention}(q, k, v)$$
 #
-# Its backward needs $q, k, v, out$ and $lse$ again ([notebook 5](05_going_backward.ipynb)). It
-# needs $x$ and $y$, too, for the gradients of the weights: $dW_K = y^\top dk$. What waits in memory
-# from forward to backward is what limits how long a video can be trained on.
+# Its backward needs $q, k, v, out$ and $lse$ ([notebook 5](05_going_backward.ipynb)), and $x$ and
+# $y$ for the gradients of the weights: $dW_K = y^\top dk$. These arrays stay in memory from forward
+# to backward, and limit the length of the videos that a model can be trained on.
 #
-# Here are eight layers of $E = 256$, with $H = 4$ heads of $D = 64$ that share one key-value head.
-# They all read the same $y$.
+# Below are eight layers of width $E = 256$, with $H = 4$ heads of $D = 64$ that share one key-value
+# head. They all read the same $y$.
 
 
 # %%
 def eight_layers(recompute_kv):
-    """Return the same weights whether keys and values are kept or made again."""
+    """Return layers with the same weights whether keys and values are stored or recomputed."""
     torch.manual_seed(0)
     return Layers(8, 256, 4, num_kv_heads=1, recompute_kv=recompute_kv)
 
@@ -63,17 +62,17 @@ y = torch.randn(1, 4096, 256, requires_grad=True)  # 4,096 visual tokens
 
 # %% [markdown]
 # **Predict.** Numbers are float32, 4 bytes each. How many MiB of keys and values do the eight
-# layers keep? How many MiB of $y$?
+# layers store? How many MiB of $y$?
 #
 # <details><summary>Reasoning</summary>
 #
 # $k$ has one row of 64 numbers for each visual token: 4,096 · 64 · 4 bytes are 1 MiB, and $v$ is as
-# large: 2 MiB a layer, 16 MiB in all. $y$ has 4,096 · 256 · 4 bytes = 4 MiB, once, for it is the
-# same tensor in every layer.
+# large: 2 MiB per layer, 16 MiB in total. $y$ has 4,096 · 256 · 4 bytes = 4 MiB, stored once,
+# because it is the same tensor in every layer.
 #
 # </details>
 #
-# `saved_bytes` runs a forward, listens to what autograd puts aside for the backward, and counts
+# `saved_bytes` runs a forward, records which tensors autograd saves for the backward, and counts
 # every piece of memory once.
 
 # %%
@@ -86,28 +85,29 @@ assert kept["k"] + kept["v"] > 0.6 * sum(kept.values())
 
 # %% [markdown]
 # `features` is $y$; `x`, `q`, `out` and `lse` belong to the text, which is short. Keys and values
-# are 16 of 26 MiB, and every further layer adds its own.
+# are 16 of 26 MiB, and every additional layer adds its own.
 #
-# ## Forgetting them
+# ## Recomputing keys and values
 #
-# $k$ and $v$ follow from $y$ by one matrix product each, and $y$ is kept in any case. So a layer
-# can forget them and make them again in its backward (arXiv:2502.02406). How they are made it need
-# not know: it is given a function, `make_kv(y)`, which returns $k$ and $v$, and calls it twice.
-# What it keeps between the passes is, in the reference, a class:
+# $k$ and $v$ are one matrix product each from $y$, and $y$ is stored in any case. So a layer can
+# discard them and recompute them in its backward (activation checkpointing; arXiv:2502.02406). The
+# layer calls a function `make_kv(y)`, which returns $k$ and $v$, in both passes, and needs no other
+# knowledge of the projections. In the reference, a class contains what it stores between the
+# passes:
 
 # %%
-print("a layer keeps:", ", ".join(field.name for field in fields(Saved)))
+print("a layer stores:", ", ".join(field.name for field in fields(Saved)))
 assert [field.name for field in fields(Saved)] == ["q", "y", "out", "lse", "forms"]
 
 # %% [markdown]
-# `forms` are the shapes of $k$ and $v$, which have to come again as they were. The modules above
-# make $q$ again as well, from $x$: the rest of a model keeps $x$ in any case.
+# `forms` are the shapes of $k$ and $v$, which the recomputation has to reproduce. The modules above
+# also recompute $q$ from $x$, which the rest of a model stores in any case.
 #
-# **Predict.** Which share of the bytes above is still kept by all eight layers together?
+# **Predict.** Which fraction of the bytes above do the eight layers together still store?
 #
 # <details><summary>Reasoning</summary>
 #
-# $q$, $k$ and $v$ go: 2 + 8 + 8 of 26 MiB. 8 MiB stay: 31 %.
+# Without $q$, $k$ and $v$, which are 2 + 8 + 8 of 26 MiB, 8 MiB are left: 31 %.
 #
 # </details>
 
@@ -131,52 +131,53 @@ for row, counted in ((1, kept), (0, again)):
         axes.text(left + width / 2, row, label, ha="center", va="center", color="white", size=12)
         left += width
     axes.text(left + 0.3, row, f"{left:.0f} MiB", va="center", color=INK, size=11)
-axes.set_yticks([1, 0], ["kept", "made again"], size=11)
+axes.set_yticks([1, 0], ["k, v stored", "recomputed"], size=11)
 axes.set(
-    xlim=(0, 30), xlabel="kept between forward and backward by 8 layers (MiB; lse is too thin)"
+    xlim=(0, 30), xlabel="stored between forward and backward by 8 layers (MiB; lse is too thin)"
 )
 axes.spines[["top", "right", "left"]].set_visible(False)
 
 # %% [markdown]
-# What is left grows with the length of the video only through $y$, which does not depend on the
-# number of layers.
+# Of the rest only $y$ grows with the length of the video, and it does not depend on the number of
+# layers.
 #
-# ## The gradients are the same
+# ## The gradients do not change
 #
-# Made again from the same $y$ and the same weights, $k$ and $v$ are what they were. The backward
-# then goes through the attention and, from $dk$ and $dv$, through what `make_kv` did:
+# Recomputed from the same $y$ and the same weights, $k$ and $v$ are the same. The backward then
+# differentiates the attention and, with $dk$ and $dv$, `make_kv`:
 #
 # $$dy = dk\,W_K^\top + dv\,W_V^\top \qquad dW_K = y^\top dk \qquad dW_V = y^\top dv$$
 #
-# **Predict.** In float64, how far apart are the gradients of the two kinds of layers?
+# **Predict.** In float64, how large is the difference between the gradients with stored and with
+# recomputed keys and values?
 #
 # <details><summary>Reasoning</summary>
 #
-# The numbers that enter are the same bits. Only the order of some sums differs, and float64 rounds
-# at $10^{-16}$: about $10^{-15}$, relative to the largest.
+# The inputs have the same bits. Only the order of some sums differs, and float64 rounds at
+# $10^{-16}$: about $10^{-15}$, relative to the largest gradient.
 #
 # </details>
 
 
 # %%
 def gradients(recompute_kv):
-    """Return the gradients of x, some of y and all weights."""
+    """Return the gradients of x, of part of y, and of all weights."""
     layers = eight_layers(recompute_kv).double()
     x64, y64 = (t.detach().double().requires_grad_() for t in (x, y[:, :512]))
     return torch.autograd.grad(layers(x64, y64).square().sum(), [x64, y64, *layers.parameters()])
 
 
 pairs = list(zip(gradients(True), gradients(False), strict=True))
-assert len(pairs) == 2 + 4 * 8  # four weights a layer
+assert len(pairs) == 2 + 4 * 8  # four weights per layer
 assert all((a - b).abs().max() < 1e-12 * b.abs().max() for a, b in pairs)
 
 # %% [markdown]
-# ### Exercise 1: the backward of a layer that has forgotten
+# ### Exercise 1: the backward with recomputation
 #
-# Write the part of the backward that reaches $y$. You are given what was kept, the weights $W$ of
-# shape $(E, H, D)$, and `attention_backward(q, k, v)`, which returns $dq, dk, dv$. To turn features
-# into heads there is `project(features, weight)`. The heads' gradients are $(B, H_{KV}, S_{KV}, D)$
-# and $y$ is $(B, S_{KV}, E)$, with $B$ videos; `np.einsum` can do the products.
+# Write the part of the backward that computes $dy$. You are given $x$ and $y$, the weights $W$ of
+# shape $(E, H, D)$, and `attention_backward(q, k, v)`, which returns $dq, dk, dv$.
+# `project(features, weight)` projects features to heads. $dk$ and $dv$ are $(B, H_{KV}, S_{KV}, D)$
+# and $y$ is $(B, S_{KV}, E)$, with $B$ videos; use `np.einsum` for the products.
 
 # %%
 rng = np.random.default_rng(0)
@@ -189,11 +190,11 @@ assert project(video, weights[1]).shape == (1, 2, 9, 3)
 # %% tags=["exercise"]
 def gradient_of_features(x, y, w_q, w_k, w_v, attention_backward):
     """Return dy."""
-    raise NotImplementedError("gradient_of_features is still to be written")
+    raise NotImplementedError("gradient_of_features is not implemented")
 
 
 # %% tags=["check"]
-with check("dy is right, through keys and through values"):
+with check("dy is correct, through keys and through values"):
     from lvxattn.reference import full_attention_backward
 
     dout = np.random.default_rng(1).standard_normal((1, 4, 5, 3))
@@ -203,7 +204,7 @@ with check("dy is right, through keys and through values"):
         return project(y, w_k), project(y, w_v)
 
     def passes(comm):
-        """Run both passes of the project's own layer, and go on from dk and dv."""
+        """Run both passes of the project's own layer, and differentiate the projections."""
         out, saved = cross_attention_layer(project(text, w_q), video, make_kv, comm)
         _, dk, dv = cross_attention_layer_backward(dout, saved, make_kv, comm)
         dy_k, _ = project_backward(dk, video, w_k)
@@ -216,7 +217,7 @@ with check("dy is right, through keys and through values"):
     )
     assert np.shape(got) == expected.shape, f"expected shape {expected.shape}, got {np.shape(got)}"
     error = abs(got - expected).max() / abs(expected).max()
-    assert error < 1e-12, f"expected the layer's dy, got one that is off by {error:.0%}"
+    assert error < 1e-12, f"expected the layer's dy, got a relative error of {error:.0%}"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -233,27 +234,27 @@ with check("dy is right, through keys and through values"):
 # </details>
 
 # %% [markdown]
-# ## What it costs
+# ## The cost of recomputation
 #
 # A product of an $(a \times b)$ and a $(b \times c)$ matrix takes $2abc$ operations. Attention has
-# two such products in its forward and five in its backward (arXiv:2307.08691, section 4.1), each of
-# $2 S_Q S_{KV} H D$. A projection has one in its forward and two in its backward, for the features'
-# gradient and for the weight's:
+# two such products in its forward and five in its backward (arXiv:2307.08691, section 4.1), each
+# with $2 S_Q S_{KV} H D$ operations. A projection has one in its forward and two in its backward,
+# for the gradients of the features and of the weight:
 #
-# | | forward | backward | made again |
+# | | forward | backward | recomputed |
 # |---|---|---|---|
 # | attention | $4\,S_Q S_{KV} H D$ | $10\,S_Q S_{KV} H D$ | |
 # | $k$ and $v$ | $4\,S_{KV} E H_{KV} D$ | $8\,S_{KV} E H_{KV} D$ | $4\,S_{KV} E H_{KV} D$ |
 # | $q$ | $2\,S_Q E H D$ | $4\,S_Q E H D$ | $2\,S_Q E H D$ |
 # | $out\,W_O$ | $2\,S_Q E H D$ | $4\,S_Q E H D$ | |
 #
-# **Predict.** By how much does the arithmetic of our eight layers grow?
+# **Predict.** By how much does the arithmetic of the eight layers increase?
 #
 # <details><summary>Reasoning</summary>
 #
-# In units of $2 S_Q E H D = 2 \cdot 256 \cdot 256 \cdot 256$ operations: attention takes
-# $7 \cdot 16 = 112$, $k$ and $v$ take 24, $q$ and the output 6, and 8 + 1 come on top. 9 of 142 is
-# 6 %.
+# In units of $2 S_Q E H D = 2 \cdot 256 \cdot 256 \cdot 256$ operations: attention takes $7 \cdot
+# 16 = 112$, $k$ and $v$ take 24, $q$ and the output 6, and recomputation adds 8 + 1. 9 of 142 is 6
+# %.
 #
 # </details>
 
@@ -265,10 +266,10 @@ print(f"{more / step:.1%} more arithmetic")
 assert round(more / step, 3) == 0.063
 
 # %% [markdown]
-# The time should follow the arithmetic. `benchmarks/recompute.py` takes a step with keys and values
-# kept and a step with them made again, in turn. Its [results](../benchmarks/results/recompute.json)
-# were recorded on two cores; all rows have the proportions above. Measure your machine with
-# `python benchmarks/recompute.py --quick`.
+# The time should follow the arithmetic. `benchmarks/recompute.py` times steps with stored and with
+# recomputed keys and values, in turn. Its [results](../benchmarks/results/recompute.json) were
+# recorded on two cores; all rows have the proportions above. Measure your machine with `python
+# benchmarks/recompute.py --quick`.
 
 # %%
 rows = json.loads(Path("../benchmarks/results/recompute.json").read_text())["rows"]
@@ -289,28 +290,28 @@ axes.text(100 * more / step, 0.62, "arithmetic ", color=COLOURS[5], size=10, ha=
 axes.axvline(8, color=COLOURS[2], lw=1.5, ls="--")
 axes.text(8, 0.62, " the paper's bound", color=COLOURS[2], size=10)
 axes.set_yticks([0, -1, -2], names, size=10)
-axes.set(ylim=(-2.6, 1.0), xlabel="longer step (%): each pair of steps, and the median")
+axes.set(ylim=(-2.6, 1.0), xlabel="increase of step time (%): pairs of steps, and the median")
 axes.spines[["top", "right", "left"]].set_visible(False)
 
 # %% [markdown]
-# Single pairs scatter. The medians lie between 0 and the 8 % that the paper gives as its bound; the
-# arithmetic says 6 %.
+# Single pairs scatter. The medians lie between 0 and the paper's bound of 8 %; the arithmetic
+# predicts 6 %.
 #
-# ### Exercise 2: when is it cheap?
+# ### Exercise 2: relative cost
 #
-# For a long video, what does not grow with $S_{KV}$ can be left out of the table. Write the share
-# of arithmetic that is added, for one of the models that come with the project (`model.hidden` is
-# $E$, then `model.heads` and `model.kv_heads`) and $S_Q$ text tokens.
+# For a long video, the terms of the table without $S_{KV}$ can be neglected. Write the fraction of
+# arithmetic that recomputation adds, for one of the project's models (`model.hidden` is $E$;
+# `model.heads`, `model.kv_heads`) and $S_Q$ text tokens.
 
 
 # %% tags=["exercise"]
 def added(model, S_Q):
-    """Return operations made again, relative to those of a step."""
-    raise NotImplementedError("added is still to be written")
+    """Return the operations of the recomputation, relative to those of a step."""
+    raise NotImplementedError("added is not implemented")
 
 
 # %% tags=["check"]
-with check("longer texts make it cheaper; few key-value heads do, too"):
+with check("recomputation is cheaper for longer texts, and for fewer key-value heads"):
     for name, tokens, right in (
         ("llama3v", 2048, 0.1), ("mplug-owl3-7b", 2048, 0.0588), ("llama3v", 5514, 0.0458),
     ):  # fmt: skip
@@ -321,7 +322,7 @@ with check("longer texts make it cheaper; few key-value heads do, too"):
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# $S_{KV}$ and $D$ are in every term that is left, and cancel.
+# $S_{KV}$ and $D$ are in every remaining term, and cancel.
 #
 # ```python
 # def added(model, S_Q):
@@ -329,25 +330,25 @@ with check("longer texts make it cheaper; few key-value heads do, too"):
 #     return projections / (14 * S_Q * model.heads + 3 * projections)
 # ```
 #
-# On Llama 3-V with 2,048 text tokens that is 10 % of what cross-attention takes, with 5,514, the
-# average of the paper's benchmark, 4.6 %. A whole model's step has its self-attention and its MLPs
-# besides, so that its share is smaller.
+# For Llama 3-V with 2,048 text tokens that is 10 % of the arithmetic of cross-attention, with
+# 5,514, the average of the paper's benchmark, 4.6 %. In a whole model, with self-attention and
+# MLPs, the fraction is smaller.
 #
 # </details>
 
 # %% [markdown]
 # ## How many more frames fit
 #
-# Now the real thing: Llama 3-V has 8 cross-attention layers with 8 key-value heads of 128 and
-# $E = 4096$, and 6,404 visual tokens a frame. In bfloat16 a number takes 2 bytes.
+# Llama 3-V has 8 cross-attention layers with 8 key-value heads of 128 and $E = 4096$, and 6,404
+# visual tokens per frame. In bfloat16 a number has 2 bytes.
 #
 # **Predict.** How much memory do the keys and values of all layers take for a video of 20 minutes,
-# at a frame a second?
+# at one frame per second?
 #
 # <details><summary>Reasoning</summary>
 #
-# 1,200 · 6,404 = 7.7 million visual tokens; each takes 2 · 8 · 128 numbers of 2 bytes in each of 8
-# layers, which is 32 KiB a token: 235 GiB.
+# 1,200 · 6,404 = 7.7 million visual tokens; each has 2 · 8 · 128 numbers of 2 bytes in each of 8
+# layers, 32 KiB per token: 235 GiB.
 #
 # </details>
 
@@ -356,23 +357,24 @@ llama = MODELS["llama3v"]
 sizes = {"text_tokens": 2048, "frames": 1200, "P": 1, "dtype": "bfloat16"}
 kept = memory(llama, **sizes, recompute=False)
 again = memory(llama, **sizes, recompute=True)
-print(f"                 y {kept.features / GB:4.0f} GB")
-print(f"keys, values: kept {kept.keys / GB:4.0f} GB,  made again {again.keys / GB:4.0f} GB")
+print(f"y                     {kept.features / GB:4.0f} GB")
+print(f"keys, values: stored  {kept.keys / GB:4.0f} GB,  recomputed {again.keys / GB:4.0f} GB")
 assert int(kept.keys / 2**30) == 234
 assert again.keys * llama.cross_layers == kept.keys
 
 # %% [markdown]
-# The paper's "over 234 GB" is this number, in units of $2^{30}$ bytes. Made again, the keys and
-# values of one layer are there at a time, an eighth.
+# The paper's "over 234 GB" is this number, in units of $2^{30}$ bytes. With recomputation only the
+# keys and values of one layer exist at a time, an eighth.
 #
-# On $P$ ranks each has $1/P$ of it. How many frames fit is decided by what a frame takes of a rank.
+# Each of $P$ ranks has $1/P$ of it. The number of frames that fit depends on the bytes per frame on
+# a rank.
 #
 # **Predict.** On 16 GPUs with 80 GB each, how many times as many frames fit if keys and values are
-# made again?
+# recomputed?
 #
 # <details><summary>Reasoning</summary>
 #
-# A visual token takes $E$ numbers of $y$ and $2 H_{KV} D = 2048$ numbers of keys and values, the
+# A visual token has $E$ numbers of $y$ and $2 H_{KV} D = 2048$ numbers of keys and values, the
 # latter in eight layers or in one. $(4096 + 8 \cdot 2048) / (4096 + 2048) = 3.3$.
 #
 # </details>
@@ -381,14 +383,14 @@ assert again.keys * llama.cross_layers == kept.keys
 cluster = MACHINES["a100-16"]
 room = {"text_tokens": 2048, "P": cluster.ranks, "room": cluster.room, "dtype": "bfloat16"}
 fit = {again: most_frames(llama, **room, recompute=again) for again in (False, True)}
-print(f"{fit[False]:,} frames with keys and values kept, {fit[True]:,} with them made again")
+print(f"{fit[False]:,} frames with keys and values stored, {fit[True]:,} with recomputation")
 assert round(fit[True] / fit[False], 1) == 3.3
 
 # %% tags=["hide-input"]
 frames = np.arange(0, 20_001, 500)
 figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
 given = {"text_tokens": 2048, "P": cluster.ranks, "dtype": "bfloat16"}
-for recompute, name, colour in ((False, "kept", COLOURS[5]), (True, "made again", COLOURS[0])):
+for recompute, name, colour in ((False, "stored", COLOURS[5]), (True, "recomputed", COLOURS[0])):
     total = [memory(llama, frames=n, **given, recompute=recompute).total / GB for n in frames]
     axes.plot(frames, total, color=colour, lw=2.2)
     axes.plot(fit[recompute], cluster.room / GB, "o", color=colour, ms=8)
@@ -404,28 +406,28 @@ axes.set(
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# Twice as many ranks hold twice as many frames, with keys and values kept or not: the ratio stays.
+# On twice as many ranks twice as many frames fit in both cases, so the ratio is the same.
 
 # %%
 twice = {again: most_frames(llama, **room | {"P": 32}, recompute=again) for again in (False, True)}
 assert all(1.99 < twice[again] / fit[again] < 2.01 for again in (False, True))
 
 # %% [markdown]
-# ### Exercise 3: what a visual token takes
+# ### Exercise 3: bytes of a visual token
 #
-# Write how many bytes a visual token takes of the ranks together, in bfloat16, while the backward
-# is in one of the layers. `trained` says whether $y$ has a gradient: then $dy$, as large as $y$, is
-# there as well. There are `model.cross_layers` layers, $D$ is `model.head_dim`.
+# Write how many bytes a visual token takes on all ranks together, in bfloat16, during the backward
+# of one of the layers. If `trained`, $y$ has a gradient $dy$, which is as large as $y$. There are
+# `model.cross_layers` layers, and $D$ is `model.head_dim`.
 
 
 # %% tags=["exercise"]
 def token_bytes(model, *, recompute, trained):
     """Return the bytes of y, dy, keys and values that a visual token takes."""
-    raise NotImplementedError("token_bytes is still to be written")
+    raise NotImplementedError("token_bytes is not implemented")
 
 
 # %% tags=["check"]
-with check("a token's bytes, and so how many frames fit"):
+with check("the bytes of a token, which determine how many frames fit"):
     for model in MODELS.values():
         for recompute in (False, True):
             one, two = (
@@ -433,7 +435,7 @@ with check("a token's bytes, and so how many frames fit"):
             )
             right = (two - one) // model.tokens_per_frame
             found = token_bytes(model, recompute=recompute, trained=False)
-            case = f"{model.name}, {'made again' if recompute else 'kept'}"
+            case = f"{model.name}, {'recomputed' if recompute else 'stored'}"
             assert found == right, f"{case}: expected {right:,} bytes, got {found:,}"
             found = token_bytes(model, recompute=recompute, trained=True) - found
             right = 2 * model.hidden
@@ -454,7 +456,8 @@ with check("a token's bytes, and so how many frames fit"):
 # %% [markdown]
 # ## The paper's 1.6 times
 #
-# The paper reports 1.6 times as many frames. What do ours say, for each of its models?
+# The paper reports 1.6 times as many frames. The next cell computes the ratio for each of its
+# models.
 
 # %%
 ratio = {}
@@ -478,23 +481,21 @@ for place, (name, found) in enumerate(sorted(ratio.items(), key=lambda item: ite
 axes.set_yticks(range(len(ratio)), sorted(ratio, key=lambda name: ratio[name]), size=10)
 axes.axvline(1.6, color=COLOURS[5], lw=1.8)
 axes.text(1.66, len(ratio) - 0.45, "the paper: 1.6", color=COLOURS[5])
-axes.set(
-    xlim=(0, 10.5), ylim=(-0.6, len(ratio)), xlabel="times as many frames, made again over kept"
-)
+axes.set(xlim=(0, 10.5), ylim=(-0.6, len(ratio)), xlabel="times as many frames with recomputation")
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# The more layers share $y$, and the wider keys and values are beside it, the more it brings. For
-# mPLUG-Owl3, which has four layers, it is close to the paper's figure. These are upper bounds,
-# under assumptions that can be checked one by one:
+# The ratio is larger if more layers share $y$, and if keys and values are wider relative to $y$.
+# For mPLUG-Owl3, which has four layers, it is close to the paper's figure. These ratios are upper
+# bounds, under the following assumptions:
 #
-# - $y$ is kept once, and the keys and values of one layer are there at a time.
+# - $y$ is stored once, and the keys and values of only one layer exist at a time.
 # - Nothing else grows with the video. If the visual encoder is trained, $dy$ does (exercise 3), and
-#   the 1.67 of mPLUG-Owl3-7b become 1.38.
-# - What does not grow, such as weights, takes room from both alike and leaves the ratio as it is.
+#   the ratio of mPLUG-Owl3-7b is 1.38 instead of 1.67.
+# - Memory of constant size, such as weights, reduces both numbers of frames by the same factor.
 #
-# What fits is decided by the peak, which comes in the backward, where $dk$, $dv$ and $dy$ are there
-# as well. The recorded measurement has that peak for our eight layers:
+# The number of frames is limited by the peak, which occurs in the backward, where $dk$, $dv$ and
+# $dy$ exist as well. The recorded measurement includes the peak of the eight layers:
 
 # %%
 trained, frozen = rows[0], rows[1]
@@ -504,17 +505,17 @@ assert trained["peak"] > frozen["peak"] > trained["memory"]
 assert trained["peak"] < 0.55
 
 # %% [markdown]
-# Between forward and backward 31 % are left, at the peak half: a plan for real hardware has to
-# count both.
+# With recomputation the memory is 31 % between forward and backward, and half at the peak. A plan
+# for real hardware has to account for both.
 #
-# ## What was shown
+# ## Summary
 #
-# - Eight layers that read one $y$ keep 31 % of the bytes if $q$, $k$ and $v$ are made again; the
-#   gradients are the same to rounding.
-# - It costs a matrix product each for $k$, $v$ and $q$: a few percent of a step, less for longer
-#   texts.
-# - Llama 3-V fits 3.3 times as many frames, mPLUG-Owl3-7b 1.67 times (the paper: 1.6), as long as
-#   nothing else grows with the video.
+# - Eight layers that read one $y$ store 31 % of the bytes if $q$, $k$ and $v$ are recomputed; the
+#   gradients are the same up to rounding.
+# - Recomputation costs one matrix product each for $k$, $v$ and $q$: a few percent of a step, less
+#   for longer texts.
+# - For Llama 3-V 3.3 times as many frames fit, for mPLUG-Owl3-7b 1.67 times (the paper: 1.6), as
+#   long as nothing else grows with the video.
 #
 # Files: [reference/recompute.py](../reference/recompute.py),
 # [torch_impl/recompute.py](../torch_impl/recompute.py),

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 8. Your own kernel, and your own cluster
 #
-# At the end you can hold an attention kernel of yours against the reference and find its bug, and
-# take the step from a laptop to a cluster: choose a schedule, start the ranks, read what they did.
+# You will learn to check your own attention kernel against the reference and find its bug, and to
+# move from a laptop to a cluster: choose a schedule, launch the ranks, and read their trace.
 #
-# It needs [notebook 2](02_why_queries_move.ipynb), for the schedules,
-# [notebook 4](04_real_ranks_with_mpi.ipynb), for `%%mpi` and timelines, and about 30 minutes.
+# Prerequisites: [notebook 2](02_why_queries_move.ipynb) for the schedules, [notebook
+# 4](04_real_ranks_with_mpi.ipynb) for `%%mpi` and timelines. Time: about 30 minutes.
 
 # %%
 # %load_ext lvxattn.mpi_impl.jupyter
@@ -24,7 +24,7 @@ import numpy as np
 from IPython.display import Image
 
 from lvxattn.check import case_of, check
-from lvxattn.check.wrong import WRONG, Right
+from lvxattn.check.wrong import WRONG, KernelBase
 from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.mpi_impl.jupyter.launch import find_mpiexec
 from lvxattn.plan import MACHINES, MODELS, Machine, candidates, planned
@@ -33,13 +33,12 @@ from lvxattn.reference import full_attention
 # %% [markdown]
 # ## A kernel with a bug
 #
-# Here is a kernel as one writes it after reading FlashAttention-2 (arXiv:2307.08691): keys come in
-# tiles of 64, and what was summed before is scaled down whenever a larger score comes. `top` is the
-# largest score so far, `total` the sum of $e^{s - \mathrm{top}}$ over the scores $s$ so far, `out`
-# the same sum weighted with the values, and `lse` the natural log of the sum of $e^{s}$.
+# This kernel follows FlashAttention-2 (arXiv:2307.08691): an online softmax over tiles of 64 keys,
+# in which earlier sums are rescaled whenever a larger score occurs. `top` is the largest score so
+# far, `total` the sum of $e^{s - \mathrm{top}}$ over the scores $s$ so far, `out` the same sum
+# weighted with the values, and `lse` the natural log of the sum of $e^{s}$.
 #
-# `top` starts at 0. So nobody has to think about $e^{-\infty - (-\infty)}$, which is NaN, where a
-# mask hides a whole tile.
+# `top` starts at 0, which avoids $e^{-\infty - (-\infty)}$, a NaN, where a mask hides a whole tile.
 
 
 # %%
@@ -59,19 +58,19 @@ def attention(q, k, v, *, scale, mask):
         p, fade = np.exp(s - higher), np.exp(top - higher)
         total = fade * total + p.sum(axis=-1, keepdims=True)
         out, top = fade * out + p @ v[tile], higher
-    with np.errstate(divide="ignore"):  # log 0 is -inf: a row that sees nothing
+    with np.errstate(divide="ignore"):  # log 0 is -inf: a row that sees no key
         lse = (top + np.log(total))[..., 0]
     return (out / np.where(total == 0, 1, total)).astype(q.dtype), lse
 
 
 # %% [markdown]
-# **Predict.** The usual test: random tensors, a mask that hides a third of the keys, `allclose`
-# with a tolerance of a millionth. Does it pass?
+# **Predict.** A common test uses random tensors, a mask that hides a third of the keys, and
+# `allclose` with a tolerance of 1e-6. Does the kernel pass?
 #
 # <details><summary>Reasoning</summary>
 #
-# It does. Scores of random vectors are a few units, so that the largest of a row is nearly always
-# above 0 and a start at 0 does no harm.
+# Yes. The largest score of a row of random vectors is nearly always above 0, so the initial value 0
+# does no harm.
 #
 # </details>
 
@@ -79,29 +78,29 @@ def attention(q, k, v, *, scale, mask):
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((2, 4, s, 32)) for s in (50, 300, 300))
 mask = rng.random((2, 4, 50, 300)) < 2 / 3
-mask[:, :, 0] = False  # a row that sees nothing
+mask[:, :, 0] = False  # a row that sees no key
 out, lse = attention(q, k, v, scale=32**-0.5, mask=mask)
 truth_out, truth_lse = full_attention(q, k, v, scale=32**-0.5, mask=mask)
 assert np.allclose(out, truth_out, rtol=0, atol=1e-6)
 assert np.allclose(lse, truth_lse, rtol=0, atol=1e-6)
 
 # %% [markdown]
-# Even its row that sees nothing is right. Now the oracle: `check` has the cases that break kernels,
-# such as lengths that no tile divides, rows of large or low scores, all kinds of masks, grouped
-# heads and odd memory layouts. It allows a result the error that the roundings of its dtype make:
+# Even the row that sees no key is correct. The oracle, `check`, runs the cases that break kernels,
+# such as lengths that no tile divides, rows of large or low scores, all kinds of masks, GQA and
+# unusual memory layouts. It allows the error that rounding in the dtype causes:
 #
 # $$\|\mathrm{result} - \mathrm{truth}\| \le 2E + u\,\|\mathrm{truth}\| + 4a\,\|\mathrm{size}\|$$
 #
-# $E$ is the error of the reference itself when it rounds as this dtype must; $u$ and $a$ are the
-# roundoffs of the dtype and of its sums; *size* is what the result would be if nothing cancelled
-# ([its page](../src/lvxattn/check/README.md) derives this).
+# $E$ is the error of the reference itself if it rounds to this dtype; $u$ and $a$ are the unit
+# roundoffs of the dtype and of its accumulator; *size* is the result without cancellation (derived
+# in [its README](../src/lvxattn/check/README.md)).
 #
-# **Predict.** In which kind of case does a maximum that starts at 0 do harm?
+# **Predict.** In which cases is a maximum that starts at 0 wrong?
 #
 # <details><summary>Reasoning</summary>
 #
-# Where all scores of a row are far below 0: then $e^{s - 0}$ underflows to 0, in fp32 below
-# about -104, and the row looks as if it saw nothing.
+# If all scores of a row are far below 0: then $e^{s - 0}$ underflows to 0, in fp32 below about
+# -104, and the result is that of a row that sees no key.
 #
 # </details>
 
@@ -119,9 +118,9 @@ assert "maximum starts at 0" in report.probably
 assert len(WRONG) > 48
 
 # %% [markdown]
-# The last line is a diagnosis. The oracle knows dozens of wrong kernels (`WRONG`), and compares:
-# one of them comes to the same wrong numbers. `print(report)` shows all there is. This is the error
-# of each case as a part of its limit:
+# The last line is a diagnosis: the oracle compares the results with those of dozens of wrong
+# kernels (`WRONG`), one of which has the same wrong values. `print(report)` prints the full report.
+# The picture shows the error of each case relative to its limit:
 
 # %%
 rows = [row for row in report.rows if row.worst]
@@ -137,14 +136,14 @@ axes.text(1.1, -0.8, "the limit", color=INK, va="bottom")
 axes.scatter(ratios, range(len(rows)), c=[COLOURS[5 if bad else 0] for bad in wrong], s=28)
 for n, bad in enumerate(wrong):
     if bad:
-        text = "out of all bounds "
+        text = "far above the limit "
         axes.text(250, n, text, color=COLOURS[5], ha="right", va="center", weight="bold")
 axes.set_yticks(range(len(rows)), [row.case for row in rows], size=8)
 axes.set(
     xscale="log",
     xlim=(2e-3, 500),
     ylim=(len(rows), -1),
-    xlabel="error / limit (at the left edge: no error at all)",
+    xlabel="error / limit (at the left edge: no error)",
 )
 axes.grid(axis="y", color="#EEEEEE")
 axes.set_axisbelow(True)
@@ -152,22 +151,22 @@ axes.spines[["top", "right", "left"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Everything else is far below its limit: a good kernel with one wrong line, which the usual test
-# does not find.
+# All other cases are far below their limits: the kernel is correct except for one line, which the
+# common test does not detect.
 #
-# ### Exercise 1: mend it
+# ### Exercise 1: fix the kernel
 #
-# Let `top` start at -inf, and see to it that a tile that is hidden as a whole makes no NaN.
+# Let `top` start at -inf, and make sure that a tile that is hidden completely does not give NaN.
 
 
 # %% tags=["exercise"]
 def mended(q, k, v, *, scale, mask):
-    """Copy the kernel from above to here, and change what has to be changed."""
+    """Copy the kernel from above, and fix it."""
     return attention(q, k, v, scale=scale, mask=mask)
 
 
 # %% tags=["check"]
-with exercise.check("the oracle finds nothing"):
+with exercise.check("the kernel passes all cases"):
     found = check(mended, dtypes=["float32", "float64"])
     wrong = [f"{row.case} ({row.dtype})" for row in found.failed]
     assert not wrong, f"{', '.join(wrong)} fail; {found.probably or 'print(found) says more'}"
@@ -175,8 +174,8 @@ with exercise.check("the oracle finds nothing"):
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# `base` is what is subtracted: 0 where nothing has been seen yet, so that both exponents are -inf
-# and not NaN.
+# `base` is subtracted from the scores: it is 0 where no key has been seen yet, so that both
+# exponents are -inf and not NaN.
 #
 # ```python
 # def mended(q, k, v, *, scale, mask):
@@ -204,19 +203,19 @@ with exercise.check("the oracle finds nothing"):
 # </details>
 
 # %% [markdown]
-# ## A case of your own
+# ## Your own cases
 #
-# The oracle finds what its cases bring out, and no more. This kernel, from the library of wrong
-# ones, has room for 4,096 keys and leaves out the rest:
+# The oracle detects only the defects that its cases exercise. This kernel, one of `WRONG`, drops
+# all keys beyond 4,096:
 
 # %%
 capacity = WRONG["keys beyond 4,096 dropped"]()
 assert check(capacity, dtypes=["float32"]).passed
 
 # %% [markdown]
-# It passes the quick suite, which has no case so long. (`suite="full"` has.) A case is a small
-# frozen object: its sizes, how its data are drawn, its mask. `check(fn, cases=[...])` takes cases
-# instead of a suite.
+# It passes the quick suite, which has no case of that length. (`suite="full"` has one.) A case is a
+# frozen dataclass: its sizes, the distribution of its data, its mask. `check(fn, cases=[...])` runs
+# these cases instead of a suite.
 
 # %%
 gaussian = case_of("gaussian")
@@ -232,14 +231,15 @@ mine = replace(gaussian, name="mine")
 
 # %% tags=["check"]
 with exercise.check("your case finds the bug, and does not accuse a right kernel"):
-    assert check(Right(), dtypes=["float32"], cases=[mine]).passed, "a right kernel fails it, too"
+    correct = check(KernelBase(), dtypes=["float32"], cases=[mine])
+    assert correct.passed, "a correct kernel fails it, too"
     found = check(capacity, dtypes=["float32"], cases=[mine])
     assert found.failed, f"with {mine.S_KV:,} keys the kernel passes"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# More than 4,096 keys. How many more hardly matters: a lost key shows in fp32.
+# More than 4,096 keys, by any number: in fp32 a single missing key is detected.
 #
 # ```python
 # mine = replace(gaussian, name="mine", S_KV=5000)
@@ -248,22 +248,22 @@ with exercise.check("your case finds the bug, and does not accuse a right kernel
 # </details>
 
 # %% [markdown]
-# Whatever sizes you train with, make a case of them. With `framework="torch"` the kernel gets
-# PyTorch tensors, and its gradients are checked, too; with `suite="full"` in all dtypes.
+# Add cases with the sizes of your own model. With `framework="torch"` the kernel gets PyTorch
+# tensors, and its gradients are checked, too; `suite="full"` runs in all dtypes.
 #
-# ## How fast is this machine?
+# ## Measure a machine
 #
-# Which schedule is best depends on the machine, and a machine is described by a few numbers. Some
-# seconds of probes find them; `%%mpi 4` starts four ranks for that.
+# The best schedule depends on the machine, which is described by a few numbers. `measure`
+# determines them in a few seconds; `%%mpi 4` starts four ranks for it.
 #
-# | field | what it is |
+# | field | meaning |
 # |---|---|
-# | `matmul` | floating-point operations a second in attention with many queries |
-# | `memory` | bytes a second at which keys and values are read, with one query |
-# | `start`, `call` | seconds that a block, and a pass, take however small they are |
-# | `inside`, `between` | links inside a host and between hosts: bytes a second, seconds a message |
-# | `copy`, `room`, `hiding` | rate of copying, bytes of memory, how far arithmetic hides reading |
-# | `measured` | what was measured: device, implementation, heads and dtype |
+# | `matmul` | floating-point operations per second in attention with many queries |
+# | `memory` | bytes per second at which keys and values are read, with one query |
+# | `start`, `call` | overhead of a block and of a pass, in seconds |
+# | `inside`, `between` | links inside and between hosts: bytes per second, seconds per message |
+# | `copy`, `room`, `hiding` | copy rate, bytes of memory, overlap of arithmetic and reading |
+# | `measured` | the conditions: device, implementation, heads and dtype |
 
 # %%
 # %%mpi 4 --timeout 120 --give machine
@@ -277,21 +277,21 @@ machine = measure(MPI.COMM_WORLD, H=8, H_KV=8, D=64)
 assert machine.ranks == 4
 assert min(machine.matmul, machine.memory, machine.start, machine.inside.bandwidth) > 0
 with tempfile.TemporaryDirectory() as folder:
-    machine.save(Path(folder) / "machine.json")  # keep it: plans and programs can load it
+    machine.save(Path(folder) / "machine.json")  # plans and programs can load this file
     assert Machine.load(Path(folder) / "machine.json") == machine
 
 # %% [markdown]
-# `Layout.agree` is what every rank calls once before it attends: shapes are compared, and the
-# schedule is settled. `schedule="auto"` takes the schedule that sends the fewest bytes or, with a
-# machine, the one that takes the least time on it.
+# Every rank calls `Layout.agree` once before attention: it compares shapes and determines the
+# schedule. `schedule="auto"` selects the schedule that sends the fewest bytes or, if a machine is
+# given, the one that takes the least time on it.
 #
 # **Predict.** Four queries, one on each of four ranks, and 65,536 keys; 8 heads of 64, fp32. Which
 # schedule sends the fewest bytes, `lv-xattn`, `ring`, `ulysses` or `gather`?
 #
 # <details><summary>Reasoning</summary>
 #
-# Queries are few, so one that moves queries and results: lv-xattn moves them round a ring, gather
-# all at once, and both send the same bytes. The other two move keys and values.
+# There are few queries, so one that moves queries and results: lv-xattn moves them round a ring,
+# gather all at once, and both send the same bytes. The other two move keys and values.
 #
 # </details>
 
@@ -301,11 +301,12 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl import Layout
+from lvxattn.plan import explain
 
 comm = MPI.COMM_WORLD
 q, k = np.zeros((1, 8, 1, 64), np.float32), np.zeros((1, 8, 16384, 64), np.float32)
 layout = Layout.agree(q, k, k, comm, schedule="auto")
-bytes_only, explained = layout.schedule, layout.explain()
+bytes_only, explained = layout.schedule, explain(layout)
 timed = Layout.agree(q, k, k, comm, schedule="auto", machine=machine).schedule
 
 # %%
@@ -314,21 +315,22 @@ assert bytes_only in ("lv-xattn", "gather")
 assert timed in ("lv-xattn", "gather")
 
 # %% [markdown]
-# The bytes are those of the rank that sends most, forward and backward. Both ways of asking lead to
-# a schedule that moves the queries. `layout.explain()` of the other layout has seconds, too.
+# The bytes are those of the rank that sends most, forward and backward. With and without a machine,
+# `auto` selects a schedule that moves the queries. With a machine, `explain(layout)` also lists
+# seconds.
 #
-# ## A cluster that you do not have yet
+# ## Plan for another cluster
 #
 # Some clusters are built in: `a100-16` is one of the paper's, 16 A100 on 4 hosts
-# (arXiv:2502.02406). The plan says what a layer of a model would cost there.
+# (arXiv:2502.02406). The plan computes the cost of a layer of a model there.
 #
-# **Predict.** Llama 3-V, 1,200 frames, 2,048 text tokens. A frame is 6,404 visual tokens. How many
-# times as fast as Ring Attention is LV-XAttn, roughly: 1, 4, 16 or 64?
+# **Predict.** For Llama 3-V with 1,200 frames of 6,404 visual tokens and 2,048 text tokens, how
+# many times as fast as Ring Attention is LV-XAttn, roughly: 1, 4, 16 or 64?
 #
 # <details><summary>Reasoning</summary>
 #
-# Ring Attention is bound by its bytes here, LV-XAttn by arithmetic: the ratio of the two times, not
-# of the bytes (600 to 1), is what is gained. It is about 16.
+# Ring Attention is communication-bound here, LV-XAttn compute-bound: the speed-up is the ratio of
+# these two times, not that of the bytes (600 to 1). It is about 16.
 #
 # </details>
 
@@ -341,13 +343,13 @@ assert "15.4 x" in told
 assert "least time  lv-xattn" in told
 
 # %% [markdown]
-# In a program, `planned` makes the layout of a problem that nobody has yet, and `candidates` plays
-# every schedule on a machine's clocks, best first:
+# In a program, `planned` makes the layout of a hypothetical problem, and `candidates` simulates
+# every schedule on a machine, and returns them with the fastest first:
 
 
 # %%
 def times(text_tokens, frames, machine):
-    """Return seconds of a layer of Llama 3-V, forward and backward, by schedule; best first."""
+    """Return seconds of a layer of Llama 3-V, forward and backward, by schedule; fastest first."""
     q, k = MODELS["llama3v"].shapes(text_tokens, frames)
     found = candidates(planned(q, k, machine.ranks), machine)
     return {c.schedule: c.seconds for c in found if not c.refused}
@@ -372,41 +374,41 @@ axes.set_xticks(tokens[::2], [f"{n:,}" for n in tokens[::2]])
 axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
 axes.minorticks_off()
 axes.spines[["top", "right"]].set_visible(False)
-axes.set_title("Llama 3-V, 8 frames, a100-16 (computed, not measured)", size=11, color=INK)
+axes.set_title("Llama 3-V, 8 frames, a100-16 (simulated, not measured)", size=11, color=INK)
 plt.show()
 
 # %% [markdown]
-# Few queries: `gather` is best. It pays for one latency and reads the keys once, where a ring pays
-# at every hop ([notebook 2](02_why_queries_move.ipynb)). More of them: `lv-xattn`, whose hops hide
-# behind computing. And where the queries weigh as much as a short video's keys, `ring`. (`ulysses`
-# cannot be taken: 16 ranks do not divide 8 key-value heads.)
+# For few queries `gather` is fastest: it has one latency and reads the keys once, where a ring does
+# both at every hop ([notebook 2](02_why_queries_move.ipynb)). For more queries it is `lv-xattn`,
+# whose hops are hidden behind computing. If the queries have as many bytes as a short video's keys,
+# it is `ring`. (`ulysses` is not available: 16 ranks do not divide 8 key-value heads.)
 #
-# ### Exercise 3: where Ring Attention begins to win
+# ### Exercise 3: when Ring Attention is fastest
 #
-# Write a function that returns the smallest power of two of text tokens, from 16 up, at which Ring
-# Attention is the best schedule for a video of so many frames.
+# Write a function that returns the smallest power of two of text tokens, from 16 up, for which Ring
+# Attention is the fastest schedule on a video of `frames` frames.
 
 
 # %% tags=["exercise"]
 def first_ring(frames, machine):
-    """Return the fewest text tokens, a power of two, at which ring is best."""
-    raise NotImplementedError("first_ring is still to be written")
+    """Return the fewest text tokens, a power of two, for which ring is fastest."""
+    raise NotImplementedError("first_ring is not implemented")
 
 
 # %% tags=["check"]
-with exercise.check("the longer the video, the longer the text at which Ring Attention wins"):
+with exercise.check("the longer the video, the longer the text for which ring is fastest"):
     for frames in (2, 8, 32):
         found = first_ring(frames, a100)
         best = [next(iter(times(n, frames, a100))) for n in (found // 2, found)]
-        assert best[1] == "ring", f"{frames} frames, {found} tokens: {best[1]} is best"
-        assert best[0] != "ring", f"{frames} frames: ring is best with {found // 2} tokens already"
+        assert best[1] == "ring", f"{frames} frames, {found} tokens: {best[1]} is fastest"
+        assert best[0] != "ring", f"{frames} frames: ring is fastest with {found // 2} tokens, too"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
 # ```python
 # def first_ring(frames, machine):
-#     """Return the fewest text tokens, a power of two, at which ring is best."""
+#     """Return the fewest text tokens, a power of two, for which ring is fastest."""
 #     text_tokens = 16
 #     while next(iter(times(text_tokens, frames, machine))) != "ring":
 #         text_tokens *= 2
@@ -416,9 +418,9 @@ with exercise.check("the longer the video, the longer the text at which Ring Att
 # </details>
 
 # %% [markdown]
-# ## Starting on a cluster
+# ## Launch on a cluster
 #
-# A job for two hosts of four GPUs under Slurm, one rank a GPU:
+# A Slurm job for two hosts of four GPUs, with one rank per GPU:
 
 # %%
 job = """#!/bin/bash
@@ -427,7 +429,7 @@ job = """#!/bin/bash
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=16
 module load openmpi        # a CUDA-aware MPI, as the cluster calls it
-source .venv/bin/activate  # where all hosts see it
+source .venv/bin/activate  # on a file system that all hosts share
 export LVXATTN_TIMEOUT=120
 lvxattn="srun --mpi=pmix --cpus-per-task=16 python -m mpi4py -m lvxattn.mpi_impl"
 $lvxattn doctor &&
@@ -437,29 +439,28 @@ checked = subprocess.run(["bash", "-n"], input=job, text=True, check=False)
 assert checked.returncode == 0  # a valid script; there is no Slurm here to run it
 
 # %% [markdown]
-# `-m mpi4py` sees to it that an error on one rank ends all of them. `LVXATTN_TIMEOUT` ends a run in
-# which a rank waits longer than that. `run --check` holds sampled rows against a softmax in
-# float64. With CuPy, `q`, `k` and `v` are on the GPU (`--device gpu` ends a run that would have to
-# do without), and MPI has to get at them: a *CUDA-aware* MPI is handed the device's memory; for any
-# other, blocks are copied through the host's.
+# With `-m mpi4py` an error on one rank ends all ranks. `LVXATTN_TIMEOUT` ends a run in which a rank
+# waits longer than that, in seconds. `run --check` compares sampled rows with a softmax in float64.
+# With CuPy, `q`, `k` and `v` are on the GPU (`--device gpu` makes a missing GPU an error). A
+# *CUDA-aware* MPI sends device memory directly; for any other, blocks are copied through host
+# memory.
 #
-# `doctor` says what can be known before a job is wasted: whether the ranks see one another, how
-# many there are on which host, whether they fight for cores or share a GPU, whether MPI is
-# CUDA-aware.
+# Before a job, `doctor` reports whether the ranks can communicate, how many there are on each host,
+# whether they compete for cores or share a GPU, and whether MPI is CUDA-aware.
 #
-# **Predict.** A program is started twice without a launcher, or with the launcher of another MPI.
+# **Predict.** Two processes are started without a launcher, or with the launcher of another MPI.
 # What is `comm.size`?
 #
 # <details><summary>Reasoning</summary>
 #
-# 1 in every process: nobody told them of one another. Each computes alone, without an error, and
-# the whole job is done as many times as there are processes. (The commands of `lvxattn` compare
-# with what the launcher has set, and refuse; your own program will not.)
+# 1 in every process, because they have no information about one another. Each process runs the
+# whole job alone, without an error. (The commands of `lvxattn` compare `comm.size` with the
+# launcher's environment variables, and refuse to start; your own program does not.)
 #
 # </details>
 
 # %% tags=["varies"]
-labels = ("launcher", "ranks", "CUDA-aware")  # of the lines that are shown here
+labels = ("launcher", "ranks", "CUDA-aware")  # labels of the lines shown here
 command = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl", "doctor"]
 for launcher in ([*find_mpiexec(), "-n", "2"], []):  # with mpiexec, and without
     doctor = [*launcher, sys.executable, *command]
@@ -471,16 +472,16 @@ for launcher in ([*find_mpiexec(), "-n", "2"], []):  # with mpiexec, and without
 # %% [markdown]
 # ### A rank that stops
 #
-# On a cluster a rank may stop for reasons of its own. Then the others wait for its blocks, and with
-# `LVXATTN_TIMEOUT` each says for what, at hop 1, 2, ...
+# If a rank stops, the others wait for its blocks, and with `LVXATTN_TIMEOUT` each prints which
+# block it waits for, at which hop.
 #
-# **Predict.** Three ranks in a ring, $0 \to 1 \to 2 \to 0$; rank 2 sleeps instead of attending.
-# What do ranks 0 and 1 wait for, and how do you see from it which one has stopped?
+# **Predict.** In a ring of three ranks, $0 \to 1 \to 2 \to 0$, rank 2 sleeps instead of attending.
+# Which blocks do ranks 0 and 1 wait for, and how does that show which rank has stopped?
 #
 # <details><summary>Reasoning</summary>
 #
 # Rank 0 waits for the queries of rank 2. Rank 1 gets those of rank 0 and then waits for those of
-# rank 2, too, which rank 0 cannot pass on. Rank 2 says nothing: the one that is silent has stopped.
+# rank 2, too, which rank 0 cannot forward. The rank that prints nothing, rank 2, has stopped.
 #
 # </details>
 
@@ -508,22 +509,23 @@ assert ended.returncode == 124
 assert [line[:6] for line in sorted(said)] == ["rank 0", "rank 1"]
 
 # %% [markdown]
-# ## Reading a trace
+# ## Read a trace
 #
-# `run --plot-trace FILE.png` draws what every rank did when, as in
-# [notebook 4](04_real_ranks_with_mpi.ipynb). `--trace FILE` writes it in a format that
-# [ui.perfetto.dev](https://ui.perfetto.dev) opens: a process a rank, with a track for computing,
-# for sending and for waiting. It is JSON, a list of events. `"ph": "X"` is a slice of a track, with
-# its beginning `ts` and length `dur` in microseconds; `pid` is the rank and `tid` the track. `"s"`
-# begins an arrow, which follows a block on its way, and `"i"` is an instant: a pass begins.
+# `run --plot-trace FILE.png` draws the timeline of every rank, as in [notebook
+# 4](04_real_ranks_with_mpi.ipynb). `--trace FILE` writes it in a format that
+# [ui.perfetto.dev](https://ui.perfetto.dev) opens: one process per rank, with tracks for computing,
+# sending and waiting. It is JSON, a list of events. `"ph": "X"` is a slice of a track, with its
+# start `ts` and duration `dur` in microseconds; `pid` is the rank and `tid` the track. `"s"` starts
+# an arrow, which follows a block, and `"i"` is an instant: the start of a pass.
 #
-# **Predict.** Four ranks, forward and backward, LV-XAttn. How many slices of sending are there? How
-# many of computing? (A rank's work on its own block comes in two parts, one at each end.)
+# **Predict.** For LV-XAttn on four ranks, forward and backward, how many slices of sending are
+# there, and how many of computing? (A rank computes with its own block in two parts, at the start
+# and at the end.)
 #
 # <details><summary>Reasoning</summary>
 #
 # Sending: 2 passes, 4 ranks, 3 hops of queries and 3 of results: 48. Computing: 2 passes, 4 ranks,
-# 3 visiting blocks and 2 parts of the own one: 40.
+# 3 visiting blocks and 2 parts of its own: 40.
 #
 # </details>
 
@@ -547,23 +549,23 @@ assert {event["pid"] for event in slices} == {0, 1, 2, 3}
 assert sum(event["ph"] == "s" for event in events) == 2 * 4 * 2  # a pass: 4 queries, 4 results
 
 # %% tags=["varies"]
-Image(picture, alt="What four ranks did when, and an arrow for every block")
+Image(picture, alt="Timelines of four ranks, with an arrow for every block")
 
 # %% [markdown]
-# Three questions to ask of a trace. Is there orange? Then a rank only waits; the arrow that ends
-# there says for whose block. Is it always the same rank that the others wait for? Then that one has
-# more keys, fewer cores or a worse link. Is there a gap between the blue, and no orange below it?
-# Then neither computing nor waiting takes the time: merging, copying, Python.
+# Three patterns to look for in a trace: orange means that a rank only waits, and the arrow that
+# ends there shows for whose block. If the others always wait for the same rank, it has more keys,
+# fewer cores or a slower link. Gaps between the blue without orange below are neither computing nor
+# waiting, but merging, copying or Python.
 #
-# ## What was shown
+# ## Summary
 #
-# - A test with random tensors passes a kernel whose maximum starts at 0. The oracle fails it on two
-#   of its cases and names the bug; what it has no case for, you add.
-# - A machine is a dozen numbers, measured in seconds or taken from a preset. They settle which
-#   schedule is best: few queries all at once, more of them round a ring, a long text and a short
-#   video by Ring Attention.
-# - Before a run ask `doctor`; during it `LVXATTN_TIMEOUT` finds the rank that stopped; after it the
-#   trace says who waited for what.
+# - A kernel whose maximum starts at 0 passes a test with random tensors. It fails three of the
+#   oracle's cases, which names the bug; you can add your own cases.
+# - A machine is described by a dozen numbers, measured in seconds or taken from a preset. They
+#   determine the fastest schedule: gather for few queries, LV-XAttn for more, Ring Attention for a
+#   long text and a short video.
+# - Before a run use `doctor`; during it `LVXATTN_TIMEOUT` reveals a rank that stopped; after it the
+#   trace shows which rank waited for which block.
 #
 # Files: [src/lvxattn/check](../src/lvxattn/check/README.md),
 # [src/lvxattn/plan/choose.py](../src/lvxattn/plan/choose.py),
@@ -573,5 +575,5 @@ Image(picture, alt="What four ranks did when, and an arrow for every block")
 # [docs/commands.md](../docs/commands.md), all variables in
 # [docs/clusters.md](../docs/clusters.md).
 #
-# This is the last notebook; [notebook 1](01_merging_softmax.ipynb) is about the merge on which all
-# of it rests.
+# This is the last notebook; [notebook 1](01_merging_softmax.ipynb) is about the merge, the basis of
+# all of them.

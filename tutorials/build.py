@@ -1,14 +1,12 @@
-"""Make the notebooks from their sources: run each ``NN_name.py``, write ``NN_name.ipynb``.
+"""Build the notebooks from their sources: run each ``NN_name.py`` and write ``NN_name.ipynb``.
 
     python tutorials/build.py [--fresh] [NAME ...]
 
-The sources are what is edited.  A notebook holds what running its source showed, and nothing of
-when or where that was.
+Edit the sources only.  A notebook contains the output of its source, and no times or paths.
 
-Some cells show other things on every run or on every machine: times, the size of roundings, which
-MPI there is.  They are tagged ``varies``.  Such a cell keeps the output that is stored while the
-code of its notebook stays the same, so that running this again changes no file; ``--fresh`` takes
-the new output.
+The output of some cells differs between runs or machines: times, the size of rounding errors, the
+MPI library.  They are tagged ``varies``, and keep their stored output as long as the code of the
+notebook is unchanged, so that a second build changes no file; ``--fresh`` takes the new output.
 """
 
 import argparse
@@ -20,12 +18,12 @@ import nbclient
 import nbformat
 
 HERE = Path(__file__).parent
-SECONDS = 300  # that a cell may take
+SECONDS = 300  # time limit of a cell
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def main() -> None:
-    """Make the notebooks that are named, or all."""
+    """Build the notebooks named on the command line, or all."""
     parser = argparse.ArgumentParser(description="Run the tutorials' sources.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="NN_name (default: all)")
     parser.add_argument("--fresh", action="store_true", help="keep no stored output")
@@ -36,23 +34,23 @@ def main() -> None:
         if path.exists() and not options.fresh:
             kept = keep(notebook, nbformat.read(path, as_version=4))
         nbformat.write(notebook, path)
-        told = f", {kept} outputs that vary are the stored ones (--fresh: new ones)" if kept else ""
+        note = f", {kept} stored outputs kept (--fresh replaces them)" if kept else ""
         size = path.stat().st_size / 1e6
-        print(f"{name}  {perf_counter() - start:.0f} s, {size:.2f} MB{told}", flush=True)
+        print(f"{name}  {perf_counter() - start:.0f} s, {size:.2f} MB{note}", flush=True)
 
 
 def sources() -> list[Path]:
-    """Return the sources, in their order."""
+    """Return the sources in order."""
     return sorted(HERE.glob("[0-9][0-9]_*.py"))
 
 
 def read(path: Path) -> nbformat.NotebookNode:
-    """Return a source as a notebook that has not been run."""
+    """Return a source as a notebook without outputs."""
     notebook = jupytext.read(path)
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # jupytext draws them by lot
-        if tagged(cell, "hide-input"):  # the site's word; this is JupyterLab's
+        cell.id = f"cell-{number}"  # jupytext's ids are random
+        if tagged(cell, "hide-input"):  # the tag folds code on the site, the metadata in JupyterLab
             cell.metadata["jupyter"] = {"source_hidden": True}
     return notebook
 
@@ -63,12 +61,12 @@ def tagged(cell: nbformat.NotebookNode, tag: str) -> bool:
 
 
 def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Run a notebook in the folder of the tutorials, from top to bottom.
+    """Run a notebook from top to bottom, in the folder of the tutorials.
 
     Raises
     ------
     nbclient.exceptions.CellExecutionError
-        A cell without the tag ``raises-exception`` has raised.
+        If a cell without the tag ``raises-exception`` raises.
     """
     where = {"metadata": {"path": str(HERE)}}
     nbclient.NotebookClient(
@@ -77,18 +75,18 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         kernel_name="python3",
         resources=where,
         record_timing=False,
-        coalesce_streams=True,  # what is printed comes in as many pieces as the kernel likes
+        coalesce_streams=True,  # the kernel splits printed output arbitrarily
     ).execute()
     return notebook
 
 
 def keep(notebook: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> int:
-    """Give cells that vary the outputs of a stored notebook, if its code is the same; in place.
+    """Copy the outputs of ``varies`` cells from a stored notebook with the same code, in place.
 
     Returns
     -------
     int
-        How many cells have kept an output.
+        The number of cells that keep their stored output.
     """
     new, old = ([c for c in book.cells if c.cell_type == "code"] for book in (notebook, stored))
     if [cell.source for cell in new] != [cell.source for cell in old]:

@@ -1,4 +1,4 @@
-"""Exercises in the notebooks: a stub, a check that says what is wrong, a folded answer."""
+"""Checks of the exercises in the notebooks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,16 +6,16 @@ from contextlib import contextmanager
 
 @contextmanager
 def check(what: str) -> Iterator[None]:
-    """Say whether the reader's code does what is asked for; a notebook goes on in either case.
+    """Print whether the reader's code passes the assertions within; never raise.
 
     Parameters
     ----------
     what : str
-        What has been shown once all within has passed.
+        What the assertions show if they pass.
     """
     try:
         yield
-    except Exception as error:  # whatever the reader's code, or an assertion about it, may raise
+    except Exception as error:  # from the reader's code, or an assertion about it
         print(f"not yet: {error}" if str(error) else f"not yet: {type(error).__name__}")
     else:
         print(f"right: {what}")

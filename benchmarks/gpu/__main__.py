@@ -2,17 +2,17 @@
 
     python benchmarks/gpu [--out FOLDER] [--mpiexec "mpirun ..." | --cuda-mpi FILE] [--dry]
 
-It says first what the machine lacks, and then runs what can be: the tests that are marked `gpu`,
-both command lines on ranks that share the device, and the benchmarks, whose results are judged.
-Every step has a time limit; one that fails or runs out of time does not keep the next from running.
-Results are written after every step (`store`), to gpu-DEVICE.json and gpu-DEVICE.md in the end.
+It first reports what the machine lacks, and then runs what it can: the tests marked `gpu`, both
+command lines on ranks that share the device, and the benchmarks, whose results are judged.  Every
+step has a time limit; the next ones run even if one fails or runs out of time.  Results are written
+after every step (`store`), and to gpu-DEVICE.json and gpu-DEVICE.md at the end.
 
-With --dry nothing needs a device: tests are collected, benchmarks rehearsed on tiny shapes, and the
-commands shown.  It uses this Python's own packages and takes nothing from a network.
+--dry needs no device: tests are collected, benchmarks rehearsed on tiny shapes, and the commands
+shown.  It uses this Python's own packages and no network.
 
-The status is 0 if every step that was run is right; 1 if one failed, ran out of time or showed a
-wrong result, or if results could not be written; 2 if nothing was run, for want of a device, of
-packages, of time or of sensible arguments; 128 and the signal's number if it was interrupted.
+The exit status is 0 if all steps that ran succeeded; 1 if one failed, ran out of time or gave a
+wrong result, or if results could not be written; 2 if nothing ran, for lack of a device, packages,
+time or valid arguments; 128 plus the signal's number if it was interrupted.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def positive(text: str) -> float:
 
 
 def say(*lines: str) -> None:
-    """Print lines at once; where nobody reads any more, the run goes on without."""
+    """Print lines at once; a run whose output is closed continues without it."""
     try:
         print(*lines, sep="\n", flush=True)
     except OSError:  # as when Ctrl-C ended `tee` with us
@@ -93,22 +93,22 @@ def say(*lines: str) -> None:
 
 
 def interrupt(number: int, _: object) -> None:
-    """End the run; what is then left to do takes seconds, and is not interrupted."""
+    """End the run; the rest takes seconds, and is not interrupted."""
     for each in STOPPING:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
 class Run:
-    """All steps, what is known of them so far, and where that is written.
+    """The steps, their results so far, and where these are written.
 
     Parameters
     ----------
     machine : Machine
     scratch : Path
-        Where benchmarks write.
+        Folder for the benchmarks' files.
     out : Path
-        Where results are written.
+        Folder for the results.
     dry : bool
         Whether this is a rehearsal.
     """
@@ -127,13 +127,13 @@ class Run:
         }  # fmt: skip
 
     def all(self, start: float, end: float) -> int:
-        """Run all steps between two times, say how they went, and return the status."""
+        """Run all steps between two times, print their outcomes, and return the exit status."""
         todo = steps(self.machine, self.scratch, dry=self.dry)
         share = start + (end - start) * CHECKS / ALL
         try:
             for step in todo:
                 self.one(step, end if step.part else share)
-            for step in todo:  # checks may have what the benchmarks leave of the time
+            for step in todo:  # checks may use the time that the benchmarks leave
                 if self.rows[step.name]["outcome"] == NO_TIME:
                     self.one(step, end)
         finally:
@@ -146,12 +146,12 @@ class Run:
         return int(failed or bool(self.trouble))
 
     def one(self, step: Step, until: float) -> None:
-        """Run a step, judge what it measured, and write what is known by then."""
+        """Run a step, judge its measurements, and write the results so far."""
         say(f"\n{step.name}: {step.said()}")
         self.rows[step.name] = step.row(CUT)
         try:
             row = perform(step, self.machine, until - time.monotonic(), dry=self.dry)
-        finally:  # what has been measured counts, whatever ends the step
+        finally:  # measurements count, even if the step was ended
             bad = self.read(step) if step.part else []
         if bad:
             row |= {"outcome": WRONG, "last": bad[0], "output": "\n".join([row["output"], *bad])}
@@ -164,7 +164,7 @@ class Run:
             say(f"  {self.trouble}")
 
     def read(self, step: Step) -> list[str]:
-        """Take over what a benchmark has measured, be it cut short, and return what is wrong."""
+        """Read a benchmark's measurements, complete or not, and return what is wrong."""
         file = self.scratch / f"{step.part}.json"
         if not file.is_file():
             return []
@@ -175,13 +175,13 @@ class Run:
             return [f"its rows cannot be judged: {error!r}"]
 
     def save(self, *, complete: bool) -> str:
-        """Write what is known so far, and return the page; `trouble` says what went wrong."""
+        """Write the results so far, and return the page; sets `trouble` if that fails."""
         self.stored["steps"] = list(self.rows.values())
         self.trouble = ""
         try:
             self.stored["goals"] = verdicts(self.stored)
             text = page(self.stored)
-        except Exception as error:  # the numbers are kept, whatever cannot be made of them
+        except Exception as error:  # the numbers are kept without a page
             text = self.trouble = f"THE PAGE COULD NOT BE MADE: {error!r}\n"
         texts = {".json": json.dumps(self.stored, indent=1) + "\n", ".md": text}
         try:
@@ -191,7 +191,7 @@ class Run:
         return text
 
     def print_end(self, text: str, *, complete: bool) -> None:
-        """Print all outcomes, last, where a reader of the end of the output finds them."""
+        """Print all outcomes, at the end of the output."""
         if self.trouble:
             say(f"\n{text}\n{self.trouble}")
         say("\nAll steps:")

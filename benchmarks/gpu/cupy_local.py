@@ -1,8 +1,8 @@
-"""mpi_impl's attention to a rank's own keys, in CuPy arrays, against PyTorch's own, in bf16.
+"""mpi_impl's attention to a rank's own keys, in CuPy arrays, against PyTorch's, in bf16.
 
-`auto` is the kernel in CUDA C++ where there is a device; `tiles` are matrix products.  What
-nvidia-cudnn-frontend could do instead is cuDNN's own kernel, which PyTorch calls, too: `sdpa cudnn`
-beside it says which measures better.  Rehearsed with NumPy arrays.
+`auto` is the kernel in CUDA C++ on a device; `tiles` are matrix products.  nvidia-cudnn-frontend
+would call cuDNN's kernel, which PyTorch calls, too: compare with `sdpa cudnn`.  Rehearsed with
+NumPy arrays.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from local import BACKENDS, Inputs, attempt, farthest, shapes, theirs, work_of
+from local import BACKENDS, Inputs, Prepare, compare, farthest, work_of
 from timing import Device
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from lvxattn import mpi_impl
 from lvxattn.mpi_impl.block_attention import block_attention_backward
@@ -22,51 +21,38 @@ from lvxattn.mpi_impl.block_attention import block_attention_backward
 
 def measure(device: Device) -> Iterator[dict[str, Any]]:
     """Yield a row for each shape and direction: seconds by kernel, and by PyTorch's backends."""
-    for H, H_KV, s_q, s_kv, D in shapes(device):
-        dtype = narrow(device)
-        moved = 2 * D * (2 * H * s_q + 2 * H_KV * s_kv)
-        inputs = [
-            Inputs.of(device, dtype, H, H_KV, s_q, s_kv, D) for _ in range(device.sets(moved))
-        ]
-        for backward in (False, True):
-            kernels: dict[str, float] = {}
-            peaks: dict[str, int] = {}
-            failed: dict[str, str] = {}
-            # `auto` itself would take the tiles where the kernel does not compile.
-            auto = "auto" if device.tiny else "cuda"
-            for name, kernel in (("auto", auto), ("tiles", "tiles")):
-                works = [partial(one_pass, backward, kernel, x) for x in inputs]
-                attempt(name, device, works, kernels, peaks, failed, prepare=True)
-            torch_s: dict[str, float] = {}
-            for name, backend in BACKENDS.items():
-                if name == "math":
-                    continue
-                with sdpa_kernel(backend):
-                    work = [partial(theirs, x, backward) for x in inputs]
-                    attempt(f"sdpa {name}", device, work, torch_s, {}, failed, prepare=True)
-            row = {
-                **work_of(inputs[0], backward),
-                "seconds": kernels, "sdpa seconds": torch_s, "auto": auto, "failed": failed,
-            }  # fmt: skip
-            if "auto" in kernels:
-                found = one_pass(backward, auto, inputs[0])()
-                row["off by"] = farthest(list(map(tensor, found)), inputs[0])
-            yield row
+    # `auto` itself would take the tiles where the kernel does not compile.
+    auto = "auto" if device.tiny else "cuda"
+
+    def ways(_: Inputs, backward: bool) -> Iterator[tuple[str, Prepare]]:
+        for name, kernel in (("auto", auto), ("tiles", "tiles")):
+            yield name, partial(one_pass, backward, kernel)
+
+    backends = {name: backend for name, backend in BACKENDS.items() if name != "math"}
+    for x, backward, times in compare(device, narrow(device), ways, backends):
+        row = {
+            **work_of(x, backward),
+            "seconds": times.ours, "sdpa seconds": times.theirs, "auto": auto,
+            "failed": times.failed,
+        }  # fmt: skip
+        if "auto" in times.ours:
+            row["off by"] = farthest(list(map(tensor, one_pass(backward, auto, x)())), x)
+        yield row
 
 
 def narrow(device: Device) -> torch.dtype:
-    """Return bf16 or, where arrays know nothing of it, fp16: both take the same time."""
+    """Return bf16 or, where arrays lack it, fp16, which takes the same time."""
     try:
         array(device.randn(1)).astype(np.float32)
-    except Exception:  # whatever CuPy says of a dtype that it does not know
+    except Exception:  # CuPy raises various errors for unknown dtypes
         return torch.float16
     return torch.bfloat16
 
 
 def one_pass(backward: bool, kernel: str, x: Inputs) -> Callable[[], tuple[Any, ...]]:
-    """Return a call, on the same memory as PyTorch's, for out, or for dq, dk and dv.
+    """Return a call for out, or for dq, dk and dv, on the same memory as PyTorch's.
 
-    It adds to dk and dv: they are right the first time.
+    It adds to dk and dv, which are right after the first call.
     """
     q, k, v, dout, lse, delta = map(array, (x.q, x.k, x.v, x.dout, x.lse, x.delta))
     dk, dv = (array(torch.zeros_like(t)) for t in (x.k, x.v))
@@ -87,7 +73,7 @@ def tensor(x: Any) -> Tensor:
 def array(x: Tensor) -> Any:
     """Return a tensor's memory as a CuPy array or, on the CPU, a NumPy array."""
     x = x.detach()
-    if x.dtype == torch.bfloat16:  # which DLPack does not hand to every CuPy
+    if x.dtype == torch.bfloat16:  # which not every CuPy takes by DLPack
         import ml_dtypes
 
         return array(x.view(torch.int16)).view(ml_dtypes.bfloat16)

@@ -1,8 +1,8 @@
-"""How far off results in half precision are, against fp64, over the number of key shards.
+"""Errors of results in half precision against fp64, over the number of key shards.
 
-Virtual shards of one device, joined by `merge`.  A result in half precision cannot be nearer to the
-truth than its rounding, so that this is the measure: the error over that of rounding the
-truth itself, both as root mean squares.  The goal is below 2, flat in the shards.
+Virtual shards on one device, merged by `merge`.  The unit is the error of rounding the fp64 result
+itself, which a result in half precision cannot beat; all errors are root mean squares.  The goal is
+below 2, independent of the number of shards.
 """
 
 from itertools import pairwise
@@ -18,7 +18,7 @@ SHARDS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def measure(device: Device) -> list[dict[str, Any]]:
-    """Return a row for each dtype and number of shards: errors over the floor, by result."""
+    """Return a row for each dtype and number of shards: errors over that of rounding, by result."""
     rows = []
     H, H_KV, s_q, s_kv, D = (2, 1, 8, 256, 16) if device.tiny else (8, 2, 128, 32_768, 128)
     for dtype in (torch.bfloat16, torch.float16):
@@ -38,7 +38,7 @@ def measure(device: Device) -> list[dict[str, Any]]:
 def solve(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, shards: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return all results, in the dtype in which a rank has them."""
+    """Return all results, in the dtype that a rank returns."""
     scale = q.shape[3] ** -0.5
     kernel = "blocked" if dtype == torch.float64 else "auto"
     wide = torch.float64 if dtype == torch.float64 else torch.float32

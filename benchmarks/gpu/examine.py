@@ -1,6 +1,6 @@
-"""What this machine has of what a GPU run needs, and what goes without if it lacks something.
+"""What a GPU run needs: which of it this machine has, and why the rest is missing.
 
-Nothing here imports a package in its own process: one that is broken must not end the run.
+Packages are imported in other processes only: a broken one must not end the run.
 """
 
 import json
@@ -17,8 +17,8 @@ from typing import Any
 
 from process import ROOT, Ended, run
 
-# What a step needs, what asks for it, and what it takes to have it.  What is there without a device
-# says so first: that is enough for a rehearsal.
+# Needs of steps: the program that tests for each, and a description.  A package prints its version
+# before it looks for a device: that is enough for a rehearsal.
 PROBES = {
     "numpy": ("import numpy; print(numpy.__version__)", "NumPy 2"),
     "pytest": (
@@ -42,7 +42,7 @@ PROBES = {
     "mpi4py": ("import mpi4py; print(mpi4py.__version__)", "mpi4py"),
 }
 DRIVER = "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader"
-# Seconds that a probe may take, and the last one, which tests the MPI in a process of its own.
+# Time limits in seconds: of a probe, and of the last one, which starts a self-test of the MPI.
 PROBE, PROOF = 60.0, 80.0
 TWO = (
     "from mpi4py import MPI;"
@@ -63,18 +63,18 @@ RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
 
 @dataclass
 class Machine:
-    """What there is.
+    """What a machine has and lacks.
 
     Attributes
     ----------
     env : dict
         The environment of every step.
     launcher : list of str
-        That of MPI programs; empty where there is none that starts two ranks.
+        The command that starts MPI programs; empty if none starts two ranks.
     found, missing : dict
-        By need, what was said of it, and why it is not there.
+        By need: its probe's output, and why it is missing.
     installed : set of str
-        Needs that are there, be it without a device.
+        Needs that are installed, with or without a device.
     """
 
     env: dict[str, str]
@@ -85,7 +85,7 @@ class Machine:
 
     @property
     def device(self) -> str:
-        """The name of the device, in letters, digits and dashes, to name files by."""
+        """The name of the device in letters, digits and dashes, for file names."""
         name = self.found.get("driver", "").partition(",")[0]
         name = name or self.found.get("torch", "").partition(" ")[2].partition(" ")[2]
         name = name or self.found.get("cupy", "").partition(" ")[2]
@@ -93,28 +93,28 @@ class Machine:
         return "-".join(words) or "device"
 
     def lines(self) -> list[str]:
-        """Return what there is and what is missing, for a reader."""
+        """Return the needs found and missing, as text."""
         there = [f"  {need:8} {said}" for need, said in self.found.items()]
         gone = [f"  {need:8} MISSING: {why}" for need, why in self.missing.items()]
         return there + gone
 
 
 def examine(mpiexec: str = "", cuda_mpi: str = "", scratch: str = "") -> Machine:
-    """Look at what there is.
+    """Examine this machine.
 
     Parameters
     ----------
     mpiexec : str
-        The launcher, with its flags, if the user named one.
+        The launcher with its options, if the user names one.
     cuda_mpi : str
-        The folder or tar file that `build_cuda_mpi.sh` made.
+        The folder or tar file that `build_cuda_mpi.sh` makes.
     scratch : str
-        A folder that a tar file may be unpacked into.
+        A folder to unpack a tar file into.
 
     Raises
     ------
     ValueError
-        What `cuda_mpi` names is no such thing.
+        `cuda_mpi` is not such a folder or file.
     """
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
@@ -136,10 +136,10 @@ def examine(mpiexec: str = "", cuda_mpi: str = "", scratch: str = "") -> Machine
 def note(
     machine: Machine, need: str, command: list[str], what: str, seconds: float = PROBE
 ) -> bool:
-    """Run a probe, and write down what it says or that it fails."""
+    """Run a probe, and record its output or its failure."""
     ended = run(command, machine.env, seconds)
     lines = ended.out.strip().splitlines()
-    # An MPI may have something to say of its own.
+    # An MPI may print more.
     answers = [line.removeprefix("answer: ") for line in lines if line.startswith("answer: ")]
     said = (answers or lines)[-1:]
     if said:
@@ -152,7 +152,7 @@ def note(
 
 
 def reason(ended: Ended, seconds: float) -> str:
-    """Return why a probe failed, in a line: what Python raised, or else what was said first."""
+    """Return why a probe failed, in one line: Python's exception, or else the first output."""
     if ended.status is None:
         return f"not done after {seconds:g} s"
     if ended.status == 0:
@@ -160,7 +160,7 @@ def reason(ended: Ended, seconds: float) -> str:
     lines = [line.strip() for line in (ended.err.strip() or ended.out).splitlines()]
     lines = [line for line in lines if not RULER.fullmatch(line)]
     raised = [number for number, line in enumerate(lines) if RAISED.match(line)]
-    # Open MPI's boxes begin with what is the matter; a message may go on in a second line.
+    # Open MPI's boxes begin with the problem; a message may continue in a second line.
     if raised:
         return " ".join(lines[raised[0] :][:2])[:300]
     status = "" if ended.err.strip() else f"(status {ended.status})"
@@ -168,7 +168,7 @@ def reason(ended: Ended, seconds: float) -> str:
 
 
 def find_mpi(machine: Machine, candidates: list[list[str]]) -> None:
-    """Take the first launcher that starts two ranks that know of one another."""
+    """Choose the first launcher that starts two ranks of one communicator."""
     reasons = []
     for launcher in candidates:
         two = [*launcher, "-n", "2", sys.executable, "-c", TWO]
@@ -188,7 +188,7 @@ def find_mpi(machine: Machine, candidates: list[list[str]]) -> None:
 
 
 def launchers(env: dict[str, str]) -> Iterator[list[str]]:
-    """Yield launchers, the likeliest first: the one that tests use, a carried one, Python's own."""
+    """Yield launchers in order of preference: the tests', a carried one, the one beside Python."""
     if env.get("LVXATTN_MPIEXEC"):
         yield shlex.split(env["LVXATTN_MPIEXEC"])
         return
@@ -210,7 +210,7 @@ def carried(mpi: Path, scratch: Path, env: dict[str, str]) -> tuple[dict[str, st
     Raises
     ------
     ValueError
-        There is none at that place, or it is damaged.
+        There is none, or it is damaged.
     """
     expected = "CUDA_MPI: expected what build_cuda_mpi.sh made"
     mpi = mpi.expanduser()
@@ -220,7 +220,7 @@ def carried(mpi: Path, scratch: Path, env: dict[str, str]) -> tuple[dict[str, st
         try:
             with tarfile.open(mpi) as tar:
                 tar.extractall(scratch, filter="tar")
-        except Exception as error:  # every way to compress has errors of its own
+        except Exception as error:  # compression formats raise various errors
             why = str(error).partition("\n")[0]
             raise ValueError(f"{expected}, and {mpi} cannot be unpacked: {why}") from error
         mpi = scratch / "cuda-mpi"

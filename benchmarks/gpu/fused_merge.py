@@ -1,7 +1,7 @@
 """The merge as one Triton kernel: every number is read and written once.
 
-A program takes one row of out, D_V numbers, and its lse; nothing of it depends on other rows.
-Imported only where Triton is.
+A program merges a few rows of out, D_V numbers each, and their lse; rows are independent.  Requires
+Triton.
 """
 
 import torch
@@ -21,7 +21,7 @@ def _merge_rows(  # type: ignore[no-untyped-def]
     inside = there[:, None] & (column < D_V)[None, :]
     a = tl.load(lse_a + row, mask=there, other=float("-inf"))
     b = tl.load(lse_b + row, mask=there, other=float("-inf"))
-    # Against 0, where both are -inf: both weights are 0 then, and nothing is NaN.
+    # Relative to 0 where both are -inf: then both weights are 0, and nothing is NaN.
     largest = tl.maximum(a, b)
     base = tl.where(largest == float("-inf"), 0.0, largest)
     weight_a, weight_b = tl.exp(a - base), tl.exp(b - base)
@@ -31,14 +31,14 @@ def _merge_rows(  # type: ignore[no-untyped-def]
     y = tl.load(out_b + at, mask=inside, other=0.0)
     joined = (weight_a * scale)[:, None] * x + (weight_b * scale)[:, None] * y
     tl.store(out + at, joined, mask=inside)
-    # log(0) is -inf, which is what is wanted.
+    # log(0) = -inf is intended.
     tl.store(lse + row, base + tl.log(total), mask=there)
 
 
 def fused_merge(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Do what `lvxattn.torch_impl.merge` does, for contiguous fp32 tensors on CUDA."""
+    """Merge like `lvxattn.torch_impl.merge`, for contiguous fp32 tensors on CUDA."""
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
     rows, D_V = lse.numel(), out.shape[-1]
     block = 4

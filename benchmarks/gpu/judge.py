@@ -1,7 +1,7 @@
-"""What measured rows are held against: limits, beyond which a result is wrong, and goals.
+"""The judgement of measured rows: limits, beyond which a result is wrong, and goals.
 
-A wrong result fails its step: it has no speed.  A goal that is missed is a finding, and fails
-nothing.  Everything holds for NaN, too, which is below no limit and reaches no goal.
+A wrong result fails its step, whatever its speed.  A missed goal is reported, and fails nothing.
+NaN exceeds all limits and misses all goals.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,29 +13,29 @@ Row = dict[str, Any]
 
 WRONG = "FAILED (wrong result)"
 
-# What rounding a number to a dtype changes of it at most.
+# Maximum relative error of rounding to a dtype.
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
-# Results are rounded twice (the weights of a product, and it), ours and those beside them.
+# Our results and the reference are both rounded twice: the weights of a product, and the product.
 ROUNDINGS = 4
-# A merge: a dozen roundings of numbers below 64, as an lse of 10 standard deviations is.
+# A merge: a dozen roundings of numbers below 64, which bounds lse of standard deviation 10.
 MERGE_LIMIT = 12 * 64 * UNIT["float32"]
-# Tiles of 128 queries that leave half of an H100's 132 multiprocessors idle, or more: only there
-# does a split over keys have much to win.
+# Tiles of 128 queries that occupy half of an H100's 132 multiprocessors: a split over keys gains
+# much only below this number.
 FEW_TILES = 66
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is wanted of a number of a part's rows.
+    """A bound on a number of a part's rows.
 
     Attributes
     ----------
     part, what : str
     bound : float
     least : bool
-        Whether the number is to be `bound` at least; otherwise, at most.
+        Whether `bound` is a minimum; otherwise, a maximum.
     values : callable
-        Returns a row's numbers, each with what tells it from others; none where none can be had.
+        Returns a row's numbers, each with a label; none where they were not measured.
     """
 
     part: str
@@ -45,12 +45,12 @@ class Goal:
     values: Callable[[Row], Iterator[tuple[float, str]]]
 
     def met(self, value: float) -> bool:
-        """Return whether a number is as wanted."""
+        """Return whether a number meets the goal."""
         return value >= self.bound if self.least else value <= self.bound
 
 
 def verdicts(stored: Row) -> list[Row]:
-    """Return, for each goal, what was wanted and found, and whether it is met.
+    """Return for each goal what was required, what was found, and whether it is met.
 
     Returns
     -------
@@ -85,7 +85,7 @@ def verdicts(stored: Row) -> list[Row]:
 
 
 def wrong(part: str, rows: list[Row]) -> list[str]:
-    """Return which of a part's results are wrong, and by how much."""
+    """Return descriptions of a part's wrong results."""
     found = []
     for row in rows:
         if "off by" in row and not row["off by"] <= limit(row):
@@ -108,22 +108,22 @@ def wrong(part: str, rows: list[Row]) -> list[str]:
 
 
 def limit(row: Row) -> float:
-    """Return how far rounding explains that a row is from another kernel's, in norms of it."""
+    """Return the bound on a row's relative distance from another kernel's result, by rounding."""
     return ROUNDINGS * UNIT[row["dtype"]]
 
 
 def place(row: Row) -> str:
-    """Return which of a part's rows it is."""
+    """Return a label of a row."""
     return f"{row['pass']}, {row['dtype']}, s_q {row['s_q']}, s_kv {row['s_kv']}"
 
 
 def speedup(row: Row, theirs: dict[str, float]) -> float:
-    """Return how many times as long the fastest of others takes; NaN if ours did not run."""
+    """Return the time of the fastest of others over ours; NaN if ours did not run."""
     return min(theirs.values()) / row["seconds"].get("auto", nan)
 
 
 def unsplit(row: Row) -> dict[str, float]:
-    """Return the seconds of those backends that do not split over keys, as only flash does."""
+    """Return the seconds of the backends without a split over keys; only flash has one."""
     return {name: s for name, s in row["sdpa seconds"].items() if name != "sdpa flash"}
 
 

@@ -1,10 +1,11 @@
-"""One rank's attention to its own keys, by every kernel that can, against PyTorch's own.
+"""One rank's attention to its own keys, by every kernel that supports it, against PyTorch's.
 
-At the sizes a rank has in the paper: 32 query heads and 8 key-value heads of 128.  The best of
+At the sizes of a rank in the paper: 32 query heads and 8 key-value heads of 128.  The best of
 `F.scaled_dot_product_attention`'s backends, each forced in turn, counts as PyTorch's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -25,14 +26,16 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# What may do the work of a part, where a forward's keys are split by ourselves.
+# Kernels for the parts of a forward whose keys are split.
 SPLIT_WITHIN = {"cuda": ("cuda_flash", "cudnn", "efficient"), "cpu": ("cpu_flash", "blocked")}
-# How many shares of work a device may need to be busy, and how many rows make one.
+# Numbers of shares of work that may occupy a device, and the number of rows of a share.
 BUSY, ROWS = (132, 264, 528), 128
-# The backend that keeps all scores is left out above this many bytes of them.
+# Maximum bytes of scores for the backend that stores them all.
 MOST_SCORES = 2**32
 
 Work = Callable[[], Any]
+Prepare = Callable[["Inputs"], Work]
+Ways = Callable[["Inputs", bool], Iterator[tuple[str, Prepare]]]
 
 
 def shapes(device: Device) -> Iterator[tuple[int, int, int, int, int]]:
@@ -47,38 +50,62 @@ def shapes(device: Device) -> Iterator[tuple[int, int, int, int, int]]:
 
 def measure(device: Device, dtype: torch.dtype = torch.bfloat16) -> Iterator[dict[str, Any]]:
     """Yield a row for each shape and direction: seconds by kernel and by PyTorch's backend."""
+    for x, backward, times in compare(device, dtype, ours, BACKENDS):
+        row = {
+            **work_of(x, backward),
+            "seconds": times.ours, "sdpa seconds": times.theirs, "peak bytes": times.peaks,
+            "auto": choose(spec_of(x, backward)), "failed": times.failed,
+        }  # fmt: skip
+        if "auto" in times.ours:
+            found = one_pass(backward, "auto", x)()
+            row["off by"] = farthest(found if backward else found[:1], x)
+        yield row
+
+
+@dataclass
+class Times:
+    """Seconds and peaks of memory by kernel, ours and PyTorch's, and the failures."""
+
+    ours: dict[str, float] = field(default_factory=dict)
+    theirs: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def compare(
+    device: Device, dtype: torch.dtype, ways: Ways, backends: dict[str, SDPBackend]
+) -> Iterator[tuple["Inputs", bool, Times]]:
+    """Measure kernels against PyTorch's backends on all shapes, forward and backward.
+
+    Parameters
+    ----------
+    device : Device
+    dtype : torch.dtype
+    ways : callable
+        Yields, for inputs and a direction, kernels by name, as functions from inputs to the work.
+    backends : dict
+        PyTorch's backends by name.
+    """
     for H, H_KV, s_q, s_kv, D in shapes(device):
-        element = dtype.itemsize
-        moved = element * D * (2 * H * s_q + 2 * H_KV * s_kv)
+        moved = dtype.itemsize * D * (2 * H * s_q + 2 * H_KV * s_kv)
         inputs = [
             Inputs.of(device, dtype, H, H_KV, s_q, s_kv, D) for _ in range(device.sets(moved))
         ]
         for backward in (False, True):
-            mine = inputs[0]
-            job = KernelSpec.of(mine.q, mine.k, mine.v, MaskView(None), backward=backward)
-            kernels, peaks, failed = {}, {}, {}
-            for name, work in ours(job):
-                attempt(name, device, [partial(work, x) for x in inputs], kernels, peaks, failed)
-            torch_s: dict[str, float] = {}
-            for name, backend in BACKENDS.items():
-                if name == "math" and H * s_q * s_kv * element > MOST_SCORES:
+            times = Times()
+            for name, prepare in ways(inputs[0], backward):
+                attempt(name, device, prepare, inputs, times.ours, times)
+            for name, backend in backends.items():
+                if name == "math" and H * s_q * s_kv * dtype.itemsize > MOST_SCORES:
                     continue
                 with sdpa_kernel(backend):
-                    works = [partial(theirs, x, backward) for x in inputs]
-                    attempt(f"sdpa {name}", device, works, torch_s, peaks, failed, prepare=True)
-            row = {
-                **work_of(inputs[0], backward),
-                "seconds": kernels, "sdpa seconds": torch_s, "peak bytes": peaks,
-                "auto": choose(job), "failed": failed,
-            }  # fmt: skip
-            if "auto" in kernels:
-                found = one_pass(backward, "auto", mine)
-                row["off by"] = farthest(found if backward else found[:1], mine)
-            yield row
+                    prepare = partial(theirs, backward)
+                    attempt(f"sdpa {name}", device, prepare, inputs, times.theirs, times)
+            yield inputs[0], backward, times
 
 
 class Inputs:
-    """What one call works on."""
+    """The tensors of one call."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
         self.q, self.k, self.v, self.dout = q, k, v, dout
@@ -90,14 +117,14 @@ class Inputs:
     def of(
         device: Device, dtype: torch.dtype, H: int, H_KV: int, s_q: int, s_kv: int, D: int
     ) -> "Inputs":
-        """Return random ones."""
+        """Return random inputs."""
         q, dout = (device.randn(1, H, s_q, D, dtype=dtype) for _ in range(2))
         k, v = (device.randn(1, H_KV, s_kv, D, dtype=dtype) for _ in range(2))
         return Inputs(q, k, v, dout)
 
 
 def work_of(x: Inputs, backward: bool) -> dict[str, Any]:
-    """Return what a pass works on, in operations and in bytes that it must read and write."""
+    """Return a pass's sizes, operations, and bytes that it must read and write."""
     (_, H, s_q, D), (_, H_KV, s_kv, _) = x.q.shape, x.k.shape
     moved = x.q.dtype.itemsize * D * (2 * H * s_q + 2 * H_KV * s_kv)
     return {
@@ -109,13 +136,19 @@ def work_of(x: Inputs, backward: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ours(job: KernelSpec) -> Iterator[tuple[str, Callable[[Inputs], object]]]:
-    """Yield the ways in which torch_impl can do a job: kernels, `auto`, and splits of its keys."""
+def spec_of(x: Inputs, backward: bool) -> KernelSpec:
+    """Return what kernels are chosen by."""
+    return KernelSpec.of(x.q, x.k, x.v, MaskView(None), backward=backward)
+
+
+def ours(x: Inputs, backward: bool) -> Iterator[tuple[str, Prepare]]:
+    """Yield torch_impl's ways to do a pass: kernels, `auto`, and splits of the keys."""
+    job = spec_of(x, backward)
     for name in ("auto", *KERNELS):
         if name == "split" or (name != "auto" and KERNELS[name].unsupported(job) is not None):
             continue
-        yield name, partial(one_pass, job.backward, name)
-    if job.backward:  # shared out by keys as it is
+        yield name, partial(one_pass, backward, name)
+    if backward:  # which is divided over keys anyway
         return
     shares = job.H_KV * -(-job.H // job.H_KV * job.s_q // ROWS)  # heads of a group are folded
     for inner in SPLIT_WITHIN[job.device]:
@@ -126,25 +159,31 @@ def ours(job: KernelSpec) -> Iterator[tuple[str, Callable[[Inputs], object]]]:
             yield f"split {inner} {parts}", partial(one_split, inner, parts)
 
 
-def one_pass(backward: bool, kernel: str, x: Inputs) -> tuple[Tensor, ...]:
-    """Do one pass by a kernel; gradients of keys in their dtype, as PyTorch's are."""
-    if backward:
-        given = x.dout, x.q, x.k, x.v, x.lse, x.delta
-        return block_attention_backward(*given, scale=x.scale, kernel=kernel, dtype=x.k.dtype)
-    return block_attention(x.q, x.k, x.v, scale=x.scale, kernel=kernel)
+def one_pass(backward: bool, kernel: str, x: Inputs) -> Work:
+    """Return a pass by a kernel; gradients of keys are in their dtype, as PyTorch's are."""
+    given = {"scale": x.scale, "kernel": kernel}
+    if not backward:
+        return partial(block_attention, x.q, x.k, x.v, **given)
+    rest = x.dout, x.q, x.k, x.v, x.lse, x.delta
+    return partial(block_attention_backward, *rest, **given, dtype=x.k.dtype)
 
 
-def one_split(inner: str, parts: int, x: Inputs) -> object:
-    """Do a forward with the keys in parts, each done by a kernel, whatever the split would do."""
-    with (
-        mock.patch.object(split, "WITHIN", (KERNELS[inner],)),
-        mock.patch.object(split, "parts_for", lambda _: parts),  # noqa: PT008, a mock takes time
-    ):
-        return one_pass(False, "split", x)
+def one_split(inner: str, parts: int, x: Inputs) -> Work:
+    """Return a forward with the keys in parts, each done by a kernel."""
+
+    def work() -> object:
+        with (
+            mock.patch.object(split, "WITHIN", (KERNELS[inner],)),
+            mock.patch.object(split, "parts_for", lambda _: parts),  # noqa: PT008, a mock is slow
+        ):
+            return forward()
+
+    forward = one_pass(False, "split", x)
+    return work
 
 
-def theirs(x: Inputs, backward: bool) -> Work:
-    """Return PyTorch's pass; before its backward, its forward is done."""
+def theirs(backward: bool, x: Inputs) -> Work:
+    """Return PyTorch's pass; for a backward, the forward has been done."""
     sdpa = partial(
         torch.nn.functional.scaled_dot_product_attention,
         scale=x.scale,
@@ -158,12 +197,12 @@ def theirs(x: Inputs, backward: bool) -> Work:
 
 
 def farthest(found: Sequence[Tensor], x: Inputs) -> float:
-    """Return how far the farthest row of out, or of dq, dk and dv, is from PyTorch's own.
+    """Return the largest distance of a row of out, or of dq, dk and dv, from PyTorch's.
 
-    In norms of that row, or of the mean one if that is larger.  A wrong result is not fast.
+    Relative to the norm of that row, or to the mean norm if that is larger.
     """
     backward = len(found) > 1
-    wanted = theirs(x, backward)()
+    wanted = theirs(backward, x)()
     off = []
     for one, other in zip(found, wanted if backward else (wanted,), strict=True):
         norm = other.float().norm(dim=-1)
@@ -175,28 +214,22 @@ def farthest(found: Sequence[Tensor], x: Inputs) -> float:
 def attempt(
     name: str,
     device: Device,
-    works: list[Callable[[], Any]],
+    prepare: Prepare,
+    inputs: list[Inputs],
     seconds: dict[str, float],
-    peaks: dict[str, int],
-    failed: dict[str, str],
-    *,
-    prepare: bool = False,
+    times: Times,
 ) -> None:
-    """Measure, or write down why that was not possible: one kernel's failure is not another's.
-
-    With `prepare` the works return what is to be timed.
-    """
+    """Measure one kernel, or record its failure, which does not affect the others."""
     try:
-        if prepare:
-            works = [work() for work in works]
+        works = [prepare(x) for x in inputs]
         seconds[name] = device.seconds(works)
-        peaks[name] = device.peak(works[0])
-    except Exception as error:  # CuPy's have nothing but that in common
-        failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        times.peaks[name] = device.peak(works[0])
+    except Exception as error:  # CuPy's errors have no other type in common
+        times.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def rules(rows: list[dict[str, Any]]) -> list[str]:
-    """Return what was the fastest of torch_impl's, as lines to write `kernels/choose.py` by."""
+    """Return the fastest of torch_impl's kernels, as lines for writing `kernels/choose.py`."""
     lines = []
     for row in rows:
         named = {name: s for name, s in row["seconds"].items() if name != "auto"}

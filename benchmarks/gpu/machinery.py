@@ -1,6 +1,6 @@
-"""What a rank that is alone pays for being able to have others: time, and memory at a million keys.
+"""The overhead of a single rank: time, and memory at a million keys.
 
-`cross_attention` with a layout, against the block attention that it calls; the goal is 1 %.
+`cross_attention` with a layout, relative to the block attention that it calls; the goal is 1 %.
 """
 
 from statistics import median
@@ -13,7 +13,7 @@ from lvxattn.torch_impl import Layout, block_attention, block_attention_backward
 from lvxattn.torch_impl.block_attention import delta_of
 
 
-def overhead(device: Device) -> dict[str, Any]:
+def overhead(device: Device) -> list[dict[str, Any]]:
     """Return the time of a pass over that of the block alone: medians of interleaved pairs."""
     H, H_KV, s_q, s_kv, D = (4, 2, 8, 512, 16) if device.tiny else (32, 8, 512, 300_000, 128)
     q, dout = (device.randn(1, H, s_q, D) for _ in range(2))
@@ -48,7 +48,7 @@ def overhead(device: Device) -> dict[str, Any]:
     ):
         pairs = []
         for number in range(2 if device.tiny else 7):
-            # Which comes first alternates, so that what one leaves behind hits both alike.
+            # The order alternates, so that what one leaves behind affects both alike.
             order = (whole, alone) if number % 2 else (alone, whole)
             took = {work: device.seconds([work]) for work in order}
             pairs.append((took[whole] / took[alone], took[whole], took[alone]))
@@ -58,10 +58,10 @@ def overhead(device: Device) -> dict[str, Any]:
             "seconds": median(pair[1] for pair in pairs),
             "block seconds": median(pair[2] for pair in pairs),
         }
-    return {"s_q": s_q, "s_kv": s_kv, "goal": 1.01, **found}
+    return [{"s_q": s_q, "s_kv": s_kv, "goal": 1.01, **found}]
 
 
-def million(device: Device) -> dict[str, Any]:
+def million(device: Device) -> list[dict[str, Any]]:
     """Return the peak of memory over inputs and outputs: forward, and forward and backward."""
     H, H_KV, s_q, s_kv, D = (4, 2, 8, 1000, 16) if device.tiny else (32, 8, 512, 1_000_000, 128)
     q, dout = (device.randn(1, H, s_q, D) for _ in range(2))
@@ -89,4 +89,4 @@ def million(device: Device) -> dict[str, Any]:
             "peak": held + beyond,
             "ratio": (held + beyond) / (held + results),
         }
-    return found
+    return [found]

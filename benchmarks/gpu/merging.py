@@ -1,7 +1,7 @@
-"""The merge: as PyTorch's elementwise operators, compiled, and as one kernel of our own.
+"""The merge: as PyTorch's elementwise operators, compiled, and as one Triton kernel.
 
-What it costs matters beside the attention of a hop, which is measured with it.  A row says what a
-fused one would save of a hop; only if that is worth a kernel will torch_impl have one.
+Its time matters relative to the attention of a hop, which is measured with it.  A row shows what a
+fused kernel would save of a hop; torch_impl gets one only if that is worth it.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def measure(device: Device) -> list[dict[str, Any]]:
 
 
 def ways(device: Device) -> list[tuple[str, Callable[[], Callable[..., Any]]]]:
-    """Return the ways to merge, by name, each as what makes it."""
+    """Return the ways to merge by name, each with a function that makes it."""
     found: list[tuple[str, Callable[[], Callable[..., Any]]]] = [("operators", lambda: merge)]
     if not device.tiny:  # a compiler for the CPU takes longer than a rehearsal may
         found += [("torch.compile", lambda: torch.compile(merge)), ("triton", _fused)]

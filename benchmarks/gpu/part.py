@@ -2,20 +2,30 @@
 
     python benchmarks/gpu/part.py local [--json FILE] [--cpu]
 
-Parts: ceilings, local, cupy, overhead, million, errors, merging.  What has been measured is written
-after every row, so that what runs out of time has something to show.  With --cpu every line is
-rehearsed on tiny shapes: such numbers mean nothing.
+Parts: ceilings, local, cupy, overhead, million, errors, merging.  Results are written after every
+row, so that a part that runs out of time leaves some.  --cpu rehearses every line on tiny shapes:
+such numbers mean nothing.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from store import write
-from timing import Device, ceilings
+from timing import Device
+
+# The module and the function of each; imported on their own, as not all are for all machines.
+PARTS = {
+    "ceilings": ("timing", "ceilings"),
+    "local": ("local", "measure"),
+    "cupy": ("cupy_local", "measure"),
+    "overhead": ("machinery", "overhead"),
+    "million": ("machinery", "million"),
+    "errors": ("errors", "measure"),
+    "merging": ("merging", "measure"),
+}
 
 
 def main() -> None:
@@ -34,76 +44,17 @@ def main() -> None:
             parser.error(f"--json: expected a file that can be written: {error}")
     torch.manual_seed(0)
     device, found = Device("cpu" if options.cpu else "cuda"), []
-    for row in PARTS[options.part](device):
+    name, function = PARTS[options.part]
+    module = import_module(name)
+    for row in getattr(module, function)(device):
         found.append(row)
         print(json.dumps(row), flush=True)
         if options.json:
             write(options.json, json.dumps(found, indent=1))
-    for line in summary(options.part, found):
-        print(line)
+    if options.part == "local":
+        print("what was fastest, for torch_impl/kernels/choose.py:", *module.rules(found), sep="\n")
     print(f"{len(found)} rows measured")
 
-
-def local(device: Device) -> Iterator[dict[str, Any]]:
-    """Measure torch_impl's kernels."""
-    from local import measure
-
-    yield from measure(device)
-
-
-def cupy(device: Device) -> Iterator[dict[str, Any]]:
-    """Measure mpi_impl's kernels."""
-    from cupy_local import measure
-
-    yield from measure(device)
-
-
-def overhead(device: Device) -> Iterator[dict[str, Any]]:
-    """Measure what the machinery costs a rank that is alone."""
-    from machinery import overhead
-
-    yield overhead(device)
-
-
-def million(device: Device) -> Iterator[dict[str, Any]]:
-    """Measure memory at a million keys."""
-    from machinery import million
-
-    yield million(device)
-
-
-def errors(device: Device) -> Iterator[dict[str, Any]]:
-    """Measure errors over shards."""
-    from errors import measure
-
-    yield from measure(device)
-
-
-def merging(device: Device) -> Iterator[dict[str, Any]]:
-    """Measure the merge."""
-    from merging import measure
-
-    yield from measure(device)
-
-
-def summary(part: str, found: list[dict[str, Any]]) -> list[str]:
-    """Return lines for a reader, where a part has any."""
-    if part != "local":
-        return []
-    from local import rules
-
-    return ["what was fastest, for torch_impl/kernels/choose.py:", *rules(found)]
-
-
-PARTS: dict[str, Callable[[Device], Iterator[dict[str, Any]]]] = {
-    "ceilings": lambda device: iter([ceilings(device)]),
-    "local": local,
-    "cupy": cupy,
-    "overhead": overhead,
-    "million": million,
-    "errors": errors,
-    "merging": merging,
-}
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,10 @@
-"""Run a command within its time, and leave nothing of it behind, whatever ends the wait.
+"""Run a command with a time limit, and end all of its processes, whatever ends the wait.
 
-    begin  ->  it ends | its time is up | we are interrupted  ->  end all it started  ->  output
+    start  ->  it ends | its time is up | an interruption  ->  end all its processes  ->  output
 
-Output goes to files: a pipe is open for as long as anybody holds it, and ranks may outlive their
-launcher.  What a command started is known by a variable that it hands down; a group of processes is
-not enough, as launchers give ranks sessions of their own.
+Output goes to files: a pipe stays open as long as any process holds it, and ranks may outlive their
+launcher.  A command's processes are known by an environment variable that they inherit; a process
+group is not enough, as launchers give ranks sessions of their own.
 """
 
 import os
@@ -20,22 +20,22 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "LVXATTN_GPU_STEP"
-# Seconds that processes have to go in when they are asked to, and when they are made to.
+# Seconds for processes to end after SIGTERM, and after SIGKILL.
 GRACE = 3.0
-# Bytes of output that are kept, from its end.
+# Bytes kept of the end of the output.
 KEPT = 200_000
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended.
+    """The result of a command.
 
     Attributes
     ----------
     status : int or None
         None if its time was up, 127 if it could not be started.
     out, err : str
-        What it printed; with `joined` all is in ``out``.
+        Its output; with `joined` all is in ``out``.
     """
 
     status: int | None
@@ -46,9 +46,9 @@ class Ended:
 def run(
     command: Sequence[str], env: dict[str, str], seconds: float, *, joined: bool = False
 ) -> Ended:
-    """Run a command in the repository's root, in `seconds` at most.
+    """Run a command in the repository's root, for at most `seconds`.
 
-    An exception that ends the wait, as an interruption does, is raised when the command is gone.
+    An exception during the wait, such as an interruption, is raised when the command has ended.
     """
     mark = uuid.uuid4().hex
     process = None
@@ -70,7 +70,7 @@ def run(
 
 
 def _end(process: "subprocess.Popen[bytes] | None", mark: str) -> None:
-    """End what is left of a command: a launcher that is asked first takes its ranks along."""
+    """End a command's processes; SIGTERM first, so that a launcher ends its ranks."""
     if process and process.poll() is None:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
@@ -86,10 +86,10 @@ def _end(process: "subprocess.Popen[bytes] | None", mark: str) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    """Return the processes that a command left; none where there is no ``/proc``."""
+    """Return a command's remaining processes; none without ``/proc``."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is not ours
+        with suppress(OSError):  # it has ended, or belongs to another user
             if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return found

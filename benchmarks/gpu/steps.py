@@ -1,4 +1,4 @@
-"""What is run on a GPU machine, in which order, and for how long at most."""
+"""The steps on a GPU machine, in order, with their time limits."""
 
 import shlex
 import sys
@@ -11,9 +11,9 @@ from examine import Machine
 from process import ROOT, run
 
 HERE = Path(__file__).resolve().parent
-# Seconds: of all, and of what comes before the benchmarks, so that these have theirs.
+# Time limits in seconds: of all steps, and of those before the benchmarks.
 ALL, CHECKS = 535.0, 265.0
-# Fewer seconds than this are not worth a start.
+# Minimum seconds left to start a step.
 WORTH = 8.0
 NO_TIME = "not run: no time left"
 SIZES = "--text-tokens 256 --visual-tokens 16384 --heads 8 --kv-heads 2 --head-dim 128"
@@ -21,16 +21,16 @@ SIZES = "--text-tokens 256 --visual-tokens 16384 --heads 8 --kv-heads 2 --head-d
 
 @dataclass
 class Step:
-    """One thing to run.
+    """A command to run.
 
     Attributes
     ----------
     limit : float
         Seconds.
     needs : tuple of str
-        What of `examine.PROBES` there has to be.
+        Required keys of `examine.PROBES`.
     part : str
-        Of the benchmarks, the one that is measured.
+        The benchmark that the step measures, if any.
     shown : bool
         Whether the command is only shown.
     """
@@ -44,12 +44,12 @@ class Step:
     shown: bool = False
 
     def said(self) -> str:
-        """Return the command as one would type it."""
+        """Return the command as text."""
         given = [f"{name}={value}" for name, value in self.env.items()]
         return shlex.join([*given, *self.command])
 
     def row(self, outcome: str, seconds: float = 0.0, output: str = "") -> dict[str, Any]:
-        """Return how it went, as it is stored: the end of the output, and its last line."""
+        """Return the outcome as it is stored: with the end of the output, and its last line."""
         lines = output.strip().splitlines()
         return {
             "name": self.name, "command": self.said(), "outcome": outcome,
@@ -73,7 +73,7 @@ def steps(machine: Machine, scratch: Path, *, dry: bool = False) -> list[Step]:
 def checks(machine: Machine, *, dry: bool) -> list[Step]:
     """Return the tests that are marked `gpu`, and the commands checking themselves on ranks."""
     python = sys.executable
-    # Warnings of another version's packages are not what is tested here.
+    # Other versions of packages may warn.
     pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
     pytest += ["--collect-only"] if dry else ["-rs", "--maxfail=25"]
     found = []
@@ -82,16 +82,7 @@ def checks(machine: Machine, *, dry: bool) -> list[Step]:
         found.append(Step(f"tests {file.name}", [*pytest, str(file)], 130, needs))
     mpi = [*(machine.launcher or ["mpiexec"]), "-n"]
     program = [python, "-m", "mpi4py", "-m", "lvxattn.mpi_impl"]
-    attend = [
-        "run",
-        "--device",
-        "gpu",
-        "--dtype",
-        "float16",
-        "--backward",
-        "--check",
-        *SIZES.split(),
-    ]
+    attend = f"run --device gpu --dtype float16 --backward --check {SIZES}".split()
     needs = "numpy", "cupy", "mpi4py", "mpi"
     command = [*mpi, "2", *program, "doctor"]
     found.append(Step("doctor, 2 ranks", command, 60, needs, shown=dry))
@@ -110,7 +101,7 @@ def checks(machine: Machine, *, dry: bool) -> list[Step]:
 
 
 def parts(scratch: Path, *, dry: bool) -> list[Step]:
-    """Return the benchmarks, the most wanted first."""
+    """Return the benchmarks, the most important first."""
     limits = {
         "ceilings": (30, ("torch",)),
         "local": (120, ("torch",)),
@@ -135,12 +126,12 @@ def marked(folder: Path) -> list[Path]:
 
 
 def gpu_package(file: Path) -> str:
-    """Return which package puts a file's arrays on a device."""
+    """Return the package that a test file uses on a device."""
     return "torch" if "torch" in file.stem else "cupy"
 
 
 def perform(step: Step, machine: Machine, seconds: float, *, dry: bool = False) -> dict[str, Any]:
-    """Run a step in `seconds` at most, and return how it went; it never raises for the step's sake.
+    """Run a step in at most `seconds`, and return its outcome; a failing step does not raise.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Write results so that none are lost: whole files, and complete results replaced by such only.
+"""Write results so that none are lost: atomically, and complete results replaced by such only.
 
-gpu-DEVICE.unfinished-HOST-PID.json, .md     while steps are run; they stay if the run is cut
-gpu-DEVICE.json, .md                         in their place when the run is complete
+gpu-DEVICE.unfinished-HOST-PID.json, .md     during the run; they stay if it is interrupted
+gpu-DEVICE.json, .md                         replace them when the run is complete
 """
 
 import os
@@ -9,12 +9,12 @@ import socket
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-# Bytes that have to fit into a folder of results: more than those of a run.
+# Bytes that a folder of results must have room for: more than a run writes.
 ROOM = 2**20
 
 
 def write(file: Path, text: str) -> None:
-    """Write a file at once: what it held before is there until all of the new is."""
+    """Write a file atomically."""
     with NamedTemporaryFile("w", dir=file.parent, prefix=".writing-", delete=False) as new:
         try:
             new.write(text)
@@ -27,12 +27,12 @@ def write(file: Path, text: str) -> None:
 
 
 def folder(name: str | Path) -> Path:
-    """Return a folder that can be written to, made if it is not there.
+    """Return a writable folder, made if missing.
 
     Raises
     ------
     ValueError
-        It cannot be made, or not be written to.
+        It cannot be made or written to.
     """
     found = Path(name).expanduser()
     trial = found / f".writing-{os.getpid()}"
@@ -60,7 +60,7 @@ class Results:
         self.unfinished = folder / f"{name}.unfinished-{socket.gethostname()}-{os.getpid()}"
 
     def save(self, texts: dict[str, str], *, complete: bool) -> str:
-        """Write files, by their endings, and return where they are; OSError is raised."""
+        """Write files, named by their endings, and return their paths; may raise OSError."""
         stem = self.complete if complete else self.unfinished
         files = [Path(f"{stem}{ending}") for ending in texts]
         for file, text in zip(files, texts.values(), strict=True):

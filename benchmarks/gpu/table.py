@@ -1,4 +1,4 @@
-"""The Markdown page of a GPU run, from what was stored of it."""
+"""The Markdown page of a GPU run, from its stored results."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def steps(rows: list[Row]) -> str:
-    """Return how every step went."""
+    """Return the outcomes of all steps."""
     return table(
         ["step", "outcome", "seconds", "last line"],
         [[row["name"], row["outcome"], row["seconds"], row["last"]] for row in rows],
@@ -59,7 +59,7 @@ def steps(rows: list[Row]) -> str:
 
 
 def goals(rows: list[Row]) -> str:
-    """Return what was wanted, what was found, and the verdicts."""
+    """Return the goals and their verdicts."""
     return table(
         ["goal", "wanted", "worst", "where", "met in", "verdict"],
         [
@@ -71,7 +71,7 @@ def goals(rows: list[Row]) -> str:
 
 
 def local(rows: list[Row], ceilings: Row) -> list[str]:
-    """Return times beside PyTorch's, and what every way took."""
+    """Return times compared with PyTorch's, and those of every kernel."""
     if not rows:
         return [""]
     short, full, judged = [], [], any("off by" in row for row in rows)
@@ -105,14 +105,14 @@ def local(rows: list[Row], ceilings: Row) -> list[str]:
 
 
 def _off_by(row: Row) -> str:
-    """Return by how much a result is off, and whether that is wrong."""
+    """Return a result's error, and whether it is wrong."""
     if "off by" not in row:
         return ""
     return f"{row['off by']:.1e}" + ("" if row["off by"] <= limit(row) else ", WRONG")
 
 
 def overhead(rows: list[Row]) -> str:
-    """Return what the machinery costs."""
+    """Return the overhead."""
     lines = []
     for row in rows:
         for name in ("forward", "backward"):

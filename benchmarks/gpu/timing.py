@@ -1,6 +1,6 @@
-"""How long work takes on a device, by its own clock, and what the device can do at best.
+"""Timing on a device by its own clock, and the device's maximum rates.
 
-On a CPU, for trying the benchmarks out, it is the program's clock.
+On a CPU, for rehearsals, by the program's clock.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Seconds that one measurement may take, within its least and most repetitions.
+# Seconds per measurement, and the minimum and maximum number of repetitions.
 PATIENCE, LEAST, MOST = 0.25, 5, 50
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where the benchmarks run, and how often they measure.
+    """The device of the benchmarks.
 
     Attributes
     ----------
@@ -38,19 +38,19 @@ class Device:
         return torch.randn(shape, device=self.name, dtype=dtype)
 
     def sets(self, nbytes: int) -> int:
-        """Return how many sets of inputs of that size a cache cannot hold."""
+        """Return the number of sets of inputs of that size that exceeds the cache."""
         if self.tiny:
             return 2
         cache = getattr(torch.cuda.get_device_properties(self.name), "L2_cache_size", 2**26)
         return max(1, -(-4 * cache // max(1, nbytes)))
 
     def seconds(self, works: Sequence[Callable[[], Any]]) -> float:
-        """Return the median seconds of calls, which take turns, after warm-ups that do not count.
+        """Return the median duration of calls, which take turns, after uncounted warm-ups.
 
         Parameters
         ----------
         works : sequence of callable
-            The same work on different inputs, so that none finds its own in a cache.
+            The same work on different inputs, so that none is in a cache.
         """
         for work in (works[0], *works[:2]):
             work()
@@ -59,9 +59,9 @@ class Device:
         return median(self._timed(works, repeat))
 
     def peak(self, work: Callable[[], Any]) -> int:
-        """Return how many bytes beyond those held before lie on the device at most, during a call.
+        """Return the peak of device memory during a call, in bytes beyond those held before.
 
-        0 on a CPU, which does not say.
+        0 on a CPU.
         """
         if self.tiny:
             work()
@@ -94,12 +94,12 @@ class Device:
         return [start.elapsed_time(stop) / 1e3 for start, stop in marks]
 
 
-def ceilings(device: Device) -> dict[str, float]:
-    """Return the device's rates: a large product's of random bf16 and fp16, and a copy's.
+def ceilings(device: Device) -> list[dict[str, float]]:
+    """Return the device's rates in a large product of random bf16 and fp16, and in a copy.
 
     Returns
     -------
-    dict
+    list of one dict
         ``bfloat16``, ``float16``: operations a second; ``copy``: bytes a second, read and written.
     """
     size, length = (128, 2**16) if device.tiny else (8192, 2**32)
@@ -112,4 +112,4 @@ def ceilings(device: Device) -> dict[str, float]:
     source = torch.ones(length, dtype=torch.uint8, device=device.name)
     target = torch.empty_like(source)
     found["copy"] = 2 * length / device.seconds([lambda: target.copy_(source)])
-    return found
+    return [found]

@@ -12,8 +12,8 @@ above that are held to the rate, smaller ones pass on credit.  Latency is not sh
 
 Nothing has a name outside the lab: its namespaces live in processes that read from a pipe and end
 with it, and the programs that run on the hosts live in a PID namespace that ends with the switch.
-When the lab is closed, or the process that made it ends in whatever way, SIGKILL included, the
-kernel takes all of it away, and any number of labs can be open at once.
+When the lab is closed, or the process that made it ends, by SIGKILL too, the kernel removes all of
+it; any number of labs can be open at once.
 
 It needs Linux with `ip`, `tc`, `unshare` and `nsenter`, MPICH's mpiexec, and root or unprivileged
 user namespaces.
@@ -27,13 +27,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 AGENT = Path(__file__).with_name("agent.sh")
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 
-# Takes a name in namespaces of its own, says so, and keeps them until its input ends.
+# Names a host in namespaces of its own, reports that, and keeps them until its input ends.
 HOLDER = """
 import socket, sys
 socket.sethostname(sys.argv[1])
@@ -43,7 +42,7 @@ sys.stdin.read()
 
 
 class LabError(RuntimeError):
-    """What a lab needs is not there; the message says what."""
+    """A requirement of a lab is missing; the message names it."""
 
 
 class Lab:
@@ -53,7 +52,7 @@ class Lab:
     ----------
     hosts : int
     rate : str
-        What each host may send, in tc's words: ``"50mbit"``, ``"1gbit"``.
+        Rate of each host's link in tc's units: ``"50mbit"``, ``"1gbit"``.
     ranks_per_host : int
     placement : str
         ``"block"``: ranks 0 1 on host 0, 2 3 on host 1.  ``"cyclic"``: 0 2 and 1 3.
@@ -61,7 +60,7 @@ class Lab:
     Raises
     ------
     LabError
-        On entry: a tool, the privileges or MPICH's mpiexec are not there.
+        On entry: a tool, privileges or MPICH's mpiexec are missing.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Lab:
         #: Processes that hold the namespaces: the switch's, then every host's.
         self.holders: list[subprocess.Popen[str]] = []
         self._lifeline: int | None = None
-        # What nsenter is told besides the process whose namespaces it is to enter.
+        # Options of nsenter besides the process whose namespaces it enters.
         self._user: list[str] = []
 
     def __enter__(self) -> "Lab":
@@ -95,17 +94,12 @@ class Lab:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Take it away."""
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
         self.close()
 
     def close(self) -> None:
-        """End everything that runs in the lab, and with it the lab.  Harmless the second time."""
+        """End all processes of the lab, and with them the lab.  May be called twice."""
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
@@ -121,7 +115,7 @@ class Lab:
         env: Mapping[str, str] | None = None,
         capture: bool = True,
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command on every rank and wait for its end.
+        """Run a command on every rank, and wait for it.
 
         Parameters
         ----------
@@ -132,7 +126,7 @@ class Lab:
         env : mapping, optional
             Added to the environment.
         capture : bool
-            Return what was printed, instead of printing it.
+            Return the output, instead of printing it.
 
         Returns
         -------
@@ -141,7 +135,7 @@ class Lab:
         Raises
         ------
         subprocess.TimeoutExpired
-            The lab is closed then.
+            The time was up; the lab is closed.
         """
         addresses = [address(i) for i in range(self.hosts)]
         pids = [holder.pid for holder in self.holders[1:]]
@@ -175,13 +169,13 @@ class Lab:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            self.close()  # ends the ranks, which no signal to the launcher is sure to do
+            self.close()  # ends the ranks, which a signal to the launcher might not
             process.communicate()
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def bytes_sent(self) -> list[int]:
-        """Return how many bytes each host has sent over its link since the lab was built."""
+        """Return the number of bytes each host has sent over its link since the lab was built."""
         return [sent_by(holder.pid) for holder in self.holders[1:]]
 
     def _build(self) -> None:
@@ -208,7 +202,7 @@ class Lab:
             self._inside(switch, f"ip link set p{i} master br0 up")
 
     def _hold_switch(self, ends: int) -> int:
-        """Make the switch's namespaces as root or, if that is refused, as root of a user's own."""
+        """Make the switch's namespaces as root or, if refused, as root of a user namespace."""
         namespaces = "--net", "--uts", "--pid", "--fork"
         try:
             self._hold(ends, "switch", "unshare", *namespaces)
@@ -230,7 +224,7 @@ class Lab:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # the terminal's Ctrl-C is not for it
+            start_new_session=True,  # so that the terminal's Ctrl-C does not reach it
         )
         assert holder.stdout is not None
         assert holder.stderr is not None
@@ -261,7 +255,7 @@ class Lab:
 
 
 def why_not() -> str | None:
-    """Return why no lab can be built here; None if one can."""
+    """Return why no lab can be built here, or None."""
     try:
         with Lab(hosts=1, rate="1gbit"):
             return None
@@ -275,7 +269,7 @@ def address(host: int) -> str:
 
 
 def bits_per_second(rate: str) -> int:
-    """Return what a rate such as ``"50mbit"`` means."""
+    """Return the bits per second of a rate such as ``"50mbit"``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", rate)
     if not match:
         raise ValueError(f"rate: expected a number and kbit, mbit or gbit, got {rate!r}")
@@ -283,7 +277,7 @@ def bits_per_second(rate: str) -> int:
 
 
 def sent_by(pid: int | str) -> int:
-    """Return how many bytes left over the link of the host that a process lives on."""
+    """Return the number of bytes that left over the link of a process's host."""
     for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "e0":
@@ -292,19 +286,19 @@ def sent_by(pid: int | str) -> int:
 
 
 def find_mpiexec() -> list[str]:
-    """Return the command of MPICH's launcher: ``LVXATTN_MPIEXEC``, Python's neighbour, or PATH's.
+    """Return MPICH's launcher: ``LVXATTN_MPIEXEC``, the one beside Python, or PATH's.
 
     Raises
     ------
     LabError
-        There is none, or it is another MPI's.
+        There is none, or it belongs to another MPI.
     """
     beside = Path(sys.executable).with_name("mpiexec")
     command = shlex.split(os.environ.get("LVXATTN_MPIEXEC", ""))
     command = command or [str(beside) if beside.exists() else "mpiexec"]
     if not shutil.which(command[0]):
-        raise LabError(f"{command[0]} is not there; pip install mpich brings it")
+        raise LabError(f"{command[0]} is not installed; pip install mpich installs it")
     version: Any = subprocess.run([*command, "--version"], capture_output=True, text=True)
     if "HYDRA" not in version.stdout:
-        raise LabError(f"{command[0]} is not MPICH's: it does not call itself HYDRA")
+        raise LabError(f"{command[0]} is not MPICH's: its version does not name HYDRA")
     return command

@@ -1,4 +1,4 @@
-"""Real MPI ranks from a notebook: a cell that begins with ``%%mpi 4`` runs on four of them.
+"""MPI ranks in a notebook: a cell that begins with ``%%mpi 4`` runs on four ranks.
 
     %load_ext lvxattn.mpi_impl.jupyter
 
@@ -8,34 +8,32 @@
     print("I am one of", comm.size)
     total = comm.allreduce(comm.rank)
 
-===========  ======================================================================
-`magic`      ``%%mpi``: its arguments, what it prints, what it raises
-`launch`     starts the ranks, waits for them, and leaves none behind
-`guard`      stands beside each rank: notes how it ends, ends it if the notebook is gone
-`rank`       what each of them runs: the cell, with its output and its errors kept apart
-`variables`  on their way to the ranks and back
-`report`     what is said of the ranks: what they printed, where they are, why they failed
-===========  ======================================================================
+============  ============================================================================
+`magic`       ``%%mpi``: its arguments, output and errors
+`launch`      starts the ranks, waits for them, and ends all of their processes
+`guard`       runs beside each rank: records how it ends, ends it if the notebook is gone
+`rank`        the program of a rank: the cell, with its own output and errors
+`cell_files`  variables, output, places and failures of ranks, exchanged in files
+============  ============================================================================
 
-Every cell starts new processes: nothing of one is left for the next but what it gives to the
-notebook.
+Every cell starts new processes; only what it gives to the notebook outlives it.
 """
 
 from typing import Any
 
+from lvxattn.mpi_impl.jupyter.cell_files import CellError
 from lvxattn.mpi_impl.jupyter.launch import run_cell
-from lvxattn.mpi_impl.jupyter.report import CellError
 
 __all__ = ["CellError", "load_ipython_extension", "run_cell"]
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Give a notebook the magic; ``%load_ext`` calls this.
+    """Register the magic; ``%load_ext`` calls this.
 
     Parameters
     ----------
     shell : IPython.core.interactiveshell.InteractiveShell
     """
-    from lvxattn.mpi_impl.jupyter.magic import mpi  # IPython is there where a notebook is
+    from lvxattn.mpi_impl.jupyter.magic import mpi  # here, as only notebooks have IPython
 
     shell.register_magic_function(mpi, "cell", "mpi")

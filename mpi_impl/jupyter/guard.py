@@ -1,14 +1,14 @@
-"""What stands between the launcher and a rank: it starts the rank, and writes down how it ended.
+"""A process between the launcher and a rank: it starts the rank, and writes how it ended.
 
     python guard.py DIR SECONDS COMMAND ...
 
     DIR/notebook     locked by the notebook for as long as it waits for the cell
-    DIR/status.PID   what the process PID, the rank, ended with
+    DIR/status.PID   exit status of the rank whose process is PID
 
-A rank that is killed tells nobody, and one that is stuck cannot look after itself.  The notebook
-would end it; but a notebook's kernel may be killed, too.  A guard that gets the notebook's lock
-ends every process of the cell, and removes DIR.  It imports nothing of the package: that would
-begin MPI, which is for the rank to do.
+A killed rank cannot report that, and one that hangs cannot end itself.  The notebook ends it; but a
+notebook's kernel may be killed, too.  A guard that gets the notebook's lock ends every process of
+the cell, and removes DIR.  It imports nothing of the package: that would initialize MPI, which only
+the rank may do.
 """
 
 import fcntl
@@ -23,40 +23,42 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-# All processes of a cell inherit it: ranks may have left the launcher's session.
+# An environment variable that all processes of a cell inherit: ranks may be in other sessions.
 MARK = "LVXATTN_CELL"
-# Seconds between two looks at the lock.
+# Seconds between attempts to get the lock.
 _OFTEN = 0.2
-# Seconds for killed processes to be gone.
+# Seconds for killed processes to disappear.
 _GONE = 5.0
 
 
 def main(folder: Path, seconds: float, command: list[str]) -> int:
-    """Run a rank, and return its exit status, which is not 0 unless it came to its end.
+    """Run a rank, and return its exit status; not 0 unless it ran the whole cell.
 
     Parameters
     ----------
     folder : Path
     seconds : float
-        The rank is ended after these even if the notebook, which was to do it, still has its lock.
+        Time limit of the rank, in case the notebook holds its lock but does not end the rank.
     command : list of str
     """
     with open(folder / "notebook", "r+") as lock:
-        # The launcher talks with the rank through descriptors, and gives not every rank an input
-        # that ends.
+        # The launcher communicates with the rank through inherited descriptors, and does not give
+        # every rank an input that ends.
         rank = subprocess.Popen(command, close_fds=False, stdin=subprocess.DEVNULL)
-        ended = threading.Event()
-        threading.Thread(target=_await, args=(rank, ended), daemon=True).start()
+        waiting = threading.Thread(target=rank.wait, daemon=True)
+        waiting.start()
         limit = time.monotonic() + seconds
-        while not ended.wait(_OFTEN):
-            alone = _is_mine(lock)  # and then no other guard's: two would end each other
+        waiting.join(_OFTEN)
+        while waiting.is_alive():
+            alone = _is_mine(lock)  # so only one guard gets here: two would end each other
             if alone:
-                # First, as a launcher that is ended may end its guards.
+                # Before the launcher is ended, which may end its guards.
                 shutil.rmtree(folder, ignore_errors=True)
                 end(os.environ[MARK])
             if alone or time.monotonic() > limit:
                 rank.kill()
                 return 1
+            waiting.join(_OFTEN)
     (folder / f"status.{rank.pid}").write_text(str(rank.returncode))
     if rank.returncode == 0 and not (folder / f"done.{rank.pid}").exists():
         return 1
@@ -73,15 +75,10 @@ def end(mark: str) -> None:
         time.sleep(0.01)
 
 
-def _await(rank: "subprocess.Popen[bytes]", ended: threading.Event) -> None:
-    rank.wait()
-    ended.set()
-
-
 def _is_mine(lock: IO[str]) -> bool:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # it is another's
+    except OSError:  # another process has it
         return False
     return True
 
@@ -90,7 +87,7 @@ def _marked(mark: str) -> list[int]:
     """Return the processes that have inherited a mark; none where there is no ``/proc``."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it has ended, or is not ours to look at
+        with suppress(OSError):  # it has ended, or belongs to another user
             if wanted in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return [number for number in found if number != os.getpid()]

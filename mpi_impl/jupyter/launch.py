@@ -20,25 +20,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvxattn.mpi_impl.jupyter import guard
-from lvxattn.mpi_impl.jupyter.report import CELL, CellError, ask, failed, printed, where
-from lvxattn.mpi_impl.jupyter.variables import load, store
+from lvxattn.mpi_impl.jupyter.cell_files import (
+    CELL,
+    CellError,
+    ask,
+    failed,
+    load,
+    printed,
+    store,
+    where,
+)
 from lvxattn.mpi_impl.transport.device import BLAS_VARIABLES
 
-# Seconds after the limit at which guards end ranks that the notebook should have ended.
+# Seconds after the time limit at which guards end ranks that the notebook should have ended.
 _LATE = 10.0
-# How many ranks may be asked for: a few keys too many must not flood the machine.
+# Maximum number of ranks: a typing error must not overload the machine.
 _RANKS, _RANKS_A_CORE = 64, 16
-# Magics, commands of the shell, and questions.
+# Lines with magics, shell commands or help.
 _OF_IPYTHON = re.compile(r"^\s*(\w+\s*=\s*)?[%!]|^\s*\?{1,2}[\w.*]+\s*$|^\s*[\w.*]+\?{1,2}\s*$")
 
 
 class Ran(NamedTuple):
-    """What came of a cell.
+    """The result of a cell.
 
     Attributes
     ----------
     printed : list of str
-        By rank.
+        The output of each rank.
     given : dict
         Variables of rank 0.
     """
@@ -55,7 +63,7 @@ def run_cell(
     take: dict[str, Any] | None = None,
     give: list[str] | None = None,
 ) -> Ran:
-    """Run Python source on MPI ranks of their own.  Not collective.
+    """Run Python source on new MPI ranks.  Not collective.
 
     Parameters
     ----------
@@ -63,11 +71,11 @@ def run_cell(
     ranks : int
         At most 16 for each core that this process may use, or 64 if that is more.
     timeout : float
-        Seconds; ranks that take longer are ended, with all that they started.
+        Seconds; ranks that take longer are ended, with all processes that they started.
     take : dict, optional
-        Variables that every rank is to have; they are pickled.
+        Variables for every rank; they are pickled.
     give : list of str, optional
-        Names of variables of rank 0 that are to be returned; they are pickled.
+        Names of the variables of rank 0 to return; they are pickled.
 
     Returns
     -------
@@ -76,17 +84,22 @@ def run_cell(
     Raises
     ------
     CellError
-        A rank raised: its traceback, once, whoever else raised the same.  Or it was killed, or
-        left.  Or the time was up, or somebody interrupted: the line at which each rank was.  Or
-        the source is no Python, or a variable cannot be sent, or there are too many ranks, or no
-        launcher.  Its `printed` is what the ranks had printed.
+        A rank raised (the message is its traceback, once for equal ones), was killed or exited; or
+        the time limit was reached, or the user interrupted (the line at which each rank was); or
+        the source is not Python, a variable cannot be sent, there are too many ranks, or no
+        launcher.  `printed` is the output of the ranks until then.
     ValueError
-        `ranks` is no whole number from 1 up, or `timeout` is not above 0.
+        `ranks` is not a whole number from 1 up, or `timeout` is not above 0.
 
     Notes
     -----
-    When this process dies, the ranks end, too.  Of what ranks start, that which takes both a
-    session and an environment of its own (``setsid env -i``) is not found, and goes on.
+    The ranks end with this process.  Of the processes that ranks start, one with both a session and
+    an environment of its own (``setsid env -i``) is not found, and survives.
+
+    Examples
+    --------
+    >>> run_cell("total = 2 * n", 2, take={"n": 3}, give=["total"]).given
+    {'total': 6}
     """
     if not isinstance(ranks, Integral) or isinstance(ranks, bool) or ranks < 1:
         raise ValueError(f"ranks: expected a whole number from 1 up, got {ranks!r}")
@@ -96,7 +109,7 @@ def run_cell(
     if ranks > (most := max(_RANKS, _RANKS_A_CORE * cores)):
         raise CellError(f"{ranks} ranks are too many: at most {most} on {cores} cores")
     _check(source)
-    # A guard may have removed it.
+    # A guard may have removed the folder.
     with tempfile.TemporaryDirectory(prefix="lvxattn-cell-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "cell.py").write_text(source, "utf-8")
@@ -117,14 +130,14 @@ def run_cell(
 
 
 def find_mpiexec() -> list[str]:
-    """Return the launcher's command: ``LVXATTN_MPIEXEC``, Python's neighbour, or PATH's.
+    """Return the launcher's command: ``LVXATTN_MPIEXEC``, the one beside Python, or PATH's.
 
-    A notebook's kernel may have been started without the environment on PATH.
+    A notebook's kernel may run without its environment on PATH.
 
     Raises
     ------
     CellError
-        There is none.
+        There is no launcher.
     """
     told = os.environ.get("LVXATTN_MPIEXEC", "")
     try:
@@ -141,7 +154,7 @@ def find_mpiexec() -> list[str]:
 
 
 def _check(source: str) -> None:
-    """Refuse what is no Python, before there are ranks."""
+    """Raise CellError if the source is not Python, before ranks are started."""
     try:
         with warnings.catch_warnings(action="ignore"):  # the ranks will warn
             compile(source, CELL, "exec", dont_inherit=True)
@@ -149,38 +162,38 @@ def _check(source: str) -> None:
         number = getattr(error, "lineno", None) or 0
         line = "".join(source.splitlines()[number - 1 : number])
         if _OF_IPYTHON.search(line):
-            told = f"ranks run plain Python, and line {number} is for IPython: {line.strip()}"
+            told = f"ranks run plain Python, but line {number} is for IPython: {line.strip()}"
         else:
             lines = traceback.format_exception_only(error)
-            told = f"the cell is no Python\n{''.join(lines).rstrip()}"
+            told = f"the cell is not Python\n{''.join(lines).rstrip()}"
         raise CellError(told) from None
 
 
 def _run(command: list[str], folder: Path, source: str, ranks: int, timeout: float) -> None:
-    """Run the ranks, and raise CellError unless they end well."""
+    """Run the ranks; raise CellError if they fail."""
     limit, status, stopped = time.monotonic() + timeout, 1, ""
     with _started(command, folder, ranks) as process:
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            stopped = f"not done after {timeout:g} s, and ended"
+            stopped = f"not done after {timeout:g} s, ended"
         except KeyboardInterrupt:
-            stopped = "interrupted, and ended"
+            stopped = "interrupted, ended"
         if stopped:
             ask(folder, ranks)
             told = [f"{stopped}.\n{where(folder, source, ranks)}", failed(folder, source, ranks)]
             raise CellError("\n\n".join(filter(None, told)))
     if status and time.monotonic() > limit:  # this process was stopped, and guards ended the ranks
-        raise CellError(f"not done after {timeout:g} s, and ended")
+        raise CellError(f"not done after {timeout:g} s, ended")
     if status or not (folder / "give.pickle").exists():
         raise CellError(failed(folder, source, ranks) or _ended(status, folder, command[0]))
 
 
 @contextmanager
 def _started(command: list[str], folder: Path, ranks: int) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start a command; when this is over, whatever it started is over, too.
+    """Start a command; at the end, end all processes that it started.
 
-    What it says goes to a file: a pipe is open for as long as anybody has it.
+    Its output goes to a file: a pipe stays open as long as any process holds it.
     """
     mark = uuid.uuid4().hex
     environment = {**os.environ, guard.MARK: mark, "PYTHONIOENCODING": "utf-8"}
@@ -188,7 +201,7 @@ def _started(command: list[str], folder: Path, ranks: int) -> Iterator["subproce
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment |= dict.fromkeys(BLAS_VARIABLES, str(threads))
     with open(folder / "notebook", "w") as lock, open(folder / "said", "w") as said:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # for as long as this process lives, at most
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # until this process ends, at the latest
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -212,5 +225,5 @@ def _ended(status: int, folder: Path, launcher: str) -> str:
     tail = "\n".join(said.splitlines()[-15:])
     started = [*folder.glob("stack.*"), *folder.glob("status.*")]  # of ranks, and of their guards
     if started:
-        return f"the ranks ended with status {status}, and no rank says why\n{tail}".rstrip()
+        return f"the ranks ended with status {status}, without an error message\n{tail}".rstrip()
     return f"no rank was started; {launcher} ended with status {status}\n{tail}".rstrip()

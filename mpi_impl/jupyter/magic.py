@@ -1,4 +1,4 @@
-"""``%%mpi N``: the arguments of the magic, and what it shows."""
+"""``%%mpi N``: the magic's arguments and output."""
 
 import re
 import shlex
@@ -10,32 +10,32 @@ from IPython.core.error import UsageError
 
 from lvxattn.cli.arguments import Parser, positive
 from lvxattn.cli.arguments import UsageError as BadArguments
+from lvxattn.mpi_impl.jupyter.cell_files import CellError
 from lvxattn.mpi_impl.jupyter.launch import run_cell
-from lvxattn.mpi_impl.jupyter.report import CellError
 
 _SECONDS = 60.0
 
 
 def mpi(line: str, cell: str) -> None:
-    """Run a cell on MPI ranks; print what each of them printed, and its last expression's value.
+    """Run a cell on MPI ranks; print each rank's output and the value of its last expression.
 
-    The cell is plain Python, without magics.  ``plt.show()`` shows nothing there: have ``--give``
-    bring a figure of rank 0 to the notebook, and show it in the next cell.  If a cell fails, what
-    was printed until then is shown, and the names after ``--give`` are gone from the notebook,
-    unless they are after ``--take``, too.
+    The cell is plain Python, without magics.  ``plt.show()`` shows nothing there: bring a figure of
+    rank 0 to the notebook with ``--give``, and show it in the next cell.  If a cell fails, its
+    output until then is shown, and the names in ``--give`` are removed from the notebook, unless
+    they are in ``--take``, too.
 
     Parameters
     ----------
     line : str
-        ``N [--timeout SECONDS] [--take NAMES] [--give NAMES]``: how many ranks; how long they may
-        take (60 s); which variables of the notebook, separated by commas, every rank is to have;
-        which of rank 0's the notebook is to have afterwards.
+        ``N [--timeout SECONDS] [--take NAMES] [--give NAMES]``: number of ranks; time limit
+        (default: 60 s); variables of the notebook for every rank, separated by commas; variables of
+        rank 0 for the notebook.
     cell : str
 
     Raises
     ------
     CellError
-        A rank raised or died, or the time was up: see `run_cell`.
+        A rank raised or died, or the time limit was reached: see `run_cell`.
     """
     line = re.sub(r"\s*,\s*", ",", line)
     try:
@@ -44,7 +44,7 @@ def mpi(line: str, cell: str) -> None:
         raise UsageError(str(error).removesuffix(" (on all ranks)")) from None
     space: dict[str, Any] = get_ipython().user_ns
     take = {name: space[name] for name in options.take if name in space}
-    # A check that comes next must not take old values for the results of a cell that failed.
+    # A cell that fails must not leave old values under the names of its results.
     for name in set(options.give) - set(options.take):
         space.pop(name, None)
     missing = [name for name in options.take if name not in space]

@@ -1,10 +1,10 @@
-"""What one rank of a ``%%mpi`` cell runs, started by its guard through ``python -m mpi4py``.
+"""The program of one rank of a ``%%mpi`` cell, started by its guard with ``python -m mpi4py``.
 
-DIR/cell.py      the cell                     DIR/take.pickle   variables that it is to have
-DIR/printed.R    what rank R printed          DIR/give.pickle   variables of rank 0
+DIR/cell.py      the cell                     DIR/take.pickle   variables for every rank
+DIR/printed.R    output of rank R             DIR/give.pickle   variables of rank 0
 DIR/raised.R     the exception of rank R      DIR/refused.R     a variable that cannot be sent
-DIR/stack.R      process and main thread of rank R; where its threads are, when it is asked
-DIR/done.PID     the rank that is the process PID has run the whole cell
+DIR/stack.R      process and main thread of rank R; the stacks of its threads, on request
+DIR/done.PID     the rank whose process is PID has run the whole cell
 """
 
 import ast
@@ -22,8 +22,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.mpi_impl.jupyter.report import CELL, RefusedError
-from lvxattn.mpi_impl.jupyter.variables import load, store
+from lvxattn.mpi_impl.jupyter.cell_files import CELL, RefusedError, load, store
 
 
 def main(folder: Path, ranks: int, give: list[str]) -> None:
@@ -33,21 +32,21 @@ def main(folder: Path, ranks: int, give: list[str]) -> None:
     ----------
     folder : Path
     ranks : int
-        How many were started.
+        Number of ranks started.
     give : list of str
-        Names of variables to be kept.
+        Names of variables to store.
     """
     rank = MPI.COMM_WORLD.rank
-    _keep_to_itself()
+    _close_on_exec()
     _print_to(folder / f"printed.{rank}")
-    _tell_when_asked(folder / f"stack.{rank}")
-    # The cell's functions and classes are of __main__, where pickle looks for them.
+    _write_stacks_to(folder / f"stack.{rank}")
+    # pickle looks for the cell's functions and classes in __main__.
     space = sys.modules["__main__"] = ModuleType("__main__")
     try:
         if MPI.COMM_WORLD.size != ranks:
             raise RefusedError(
-                f"{ranks} ranks were started, and MPI knows of {MPI.COMM_WORLD.size}: "
-                "the launcher is not that of mpi4py's MPI; see LVXATTN_MPIEXEC"
+                f"{ranks} ranks were started, but MPI sees {MPI.COMM_WORLD.size}: "
+                "the launcher does not belong to mpi4py's MPI; see LVXATTN_MPIEXEC"
             )
         vars(space).update(load(folder / "take.pickle", "--take"))
         _run((folder / "cell.py").read_text("utf-8"), vars(space))
@@ -58,31 +57,31 @@ def main(folder: Path, ranks: int, give: list[str]) -> None:
             ("refused", str(error)) if isinstance(error, RefusedError) else ("raised", _told(error))
         )
         (folder / f"{name}.{rank}").write_text(text, "utf-8", "backslashreplace")
-        os._exit(1)  # the launcher ends all ranks: now, and not after this one's threads
+        os._exit(1)  # so that the launcher ends all ranks now, not after this one's threads
     (folder / f"done.{os.getpid()}").touch()
 
 
-def _keep_to_itself() -> None:
-    """Have what this process starts inherit none of its descriptors, but the standard ones.
+def _close_on_exec() -> None:
+    """Let child processes inherit standard descriptors only.
 
-    Among them are the launcher's pipes: it waits for as long as anybody has one.
+    The others include the launcher's pipes: it waits as long as any process holds one.
     """
     with suppress(FileNotFoundError):  # there is no /proc
         for number in map(int, os.listdir("/proc/self/fd")):
             if number > 2:
-                with suppress(OSError):  # that of the listing itself
+                with suppress(OSError):  # the descriptor of the listing itself
                     os.set_inheritable(number, False)
 
 
 def _print_to(path: Path) -> None:
-    """Send what this process prints to a file, and what it starts, too."""
+    """Redirect the output of this process and its children to a file."""
     with open(path, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 
 
-def _tell_when_asked(path: Path) -> None:
-    """On SIGUSR1, and on a crash, write down where all threads are."""
+def _write_stacks_to(path: Path) -> None:
+    """Write the stacks of all threads to a file on SIGUSR1, and on a crash."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # never closed
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file, all_threads=True)
@@ -90,8 +89,8 @@ def _tell_when_asked(path: Path) -> None:
 
 
 def _run(source: str, space: dict[str, Any]) -> None:
-    """Run the cell, and show the value of its last expression, as a notebook does."""
-    # Tracebacks and warnings look here for the lines of a file that does not exist.
+    """Run the cell, and print the value of its last expression, as a notebook does."""
+    # Tracebacks and warnings read the lines of a file that does not exist from here.
     linecache.cache[CELL] = (len(source), None, source.splitlines(keepends=True), CELL)
     tree = ast.parse(source, CELL)
     quiet = source.rstrip().endswith(";")
@@ -112,7 +111,7 @@ def _picked(space: dict[str, Any], give: list[str]) -> dict[str, Any]:
 
 
 def _told(error: BaseException) -> str:
-    """Return the traceback, from the cell on."""
+    """Return the traceback, starting in the cell."""
     told = traceback.TracebackException.from_exception(error)
     frames = [n for n, frame in enumerate(told.stack) if frame.filename == CELL]
     if not frames:

@@ -1,7 +1,7 @@
-"""The source of the kernels, their tiles, and what the compiler is told of both.
+"""The source of the kernels, the sizes of their tiles, and the compiler's options.
 
-One build serves one dtype and one D.  Everything that is worth tuning on another device is in
-`TILES`; how blocks and shared memory follow from it is in `Tile`.
+One build is for one dtype and one D.  All parameters to be tuned for another device are in `TILES`;
+`Tile` computes blocks of threads and shared memory from them.
 """
 
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ SOURCES = ("ptx.cuh", "tile.cuh", "attention.cu")
 SCALARS = {"float16": "half16", "bfloat16": "bfloat16", "float32": "float"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 HEAD_DIMS = (64, 128)
-# Rows that a block of the kernels that join splits takes, a warp each.
+# Rows, one per warp, in a block of threads of the kernels that join splits.
 JOIN_WARPS = 8
 KERNELS = ("forward", "merge_splits", "backward_q", "sum_splits", "backward_kv")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel is cut.
+    """The tile of one kernel.
 
     Attributes
     ----------
     warps : int
-        Of a block of threads.
+        Warps of a block of threads.
     row_tiles : int
-        Times 16 are the rows of each warp, whose sums its registers hold.
+        Rows of each warp, in units of 16; their sums are in its registers.
     cols : int
-        Of a step; a multiple of 16.
+        Columns of a step; a multiple of 16.
     kept : int
-        How many arrays' rows stay in shared memory; two arrays' columns pass by.
+        Number of arrays whose rows stay in shared memory; the columns of two arrays pass through.
     """
 
     warps: int
@@ -52,8 +52,8 @@ class Tile:
         return (self.kept * self.rows + 2 * 2 * self.cols) * pitch + 2 * 2 * self.cols * 4
 
 
-# By the size of a number in bytes and D: the largest for which the compiler, for sm_80 and sm_90,
-# keeps everything in registers.  None has been timed.
+# By itemsize and D: the largest for which the compiler, for sm_80 and sm_90, spills no registers.
+# None has been timed.
 TILES: dict[tuple[int, int], dict[str, Tile]] = {
     (2, 64): {
         "forward": Tile(warps=4, row_tiles=2, cols=64, kept=1),
@@ -84,13 +84,13 @@ def tiles_of(dtype: str, D: int) -> dict[str, Tile]:
 
 
 def source(*files: str) -> str:
-    """Return the source in one piece: a compiler's cache does not see what a source includes."""
+    """Return the source as one text, as the compiler's cache ignores included files."""
     parts = ((name, (FOLDER / name).read_text()) for name in files or SOURCES)
     return "\n".join(f'#line 1 "{name}"\n{text}' for name, text in parts)
 
 
 def options(dtype: str, D: int) -> tuple[str, ...]:
-    """Return the compiler's options: the language, and what the source expects to be defined."""
+    """Return the compiler's options: the language, and the macros of the source."""
     defined = {"SCALAR": SCALARS[dtype], "HEAD_DIM": D, "JOIN_WARPS": JOIN_WARPS}
     for name, tile in tiles_of(dtype, D).items():
         sizes = {"WARPS": tile.warps, "ROW_TILES": tile.row_tiles, "COLS": tile.cols}

@@ -1,10 +1,10 @@
-"""Who attends to a block: `cuda`, the kernels in CUDA C++, or `tiles`, matrix products for any.
+"""The choice of a kernel: `cuda`, the kernels in CUDA C++, or `tiles`, matrix products.
 
-    LVXATTN_KERNEL = cuda | tiles   ->  that; an error where `cuda` cannot
-    unset or auto                   ->  cuda where it can, and tiles elsewhere
+    LVXATTN_KERNEL = cuda | tiles   ->  that one; an error where cuda does not support the block
+    unset or auto                   ->  cuda where it supports the block, else tiles
 
-The argument `kernel` of `block_attention`, where it is not ``"auto"``, comes before the variable.
-What cannot be compiled here is said once, as a warning, before the tiles take over.
+The argument `kernel` of `block_attention`, unless ``"auto"``, overrides the variable.  If the
+kernels cannot be compiled, this is reported once, by a warning, and tiles are used.
 """
 
 import os
@@ -23,7 +23,7 @@ Array = Any  # NumPy or CuPy
 
 _VARIABLE = "LVXATTN_KERNEL"
 _WISHES = "auto", "cuda", "tiles"
-# The third axis of a grid.
+# The limit of the third axis of a grid.
 MOST_PAIRS = 65535
 
 
@@ -34,22 +34,22 @@ class Choice(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        """Return both."""
+        """Return the kernel and the reason."""
         return f"{self.kernel}: {self.why}"
 
 
 def wish(kernel: str = "auto") -> tuple[str, str]:
-    """Return which kernel is wished for, and what says so.
+    """Return the requested kernel, and the name of the argument or variable that requests it.
 
     Parameters
     ----------
     kernel : str
-        The argument; ``"auto"`` asks ``LVXATTN_KERNEL``, which is ``auto`` unless it is set.
+        The argument; with ``"auto"``, ``LVXATTN_KERNEL`` decides, if it is set.
 
     Raises
     ------
     ValueError
-        It is none of auto, cuda and tiles.
+        It is not one of auto, cuda and tiles.
     """
     by = "kernel"
     if kernel == "auto":
@@ -60,7 +60,7 @@ def wish(kernel: str = "auto") -> tuple[str, str]:
 
 
 def choose(q: Array, k: Array, v: Array, mask: Any, kernel: str = "auto") -> Choice:
-    """Choose who attends to a block.  Not collective; compiles once for each dtype and D.
+    """Choose the kernel for a block.  Not collective; compiles once for each dtype and D.
 
     Parameters
     ----------
@@ -74,14 +74,14 @@ def choose(q: Array, k: Array, v: Array, mask: Any, kernel: str = "auto") -> Cho
     Raises
     ------
     ValueError
-        There is no such kernel, or `cuda` is wished for and does not take such a block.
+        There is no such kernel, or `cuda` is requested and does not support the block.
     RuntimeError
-        `cuda` is wished for, and cannot be compiled.
+        `cuda` is requested, and cannot be compiled.
     """
     kernel, by = wish(kernel)
     if kernel == "tiles":
         return Choice("tiles", f"{by}=tiles")
-    if array_module(q) is np and by == _VARIABLE:  # which is about CuPy's
+    if array_module(q) is np and by == _VARIABLE:  # which is for CuPy's arrays
         return Choice("tiles", "NumPy arrays")
     if q.size == 0 or k.size == 0:
         return Choice("tiles", "a block without queries or keys is no work")
@@ -104,7 +104,7 @@ def choose(q: Array, k: Array, v: Array, mask: Any, kernel: str = "auto") -> Cho
 
 
 def unsupported(xp: Any, q: Array, k: Array, v: Array, mask: Any) -> str | None:
-    """Say what keeps the CUDA kernels from a block that has queries and keys, or None.
+    """Return why the CUDA kernels do not support a block with queries and keys, or None.
 
     Returns
     -------
@@ -135,6 +135,6 @@ def unsupported(xp: Any, q: Array, k: Array, v: Array, mask: Any) -> str | None:
     return None
 
 
-@cache  # once in a process, whatever its filters say
+@cache  # once per process, for any warning filters
 def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=2)

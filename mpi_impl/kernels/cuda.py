@@ -1,7 +1,7 @@
-"""The launches: how work is shared out among blocks, and what the kernels are given.
+"""The launches of the kernels: how work is divided among blocks of threads, and the arguments.
 
     q, dout, lse, delta   (B, H, s_q, ...)  ->  (B H_KV, G s_q, ...)   the same bytes, G = H / H_KV
-    k, v, dk, dv          (B, H_KV, s_kv, D), rows apart as they are: often part of a shard's keys
+    k, v, dk, dv          (B, H_KV, s_kv, D), of any strides: often some of a shard's keys
 
 Kernels run in the current stream; nothing here waits for them.
 """
@@ -17,14 +17,14 @@ from lvxattn.mpi_impl.kernels.build import JOIN_WARPS, KERNELS, Tile, options, s
 
 Array = Any  # CuPy
 
-# Blocks of threads for each multiprocessor that a launch is cut into, if the keys are long enough.
+# Blocks of threads per multiprocessor in a launch, if there are enough keys.
 BLOCKS_PER_PROCESSOR = 4
-# A split has at least as many steps: what it writes must be little beside what it reads.
+# The least steps in a split: it must write little compared with what it reads.
 STEPS_PER_SPLIT = 4
 
 
 def forward(xp: Any, q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
-    """Return out (B, H, s_q, D) and lse (B, H, s_q) in fp32, of a block that is supported."""
+    """Return out (B, H, s_q, D) and lse (B, H, s_q) in fp32, for a supported block."""
     work = _Launches(xp, q, k)
     q, k, v = _packed(xp, q), _readable(xp, k), _readable(xp, v)
     splits, keys = work.splits("forward")
@@ -60,7 +60,7 @@ def backward(
     *,
     scale: float,
 ) -> Array:
-    """Return dq in fp32, and add to dk and dv, in fp32 or q's dtype, in place."""
+    """Return dq in fp32, and add to dk and dv in place, which are in fp32 or q's dtype."""
     work = _Launches(xp, q, k)
     k, v = (_readable(xp, x) for x in (k, v))
     dout, q = (_packed(xp, x.astype(q.dtype, copy=False)) for x in (dout, q))
@@ -77,7 +77,7 @@ def backward(
         dq = xp.empty(q.shape, xp.float32)
         blocks = ceil(dq.size / (32 * JOIN_WARPS))
         work.launch("sum_splits", (blocks, 1, 1), (dq, parts, np.int32(splits), np.int64(dq.size)))
-    # Written in pairs of numbers.  A view that these do not fit is added to by its own addition.
+    # The kernel writes pairs of numbers.  Views that these do not fit get its sums afterwards.
     names = {dtype_name(dk), dtype_name(dv)}
     fit = len(names) == 1 and names <= {"float32", dtype_name(q)} and _fits(dk) and _fits(dv)
     there = [dk, dv] if fit else [xp.zeros(x.shape, xp.float32) for x in (dk, dv)]
@@ -94,20 +94,20 @@ def backward(
 
 
 def failure(xp: Any, dtype: str, D: int) -> Exception | None:
-    """Compile for the current device, once; return what went wrong, or None."""
+    """Compile for the current device, once, and return the error, or None."""
     return _failure(xp, dtype, D, xp.cuda.Device().id)
 
 
 def forget() -> None:
-    """Forget what was compiled, and what is known of devices."""
+    """Clear the caches of compiled kernels and of device properties."""
     for known in (_facts, _built, _failure):
         known.cache_clear()
 
 
 def splits_of(tile: Tile, pairs: int, rows: int, s_kv: int, processors: int) -> tuple[int, int]:
-    """Return into how many splits the keys are cut, and how many keys each has at most.
+    """Return the number of splits of the keys, and the largest number of keys in a split.
 
-    It depends on the sizes and the device alone: the same call gives the same bits.
+    Both depend on sizes and device only, so that the same call gives the same bits.
     """
     blocks, steps = ceil(rows / tile.rows) * pairs, ceil(s_kv / tile.cols)
     wanted = max(1, BLOCKS_PER_PROCESSOR * processors // blocks)
@@ -116,7 +116,7 @@ def splits_of(tile: Tile, pairs: int, rows: int, s_kv: int, processors: int) -> 
 
 
 class _Launches:
-    """The kernels of one dtype and D, and how one block is shared out."""
+    """The kernels for one dtype and D, and the division of one block."""
 
     def __init__(self, xp: Any, q: Array, k: Array) -> None:
         B, H, s_q, self.D = q.shape
@@ -127,11 +127,11 @@ class _Launches:
         self.sizes = tuple(np.int32(n) for n in (self.H_KV, self.rows, self.s_kv))
 
     def blocks(self, name: str, lines: int) -> int:
-        """Return how many blocks the queries' rows, or the keys, of a pair make."""
+        """Return the number of blocks for the rows of queries, or the keys, of a pair."""
         return ceil(lines / self.tiles[name].rows)
 
     def splits(self, name: str) -> tuple[int, int]:
-        """Return into how many splits the keys are cut, and how many keys each has at most."""
+        """Return the number of splits of the keys, and the largest number of keys in a split."""
         device = self.device
         return splits_of(self.tiles[name], self.pairs, self.rows, self.s_kv, device.processors)
 
@@ -145,7 +145,7 @@ class _Launches:
 
 
 class DeviceFacts(NamedTuple):
-    """What the launches want to know of a device: number, bytes a block may share, processors."""
+    """Properties of a device: number, shared memory of a block in bytes, multiprocessors."""
 
     id: int
     shared_bytes: int
@@ -153,7 +153,7 @@ class DeviceFacts(NamedTuple):
 
 
 def device_facts(xp: Any) -> DeviceFacts:
-    """Return those of the device in use."""
+    """Return the properties of the current device."""
     return _facts(xp, xp.cuda.Device().id)
 
 
@@ -164,41 +164,41 @@ def _facts(xp: Any, device: int) -> DeviceFacts:
     return DeviceFacts(device, *numbers)
 
 
-@cache  # CuPy would read and hash the source at every call
+@cache  # as CuPy reads and hashes the source at every call
 def _built(xp: Any, dtype: str, D: int, device: int) -> dict[str, Any]:
-    """Compile for a device, and allow each kernel its shared memory."""
+    """Compile for a device, and reserve shared memory for each kernel."""
     with xp.cuda.Device(device):
         module = xp.RawModule(code=source(), options=options(dtype, D))
         kernels = {name: module.get_function(name) for name in KERNELS}
         for name, tile in tiles_of(dtype, D).items():
-            # Above 48 KB a kernel must ask.
+            # More than 48 KB must be requested.
             kernels[name].max_dynamic_shared_size_bytes = tile.shared_bytes(dtype, D)
     return kernels
 
 
-@cache  # a compiler that is not there is not looked for again at every block
+@cache  # so that a missing compiler is looked for once
 def _failure(xp: Any, dtype: str, D: int, device: int) -> Exception | None:
     try:
         _built(xp, dtype, D, device)
-    except Exception as error:  # CuPy's CompileException is no RuntimeError
+    except Exception as error:  # CuPy's CompileException is not a RuntimeError
         return error.with_traceback(None)
     return None
 
 
 def _fits(x: Array) -> bool:
-    """Return whether rows are contiguous, and begin where copies of 16 bytes may."""
+    """Return whether rows are contiguous, and aligned to 16 bytes."""
     *outer, last = x.strides
     address = x.__cuda_array_interface__["data"][0]
     return last == x.itemsize and not any(n % 16 for n in (*outer, address))
 
 
 def _readable(xp: Any, x: Array) -> Array:
-    """Return x, or a copy of it whose rows lie as the kernels want them."""
+    """Return x, or a copy whose rows are contiguous and aligned to 16 bytes."""
     return x if _fits(x) else _copy(xp, x)
 
 
 def _packed(xp: Any, x: Array) -> Array:
-    """Return x, or a copy of it, without gaps and where copies of 16 bytes may begin."""
+    """Return x, or a copy that is contiguous and aligned to 16 bytes."""
     interface = x.__cuda_array_interface__
     packed = interface.get("strides") is None and interface["data"][0] % 16 == 0
     return x if packed else _copy(xp, x)
@@ -211,5 +211,5 @@ def _copy(xp: Any, x: Array) -> Array:
 
 
 def _strides(x: Array) -> tuple[Any, ...]:
-    """Return how far apart batch entries, heads and rows are, in numbers."""
+    """Return the strides of batch entries, heads and rows, in numbers."""
     return tuple(np.int64(n // x.itemsize) for n in x.strides[:3])

@@ -1,1 +1,1 @@
-"""How arrays of NumPy and CuPy go through MPI, and what watches over it."""
+"""Sending NumPy's and CuPy's arrays over MPI, with a watchdog and reports of lost ranks."""

@@ -1,38 +1,39 @@
-r"""Buffers between a device that works late and an MPI that knows nothing of it.
+r"""Buffers shared by an asynchronous device and MPI, which does not know about its streams.
 
-Blocks lie in two buffers, one in hand and one to receive into.  NumPy's are host memory, which MPI
-uses as it is.  Those of a device are used by kernels, by copies and by MPI, and nothing waits for a
-stream: events say when the last use before is over, and a message starts once they have passed.
+A rotation has two buffers, the current block's and the next block's.  NumPy's are host memory,
+which MPI uses directly.  Those of a device are used by kernels, by copies and by MPI.  No stream is
+waited for: an event marks the end of the last use before, and a message starts once it has passed.
 
     HostBuffer                 array ------------------------------- MPI
     DeviceBuffer   kernels --| array ------------------------------- MPI     | = an event
     StagedBuffer   kernels --| array --| copy --| pinned host ------ MPI
 
-Who calls what: a rotation (`exchange`), in `shift`, copies the rank's own block into the buffer in
-hand and says `filled`, or leaves there what came; asks when that may be sent (`sendable`) and when
-the other may be received into (`receivable`); and makes each request to MPI when its answer has
-become yes (`transfers`).  In `wait` it says `deliver` when a block has come: that is in hand now.
+The callers: `Rotation.send` (`exchange`) copies the rank's own block into the current buffer and
+calls `filled`.  `Rotation.pass_on` calls `sendable` of the current buffer and `receivable` of the
+other, each of which returns when its request may start; `transfers` starts it then.
+`Rotation.receive` calls `deliver` when a block has arrived, which is then the current one.
 
-The host is ahead of the device: it queues the work of hop h as soon as block h is there, while that
-of hop h-1 still runs.  With LV-XAttn and device buffers, a and b being the events after the work of
-hops h-1 and h:
+The host is ahead of the device: it queues the work of hop h as soon as block h has arrived, while
+that of hop h-1 still runs.  With LV-XAttn and device buffers, a and b being the events after the
+work of hops h-1 and h:
 
     computing   .. attention h-1, merge, copy of result h-1] a [attention h, merge, copy] b [..
 
-    may begin   send block h             at once: MPI has written it, and kernels only read it
-                receive block h+1        at a: where block h-1 lies, which attention h-1 reads
+    may start   send block h             at once: MPI has written it, and kernels only read it
+                receive block h+1        at a: it overwrites block h-1, which attention h-1 reads
                 send result h-1          at a: copying it is the last work before a
-                receive another result   at once: where result h-2 lies, which has been sent
+                receive another result   at once: it overwrites result h-2, which has been sent
 
-Staged, two more streams copy, and a block that is sent on is sent from the host, where it came in:
+Staged, two more streams copy, and a block that is passed on is sent from the host memory that it
+was received in:
 
                 copy result h-1 down     at a; it is sent when that is done
-                copy block h up          when attention h-2 has read what lies there; attention h
-                                         waits for it
-                receive block h+1        when block h-1, which lies there, has been copied up
+                copy block h up          after attention h-2, which reads what it overwrites;
+                                         attention h waits for it
+                receive block h+1        after block h-1, which it overwrites, has been copied up
 
-A buffer's memory is used late from its first moment: kernels that are still queued may use what the
-pool gives out again.  So a new buffer, too, has an event to wait for.
+Even a new buffer has an event to wait for: queued kernels may still use memory that the pool has
+allocated again.
 """
 
 import ctypes
@@ -49,31 +50,31 @@ _SUCCESS, _NOT_READY = 0, 600  # cudaEventQuery's
 
 
 class Buffer(Protocol):
-    """A fixed number of bytes beside the arrays, and the way to them for MPI.
+    """A fixed number of bytes on the device of the arrays, which MPI can send and receive.
 
-    From `deliver` to the next `filled` or `receivable` it is *lent*: kernels that are yet to be
-    queued may read what MPI has written, so that no event can say yet when all have.
+    From `deliver` to the next `filled` or `receivable` it is *lent*: kernels that are not queued
+    yet may read what MPI has written, so that there is no event yet after which all have.
     """
 
     array: Array
 
     def filled(self) -> None:
-        """Say that `array` has been written by kernels queued so far, the last ones to use it."""
+        """Mark that the kernels queued so far write `array`, and are the last to use it."""
 
     def sendable(self, nbytes: int) -> tuple[Array, Ready]:
-        """Return what MPI may read, and when: everything that writes the first bytes is done."""
+        """Return the first bytes for MPI to read, and whether all that writes them is done."""
 
     def receivable(self, nbytes: int) -> tuple[Array, Ready]:
-        """Return what MPI may write, and when: everything that reads the bytes is done.
+        """Return the first bytes for MPI to write, and whether all that reads them is done.
 
-        Says, too, that no kernel queued later uses the block that was there.
+        No kernel queued later may use the block before.
         """
 
     def deliver(self, nbytes: int) -> None:
-        """Show kernels that follow what MPI has written, in `array`: lend it to them."""
+        """Make what MPI has written available in `array` to the kernels queued from now on."""
 
     def settle(self) -> None:
-        """Wait for copies, so that the host's memory may be used otherwise."""
+        """Wait for copies, so that the host memory can be reused."""
 
 
 def buffer(xp: Any, nbytes: int, *, direct: bool = True) -> Buffer:
@@ -85,12 +86,12 @@ def buffer(xp: Any, nbytes: int, *, direct: bool = True) -> Buffer:
         numpy or cupy.
     nbytes : int
     direct : bool
-        Whether MPI may be given device memory, if it takes that.
+        Whether to pass device memory to MPI if that supports it.
 
     Raises
     ------
     MemoryError
-        Noting how many bytes were asked for; `computing` adds how many a device has free.
+        With a note of the number of bytes; `computing` adds a note of the free memory.
     """
     try:
         if xp is np:
@@ -98,7 +99,7 @@ def buffer(xp: Any, nbytes: int, *, direct: bool = True) -> Buffer:
         direct = direct and cuda_aware(xp)[0]
         return DeviceBuffer(xp, nbytes) if direct else StagedBuffer(xp, nbytes)
     except Exception as error:
-        error.add_note(f"a buffer of {nbytes:,} bytes was asked for")
+        error.add_note(f"while allocating a buffer of {nbytes:,} bytes")
         raise
 
 
@@ -107,20 +108,20 @@ def _always() -> bool:
 
 
 class HostBuffer:
-    """Host memory: MPI uses it directly, and nothing runs behind the program's back."""
+    """Host memory, which MPI uses directly, and nothing asynchronously."""
 
     def __init__(self, nbytes: int) -> None:
         self.array = np.empty(nbytes, np.uint8)
 
     def filled(self) -> None:
-        """Do nothing: it is written."""
+        """Do nothing: the array has been written."""
 
     def sendable(self, nbytes: int) -> tuple[Array, Ready]:
-        """Return the bytes themselves, at any time."""
+        """Return the bytes, which are always ready."""
         return self.array[:nbytes], _always
 
     def receivable(self, nbytes: int) -> tuple[Array, Ready]:
-        """Return the bytes themselves, at any time."""
+        """Return the bytes, which are always ready."""
         return self.array[:nbytes], _always
 
     def deliver(self, nbytes: int) -> None:
@@ -131,7 +132,7 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """Device memory that a CUDA-aware MPI uses directly."""
+    """Device memory, which a CUDA-aware MPI uses directly."""
 
     def __init__(self, xp: Any, nbytes: int) -> None:
         self.xp, self.array = xp, xp.empty(nbytes, xp.uint8)
@@ -143,11 +144,11 @@ class DeviceBuffer:
         self.used, self.lent = event(self.xp), False
 
     def sendable(self, nbytes: int) -> tuple[Array, Ready]:
-        """Return the bytes: when they are written, or at once where MPI has written them."""
+        """Return the bytes, ready when kernels have written them, or at once if MPI has."""
         return self.array[:nbytes], _always if self.lent else passed(self.xp, self.used)
 
     def receivable(self, nbytes: int) -> tuple[Array, Ready]:
-        """Return the bytes, when no kernel reads the block that they held before."""
+        """Return the bytes, ready when no kernel reads the block before."""
         if self.lent:
             self.filled()
         return self.array[:nbytes], passed(self.xp, self.used)
@@ -160,24 +161,19 @@ class DeviceBuffer:
         """Do nothing: there are no copies."""
 
 
-class StagedBuffer:
-    """Device memory with a twin in pinned host memory, for an MPI that knows only the host."""
+class StagedBuffer(DeviceBuffer):
+    """Device memory with a copy in pinned host memory, for an MPI that supports only that."""
 
     def __init__(self, xp: Any, nbytes: int) -> None:
-        self.xp, self.array = xp, xp.empty(nbytes, xp.uint8)
+        super().__init__(xp, nbytes)
         pinned = xp.cuda.alloc_pinned_memory(max(1, nbytes))
         self.host = np.frombuffer(pinned, np.uint8, nbytes)
         self._address = ctypes.c_void_p(self.host.ctypes.data)
         self.streams = streams(xp, self.array.device.id)
-        self.used = self.copied = event(xp)
-        self.lent = False
-
-    def filled(self) -> None:
-        """Mark the kernels that write the array, the last ones to use it."""
-        self.used, self.lent = event(self.xp), False
+        self.copied = self.used
 
     def sendable(self, nbytes: int) -> tuple[Array, Ready]:
-        """Return the host's bytes: when they are copied, or at once where they came in there."""
+        """Return the host's bytes, ready when they are copied, or at once if received there."""
         if self.lent:
             return self.host[:nbytes], _always
         with self.streams.to_host as stream:
@@ -187,7 +183,7 @@ class StagedBuffer:
         return self.host[:nbytes], passed(self.xp, self.copied)
 
     def receivable(self, nbytes: int) -> tuple[Array, Ready]:
-        """Return the host's bytes, when no copy reads them."""
+        """Return the host's bytes, ready when no copy reads them."""
         if self.lent:
             self.filled()
         return self.host[:nbytes], passed(self.xp, self.copied)
@@ -207,9 +203,9 @@ class StagedBuffer:
 
 
 def passed(xp: Any, mark: Any) -> Ready:
-    """Return what asks whether an event has passed.
+    """Return a function that returns whether an event has passed.
 
-    It raises what a kernel before the event has failed with: such an event never passes.
+    It raises the error of a kernel before the event, which would then never pass.
     """
 
     def ready() -> bool:

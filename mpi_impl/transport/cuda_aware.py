@@ -1,21 +1,20 @@
-"""Whether MPI may be handed device memory, and how that is known.
+"""Whether MPI supports device memory (is CUDA-aware): query the library, and verify a yes.
 
-    LVXATTN_CUDA_AWARE = 0 | 1   ->  that
+    LVXATTN_CUDA_AWARE = 0 | 1   ->  no | yes
     unset or auto                ->  the library says no  ->  no
                                      the library says yes ->  `self_test` in a process of its own
                                                               arrived: yes      anything else: no
 
-A library's yes may be wrong, and that is a segmentation fault or, worse, wrong bytes.  So a program
-of one process sends device memory to itself first.  Every process that asks does so once, for its
-own device: what is true of one GPU need not be of another, and a question that is not collective
-can hang nobody.  Ranks may differ: a message looks the same from whichever memory it is sent.
+A wrong yes of the library leads to a segmentation fault or, worse, wrong bytes.  So a program of
+one process first sends device memory to itself.  Every rank runs it once for its own device: GPUs
+may differ, and a test that is not collective cannot hang other ranks.  Ranks may come to different
+results, as messages are the same from device and host memory.
 
-What the self-test proves is that the library was built for CUDA and copies what lies on this device
-right.  It knows nothing of the ways from process to process, through shared memory
-or a network: over those `doctor` sends device memory.  It says no, and blocks are staged, where a
-second process may not use the GPU (compute mode "exclusive process") or a process without a
-launcher cannot start MPI (as on some machines where srun alone can): there `LVXATTN_CUDA_AWARE=1`
-after a look at `doctor` is the way.
+The self-test verifies that the library was built for CUDA and copies memory of this device
+correctly.  It does not test transfers between processes, through shared memory or a network:
+`doctor` does.  It fails, and blocks are staged, where a second process may not use the GPU (compute
+mode "exclusive process"), or where a process without a launcher cannot start MPI, as where only
+srun can.  In these cases check with `doctor` and set `LVXATTN_CUDA_AWARE=1`.
 """
 
 import ctypes
@@ -32,37 +31,37 @@ from typing import Any
 from mpi4py import MPI
 
 ARRIVED = "device memory arrived"
-"""What the self-test prints when it has passed."""
+"""The output of a self-test that has passed."""
 SELF_TEST_SECONDS = 60.0
-"""How long the self-test may take; nearly all of it goes by in starting Python and CuPy."""
+"""The time limit of the self-test, most of which is spent in starting Python and CuPy."""
 
-# What launchers tell their processes.  One that is to be alone must not know it.
+# Variables that launchers set, which a process that runs alone must not have.
 _LAUNCHERS = re.compile(
     r"PMI|OMPI_|PRTE_|ORTE_|HYDRA_|HYDI_|MPIEXEC_|SLURM_|SRUN_|PALS_|ALPS_|FLUX_|MPI_LOCAL"
     r"|MV2_COMM_WORLD_|I_MPI_HYDRA_"
 )
-# Where an MPI lies that has been moved, and its transports, the user's choice and what is to be
-# tested.  Variables of other kinds that choose them (UCX_, FI_, MPICH_) name no launcher.
+# But these choose the location of a moved MPI, and the transports that are to be tested.  Variables
+# of other kinds that choose transports (UCX_, FI_, MPICH_) are not of launchers.
 _CHOICES = re.compile(
     r"(PMIX|PRTE)_PREFIX|OMPI_MCA_(accelerator|btl|coll|common|mca|mpi|mtl|opal|pml|rcache|smsc)"
     r"|OMPI_ALLOW_RUN_AS"
 )
-# MPICH is libmpich in Debian and in old Crays; with MPI 5's binary interface it is libmpi_abi.
+# MPICH is libmpich in Debian and on old Crays, and libmpi_abi with MPI 5's binary interface.
 _LIBMPI = re.compile(r"libmpi(ch)?(_(abi|amd|cray|gnu|intel|nvidia)\w*)?\.so")
 
 
 def cuda_aware(xp: Any = None, device: int | None = None) -> tuple[bool, str]:
-    """Tell whether MPI may be handed device memory, and how that was decided.
+    """Return whether MPI supports device memory, and how that was decided.
 
-    Not collective.  ``LVXATTN_CUDA_AWARE`` = 0 or 1 decides; unset or ``auto`` asks the library and
-    has a yes proved by a self-test, once in a process for each device: that takes seconds.
+    Not collective.  ``LVXATTN_CUDA_AWARE`` = 0 or 1 decides; unset or ``auto`` queries the library
+    and verifies a yes by a self-test, once per process and device, which takes seconds.
 
     Parameters
     ----------
     xp : module, optional
-        cupy, which is what it is unless given.
+        Default: cupy.
     device : int, optional
-        The current one unless given.
+        Default: the current one.
 
     Returns
     -------
@@ -87,12 +86,12 @@ def cuda_aware(xp: Any = None, device: int | None = None) -> tuple[bool, str]:
 
 
 def wish() -> str:
-    """Return what ``LVXATTN_CUDA_AWARE`` says: auto, unless it is set, 0 or 1.
+    """Return the value of ``LVXATTN_CUDA_AWARE``, auto (default), 0 or 1.
 
     Raises
     ------
     ValueError
-        It says something else.
+        It has another value.
     """
     said = os.environ.get("LVXATTN_CUDA_AWARE") or "auto"
     if said not in ("auto", "0", "1"):
@@ -102,7 +101,7 @@ def wish() -> str:
 
 @cache
 def library_says() -> tuple[bool, str]:
-    """Return what the MPI library says, and how it was asked.  Not collective."""
+    """Return the answer of the MPI library, and the name of the query.  Not collective."""
     loaded = ctypes.CDLL(_libmpi())
     if hasattr(loaded, "MPIX_Query_cuda_support"):  # Open MPI, MVAPICH, ParaStation
         return bool(loaded.MPIX_Query_cuda_support()), "MPIX_Query_cuda_support"
@@ -113,13 +112,13 @@ def library_says() -> tuple[bool, str]:
     info = MPI.COMM_WORLD.Get_info()
     kinds = (info.get("mpi_memory_alloc_kinds") or "").split(",")
     info.Free()
-    # A kind may have restrictors, as cuda:device has.
+    # A kind may have restrictors, as in cuda:device.
     return any(kind.partition(":")[0] == "cuda" for kind in kinds), "mpi_memory_alloc_kinds"
 
 
 @cache
 def self_test(package: str, device: int) -> tuple[bool, str]:
-    """Send device memory to oneself in a process of its own.  Not collective.
+    """Send device memory from a separate process to itself.  Not collective.
 
     Parameters
     ----------
@@ -131,24 +130,24 @@ def self_test(package: str, device: int) -> tuple[bool, str]:
     -------
     arrived : bool
     how : str
-        What happened, in a few words.
+        The outcome in a few words.
     """
     program = "-m", "lvxattn.mpi_impl.transport.self_test", package, str(device)
     return outcome([sys.executable, "-P", *program], SELF_TEST_SECONDS)
 
 
 def outcome(command: Sequence[str], seconds: float) -> tuple[bool, str]:
-    """Run a self-test alone, and return whether it passed and what happened.
+    """Run a self-test alone, and return whether it passed and the outcome in words.
 
-    It passes if it ends with status 0 and says so: nothing else counts.
+    It has passed if it ends with status 0 and prints `ARRIVED`.
 
     Parameters
     ----------
     command : sequence of str
     seconds : float
-        After which it is killed, with all that it has started.
+        The time after which it is killed, with all processes that it has started.
     """
-    # Files, not pipes: a process that it has left behind would keep a pipe open.
+    # Files, not pipes: a process left behind would keep a pipe open.
     with TemporaryFile("w+") as said, TemporaryFile("w+") as errors:
         try:
             process = subprocess.Popen(
@@ -175,9 +174,9 @@ def outcome(command: Sequence[str], seconds: float) -> tuple[bool, str]:
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a process that MPI is to take for the only one.
+    """Return the environment for a process that MPI runs as the only one.
 
-    It has the same transports and finds the same packages.
+    It has the same transports and packages.
 
     Parameters
     ----------

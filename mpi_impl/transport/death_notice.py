@@ -1,9 +1,8 @@
-"""Say which rank ended, so that the user need not guess.
+"""Report which rank raised an exception or was killed.
 
-An exception is given a note of its rank.  A rank that is killed, as when memory runs out, names
-nobody, and launchers tell a process at best.  So a small shell waits beside each rank for a word
-that a rank which ends as it should sends it; when the pipe closes without that word, the shell
-speaks.
+An exception gets a note of its rank.  A rank that is killed, as when memory runs out, cannot report
+it, and launchers name a process at best.  So a shell runs beside each rank and reads a pipe: a rank
+that exits normally writes a word to it; if the pipe closes without one, the shell prints a message.
 """
 
 import atexit
@@ -14,13 +13,13 @@ from contextlib import contextmanager
 
 from mpi4py import MPI
 
-# What the shell runs: $1 is the text.
+# The script of the shell; $1 is the message.
 WATCH = r'read -r word || printf "%s\n" "$1" >&2'
 
 
 @contextmanager
 def named(comm: MPI.Intracomm) -> Iterator[None]:
-    """Add a note of this rank of `comm` to whatever is raised: it will end the others too."""
+    """Add a note of this rank of `comm` to any exception."""
     try:
         yield
     except BaseException as error:
@@ -29,15 +28,21 @@ def named(comm: MPI.Intracomm) -> Iterator[None]:
 
 
 def announce_death(comm: MPI.Intracomm) -> None:
-    """Have it said on stderr which rank of `comm` this was, should it be killed or crash.
+    """Report on stderr which rank of `comm` this was if it is killed or crashes.
 
-    Not collective, and wanted once in a program.  Where the launcher then ends the other ranks but
-    spares their shells, these speak too: the first line names the cause.
+    Not collective; call it once in a program.  Where the launcher ends the other ranks but not
+    their shells, these report too: the first line names the cause.
 
     Parameters
     ----------
     comm : MPI.Intracomm
-        Whose numbers name the ranks.
+        Numbers the ranks.
+
+    Examples
+    --------
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import announce_death
+    >>> announce_death(MPI.COMM_WORLD)  # doctest: +SKIP
     """
     name = MPI.Get_processor_name()
     text = f"rank {comm.rank} of {comm.size} (process {os.getpid()} on {name}) died"
@@ -51,10 +56,10 @@ def announce_death(comm: MPI.Intracomm) -> None:
 
 
 def _launcher_socket() -> list[int]:
-    """Return the socket by whose end Hydra, MPICH's launcher, learns of a rank's end, if any.
+    """Return the socket whose closing tells Hydra, MPICH's launcher, that a rank has ended, if any.
 
-    Hydra kills all ranks at once and may not wait for what they print.  While the shell holds this
-    socket too, Hydra learns of a death when the shell has spoken.
+    Hydra kills all ranks at once and may not wait for their output.  As the shell holds this socket
+    too, Hydra notices a death only after the shell has printed its message.
     """
     try:
         socket = int(os.environ["PMI_FD"])

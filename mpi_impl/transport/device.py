@@ -1,9 +1,8 @@
-"""Where a rank computes: on the host, or on a device with streams of its own.
+"""The devices that ranks compute on: the host, or a GPU with streams of its own.
 
-NumPy works when it is called.  A device works behind the program's back, each of its streams in
-order and no two of them, unless an event orders them.  A pass computes on a stream that waits for
-nothing but events: not for the default stream, whose turn the copies of an MPI library may have to
-wait for, and through which they would wait for the attention that is queued there.
+A GPU works asynchronously: each stream in order, and two streams in an order only where an event
+gives one.  Attention is queued on a stream that waits for events only.  The default stream would
+not do: an MPI library may copy on it, and its copies would then wait for the queued attention.
 """
 
 import os
@@ -21,7 +20,7 @@ from lvxattn.common.validation import is_array, library
 
 Array = Any
 
-# Whoever sets one of these has decided how many threads BLAS uses.
+# If one of these is set, the user has chosen the number of threads of BLAS.
 BLAS_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -29,17 +28,17 @@ BLAS_VARIABLES = (
     "BLIS_NUM_THREADS",
 )
 
-# CuPy's pool raises a MemoryError; these are the runtime's, the driver's and cuBLAS's words.
+# CuPy's pool raises a MemoryError; the runtime, the driver and cuBLAS use these words.
 _OUT_OF_MEMORY = "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED"
 
 
 def array_module(x: Array) -> Any:
-    """Return the module that computes with arrays such as `x`: numpy or cupy.
+    """Return the module of the array `x`: numpy or cupy.
 
     Raises
     ------
     TypeError
-        Its package is not NumPy and has no CUDA arrays as CuPy has.
+        The module is not NumPy, and lacks the CUDA functions of CuPy.
     """
     module = import_module(library(x)) if library(x) in sys.modules else None
     if module is not np and not (hasattr(module, "cuda") and hasattr(module, "asnumpy")):
@@ -50,13 +49,13 @@ def array_module(x: Array) -> Any:
 
 
 def check_arrays(q: Any) -> None:
-    """Refuse the arrays of other libraries; what is no array is left to the shared checks."""
+    """Check that q, if an array, is NumPy's or CuPy's."""
     if is_array(q):
         array_module(q)
 
 
 class Streams(NamedTuple):
-    """A device's streams: for kernels, and for copies either way, which overlap one another."""
+    """The streams of a device: for kernels and for copies in either direction, which overlap."""
 
     computing: Any
     to_host: Any
@@ -67,8 +66,8 @@ class Streams(NamedTuple):
 def streams(xp: Any, device: int) -> Streams:
     """Return the streams of one device.
 
-    They are kept, because CuPy keeps the memory of each stream apart, and that of a stream that is
-    gone is lost to the next.
+    They are cached, as CuPy has a memory pool for each stream: memory of a deleted stream would not
+    be reused.
 
     Parameters
     ----------
@@ -81,7 +80,7 @@ def streams(xp: Any, device: int) -> Streams:
 
 
 def event(xp: Any) -> Any:
-    """Return an event at which everything queued so far on the current stream is done."""
+    """Return an event that passes when all work queued so far on the current stream is done."""
     made = xp.cuda.Event(disable_timing=True)
     made.record(xp.cuda.get_current_stream())
     return made
@@ -89,14 +88,14 @@ def event(xp: Any) -> Any:
 
 @contextmanager
 def computing(x: Array) -> Iterator[None]:
-    """Compute where `x` is and, on a device, on its own stream.
+    """Compute on the device of `x`, if it has one, on a stream of our own.
 
-    What the caller has queued on the current stream comes before, and what the caller queues there
-    afterwards comes after; the host waits for neither.
+    It runs after all work that the caller has queued on the current stream, and before all that the
+    caller queues there later; the host waits for neither.
 
-    Memory goes back to the stream that it was made on.  That of results is taken again by the next
-    pass, which comes after what was queued on the stream that is current then: a caller who uses
-    results on yet another stream lets that one wait for it.
+    Memory returns to the pool of the stream that it was allocated on.  The memory of results is
+    reused by the next call, after all work queued on the stream that is current then.  A caller who
+    uses results on another stream must make the current one wait for it.
 
     Parameters
     ----------
@@ -106,7 +105,7 @@ def computing(x: Array) -> Iterator[None]:
     if xp is np:
         yield
         return
-    with x.device, _memory_told(xp):
+    with x.device, _free_memory_noted(xp):
         callers, own = xp.cuda.get_current_stream(), streams(xp, x.device.id).computing
         own.wait_event(event(xp))
         with own:
@@ -117,8 +116,8 @@ def computing(x: Array) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_told(xp: Any) -> Iterator[None]:
-    """Add a note of how much memory is free to an error that says that it has run out."""
+def _free_memory_noted(xp: Any) -> Iterator[None]:
+    """Add a note of the free memory to an out-of-memory error."""
     try:
         yield
     except Exception as error:
@@ -130,10 +129,10 @@ def _memory_told(xp: Any) -> Iterator[None]:
 
 
 def use_device(comm: MPI.Intracomm, xp: Any) -> int:
-    """Make this rank's device the current one: the ranks of a host take its devices in turn.
+    """Assign devices to the ranks of a host in turn, and make this rank's the current one.
 
-    Collective: every rank of comm calls this.  Where a launcher shows each rank one device only,
-    that is it; where there are more ranks than devices, they share them.
+    Collective: every rank of comm calls this.  Where a launcher shows each rank one device, it is
+    that one; where there are more ranks than devices, ranks share them.
 
     Parameters
     ----------
@@ -144,7 +143,15 @@ def use_device(comm: MPI.Intracomm, xp: Any) -> int:
     Returns
     -------
     int
-        The device's number among those that this rank sees.
+        The number of the device among those that this rank sees.
+
+    Examples
+    --------
+    >>> import cupy  # doctest: +SKIP
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import use_device
+    >>> use_device(MPI.COMM_WORLD, cupy)  # doctest: +SKIP
+    0
     """
     device = rank_on_host(comm) % int(xp.cuda.runtime.getDeviceCount())
     xp.cuda.Device(device).use()
@@ -152,10 +159,9 @@ def use_device(comm: MPI.Intracomm, xp: Any) -> int:
 
 
 def obstacle(xp: Any) -> str | None:
-    """Say what keeps CuPy from computing on the current device, or None.  Not collective.
+    """Return why CuPy cannot compute on the current device, or None.  Not collective.
 
-    CuPy compiles its own kernels, too, when they are first used.  What that takes, its package
-    alone does not bring.
+    CuPy compiles its kernels at first use, which requires more than its package.
 
     Parameters
     ----------
@@ -171,13 +177,13 @@ def obstacle(xp: Any) -> str | None:
 
 
 def in_a_line(error: Exception) -> str:
-    """Return an error's kind and the first line of what it says: a compiler's log is long."""
+    """Return the type and the first line of an error, as a compiler's log is long."""
     lines = [*filter(None, map(str.strip, str(error).splitlines())), ""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def rank_on_host(comm: MPI.Intracomm) -> int:
-    """Return this rank's number among those of its host.
+    """Return the number of this rank among those of its host.
 
     Collective: every rank of comm calls this.
     """
@@ -188,10 +194,10 @@ def rank_on_host(comm: MPI.Intracomm) -> int:
 
 
 def limit_blas_threads(comm: MPI.Intracomm) -> int:
-    """Give each rank its share of its host's cores, unless one of `BLAS_VARIABLES` is set.
+    """Limit the threads of BLAS to this rank's share of the host's cores.
 
-    Collective: every rank of comm calls this.  Ranks that each start as many threads as the host
-    has cores fight for them.
+    Collective: every rank of comm calls this.  Without a limit each rank would start as many
+    threads as the host has cores.  If one of `BLAS_VARIABLES` is set, nothing is changed.
 
     Parameters
     ----------
@@ -200,12 +206,19 @@ def limit_blas_threads(comm: MPI.Intracomm) -> int:
     Returns
     -------
     int
-        How many threads BLAS uses on this rank from now on.
+        The number of threads that BLAS uses on this rank from now on.
+
+    Examples
+    --------
+    >>> from mpi4py import MPI
+    >>> from lvxattn.mpi_impl import limit_blas_threads
+    >>> limit_blas_threads(MPI.COMM_WORLD)  # doctest: +SKIP
+    8
     """
     from threadpoolctl import threadpool_info, threadpool_limits
 
     on_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    # A launcher may have bound ranks to cores of their own, or let all of them have all.
+    # A launcher may have bound each rank to its own cores, or all ranks to all.
     cores = frozenset[int]().union(*on_host.allgather(os.sched_getaffinity(0)))
     ranks = on_host.size
     on_host.Free()

@@ -1,7 +1,7 @@
-"""Partial results as MPI reduces them: rows, and the merge as an operator on rows.
+"""The merge as an `MPI.Op`, on partial results packed in rows.
 
-A row is what there is of one query: out, top and total.  On a device kernels pack rows; the
-operator works on the host.
+A row holds the partial result of one query: out, top and total.  On a device kernels pack rows; the
+operator runs on the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +20,15 @@ Array = Any
 
 
 class Rows:
-    """Rows of one or several ranks' partial results, where MPI's operator may read.
-
-    On a device they are packed by kernels, and always go through the host: MPI calls the operator
-    there.
+    """Rows of one or several ranks' partial results, in host memory, where MPI calls the operator.
 
     Parameters
     ----------
     xp : module
     like : sequence of (B, H, s_q, ...)
-        Arrays of the shapes, but for their lengths, and the dtype that are to be packed.
+        Arrays of one dtype and, but for s_q, of the shapes to be packed.
     lengths : sequence of int
-        How many queries each part has.
+        The number of queries of each part.
     """
 
     def __init__(self, xp: Any, like: Sequence[Array], lengths: Sequence[int]) -> None:
@@ -42,26 +39,26 @@ class Rows:
         self.row_bytes = width * like[0].dtype.itemsize
         self.nbytes = count * self.row_bytes
         self.buffer = buffer(xp, self.nbytes, direct=False)
-        self.rows = self.buffer.array.view(like[0].dtype).reshape(count, width)
+        self.rows = self.buffer.array.view(like[0].dtype).reshape(count, width)  # (B H S_Q, width)
 
     def put(self, part: int, arrays: Sequence[Array]) -> None:
-        """Write one part."""
+        """Pack one part."""
         rows = self._part(part)
         for column, x in zip(self.columns, arrays, strict=True):
             view = rows[column]
-            view[...] = x.reshape(view.shape)
+            view[...] = x.reshape(view.shape)  # (B H s_q, ...)
 
     def sendable(self) -> tuple[Array, Ready]:
-        """Return the rows for MPI, all parts having been put."""
+        """Return the rows for MPI, after all parts have been packed."""
         self.buffer.filled()
         return self.buffer.sendable(self.nbytes)
 
     def receivable(self) -> tuple[Array, Ready]:
-        """Return the room for what MPI receives."""
+        """Return the memory that MPI receives into."""
         return self.buffer.receivable(self.nbytes)
 
     def arrays(self) -> tuple[Array, ...]:
-        """Return what MPI has received, the only part."""
+        """Unpack what MPI has received, one part."""
         self.buffer.deliver(self.nbytes)
         self.buffer.settle()
         (length,) = self.lengths
@@ -77,19 +74,16 @@ class Rows:
 
 @contextmanager
 def operator(
-    join: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...]
+    join: Callable[..., tuple[Array, ...]], arrays: Sequence[Array]
 ) -> Iterator[tuple[MPI.Op, MPI.Datatype]]:
-    """Make the MPI.Op that joins rows, and the datatype of a row.
-
-    Both are freed in the end: MPI has few operators.
-    """
+    """Create the MPI.Op that joins rows, and the datatype of a row; free both at the end."""
     dtype, columns, width = np.dtype(str(arrays[0].dtype)), *_columns(arrays)
 
     def joined(a: Any, b: Any, _: MPI.Datatype) -> None:
-        rows_a, rows_b = (np.frombuffer(x, dtype).reshape(-1, width) for x in (a, b))
+        rows_a, rows_b = (np.frombuffer(x, dtype).reshape(-1, width) for x in (a, b))  # (n, width)
         result = join(*(rows_a[c] for c in columns), *(rows_b[c] for c in columns))
         for column, x in zip(columns, result, strict=True):
-            rows_b[column] = x  # in place: where MPI expects the result
+            rows_b[column] = x  # MPI expects the result in the second argument
 
     row = MPI.Datatype.fromcode(dtype.char).Create_contiguous(width).Commit()
     op = MPI.Op.Create(joined, commute=True)
@@ -101,7 +95,7 @@ def operator(
 
 
 def _columns(arrays: Sequence[Array]) -> tuple[list[Any], int]:
-    """Return where in a row each array's numbers are, and how long a row is."""
+    """Return the columns of each array in a row, and the length of a row."""
     columns: list[Any] = []
     end = 0
     for x in arrays:

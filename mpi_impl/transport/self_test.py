@@ -1,8 +1,8 @@
-"""Does device memory arrive?  A program of one process that sends some to itself.
+"""A program of one process that sends device memory to itself, and checks what arrives.
 
     python -m lvxattn.mpi_impl.transport.self_test cupy 0
 
-It may crash, hang or find other bytes than it sent: `awareness` runs it, and watches.
+It may crash, hang or receive wrong bytes: `cuda_aware` runs and watches it.
 """
 
 import sys
@@ -13,12 +13,12 @@ from mpi4py import MPI
 
 from .cuda_aware import ARRIVED
 
-# MPI takes other ways for short messages and for long ones.
+# MPI sends short and long messages by different protocols.
 SIZES = 1, 2**12, 2**22
 
 
 def main(package: str, device: int) -> None:
-    """Send and compare.
+    """Send arrays, and compare what arrives.
 
     Parameters
     ----------

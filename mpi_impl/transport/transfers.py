@@ -1,7 +1,8 @@
-"""Requests to MPI that wait for their buffers before they are made.
+"""MPI requests that start once their buffers are ready.
 
-The host does not wait for a device: it asks now and then whether the event of a buffer (`buffers`)
-has passed, and makes the request then.  Whoever waits for one request asks for the others too.
+The host does not wait for a device: it checks now and then whether the event of a buffer (see
+`buffers`) has passed, and then starts the request.  While it waits for one request, it checks the
+others too.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,24 +10,24 @@ from typing import NamedTuple
 
 from mpi4py import MPI
 
-# Asks whether a use of a buffer is over; never waits.
+# Returns whether a use of a buffer is complete, without waiting.
 Ready = Callable[[], bool]
 
 
 class Transfer:
-    """A request to MPI that is made when buffers are ready for it.
+    """An MPI request that starts when its buffers are ready.
 
     Parameters
     ----------
     start : callable
-        Makes the request.
+        Starts the request and returns it.
     *ready : callable
-        All are true from some moment on.
+        Return whether the buffers are ready, and stay true.
 
     Attributes
     ----------
     request : MPI.Request
-        REQUEST_NULL until it is made, and when it is done.
+        REQUEST_NULL until it has started, and after it has completed.
     """
 
     def __init__(self, start: Callable[[], MPI.Request], *ready: Ready) -> None:
@@ -35,42 +36,42 @@ class Transfer:
         self.begin()
 
     def begin(self) -> None:
-        """Make the request if that has become possible."""
+        """Start the request if its buffers have become ready."""
         if self._start is not None and all(ready() for ready in self._ready):
             self.request, self._start = self._start(), None
 
     def Test(self) -> bool:
-        """Tell whether it is done, as requests do."""
+        """Return whether it is complete, like a request's `Test`."""
         self.begin()
         return self._start is None and self.request.Test()
 
     @staticmethod
     def nothing() -> "Transfer":
-        """Return one that is done."""
+        """Return a transfer that is complete."""
         return Transfer(MPI.Request)
 
 
 class Waited(NamedTuple):
-    """What a rank waits for, while it makes its other requests too.
+    """A transfer that a rank waits for, while it starts its other requests too.
 
-    Another rank may be waiting for one of these, and this one for that rank.
+    Otherwise two ranks might each wait for a request that the other has not started.
     """
 
     transfer: Transfer
     begin_others: Callable[[], None]
 
     def Test(self) -> bool:
-        """Tell whether it is done, as requests do."""
+        """Return whether it is complete, like a request's `Test`."""
         self.begin_others()
         return self.transfer.Test()
 
 
 class Transfers(NamedTuple):
-    """Several, in any order."""
+    """Several transfers, which may complete in any order."""
 
     transfers: Sequence[Transfer]
 
     def Test(self) -> bool:
-        """Tell whether all are done, as requests do."""
-        # All are asked, whatever the first one says: another rank may wait for any of them.
+        """Return whether all are complete, like a request's `Test`."""
+        # Test all of them, complete or not: another rank may wait for any.
         return sum(not transfer.Test() for transfer in self.transfers) == 0

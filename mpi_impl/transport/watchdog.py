@@ -1,13 +1,11 @@
-"""Who waits for whom: a watchdog that ends a run in which a block does not come.
+"""A watchdog that ends a run in which a rank waits too long, and reports what each rank waits for.
 
-``LVXATTN_TIMEOUT`` (seconds) arms it.  A wait for a block looks at the clock itself; while a rank
-is in a collective call of MPI, a thread beside it does.  When the time is up it writes what the
-rank waits for and the line it is at, leaves the others a moment to write theirs, and ends the run.
-The rank that writes nothing is the one to look at.
+``LVXATTN_TIMEOUT`` (seconds) enables it.  A wait for a block checks the time itself; during a
+collective call of MPI a thread does.  After the timeout the watchdog prints what the rank waits for
+and its traceback, gives the other ranks a moment to print theirs, and ends the run.  The rank that
+prints nothing is the cause.
 
-    waiting  |---- LVXATTN_TIMEOUT ----| writes -- GRACE -- aborts all ranks
-
-Unset, it does not exist.
+    waiting  |---- LVXATTN_TIMEOUT ----| prints -- GRACE -- aborts all ranks
 """
 
 import os
@@ -27,28 +25,28 @@ from mpi4py import MPI
 from lvxattn.common.validation import check_seconds, on_rank
 
 STATUS = 124
-"""The exit status of a run that the watchdog ends, that of timeout(1)."""
+"""The exit status of a run that the watchdog ends, as of timeout(1)."""
 GRACE = 2.0
-"""Seconds between a rank's message and the end: the others' waits began a little later."""
-# What starts a program, and is of no interest to whoever asks where it is.
+"""Seconds between a rank's message and the end, as the other ranks began to wait later."""
+# Frames of a traceback that only start the program.
 _STARTERS = re.compile(r'File "(<frozen |.*/mpi4py/)')
 
 
 class Pending(Protocol):
-    """What may be waited for: a request, or what becomes one."""
+    """A request, or an object that becomes one."""
 
     def Test(self) -> bool:
-        """Tell whether it is done, and work on it."""
+        """Return whether it is complete, and let it progress."""
 
 
 class Watchdog:
-    """Watches one rank's waits.
+    """Limits the time that one rank waits.
 
     Parameters
     ----------
     comm : MPI.Intracomm
     seconds : float
-        How long a rank may wait.
+        The longest time that a rank may wait.
     """
 
     def __init__(self, comm: MPI.Intracomm, seconds: float) -> None:
@@ -60,7 +58,7 @@ class Watchdog:
 
     @staticmethod
     def armed(comm: MPI.Intracomm) -> "Watchdog | None":
-        """Return a watchdog if ``LVXATTN_TIMEOUT`` asks for one.
+        """Return a watchdog if ``LVXATTN_TIMEOUT`` is set.
 
         Raises
         ------
@@ -71,7 +69,7 @@ class Watchdog:
         return None if seconds is None else Watchdog(comm, seconds)
 
     def check(self, waited: float, what: Callable[[], object]) -> None:
-        """Look at a wait of this thread, which asks again and again; `what` says what for."""
+        """Check a wait of this thread, again and again; `what` returns what is awaited."""
         if waited < self.seconds:
             self._spoken = False
         elif not self._spoken:
@@ -82,9 +80,9 @@ class Watchdog:
 
     @contextmanager
     def over(self, what: Callable[[], object]) -> Iterator[None]:
-        """Watch a call that does not return before it is done; `what` says what for."""
+        """Watch a blocking call; `what` returns what is awaited."""
         if self._thread is None:
-            # It must not keep the watchdog alive: a pass that ends early drops it.
+            # It must not keep the watchdog alive, which a failed call drops.
             self._ended = threading.Event()
             watch = weakref.ref(self), self._ended, min(0.25, self.seconds / 10)
             self._thread = threading.Thread(target=_watch, args=watch, daemon=True)
@@ -108,31 +106,30 @@ class Watchdog:
         _, what, thread = waiting
         self._speak(what(), sys._current_frames()[thread])
         time.sleep(GRACE)
-        if self._waiting is waiting:  # else what it waited for has come after all
+        if self._waiting is waiting:  # else the wait has ended
             _end(self.comm)
 
     def _speak(self, what: object, frame: FrameType) -> None:
         stack = [line for line in traceback.format_stack(frame) if not _STARTERS.search(line)]
         where = f"rank {self.comm.rank} of {self.comm.size}"
         message = f"{where} has waited {self.seconds:g} s for {what}; it is at\n{''.join(stack)}"
-        os.write(2, message.encode())  # at once, so that ranks do not write into each other's lines
+        os.write(2, message.encode())  # in one call, so that the lines of ranks do not mix
 
 
 def wait(request: Pending, watchdog: Watchdog | None, what: Callable[[], object]) -> None:
-    """Wait for a request; asleep, if it takes longer than a moment.
+    """Wait for a request; asleep, if it takes longer than 1 ms.
 
-    A wait inside MPI spins: where ranks outnumber cores it takes a core from the very ranks that it
-    waits for.  This one gives its core to whoever can use it, from the first moment.  A pause is a
-    twentieth of the wait so far, so that it adds little to it, and at most 1 ms, because MPI moves
-    nothing meanwhile.
+    A wait inside MPI spins: where there are more ranks than cores, it takes a core from the ranks
+    that it waits for.  This one yields its core from the start.  A pause is a twentieth of the wait
+    so far, so that it adds little to it, and at most 1 ms, as MPI makes no progress meanwhile.
 
     Parameters
     ----------
-    request : MPI.Request, or what becomes one
+    request : MPI.Request, or an object that becomes one
     watchdog : Watchdog or None
-        Ends the run should the wait take too long.
+        Ends the run if the wait takes too long.
     what : callable
-        Says what is waited for, if that is ever asked.
+        Returns what is awaited, for the watchdog's message.
     """
     start = time.perf_counter()
     while not request.Test():
@@ -147,7 +144,7 @@ def wait(request: Pending, watchdog: Watchdog | None, what: Callable[[], object]
 
 @contextmanager
 def watching(comm: MPI.Intracomm, what: str, seconds: float | None = None) -> Iterator[None]:
-    """Watch one wait, of `seconds` at most if ``LVXATTN_TIMEOUT`` says nothing else."""
+    """Watch one wait, for at most ``LVXATTN_TIMEOUT`` or, if that is not set, `seconds`."""
     seconds = timeout(comm) or seconds
     if seconds is None:
         yield
@@ -161,7 +158,7 @@ def watching(comm: MPI.Intracomm, what: str, seconds: float | None = None) -> It
 
 
 def timeout(comm: MPI.Intracomm) -> float | None:
-    """Return the seconds that ``LVXATTN_TIMEOUT`` allows, if it is set.
+    """Return ``LVXATTN_TIMEOUT`` in seconds, if it is set.
 
     Raises
     ------
@@ -184,9 +181,9 @@ def _watch(watchdog: "weakref.ref[Watchdog]", ended: threading.Event, interval: 
 
 
 def _end(comm: MPI.Intracomm) -> None:
-    """End all ranks: by MPI where it may be called from this thread, else by this rank's end."""
+    """End all ranks: by MPI where this thread may call it, else by ending this process."""
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
         killer = threading.Thread(target=comm.Abort, args=(STATUS,), daemon=True)
         killer.start()
-        killer.join(GRACE)  # an abort that hangs, or returns, is followed by the plain end
+        killer.join(GRACE)  # in case the abort hangs or returns
     os._exit(STATUS)

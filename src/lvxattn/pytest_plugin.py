@@ -1,7 +1,7 @@
-"""pytest's way to the oracle: options, the fixture ``xattn_case``, and a list of known failures.
+"""The pytest plugin of the oracle: options, the fixture ``xattn_case``, and known failures.
 
-pytest imports this in every run of an environment where lvxattn is, before any conftest.py.  So it
-imports nothing that a run could notice, NumPy neither, until options or tests ask for it.
+pytest imports this in every run of an environment with lvxattn, before any conftest.py.  So it
+imports no other package, not even NumPy, until options or tests need it.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 CONFORMANCE = "lvxattn.check.conformance"
 FUNCTION = "package.module:function"
 OPTIONS = {
-    "impl": (FUNCTION, "the attention function to be checked"),
-    "backward": (FUNCTION, "its gradients, unless they are its attribute or autograd's"),
+    "impl": (FUNCTION, "the attention function to check"),
+    "backward": (FUNCTION, "its backward, unless that is its attribute or autograd"),
     "suite": ("NAME", "quick (default) or full"),
     "dtypes": ("NAME,...", "of float64, float32, float16, bfloat16"),
-    "framework": ("NAME", "whose arrays it gets: numpy (default), torch, jax, cupy"),
-    "device": ("NAME", "where they are, such as cuda"),
-    "seeds": ("N", "problems of each case (default: 1)"),
-    "xfails-file": ("FILE", "tests that are known to fail: an id, case-dtype or a glob a line"),
+    "framework": ("NAME", "its array library: numpy (default), torch, jax, cupy"),
+    "device": ("NAME", "where the arrays are, such as cuda"),
+    "seeds": ("N", "problems per case (default: 1)"),
+    "xfails-file": ("FILE", "known failures, one per line: an id, case-dtype or a glob"),
 }
 _CHOSEN = pytest.StashKey["Chosen"]()
 _NO_FUNCTION = pytest.StashKey[bool]()
@@ -38,28 +38,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Look at the options, if there are any, before anything is collected."""
+    """Validate the options, if any, before collection."""
     if any(_option(session.config, name) is not None for name in OPTIONS if name != "xfails-file"):
         _chosen(session.config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a test of every problem."""
+    """Parametrize tests by problems."""
     if "xattn_judged" in metafunc.fixturenames:
         chosen = _chosen(metafunc.config)
-        if chosen.player is None:
+        if chosen.caller is None:
             metafunc.config.stash[_NO_FUNCTION] = True
         choices: list[Choice] = list(chosen.choices)
         metafunc.parametrize("xattn_judged", choices, indirect=True, ids=lambda choice: choice.id)
     if "xattn_case" in metafunc.fixturenames:
-        # What is called before is the check's business, not that of a test of one's own.
+        # Earlier calls are made by the check, not by tests of the user.
         choices = [choice for choice in _chosen(metafunc.config).choices if not choice.case.calls]
         metafunc.parametrize("xattn_case", choices, indirect=True, ids=lambda choice: choice.id)
 
 
 @pytest.fixture
 def xattn_case(request: pytest.FixtureRequest) -> "XattnCase":
-    """Give a problem that breaks kernels, what is right, and ``check(out=..., dq=...)``."""
+    """Return a problem that breaks kernels, its truth, and ``check(out=..., dq=...)``."""
     from lvxattn.check.pytest_cases import xattn_case_of
 
     return xattn_case_of(_chosen(request.config), request.param)
@@ -67,7 +67,7 @@ def xattn_case(request: pytest.FixtureRequest) -> "XattnCase":
 
 @pytest.fixture
 def xattn_judged(request: pytest.FixtureRequest) -> "JudgedCase":
-    """Give a problem for the function of ``--lvx-impl``."""
+    """Return a problem for the function of ``--lvx-impl``."""
     from lvxattn.check.pytest_cases import JudgedCase
 
     return JudgedCase(_chosen(request.config), request.param)
@@ -75,13 +75,13 @@ def xattn_judged(request: pytest.FixtureRequest) -> "JudgedCase":
 
 @pytest.fixture
 def xattn_chosen(request: pytest.FixtureRequest) -> "Chosen":
-    """Give what the options choose, and what has come of it so far."""
+    """Return the choice of the options, and the rows judged so far."""
     return _chosen(request.config)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the known failures, before -k and -m leave tests out."""
+    """Mark the known failures, before -k and -m deselect tests."""
     if config.stash.get(_NO_FUNCTION, False):
         raise pytest.UsageError(f"{CONFORMANCE} needs --lvx-impl {FUNCTION}")
     path = _option(config, "xfails-file")
@@ -98,10 +98,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the thread in which the function ran."""
+    """End the thread of the function."""
     chosen = config.stash.get(_CHOSEN, None)
-    if chosen is not None and chosen.player is not None:
-        chosen.player.patience.close()
+    if chosen is not None and chosen.caller is not None:
+        chosen.caller.timer.close()
 
 
 _CASES = {"xattn_case", "xattn_judged"}
@@ -125,7 +125,7 @@ def _chosen(config: pytest.Config) -> "Chosen":
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield what is neither empty nor a comment, with its number."""
+    """Yield lines that are neither empty nor comments, with their numbers."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -138,13 +138,13 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _names(line: str, item: pytest.Item) -> bool:
-    """Whether a line means a test: all of its id, what follows the file, or what is in brackets."""
+    """Whether a line matches a test: its id, the id without the file, or the part in brackets."""
     names = (item.nodeid, item.nodeid.partition("::")[2], item.name, _bracketed(item.name))
     return any(_fits(line, name) for name in names)
 
 
 def _elsewhere(line: str, ours: list[pytest.Item], narrowed: bool) -> bool:
-    """Whether a line means a test that there is, and that this run was not asked to collect."""
+    """Whether a line matches an existing test that this run does not collect."""
     from lvxattn.check.pytest_cases import possible_ids
 
     start, _, _ = line.partition("[")
@@ -161,5 +161,5 @@ def _bracketed(name: str) -> str:
 
 
 def _fits(line: str, name: str) -> bool:
-    """Whether a name is the line, in which only * and ? stand for others."""
+    """Whether a name matches the line, in which only * and ? are wildcards."""
     return fnmatchcase(name, line.replace("[", "[[]"))

@@ -1,4 +1,4 @@
-"""Check a distributed function on the ranks that there are.
+"""Check a distributed function on the launcher's ranks.
 
 usage: check_distributed.py '{"schedule": ..., ...}', options of `check_distributed` by name, for
 our own function with a schedule, or "replicated" queries: that of mpi_impl, or under torchrun of
@@ -24,7 +24,7 @@ ours: Any = import_module(f"lvxattn.{'torch_impl' if TORCH else 'mpi_impl'}")
 
 
 class Schedule:
-    """Our function with a schedule; what Ulysses cannot serve is not supported."""
+    """Our function with a schedule; cases that Ulysses rejects are unsupported."""
 
     def __init__(self, schedule: str) -> None:
         self.options: dict[str, Any] = {"schedule": schedule}
@@ -32,9 +32,9 @@ class Schedule:
     def __call__(self, *given: Any, **options: Any) -> Any:
         if TORCH:  # whose backward is autograd's
             options["return_lse"] = True
-        return self.served(ours.cross_attention, *given, **options)
+        return self.supported(ours.cross_attention, *given, **options)
 
-    def served(self, function: Any, *given: Any, **options: Any) -> Any:
+    def supported(self, function: Any, *given: Any, **options: Any) -> Any:
         try:
             return function(*given, **self.options, **options)
         except ValueError as error:
@@ -44,14 +44,14 @@ class Schedule:
 
 
 class ScheduleOverMPI(Schedule):
-    """It has a backward of its own."""
+    """With a backward of its own."""
 
     def backward(self, *given: Any, **options: Any) -> Any:
-        return self.served(ours.cross_attention_backward, *given, **options)
+        return self.supported(ours.cross_attention_backward, *given, **options)
 
 
 class Replicated:
-    """Our function with replicated queries, dressed as one that has a share of them."""
+    """Our function with replicated queries, with the interface for sharded ones."""
 
     def __call__(self, q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
         given = ours.unshard(q, comm), k, v, comm
@@ -91,7 +91,7 @@ def attend(*given: Any, **options: Any) -> Any:
     return ours.cross_attention(*given, queries="replicated", **options)
 
 
-def alone(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
+def fail_on_rank_1(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
     """Fail in PyTorch: rank 1 raises while the others wait for it."""
     import torch.distributed as dist
 
@@ -103,20 +103,13 @@ def alone(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
 
 wishes = json.loads(sys.argv[1])
 names, heads = wishes.pop("cases", None), wishes.pop("heads", 1)
-
-
-def cases_of(suite: str) -> list[Any]:
-    """Return what is to be played instead of the suite."""
-    found = suite_of(suite) if names is None else [case_of(name) for name in names]
-    return [replace(case, H=heads * case.H, H_KV=heads * case.H_KV) for case in found]
-
-
-distributed.suite_of = cases_of  # type: ignore[assignment]
+cases = suite_of("quick") if names is None else [case_of(name) for name in names]
+wishes["cases"] = [replace(case, H=heads * case.H, H_KV=heads * case.H_KV) for case in cases]
 distributed.GROWTH = replace(GROWTH, H=heads * GROWTH.H, H_KV=heads * GROWTH.H_KV)
 if "planted" in wishes:
     function: Any = Planted(**wishes.pop("planted"))
 elif wishes.pop("waits", False):
-    function = alone
+    function = fail_on_rank_1
 else:
     schedule = wishes.pop("schedule")
     kind = Schedule if TORCH else ScheduleOverMPI

@@ -26,12 +26,12 @@ clock = time.perf_counter
 time.perf_counter = lambda: 1000 * number + (1 + 1e-4 * number) * clock()
 main = import_module(f"lvxattn.{implementation}.__main__").main
 lv_xattn = import_module(f"lvxattn.{implementation}.lv_xattn")
-Backend = import_module(f"lvxattn.{implementation}.commands.run.backend").Backend
+Backend = import_module(f"lvxattn.{implementation}.commands.run").Backend
 forward, backward = Backend.forward, Backend.backward
 
 if implementation == "mpi_impl":
     from lvxattn.mpi_impl.commands.doctor import examination
-    from lvxattn.mpi_impl.commands.doctor.ring import Link
+    from lvxattn.mpi_impl.commands.doctor.rank_info import Link
 
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 else:

@@ -1,6 +1,6 @@
-"""Build a lab, start two sleeping ranks on it, print its namespaces, then end as told.
+"""Build a lab, start two sleeping ranks on it, print its namespaces, then end as the argument says.
 
-It ends with its input, or by a signal.
+It ends when its input ends, or by a signal.
 
 hold_lab.py normally | by-exception | when-killed
 """

@@ -1,13 +1,12 @@
-"""Call the public functions in every way that a program may; rank 0 prints what came of it.
+"""Call the public functions in all supported ways; rank 0 prints each rank's verdicts by check.
 
-Each check is a function of a communicator that returns True on every rank, or says what is wrong.
+A check is a function of the communicator that returns one verdict or several.
 """
 
 import json
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,9 @@ from mpi4py import MPI
 from lvxattn import mpi_impl
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.mpi_impl.recompute import project
-from lvxattn.plan import MACHINES
-from tests import hidden
 from tests.cases import Case, Problem
 from tests.judge import solve, worst_ratios
+from tests.programs import shared
 from tests.watched import Watched
 
 Check = Callable[[MPI.Intracomm], Any]
@@ -32,7 +30,7 @@ def check(function: Check) -> Check:
 
 
 def right(problem: Problem, comm: Any, **options: Any) -> bool:
-    """Solve a problem, forward and backward, and tell whether this rank's results are right."""
+    """Solve a problem, forward and backward, and return whether this rank's results are right."""
     return max(worst_ratios(problem, solve(problem, comm, mpi_impl, **options)).values()) <= 1
 
 
@@ -198,11 +196,11 @@ def a_duplicate_used_in_turns_with_its_original(comm: MPI.Intracomm) -> Any:
 
 @check
 def messages_of_the_user_stay_pending(comm: MPI.Intracomm) -> Any:
-    """Unmatched messages and receives with other tags, on the same communicator, are let alone."""
+    """Messages and receives with other tags, on the same communicator, stay pending."""
     left, right_ = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
     landed = [np.zeros(3), np.zeros(3)]
     receives = [comm.Irecv(landed[0], left, 7000), comm.Irecv(landed[1], left, 7003)]
-    early = comm.Isend(np.full(4, comm.rank, float), right_, 0)  # nobody receives it yet
+    early = comm.Isend(np.full(4, comm.rank, float), right_, 0)  # not received yet
     verdict = right(RAGGED.make(), comm)
     still = not any(request.Test() for request in receives)
     comm.barrier()
@@ -216,7 +214,7 @@ def messages_of_the_user_stay_pending(comm: MPI.Intracomm) -> Any:
 
 @check
 def a_layer_equals_its_parts(comm: MPI.Intracomm) -> Any:
-    """The layer that makes its keys again gives the bits that its parts give, called by hand."""
+    """The layer that recomputes its keys gives the same bits as its parts."""
     rng = np.random.default_rng(0)
     w_k, w_v, all_q, all_dout = (
         rng.standard_normal(shape) for shape in ((5, 4, 3), (5, 4, 7), (2, 4, 5, 3), (2, 4, 5, 7))
@@ -250,7 +248,7 @@ def a_layer_equals_its_parts(comm: MPI.Intracomm) -> Any:
     def shorter(y: Any) -> Any:
         return tuple(x[:, :, comm.rank :] for x in make_kv(y))
 
-    try:  # the error of one rank is everybody's
+    try:  # an error of one rank is raised on all
         mpi_impl.cross_attention_layer_backward(dout, saved, shorter, comm, queries=schedule)
     except ValueError as error:
         text = str(error)
@@ -263,44 +261,18 @@ def a_layer_equals_its_parts(comm: MPI.Intracomm) -> Any:
 
 @check
 def only_rank_0_s_machine_counts(comm: MPI.Intracomm) -> Any:
-    """The others may have none, or another one: all ranks take the same schedule."""
-    q, k = (mpi_impl.shard(np.ones((2, 2, s, 4)), comm) for s in (40, 2))
-    machines = [MACHINES["h100"], None, MACHINES["a30-8"]]
-    machine = machines[comm.rank % 3]
-    agree = mpi_impl.Layout.agree
-    layout = agree(q, k, k, comm, schedule="auto", machine=machine)
-    by_bytes = agree(q, k, k, comm, schedule="auto", machine=machine if comm.rank else None)
-    chosen = comm.allgather([layout.schedule, by_bytes.schedule])
-    # Latency is what takes time here; alone a rank sends nothing.
-    wanted = ["gather", "ring"] if comm.size > 1 else chosen[0]
-    return [chosen == [wanted] * comm.size, layout.machine == machines[0], not by_bytes.machine]
+    """The other ranks may have none, or another one: all choose the same schedule."""
+    return shared.machine_of_rank_0_counts(comm, mpi_impl)
 
 
 @check
 def rows_hidden_by_a_finite_number(comm: MPI.Intracomm) -> Any:
-    return [
-        right
-        for schedule in (*SCHEDULES, "replicated")
-        for right in hidden.all_right(
-            partial(solve, comm=comm, implementation=mpi_impl, schedule=schedule),
-            schedule,
-            comm.size,
-        )
-    ]
+    return shared.hidden_rows_are_right(comm, mpi_impl)
 
 
 @check
 def errors_at_a_large_lse_are_hardly_those_of_more_ranks(comm: MPI.Intracomm) -> Any:
-    """At most twice those of one rank, in the mean over the elements of a result."""
-    verdicts = []
-    for level in (-1e4, -900.0, 900.0, 1e4):
-        problem = Case("large lse", H=4, S_Q=65, S_KV=601, dtype="float32", shift=level).make()
-        together, alone = (solve(problem, c, mpi_impl) for c in (comm, MPI.COMM_SELF))
-        truth = problem.truth().results
-        for name in together:
-            many, one = (np.square(x[name] - truth[name]).mean() for x in (together, alone))
-            verdicts.append(many <= 2**2 * one)
-    return verdicts
+    return shared.errors_grow_at_most_twofold(comm, MPI.COMM_SELF, mpi_impl)
 
 
 @check

@@ -30,11 +30,11 @@ def of_the_host(name: str) -> Any:
     """Return a collective call that refuses device memory."""
     call = getattr(MPI.Intracomm, name)
 
-    def refusing(self: Any, *given: Any) -> Any:
+    def refusing(self: Any, *given: Any, **options: Any) -> Any:
         for message in given:
             if isinstance(message, list):
                 assert not any(isinstance(x, fake_cupy.ndarray) for x in message), name
-        return call(self, *given)
+        return call(self, *given, **options)
 
     return refusing
 

@@ -1,4 +1,4 @@
-"""Let one rank fail: arguments are the rank, how, where, and in which pass."""
+"""Let one rank fail; arguments: the rank, how, where, and in which pass."""
 
 import os
 import resource

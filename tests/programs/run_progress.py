@@ -1,4 +1,4 @@
-"""Watch when MPI is let work; rank 0 prints what all ranks saw, as JSON.
+"""Record when MPI is called to progress; rank 0 prints the records of all ranks as JSON.
 
 Nothing is judged by the clock: what is asserted is which calls were made, in which order, and that
 a large block arrives by calls of `progress` alone.
@@ -16,7 +16,7 @@ from mpi4py import MPI
 from lvxattn import mpi_impl
 from lvxattn.common.wire import BLOCKS, QUERIES
 from lvxattn.mpi_impl import exchange, lv_xattn
-from lvxattn.mpi_impl.block_attention import _Tiles
+from lvxattn.mpi_impl.tiles import Tiles
 from tests.cases import Case
 
 comm = MPI.COMM_WORLD
@@ -24,7 +24,7 @@ LIMIT = 30.0  # seconds, of which a right program needs a hundredth
 
 
 class Recording(MPI.Request):
-    """Tells how many requests were under way whenever Testall was called."""
+    """Records how many requests were pending at each call of Testall."""
 
     under_way: list[int] = []  # noqa: RUF012
 
@@ -76,10 +76,10 @@ def passes() -> dict[str, Any]:
 
         return call
 
-    exchange.Rotation.forward = recorded("shift", exchange.Rotation.forward)  # type: ignore[method-assign]
+    exchange.Rotation.pass_on = recorded("shift", exchange.Rotation.pass_on)  # type: ignore[method-assign]
     for name in ("partial_attention", "block_attention_backward"):
         setattr(lv_xattn, name, recorded("attend", getattr(lv_xattn, name)))
-    _Tiles.key_tiles = counted(_Tiles.key_tiles)  # type: ignore[method-assign]
+    Tiles.key_tiles = counted(Tiles.key_tiles)  # type: ignore[method-assign]
 
     case = Case("many tiles", H=1, H_KV=1, S_Q=1024, S_KV=10_240 * comm.size, dtype="float32")
     problem = case.make()
@@ -93,7 +93,7 @@ def passes() -> dict[str, Any]:
 
 
 def seen(events: list[str], tiles: list[int]) -> dict[str, Any]:
-    """Return what one pass did, and forget it."""
+    """Return the records of one pass, and clear them."""
     record = {
         "blocks": events.copy(),
         "tiles": tiles[0],

@@ -1,4 +1,4 @@
-"""Solve problems with synchronous sends and random delays; rank 0 prints what came of it as JSON.
+"""Solve problems with synchronous sends and random delays; rank 0 prints the verdicts as JSON.
 
 Arguments: how many seeds, and the longest delay in seconds.  Delays fall before and after every
 shift, wait and local attention, and before every send.
@@ -32,7 +32,7 @@ def dawdling(function: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
-exchange.Rotation.forward = dawdling(exchange.Rotation.forward)  # type: ignore[method-assign]
+exchange.Rotation.pass_on = dawdling(exchange.Rotation.pass_on)  # type: ignore[method-assign]
 exchange.Rotation.receive = dawdling(exchange.Rotation.receive)  # type: ignore[method-assign]
 lv_xattn.partial_attention = dawdling(lv_xattn.partial_attention)  # type: ignore[attr-defined]
 lv_xattn.block_attention_backward = dawdling(  # type: ignore[attr-defined]

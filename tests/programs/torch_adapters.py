@@ -1,7 +1,7 @@
 """Changed, wrapped and sharded projections on the ranks of a process group; rank 0 prints JSON.
 
-By what was done to a module: how far its results with keys and values made again are from those
-with them kept, and from those of a module that was left alone.
+For each change of a module: the differences of its results with keys and values recomputed from
+those with them kept, and from those of an unchanged module.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Call torch_impl in all the ways people do; rank 0 prints, as JSON, each rank's verdicts by check.
+"""Call torch_impl in all supported ways; rank 0 prints, as JSON, each rank's verdicts by check.
 
-A check is a function of the group that returns one truth or several.  Arguments: the checks' names,
-all unless given.
+A check is a function of the group that returns one verdict or several.  Arguments:
+names of checks; default: all.
 """
 
 import json
@@ -13,7 +13,6 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,12 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from lvxattn import torch_impl
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.wire import QUERIES
-from lvxattn.plan import MACHINES
 from lvxattn.torch_impl import CrossAttention, Layout, Meter, cross_attention, shard, unshard
 from lvxattn.torch_impl.group import Group
-from tests import hidden
-from tests.cases import Case
-from tests.judge import solve
+from tests.programs import shared
 from tests.programs.start import OnArrays, finish, start
 
 CHECKS: dict[str, Callable[[Group], Any]] = {}
@@ -58,7 +54,7 @@ def parts(*wholes: Tensor, group: Group) -> list[Tensor]:
 
 
 def gradients(fn: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
-    """Return what fn gives, and the gradients of a loss of it."""
+    """Return the result of fn, and the gradients of a loss of it."""
     out = fn(*leaves)
     weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
@@ -75,7 +71,7 @@ def close(a: Tensor, b: Tensor, ulps: float = 64) -> bool:
 
 
 class Scatter(torch.autograd.Function):
-    """Whole to part; the gradient of the whole is the sum of what all ranks say."""
+    """Whole to part; the gradient of the whole is the sum over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, group: Group) -> Tensor:
@@ -92,7 +88,7 @@ class Scatter(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """Part to whole, on every rank, all of which go on alike."""
+    """Part to whole, on every rank, where all ranks then compute the same."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
@@ -160,7 +156,7 @@ def a_loss_of_lse_alone(group: Group) -> Any:
 
 @check
 def nothing_goes_through_rows_that_see_nothing(group: Group) -> Any:
-    """Whoever joins lse with another -inf by logaddexp gets NaN from above."""
+    """The gradient of logaddexp of two -inf is NaN."""
     mine = parts(*wholes(heads=group.size), group=group)
     verdicts = []
     for schedule in SCHEDULES:
@@ -174,7 +170,7 @@ def nothing_goes_through_rows_that_see_nothing(group: Group) -> Any:
 
 @check
 def nothing_but_what_is_saved_outlives_a_forward(group: Group) -> Any:
-    """The buffers of a layout that was agreed for one call are not kept by its graph."""
+    """The graph does not keep the buffers of a layout that serves one call."""
     mine = parts(*wholes(heads=group.size), group=group)
     verdicts = []
     for schedule in SCHEDULES:
@@ -189,10 +185,7 @@ def autocast_casts_as_sdpa_does(group: Group) -> Any:
     verdicts = []
     for dtype, schedule in product((torch.float32, torch.float64), SCHEDULES):
         mine = parts(*wholes(dtype=dtype, heads=group.size), group=group)
-
-        def attend(*x: Tensor, schedule: str = schedule) -> Tensor:
-            return cross_attention(*x, group, schedule=schedule)
-
+        attend = partial(cross_attention, group=group, schedule=schedule)
         with torch.autocast("cpu", torch.bfloat16):
             ours = gradients(attend, *mine)
             theirs = scaled_dot_product_attention(*mine, enable_gqa=True)
@@ -210,10 +203,7 @@ def under_activation_checkpointing(group: Group) -> Any:
     verdicts = []
     for schedule in SCHEDULES:
         mine = parts(*wholes(heads=group.size), group=group)
-
-        def attend(*x: Tensor, schedule: str = schedule) -> Tensor:
-            return cross_attention(*x, group, schedule=schedule)
-
+        attend = partial(cross_attention, group=group, schedule=schedule)
         want = gradients(attend, *mine)
         calls = [
             lambda *x, r=r, fn=attend: checkpoint(fn, *x, use_reentrant=r) for r in (False, True)
@@ -234,10 +224,7 @@ def without_gradients_nothing_is_saved_and_training_goes_on(group: Group) -> Any
     verdicts = []
     for schedule in SCHEDULES:
         layout = Layout.agree(*mine, group, schedule=schedule)
-
-        def attend(*x: Tensor, **options: Any) -> Tensor:
-            return cross_attention(*x, group, **options)
-
+        attend = partial(cross_attention, group=group)
         want = gradients(partial(attend, schedule=schedule), *mine)
         for mode in (torch.inference_mode(), torch.no_grad(), nullcontext()):
             with mode:
@@ -280,10 +267,7 @@ def a_reused_layout_means_no_small_collectives(group: Group) -> Any:
     verdicts = []
     for schedule in SCHEDULES:
         layout = Layout.agree(*mine, group, schedule=schedule, **rule)
-
-        def attend(*x: Tensor, **options: Any) -> Tensor:
-            return cross_attention(*x, group, **options, **rule)
-
+        attend = partial(cross_attention, group=group, **rule)
         want = gradients(partial(attend, schedule=schedule), *mine)
         before = dist.all_gather_object
         dist.all_gather_object = None  # whoever calls it fails
@@ -318,7 +302,7 @@ def messages_and_bytes_are_those_of_the_formula(group: Group) -> Any:
 
 
 def _at(rank: int, size: int) -> Group:
-    """Return what `shard` needs of another rank."""
+    """Return the attributes of another rank that `shard` uses."""
     at = Group(None)
     at.rank, at.size = rank, size
     return at
@@ -352,13 +336,13 @@ def decoding_allocates_nothing_of_a_block_s_or_a_shard_s_size(group: Group) -> A
 
 
 def buffers(layout: Layout) -> list[int]:
-    """Where the layout's buffers are; only those at rest."""
+    """Return the addresses of the layout's free buffers."""
     return sorted(x.data_ptr() for held in layout.pool.at_rest.values() for x in held)
 
 
 @check
 def replicated_queries(group: Group) -> Any:
-    """Every rank holds all queries, gets all of out, and takes the same loss from it."""
+    """Every rank has all queries, gets all of out, and computes the same loss."""
     verdicts = []
     masks: list[Any] = [None, lambda b, h, i, j: (i + 2 * j) % 5 > b, torch.zeros(1, 1, 1, 29)]
     masks[2][..., :20] = -torch.inf  # what the first ranks hold is hidden
@@ -397,7 +381,7 @@ def replicated_queries(group: Group) -> Any:
 
 @check
 def a_layer_under_autocast_takes_features_of_either_dtype(group: Group) -> Any:
-    """As an encoder under autocast gives them."""
+    """Features as from an encoder under autocast."""
     torch.manual_seed(0)
     module = CrossAttention(16, 4, num_kv_heads=2, kv_dim=8, bias=True)
     x, y = torch.randn(2, 3 + group.rank, 16), torch.randn(2, 9, 8)
@@ -470,21 +454,13 @@ def the_profiler_sees_what_is_gathered_and_traded(group: Group) -> Any:
 
 @check
 def only_rank_0_s_machine_counts(group: Group) -> Any:
-    """The others may have none, or another one: all ranks take the same schedule."""
-    mine = parts(*wholes(S_Q=40, S_KV=2), group=group)
-    machines = [MACHINES["h100"], None, MACHINES["a30-8"]]
-    machine = machines[group.rank % 3]
-    layout = Layout.agree(*mine, group, schedule="auto", machine=machine)
-    by_bytes = Layout.agree(*mine, group, schedule="auto", machine=machine if group.rank else None)
-    chosen = group.allgather([layout.schedule, by_bytes.schedule])
-    # Latency is what takes time here; alone a rank sends nothing.
-    wanted = ["gather", "ring"] if group.size > 1 else chosen[0]
-    return [chosen == [wanted] * group.size, layout.machine == machines[0], not by_bytes.machine]
+    """The other ranks may have none, or another one: all choose the same schedule."""
+    return shared.machine_of_rank_0_counts(group, OnArrays())
 
 
 @check
 def blocks_are_posted_before_the_work_that_hides_them(group: Group) -> Any:
-    """The next block is asked for, and what is done is sent, before a rank computes."""
+    """Sends and receives are posted before a rank computes."""
     mine, P = parts(*wholes(), group=group), group.size
     # By schedule: after its first, a rank waits for a block and sends it on; results follow work.
     on, last = ["wait block", "post block"], ["wait block"]
@@ -534,10 +510,7 @@ def arrays_of_any_stride_work_and_are_left_alone(group: Group) -> Any:
     strides = [a.stride() != b.stride() for a, b in zip(odd, plain, strict=True)]
     leaves, verdicts = [x.requires_grad_() for x in plain], strides
     for schedule in SCHEDULES:
-
-        def attend(*x: Tensor, schedule: str = schedule) -> Tensor:
-            return cross_attention(*x, group, schedule=schedule)
-
+        attend = partial(cross_attention, group=group, schedule=schedule)
         got, want = gradients(attend, *odd), gradients(attend, *leaves)
         verdicts += [close(a, b, 256) for a, b in zip(got, want, strict=True)]
     untouched = all(torch.equal(a.detach(), b) for a, b in zip(odd, before, strict=True))
@@ -600,12 +573,12 @@ def meta_tensors_have_shapes(group: Group) -> Any:
 
 
 def causal(b: Any, h: Any, i: Any, j: Any) -> Any:
-    """Be a rule."""
+    """Return a causal mask."""
     return i >= j
 
 
 class Own(Tensor):
-    """A tensor as data loaders of other projects hand them out."""
+    """A subclass of Tensor, as some data loaders return."""
 
 
 @check
@@ -617,10 +590,7 @@ def subclasses_are_computed_with_as_their_base_and_come_out(group: Group) -> Any
         given = [mine[0], *mine[1:]]
         if schedule == "replicated":
             given[0] = wholes(heads=group.size)[0].requires_grad_()
-
-        def attend(*x: Tensor, mask: Tensor = mask, option: Any = option) -> Tensor:
-            return cross_attention(*x, group, mask=mask, **option)
-
+        attend = partial(cross_attention, group=group, mask=mask, **option)
         want = gradients(attend, *given)
         own = [x.detach().as_subclass(Own).requires_grad_() for x in given]
         got = gradients(partial(attend, mask=mask.as_subclass(Own)), *own)
@@ -672,34 +642,17 @@ def a_module_equals_its_parts(group: Group) -> Any:
 
 @check
 def rows_hidden_by_a_finite_number(group: Group) -> Any:
-    return [
-        right
-        for schedule in (*SCHEDULES, "replicated")
-        for right in hidden.all_right(
-            partial(solve, comm=group, implementation=OnArrays(), schedule=schedule),
-            schedule,
-            group.size,
-        )
-    ]
+    return shared.hidden_rows_are_right(group, OnArrays())
 
 
 @check
 def errors_at_a_large_lse_are_hardly_those_of_more_ranks(group: Group) -> Any:
-    """At most twice those of one rank, in the mean over the elements of a result."""
-    verdicts = []
-    for level in (-1e4, -900.0, 900.0, 1e4):
-        problem = Case("large lse", H=4, S_Q=65, S_KV=601, dtype="float32", shift=level).make()
-        together, alone = (solve(problem, c, OnArrays()) for c in (group, Group(None)))
-        truth = problem.truth().results
-        for name in together:
-            many, one = (np.square(x[name] - truth[name]).mean() for x in (together, alone))
-            verdicts.append(many <= 2**2 * one)
-    return verdicts
+    return shared.errors_grow_at_most_twofold(group, Group(None), OnArrays())
 
 
 @check
 def a_group_that_this_rank_is_not_in(group: Group) -> Any:
-    """Only the others can be told; who is in it goes on."""
+    """Raises on that rank only; the group's ranks are not affected."""
     first = dist.new_group([0])
     q = torch.ones(1, 1, 3, 4)
     if group.rank == 0:

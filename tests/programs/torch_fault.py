@@ -43,7 +43,7 @@ Case = tuple[int, int, str, str, str, str]
 
 
 class Rank:
-    """One rank of a case, in a process of its own; `folder` is where it leaves word."""
+    """One rank of a case, in a process of its own; it writes events to `folder`."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.P, self.number, self.how, self.place, self.schedule, self.which = case
@@ -101,7 +101,7 @@ class Rank:
             raise
 
     def prepare(self) -> None:
-        """Fail now, or see to it that this rank will."""
+        """Fail now, or prepare to fail later."""
         self.armed = True
         if self.how == "mask raises":
             return
@@ -126,7 +126,7 @@ class Rank:
             self.fails_at(before + h, module, name)
         else:  # what it sends is on its way: my own block and each visitor but the last, results
             number = min(2 * h + 1, 2 * (self.P - 1))
-            self.fails_at(number, exchange.Rotation, "forward")
+            self.fails_at(number, exchange.Rotation, "pass_on")
 
     def fails_at(self, number: int, where: Any, name: str) -> None:
         """Fail when a function has been called this number of times."""
@@ -149,19 +149,19 @@ class Rank:
         os.kill(os.getpid(), stops)
 
     def refuse(self, ops: Any) -> Any:
-        """Be the transport that takes no more."""
+        """Fail like a transport that accepts no message."""
         self.say("failed", time.monotonic())
         raise RuntimeError(f"the transport took none of {len(ops)} messages")
 
     def rule(self, b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
-        """Be a user's mask that fails."""
+        """A user's mask that raises."""
         if self.armed:
             self.say("failed", time.monotonic())
             raise ZeroDivisionError("of the user's own")
         return causal(b, h, q_index, kv_index)
 
     def once_more(self, attend: Any) -> None:
-        """Use the group again, as one is told not to."""
+        """Use the failed group again, against the documentation."""
         begin = time.monotonic()
         try:
             attend()
@@ -171,17 +171,17 @@ class Rank:
         self.say(f"again{os.environ[RANK]}", [time.monotonic() - begin, said])
 
     def say(self, name: str, what: Any) -> None:
-        """Leave word."""
+        """Write an event."""
         (self.folder / name).write_text(json.dumps(what))
 
 
 def causal(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
-    """Be a mask."""
+    """A causal mask."""
     return kv_index <= q_index
 
 
 class Run:
-    """A case that runs: the processes of its ranks."""
+    """The processes of a running case."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder = case, folder
@@ -201,7 +201,7 @@ class Run:
         raise _Forked(Rank(self.case, self.folder))
 
     def look(self) -> bool:
-        """See which ranks have ended, and whether all have."""
+        """Collect ended ranks; return whether all have ended."""
         left = [rank for rank in range(len(self.pids)) if rank not in self.ended]
         for rank in left:
             pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
@@ -235,7 +235,7 @@ class Run:
 
 
 class _Forked(Exception):  # noqa: N818 - not an error: how a fork leaves what the mother does
-    """It is a rank that goes on from here."""
+    """Raised in a fork, which continues as a rank."""
 
 
 def main(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
@@ -254,7 +254,7 @@ def main(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     place = tempfile.mkdtemp()
-    gc.freeze()  # else every rank, as it ends, would take a second to collect PyTorch's modules
+    gc.freeze()  # or every rank would spend a second at exit on collecting PyTorch's modules
     try:
         reports = main([tuple(case) for case in json.loads(sys.argv[1])], Path(place))
     except _Forked as forked:

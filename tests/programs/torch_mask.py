@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lvxattn.torch_impl import Layout, cross_attention
-from lvxattn.torch_impl.commands.run import world
+from lvxattn.torch_impl.commands.processes import world
 
 
 def rule(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What a process group is started with: threads, and a timeout that ends a wait.
+"""A process group's number of threads, and its timeout, which ends a wait.
 
 usage: torch_world.py FILE; LVXATTN_TIMEOUT is set.  Rank 1 leaves rank 0 waiting, which writes the
-file when it is tired of it.
+file at its timeout.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from lvxattn.torch_impl.commands.run import limit_threads, world
+from lvxattn.torch_impl.commands.processes import limit_threads, world
 
 os.sched_getaffinity = lambda _: set(range(8))
 done = Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""A training run on ranks that torchrun started, told on rank 0 as JSON.
+"""A training run on torchrun's ranks; rank 0 prints the results as JSON.
 
 Run as ``torchrun --nproc-per-node 4 tests/programs/train.py STEPS ARGUMENTS...``: it takes
 STEPS steps in float64, three with every other schedule, and then runs ``train`` with the arguments;
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.torch_impl.commands.train import add_options, run_training
 from lvxattn.torch_impl.commands.train.data import load_images
-from lvxattn.torch_impl.commands.train.loop import Run
+from lvxattn.torch_impl.commands.train.training import Run
 from lvxattn.torch_impl.group import Group
 from tests.test_train import SETTINGS
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def losses_by(schedule: str, other: Run) -> list[float]:
-    """Return the losses of the first steps of a run like another one."""
+    """Return the losses of the first steps of the same run with another schedule."""
     run = Run.begin(SETTINGS, other.parts, other.model.group, schedule)
     for _ in range(3):
         run.step()
@@ -55,7 +55,7 @@ def losses_by(schedule: str, other: Run) -> list[float]:
 
 
 def train(words: list[str], group: Group) -> tuple[int, str, str]:
-    """Return the status of a training run, and what it said."""
+    """Return the exit status and the output of a training run."""
     parser = ArgumentParser()
     add_options(parser)
     out, err = io.StringIO(), io.StringIO()

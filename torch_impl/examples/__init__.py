@@ -1,1 +1,1 @@
-"""Programs to copy from: each is one file, started by the command on its top."""
+"""Example programs: each is one file, started by the command in its docstring."""

@@ -72,16 +72,16 @@ def main() -> None:
         )
     else:
         train(device, options.context, options.steps, options.divide_by)
-    # What `train` held of meshes and groups is gone with it: a group that Python objects still
-    # hold when the interpreter ends can abort the process.
-    dist.barrier()  # torchrun ends all ranks with the first that fails: rank 0 has spoken by now
+    # The meshes and groups of `train` have been freed: a group that Python objects still hold when
+    # the interpreter exits can abort the process.
+    dist.barrier()  # rank 0 has printed by now: torchrun ends all ranks with the first that fails
     dist.destroy_process_group()
     if wrong:
         sys.exit(2)
 
 
 def train(device: torch.device, context: int, steps: int, divide_by: str) -> None:
-    """Take some steps on the mesh and alone.
+    """Take some steps on the mesh, and the same in one process.
 
     Collective: every rank of the program calls this.
 
@@ -90,7 +90,7 @@ def train(device: torch.device, context: int, steps: int, divide_by: str) -> Non
     device : torch.device
         Of this rank.
     context : int
-        How many ranks share a sample; a divisor of the number of ranks.
+        The number of ranks that share a sample; a divisor of the number of ranks.
     steps : int
     divide_by : {"all", "own"}
         Whether the loss is a mean over all ranks' tokens, or each rank's over its own.
@@ -143,7 +143,7 @@ class Batch(NamedTuple):
     targets : (B, s_q), int64
         `PADDING` where a sample has ended.
     frames : (B, s_kv, E_V), float64
-        What an encoder saw.
+        Features of an encoder.
     """
 
     tokens: Tensor
@@ -175,7 +175,7 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def divisor(targets: Tensor, divide_by: str) -> Tensor:
-    """Return what this rank's sum is divided by, so that all ranks' shares add up to the mean.
+    """Return the divisor of this rank's sum, so that all ranks' shares add up to the mean.
 
     Collective: every rank of the program calls this.  With ``"own"`` the shares are the ranks' own
     means, of equal weight: right only where all ranks have as many tokens that count.
@@ -188,12 +188,12 @@ def divisor(targets: Tensor, divide_by: str) -> Tensor:
 
 
 class Model(nn.Module):
-    """Text that looks at frames: logits for every token.
+    """A small model that attends from text to frames, and returns logits for every token.
 
     Parameters
     ----------
     attention : callable
-        Makes a layer of cross-attention: `CrossAttention` over some ranks, or `PlainAttention`.
+        Creates a layer of cross-attention: `CrossAttention` over ranks, or `PlainAttention`.
     """
 
     def __init__(self, attention: Callable[..., nn.Module]) -> None:
@@ -214,7 +214,7 @@ class Model(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """What `CrossAttention` computes, by one process and without this package."""
+    """The same as `CrossAttention`, in one process and without this package."""
 
     def __init__(self, embed_dim: int, num_heads: int, *, num_kv_heads: int) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class PlainAttention(nn.Module):
         )
         attend = nn.functional.scaled_dot_product_attention
         out = attend(q, k, v, enable_gqa=True)  # (B, H, S_Q, D)
-        joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, S_Q, E)
         return joined
 
 

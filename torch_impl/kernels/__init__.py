@@ -1,7 +1,7 @@
-"""The kernels behind `block_attention`: to add one, write its file and name it here.
+"""The kernels of `block_attention`.  To add one, write its module and add it to `_ALL`.
 
-Each offers `NAME`, `unsupported(job)`, `forward` and `backward`, as `job.Kernel` says.  `choose`
-holds the rules by which `kernel="auto"` picks one.
+Each module has `NAME`, `unsupported`, `forward` and `backward`, as in `kernel_spec.Kernel`.
+`choose` contains the rules of `kernel="auto"`.
 """
 
 from lvxattn.torch_impl.kernels import blocked, cpu_flash, cuda_flash, cudnn, efficient, split

@@ -1,15 +1,15 @@
 r"""Matrix products tile by tile: every device, dtype, mask and D_V.
 
-The code of mpi_impl's `block_attention`, on tensors; its steps have the same numbers.
+The numbered steps are those of mpi_impl's `block_attention` and `tiles`, on tensors.
 
 Scores, and dout v^T, from which delta is subtracted, are computed to the accumulator's precision.
-A score rounded to 16 bits would be off by w |score|, and its probability by a factor of
-exp(w |score|), where nothing later can mend it.  Probabilities and the gradients of scores enter
-their products as factors, and may be rounded to bf16: that is a relative error of w in each term of
-a sum, no more than rounding v would have been.  fp16 has not their range (a uniform probability
-over 64k keys is subnormal), so there they stay in fp32.
+With w the unit roundoff, a score rounded to 16 bits would be off by w |score|, and its probability
+by a factor of exp(w |score|), which nothing later can correct.  Probabilities and gradients of
+scores are factors of products, and may be rounded to bf16: that is a relative error of w in each
+term of a sum, no more than from rounding v.  fp16 lacks their range (a uniform probability over 64k
+keys is subnormal), so there they stay in fp32.
 
-Which products are taken in 16 bits is thus a matter of speed only:
+Which products are computed in 16 bits is thus a matter of speed only:
 
     bf16, CPU with instructions for it   p v, p^T dout, ds k, ds^T q   (4 times as fast as fp32)
     fp16 on a CPU, or one without them   none: 16-bit products are emulated there
@@ -30,16 +30,16 @@ from lvxattn.torch_impl.merge import merge_partials
 NAME = "blocked"
 
 
-def unsupported(job: KernelSpec) -> str | None:  # noqa: ARG001
-    """Say why the kernel cannot do the job: it always can."""
+def unsupported(spec: KernelSpec) -> str | None:  # noqa: ARG001
+    """Return None: every block is supported."""
     return None
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `partial_attention` does."""
-    work = _Tiles(q, k, mask)
+    """Compute `partial_attention`."""
+    work = Tiles(q, k, mask)
     out, top, total = work.new_rows(v.shape[3]), work.new_rows(), work.new_rows()
     for at in work.row_tiles():
         q_tile = work.load_queries(q, at, scale)
@@ -47,19 +47,19 @@ def forward(
         top_tile = torch.full(q_tile.shape[:2], -torch.inf, dtype=work.dtype, device=q.device)
         total_tile = torch.zeros_like(top_tile)
         for keys in work.key_tiles():
-            # 1. Scores, with -inf where a query may not look.
+            # 1. Compute scores, with -inf where a query may not attend.
             p = work.scores(q_tile, k, at, keys, scale)
-            # 2. Softmax over this tile alone.  Where a row sees nothing: 0 instead of -inf - -inf.
+            # 2. Softmax over this tile alone.  Where a row sees no key, 0 avoids -inf - -inf.
             row_max = p.amax(dim=-1)
             base = torch.where(row_max == -torch.inf, 0.0, row_max)
             p -= base[..., None]
             p.exp_()
             row_sum = p.sum(dim=-1)
-            part = work.weighted(p, v[at[0], at[1], keys])
-            part /= torch.where(row_sum == 0, 1.0, row_sum)[..., None]
+            row_out = work.weighted(p, v[at[0], at[1], keys])
+            row_out /= torch.where(row_sum == 0, 1.0, row_sum)[..., None]
             # 3. Join it with the tiles before.
             out_tile, top_tile, total_tile = merge_partials(
-                out_tile, top_tile, total_tile, part, row_max, row_sum
+                out_tile, top_tile, total_tile, row_out, row_max, row_sum
             )
         for x, tile in ((out, out_tile), (top, top_tile), (total, total_tile)):
             work.store(x, at, tile)
@@ -77,8 +77,8 @@ def backward(
     scale: float,
     mask: MaskView,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `block_attention_backward` does."""
-    work = _Tiles(q, k, mask)
+    """Compute `block_attention_backward`."""
+    work = Tiles(q, k, mask)
     dq = work.new_rows(q.shape[3])
     dk, dv = (torch.zeros(x.shape, dtype=work.dtype, device=q.device) for x in (k, v))
     for at in work.row_tiles():
@@ -89,15 +89,15 @@ def backward(
         base = torch.where(lse_tile == -torch.inf, 0.0, lse_tile)
         for keys in work.key_tiles():
             k_tile, v_tile = k[at[0], at[1], keys], v[at[0], at[1], keys]
-            # 1. The probabilities that these keys have among all keys.
+            # 1. Compute the probabilities of these keys among all keys.
             p = work.scores(q_tile, k, at, keys, scale)
             p -= base[..., None]
             p.exp_()
-            # 2. Their gradients, and those of the scores.
-            ds = work.product(1, dout_tile, v_tile)
+            # 2. Compute their gradients, and those of the scores.
+            ds = work.product(1, dout_tile, v_tile)  # without scale, which dk and dq get
             ds -= delta_tile[..., None]
             ds *= p
-            # 3. Plain sums; the heads of a group share their key-value head.
+            # 3. Add to plain sums; the heads of a group share their key-value head.
             dv[at[0], at[1], keys] += work.weighted(p.transpose(-1, -2), dout_tile)
             dk[at[0], at[1], keys] += work.weighted(ds.transpose(-1, -2), q_bare) * scale
             dq_tile += work.weighted(ds, k_tile)
@@ -109,10 +109,10 @@ def backward(
 At = tuple[int, slice, slice]
 
 
-class _Tiles:
-    """How a block is cut, and the way from its tensors to a tile's and back.
+class Tiles:
+    """The tiles of one block: their sizes, and how tensors are loaded from and stored into it.
 
-    The query heads that share a key-value head are laid one under the other, so that a tile is one
+    The rows of the query heads that share a key-value head are stacked, so that a tile is one
     matrix product for each key-value head: (heads, G rows, D) by (heads, keys, D), G = H / H_KV.
     """
 
@@ -121,7 +121,7 @@ class _Tiles:
         self.B, self.H, self.s_q, _ = q.shape
         self.H_KV, self.s_kv = k.shape[1:3]
         self.G = self.H // self.H_KV
-        # What enters q k^T and dout v^T, and what enters the products with p or ds.
+        # Dtypes of the factors of q k^T and dout v^T, and of those of products with p or ds.
         self.narrow = self.factor = self.dtype
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             self.narrow = q.dtype
@@ -138,14 +138,14 @@ class _Tiles:
         self.scratch = torch.empty((2, size), dtype=self.dtype, device=q.device)
 
     def row_tiles(self) -> Iterator[At]:
-        """Yield every tile's batch entry, key-value heads and rows."""
+        """Yield the batch entry, key-value heads and rows of every tile."""
         for b in range(self.B):
             for heads in tiles(self.H_KV, self.tile_heads):
                 for rows in tiles(self.s_q, self.tile_rows):
                     yield b, heads, rows
 
     def key_tiles(self) -> Iterator[slice]:
-        """Yield every tile's keys."""
+        """Yield the keys of every tile."""
         return tiles(self.s_kv, self.tile_keys)
 
     def new_rows(self, *width: int) -> Tensor:
@@ -158,7 +158,7 @@ class _Tiles:
         """Return a tile (heads, G rows, ...) of x (B, H, s_q, ...), in the accumulator dtype."""
         b, heads, rows = at
         tile = x[b, self._query_heads(heads), rows].to(dtype or self.dtype)
-        return tile.reshape(heads.stop - heads.start, -1, *x.shape[3:])
+        return tile.reshape(heads.stop - heads.start, -1, *x.shape[3:])  # (heads, G rows, ...)
 
     def load_queries(self, q: Tensor, at: At, scale: float) -> Tensor:
         """Return q's tile, times scale where that rounds no more than the product would."""
@@ -166,18 +166,18 @@ class _Tiles:
         return tile * scale if self.narrow == self.dtype else tile
 
     def store(self, x: Tensor, at: At, tile: Tensor) -> None:
-        """Write a tile back to where `load` would read it."""
+        """Write a tile to where `load` reads it."""
         b, heads, rows = at
         view = x[b, self._query_heads(heads), rows]
-        view.copy_(tile.view(view.shape))
+        view.copy_(tile.view(view.shape))  # (G heads, rows, ...)
 
     def product(self, which: int, a: Tensor, b: Tensor) -> Tensor:
-        """Return a b^T in the accumulator dtype; in scratch number `which`, which is used again."""
-        b = b.to(self.narrow).transpose(-1, -2)
+        """Return a b^T in the accumulator dtype, maybe in scratch number `which`, for a while."""
+        b = b.to(self.narrow).transpose(-1, -2)  # (heads, D, keys)
         if self.narrow != self.dtype:
             return torch.bmm(a, b, out_dtype=self.dtype)
         shape = (*a.shape[:2], b.shape[2])
-        out = self.scratch[which, : prod(shape)].view(shape)
+        out = self.scratch[which, : prod(shape)].view(shape)  # (heads, G rows, keys)
         return torch.bmm(a, b, out=out)
 
     def weighted(self, a: Tensor, b: Tensor) -> Tensor:
@@ -193,13 +193,16 @@ class _Tiles:
         scores = self.product(0, q_tile, k[b, heads, keys])
         if self.narrow != self.dtype:
             scores *= scale
-        tile = self.mask.tile(slice(b, b + 1), self._query_heads(heads), rows, keys, self._arange)
-        if tile is not None:
+        mask_tile = self.mask.tile(
+            slice(b, b + 1), self._query_heads(heads), rows, keys, self._arange
+        )
+        if mask_tile is not None:
             by_head = scores.view(-1, rows.stop - rows.start, scores.shape[2])
-            if tile.dtype == torch.bool:
-                by_head.masked_fill_(~tile[0], -torch.inf)
+            # (G heads, rows, keys)
+            if mask_tile.dtype == torch.bool:
+                by_head.masked_fill_(~mask_tile[0], -torch.inf)
             else:
-                by_head += tile[0].to(self.dtype)
+                by_head += mask_tile[0].to(self.dtype)
         return scores
 
     def _arange(self, start: int, stop: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Which kernel `kernel="auto"` takes: the first rule that fits, of kernels that can do the job.
+"""The rules of `kernel="auto"`: the first that fits, of a kernel that supports the block, is used.
 
-The rule for the CPU rests on benchmarks/results/kernels-cpu.json (two cores; benchmarks/kernels.py
-measures another machine); those for CUDA rest on PyTorch's source alone.
+The rule for the CPU is based on benchmarks/results/kernels-cpu.json (two cores;
+benchmarks/kernels.py measures another machine), those for CUDA on PyTorch's source only.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec
 
 @dataclass(frozen=True)
 class Rule:
-    """Take this kernel for jobs that fit, because."""
+    """A kernel, a condition under which it is used, and the reason."""
 
     kernel: str
     fits: Callable[[KernelSpec], bool]
@@ -25,41 +25,41 @@ class Rule:
 RULES = (
     Rule(
         "blocked",
-        lambda job: job.device == "cuda" and job.additive and not job.backward,
-        "only tiles give (top, total), and to look whether lse will do is to wait for the device",
+        lambda spec: spec.device == "cuda" and spec.additive and not spec.backward,
+        "only tiles give (top, total), and checking whether lse suffices would block the host",
     ),
     Rule(
         "cuda_flash",
-        lambda job: job.device == "cuda",
+        lambda spec: spec.device == "cuda",
         "the fastest for 16 bits in PyTorch's own order, splits by itself; not measured",
     ),
     Rule(
         "split",
-        lambda job: (
-            job.device == "cuda" and job.dtype != torch.float64 and split.parts_for(job) > 1
+        lambda spec: (
+            spec.device == "cuda" and spec.dtype != torch.float64 and split.parts_for(spec) > 1
         ),
         "too few heads and rows to fill a GPU, and no kernel before splits by itself; not measured",
     ),
     Rule(
         "cudnn",
-        lambda job: job.device == "cuda" and job.H != job.H_KV,
+        lambda spec: spec.device == "cuda" and spec.H != spec.H_KV,
         "takes a bias and grouped heads as they are; not measured",
     ),
-    Rule("efficient", lambda job: job.device == "cuda", "takes fp32 and a bias; not measured"),
+    Rule("efficient", lambda spec: spec.device == "cuda", "takes fp32 and a bias; not measured"),
     Rule(
         "cpu_flash",
-        lambda job: job.device == "cpu",
+        lambda spec: spec.device == "cpu",
         "s_q 1024, s_kv 4k: 46 ms and 120 back, blocked 64 and 150; a mask of all pairs: 62 and "
         "138, blocked 159 and 266; within a tenth of blocked at s_q up to 128",
     ),
-    Rule("blocked", lambda _: True, "can do every job"),
+    Rule("blocked", lambda _: True, "supports every block"),
 )
 
 
-def choose(job: KernelSpec) -> str:
-    """Return the name of the kernel for a job."""
+def choose(spec: KernelSpec) -> str:
+    """Return the name of the kernel for a block."""
     return next(
         rule.kernel
         for rule in RULES
-        if rule.fits(job) and KERNELS[rule.kernel].unsupported(job) is None
+        if rule.fits(spec) and KERNELS[rule.kernel].unsupported(spec) is None
     )

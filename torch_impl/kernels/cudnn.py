@@ -2,18 +2,16 @@
 
 Conventions, from PyTorch's source: lse is (B, H, s_q, 1), fp32, natural log; a bias in q's dtype is
 expanded to (B, H or 1, s_q, s_kv) by strides; D and D_V are multiples of 8 up to 128; the backward
-wants the generator's seed and offset even without dropout.  Of grouped heads its backward makes too
-much, and they are folded wherever the bias is the same for all rows.
+requires the generator's seed and offset even without dropout.  Grouped heads, whose backward would
+cost memory, are folded where the bias is the same for all rows.
 """
 
 import torch
 from torch import Tensor
 
 from lvxattn.common.masks import MaskView
-from lvxattn.torch_impl.kernels.bias import Bias
-from lvxattn.torch_impl.kernels.fold import fold
+from lvxattn.torch_impl.kernels.fused import Bias, fold, surrogate_out
 from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, accumulator_of
-from lvxattn.torch_impl.kernels.surrogate_out import surrogate_out
 
 NAME = "cudnn"
 
@@ -21,23 +19,23 @@ _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 
-def unsupported(job: KernelSpec) -> str | None:
-    """Say why the kernel cannot do the job."""
-    wrong = job.on("cuda", torch.bfloat16, torch.float16) or job.since_ampere()
-    wrong = wrong or job.exact_bias() or job.room_for_stand_in()
-    if wrong is None and not (max(job.D, job.D_V) <= 128 and job.D % 8 == 0 == job.D_V % 8):
-        return f"D and D_V multiples of 8 up to 128, got D = {job.D}, D_V = {job.D_V}"
+def unsupported(spec: KernelSpec) -> str | None:
+    """Return None if the kernel supports a block, else what is expected."""
+    wrong = spec.on("cuda", torch.bfloat16, torch.float16) or spec.since_ampere()
+    wrong = wrong or spec.exact_bias() or spec.room_for_surrogate_out()
+    if wrong is None and not (max(spec.D, spec.D_V) <= 128 and spec.D % 8 == 0 == spec.D_V % 8):
+        return f"D and D_V multiples of 8 up to 128, got D = {spec.D}, D_V = {spec.D_V}"
     return wrong
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `partial_attention` does."""
+    """Compute `partial_attention`."""
     bias = Bias.of(mask, q, k)
     rows = _fold(q, k, bias)
     out, lse = _forward(rows, k, v, bias.bias, True, 0.0, False, False, scale=scale)[:2]
-    out = out.reshape(*q.shape[:3], v.shape[3])
+    out = out.reshape(*q.shape[:3], v.shape[3])  # (B, H, s_q, D_V)
     return bias.settle(out.to(accumulator_of(q)), lse.reshape(q.shape[:3]))
 
 
@@ -52,7 +50,7 @@ def backward(
     scale: float,
     mask: MaskView,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `block_attention_backward` does."""
+    """Compute `block_attention_backward`."""
     bias = Bias.of(mask, q, k)
     lse = bias.closed(lse)[..., None].contiguous()
     given = q, *surrogate_out(dout, delta, q.dtype), lse
@@ -62,7 +60,7 @@ def backward(
         dout, rows, k, v, out, lse, seed, seed, bias.bias, None,
         None, rows.shape[2], k.shape[2], 0.0, False, scale=scale,
     )  # fmt: skip
-    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv
+    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv  # (B, H, s_q, D)
 
 
 def _fold(x: Tensor, k: Tensor, bias: Bias) -> Tensor:

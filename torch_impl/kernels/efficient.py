@@ -1,7 +1,7 @@
 """Memory-efficient attention (CUTLASS) as PyTorch ships it for CUDA: fp32 too, D_V != D, a bias.
 
-Conventions, from PyTorch's source: no grouped heads in the versions served here, so that they are
-folded; lse is (B, H, s_q rounded up to a multiple of 32), fp32, natural log, the surplus +inf; a
+Conventions, from PyTorch's source: no grouped heads in the supported versions, so that they are
+folded; lse is (B, H, s_q rounded up to a multiple of 32), fp32, natural log, padded with +inf; a
 bias is in q's dtype, expanded by strides, its rows aligned to 16 elements in memory.
 """
 
@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from lvxattn.common.masks import MaskView
-from lvxattn.torch_impl.kernels.bias import Bias
-from lvxattn.torch_impl.kernels.fold import fold
+from lvxattn.torch_impl.kernels.fused import Bias, fold, surrogate_out
 from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, accumulator_of
-from lvxattn.torch_impl.kernels.surrogate_out import surrogate_out
 
 NAME = "efficient"
 
@@ -20,25 +18,25 @@ _forward = torch.ops.aten._scaled_dot_product_efficient_attention
 _backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 
 
-def unsupported(job: KernelSpec) -> str | None:
-    """Say why the kernel cannot do the job."""
-    wrong = job.on("cuda", torch.float32, torch.bfloat16, torch.float16)
-    wrong = wrong or job.exact_bias() or job.room_for_stand_in()
-    step = 4 if job.dtype == torch.float32 else 8
-    if wrong is None and (job.D % step or job.D_V % step):
-        return f"D and D_V multiples of {step}, got D = {job.D}, D_V = {job.D_V}"
+def unsupported(spec: KernelSpec) -> str | None:
+    """Return None if the kernel supports a block, else what is expected."""
+    wrong = spec.on("cuda", torch.float32, torch.bfloat16, torch.float16)
+    wrong = wrong or spec.exact_bias() or spec.room_for_surrogate_out()
+    step = 4 if spec.dtype == torch.float32 else 8
+    if wrong is None and (spec.D % step or spec.D_V % step):
+        return f"D and D_V multiples of {step}, got D = {spec.D}, D_V = {spec.D_V}"
     return wrong
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: MaskView
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `partial_attention` does."""
+    """Compute `partial_attention`."""
     bias = Bias.of(mask, q, k)
     rows = fold(q, k)
     out, lse = _forward(rows, k, v, _aligned(bias.bias, q, k), True, 0.0, False, scale=scale)[:2]
-    lse = lse[:, :, : rows.shape[2]].reshape(q.shape[:3])
-    out = out.reshape(*q.shape[:3], v.shape[3])
+    lse = lse[:, :, : rows.shape[2]].reshape(q.shape[:3])  # (B, H, s_q)
+    out = out.reshape(*q.shape[:3], v.shape[3])  # (B, H, s_q, D_V)
     return bias.settle(out.to(accumulator_of(q)), lse)
 
 
@@ -53,7 +51,7 @@ def backward(
     scale: float,
     mask: MaskView,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `block_attention_backward` does."""
+    """Compute `block_attention_backward`."""
     bias = Bias.of(mask, q, k)
     dout, out = surrogate_out(dout, delta, q.dtype)
     lse = fold(bias.closed(lse), k)
@@ -63,13 +61,13 @@ def backward(
         fold(dout, k), fold(q, k), k, v, _aligned(bias.bias, q, k), fold(out, k), lse, seed,
         seed, 0.0, [True, True, True, False], False, scale=scale,
     )  # fmt: skip
-    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv
+    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv  # (B, H, s_q, D)
 
 
 def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Return the bias as (B, H_KV, G s_q, s_kv), its rows aligned.
+    """Return the bias as (B, H_KV, G s_q, s_kv), with aligned rows.
 
-    In memory no larger than the mask is, but for the heads of a group.
+    It takes as much memory as the mask, times G if that has one head.
     """
     if bias is None:
         return None
@@ -78,5 +76,6 @@ def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     if bias.shape[1] != 1:
         bias = fold(bias.expand(-1, -1, q.shape[2], -1), k)
     elif bias.shape[2] != 1:
+        # (..., 1, G s_q, s_kv)
         bias = bias.expand(-1, G, -1, -1).reshape(bias.shape[0], 1, -1, bias.shape[3])
     return bias[..., :s_kv].expand(q.shape[0], k.shape[1], G * q.shape[2], -1)

@@ -1,7 +1,7 @@
-"""What a kernel is asked to do, as plain data: enough to say whether it can, and whether it should.
+"""The properties of a block that decide which kernels support it, and which one is used.
 
-A `KernelSpec` holds no tensor, so that the rules for a device can be read and tested on a machine
-that has none.
+A `KernelSpec` holds no tensor, so that the rules for a device can be tested on a machine without
+one.
 """
 
 from dataclasses import dataclass, replace
@@ -16,19 +16,19 @@ from lvxattn.common.validation import accumulator
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A block's device, dtype, kind of mask and sizes, and the direction.
+    """The device, dtype, kind of mask and sizes of a block, and whether it is a backward.
 
     Attributes
     ----------
     device : str
         ``"cpu"``, ``"cuda"``, ...
     mask : str
-        ``"none"``, ``"callable"``, ``"padding"``: an array with one row for all queries, or
-        ``"array"``: any other.
+        ``"none"``, ``"callable"``, ``"padding"`` (an array with one row for all queries) or
+        ``"array"`` (any other).
     mask_dtype : torch.dtype, optional
         Of an array mask.
     capability : (int, int)
-        The compute capability of a CUDA device: (8, 0) is the first with bf16.
+        The compute capability of a CUDA device; bf16 requires (8, 0).
     """
 
     device: str
@@ -47,7 +47,7 @@ class KernelSpec:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool) -> "KernelSpec":
-        """Return the job that these arguments are."""
+        """Return the spec of these arguments."""
         B, H, s_q, D = q.shape
         H_KV, s_kv = k.shape[1:3]
         kind, dtype = "none", None
@@ -57,15 +57,15 @@ class KernelSpec:
             shape = mask.mask.shape
             kind = "array" if len(shape) > 1 and shape[-2] != 1 else "padding"
             dtype = mask.mask.dtype
-        job = KernelSpec(
+        spec = KernelSpec(
             q.device.type, q.dtype, B, H, H_KV, s_q, s_kv, D, v.shape[3], kind, dtype, backward
         )  # fmt: skip
         if q.is_cuda:
-            job = replace(job, capability=torch.cuda.get_device_capability(q.device))
-        return job
+            spec = replace(spec, capability=torch.cuda.get_device_capability(q.device))
+        return spec
 
     def on(self, device: str, *dtypes: torch.dtype) -> str | None:
-        """Say what is wrong if this is another device or none of the dtypes."""
+        """Return None for this device and one of these dtypes, else what is expected."""
         if self.device != device:
             return f"a {device} tensor, got {self.device}"
         if self.dtype not in dtypes:
@@ -74,17 +74,17 @@ class KernelSpec:
 
     @property
     def additive(self) -> bool:
-        """Whether a mask can hide by a finite number, so that lse may be too large for its row."""
+        """Whether a mask can hide keys by a finite number, which makes |lse| large."""
         return self.mask in ("padding", "array") and self.mask_dtype != torch.bool
 
     def since_ampere(self) -> str | None:
-        """Say what is wrong if the device is older than the kernels for 16 bits want it."""
+        """Return None if the device supports the kernels for 16 bits, else what is expected."""
         if self.capability < (8, 0):
             return f"a device of compute capability 8.0 or more, got {self.capability}"
         return None
 
     def exact_bias(self) -> str | None:
-        """Say what is wrong if the mask cannot be a bias in q's dtype and mean the same."""
+        """Return None if the mask is exact as a bias in q's dtype, else what is expected."""
         if self.mask == "callable":
             return "no mask or an array, got a callable mask"
         wide = accumulator(_name(self.dtype)) == _name(self.dtype)
@@ -92,23 +92,23 @@ class KernelSpec:
             return f"an additive mask that {_name(self.dtype)} holds, got {_name(self.mask_dtype)}"
         return None
 
-    def room_for_stand_in(self) -> str | None:
-        """Say what is wrong if a backward needs `out` and the dtype has no room for a stand-in."""
+    def room_for_surrogate_out(self) -> str | None:
+        """Return None if the dtype has room for a surrogate out, else what is expected."""
         if self.backward and self.dtype == torch.float16:
             return "bfloat16, float32 or float64 in the backward, got float16"
         return None
 
 
 class Kernel(Protocol):
-    """What the module of a kernel offers.
+    """The functions of a kernel's module.
 
-    Shapes and meaning are those of `partial_attention` and `block_attention_backward`, except that
-    there is at least one query and one key, and that the job has been found supported.
+    Arguments are those of `partial_attention` and `block_attention_backward`, with at least one
+    query and one key, and supported by the kernel.
     """
 
     NAME: str
 
-    def unsupported(self, job: KernelSpec) -> str | None:
+    def unsupported(self, spec: KernelSpec) -> str | None:
         """Return None, or ``"<what is expected>, got <what is given>"``."""
 
     def forward(
@@ -128,7 +128,7 @@ class Kernel(Protocol):
         scale: float,
         mask: MaskView,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq in the accumulator dtype; dk, dv in it, or in k's if they are rounded to it."""
+        """Return dq in the accumulator dtype, and dk and dv in it or, rounded, in k's."""
 
 
 def accumulator_of(x: Tensor) -> torch.dtype:

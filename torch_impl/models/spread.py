@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lvxattn.common.masks import MaskRule
-from lvxattn.torch_impl.autograd import Attention
-from lvxattn.torch_impl.cross_attention import agreed, passes
+from lvxattn.torch_impl.cross_attention import attend
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.layout import Layout
 from lvxattn.torch_impl.module import sum_gradients
@@ -141,15 +140,17 @@ class Spread:
             made = q.grad_fn
         else:
             (q, k, v), made = both(x, y), None
-        mask, group = self.adapter.mask, self.group
+        mask = self.adapter.mask
+        options: dict[str, Any] = {"scale": scale, "mask": mask, "queries": self.text}
         key = q.shape, q.dtype, k.shape, v.shape, scale, callable(mask)
-        layout = agreed(
-            q, k, v, group, self._layouts.get(key), schedule=self.schedule, scale=scale, mask=mask,
-            queries=self.text, call="the cross-attention of a model",
+        if key not in self._layouts:
+            self._layouts[key] = Layout.agree(
+                q, k, v, self.group, schedule=self.schedule, call="a model's attention", **options
+            )
+        out = attend(
+            q, k, v, self.group, self._layouts[key], made, schedule=self.schedule,
+            return_lse=False, meter=None, **options,
         )  # fmt: skip
-        self._layouts[key] = layout
-        given = q, k, v, mask, group, layout, *passes(layout, group), None, made
-        out, _ = Attention.apply(*given)  # type: ignore[no-untyped-call]
         return out.transpose(1, 2)  # (B, s_q, H, D_V)
 
     def average_gradients(self) -> None:

@@ -1,13 +1,11 @@
-"""Search a long video for small patches: what ``python -m lvxattn.mpi_impl demo`` does.
+"""``python -m lvxattn.mpi_impl demo``: search a long video for small patches.
 
 ===============  =================================================================================
 `search`         the program, top-down: read, search, judge, report, draw
-`sources`        what is searched: the default video (`camera`), a file or a folder (`files`)
-`descriptors`    patches of frames, what they look like (keys) and where they are (values)
-`queries`        noisy copies of patches that other ranks hold
-`judge`          is what came out right?
-`report`         the text
-`gallery`        what the picture shows
+`sources`        the video: the default one, a file or a folder (`files` reads these)
+`patches`        descriptors of patches (keys), their places (values), noisy copies (queries)
+`answers`        which answers are right, and which the picture shows
+`search_report`  the text
 `draw`           the picture
 ===============  =================================================================================
 """

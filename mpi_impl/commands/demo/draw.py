@@ -1,7 +1,7 @@
-"""The picture: noisy patches, the frames in which they were found, and who held them.
+"""The picture: noisy patches, the frames in which they were found, and the ranks that hold them.
 
-Each example shows the patch as the asking rank saw it and, joined to it, the frame from which the
-attention picked it. The film below is the whole video, coloured by the rank that holds it; the
+Each example shows the patch as the asking rank sees it and, joined to it, the frame in which the
+attention found it. The film below is the whole video, coloured by the rank that holds it; the
 lanes above it show where each rank's queries were found.
 """
 
@@ -16,24 +16,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 from numpy.typing import NDArray
 
-from lvxattn.mpi_impl.commands.demo.answers import Answers
-from lvxattn.mpi_impl.commands.demo.descriptors import PATCH
-from lvxattn.mpi_impl.commands.demo.gallery import COLS, film_frames
-from lvxattn.mpi_impl.commands.demo.judge import AMBIGUOUS, FOUND
+from lvxattn.mpi_impl.commands.demo.answers import AMBIGUOUS, COLS, FOUND, Answers, film_frames
+from lvxattn.mpi_impl.commands.demo.patches import PATCH
 from lvxattn.mpi_impl.commands.demo.sources import Source
 
 Pictures = Mapping[int, NDArray[np.uint8]]
 
 _NAMED = 8
-"""Ranks at most, for a lane of each to be named."""
+"""Maximum number of ranks for lanes to be labelled."""
 
 _PAPER, _INK, _DIM = "#14171c", "#f2f2ee", "#9aa0a8"
 _COLOURS = ("#56b4e9", "#e69f00", "#1fbf92", "#cc79a7", "#f0e442", "#d55e00", "#3d8fd1", "#ffffff")
-"""Okabe and Ito's colours, which colour-blind readers tell apart, a little lightened."""
+"""Okabe and Ito's colours, distinct for colour-blind readers, a little lightened."""
 
 _WIDTH, _HEIGHT = 12.0, 10.2  # inches, like all lengths below
 _LEFT = 1.35
-"""Where the lanes and the film begin."""
+"""Left edge of the lanes and the film."""
 _DPI = 150
 
 
@@ -46,14 +44,14 @@ def draw(
     starts: Sequence[int],
     source: Source,
 ) -> None:
-    """Draw what was asked and where it was found.
+    """Draw some queries, where all were found, and the film.
 
     Parameters
     ----------
     path : pathlib.Path
-        The file to write; its suffix names the format.
+        The file to write; its suffix selects the format.
     answers : Answers
-        Of all ranks.
+        The answers of all ranks.
     verdicts : sequence of str
         One for each answer.
     examples : sequence of int
@@ -63,7 +61,7 @@ def draw(
     starts : sequence of int
         Each rank's first frame, and the number of frames.
     source : Source
-        What was searched.
+        The video searched.
     """
     figure = Figure(figsize=(_WIDTH, _HEIGHT), facecolor=_PAPER)
     FigureCanvasAgg(figure)
@@ -85,8 +83,8 @@ def _draw_title(
     ranks, tokens = len(starts) - 1, starts[-1] * source.rows * source.cols
     found = f"{verdicts.count(FOUND)} of {len(answers)} noisy patches found among {tokens:,}"
     how = f"LV-XAttn on {ranks} rank{'s' * (ranks > 1)}: queries travel, the video stays"
-    _say(figure, 0.35, _HEIGHT - 0.45, found, _INK, 19, weight="bold")
-    _say(figure, 0.35, _HEIGHT - 0.77, f"{how}  ·  {source.title}", _DIM, 11.5)
+    _write(figure, 0.35, _HEIGHT - 0.45, found, _INK, 19, weight="bold")
+    _write(figure, 0.35, _HEIGHT - 0.77, f"{how}  ·  {source.title}", _DIM, 11.5)
 
 
 def _draw_example(
@@ -106,7 +104,7 @@ def _draw_example(
     patch_axes.imshow(answers.seen[n], interpolation="nearest")
     frame_axes = _panel(figure, beside, top - wide * shape, wide, wide * shape, _colour(holder))
     frame_axes.imshow(frame, interpolation="bilinear", aspect="auto")
-    x, y, box = col * PATCH - 2, row * PATCH - 2, PATCH + 3  # the box leaves the patch in sight
+    x, y, box = col * PATCH - 2, row * PATCH - 2, PATCH + 3  # the box does not cover the patch
     style = "-" if verdict == FOUND else ":"
     for colour, line in ((_PAPER, 4.5), (_INK, 2.2)):
         outline = Rectangle((x, y), box, box, fill=False, ec=colour, lw=line, ls=style)
@@ -120,11 +118,11 @@ def _draw_example(
 
     asks = f"{_letter(cell)}  rank {asker} asks"
     says = f"found on rank {holder}" if verdict == FOUND else f"{verdict}; truth on rank {holder}"
-    _say(figure, left, top + 0.07, asks, _colour(asker), 10, weight="bold")
-    _say(figure, beside, top + 0.07, says, _colour(holder), 10, weight="bold")
+    _write(figure, left, top + 0.07, asks, _colour(asker), 10, weight="bold")
+    _write(figure, beside, top + 0.07, says, _colour(holder), 10, weight="bold")
     where = f"frame {number:,}", f"row {row}, col {col}", f"weight {answers.weight[n]:.3f}"
     for line_number, text in enumerate(where):
-        _say(figure, left, top - side - 0.22 - 0.165 * line_number, text, _DIM, 9.5)
+        _write(figure, left, top - side - 0.22 - 0.165 * line_number, text, _DIM, 9.5)
 
 
 def _draw_lanes(
@@ -136,8 +134,8 @@ def _draw_lanes(
 ) -> None:
     """Draw a lane for each asking rank, with a mark at each frame where a query was found."""
     ranks, bottom, height = len(starts) - 1, 1.12, 1.0
-    _say(figure, _LEFT, bottom + height + 0.07, "where each rank's queries lie:", _DIM, 9.5)
-    _say(figure, _LEFT + 2.1, bottom + height + 0.07, "|  found    o  ambiguous", _INK, 9.5)
+    _write(figure, _LEFT, bottom + height + 0.07, "where each rank's queries lie:", _DIM, 9.5)
+    _write(figure, _LEFT + 2.1, bottom + height + 0.07, "|  found    o  ambiguous", _INK, 9.5)
     axes = _panel(figure, _LEFT, bottom, _WIDTH - _LEFT - 0.35, height, None)
     axes.set_xlim(0, starts[-1])
     axes.set_ylim(ranks - 0.5, -0.5)
@@ -146,7 +144,7 @@ def _draw_lanes(
         axes.axhline(rank, color=_DIM, linewidth=0.5, alpha=0.4)
         if ranks <= _NAMED:
             y = bottom + height * (1 - (rank + 0.5) / ranks) - 0.05
-            _say(figure, 0.35, y, f"rank {rank} asks", _colour(rank), 9.5)
+            _write(figure, 0.35, y, f"rank {rank} asks", _colour(rank), 9.5)
     for n, verdict in enumerate(verdicts):
         mark = {FOUND: "|", AMBIGUOUS: "o"}.get(verdict, "X")
         axes.plot(
@@ -172,7 +170,7 @@ def _draw_lanes(
 
 
 def _draw_film(figure: Figure, pictures: Pictures, starts: Sequence[int]) -> None:
-    """Draw the video as a strip of film over a bar that shows who holds it."""
+    """Draw the video as a strip of film over a bar that shows which rank holds it."""
     axes = _panel(figure, _LEFT, 0.2, _WIDTH - _LEFT - 0.35, 0.86, None)
     end = starts[-1]
     axes.add_patch(Rectangle((0, 0.26), end, 0.74, color="black", linewidth=0, zorder=-1))
@@ -197,10 +195,10 @@ def _draw_film(figure: Figure, pictures: Pictures, starts: Sequence[int]) -> Non
     axes.set_ylim(0, 1)
 
 
-def _say(
+def _write(
     figure: Figure, x: float, y: float, text: str, colour: str, size: float, weight: str = "normal"
 ) -> None:
-    """Write at a place in inches from the lower left corner."""
+    """Write text at a position in inches from the lower left corner."""
     figure.text(x / _WIDTH, y / _HEIGHT, text, color=colour, fontsize=size, fontweight=weight)
 
 

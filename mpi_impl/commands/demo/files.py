@@ -1,15 +1,15 @@
 """Read frames from a video file (PyAV) or from a folder of images (Pillow).
 
-A video is indexed once: the times of its frames, in the order of showing, and which of them are
-keyframes. Whoever wants frames then seeks to the last keyframe before them and decodes from there,
-so that a rank decodes its own part of the file only. Where times say nothing, because a raw stream
-has none, or because files were joined and their times begin again, frames are counted from the
-first one on.
+A video is indexed once: the times of its frames in display order, and the keyframes. To read
+frames, a rank seeks to the last keyframe before them and decodes from there, so that it decodes its
+own part of the file only. Where times cannot be used, because a raw stream has none, or because
+files were joined and times start again, frames are counted from the first one.
 """
 
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from math import inf
@@ -30,10 +30,10 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What a video holds, as it is shown: sizes in pixels, its number of frames.
+    """The frames of a video as displayed: size in pixels, and number.
 
     `pts` are their times in units of the time base, ascending, and `starts` the numbers of the
-    keyframes, the first of them 0; both are empty where times say nothing.
+    keyframes, the first of them 0; both are empty where times cannot be used.
     """
 
     height: int
@@ -58,15 +58,15 @@ def index_video(path: Path) -> VideoIndex:
     Raises
     ------
     ValueError
-        If the file is missing, damaged, cut short, or has no frames.
+        The file is missing, damaged, truncated, or has no frames.
     """
     import av
 
     container, stream = _open(path)
     with container:
-        try:
-            packets, end, last, timed = [], 0.0, -inf, True
-            for packet in container.demux():  # all streams: sound may go on where pictures end
+        packets, end, last, timed = [], 0.0, -inf, True
+        with _undamaged(path):
+            for packet in container.demux():  # all streams: sound may continue after the pictures
                 if packet.pts is not None and packet.time_base is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index == stream.index and packet.size and not packet.is_discard:
@@ -74,8 +74,6 @@ def index_video(path: Path) -> VideoIndex:
                     timed = timed and packet.pts is not None and at >= last
                     last = at
                     packets.append((packet.pts or 0, packet.is_keyframe))
-        except av.FFmpegError as error:
-            raise _damaged(path, error.strerror or str(error)) from error
         packets.sort()
         if not packets:
             raise ValueError(f"--video: expected at least one frame; {path} has none")
@@ -128,32 +126,27 @@ def read_video(
     Raises
     ------
     ValueError
-        If a frame cannot be decoded.
+        A frame cannot be decoded.
     """
-    import av
-
     video = np.empty((len(picks), height, width, 3), np.uint8)
     if not picks:
         return video
     container, stream = _open(path)
     pts, starts = index.pts, index.starts
-    with container:
-        try:
-            decoded, at = container.decode(stream), 0
-            for place, pick in enumerate(picks):
-                if starts and starts[bisect_right(starts, pick) - 1] > at:  # one lies between
-                    decoded = _decode_from(container, stream, pick, pts, starts)
-                if pts:
-                    frame = next((f for f in decoded if f.pts is None or f.pts >= pts[pick]), None)
-                else:
-                    frame = next(islice(decoded, pick - at, None), None)
-                if frame is None or frame.is_corrupt:
-                    found = "an end at" if frame is None else "a broken"
-                    raise _damaged(path, f"{found} frame {pick} of {index.frames}")
-                video[place], at = _shown(frame, height, width), pick + 1
-                progress(place + 1)
-        except av.FFmpegError as error:
-            raise _damaged(path, error.strerror or str(error)) from error
+    with container, _undamaged(path):
+        decoded, at = container.decode(stream), 0
+        for place, pick in enumerate(picks):
+            if starts and starts[bisect_right(starts, pick) - 1] > at:  # one lies between
+                decoded = _decode_from(container, stream, pick, pts, starts)
+            if pts:
+                frame = next((f for f in decoded if f.pts is None or f.pts >= pts[pick]), None)
+            else:
+                frame = next(islice(decoded, pick - at, None), None)
+            if frame is None or frame.is_corrupt:
+                found = "an end at" if frame is None else "a broken"
+                raise _damaged(path, f"{found} frame {pick} of {index.frames}")
+            video[place], at = _shown(frame, height, width), pick + 1
+            progress(place + 1)
     return video
 
 
@@ -163,7 +156,7 @@ def list_images(folder: Path) -> list[Path]:
     Raises
     ------
     ValueError
-        If there is no such folder, or no image in it.
+        There is no such folder, or no image in it.
     """
     if not folder.is_dir():
         there = "a file" if folder.exists() else "nothing"
@@ -178,13 +171,10 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def size_of_image(path: Path) -> tuple[int, int]:
-    """Height and width of an image in pixels, from its header."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
+    """Return height and width of an image in pixels, from its header."""
+    with _readable(path), Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_images(
@@ -200,16 +190,13 @@ def read_images(
     Raises
     ------
     ValueError
-        If an image cannot be read.
+        An image cannot be read.
     """
     video = np.empty((len(paths), height, width, 3), np.uint8)
     for place, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                image.draft("RGB", (width, height))  # JPEG: decode no finer than needed
-                picture = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise _unreadable(path, error) from error
+        with _readable(path), Image.open(path) as image:
+            image.draft("RGB", (width, height))  # JPEG: decode no finer than needed
+            picture = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         video[place] = np.asarray(ImageOps.fit(picture, (width, height)))
         progress(place + 1)
     return video
@@ -228,10 +215,8 @@ def _open(path: Path) -> "tuple[InputContainer, VideoStream]":
         raise ValueError(
             f"--video: expected PyAV, which reads {path}; it is not installed (pip install av)"
         ) from error
-    try:
+    with _undamaged(path):
         container = av.open(f"file:{path}")  # a name may have a colon, as protocols do
-    except av.FFmpegError as error:
-        raise _damaged(path, error.strerror or str(error)) from error
     if not container.streams.video:
         container.close()
         raise ValueError(f"--video: expected a video; {path} holds no stream of frames")
@@ -247,7 +232,7 @@ def _open(path: Path) -> "tuple[InputContainer, VideoStream]":
 
 
 def _count(path: Path, *, every: bool) -> "tuple[VideoFrame | None, int]":
-    """Decode the first frame of a video; where all are asked for, count them too."""
+    """Decode the first frame of a video, and count its frames if `every`."""
     import av
 
     container, stream = _open(path)
@@ -267,22 +252,21 @@ def _count(path: Path, *, every: bool) -> "tuple[VideoFrame | None, int]":
 
 
 def _matrix(frame: "VideoFrame | None") -> NDArray[np.int64]:
-    """Return where a frame's axes x and y are shown: (2, 2), of -1, 0 and 1.
+    """Return the directions in which a frame's axes x and y are displayed: (2, 2), of -1, 0 and 1.
 
-    A container's display matrix says so in numbers; what is turned by no quarter is shown as by the
-    nearest one.
+    From the container's display matrix, rounded to quarter turns.
     """
     found: Any = None if frame is None else frame.side_data.get("DISPLAYMATRIX")
     if found is None:
         return np.eye(2, dtype=np.int64)
-    # x' = m[0] x + m[3] y,  y' = m[1] x + m[4] y; the rest is no concern of directions.
+    # x' = m[0] x + m[3] y,  y' = m[1] x + m[4] y; the rest does not affect directions.
     a, b, _, c, d, *_ = np.frombuffer(found, np.int32, 9).astype(np.int64)
     turned = abs(b) > abs(a)
     return np.sign([[0, c or 1], [b, 0]] if turned else [[a or 1, 0], [0, d or 1]])
 
 
 def _shown(frame: "VideoFrame", height: int, width: int) -> NDArray[np.uint8]:
-    """Return a frame's pixels as they are shown, scaled: (height, width, 3)."""
+    """Return a frame's pixels as displayed, scaled: (height, width, 3)."""
     matrix = _matrix(frame)
     turned = matrix[0, 0] == 0
     if turned:
@@ -296,7 +280,7 @@ def _shown(frame: "VideoFrame", height: int, width: int) -> NDArray[np.uint8]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return an image with grey of 16 bits, or in fractions, scaled to 8; Pillow would clip it."""
+    """Scale an image of 16-bit or floating grey to 8 bits; Pillow would clip it."""
     if image.mode == "F":
         light = np.nan_to_num(np.asarray(image))
         full = 255 if light.max(initial=0) <= 1 else 1
@@ -316,7 +300,7 @@ def _decode_from(
 ) -> "Iterator[VideoFrame]":
     """Seek to a keyframe from which frame `pick` can be reached, and decode from there."""
     last = bisect_right(starts, pick) - 1
-    for start in (last, last - 1, last - 2):  # some containers lead past it, or between two
+    for start in (last, last - 1, last - 2):  # some containers seek past it, or between two
         if start > 0:
             container.seek(pts[starts[start]], stream=stream)
             decoded = container.decode(stream)
@@ -331,5 +315,22 @@ def _damaged(path: Path, found: str) -> ValueError:
     return ValueError(f"--video: expected an undamaged video; {path} gives: {found}")
 
 
-def _unreadable(path: Path, error: BaseException) -> ValueError:
-    return ValueError(f"--images: expected images that Pillow reads; {path} gives: {error}")
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Raise FFmpeg's errors as ValueErrors that name the file."""
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise Pillow's errors as ValueErrors that name the file."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        text = f"--images: expected images that Pillow reads; {path} gives: {error}"
+        raise ValueError(text) from error

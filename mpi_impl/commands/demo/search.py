@@ -1,7 +1,7 @@
 """The demo: search a long video for small patches, by exact distributed cross-attention.
 
-Every rank reads its own frames and keeps their patches as keys and values; every rank asks for
-patches that others hold. One call answers all ranks' queries, and moves the few queries instead of
+Every rank reads its own frames and keeps their patches as keys and values; every rank searches for
+patches that others hold. One call answers all ranks' queries, and sends the few queries instead of
 the many keys::
 
     q (1, 1, s_q, 64)     noisy descriptors            out (1, 1, s_q, 3)    where they were found
@@ -22,26 +22,37 @@ from numpy.typing import NDArray
 from lvxattn.common.layout import share
 from lvxattn.common.validation import raise_together
 from lvxattn.mpi_impl import Layout, Meter, cross_attention
-from lvxattn.mpi_impl.commands.demo import judge
-from lvxattn.mpi_impl.commands.demo.answers import Answers, Costs
-from lvxattn.mpi_impl.commands.demo.descriptors import D, describe, places
-from lvxattn.mpi_impl.commands.demo.gallery import check_output, choose_examples, frames_to_draw
-from lvxattn.mpi_impl.commands.demo.progress import Progress
-from lvxattn.mpi_impl.commands.demo.queries import choose_queries
-from lvxattn.mpi_impl.commands.demo.report import print_problem, print_result
-from lvxattn.mpi_impl.commands.demo.sources import Pan, Source, open_source
+from lvxattn.mpi_impl.commands.demo.answers import (
+    Answers,
+    Check,
+    check_errors,
+    check_output,
+    check_verdicts,
+    choose_examples,
+    frames_to_draw,
+    judge_answers,
+    rounding,
+)
+from lvxattn.mpi_impl.commands.demo.patches import D, choose_queries, describe, places
+from lvxattn.mpi_impl.commands.demo.search_report import (
+    Costs,
+    Progress,
+    print_problem,
+    print_result,
+)
+from lvxattn.mpi_impl.commands.demo.sources import Source, open_source
 from lvxattn.mpi_impl.transport.device import limit_blas_threads
 from lvxattn.reference import full_attention
 
 SCALE = 1000.0
-"""Inverse temperature: a correlation lower by 0.01 has a weight lower by the factor exp(-10)."""
+"""Inverse temperature: a correlation lower by 0.01 lowers the weight by a factor of exp(-10)."""
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be searched; raised on every rank alike."""
+    """The input cannot be searched; raised on all ranks."""
 
 
 def search_video(options: Namespace, comm: MPI.Intracomm) -> bool:
@@ -62,7 +73,7 @@ def search_video(options: Namespace, comm: MPI.Intracomm) -> bool:
     Raises
     ------
     InputError
-        If there is nothing to search, or something in it cannot be read; the same on all ranks.
+        There is nothing to search, or it cannot be read; the same on all ranks.
     """
     limit_blas_threads(comm)
     progress = Progress(comm)
@@ -73,10 +84,10 @@ def search_video(options: Namespace, comm: MPI.Intracomm) -> bool:
 
 
 def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool:
-    # 1. rank 0 looks at the source; every rank reads its own frames
-    progress.start("looking at the source")
-    looked = _together(lambda: _look(options) if comm.rank == 0 else None, comm)
-    source = cast(Source, comm.bcast(looked))
+    # 1. rank 0 opens the source; every rank reads its own frames
+    progress.start("opening the source")
+    opened = _together(lambda: _open(options) if comm.rank == 0 else None, comm)
+    source = cast(Source, comm.bcast(opened))
     held_here = share(source.frames, comm.rank, comm.size)
     first, last = held_here.start, held_here.stop
     progress.start("reading frames")
@@ -89,7 +100,7 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     reading = time.perf_counter() - started
     progress.finish()
 
-    # 2. every rank asks for patches of other ranks
+    # 2. every rank searches for patches of other ranks
     rng = np.random.default_rng([options.seed, comm.rank])
     truth, seen = choose_queries(frames, first, options.queries, comm, rng)
     q = _describe_patches(seen)
@@ -115,10 +126,10 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
 
     # 4. rank 0 checks and reports what all ranks found
     progress.start("checking against the reference")
-    answers, costs = _join(comm.gather(mine)), comm.gather(cost)
-    keys, values = comm.gather(k), comm.gather(v)
+    gathered, costs, keys, values = (comm.gather(x) for x in (mine, cost, k, v))
     passed, verdicts, examples, wanted = True, [""], [0], [0]
-    if answers is not None and costs is not None and keys is not None and values is not None:
+    if gathered and costs and keys and values:
+        answers = Answers.join(gathered)
         K, V = np.concatenate(keys, axis=2), np.concatenate(values, axis=2)
         verdicts, checks = _judge(answers, K, V, source)
         passed = all(check.passed for check in checks)
@@ -126,37 +137,32 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
         print_result(answers, verdicts, checks, costs)
         examples = choose_examples(answers, verdicts)
         wanted = frames_to_draw(answers, examples, source.frames)
-    _wait_idly(comm)  # while rank 0 computes
+    _wait_asleep(comm)  # while rank 0 computes
 
     # 5. the ranks that hold the frames to be drawn send them to rank 0
     progress.start("drawing")
     passed, wanted = cast(tuple[bool, list[int]], comm.bcast((passed, wanted)))
     held = comm.gather({n: frames[n - first] for n in wanted if first <= n < last})
-    if answers is not None and held is not None:
-        from lvxattn.mpi_impl.commands.demo.draw import (
-            draw,  # on rank 0 alone: matplotlib takes its time
-        )
+    if held:
+        # Here, on rank 0 alone, as matplotlib takes long to import.
+        from lvxattn.mpi_impl.commands.demo.draw import draw
 
         pictures = {n: frame for part in held for n, frame in part.items()}
         starts = [share(source.frames, n, comm.size).start for n in range(comm.size + 1)]
         draw(Path(options.output), answers, verdicts, examples, pictures, starts, source)
         progress.finish()
         print(f"  wrote {options.output}\n  {'all checks passed' if passed else 'a check FAILED'}")
-    _wait_idly(comm)
+    _wait_asleep(comm)
     return passed
 
 
-def _join(parts: list[Answers] | None) -> Answers | None:
-    return None if parts is None else Answers.join(parts)
-
-
-def _look(options: Namespace) -> Source:
+def _open(options: Namespace) -> Source:
     check_output(Path(options.output))
     return open_source(options)
 
 
 def _together(read: Callable[[], T], comm: MPI.Intracomm) -> T:
-    """Read something on every rank; if one of them cannot, raise its error on all."""
+    """Read on every rank; raise the error of one on all."""
     result, error = None, None
     try:
         result = read()
@@ -167,36 +173,31 @@ def _together(read: Callable[[], T], comm: MPI.Intracomm) -> T:
 
 
 def _describe_patches(pixels: NDArray[np.uint8]) -> Floats:
-    """Descriptors of single patches: (1, 1, n, D)."""
+    """Return the descriptors of single patches: (1, 1, n, D)."""
     return describe(pixels).reshape(1, 1, -1, D)
 
 
 def _weight(q: Floats, k: Floats, lse: Floats) -> NDArray[np.float64]:
-    """Weight of key k[n] for query q[n], from what the attention says of all other keys."""
+    """Return the weight of key k[n] for query q[n], given lse over all keys."""
     score = SCALE * (q.astype(np.float64) * k).sum(axis=-1)
     weight: NDArray[np.float64] = np.exp(score - lse)
     return weight
 
 
-def _judge(
-    answers: Answers, K: Floats, V: Floats, source: Source
-) -> tuple[list[str], list[judge.Check]]:
+def _judge(answers: Answers, K: Floats, V: Floats, source: Source) -> tuple[list[str], list[Check]]:
     """Check all answers against the truth and against the reference."""
     extent = np.array([source.frames - 1, source.rows - 1, source.cols - 1])
-    tolerance = judge.rounding(D, SCALE)
-    verdicts = judge.judge_answers(
-        answers.out, answers.truth, answers.weight, extent, 2 * tolerance
-    )
+    tolerance = rounding(D, SCALE)
+    verdicts = judge_answers(answers.out, answers.truth, answers.weight, extent, 2 * tolerance)
     out, lse = full_attention(answers.q[None, None], K, V, scale=SCALE)
-    errors = judge.check_errors(
+    errors = check_errors(
         answers.out, answers.lse, out[0, 0], lse[0, 0], float(extent.max()), tolerance
     )
-    distinct = isinstance(source, Pan) and source.frames <= Pan.DISTINCT
-    return verdicts, errors + judge.check_verdicts(verdicts, distinct=distinct)
+    return verdicts, errors + check_verdicts(verdicts, distinct=source.distinct)
 
 
-def _wait_idly(comm: MPI.Intracomm) -> None:
-    """Wait for all ranks without spinning: whoever still works may need the core."""
+def _wait_asleep(comm: MPI.Intracomm) -> None:
+    """Wait for all ranks without spinning: rank 0 may need the core."""
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.002)

@@ -1,11 +1,9 @@
-"""Is this cluster fit for a run?  What ``python -m lvxattn.mpi_impl doctor`` does.
+"""``python -m lvxattn.mpi_impl doctor``: check that a cluster is fit for a run.
 
-==============  =================================================================================
-`examination`   the program, top-down: look, send messages round, judge, print
-`facts`         what a rank knows of itself
-`ring`          messages really sent
-`advice`        what is wrong, and what to do about it
-==============  =================================================================================
+==============  ==========================================================================
+`examination`   the program, top-down: examine, find problems, print
+`rank_info`     each rank's environment, and messages really sent
+==============  ==========================================================================
 """
 
 from lvxattn.mpi_impl.commands.doctor.examination import examine

@@ -1,54 +1,63 @@
-"""What a rank knows of itself: host, cores, libraries, devices."""
+"""The facts that a diagnosis rests on: each rank's environment, and messages really sent."""
 
 import os
 import platform
 import socket
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from importlib import import_module
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from lvxattn.mpi_impl.kernels import choose
+from lvxattn.mpi_impl.transport.buffers import buffer
 from lvxattn.mpi_impl.transport.cuda_aware import cuda_aware, library_says
 from lvxattn.mpi_impl.transport.device import BLAS_VARIABLES
 from lvxattn.mpi_impl.transport.device import obstacle as obstacle_of
+from lvxattn.mpi_impl.transport.transfers import Transfer, Transfers
+from lvxattn.mpi_impl.transport.watchdog import wait
+
+_SMALL, _LARGE = 1, 2**22
+_STEPS, _LARGE_STEPS = 100, 5
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One rank.
+    """One rank's environment.
 
     Attributes
     ----------
     host : str
     cores : frozenset of int
-        Those that this process may run on.
+        The cores that this process may run on.
     library : str
-        MPI library and version.
+        Name and version of the MPI library.
     versions : str
-        Of Python and NumPy.
+        Versions of Python and NumPy.
     blas : str
-        Its name and version; empty if unknown.
+        Name and version of the BLAS; empty if unknown.
     threads : int
         BLAS threads.
     threads_from : str
-        Who has set their number.
+        What set their number.
     cupy : str
-        Its version; empty if it is not there.
+        CuPy's version; empty if not installed.
     devices : tuple of str
-        GPUs that CuPy sees, or none.
+        The GPUs that CuPy sees.
     gpu_files : int
-        GPUs that the operating system shows.
+        Number of GPUs that the operating system shows.
     cuda_aware : tuple of bool and str
-        Whether MPI takes device memory, and how that was decided.
+        Whether device memory is passed to MPI, and how that was decided.
     denied : str
-        How the library was asked that denies it, where it is decided otherwise; else empty.
+        The query by which the library denies it, if it was decided otherwise; else empty.
     kernel : str
-        What attends to blocks on this rank's GPU, and why; empty without one.
+        The kernel for blocks on this rank's GPU, and why; empty without one.
     obstacle : str
-        What keeps this rank from computing there; else empty.
+        Why this rank cannot compute on its GPU; empty if it can.
     """
 
     host: str
@@ -67,15 +76,37 @@ class RankInfo:
     obstacle: str = ""
 
 
+@dataclass(frozen=True)
+class Link:
+    """What a rank received from the rank before it.
+
+    Attributes
+    ----------
+    source, rank : int
+    whole : bool
+        Whether every byte arrived as sent.
+    latency : float
+        Seconds for a message of one byte.
+    bandwidth : float
+        Bytes per second for messages of 4 MiB.
+    """
+
+    source: int
+    rank: int
+    whole: bool
+    latency: float
+    bandwidth: float
+
+
 def look(threads: int, number: int = 0) -> RankInfo:
-    """Return this rank's facts.  Not collective.
+    """Return this rank's environment.  Not collective.
 
     Parameters
     ----------
     threads : int
-        As `limit_blas_threads` returned it.
+        As `limit_blas_threads` returns it.
     number : int
-        This rank's on its host: it says which device is its own.
+        Number of this rank on its host, which selects its device.
     """
     from threadpoolctl import threadpool_info
 
@@ -107,7 +138,7 @@ def look(threads: int, number: int = 0) -> RankInfo:
 
 
 def _library() -> str:
-    """Return the first line of what the library says of itself, and the standard's version."""
+    """Return the first line of the library's version text, and the standard's version."""
     first = " ".join(MPI.Get_library_version().rstrip("\0").splitlines()[0].split())
     standard = ".".join(map(str, MPI.Get_version()))
     return f"{first.split(', package')[0]}, MPI {standard}"
@@ -127,7 +158,7 @@ def _devices() -> tuple[str, tuple[str, ...]]:
 
 
 def _attention(device: int) -> tuple[str, str]:
-    """Return what attends to blocks on a device, and what keeps it from computing at all."""
+    """Return the kernel for blocks on a device, and why the device cannot compute; one is empty."""
     cupy = import_module("cupy")
     with cupy.cuda.Device(device):
         found = obstacle_of(cupy)
@@ -136,5 +167,55 @@ def _attention(device: int) -> tuple[str, str]:
         x = cupy.zeros((1, 1, 1, 64), "float16")
         try:
             return str(choose(x, x, x, None)), ""
-        except (RuntimeError, ValueError) as error:  # LVXATTN_KERNEL=cuda, where it cannot be
+        except (RuntimeError, ValueError) as error:  # LVXATTN_KERNEL=cuda without support
             return "", str(error)
+
+
+def send_round(comm: MPI.Intracomm) -> Link:
+    """Send small and large messages around the ring.
+
+    Collective: every rank of comm calls this.
+    """
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    whole, best = True, {}
+    for size, steps, rounds in ((_SMALL, _STEPS, 3), (_LARGE, 1, _LARGE_STEPS)):
+        sent, received = np.full(size, comm.rank % 251, np.uint8), np.full(size, 255, np.uint8)
+        comm.Sendrecv(
+            sent, right, recvbuf=received, source=left
+        )  # the first message makes the connection
+        whole = whole and bool((received == left % 251).all())
+        times = []
+        for _ in range(rounds):
+            start = perf_counter()
+            for _ in range(steps):
+                comm.Sendrecv(sent, right, recvbuf=received, source=left)
+            times.append((perf_counter() - start) / steps)
+        best[size] = min(times)
+    return Link(left, comm.rank, whole, best[_SMALL], _LARGE / best[_LARGE])
+
+
+def send_from_device(comm: MPI.Intracomm, xp: Any) -> bool:
+    """Send a small and a large block around the ring as a pass does; return whether all arrived.
+
+    Collective: every rank of comm calls this.  Unlike the self-test, which is one process, this
+    covers the transport between processes and hosts.
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+    xp : module
+        cupy; blocks are on the current device.
+    """
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    whole = True
+    for size in (_SMALL, _LARGE):
+        there, here = buffer(xp, size), buffer(xp, size)
+        there.array[...] = comm.rank % 251
+        there.filled()
+        (block, written), (room, empty) = there.sendable(size), here.receivable(size)
+        coming = Transfer(partial(comm.Irecv, [room, MPI.BYTE], left), empty)
+        going = Transfer(partial(comm.Isend, [block, MPI.BYTE], right), written)
+        wait(Transfers([coming, going]), None, lambda: "a block of device memory")
+        here.deliver(size)
+        whole = whole and bool((xp.asnumpy(here.array) == left % 251).all())
+    return whole

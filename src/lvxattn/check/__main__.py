@@ -9,7 +9,7 @@ if __name__ == "__main__":
     try:
         status = main()
         leave()
-    except BrokenPipeError:  # whoever read the table, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the table, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     sys.exit(status)

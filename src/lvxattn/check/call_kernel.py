@@ -1,39 +1,32 @@
-"""Calling the function that is checked, and holding it to its word.
+"""Call the function to be checked, and validate what it returns.
 
     fn(q, k, v, *, scale, mask) -> out  or  (out, lse)
     fn.backward(dout, q, k, v, out, lse, *, scale, mask) -> (dq, dk, dv)
 
-Without a backward of its own, autograd differentiates it where the framework has that.  lse is None
-for a backward whose function returns none.
+Without a backward of its own, it is differentiated by autograd where the framework has that.  The
+backward's lse is None if the function returns none.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from operator import call
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.frameworks import Framework
-from lvxattn.check.problem import Problem, draw
 from lvxattn.common.validation import accumulator, dtype_name, library
 
 Array = npt.NDArray[Any]
-T = TypeVar("T")
+
+# together(work): do this rank's work; raises if any rank's raised.
+Together = Callable[[Callable[[], Any]], Any]
 
 
-class ComplaintError(Exception):
-    """The function did not keep to its contract."""
-
-
-def whole(problem: Problem) -> Problem:
-    """Return the problem: what a function gets that is not distributed."""
-    return problem
-
-
-def alone(work: Callable[[], T]) -> T:
-    """Do the work: nobody else has to know how it ended."""
-    return work()
+class ContractError(Exception):
+    """The function broke its contract."""
 
 
 def call_kernel(
@@ -44,10 +37,10 @@ def call_kernel(
     backward: Callable[..., Any] | None,
     gradients: bool,
     notes: list[str] | None = None,
-    part: Callable[[Problem], Problem] = whole,
-    together: Callable[[Callable[[], Any]], Any] = alone,
+    part: Callable[[Problem], Problem] = lambda problem: problem,
+    together: Together = call,
 ) -> dict[str, Array]:
-    """Call fn on a problem, after whatever its case calls before.
+    """Call fn on a problem, after the earlier calls that its case prescribes.
 
     Parameters
     ----------
@@ -55,16 +48,16 @@ def call_kernel(
     problem : Problem
     framework : Framework
     backward : callable, optional
-        fn's; autograd stands in for it.
+        fn's; default: autograd.
     gradients : bool
-        Whether to ask for gradients.
+        Whether to compute gradients.
     notes : list of str, optional
-        Why there are no gradients is put here.
+        Receives the reason if there are no gradients.
     part : callable
-        Returns what fn gets of a problem.
+        Returns this rank's part of a problem.
     together : callable
-        Does a piece of work, and raises on every rank if it failed on one: no rank may call what
-        another one will not.
+        Calls a function of no arguments, and raises on every rank if it raised on one: otherwise
+        only some ranks would go on to the next call.
 
     Returns
     -------
@@ -73,12 +66,12 @@ def call_kernel(
 
     Raises
     ------
-    ComplaintError
-        A result has the wrong kind, shape or dtype, or an argument was written into.
+    ContractError
+        A result has the wrong kind, shape or dtype, or an argument was modified.
     NotImplementedError
-        fn says that it cannot do this.
+        fn does not support this problem.
     Exception
-        Whatever fn raises.
+        Any error of fn.
     """
     calls = problem.case.calls
     if calls == "other dtype":
@@ -87,78 +80,91 @@ def call_kernel(
     else:
         before = [draw(problem.case, problem.dtype, problem.seed + 1)] if calls else []
 
-    def once(problem: Problem, gradients: bool, notes: list[str] | None) -> _Kept:
-        call = _Call(fn, backward if gradients else None, gradients, framework, notes, together)
-        kept: _Kept = together(lambda: call.once(part(problem)))
+    def call_once(problem: Problem, gradients: bool, notes: list[str] | None) -> _Kept:
+        each = _Call(part(problem), fn, backward, gradients, framework)
+        kept: _Kept = together(lambda: each.forward_and_backward(together, notes))
         return kept
 
     with framework.active():
         earlier = []
         for other in before:
             try:
-                earlier.append(once(other, gradients and calls == "other data", None))
+                earlier.append(call_once(other, gradients and calls == "other data", None))
             except NotImplementedError:
                 if calls == "other data":
-                    raise  # nor can it do what is judged
-        results = once(problem, gradients, notes)
-        for call in earlier:
-            _unchanged(call, framework, "was changed by the next call: its memory is used again")
+                    raise  # then the judged problem is unsupported, too
+        results = call_once(problem, gradients, notes)
+        for kept in earlier:
+            kept.assert_unchanged("was changed by the next call: its memory is used again")
     return results.copies
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Arrays of the framework, by name, and what was in them."""
+    """Arrays of the framework, by name, and copies of their contents at the time."""
 
-    arrays: dict[str, Any]
-    copies: dict[str, Array]
+    framework: Framework
+    arrays: dict[str, Any] = field(default_factory=dict)
+    copies: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, name: str, x: Any) -> None:
+        self.copies[name] = self.framework.get(x)
+        self.arrays[name] = x
+
+    def assert_unchanged(self, what: str) -> None:
+        """Raise a ContractError if the contents of an array have changed."""
+        for name, x in self.arrays.items():
+            try:
+                now, before = self.framework.get(x), self.copies[name]
+            except Exception as error:
+                raise ContractError(f"{name}: {what}: {type(error).__name__}: {error}") from error
+            changed = ~((now == before) | ((now != now) & (before != before)))  # NaN is NaN
+            if changed.any():
+                raise ContractError(f"{name}: {what} ({changed.sum()} of {changed.size} elements)")
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How the function is called."""
+    """One call of a function and of its backward."""
 
+    problem: Problem
     fn: Callable[..., Any]
     backward: Callable[..., Any] | None
     gradients: bool
     framework: Framework
-    notes: list[str] | None
-    together: Callable[[Callable[[], Any]], Any]
 
-    def once(self, problem: Problem) -> _Kept:
-        """Call it forward and backward, and check what comes back."""
-        framework = self.framework
-        given, kept = _Kept({}, {}), _Kept({}, {})
-        options: dict[str, Any] = {"scale": problem.scale}
-        out, lse, why = self.together(lambda: self._forward(problem, given, options, kept))
+    def forward_and_backward(self, together: Together, notes: list[str] | None) -> _Kept:
+        """Call forward and backward; return validated results."""
+        given, kept = _Kept(self.framework), _Kept(self.framework)
+        options: dict[str, Any] = {"scale": self.problem.scale}
+        out, lse, why = together(lambda: self._forward(given, options, kept))
         if self.gradients:
             q, k, v, dout = (given.arrays[name] for name in ("q", "k", "v", "dout"))
             found = None
             try:
                 if self.backward is not None:
-                    found = _three(self.backward(dout, q, k, v, out, lse, **options))
+                    found = self.backward(dout, q, k, v, out, lse, **options)
+                    if not isinstance(found, tuple | list) or len(found) != 3:
+                        raise ContractError(f"backward: expected (dq, dk, dv), got {_kind(found)}")
                 elif callable(why):
                     found = why(dout)
             except NotImplementedError as error:
                 why = f"the backward raised NotImplementedError: {error}".removesuffix(": ")
-            if found is None and self.notes is not None:
-                self.notes.append(str(why))
+            if found is None and notes is not None:
+                notes.append(str(why))
             for name, x in zip(("dq", "dk", "dv"), found or (), strict=False):
-                _keep(kept, name, x, problem, framework)
-        _unchanged(given, framework, "was written into")
-        _unchanged(kept, framework, "was written into by the backward")
+                self._keep(kept, name, x)
+        given.assert_unchanged("was written into")
+        kept.assert_unchanged("was written into by the backward")
         return kept
 
-    def _forward(
-        self, problem: Problem, given: _Kept, options: dict[str, Any], kept: _Kept
-    ) -> tuple[Any, Any, Any]:
-        """Return out, lse, and what goes backward, or why nothing does; fill in all the rest."""
-        arguments = _arguments(problem, self.framework)
-        given.arrays.update(arguments)
-        given.copies.update({name: self.framework.get(x) for name, x in arguments.items()})
-        mask = arguments.get("mask")
-        options["mask"] = self.framework.rule(problem.mask) if callable(problem.mask) else mask
-        q, k, v = (arguments[name] for name in ("q", "k", "v"))
+    def _forward(self, given: _Kept, options: dict[str, Any], kept: _Kept) -> tuple[Any, Any, Any]:
+        """Fill in given, options and kept; return out, lse, and a pullback or why there is none."""
+        for name, x in self._arguments().items():
+            given.add(name, x)
+        mask = self.problem.mask
+        options["mask"] = self.framework.rule(mask) if callable(mask) else given.arrays.get("mask")
+        q, k, v = (given.arrays[name] for name in ("q", "k", "v"))
         why: Any = "the function has no backward"
         if self.gradients and self.backward is None:
             result, why = self.framework.differentiate(
@@ -166,88 +172,79 @@ class _Call:
             )
         else:
             result = self.fn(q, k, v, **options)
-        out, lse = _forward(result)
-        _keep(kept, "out", out, problem, self.framework)
+        pair = isinstance(result, tuple | list)
+        if pair and len(result) != 2:
+            raise ContractError(f"expected out or (out, lse), got {_kind(result)}")
+        out, lse = result if pair else (result, None)
+        self._keep(kept, "out", out)
         if lse is not None:
-            _keep(kept, "lse", lse, problem, self.framework)
+            self._keep(kept, "lse", lse)
         return out, lse, why
 
+    def _arguments(self) -> dict[str, Any]:
+        """Return q, k, v, dout and a mask that is an array, in the case's memory layout."""
+        memory = self.problem.case.memory
+        layouts = dict.fromkeys(("q", "k", "v", "dout"), memory)
+        if memory == "broadcast":
+            layouts["q"] = "contiguous"
+        if isinstance(self.problem.mask, np.ndarray):
+            layouts["mask"] = "read-only" if memory == "read-only" else "contiguous"
+        return {
+            name: self.framework.put(getattr(self.problem, name), layout)
+            for name, layout in layouts.items()
+        }
 
-def _arguments(problem: Problem, framework: Framework) -> dict[str, Any]:
-    """Return q, k, v, dout and a mask that is an array, as the case has them in memory."""
-    memory = problem.case.memory
-    arguments = {
-        name: framework.put(getattr(problem, name), _memory_of(name, memory))
-        for name in ("q", "k", "v", "dout")
-    }
-    if isinstance(problem.mask, np.ndarray):
-        arguments["mask"] = framework.put(
-            problem.mask, "read-only" if memory == "read-only" else "contiguous"
-        )
-    return arguments
-
-
-def _memory_of(name: str, memory: str) -> str:
-    """Return how an argument is to lie in memory."""
-    return "contiguous" if memory == "broadcast" and name == "q" else memory
-
-
-def _forward(result: Any) -> tuple[Any, Any]:
-    if isinstance(result, tuple | list):
-        if len(result) != 2:
-            raise ComplaintError(f"expected out or (out, lse), got {_kind(result)}")
-        return result[0], result[1]
-    return result, None
-
-
-def _three(result: Any) -> tuple[Any, Any, Any]:
-    if not isinstance(result, tuple | list) or len(result) != 3:
-        raise ComplaintError(f"backward: expected (dq, dk, dv), got {_kind(result)}")
-    return result[0], result[1], result[2]
-
-
-def _keep(kept: _Kept, name: str, x: Any, problem: Problem, framework: Framework) -> None:
-    """Put a result into `kept`, if it is what it should be."""
-    if not framework.owns(x):
-        raise ComplaintError(
-            f"{name}: expected an array of {framework.name} on {framework.device}, got {_kind(x)}"
-        )
-    rows = problem.q.shape[:3]
-    shape = {
-        "out": (*rows, problem.v.shape[3]),
-        "lse": rows,
-        "dq": problem.q.shape,
-        "dk": problem.k.shape,
-        "dv": problem.v.shape,
-    }[name]
-    if tuple(x.shape) != shape:
-        raise ComplaintError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
-    wanted = [problem.dtype]
-    if name == "lse":  # more is welcome, less is not
-        wanted = list(dict.fromkeys((accumulator(problem.dtype), "float64")))
-    if dtype_name(x) not in wanted:
-        raise ComplaintError(f"{name}: expected dtype {' or '.join(wanted)}, got {dtype_name(x)}")
-    try:
-        kept.copies[name] = framework.get(x)
-    except Exception as error:  # a kernel that ran late, or memory that is not there any more
-        raise ComplaintError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
-    kept.arrays[name] = x
-
-
-def _unchanged(kept: _Kept, framework: Framework, what: str) -> None:
-    """Complain of an array that holds something else than it did."""
-    for name, x in kept.arrays.items():
+    def _keep(self, kept: _Kept, name: str, x: Any) -> None:
+        """Add a result to `kept` if it has the expected kind, shape and dtype."""
+        framework, problem = self.framework, self.problem
+        if not framework.owns(x):
+            raise ContractError(
+                f"{name}: expected an array of {framework.name} on {framework.device}, "
+                f"got {_kind(x)}"
+            )
+        rows = problem.q.shape[:3]
+        shape = {
+            "out": (*rows, problem.v.shape[3]),
+            "lse": rows,
+            "dq": problem.q.shape,
+            "dk": problem.k.shape,
+            "dv": problem.v.shape,
+        }[name]
+        wrong = mismatch(name, x, shape, problem.dtype)
+        if wrong:
+            raise ContractError(wrong)
         try:
-            now, before = framework.get(x), kept.copies[name]
-        except Exception as error:
-            raise ComplaintError(f"{name}: {what}: {type(error).__name__}: {error}") from error
-        changed = ~((now == before) | ((now != now) & (before != before)))  # NaN is NaN
-        if changed.any():
-            raise ComplaintError(f"{name}: {what} ({changed.sum()} of {changed.size} elements)")
+            kept.add(name, x)
+        except Exception as error:  # of a kernel that ran asynchronously, or of freed memory
+            raise ContractError(
+                f"{name}: cannot be read: {type(error).__name__}: {error}"
+            ) from error
+
+
+def mismatch(name: str, x: Any, shape: tuple[int, ...], dtype: str) -> str:
+    """Return how a result differs from the expected shape and dtype; empty if it does not.
+
+    Parameters
+    ----------
+    name : str
+        out, lse, dq, dk or dv.
+    x : array
+    shape : tuple of int
+    dtype : str
+        Of the problem.
+    """
+    if tuple(x.shape) != shape:
+        return f"{name}: expected shape {shape}, got {tuple(x.shape)}"
+    wanted = [dtype]
+    if name == "lse":  # more precision is allowed, less is not
+        wanted = list(dict.fromkeys((accumulator(dtype), "float64")))
+    if dtype_name(x) not in wanted:
+        return f"{name}: expected dtype {' or '.join(wanted)}, got {dtype_name(x)}"
+    return ""
 
 
 def _kind(x: Any) -> str:
-    """Say what something is that should have been something else."""
+    """Describe an unexpected object."""
     if x is None:
         return "None"
     if isinstance(x, tuple | list):

@@ -1,13 +1,14 @@
-"""Problems that break attention kernels, each with a name, a reason and a group.
+"""Problems that break attention kernels, each with a name, a group and a reason.
 
-A `Case` is a recipe; `lvxattn.check.problem.draw` makes its arrays for a dtype and a
-seed.  In its group every case is the only one to catch some wrong kernel, which
-``python -m lvxattn.check self-test`` proves.
+A `Case` is a recipe; `lvxattn.check.draw` draws its arrays for a dtype and a seed.  In its group
+every case is the only one to catch some wrong kernel, which ``python -m lvxattn.check self-test``
+proves.
 """
 
 from dataclasses import dataclass, replace
 
 SUITES = ("quick", "full")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,20 @@ class Case:
     B, H, H_KV, S_Q, S_KV, D, D_V : int
         Sizes of the whole problem.
     data : str
-        How q, k and v are drawn: a key of ``problem.DATA``.
+        How q, k and v are drawn: a key of ``case_arrays.DATA``.
     mask : str
-        A key of ``masks.MASKS``.
+        A key of ``case_arrays.MASKS``.
     memory : str
-        How the arrays lie in memory: a key of ``problem.MEMORY``.
+        Memory layout of the arrays: one of ``case_arrays.MEMORY``.
     scale : float, optional
         ``1 / sqrt(D)`` unless given.
     calls : str
-        What is called before the calls that are judged: nothing, ``"other dtype"`` or
-        ``"other data"``, a forward and a backward.
+        Calls before those that are judged: none, ``"other dtype"``, or ``"other data"``, a forward
+        and a backward.
     quick : bool
-        Whether the quick suite has it.
+        Whether the quick suite contains it.
     grows : bool
-        Whether the full suite also has it with longer queries and keys.
+        Whether the full suite also contains it with longer queries and keys.
     """
 
     name: str
@@ -65,8 +66,8 @@ def suite_of(suite: str) -> list[Case]:
     Parameters
     ----------
     suite : str
-        ``"quick"``, or ``"full"``: that, what takes longer, and everything again with tens of
-        queries and hundreds of keys, so that kernels need several tiles.
+        ``"quick"``, or ``"full"``: those, slower ones, and nearly all again with tens of queries
+        and hundreds of keys, so that kernels need several tiles.
 
     Returns
     -------
@@ -75,7 +76,13 @@ def suite_of(suite: str) -> list[Case]:
     Raises
     ------
     ValueError
-        No such suite.
+        There is no such suite.
+
+    Examples
+    --------
+    >>> from lvxattn.check import suite_of
+    >>> [case.name for case in suite_of("quick")][:3]
+    ['gaussian', 'ragged-lengths', 'one-query']
     """
     if suite not in SUITES:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
@@ -85,12 +92,27 @@ def suite_of(suite: str) -> list[Case]:
 
 
 def case_of(name: str) -> Case:
-    """Return the case of a name, ``"NAME"`` or ``"NAME.large"``.
+    """Return the case of a name.
+
+    Parameters
+    ----------
+    name : str
+        ``"NAME"`` or ``"NAME.large"``.
+
+    Returns
+    -------
+    Case
 
     Raises
     ------
     ValueError
-        No such case.
+        There is no such case.
+
+    Examples
+    --------
+    >>> from lvxattn.check import case_of
+    >>> case_of("one-query").reason
+    'a decode step; many kernels split the keys there'
     """
     for case in suite_of("full"):
         if case.name == name:
@@ -99,7 +121,7 @@ def case_of(name: str) -> Case:
 
 
 def large(case: Case) -> Case:
-    """Return the case with longer queries and keys: odd lengths, which no tile divides."""
+    """Return the case with longer queries and keys, of odd lengths, which no tile divides."""
     return replace(
         case, name=f"{case.name}.large", S_Q=4 * case.S_Q + 1, S_KV=8 * case.S_KV - 3, quick=False
     )

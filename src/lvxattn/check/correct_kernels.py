@@ -1,4 +1,4 @@
-"""Right kernels in several styles: where the limit is too tight, one of them exceeds it."""
+"""Correct kernels of several kinds: if the limit is too tight, one of them exceeds it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from lvxattn.check.case_arrays import Mask, mask_array, masked, sum_groups
 from lvxattn.check.frameworks import Framework, framework_of
-from lvxattn.check.masks import Mask
 from lvxattn.check.wrong.kernel_base import Array, KernelBase
 from lvxattn.common.validation import accumulator
 
 
 @dataclass(frozen=True)
-class Style:
-    """A right kernel and how it is called.
+class CorrectKernel:
+    """A correct kernel.
 
     Attributes
     ----------
     name : str
     make : callable
-        Makes a fresh kernel; its backward, if it has one, is its attribute of that name.
+        Makes a fresh kernel, which may have an attribute ``backward``.
     framework : Framework
     """
 
@@ -30,22 +30,23 @@ class Style:
     framework: Framework
 
 
-def correct_kernels() -> list[Style]:
-    """Return all styles that can be played here: PyTorch's only where it is installed."""
+def correct_kernels() -> list[CorrectKernel]:
+    """Return all correct kernels: PyTorch's only where it is installed."""
     numpy = framework_of("numpy")
     found = [
-        Style("naive", Naive, numpy),
-        Style("tiles of 16, a running maximum", Online, numpy),
-        Style("4 shards", KernelBase, numpy),
-        Style("64 shards", lambda: KernelBase(64), numpy),
+        CorrectKernel("naive", Naive, numpy),
+        CorrectKernel("tiles of 16, a running maximum", Online, numpy),
+        CorrectKernel("4 shards", KernelBase, numpy),
+        CorrectKernel("64 shards", lambda: KernelBase(64), numpy),
     ]
     if find_spec("torch"):
-        found.append(Style("PyTorch's SDPA on the CPU", lambda: _sdpa, framework_of("torch")))
+        torch = framework_of("torch")
+        found.append(CorrectKernel("PyTorch's SDPA on the CPU", lambda: _sdpa, torch))
     return found
 
 
 class Naive:
-    """softmax(q k^T) v with the whole matrix of probabilities, and only the results rounded."""
+    """softmax(q k^T) v with the full matrix of probabilities; only the results are rounded."""
 
     def __call__(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
@@ -70,19 +71,15 @@ class Naive:
     ) -> tuple[Array, Array, Array]:
         """Return dq, dk and dv."""
         s, dout, out = _scores(q, k, scale, mask), _wide(dout), _wide(out)
-        p = np.exp(s - _top(s))  # lse may have lost how many keys there are
+        p = np.exp(s - _top(s))  # lse may have lost the number of keys
         total = p.sum(axis=-1, keepdims=True)
         p /= np.where(total > 0, total, 1)
         dp = dout @ _repeated(v, q).swapaxes(-1, -2)
         ds = scale * p * (dp - np.einsum("bhqd,bhqd->bhq", dout, out)[..., None])
         dq = ds @ _repeated(k, q)
         dk, dv = ds.swapaxes(-1, -2) @ _wide(q), p.swapaxes(-1, -2) @ dout
-
-        def summed(dx: Array, x: Array) -> Array:  # over the query heads of a key-value head
-            groups = dx.reshape(*x.shape[:2], -1, *x.shape[2:])
-            return np.asarray(groups.sum(axis=2), x.dtype)
-
-        return dq.astype(q.dtype), summed(dk, k), summed(dv, v)
+        dk, dv = (sum_groups(x, k.shape[1]) for x in (dk, dv))
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
     def _softmax(self, s: Array, v: Array) -> tuple[Array, Array]:
         top = _top(s)
@@ -92,7 +89,7 @@ class Naive:
 
 
 class Online(Naive):
-    """Tiles of 16 keys; sums are rescaled when the maximum grows, and divided in the end."""
+    """Online softmax over tiles of 16 keys; sums are divided at the end."""
 
     def _softmax(self, s: Array, v: Array) -> tuple[Array, Array]:
         out = np.zeros((*s.shape[:3], v.shape[3]), s.dtype)
@@ -117,11 +114,8 @@ def _top(s: Array) -> Array:
 
 def _scores(q: Array, k: Array, scale: float, mask: Mask) -> Array:
     s: Array = scale * (_wide(q) @ _repeated(k, q).swapaxes(-1, -2))
-    if callable(mask):
-        mask = np.asarray(mask(*np.ix_(*map(np.arange, s.shape))))
-    if mask is None:
-        return s
-    return np.where(mask, s, -np.inf) if mask.dtype == bool else s + _wide(mask)
+    array = mask_array(mask, s.shape)
+    return masked(s, array if array is None or array.dtype == bool else _wide(array))
 
 
 def _wide(x: Array) -> Array:
@@ -141,7 +135,7 @@ def _sdpa(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
         shape = (*q.shape[:3], k.shape[2])
         index = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
         mask = mask(*index)
-    # The fused kernel goes backward from lse, beside a large mask by n times too much.
+    # The fused backward uses lse: with a large additive mask its gradients are n times too large.
     additive = mask is not None and mask.dtype != torch.bool
     backends = [SDPBackend.MATH] if additive else [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
     with sdpa_kernel(backends):

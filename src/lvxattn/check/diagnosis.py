@@ -1,10 +1,10 @@
-"""What failures look like: names from the library of wrong kernels for them.
+"""Diagnose failures by names from the library of wrong kernels.
 
     matches *phantom key* to 3e-4
     probably *phantom key*: explains 31 of 31 failures
 
-`matching.py` says what a match is.  What explains a failure must not predict others: a wrong kernel
-that would fail where the function passed is held against it, one row for one.
+`matching` defines a match.  A wrong kernel that explains failures must not predict others: each row
+on which it would fail, but the function passed, cancels one that it explains.
 """
 
 from collections import Counter
@@ -14,42 +14,42 @@ from typing import Any
 
 import numpy.typing as npt
 
+from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import Case
+from lvxattn.check.check_report import Row
 from lvxattn.check.judge import RESULTS, Truth, ratio_of, truth_for
 from lvxattn.check.matching import (
     Failure,
     Match,
-    compared,
-    complaints,
+    compare_results,
     matches,
-    played,
-    says,
+    message_matches,
+    run_kernel,
+    same_message,
 )
-from lvxattn.check.problem import Problem, draw
-from lvxattn.check.report import Row
 from lvxattn.check.wrong import WRONG
 
 Array = npt.NDArray[Any]
 Key = tuple[str, str, int, str]
 
-_SEARCHES = 12  # through the whole library; afterwards only what was found before is tried
-_REPLAYED = 200  # rows of a check that are played again for kernels that remember
-_CANDIDATES = 8  # that are held against the rows that passed
-_ALIKE = 3  # names that may be said in one breath
+_SEARCHES = 12  # of the whole library; afterwards only kernels matched before are tried
+_REPLAYED = 200  # rows of a check that are rerun for kernels that keep state
+_CANDIDATES = 8  # that are compared with the rows that passed
+_ALIKE = 3  # names in one diagnosis
 
 
 @dataclass
 class Suspects:
-    """The wrong kernels that explain failures of one check: told every failure, asked in the end.
+    """The wrong kernels that explain failures of one check.
 
     Attributes
     ----------
     matches : dict
-        Of a failing row, those that are about equally near.
+        By failing row, those about equally near.
     unexplained : dict
-        Failures that match nothing so far, or messages.
+        By row, failures that match nothing so far, or messages.
     searches : int
-        How often the whole library was tried.
+        Number of searches of the whole library.
     """
 
     matches: dict[Key, list[Match]] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Suspects:
         results: dict[str, Array] | None = None,
         truth: Truth | None = None,
     ) -> None:
-        """Look for what explains a failure.
+        """Search for explanations of a failure.
 
         Parameters
         ----------
@@ -76,16 +76,16 @@ class Suspects:
         """
         failure = row.message if truth is None else Failure(problem, results or {}, truth)
 
-        def look(names: set[str]) -> list[Match]:
+        def search(names: set[str]) -> list[Match]:
             if isinstance(failure, str):
-                return complaints(names, problem, failure)
+                return message_matches(names, problem, failure)
             return matches(names, failure)
 
         known = {match.name for found in self.matches.values() for match in found}
-        found = look(known)
+        found = search(known)
         if not found and self.searches < _SEARCHES:
             self.searches += 1
-            found = look(WRONG.keys() - known)
+            found = search(WRONG.keys() - known)
         if found:
             self.matches[_key(row)] = found
         elif len(self.unexplained) < _REPLAYED:
@@ -94,29 +94,29 @@ class Suspects:
     def conclude(
         self, rows: Sequence[Row], cases: Mapping[str, Case]
     ) -> tuple[tuple[Row, ...], str]:
-        """Return the rows with their diagnoses, and what explains most failures.
+        """Return the rows with their diagnoses, and an explanation of most failures, if any.
 
         Parameters
         ----------
         rows : sequence of Row
             All of the check.
         cases : mapping
-            Theirs, by name.
+            Their cases, by name.
         """
         if self.unexplained:
             self._replay(rows, cases)
         failed = [_key(row) for row in rows if row.status in ("wrong", "error")]
         against = self._against(rows, cases)
         left = {key: {match.name: match for match in found} for key, found in self.matches.items()}
-        said: dict[Key, str] = {}
+        diagnoses: dict[Key, str] = {}
         parts: list[str] = []
         while left:
             covers = {name: {key for key in left if name in left[key]} for name in against}
             worth = {
                 name: len({key[0] for key in covers[name]}) - against[name] for name in against
             }
-            far = {n: sum(left[key][n].limits for key in covers[n]) for n in against}
-            best = max(worth, key=lambda name: (worth[name], -far[name]))
+            distance = {n: sum(left[key][n].limits for key in covers[n]) for n in against}
+            best = max(worth, key=lambda name: (worth[name], -distance[name]))
             rounds = WRONG[best].compare == "size"
             if worth[best] <= 0:
                 break
@@ -125,29 +125,30 @@ class Suspects:
                 names = [f"*{name}*" for name in dict.fromkeys([best, *alike])]
                 count = f"{len(covers[best])} of {len(failed)} failures"
                 parts.append(f"{' or '.join(names)}: explains {count}")
-                said |= {k: " or ".join([str(left[k][best]), *names[1:]]) for k in covers[best]}
+                for key in covers[best]:
+                    diagnoses[key] = " or ".join([str(left[key][best]), *names[1:]])
             left = {key: found for key, found in left.items() if key not in covers[best]}
-        probably = f"probably {'; '.join(parts)}" if 2 * len(said) >= len(failed) > 0 else ""
-        return tuple(replace(row, diagnosis=said.get(_key(row), "")) for row in rows), probably
+        probably = f"probably {'; '.join(parts)}" if 2 * len(diagnoses) >= len(failed) > 0 else ""
+        return tuple(replace(row, diagnosis=diagnoses.get(_key(row), "")) for row in rows), probably
 
     def _replay(self, rows: Sequence[Row], cases: Mapping[str, Case]) -> None:
-        """Look among the kernels that remember earlier calls: play the whole check again."""
-        for name in (name for name in WRONG if WRONG[name].remembers):
+        """Search the kernels that keep state: rerun the whole check with each."""
+        for name in (name for name in WRONG if WRONG[name].keeps_state):
             kernel = WRONG[name]()
             for row in rows[:_REPLAYED]:
-                results = played(kernel, draw(cases[row.case], row.dtype, row.seed), RESULTS)
+                results = run_kernel(kernel, draw(cases[row.case], row.dtype, row.seed), RESULTS)
                 failure = self.unexplained.get(_key(row))
                 found = []
                 if isinstance(failure, Failure) and not isinstance(results, str):
-                    asked = {x: results[x] for x in failure.deciding()}
-                    found = compared(name, {}, failure, asked)
-                elif isinstance(failure, str) and says(results, failure):
+                    deciding = {x: results[x] for x in failure.deciding()}
+                    found = compare_results(name, {}, failure, deciding)
+                elif isinstance(failure, str) and same_message(results, failure):
                     found = [Match(name, {})]
                 if found:
                     self.matches.setdefault(_key(row), []).extend(found)
 
     def _against(self, rows: Sequence[Row], cases: Mapping[str, Case]) -> dict[str, int]:
-        """Return for the best names how many rows passed where they would have failed."""
+        """Return, by best name, the number of passed rows on which that kernel fails."""
         counts: Counter[str] = Counter()
         arguments: dict[str, dict[str, Any]] = {}
         for match in (match for found in self.matches.values() for match in found):
@@ -164,7 +165,7 @@ class Suspects:
             truth = truth_for(problem.case, row.dtype, row.seed)
             judged = [verdict.name for verdict in row.verdicts]
             for name in names:
-                results = played(WRONG[name](**arguments[name]), problem, judged)
+                results = run_kernel(WRONG[name](**arguments[name]), problem, judged)
                 against[name] += isinstance(results, str) or not all(
                     ratio_of(x, results[x], problem, truth) <= 1 for x in judged
                 )

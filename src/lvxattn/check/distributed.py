@@ -1,29 +1,31 @@
-"""Run a suite of cases on a function whose queries and keys are spread over ranks.
+"""Run a suite of cases on a function whose queries and keys are distributed over ranks.
 
     rank 0     its shards --> fn --+
-    rank 1     its shards --> fn --+--> the whole results --> rank 0 judges
+    rank 1     its shards --> fn --+--> the joined results --> rank 0 judges
     rank 2     its shards --> fn --+
 
-The truth and the limit are those of the whole problem: neither knows of ranks.
+Truth and limit are those of the unsharded problem: neither depends on ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import numpy.typing as npt
 
-from lvxattn.check.call_kernel import call_kernel
+from lvxattn.check.call_kernel import Together, call_kernel
+from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import Case, suite_of
+from lvxattn.check.check_report import Report, Row
 from lvxattn.check.diagnosis import Suspects
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.growth import GROWTH, growth_cuts, judged_growth
-from lvxattn.check.problem import Problem, draw
-from lvxattn.check.ranks import Ranks, Together, joined, launched_by_torchrun, ranks_of
-from lvxattn.check.report import Report, Row
+from lvxattn.check.ranks import Ranks, joined, launched_by_torchrun, ranks_of
 from lvxattn.check.shards import Cut, sweep_of
 from lvxattn.check.suite import (
+    backward_of,
     check_arguments,
     judged,
     name_of,
@@ -45,23 +47,24 @@ def check_distributed(
     seeds: int = 1,
     time_limit: float = 30.0,
     ranks: int | None = None,
-    told: Callable[[Report], Any] | None = None,
+    cases: Sequence[Case] | None = None,
+    report_early: Callable[[Report], Any] = print,
 ) -> Report | None:
-    """Hold a distributed attention function against the reference.
+    """Check a distributed attention function against the reference.
 
     Collective: every rank calls this, with the same arguments, under mpiexec or torchrun; or one
     process, with a number of virtual ranks.
 
     Every case is run with even cuts on all P ranks, with even cuts on fewer ranks, and with uneven
-    cuts.  The quick suite takes turns: each case sees one smaller number of ranks and an uneven
-    cut (`shards.Cut` has the kinds), each group of cases every kind of cut, and the next dtype or
-    seed goes on where the last one stopped.  The full suite takes every number of ranks with even
-    cuts and every kind of cut with some number of ranks.  Numbers of ranks are 1 to 8, then powers
-    of two and P.  Last comes what shows whether errors grow with P (`growth`).
+    cuts.  The quick suite takes turns: each case gets one smaller number of ranks and an uneven cut
+    (`shards.Cut` has the kinds), each group of cases every kind of cut, and the next dtype or seed
+    continues where the last one stopped.  The full suite takes every number of ranks with even cuts
+    and every kind of cut with some number of ranks.  Numbers of ranks are 1 to 8, then powers of
+    two and P.  Last comes the case that shows whether errors grow with P (`growth`).
 
-    A function that raises on one rank while others wait for it leaves them there.  They are given
-    up after the time limit, and so is the rest of the check: rank 0 prints the report so far and
-    every process ends with status 1.
+    If a function raises on one rank, other ranks may wait for it.  They are abandoned after the
+    time limit, and so is the rest of the check: rank 0 prints the report so far and every process
+    ends with status 1.
 
     Parameters
     ----------
@@ -70,21 +73,23 @@ def check_distributed(
         q (B, H, s_q, D), k (B, H_KV, s_kv, D), v (B, H_KV, s_kv, D_V), lengths of any size, 0
         included; comm an ``MPI.Intracomm``, a torch process group or a
         `lvxattn.reference.VirtualComm`; mask None, an array with all S_Q queries, or an axis of 1,
-        and this rank's keys, or a callable of global indices.  The rest is as `check` has it.
+        and this rank's keys, or a callable of global indices.  The rest is as in `check`.
     suite, dtypes, device, seeds
-        As `check` has them; ``"cuda"`` is a GPU for each rank.
+        As in `check`; ``"cuda"`` means a GPU for each rank.
     backward : bool or callable
         Whether to check gradients: by ``fn.backward(dout, q, k, v, out, lse, comm, *, scale, mask)
         -> (dq, dk, dv)``, or this function of the same arguments, or else by autograd.
     framework : str, optional
-        ``"torch"`` under torchrun, otherwise ``"numpy"``, unless given.
+        Default: ``"torch"`` under torchrun, otherwise ``"numpy"``.
     time_limit : float
-        Seconds that a case may take.
+        Seconds per case.
     ranks : int, optional
-        Check on that many virtual ranks, threads of this process, instead of the launcher's.
-    told : callable, optional
-        What rank 0 does with the report so far before all processes end because ranks did not come
-        back; it is printed unless given.
+        Number of virtual ranks, threads of this process; default: the launcher's ranks.
+    cases : sequence of Case, optional
+        Cases to run instead of a suite.
+    report_early : callable, optional
+        Called on rank 0 with the report so far if all processes are about to end because ranks did
+        not return; default: print it.
 
     Returns
     -------
@@ -94,50 +99,57 @@ def check_distributed(
     Raises
     ------
     TypeError, ValueError, ModuleNotFoundError, RuntimeError
-        Naming the argument, what was expected and what was given; what fn does wrong is in the
+        Naming the argument, what was expected and what was given.  Errors of fn are part of the
         report instead.
+
+    Examples
+    --------
+    >>> from lvxattn.check import case_of, check_distributed
+    >>> from lvxattn.reference import cross_attention
+    >>> options = {"ranks": 2, "dtypes": ["float64"], "cases": [case_of("gaussian")]}
+    >>> report = check_distributed(cross_attention, **options)
+    >>> report.passed, [row.where for row in report.rows]
+    (True, ['P=2, even', 'P=1, even', 'P=2, ragged', 'P=2, first', 'P=2, last'])
     """
     if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int)):
         raise TypeError(f"ranks: expected a number of virtual ranks or None, got {ranks!r:.40}")
     if framework is None and ranks is None and launched_by_torchrun():
         framework = "torch"
     arrays = framework_of(framework, device)
-    check_arguments(fn, suite, backward, seeds, time_limit)
+    check_arguments(fn, suite, backward, seeds, time_limit, cases)
     team = ranks_of(ranks, time_limit, device)
     if team.device != device and team.device is not None:
         arrays = framework_of(framework, team.device)
     wanted = wanted_dtypes(dtypes, suite, arrays)
     chosen = tuple(dtype for dtype in wanted if dtype in arrays.dtypes)
     target = name_of(fn)
-    team.agree((target, suite, chosen, backward is not False, seeds, time_limit, arrays.name))
+    names = [case.name for case in cases or ()]
+    gradients = backward is not False
+    team.agree((target, suite, chosen, gradients, seeds, time_limit, arrays.name, names))
 
-    own = backward if callable(backward) else getattr(fn, "backward", None)
+    call = _RanksCaller(fn, arrays, backward_of(fn, backward), gradients, team).call
     rows: list[Row] = []
-    cases: dict[str, Case] = {}
+    selected = suite_of(suite) if cases is None else cases
+    by_name = {case.name: case for case in (GROWTH, *selected)}
     start, suspects = perf_counter(), Suspects()
 
     def report(*notes: str, diagnosed: bool = True) -> Report:
         found, probably = tuple(rows), ""
         if diagnosed:
-            found, probably = suspects.conclude(rows, cases)
+            found, probably = suspects.conclude(rows, by_name)
         ranked = f"{team.size} {'rank' if team.size == 1 else 'ranks'}"
-        said = (ranked, *notes_of(arrays, rows, wanted), *notes)
+        remarks = (ranked, *notes_of(arrays, rows, wanted), *notes)
         seconds = perf_counter() - start
-        return Report(target, suite, arrays.name, found, seconds, notes=said, probably=probably)
+        return Report(target, suite, arrays.name, found, seconds, notes=remarks, probably=probably)
 
-    for case, dtype, seed, cut in _trials(suite, chosen, seeds, team.size):
-        player = DistributedPlayer(
-            fn, arrays, own, backward is not False, team, cut, time_limit
-        )  # fmt: skip
+    for case, dtype, seed, cut in _trials(selected, suite, chosen, seeds, team.size):
         if team.rank:
-            player.play(draw(case, dtype, seed))
+            call(draw(case, dtype, seed), cut=cut)
             continue
-        cases[case.name] = case
-        rows.append(judged(player, case, dtype, seed, suspects, str(cut)))
+        rows.append(judged(partial(call, cut=cut), case, dtype, seed, suspects, str(cut)))
         if team.stuck:
             # Without a diagnosis, which takes its time: the others are about to end.
-            so_far = report("the rest was not run: ranks did not come back", diagnosed=False)
-            (told or print)(so_far)
+            report_early(report("the rest was not run: ranks did not come back", diagnosed=False))
             team.end()
     team.close()
     if team.rank:
@@ -148,9 +160,8 @@ def check_distributed(
 
 
 def _trials(
-    suite: str, dtypes: Sequence[str], seeds: int, size: int
+    cases: Sequence[Case], suite: str, dtypes: Sequence[str], seeds: int, size: int
 ) -> Iterator[tuple[Case, str, int, Cut]]:
-    cases = suite_of(suite)
     variants = [(dtype, seed) for dtype in dtypes for seed in range(seeds)]
     sweeps = [sweep_of(cases, size, suite, turn) for turn in range(len(variants))]
     for case in cases:
@@ -163,26 +174,26 @@ def _trials(
 
 
 @dataclass(frozen=True)
-class DistributedPlayer:
-    """A function, the ranks that call it, and how the problem is cut for them."""
+class _RanksCaller:
+    """A function, and the ranks that call it."""
 
     fn: Callable[..., Any]
     framework: Framework
     backward: Callable[..., Any] | None
     gradients: bool
     ranks: Ranks
-    cut: Cut
-    time_limit: float
 
-    def play(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
-        """Call the function; the whole results are on rank 0, nothing elsewhere.
+    def call(
+        self, problem: Problem, notes: list[str] | None = None, *, cut: Cut
+    ) -> dict[str, Array]:
+        """Call the function on the parts of a problem; return the joined results on rank 0.
 
         Collective: every rank calls this.
 
         Raises
         ------
-        ComplaintError, NotImplementedError
-            On rank 0, for whatever happened on the ranks.
+        ContractError, NotImplementedError
+            On rank 0, for any failure on the ranks.
         """
 
         def task(comm: Any, rank: int, together: Together) -> dict[str, Array]:
@@ -196,9 +207,9 @@ class DistributedPlayer:
                 backward=None if self.backward is None else with_comm(self.backward),
                 gradients=self.gradients,
                 notes=None if rank else notes,
-                part=lambda whole: self.cut.part(whole, rank),
+                part=lambda problem: cut.part(problem, rank),
                 together=together,
             )
 
-        outcomes = self.ranks.run(self.cut.P, task)
-        return joined(outcomes, self.time_limit) if outcomes else {}
+        outcomes = self.ranks.run(cut.P, task)
+        return joined(outcomes, self.ranks.time_limit) if outcomes else {}

@@ -1,4 +1,4 @@
-"""What a function raised, in one line, and where in its author's code."""
+"""Format an error of the checked function in one line, with its place in the user's code."""
 
 import sysconfig
 import traceback
@@ -7,11 +7,11 @@ from pathlib import Path
 _LONGEST = 300  # characters of a message
 
 
-def raised(error: BaseException) -> str:
-    """Return an error's type, its message, and the line of the user's code that it came through.
+def describe_error(error: BaseException) -> str:
+    """Return an error's type, its message, and the line of the user's code that raised it.
 
-    That is the innermost line that is neither of the check nor of an installed package, or else the
-    innermost that is not of the check.
+    That is the innermost line outside the check and installed packages, or else the innermost one
+    outside the check.
     """
     text = ": ".join(part for part in (type(error).__name__, one_line(error)) if part)
     places = [
@@ -31,14 +31,14 @@ def raised(error: BaseException) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return a text, or an error's message, in one line that is not too long."""
+    """Return a text, or an error's message, as one line of limited length."""
     try:
         words = " ".join(str(text).split())
-    except Exception as error:  # what is raised is the user's, too
+    except Exception as error:  # the error's class is the user's, too
         words = f"a message that raises {type(error).__name__}"
     if len(words) <= _LONGEST:
         return words
-    return f"{words[: _LONGEST // 2]} ... {words[-_LONGEST // 2 :]}"  # a cause comes last, often
+    return f"{words[: _LONGEST // 2]} ... {words[-_LONGEST // 2 :]}"  # the cause often comes last
 
 
 _FOLDER = Path(__file__).parent
@@ -50,8 +50,7 @@ _OURS = tuple(
         "ranks",
         "call_kernel.py",
         "time_limit.py",
-        "problem.py",
-        "masks.py",
+        "case_arrays.py",
         "frameworks",
     )
 )

@@ -1,4 +1,4 @@
-"""Golden files: the cases with their fp64 results, for tests that cannot run the reference.
+"""Golden files: cases with their fp64 results, for tests that cannot run the reference.
 
 A folder holds one safetensors file a case and a manifest:
 
@@ -6,28 +6,29 @@ A folder holds one safetensors file a case and a manifest:
      "cases": {CASE: {"file", "sha256", "bytes", "group", "reason", "scale", "mask",
                       "q_kinds", "kv_kinds", "tensors": {NAME: {"dtype", "shape"}}}}}
 
-q, k, v, dout and an additive mask are float32, drawn as such; a callable mask is the bool array
-that it yields; out, lse, dq, dk and dv are float64.
+q, k, v, dout and an additive mask are float32; a callable mask is stored as the bool array that it
+returns; out, lse, dq, dk and dv are float64.
 
-Checksums say whether a file is as it was written.  Results are never compared by them: another CPU,
-or another BLAS, rounds sums otherwise.
+Checksums verify that a file is intact.  Recomputed results are not compared by them: another CPU or
+BLAS rounds sums differently.
 """
 
 import hashlib
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import lvxattn
+from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import Case, suite_of
-from lvxattn.check.files import inputs_of, mask_text, read_tensors, write_tensors
 from lvxattn.check.judge import RESULTS, judge, truth_of
-from lvxattn.check.problem import Problem, draw
-from lvxattn.cli.tensors import InputError
+from lvxattn.cli.tensors import InputError, create, open_tensors
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +45,7 @@ def golden(name: str, folder: str | Path = SHIPPED) -> dict[str, Any]:
     name : str
         One of `golden_names`.
     folder : str, optional
-        Where `write_golden` has written; the files that come with the package unless given.
+        One written by `write_golden`; default: the files that come with the package.
 
     Returns
     -------
@@ -56,7 +57,16 @@ def golden(name: str, folder: str | Path = SHIPPED) -> dict[str, Any]:
     ValueError
         There is no such case.
     InputError, OSError
-        The files are not there, or damaged.
+        The files are missing or damaged.
+
+    Examples
+    --------
+    >>> from lvxattn.check import golden
+    >>> case = golden("one-query")
+    >>> sorted(case)
+    ['dk', 'dout', 'dq', 'dv', 'k', 'lse', 'out', 'q', 'scale', 'v']
+    >>> case["q"].dtype.name, case["out"].dtype.name
+    ('float32', 'float64')
     """
     cases = _manifest(Path(folder))["cases"]
     if name not in cases:
@@ -65,7 +75,28 @@ def golden(name: str, folder: str | Path = SHIPPED) -> dict[str, Any]:
 
 
 def golden_names(folder: str | Path = SHIPPED) -> list[str]:
-    """Return the names of the cases in a folder."""
+    """Return the names of the cases in a folder.
+
+    Parameters
+    ----------
+    folder : str, optional
+        Default: that of the files that come with the package.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    InputError
+        There is no valid manifest.
+
+    Examples
+    --------
+    >>> from lvxattn.check import golden_names
+    >>> golden_names()[:2]
+    ['gaussian', 'ragged-lengths']
+    """
     return list(_manifest(Path(folder))["cases"])
 
 
@@ -75,7 +106,7 @@ def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dic
     Parameters
     ----------
     folder : str
-        Is made if it is not there; an older set in it is replaced.
+        Created if missing; older golden files in it are replaced.
     suite : str
     seed : int
 
@@ -89,8 +120,15 @@ def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dic
     InputError
         There are other files in the folder.
     OSError
+        The folder cannot be written.
+
+    Examples
+    --------
+    >>> write_golden("golden", "tiny")
+    Traceback (most recent call last):
+    ValueError: suite: expected one of quick, full, got 'tiny'
     """
-    path = Path(folder)
+    cases, path = suite_of(suite), Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     old = _manifest(path) if (path / MANIFEST).exists() else {"cases": {}}
     ours = {MANIFEST, *(entry["file"] for entry in old["cases"].values())}
@@ -102,7 +140,7 @@ def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dic
     for name in ours:
         (path / name).unlink(missing_ok=True)
     left_out, entries = {}, {}
-    for case in suite_of(suite):
+    for case in cases:
         why = _needless(case)
         if why:
             left_out[case.name] = why
@@ -121,34 +159,40 @@ def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dic
 
 
 def verify_golden(folder: str | Path = SHIPPED) -> list[str]:
-    """Look whether files are as they were written, and whether the reference still agrees.
+    """Verify that files are intact, and that the reference reproduces their results.
 
-    Recomputed from the inputs in the file, each result must be within the limit for float64.
+    Each result, recomputed from the inputs in the file, must be within the limit for float64.
 
     Parameters
     ----------
     folder : str, optional
-        The files that come with the package unless given.
+        Default: that of the files that come with the package.
 
     Returns
     -------
     list of str
-        What is wrong, a line for each file; empty if nothing is.
+        A line for each wrong file, with the reason; empty if all are correct.
 
     Raises
     ------
     InputError
-        There is no manifest, or none that can be read.
+        There is no valid manifest.
+
+    Examples
+    --------
+    >>> verify_golden("nowhere")
+    Traceback (most recent call last):
+    lvxattn.cli.tensors.InputError: nowhere: no golden files: there is no manifest.json
     """
     path = Path(folder)
     manifest = _manifest(path)
     known = {MANIFEST, *(entry["file"] for entry in manifest["cases"].values())}
     extra = sorted(file.name for file in path.iterdir() if file.name not in known)
-    complaints = [f"{name}: not in the manifest" for name in extra]
+    lines = [f"{name}: not in the manifest" for name in extra]
     for name, entry in manifest["cases"].items():
         wrong = _wrong(path / entry["file"], name, entry)
-        complaints += [f"{entry['file']}: {wrong}"] if wrong else []
-    return complaints
+        lines += [f"{entry['file']}: {wrong}"] if wrong else []
+    return lines
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -175,7 +219,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _needless(case: Case) -> str:
-    """Say why nobody needs a file of the case, if so."""
+    """Return why the case needs no file; empty if it needs one."""
     if case.memory != "contiguous":
         return "its point is how the arrays lie in memory, which a file does not keep"
     if case.calls:
@@ -186,7 +230,7 @@ def _needless(case: Case) -> str:
 
 
 def _write(path: Path, problem: Problem) -> dict[str, Any]:
-    """Write one case; return its entry in the manifest."""
+    """Write one case and return its entry in the manifest."""
     arrays = {**inputs_of(problem), **truth_of(problem).results}
     case, name = problem.case, f"{problem.case.name}.safetensors"
     notes = {"case": case.name, "reason": case.reason, "scale": repr(problem.scale)}
@@ -212,19 +256,19 @@ def _table(arrays: dict[str, Array]) -> dict[str, Any]:
 
 
 def _shortest(kinds: Array) -> list[int]:
-    """Return which rows are judged together; nothing if all are."""
+    """Return the kinds of rows; empty if there is only one kind."""
     return [int(kind) for kind in kinds] if kinds.any() else []
 
 
 def _text(manifest: dict[str, Any]) -> str:
-    """Return JSON with a line for each case."""
+    """Format as JSON, with a line for each case."""
     lines = [f'  "{name}": {json.dumps(entry)}' for name, entry in manifest["cases"].items()]
     rest = json.dumps({**manifest, "cases": None}, indent=1)
     return rest.replace('"cases": null', '"cases": {\n' + ",\n".join(lines) + "\n }") + "\n"
 
 
 def _wrong(file: Path, name: str, entry: dict[str, Any]) -> str:
-    """Say what is wrong with one file."""
+    """Return what is wrong with one file; empty if it is correct."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -234,10 +278,10 @@ def _wrong(file: Path, name: str, entry: dict[str, Any]) -> str:
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         return f"damaged: {len(content):,} bytes of another checksum; {entry['bytes']:,} expected"
     arrays = read_tensors(file)
-    there, told = _table(arrays), entry["tensors"]
-    for key in sorted(there.keys() | told.keys()):
-        if there.get(key) != told.get(key):
-            return f"{key}: expected {told.get(key)} as in the manifest, got {there.get(key)}"
+    found, expected = _table(arrays), entry["tensors"]
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            return f"{key}: expected {expected.get(key)} as in the manifest, got {found.get(key)}"
     problem = _problem(name, entry, arrays)
     truth = truth_of(problem)
     # All parts of the limit are proportional to unit roundoffs: float32's, 2**29 times float64's.
@@ -252,7 +296,7 @@ def _wrong(file: Path, name: str, entry: dict[str, Any]) -> str:
 
 
 def _problem(name: str, entry: dict[str, Any], arrays: dict[str, Array]) -> Problem:
-    """Return the problem in a file, whatever the case of that name is today."""
+    """Return the problem in a file, independently of today's case of that name."""
     q, k, v, dout = (arrays[key] for key in ("q", "k", "v", "dout"))
     case = Case(name, entry["group"], entry["reason"], *q.shape[:2], *k.shape[1:2])
     case = replace(case, S_Q=q.shape[2], S_KV=k.shape[2], D=q.shape[3], D_V=v.shape[3])
@@ -260,3 +304,65 @@ def _problem(name: str, entry: dict[str, Any], arrays: dict[str, Array]) -> Prob
     kv_kinds = np.array(entry["kv_kinds"] or [0] * case.S_KV)
     mask, scale = arrays.get("mask"), entry["scale"]
     return Problem(case, 0, "float32", q, k, v, dout, scale, mask, q_kinds, kv_kinds)
+
+
+# Tensors in safetensors files.
+
+
+def inputs_of(problem: Problem) -> dict[str, Array]:
+    """Return q, k, v, dout and, if any, the mask; a callable one as the array that it returns."""
+    arrays = {name: getattr(problem, name) for name in ("q", "k", "v", "dout")}
+    mask = problem.dense_mask()
+    return arrays if mask is None else {**arrays, "mask": mask}
+
+
+def mask_text(problem: Problem) -> str:
+    """Describe the mask: its kind, or the source of a callable one and the numbers in it."""
+    rule = problem.mask
+    if not callable(rule):
+        return problem.case.mask
+    try:
+        text = dedent(inspect.getsource(rule)).strip()
+    except (OSError, TypeError):  # the package may be installed without its sources
+        text = problem.case.mask
+    values = inspect.getclosurevars(rule).nonlocals
+    numbers = [f"{name} = {x}" for name, x in values.items() if not isinstance(x, Case)]
+    case = problem.case
+    numbers += [f"case.S_Q = {case.S_Q}", f"case.S_KV = {case.S_KV}"]
+    return f"{text}\n# {', '.join(numbers)}"
+
+
+def write_tensors(path: str | Path, arrays: dict[str, Array], notes: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Parameters
+    ----------
+    path : str
+    arrays : dict
+    notes : dict
+        The file's metadata.
+
+    Raises
+    ------
+    OSError
+    """
+    shapes = {name: (x.dtype.name, x.shape) for name, x in arrays.items()}
+    file = create(str(path), shapes, notes)
+    for name, x in arrays.items():
+        file.write(name, 0, slice(0, x.shape[0]), x)
+
+
+def read_tensors(path: str | Path) -> dict[str, Array]:
+    """Read all tensors of a safetensors file.
+
+    Raises
+    ------
+    InputError
+        It is no safetensors file, or damaged.
+    OSError
+    """
+    file = open_tensors(str(path))
+    return {
+        name: np.ascontiguousarray(file.read(name, 0, slice(0, tensor.shape[0])))
+        for name, tensor in file.tensors.items()
+    }

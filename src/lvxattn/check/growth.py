@@ -1,20 +1,20 @@
-r"""Whether a function's error grows with the number of ranks.
+r"""Judge whether a function's error grows with the number of ranks.
 
-Partial results that are kept or sent in half precision are rounded once more at every merge.  In
-a ring, what is rounded the h-th time is h / P of the result.  In units of the variance of the one
-rounding that every function's result has,
+Partial results that are kept or sent in half precision are rounded once more at every merge.  In a
+ring, the h-th rounding is of h / P of the result.  In units of the variance of the one rounding
+that every function's result has,
 
-    right, all in the accumulator    1
-    right, P parts come in half      1 + P (1 / P)^2 + 2 / P^2   the last: see below
-    wrong, sums travel in half       1 + sum_{1<h<P} (h / P)^2
+    correct, all in the accumulator    1
+    correct, P parts come in half      1 + P (1 / P)^2 + 2 / P^2   the last: see below
+    wrong, sums travel in half         1 + sum_{1<h<P} (h / P)^2
 
 The errors are the square roots: 1.17 against 1.35 at P = 4, 1.07 against 1.78 at P = 8, 1.01
-against 4.7 at P = 64, and always a little less for what else is rounded before.  On P ranks a
-result may be `LIMIT` = 1.24 times as far off as on one.  On three and fewer right and wrong
-overlap: 1.25 against 1.20.  What is rounded before the first merge is a part and no sum: h > 1.
+against 4.7 at P = 64, and always a little less because of earlier roundings.  On P ranks the error
+may be `LIMIT` = 1.24 times that on one.  On three and fewer, correct and wrong overlap: 1.25
+against 1.20.  Before the first merge a part is rounded, not a sum: h > 1.
 
 That holds where the ranks' parts point the same way, so that a sum is as large as its parts
-together; the case is made for that, in out, dq, dk and dv.  Roundings of probabilities and of score
+together; the case is made so, in out, dq, dk and dv.  Roundings of probabilities and of score
 gradients average out over its keys.  Parts of equal size add up to a number on a grid of 1 / P
 steps of the result's dtype, whose rounding, ties included, has 1 + 2 / P^2 times the usual
 variance.  That is for a power of two; for other P parts are finer in comparison: less is added.
@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from math import sqrt
 
 from lvxattn.check.cases import Case
+from lvxattn.check.check_report import Row
 from lvxattn.check.judge import Verdict
-from lvxattn.check.report import Row
 from lvxattn.check.shards import Cut
 
 GROWTH = Case(
@@ -47,7 +47,7 @@ def growth_cuts(dtype: str, size: int) -> list[Cut]:
     ----------
     dtype : str
     size : int
-        How many ranks there are.
+        Number of ranks.
     """
     if dtype not in _HALF or size < _LEAST:
         return []
@@ -62,11 +62,11 @@ def judged_growth(
     Parameters
     ----------
     rows : sequence of Row
-        Of a whole check; `GROWTH`'s are looked at.
+        Of a check; those of `GROWTH` are used.
     dtypes : sequence of str
         That were checked.
     size : int
-        How many ranks there are.
+        Number of ranks.
     """
     half = [dtype for dtype in dtypes if dtype in _HALF]
     if not half:
@@ -106,7 +106,7 @@ def _errors(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _verdict(name: str, growth: float, size: int) -> Verdict:
-    """Judge by the variance that was added, so that what does not grow has a ratio near 0."""
+    """Judge by the added variance, so that an error that does not grow has a ratio near 0."""
     added, allowed = growth**2 - 1, LIMIT**2 - 1
     what = "" if growth <= LIMIT else f"the error grows {growth:.2f} times from P=1 to P={size}"
     return Verdict(

@@ -1,4 +1,4 @@
-"""Find the function that a user names: ``package.module:function``."""
+"""Import the function named by ``package.module:function``."""
 
 import importlib
 import os
@@ -11,22 +11,22 @@ from typing import Any
 
 
 def load(text: str, argument: str) -> Callable[..., Any]:
-    """Import the module and return what is named in it.
+    """Import a module and return a function of it.
 
-    Modules of the current folder are found as well, after all others.
+    Modules in the current folder are found as well, after all others.
 
     Parameters
     ----------
     text : str
         ``"package.module:function"``, or ``"module:Class.method"``.
     argument : str
-        What the user knows it by.
+        Its name in error messages.
 
     Raises
     ------
     ValueError
-        In one line: no such module, it cannot be imported, there is nothing of that name in it, or
-        that cannot be called.
+        There is no such module, it cannot be imported, it has no such name, or that is not
+        callable; in one line.
     """
     module_name, colon, path = text.partition(":")
     wrong = _misspelt(module_name, colon, path)
@@ -45,7 +45,7 @@ def load(text: str, argument: str) -> Callable[..., Any]:
 
 
 def _misspelt(module: str, colon: str, path: str) -> str:
-    """Return an empty text, or what to write instead."""
+    """Return a hint at the correct spelling; empty if the text is well-formed."""
     stem, ending = os.path.splitext(module)
     if ending == ".py" or os.sep in module:
         folder, name = os.path.split(stem if ending == ".py" else module)
@@ -85,7 +85,7 @@ def _where(error: BaseException) -> str:
 
 
 def _near(name: str, owner: Any) -> str:
-    """Return a question after a name like this one, or nothing."""
+    """Return a suggestion of similar names; empty if there are none."""
     names = [x for x in dir(owner) if not x.startswith("_") and callable(getattr(owner, x, None))]
     near = get_close_matches(name, names, 3)
     return f": did you mean {' or '.join(near)}?" if near else ""

@@ -1,17 +1,17 @@
-r"""How far a right kernel may be from the truth, and whether a result is within that.
+r"""How far a correct kernel may be from the truth, and whether a result is within that.
 
 For every result, and for every kind of row in it, in the L2 norm over those rows:
 
     |result - truth|  <=  2 E  +  u |truth|  +  4 a |size|
 
-E is the error that the reference itself makes with the dtype's roundings (`rounded.py`), the
-largest of several ways to do it; u the unit roundoff of the dtype in which the result is returned;
-a that of the accumulator; size what the result would be if nothing in its sums cancelled and every
+E is the error that the reference itself makes with the dtype's roundings (`rounding_model`), the
+largest of several ways to compute; u the unit roundoff of the dtype in which the result is
+returned; a that of the accumulator; size the result if nothing in its sums cancelled and every
 probability were larger by the size of its score: p (1 + scale |q| |k| + |mask|) |v| for out, where
-|mask| counts only beside a score that it can round, which 0 is not.  The last two are floors, for
-where E happens to be small: a result is rounded once when it is stored, its terms a few times on
-the way, and an absolute error in a score is a relative one in its probability.  The size of lse is
-1 + scale |q| |k| + |mask| + |lse|: every merge rounds it to its own.
+|mask| counts only beside a score that it can round, which 0 is not.  The last two terms are floors,
+for where E happens to be small: a result is rounded once when it is stored, its terms a few times
+on the way, and an absolute error in a score is a relative one in its probability.  The size of lse
+is 1 + scale |q| |k| + |mask| + |lse|: every merge rounds it to its own size.
 
 In fp64 there is nothing more exact to compare with: E is measured in fp32, to whose unit roundoff
 every rounding is proportional, and divided by 2**29.
@@ -29,11 +29,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.check.case_arrays import Problem, draw, masked, sum_groups
 from lvxattn.check.cases import Case
-from lvxattn.check.problem import Problem, draw
-from lvxattn.check.rounding_model import PLAIN, WAYS, rounded_attention, visible
+from lvxattn.check.rounding_model import PLAIN, WAYS, rounded_attention
 from lvxattn.common.validation import accumulator
-from lvxattn.reference.full_attention import full_attention, full_attention_backward
 
 Array = npt.NDArray[Any]
 
@@ -45,16 +44,16 @@ RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 @dataclass(frozen=True)
 class Truth:
-    """What is right, and how far from it one may be.
+    """The correct results, and how far from them a result may be.
 
     Attributes
     ----------
     results : dict
         float64 arrays, by name: out, lse, dq, dk, dv.
     limits : dict
-        By name, for each kind of row the largest L2 norm that an error may have.
+        By name, the largest allowed L2 norm of an error, for each kind of row.
     scales : dict
-        By name, for each kind the norm that errors are reported relative to.
+        By name, the norm that errors are reported relative to, for each kind of row.
     plain : dict
         By name, the largest absolute error of attention with everything in the dtype.
     """
@@ -67,25 +66,25 @@ class Truth:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of one result.
+    """The judgement of one result.
 
     Attributes
     ----------
     name : str
         out, lse, dq, dk or dv.
     error, limit : float
-        Relative L2, of the kind of rows that is worst.
+        Relative L2 norms, of the worst kind of row.
     ratio : float
         error / limit: above 1 is wrong, infinite where NaN and infinities do not agree.
     what : str
-        What is wrong, where it is not only too far off.
+        What is wrong, unless it is only the size of the error.
     index : tuple of int
-        Where the largest absolute error is.
+        Of the largest absolute error.
     got, expected : float
-        There.
+        The elements there.
     max_abs, ulps : float
         The largest absolute error; the largest in steps of the dtype, at the element or, where that
-        is smaller, at the size that elements usually have.
+        is smaller, at the usual size of elements.
     flash : float
         The largest absolute error over that of attention with everything in the dtype;
         FlashAttention's tests allow 2.
@@ -105,29 +104,26 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the result is right."""
+        """Whether the error is within its limit."""
         return self.ratio <= 1
 
 
 def truth_of(problem: Problem) -> Truth:
-    """Compute what is right and how far from it one may be."""
-    with np.errstate(all="ignore"):  # whatever the caller has set: probabilities underflow
-        return _truth_of(problem, _measured(problem))
+    """Compute the correct results of a problem, and how far from them a result may be."""
+    return _truth_of(problem, _measured(problem))
 
 
-@lru_cache(maxsize=64)  # a suite in two dtypes: cuts among ranks and diagnoses ask again
+@lru_cache(maxsize=64)  # a suite in two dtypes: other cuts among ranks and diagnoses reuse it
 def truth_for(case: Case, dtype: str, seed: int) -> Truth:
-    """Return `truth_of` what is drawn for a case; nothing may be written into it."""
-    with np.errstate(all="ignore"):
-        if dtype == "float32":
-            return _truth_of(*_single(case, seed))
-        problem = draw(case, dtype, seed)
-        return _truth_of(problem, _measured(problem))
+    """Return `truth_of` the arrays drawn for a case, which must not be modified."""
+    if dtype == "float32":
+        return _truth_of(*_single(case, seed))
+    return truth_of(draw(case, dtype, seed))
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of a problem: the results, their sizes, and the errors of the rounded reference."""
+    """The results of a problem, their sizes, and the errors of the rounded reference."""
 
     results: dict[str, Array]
     size: dict[str, Array]
@@ -135,6 +131,7 @@ class _Measured:
     plain: dict[str, float]
 
 
+@np.errstate(all="ignore")  # probabilities underflow
 def _measured(problem: Problem) -> _Measured:
     results, sizes = _exactly(problem)
     size = {name: norms(problem, name, x) for name, x in sizes.items()}
@@ -148,12 +145,13 @@ def _measured(problem: Problem) -> _Measured:
     return _Measured(results, size, errors, plain)
 
 
-@lru_cache(maxsize=8)  # a case's turn in float64 is followed by that in float32
+@lru_cache(maxsize=8)  # a case in float64 is followed by that in float32
 def _single(case: Case, seed: int) -> tuple[Problem, _Measured]:
     problem = draw(case, "float32", seed)
     return problem, _measured(problem)
 
 
+@np.errstate(all="ignore")
 def _truth_of(problem: Problem, measured: _Measured) -> Truth:
     results, size, errors = measured.results, measured.size, measured.errors
     unit = UNIT[accumulator(problem.dtype)]
@@ -168,6 +166,7 @@ def _truth_of(problem: Problem, measured: _Measured) -> Truth:
     return Truth(results, limits, scales, measured.plain)
 
 
+@np.errstate(all="ignore")  # a wrong result may be of any size
 def judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     """Judge one result.
 
@@ -176,25 +175,15 @@ def judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     name : str
         out, lse, dq, dk or dv.
     got : array
-        Of the right shape, in float64.
+        Of the correct shape, in float64.
     problem : Problem
     truth : Truth
         Of that problem.
+
+    Returns
+    -------
+    Verdict
     """
-    with np.errstate(all="ignore"):  # a wrong result may be of any size
-        return _judge(name, got, problem, truth)
-
-
-def ratio_of(name: str, got: Array, problem: Problem, truth: Truth) -> float:
-    """Return the ratio of `judge`'s verdict, in a fraction of its time."""
-    with np.errstate(all="ignore"):
-        if disagree(got, truth.results[name]).any():
-            return float("inf")
-        by_kind = norms(problem, name, difference(got, truth.results[name]))
-        return float(_ratios(by_kind, truth.limits[name]).max())
-
-
-def _judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     want = truth.results[name]
     what = _pattern(got, want)
     error = difference(got, want)
@@ -223,12 +212,21 @@ def _judge(name: str, got: Array, problem: Problem, truth: Truth) -> Verdict:
     )
 
 
+@np.errstate(all="ignore")
+def ratio_of(name: str, got: Array, problem: Problem, truth: Truth) -> float:
+    """Return the ratio of `judge`'s verdict, in a fraction of its time."""
+    if disagree(got, truth.results[name]).any():
+        return float("inf")
+    by_kind = norms(problem, name, difference(got, truth.results[name]))
+    return float(_ratios(by_kind, truth.limits[name]).max())
+
+
 def _ratios(by_kind: Array, limit: Array) -> Array:
     return np.where(by_kind == 0, 0.0, np.where(limit > 0, by_kind / _safe(limit), np.inf))
 
 
 def norms(problem: Problem, name: str, x: Array) -> Array:
-    """Return the root mean square of a result, for each kind of row; not finite counts as 0.
+    """Return the root mean square of a result, for each kind of row; NaN and infinities count as 0.
 
     Parameters
     ----------
@@ -247,13 +245,16 @@ def norms(problem: Problem, name: str, x: Array) -> Array:
     found = []
     for kind in range(int(kinds.max(initial=0)) + 1):
         rows = x[:, :, kinds == kind]
-        top = rows.max(initial=0.0)  # the square of float64's largest number is none
+        top = rows.max(initial=0.0)  # float64's largest number has no square
         found.append(top * np.sqrt(((rows / top) ** 2).mean()) if top else 0.0)
     return np.array(found)
 
 
 def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the results in fp64, and their sizes."""
+    """Compute the results in fp64, and their sizes."""
+    # Imported now: the oracle itself depends on no implementation.
+    from lvxattn.reference.full_attention import full_attention, full_attention_backward
+
     wide = problem.astype(np.float64)
     q, k, v, dout, scale = wide.q, wide.k, wide.v, wide.dout, wide.scale
     out, lse = full_attention(q, k, v, scale=scale, mask=wide.mask)
@@ -264,10 +265,8 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
     # Attention of magnitudes: no term of a sum cancels another.
     group = problem.case.H // problem.case.H_KV
     k_all, v_all = (np.repeat(x, group, axis=1) for x in (k, v))
-    s = scale * q @ k_all.swapaxes(-1, -2)
-    mask = visible(wide)
-    if mask is not None:
-        s = np.where(mask, s, -np.inf) if mask.dtype == bool else s + mask
+    mask = wide.dense_mask()
+    s = masked(scale * q @ k_all.swapaxes(-1, -2), mask)
     top = s.max(axis=-1, keepdims=True)
     p = np.exp(s - np.where(top == -np.inf, 0.0, top))
     total = p.sum(axis=-1, keepdims=True)
@@ -275,28 +274,24 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
     score = scale * abs(q) @ abs(k_all).swapaxes(-1, -2)
     bias: Any = 0.0
     if mask is not None and mask.dtype != bool:
-        # A score of 0 loses nothing beside a mask, however large.
+        # A score of 0 is exact beside any mask.
         bias = np.where(np.isfinite(mask) & (score > 0), abs(mask), 0.0)
-    # A merge rounds lse to its own size, which is more than a score's where keys are many.
+    # A merge rounds lse to its own size, which exceeds a score's where keys are many.
     lse_size = 1 + np.where(p > 0, score + bias, 0.0).max(axis=-1, initial=0.0)
     lse_size = lse_size + np.where(np.isfinite(lse), abs(lse), 0.0)
     larger = p * (1 + score + bias)
     out_size = larger @ abs(v_all)
-    # ds = p (dp - delta): off by what p is off by, and by what out in delta is.
+    # ds = p (dp - delta) has the errors of p, and those of out in delta.
     dp = abs(dout) @ abs(v_all).swapaxes(-1, -2)
     delta, larger_delta = ((abs(dout) * (x @ abs(v_all))).sum(axis=-1) for x in (p, larger))
     ds = larger * (dp + delta[..., None]) + p * larger_delta[..., None]
-
-    def summed(x: Array) -> Array:  # over the query heads that share keys
-        heads: Array = x.reshape(k.shape[0], k.shape[1], group, *x.shape[2:]).sum(axis=2)
-        return heads
 
     sizes = {
         "out": out_size,
         "lse": lse_size,
         "dq": scale * ds @ abs(k_all),
-        "dk": scale * summed(ds.swapaxes(-1, -2) @ abs(q)),
-        "dv": summed(larger.swapaxes(-1, -2) @ abs(dout)),
+        "dk": scale * sum_groups(ds.swapaxes(-1, -2) @ abs(q), problem.case.H_KV),
+        "dv": sum_groups(larger.swapaxes(-1, -2) @ abs(dout), problem.case.H_KV),
     }
     return results, sizes
 
@@ -320,19 +315,17 @@ def _errors(
 def difference(got: Array, want: Array) -> Array:
     """Return |got - want|; 0 where either is not finite."""
     finite = np.isfinite(got) & np.isfinite(want)
-    difference: Array = abs(np.where(finite, got, 0.0) - np.where(finite, want, 0.0))
-    return difference
+    return np.asarray(abs(np.where(finite, got, 0.0) - np.where(finite, want, 0.0)))
 
 
 def disagree(got: Array, want: Array) -> Array:
     """Return where one is NaN or infinite and the other is not the same."""
     finite = np.isfinite(got) & np.isfinite(want)
-    agree: Array = finite | (got == want) | (np.isnan(got) & np.isnan(want))
-    return ~agree
+    return ~np.asarray(finite | (got == want) | (np.isnan(got) & np.isnan(want)))
 
 
 def _pattern(got: Array, want: Array) -> str:
-    """Say where NaN and infinities are that should not be, or are missing."""
+    """Describe NaN and infinities that are out of place or missing; empty if there are none."""
     wrong = disagree(got, want)
     if not wrong.any():
         return ""
@@ -352,8 +345,7 @@ def _steps(x: Array, dtype: str) -> Array:
     _, exponent = np.frexp(np.where(np.isfinite(x), x, 0.0))
     exponent = np.where(x == 0, _LEAST_EXPONENT[dtype], exponent - 1)
     exponent = np.maximum(exponent, _LEAST_EXPONENT[dtype])
-    steps: Array = np.ldexp(2 * UNIT[dtype], exponent)
-    return steps
+    return np.asarray(np.ldexp(2 * UNIT[dtype], exponent))
 
 
 def _safe(x: Array) -> Array:

@@ -1,11 +1,11 @@
-"""Which wrong kernels behave like a function that failed, on one problem.
+"""Find the wrong kernels that behave like a failing function on one problem.
 
 A wrong kernel matches if its results are those of the function up to a tenth of the error, and NaN
-and infinities are where the function has them.  It is played in fp64, so that what remains is the
-function's own rounding, and in the dtype, for what only its range brings about.  Where out or lse
-is wrong they decide alone: autograd and a backward of one's own follow a wrong forward in different
-ways.  A kernel that rounds too much cannot match in its bits; it is compared by the size of its
-error, where nothing else matches.
+and infinities are where the function has them.  It runs in fp64, so that the remainder is the
+function's own rounding, and in the dtype, for effects of its range.  If out or lse is wrong, only
+these are compared: autograd and a hand-written backward follow a wrong forward in different ways.
+A kernel that rounds too much cannot match bit by bit: if nothing else matches, it is compared by
+the size of its error.
 """
 
 from collections.abc import Collection, Iterable
@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lvxattn.check.call_kernel import call_kernel
+from lvxattn.check.case_arrays import Problem
 from lvxattn.check.frameworks.numpy_arrays import NumPy
 from lvxattn.check.judge import RESULTS, Truth, difference, disagree, norms
-from lvxattn.check.problem import Problem
 from lvxattn.check.wrong import WRONG, KernelBase
 
 Array = npt.NDArray[Any]
 
-_NUMPY = NumPy()  # looks for packages when it is made
+_NUMPY = NumPy()  # once: it looks for packages
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,11 @@ class Match:
     ----------
     name : str
     arguments : dict
-        The kernel's, of those in its `variants`.
+        The kernel's, one of its `variants`.
     distance : float
-        From its results to the function's, relative L2.
+        Relative L2 distance from its results to the function's.
     limits : float
-        The same in units of the limit; of errors that are compared by size, the larger over the
-        smaller.
+        The same in units of the limit; for a comparison by size, the larger error over the smaller.
     """
 
     name: str
@@ -49,25 +48,21 @@ class Match:
     limits: float = 0.0
 
     def __str__(self) -> str:
-        """Return what is said of the failure."""
-        told = {name: x for name, x in self.arguments.items() if (name, x) != ("shards", 1)}
-        options = ", ".join(f"{name} = {x}" for name, x in told.items())
+        """Return the diagnosis of the failure."""
+        shown = {name: x for name, x in self.arguments.items() if (name, x) != ("shards", 1)}
+        options = ", ".join(f"{name} = {x}" for name, x in shown.items())
         name = f"*{self.name}*" + (f" ({options})" if options else "")
-        if self.compare == "size":
+        compare = WRONG[self.name].compare
+        if compare == "size":
             return f"error as large as that of {name}"
-        if self.compare == "complaint":
+        if compare == "message":
             return f"matches {name}"
         return f"matches {name} {f'to {self.distance:.0e}' if self.distance else 'exactly'}"
-
-    @property
-    def compare(self) -> str:
-        """What was compared: `KernelBase.compare`."""
-        return WRONG[self.name].compare
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A problem that the function got wrong.
+    """A problem on which the function failed.
 
     Attributes
     ----------
@@ -82,13 +77,9 @@ class Failure:
     results: dict[str, Array]
     truth: Truth
 
-    def errors(self, name: str) -> Array:
-        """Return the error of a result, for each kind of row."""
-        return self._errors[name]
-
-    @cached_property
-    def _errors(self) -> dict[str, Array]:
-        """Needed for every kernel that is compared."""
+    @cached_property  # used for every kernel that is compared
+    def errors(self) -> dict[str, Array]:
+        """The errors of the results, for each kind of row."""
         want = self.truth.results
         return {
             name: norms(self.problem, name, difference(x, want[name]))
@@ -96,28 +87,28 @@ class Failure:
         }
 
     def along(self, name: str) -> float:
-        """Return the cosine of a result's error and the truth: near 0 if it is only rounded."""
+        """Return the cosine of a result's error and the truth: near 0 for a mere rounding error."""
         want, own = self.truth.results[name], self.results[name]
         finite = np.isfinite(want) & np.isfinite(own)
         with np.errstate(over="ignore", invalid="ignore"):
             return float(_direction(own[finite] - want[finite]) @ _direction(want[finite]))
 
     def astray(self, name: str) -> bool:
-        """Whether NaN or infinities of a result are not the truth's."""
+        """Whether NaN or infinities of a result differ from the truth's."""
         return bool(disagree(self.results[name], self.truth.results[name]).any())
 
     def deciding(self) -> list[str]:
-        """Return the results to be compared: out and lse if one of them is wrong, otherwise all."""
+        """Return the results to compare: out and lse if one of them is wrong, otherwise all."""
         forward: list[str] = [name for name in ("out", "lse") if name in self.results]
         wrong = any(
-            self.astray(name) or (self.errors(name) > self.truth.limits[name]).any()
+            self.astray(name) or (self.errors[name] > self.truth.limits[name]).any()
             for name in forward
         )
         return forward if wrong else list(self.results)
 
 
 def matches(names: Collection[str], failure: Failure) -> list[Match]:
-    """Return the wrong kernels that match: the nearest, and those that are about as near.
+    """Return the wrong kernels that match: the nearest, and those about as near.
 
     Parameters
     ----------
@@ -143,48 +134,50 @@ def matches(names: Collection[str], failure: Failure) -> list[Match]:
     return []
 
 
-def complaints(names: Collection[str], problem: Problem, message: str) -> list[Match]:
-    """Return the wrong kernels that draw the same complaint.
+def message_matches(names: Collection[str], problem: Problem, message: str) -> list[Match]:
+    """Return the wrong kernels that fail with the same error message.
 
     Parameters
     ----------
     names : collection of str
     problem : Problem
     message : str
-        What was said against the function.
+        The function's error.
     """
     return [
         Match(name, {})
         for name, kernel in WRONG.items()
         if name in names
-        and kernel.compare == "complaint"
-        and says(played(kernel(), problem, RESULTS), message)
+        and kernel.compare == "message"
+        and same_message(run_kernel(kernel(), problem, RESULTS), message)
     ]
 
 
-def says(results: dict[str, Array] | str, message: str) -> bool:
-    """Whether what is said against a wrong kernel is part of a message."""
+def same_message(results: dict[str, Array] | str, message: str) -> bool:
+    """Whether a wrong kernel's error, instead of results, is part of a message."""
     return isinstance(results, str) and results in message
 
 
-def played(kernel: KernelBase, problem: Problem, names: Collection[str]) -> dict[str, Array] | str:
-    """Return results of a wrong kernel, as far as they are asked for, or what is said against it.
+def run_kernel(
+    kernel: KernelBase, problem: Problem, names: Collection[str]
+) -> dict[str, Array] | str:
+    """Return a wrong kernel's results, or its error message.
 
     Parameters
     ----------
     kernel : KernelBase
     problem : Problem
     names : collection of str
-        Of results.
+        Results that are needed.
     """
     gradients = bool({"dq", "dk", "dv"} & set(names))
     try:
         return call_kernel(kernel, problem, _NUMPY, backward=kernel.backward, gradients=gradients)
-    except Exception as error:  # a complaint, or what NumPy says, such as that q is read-only
+    except Exception as error:  # a ContractError, or NumPy's, such as that q is read-only
         return str(error)
 
 
-def compared(
+def compare_results(
     name: str, arguments: dict[str, Any], failure: Failure, results: dict[str, Array]
 ) -> list[Match]:
     """Return a match if the results of a wrong kernel are near those of the function."""
@@ -196,27 +189,27 @@ def compared(
 def _nearest(
     name: str, failure: Failure, problems: Iterable[Problem], among: Collection[str]
 ) -> list[Match]:
-    """Return the nearest match of one kernel's variants, if there is one."""
+    """Return the nearest match of one kernel's variants, if any."""
     for problem in problems:
         found = []
         for arguments in WRONG[name].variants:
-            results = played(WRONG[name](**arguments), problem, among)
+            results = run_kernel(WRONG[name](**arguments), problem, among)
             if not isinstance(results, str):
-                found += compared(name, arguments, failure, {x: results[x] for x in among})
+                found += compare_results(name, arguments, failure, {x: results[x] for x in among})
         if found:
             return sorted(found, key=lambda match: match.limits)[:1]
     return []
 
 
 def _values(failure: Failure, results: dict[str, Array]) -> tuple[float, float] | None:
-    """Return how far results are from the function's, relative and in limits, if that is near."""
+    """Return the distance from the function's results, relative and in limits, if that is small."""
     distance = limits = 0.0
     for name, x in results.items():
-        own, limit, error = failure.results[name], failure.truth.limits[name], failure.errors(name)
+        own, limit, error = failure.results[name], failure.truth.limits[name], failure.errors[name]
         if disagree(own, x).any():
             return None
         apart = norms(failure.problem, name, difference(own, x))
-        # A small error is drowned in the function's own rounding, which the limit bounds.
+        # A small error is hidden by the function's own rounding, which the limit bounds.
         near = np.maximum(error / 10, np.minimum(error / 3, limit))
         if (apart > np.where(error > limit, near, 2 * limit)).any():
             return None
@@ -227,22 +220,22 @@ def _values(failure: Failure, results: dict[str, Array]) -> tuple[float, float] 
 
 
 def _sizes(failure: Failure, results: dict[str, Array]) -> tuple[float, float] | None:
-    """Return no distance, and how far the errors are apart in size, if that is near."""
+    """Return a distance of 0, and the ratio of the sizes of the errors, if that is small."""
     worst, fails, other = 1.0, False, replace(failure, results=results)
     for name in results:
         if failure.astray(name) or other.astray(name):
             return None
-        limit, ours, theirs = failure.truth.limits[name], failure.errors(name), other.errors(name)
+        limit, ours, theirs = failure.truth.limits[name], failure.errors[name], other.errors[name]
         fails = fails or bool((theirs > limit).any())
         if (ours > limit).any() and abs(failure.along(name) - other.along(name)) > 0.8:
             return None
-        ours, theirs = np.maximum(ours, limit), np.maximum(theirs, limit)  # what passes is alike
+        ours, theirs = np.maximum(ours, limit), np.maximum(theirs, limit)  # if both pass: alike
         worst = max(worst, _ratio(ours, theirs), _ratio(theirs, ours))
     return (0.0, worst) if fails and worst <= 3 else None
 
 
 def _direction(x: Array) -> Array:
-    """Return x at length 1, or 0; the square of a float64's largest number is none."""
+    """Return x at length 1, or 0; scaled first, as float64's largest number has no square."""
     x = x / (abs(x).max(initial=0.0) or 1.0)
     return np.asarray(x / (np.linalg.norm(x) or 1.0))
 

@@ -1,6 +1,6 @@
-"""What the plugin works with: the cases that the options choose, judged or handed out.
+"""The cases that the plugin's options choose, judged or given to tests.
 
-`lvxattn.pytest_plugin` imports this when a run uses it, and never otherwise.
+`lvxattn.pytest_plugin` imports this only when a run uses it.
 """
 
 from collections.abc import Iterator
@@ -11,17 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lvxattn.check.call_kernel import call_kernel
-from lvxattn.check.cases import Case, suite_of
+from lvxattn.check.call_kernel import call_kernel, mismatch
+from lvxattn.check.case_arrays import Problem, draw
+from lvxattn.check.cases import DTYPES, Case, suite_of
+from lvxattn.check.check_report import Row
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.import_target import load
-from lvxattn.check.judge import Truth, judge, truth_for
-from lvxattn.check.problem import Problem, draw
-from lvxattn.check.report import Row
-from lvxattn.check.single import diagnosed, wrong_in
-from lvxattn.check.suite import Player, ungraded
-from lvxattn.check.time_limit import TimeLimit
-from lvxattn.common.validation import FLOATING, accumulator, dtype_name
+from lvxattn.check.judge import Truth, Verdict, judge, truth_for
+from lvxattn.check.suite import Caller, diagnosed, wanted_dtypes
 
 Array = npt.NDArray[Any]
 
@@ -35,110 +32,101 @@ class Choice(NamedTuple):
 
     @property
     def id(self) -> str:
-        """As tests are called: ``one-query-float32``, ``one-query-float32-seed1``."""
+        """The id of its test: ``one-query-float32``, ``one-query-float32-seed1``."""
         seed = f"-seed{self.seed}" if self.seed else ""
         return f"{self.case.name}-{self.dtype}{seed}"
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the options choose.
+    """The choice of the options.
 
     Attributes
     ----------
     target : str
         The function's name, empty if there is none.
     framework : Framework
-    player : Player, optional
-        The function.
+    caller : Caller, optional
+        Of the function.
     choices : tuple of Choice
     rows : list of Row
-        What has come of them so far.
+        Those judged so far.
     """
 
     target: str
     framework: Framework
-    player: Player | None
+    caller: Caller | None
     choices: tuple[Choice, ...]
     rows: list[Row] = field(default_factory=list)
 
-    def hold(self) -> None:
+    def assert_passed(self) -> None:
         """Fail if all cases were skipped, or none gave gradients: skipped is not passed."""
         __tracebackhide__ = True
-        assert self.player is not None
+        assert self.caller is not None
         if not self.rows:
             pytest.skip("no case was run")
         if all(row.status == "unsupported" for row in self.rows):
             pytest.fail(f"nothing was judged: {len(self.rows)} unsupported", pytrace=False)
-        for row in ungraded(self.player, self.rows):
+        for row in self.caller.missing_gradients(self.rows):
             pytest.fail(f"gradients: {row.message}", pytrace=False)
 
 
 def chosen_by(options: dict[str, Any]) -> Chosen:
-    """Look at the options, and import the function.
+    """Validate the options, and import the function.
 
     Parameters
     ----------
     options : dict
-        impl, backward, suite, dtypes, framework, device, seeds: what was given, or None.
+        Values of impl, backward, suite, dtypes, framework, device and seeds, or None.
 
     Raises
     ------
     ValueError
-        One cannot be; the text names it.
+        An option is invalid; the message names it.
     """
+    suite, names = options["suite"] or "quick", options["dtypes"]
     try:
         framework = framework_of(options["framework"], options["device"])
-        cases = suite_of(options["suite"] or "quick")
+        cases = suite_of(suite)
+        names = None if names is None else [name.strip() for name in names.split(",")]
+        dtypes = wanted_dtypes(names, suite, framework)
     except ValueError as error:
         raise ValueError(f"--lvx-{error}") from None  # it begins with the argument's name
     except ImportError as error:
         raise ValueError(f"--lvx-framework: {options['framework']}: {error}") from None
-    if options["dtypes"] is None:
-        quick = (options["suite"] or "quick") == "quick"
-        names = [name for name in framework.dtypes if not quick or name in framework.usual]
-    else:
-        names = [name.strip() for name in options["dtypes"].split(",")]
-    for name in names:
-        if name not in framework.dtypes:
-            known = ", ".join(framework.dtypes)
-            raise ValueError(
-                f"--lvx-dtypes: expected some of {known} with {framework.name} here, got {name!r}"
-            )
     seeds = options["seeds"] or "1"
     if not seeds.isdecimal() or int(seeds) < 1:
         raise ValueError(f"--lvx-seeds: expected a whole number from 1 up, got {seeds!r}")
-    player = None
+    caller = None
     if options["impl"] is not None:
-        fn = load(options["impl"], "--lvx-impl")
-        backward = getattr(fn, "backward", None)
-        if options["backward"] is not None:
-            backward = load(options["backward"], "--lvx-backward")
-        player = Player(fn, framework, backward, True, TimeLimit(30.0))
+        fn, named = load(options["impl"], "--lvx-impl"), options["backward"]
+        backward = True if named is None else load(named, "--lvx-backward")
+        caller = Caller(fn, framework, backward, 30.0)
     elif options["backward"] is not None:
         raise ValueError("--lvx-backward: goes with --lvx-impl")
-    choices = (Choice(c, d, s) for c in cases for d in names for s in range(int(seeds)))
-    return Chosen(options["impl"] or "", framework, player, tuple(choices))
+    available = [dtype for dtype in dtypes if dtype in framework.dtypes]
+    choices = (Choice(c, d, s) for c in cases for d in available for s in range(int(seeds)))
+    return Chosen(options["impl"] or "", framework, caller, tuple(choices))
 
 
 def possible_ids() -> Iterator[str]:
     """Yield the ids of all cases in all dtypes, seed 0."""
     for case in suite_of("full"):
-        yield from (Choice(case, dtype, 0).id for dtype in FLOATING)
+        yield from (Choice(case, dtype, 0).id for dtype in DTYPES)
 
 
 @dataclass(frozen=True)
 class JudgedCase:
-    """One problem, for the function of the options."""
+    """One problem for the function of the options."""
 
     chosen: Chosen
     choice: Choice
 
-    def hold(self) -> None:
-        """Let pytest know what comes of it: nothing, a skip or a failure."""
+    def assert_passed(self) -> None:
+        """Pass, skip or fail as the case does."""
         __tracebackhide__ = True
-        assert self.chosen.player is not None
-        row = diagnosed(self.chosen.player, *self.choice)
+        assert self.chosen.caller is not None
+        row = diagnosed(self.chosen.caller.call, *self.choice)
         self.chosen.rows.append(row)
         if row.status == "unsupported":
             pytest.skip(f"unsupported: {row.message}" if row.message else "unsupported")
@@ -146,14 +134,14 @@ class JudgedCase:
             pytest.fail(self._text(row), pytrace=False)
 
     def _text(self, row: Row) -> str:
-        """Return what the report says of the row, and how to see it again."""
+        """Format the row's failure, and the command that reproduces it."""
         again = f"--case {row.case} --seed {row.seed} --dtypes {row.dtype}"
         if self.chosen.framework.name != "numpy":
             again += f" --framework {self.chosen.framework.name}"
         lines = [
             f"{self.choice.id}: {row.reason}",
             row.message,
-            *(wrong_in(verdict) for verdict in row.verdicts if not verdict.passed),
+            *(_wrong(verdict) for verdict in row.verdicts if not verdict.passed),
             row.diagnosis,
             f"again: python -m lvxattn.check {self.chosen.target} {again}",
         ]
@@ -162,7 +150,7 @@ class JudgedCase:
 
 @dataclass(frozen=True)
 class XattnCase:
-    """One problem for a test of one's own.
+    """One problem for a test of the user.
 
     Attributes
     ----------
@@ -174,7 +162,7 @@ class XattnCase:
     k : (B, H_KV, S_KV, D)
     v : (B, H_KV, S_KV, D_V)
     dout : (B, H, S_Q, D_V)
-        In the framework of the options, NumPy unless given.
+        In the framework of the options, by default NumPy.
     scale : float
     mask : None, bool or additive array, or callable
     truth : dict
@@ -196,19 +184,19 @@ class XattnCase:
     _limits: Truth
 
     def check(self, **results: Any) -> None:
-        """Hold results against the truth.
+        """Judge results.
 
         Parameters
         ----------
         **results
-            out, lse, dq, dk, dv, as many as there are.
+            Any of out, lse, dq, dk and dv.
 
         Raises
         ------
         AssertionError
-            One is not within its limit, or is no array of the right kind, shape and dtype.
+            One exceeds its limit, or is not an array of the expected kind, shape and dtype.
         TypeError
-            None is given, or one of another name.
+            No result is given, or one of another name.
         """
         __tracebackhide__ = True
         names = ", ".join(self.truth)
@@ -217,31 +205,34 @@ class XattnCase:
         for name in results:
             if name not in self.truth:
                 raise TypeError(f"check: expected some of {names}, got {name!r}")
-        complaints = [self._complaint(name, x) for name, x in results.items()]
-        complaints = [text for text in complaints if text]
-        if complaints:
+        wrong = [text for name, x in results.items() if (text := self._wrong(name, x))]
+        if wrong:
             name = Choice(self.case, self.dtype, self.seed).id
-            start = f"{name}: {self.case.reason}"
-            raise AssertionError("\n  ".join([start, *complaints]))
+            raise AssertionError("\n  ".join([f"{name}: {self.case.reason}", *wrong]))
 
-    def _complaint(self, name: str, x: Any) -> str:
-        """Say what is wrong with one result."""
+    def _wrong(self, name: str, x: Any) -> str:
+        """Return what is wrong with one result; empty if it is correct."""
         if not self._framework.owns(x):
             return f"{name}: expected an array of {self._framework.name}, got {type(x).__name__}"
-        want = self.truth[name]
-        if tuple(x.shape) != want.shape:
-            return f"{name}: expected shape {want.shape}, got {tuple(x.shape)}"
-        dtypes = [self.dtype]
-        if name == "lse":
-            dtypes = list(dict.fromkeys((accumulator(self.dtype), "float64")))
-        if dtype_name(x) not in dtypes:
-            return f"{name}: expected dtype {' or '.join(dtypes)}, got {dtype_name(x)}"
+        text = mismatch(name, x, self.truth[name].shape, self.dtype)
+        if text:
+            return text
         verdict = judge(name, self._framework.get(x), self._problem, self._limits)
-        return "" if verdict.passed else wrong_in(verdict)
+        return "" if verdict.passed else _wrong(verdict)
+
+
+def _wrong(verdict: Verdict) -> str:
+    """Format a wrong result in one line."""
+    far = f"relative error {verdict.error:.1e}, limit {verdict.limit:.1e}; worst"
+    what = f"{verdict.what};" if verdict.what else far
+    return (
+        f"{verdict.name}: {what} at {verdict.index} got {verdict.got:.6g}, "
+        f"expected {verdict.expected:.6g}"
+    )
 
 
 def xattn_case_of(chosen: Chosen, choice: Choice) -> XattnCase:
-    """Make the arrays of a choice."""
+    """Draw the arrays of a choice."""
     problem = draw(*choice)
     truth, given = truth_for(*choice), _given(problem, chosen.framework)
     return XattnCase(
@@ -255,7 +246,7 @@ def xattn_case_of(chosen: Chosen, choice: Choice) -> XattnCase:
 
 
 def _given(problem: Problem, framework: Framework) -> dict[str, Any]:
-    """Return the arguments that a function would get."""
+    """Return the arguments that a function gets."""
     given: dict[str, Any] = {}
 
     def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:

@@ -1,13 +1,12 @@
-r"""The reference as a dtype would have it: rounded wherever a right kernel may round.
+r"""Attention rounded to a dtype wherever a correct kernel may round.
 
     q'  = round(scale q)              s   = q' k^T + mask
     p   = exp(s - m)                  out = round(sum_j round(p)_j v_j / sum_j p_j)
     ds  = p (dout v^T - delta)        dq  = round(scale round(ds) k)
 
-Inputs, probabilities, score gradients and outputs are rounded to the dtype, sums are taken in the
-accumulator dtype, where scores stay too.  What is not laid down, in which order a sum is taken and
-in how many pieces the keys are, is done in more than one way (`WAYS`): a right kernel's error is
-like that of one of them.
+Inputs, probabilities, score gradients and outputs are rounded to the dtype; scores and sums stay in
+the accumulator dtype.  The order of a sum and the number of pieces of the keys are a kernel's
+choice, so they are varied (`WAYS`): a correct kernel's error is like that of one of the ways.
 
 Where the rounding is: arXiv:2307.08691, section 3; mixed precision as in tensor cores.
 """
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.problem import Problem
+from lvxattn.check.case_arrays import Problem, masked
 from lvxattn.cli.tensors import dtype_of
 from lvxattn.common.masks import tiles
 
@@ -27,19 +26,19 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Way:
-    """A right way to compute.
+    """A way to compute attention in a dtype.
 
     Attributes
     ----------
     pieces : int
-        In how many pieces the keys are taken; the pieces' results are merged.
+        Number of pieces of the keys; the pieces' results are merged.
     one_by_one : bool
-        Sums are taken term by term, in order, as a plain loop does.
+        Whether sums are taken term by term, in order, as in a plain loop.
     round_products : bool
-        Products of matrices that a result is made of come in the dtype before they are divided,
-        scaled or added up, as from a library that has no other.
+        Whether matrix products are rounded to the dtype before they are divided, scaled or summed,
+        as by a library whose products have their factors' dtype.
     round_scores : bool
-        Scores and probabilities are rounded as well: not right, but what
+        Whether scores and probabilities are rounded as well: not correct, but what
         ``softmax(q @ k.T) @ v`` does in half precision.
     """
 
@@ -59,9 +58,9 @@ PLAIN = Way(round_scores=True)
 
 
 def rounded_attention(problem: Problem, way: Way) -> dict[str, Array]:
-    """Return out, lse, dq, dk and dv with the roundings of the problem's dtype.
+    """Compute out, lse, dq, dk and dv with the roundings of the problem's dtype.
 
-    For a float64 problem: with those of float32, whose error is 2**29 times as large.
+    A float64 problem gets those of float32, whose error is 2**29 times as large.
 
     Parameters
     ----------
@@ -97,7 +96,7 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
         return x.reshape(*q.shape[:3], *x.shape[3:])
 
     s = ungrouped(matmul(grouped(rounded(scale * q)), k.swapaxes(-1, -2)))
-    s = _hide(rounded(s) if way.round_scores else s, problem)
+    s = masked(rounded(s) if way.round_scores else s, problem.dense_mask())
     out = np.zeros(dout.shape, np.float32)
     highest = np.full(out.shape[:3], -np.inf, np.float32)
     total = np.zeros_like(highest)
@@ -125,25 +124,8 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
     }
 
 
-def _hide(s: Array, problem: Problem) -> Array:
-    mask = visible(problem)
-    if mask is None:
-        return s
-    hidden: Array = np.where(mask, s, -np.inf) if mask.dtype == bool else s + mask
-    return hidden
-
-
-def visible(problem: Problem) -> Array | None:
-    """Return the mask as an array that broadcasts to (B, H, S_Q, S_KV), or None."""
-    if callable(problem.mask):
-        shape = (*problem.q.shape[:3], problem.k.shape[2])
-        return np.asarray(problem.mask(*np.ix_(*map(np.arange, shape))))
-    return problem.mask
-
-
 def _total(p: Array, way: Way) -> Array:
-    total: Array = np.add.accumulate(p, axis=-1)[..., -1] if way.one_by_one else p.sum(axis=-1)
-    return total
+    return np.asarray(np.add.accumulate(p, axis=-1)[..., -1] if way.one_by_one else p.sum(axis=-1))
 
 
 def _merge(
@@ -156,7 +138,7 @@ def _merge(
 
 
 def _base(top: Array) -> Array:
-    """Return what scores are taken against: 0 where all are -inf."""
+    """Return the number subtracted from scores: their maximum, or 0 where all are -inf."""
     return np.where(top == -np.inf, np.float32(0), top)
 
 

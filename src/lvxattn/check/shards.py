@@ -1,4 +1,4 @@
-"""Cuts of a problem among ranks, its parts, and the whole from the ranks' results."""
+"""Cut a problem among ranks, and join the ranks' results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.check.case_arrays import Problem
 from lvxattn.check.cases import Case
-from lvxattn.check.problem import Problem
 
 Array = npt.NDArray[Any]
 
@@ -23,20 +23,20 @@ class Cut:
     ----------
     P : int
     kind : str
-        ``"even"``; ``"ragged"``, any lengths, at least one of them 0 for queries and one for keys;
-        ``"first"``, the first rank holds all keys; ``"last"``, the last rank holds all queries.
-        What these do not name is cut evenly.
+        ``"even"``; ``"ragged"``: random lengths, at least one of them 0 for queries and for keys;
+        ``"first"``: the first rank holds all keys; ``"last"``: the last rank holds all queries.
+        The other axis is cut evenly.
     """
 
     P: int
     kind: str
 
     def __str__(self) -> str:
-        """Return it as reports show it."""
+        """Format as in reports."""
         return f"P={self.P}, {self.kind}"
 
     def part(self, problem: Problem, rank: int) -> Problem:
-        """Return what a rank holds: its queries, its keys, and its keys' columns of the mask."""
+        """Return a rank's part: its queries, its keys, and its keys' columns of the mask."""
         rows, keys = self.slices(problem.case, problem.seed)[rank]
         mask = problem.mask
         return replace(
@@ -72,23 +72,23 @@ def _bounds(kind: str, length: int, P: int, rng: np.random.Generator) -> list[in
     return [length * r // P for r in range(P + 1)]
 
 
-def whole_of(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
-    """Put the ranks' results, given in rank order, together; all have the same names."""
+def join_parts(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    """Concatenate the ranks' results, given in rank order; all have the same names."""
     return {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
 
 
 def sweep_of(cases: Sequence[Case], size: int, suite: str, turn: int = 0) -> dict[str, list[Cut]]:
-    """Return the cuts in which each case is run; `check_distributed` says which.
+    """Return the cuts in which each case is run, as described in `check_distributed`.
 
     Parameters
     ----------
     cases : sequence of Case
     size : int
-        How many ranks there are.
+        Number of ranks.
     suite : str
         ``"quick"`` or ``"full"``.
     turn : int
-        Where what rotates begins.
+        Starting point of the rotation through kinds and numbers of ranks.
     """
     numbers = [P for P in range(1, size + 1) if P <= 8 or P & (P - 1) == 0 or size == P]
     fewer, several, uneven = numbers[:-1], numbers[1:], CUTS[1:]

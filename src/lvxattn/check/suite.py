@@ -1,27 +1,28 @@
-"""Run a suite of cases on a function: the front door of the oracle."""
+"""Run a suite of cases on a function: the entry point of the oracle."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.call_kernel import ComplaintError, call_kernel
-from lvxattn.check.cases import Case, suite_of
+from lvxattn.check.call_kernel import ContractError, call_kernel
+from lvxattn.check.case_arrays import Problem, draw
+from lvxattn.check.cases import DTYPES, Case, suite_of
+from lvxattn.check.check_report import Report, Row
 from lvxattn.check.diagnosis import Suspects
-from lvxattn.check.error_location import one_line, raised
-from lvxattn.check.frameworks import DTYPES, Framework, framework_of
-from lvxattn.check.judge import RESULTS, Truth, Verdict, judge, truth_for
-from lvxattn.check.problem import Problem, draw
-from lvxattn.check.report import Report, Row
+from lvxattn.check.error_location import describe_error, one_line
+from lvxattn.check.frameworks import Framework, framework_of
+from lvxattn.check.judge import RESULTS, judge, truth_for
 from lvxattn.check.time_limit import EndedError, TimeIsUpError, TimeLimit
 
 Array = npt.NDArray[Any]
+# Calls the function on a problem and returns float64 arrays by name; appends to notes why there are
+# no gradients.
+Solve = Callable[[Problem, list[str]], dict[str, Array]]
 
-_SHOWN = 5  # different reasons for no gradients
+_SHOWN = 5  # reasons for no gradients
 
 
 def check(
@@ -36,7 +37,7 @@ def check(
     time_limit: float = 30.0,
     cases: Sequence[Case] | None = None,
 ) -> Report:
-    """Hold an attention function against the reference, on the cases that break such functions.
+    """Check an attention function against the reference, on the cases that break such functions.
 
     Not collective.
 
@@ -47,26 +48,26 @@ def check(
         k (B, H_KV, S_KV, D), v (B, H_KV, S_KV, D_V); scale a float; mask None, a bool array
         (True = may attend), an additive array of q's dtype, or a callable
         ``mask(b, h, q_index, kv_index) -> bool``; out (B, H, S_Q, D_V) of q's dtype; lse
-        (B, H, S_Q), natural, of the accumulator dtype.  It raises NotImplementedError for what it
-        does not do.
+        (B, H, S_Q), natural, of the accumulator dtype.  It raises NotImplementedError for
+        unsupported problems.
     suite : str
         ``"quick"`` or ``"full"``.
     dtypes : sequence of str, optional
-        Of ``"float64"``, ``"float32"``, ``"float16"`` and ``"bfloat16"``.  Unless given, the quick
-        suite takes the framework's usual ones and the full suite all that it has.
+        Of ``"float64"``, ``"float32"``, ``"float16"`` and ``"bfloat16"``.  Default: the framework's
+        usual ones in the quick suite, all available ones in the full suite.
     backward : bool or callable
         Whether to check gradients: by ``fn.backward(dout, q, k, v, out, lse, *, scale, mask) ->
         (dq, dk, dv)``, or this function of the same arguments, or else by autograd.
     framework : str, optional
-        Whose arrays fn gets: ``"numpy"``, unless given, ``"torch"``, ``"jax"`` or ``"cupy"``.
+        The array library of fn: ``"numpy"`` (default), ``"torch"``, ``"jax"`` or ``"cupy"``.
     device : str or int, optional
-        Where they are, such as ``"cuda:1"``.
+        Where the arrays are, such as ``"cuda:1"``.
     seeds : int
-        How many problems of each case.
+        Number of problems of each case.
     time_limit : float
-        Seconds that a case may take.
+        Seconds per case.
     cases : sequence of Case, optional
-        Instead of the suite's.
+        Cases to run instead of a suite.
 
     Returns
     -------
@@ -75,48 +76,67 @@ def check(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what was given; what fn does wrong is in the
+        Naming the argument, what was expected and what was given.  Errors of fn are part of the
         report instead.
     ModuleNotFoundError
         The framework is not installed.
+
+    Examples
+    --------
+    >>> from lvxattn.check import case_of, check
+    >>> from lvxattn.reference import full_attention
+    >>> report = check(full_attention, cases=[case_of("one-key")], dtypes=["float64"])
+    >>> report
+    <Report of lvxattn.reference.full_attention:full_attention: 1 of 1 passed>
+    >>> [verdict.name for verdict in report.rows[0].verdicts]
+    ['out', 'lse']
     """
     arrays = framework_of(framework, device)
     check_arguments(fn, suite, backward, seeds, time_limit, cases)
     wanted = wanted_dtypes(dtypes, suite, arrays)
-    chosen = [dtype for dtype in wanted if dtype in arrays.dtypes]
-    own = backward if callable(backward) else getattr(fn, "backward", None)
-    player = Player(fn, arrays, own, backward is not False, TimeLimit(time_limit))
+    caller = Caller(fn, arrays, backward, time_limit)
     start, suspects = perf_counter(), Suspects()
-    played = suite_of(suite) if cases is None else cases
+    chosen = suite_of(suite) if cases is None else cases
     try:
         found = [
-            judged(player, case, dtype, seed, suspects)
-            for case in played
-            for dtype in chosen
+            judged(caller.call, case, dtype, seed, suspects)
+            for case in chosen
+            for dtype in wanted
+            if dtype in arrays.dtypes
             for seed in range(seeds)
         ]
     finally:
-        player.patience.close()
-    rows, probably = suspects.conclude(found, {case.name: case for case in played})
-    rows += tuple(ungraded(player, found))
-    notes = tuple(notes_of(arrays, rows, wanted, player.patience.abandoned))
+        caller.timer.close()
+    rows, probably = suspects.conclude(found, {case.name: case for case in chosen})
+    rows += tuple(caller.missing_gradients(found))
+    notes = tuple(notes_of(arrays, rows, wanted, caller.timer.abandoned))
     seconds = perf_counter() - start
     return Report(name_of(fn), suite, arrays.name, rows, seconds, notes=notes, probably=probably)
 
 
-@dataclass(frozen=True)
-class Player:
-    """A function, and how it is called."""
+class Caller:
+    """A function and its options, called with a time limit.
 
-    fn: Callable[..., Any]
-    framework: Framework
-    backward: Callable[..., Any] | None
-    gradients: bool
-    patience: TimeLimit
+    Parameters
+    ----------
+    fn : callable
+    framework : Framework
+    backward : bool or callable
+        As `check` takes it.
+    time_limit : float
+        Seconds per call.
+    """
 
-    def play(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
-        """Call the function; `play.play` says what comes back and what is raised."""
-        return self.patience.call(
+    def __init__(
+        self, fn: Callable[..., Any], framework: Framework, backward: Any, time_limit: float
+    ) -> None:
+        self.fn, self.framework = fn, framework
+        self.backward, self.gradients = backward_of(fn, backward), backward is not False
+        self.timer = TimeLimit(time_limit)
+
+    def call(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
+        """Call the function; `call_kernel` documents results and errors."""
+        return self.timer.call(
             lambda: call_kernel(
                 self.fn,
                 problem,
@@ -127,31 +147,37 @@ class Player:
             )
         )
 
-
-class Plays(Protocol):
-    """Whoever can solve a problem."""
-
-    def play(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
-        """Return float64 arrays by name, or raise what the function did."""
+    def missing_gradients(self, rows: Sequence[Row]) -> list[Row]:
+        """Return a failing row if autograd should have given gradients, and gave none at all."""
+        judged = [row for row in rows if row.verdicts]
+        expected = self.gradients and self.backward is None and self.framework.autograd
+        given = any(v.name == "dq" for row in judged for v in row.verdicts)
+        refused = any("NotImplementedError" in row.note for row in judged)
+        if not expected or given or refused or not judged:
+            return []
+        first = judged[0]
+        hint = "backward=False, --no-backward, if there are to be none"
+        message = f"none in any case: {first.note}; {hint}"
+        return [Row("gradients", "contract", "autograd", first.dtype, 0, "error", message=message)]
 
 
 def judged(
-    player: Plays,
+    solve: Solve,
     case: Case,
     dtype: str,
     seed: int,
     suspects: Suspects | None = None,
     where: str = "",
 ) -> Row:
-    """Run one case and judge it, and tell `suspects` if it fails."""
+    """Run one case and judge it; record a failure in `suspects`."""
     start = perf_counter()
     about: dict[str, Any] = {
-        "case": case.name, "group": case.group, "reason": case.reason, "dtype": dtype, "seed": seed
+        "case": case.name, "group": case.group, "reason": case.reason, "dtype": dtype,
+        "seed": seed, "where": where,
     }  # fmt: skip
-    about["where"] = where
     problem = draw(case, dtype, seed)
     notes: list[str] = []
-    results, status, message = attempt(lambda: player.play(problem, notes))
+    results, status, message = attempt(lambda: solve(problem, notes))
     about["note"] = one_line("; ".join(notes))
     if status:
         row = Row(**about, status=status, message=message, seconds=perf_counter() - start)
@@ -159,7 +185,7 @@ def judged(
             suspects.examine(row, problem)
         return row
     truth = truth_for(case, dtype, seed)
-    verdicts = verdicts_of(results, problem, truth)
+    verdicts = tuple(judge(x, results[x], problem, truth) for x in RESULTS if x in results)
     status = "ok" if all(verdict.passed for verdict in verdicts) else "wrong"
     row = Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)
     if suspects and status == "wrong":
@@ -167,45 +193,37 @@ def judged(
     return row
 
 
-def ungraded(player: Player, rows: Sequence[Row]) -> list[Row]:
-    """Return a row that fails where autograd could give gradients, and gave none in any case."""
-    judged = [row for row in rows if row.verdicts]
-    asked = player.gradients and player.backward is None and player.framework.autograd
-    given = any(v.name == "dq" for row in judged for v in row.verdicts)
-    refused = any("NotImplementedError" in row.note for row in judged)
-    if not asked or given or refused or not judged:
-        return []
-    why = judged[0].note
-    message = f"none in any case: {why}; backward=False, --no-backward, if there are to be none"
-    about = judged[0]
-    return [Row("gradients", "contract", "autograd", about.dtype, 0, "error", message=message)]
+def diagnosed(solve: Solve, case: Case, dtype: str, seed: int) -> Row:
+    """Run one case, judge it, and diagnose a failure."""
+    suspects = Suspects()
+    row = judged(solve, case, dtype, seed, suspects)
+    (row,), _ = suspects.conclude([row], {case.name: case})
+    return row
 
 
-def attempt(
-    work: Callable[[], dict[str, Array]],
-) -> tuple[dict[str, Array], str, str]:
-    """Return results, a status that is empty if there are any, and a message of one line."""
+def attempt(work: Callable[[], dict[str, Array]]) -> tuple[dict[str, Array], str, str]:
+    """Call work; return its results, a status, empty on success, and a one-line message."""
     try:
         return work(), "", ""
-    except NotImplementedError as error:
-        return {}, "unsupported", one_line(error) or "NotImplementedError"
-    except (ComplaintError, TimeIsUpError) as error:
-        return {}, "error", one_line(error)
-    except EndedError as error:
-        return {}, "error", raised(error.__cause__ or error)
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:
-        return {}, "error", raised(error)
+        return {}, *failure_of(error)
 
 
-def verdicts_of(results: dict[str, Array], problem: Problem, truth: Truth) -> tuple[Verdict, ...]:
-    """Judge all results that there are."""
-    return tuple(
-        judge(name, np.asarray(results[name]), problem, truth)
-        for name in RESULTS
-        if name in results
-    )
+def failure_of(error: BaseException) -> tuple[str, str]:
+    """Return the status and the one-line message of an error; a KeyboardInterrupt is raised."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if isinstance(error, NotImplementedError):
+        return "unsupported", one_line(error) or "NotImplementedError"
+    if isinstance(error, ContractError | TimeIsUpError):
+        return "error", one_line(error)
+    cause = error.__cause__ if isinstance(error, EndedError) else None
+    return "error", describe_error(cause or error)
+
+
+def backward_of(fn: Any, backward: Any) -> Callable[..., Any] | None:
+    """Return the function's own backward, if any; `backward` as `check` takes it."""
+    return backward if callable(backward) else getattr(fn, "backward", None)
 
 
 def name_of(fn: Any) -> str:
@@ -219,16 +237,16 @@ def name_of(fn: Any) -> str:
 def notes_of(
     framework: Framework, rows: Sequence[Row], wanted: Sequence[str], abandoned: int = 0
 ) -> list[str]:
-    """Return what is to be said of the whole check, every thing once.
+    """Return remarks on the check as a whole.
 
     Parameters
     ----------
     framework : Framework
     rows : sequence of Row
     wanted : sequence of str
-        The dtypes that were asked for.
+        The requested dtypes.
     abandoned : int
-        How many calls could not be ended.
+        Number of calls that could not be ended.
     """
     missing = framework.missing
     notes = [f"{dtype} was left out: {missing[dtype]}" for dtype in wanted if dtype in missing]
@@ -252,7 +270,7 @@ def notes_of(
 def check_arguments(
     fn: Any, suite: str, backward: Any, seeds: Any, time_limit: Any, cases: Any = None
 ) -> None:
-    """Refuse what `check` cannot work with.
+    """Validate arguments of `check`.
 
     Raises
     ------
@@ -283,12 +301,12 @@ def check_arguments(
 
 
 def wanted_dtypes(dtypes: Any, suite: str, framework: Framework) -> tuple[str, ...]:
-    """Return the dtypes to check, as far as the framework has them.
+    """Return the dtypes to check; by default also ones that are unavailable, which are noted.
 
     Raises
     ------
     TypeError, ValueError
-        They are named, and the framework does not have one of them.
+        dtypes is not a sequence of available dtypes.
     """
     if dtypes is None:
         return tuple(framework.usual if suite == "quick" else DTYPES)

@@ -1,12 +1,11 @@
 """Calls with a time limit.
 
-A function runs in a thread of its own.  One that does not come back in time is interrupted, as far
-as Python can: a loop ends, a wait in a library does not, and its thread is left behind, which keeps
-no program from ending.  A library that computes without ever releasing Python's lock stops the
-clock, too.
+A function runs in a thread of its own.  One that does not return in time is interrupted, as far as
+Python can: a loop ends; a wait inside a library does not, and its daemon thread is abandoned.  A
+library that never releases Python's lock stops the clock, too.
 
     call  --work-->  the thread          settings of contextvars, such as NumPy's error state, are
-          <-answer-  of all calls        copied for each call: what fn sets ends with it
+          <-answer-  of all calls        copied for each call: changes by fn end with it
 """
 
 import contextvars
@@ -18,35 +17,35 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_PATIENT = 3  # late calls
+_LATE = 3  # calls, after which the limit is shortened
 _JOIN = 0.5  # seconds that an interrupted call has to end
 
 
 class TimeIsUpError(Exception):
-    """A call did not come back in time."""
+    """A call did not return in time."""
 
 
 class EndedError(Exception):
-    """A call raised what would end the program, such as SystemExit: the cause of this."""
+    """A call raised something that ends a program, such as SystemExit: this error's cause."""
 
 
 class _Interrupt(BaseException):
-    """Raised inside a call that is to end."""
+    """Raised inside a call to end it."""
 
 
 class TimeLimit:
-    """A thread that calls functions, one at a time; a new one after one that did not come back.
+    """A thread that calls functions, one at a time; replaced after a call that does not return.
 
     Parameters
     ----------
     seconds : float
-        How long a call may take; after three that took longer, a tenth of that.
+        The limit of a call; after three that exceeded it, a tenth of that.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.late = 0  # calls that did not come back in time
-        self.abandoned = 0  # calls that still run
+        self.late = 0  # calls that did not return in time
+        self.abandoned = 0  # calls that are still running
         self._thread: threading.Thread | None = None
         self._waiting = False  # for an answer
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -58,9 +57,9 @@ class TimeLimit:
         ------
         TimeIsUpError
         EndedError
-            fn raised something that is no Exception.
+            fn raised a BaseException that is no Exception.
         """
-        seconds = self.seconds if self.late < _PATIENT else self.seconds / 10
+        seconds = self.seconds if self.late < _LATE else self.seconds / 10
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         context = contextvars.copy_context()
 
@@ -91,7 +90,7 @@ class TimeLimit:
         raise EndedError(f"raised {type(answer).__name__}") from answer
 
     def close(self) -> None:
-        """End the thread, and the call that the user's Ctrl-C may have left in it."""
+        """End the thread, and a call left in it by the user's Ctrl-C."""
         if self._waiting:
             self._give_up()
         elif self._thread is not None:
@@ -101,10 +100,10 @@ class TimeLimit:
     def _give_up(self) -> None:
         thread = self._thread
         assert thread is not None
-        # Before the thread is told to end: its number could be another's by then.
+        # Before the thread is told to end: afterwards its id may be another's.
         interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
         interrupt(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Interrupt))
-        self._calls.put(None)  # if it ever comes back
+        self._calls.put(None)  # if it ever returns
         self._thread, self._waiting = None, False
         thread.join(_JOIN)
         self.abandoned += thread.is_alive()

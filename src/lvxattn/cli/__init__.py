@@ -1,28 +1,26 @@
-"""Cross-attention from the command line: what the commands ``run`` have in common.
+"""The command lines: what the commands ``run``, ``measure`` and ``plan`` share.
 
-===========  ====================================================================================
-`command`    the command: its exit status, and what is said of an error
-`program`    the program, top-down: read, compute, write, check, report
-`ranks`      what differs in kind: who talks to whom, and with what arrays they compute
-`options`    its arguments
-`arguments`  what the arguments of all commands share
-`problem`    what is computed: a file's tensors or random ones, and each rank's share of them
-`tensors`    safetensors files, read and written slice by slice
-`check`      is the result right?
-`two_pass`   what it is compared with
-`rounding`   how far off it may be
-`report`     the text and the JSON
-`clocks`     every rank's clock, compared with rank 0's, for a trace
-`tracing`    what a trace needs of a run, and where it goes
-===========  ====================================================================================
+==================  ============================================================================
+`run`               the command ``run``, top-down: read, compute, write, check, report
+`run_options`       its arguments
+`run_ranks`         what an implementation provides: communication, and arrays on a device
+`run_problem`       the tensors, read from a file or random, and each rank's share of them
+`run_check`         compare sampled rows with an independent softmax (`two_pass`), to within
+                    derived limits (`rounding`)
+`run_report`        the table and the JSON document
+`run_trace`         timelines and clocks of all ranks
+`measure`, `plan`   the other commands
+`arguments`         parsers of all commands
+`tensors`           safetensors files, read and written slice by slice
+==================  ============================================================================
 
-It works on NumPy arrays and on whatever has rank, size and allgather; no algorithm file imports it.
+They work on NumPy arrays and on any object with rank, size and allgather; no algorithm file imports
+them.
 """
 
-from lvxattn.cli.arguments import UsageError
-from lvxattn.cli.command import refuse, run_command
-from lvxattn.cli.program import run_problem
-from lvxattn.cli.ranks import Backend, Ranks
+from lvxattn.cli.arguments import UsageError, refuse
+from lvxattn.cli.run import run_command
+from lvxattn.cli.run_ranks import Backend, Ranks
 from lvxattn.cli.tensors import InputError
 
 __all__ = [
@@ -32,5 +30,4 @@ __all__ = [
     "UsageError",
     "refuse",
     "run_command",
-    "run_problem",
 ]

@@ -1,33 +1,36 @@
-"""What the commands share: a parser that speaks once, and the numbers that arguments may be."""
+"""Parts shared by the parsers of all commands: errors, output on one rank, types of arguments."""
 
 import argparse
 import os
+import sys
 from errno import EACCES
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from lvxattn.cli.tensors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 
 class UsageError(ValueError):
-    """The command line makes no sense; the same on all ranks."""
+    """Invalid command line; the same on all ranks."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors and help texts reach the terminal once, not once a rank.
+    """A parser that raises errors, and prints help texts on one rank only.
 
     Attributes
     ----------
     speaks : bool
-        Whether this process is the one to print help texts.  Of the class, so that the parsers of
-        subcommands have it too: a command line overrides it in a class of its own.
+        Whether this process prints help texts.  A class attribute, so that the parsers of
+        subcommands have it too: a command line overrides it in a subclass.
     """
 
     speaks = True
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing and exiting."""
+        """Raise UsageError instead of printing and exiting."""
         raise UsageError(f"{self.prog}: error: {message} (on all ranks)")
 
     def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
@@ -36,17 +39,36 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def try_to_write(path: str | Path) -> None:
-    """Find out whether a file can be written; one that is there is left as it is.
+def refuse(message: str, rank: int) -> int:
+    """Print an error about the input on rank 0.  Not collective.
 
-    A pipe or a device is not opened: whoever opens a pipe waits for its reader.
+    Parameters
+    ----------
+    message : str
+    rank : int
+        This rank.
+
+    Returns
+    -------
+    int
+        The exit status for bad input, 2.
+    """
+    if rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    return 2
+
+
+def try_to_write(path: str | Path) -> None:
+    """Raise if a file cannot be written; an existing file is left as it is.
+
+    A pipe or a device is not opened: opening a pipe waits for its reader.
 
     Raises
     ------
     OSError
-        It cannot.
+        The file cannot be written.
     """
-    file = Path(os.path.realpath(path))  # what is made and removed is never a link
+    file = Path(os.path.realpath(path))  # so that no link is created or removed
     there = file.exists()
     if there and not file.is_file() and not file.is_dir():
         if not os.access(file, os.W_OK):
@@ -55,11 +77,36 @@ def try_to_write(path: str | Path) -> None:
     with file.open("ab"):
         pass
     if not there:
-        file.unlink(missing_ok=True)  # another rank may have looked, too
+        file.unlink(missing_ok=True)  # another rank may have tried at the same time
+
+
+def check_output(option: str, text: str, *, opened: bool = True) -> None:
+    """Raise if the file that an option names cannot be written.
+
+    Parameters
+    ----------
+    option, text : str
+    opened : bool
+        Whether to try to open it, too.
+
+    Raises
+    ------
+    InputError
+    """
+    path = Path(text).resolve()
+    if not path.parent.is_dir():
+        raise InputError(f"{option}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{option}: expected a file, got the directory {text}")
+    try:
+        if opened:
+            try_to_write(path)
+    except OSError as error:
+        raise InputError(f"{option}: {text} cannot be written: {error.strerror}") from None
 
 
 def writable(text: str) -> str:
-    """Read the name of a file that can be written."""
+    """Parse the name of a file that can be written."""
     try:
         try_to_write(text)
     except OSError as error:
@@ -68,12 +115,12 @@ def writable(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """Read a whole number from 1 up."""
+    """Parse a whole number from 1 up."""
     return _at_least(1, text)
 
 
 def natural(text: str) -> int:
-    """Read a whole number from 0 up."""
+    """Parse a whole number from 0 up."""
     return _at_least(0, text)
 
 

@@ -1,15 +1,14 @@
-"""The command ``measure``: how fast this machine is."""
+"""The command ``measure``: measure this machine and save its figures."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lvxattn.cli.arguments import positive, try_to_write
-from lvxattn.cli.command import refuse
-from lvxattn.cli.ranks import Ranks
+from lvxattn.cli.arguments import check_output, positive, refuse
+from lvxattn.cli.run_ranks import Ranks, on_rank_0
 from lvxattn.cli.tensors import InputError
-from lvxattn.common.validation import FLOATING, raise_together
+from lvxattn.common.validation import FLOATING
 from lvxattn.plan.machine import Link
 from lvxattn.plan.measure import Probe, measure
 
@@ -23,20 +22,19 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     ----------
     parser : argparse.ArgumentParser
     output : str
-        The default file: one for each implementation, for their figures differ.
+        The default file, one for each implementation, as their figures differ.
     """
     for name, default, what in (
-        ("--heads", 8, "query heads, H"),
+        ("--heads", 8, "query heads, H (default: 8)"),
         ("--kv-heads", None, "key-value heads, H_KV (default: as many as heads)"),
-        ("--head-dim", 64, "width of queries and keys, D"),
+        ("--head-dim", 64, "width of queries and keys, D (default: 64)"),
     ):
-        text = what if default is None else f"{what} (default: {default})"
-        parser.add_argument(name, type=positive, default=default, metavar="N", help=text)
+        parser.add_argument(name, type=positive, default=default, metavar="N", help=what)
     parser.add_argument("--dtype", choices=FLOATING, default="float32", help="(default: float32)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument(
         "--output", default=output, metavar="FILE",
-        help="what --machine takes elsewhere (default: %(default)s)",
+        help="the machine file, for --machine (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -50,7 +48,7 @@ def run_measure(
     Parameters
     ----------
     options : argparse.Namespace
-        As `add_options` defines them.
+        As defined by `add_options`.
     ranks : Ranks
     probe : callable
         Returns a backend's probe for H, H_KV, D and a dtype.
@@ -61,29 +59,27 @@ def run_measure(
         0, or 2 if the input is bad; the same on all ranks.
     """
     path = Path(options.output)
-    shape = options.heads, options.kv_heads or options.heads, options.head_dim
+    H, H_KV, D = options.heads, options.kv_heads or options.heads, options.head_dim
+    if H % H_KV:
+        wrong = f"--kv-heads: expected a divisor of --heads {H}, got {H_KV}"
+        return refuse(f"{_NAME}: error: {wrong} (on all ranks)", ranks.rank)
     try:
-        raise_together(_wrong(path, shape, ranks.rank), ranks)
+        on_rank_0(lambda: check_output("--output", options.output), ranks)
         ranks.limit_threads()
         backend = ranks.backend(options.device, options.dtype)
-        machine = measure(ranks, probe(backend, shape, options.dtype), path.stem)
-        error = None
-        if ranks.rank == 0:
-            try:
-                machine.save(path)
-            except OSError as problem:
-                error = InputError(f"{options.output}: {problem.strerror}")
-        raise_together(error, ranks)
+        machine = measure(ranks, probe(backend, (H, H_KV, D), options.dtype), path.stem)
+        on_rank_0(lambda: machine.save(path), ranks)
     except InputError as error:
         return refuse(f"{_NAME}: error: {error}", ranks.rank)
     if ranks.rank == 0:
         hosts = -(-machine.ranks // machine.ranks_per_host)
-        inside = _link(machine.inside) if machine.ranks_per_host > 1 else "a rank is alone there"
-        between = _link(machine.between) if hosts > 1 else "there is one host"
+        alone = machine.ranks_per_host == 1
+        inside = "not measured: one rank a host" if alone else _link(machine.inside)
+        between = "not measured: one host" if hosts == 1 else _link(machine.between)
         print(f"""
 LV-XAttn measure
   ranks     {machine.ranks} on {hosts} host{"s" * (hosts > 1)}, {backend.device}
-  problems  {shape[0]}/{shape[1]} heads of {shape[2]}, {options.dtype}
+  problems  {H}/{H_KV} heads of {D}, {options.dtype}
 
   attention         {machine.matmul / 1e9:>10.1f} GFLOP/s a rank, many queries
   reading of keys   {machine.memory / 1e9:>10.2f} GB/s a rank, one query
@@ -91,25 +87,8 @@ LV-XAttn measure
   inside a host     {inside}
   between hosts     {between}
 
-  {path} has them""")
+  written   {path}""")
     return 0
-
-
-def _wrong(path: Path, shape: tuple[int, int, int], rank: int) -> InputError | None:
-    H, H_KV, _ = shape
-    if H % H_KV:
-        return InputError(f"--kv-heads: expected a divisor of --heads {H}, got {H_KV}")
-    if rank:  # the file is rank 0's, and other hosts may not have its folder
-        return None
-    try:
-        if path.is_dir():
-            return InputError(f"--output: expected a file, got the folder {path}")
-        if not path.resolve().parent.is_dir():
-            return InputError(f"--output: there is no folder {path.resolve().parent}")
-        try_to_write(path)
-    except OSError as error:
-        return InputError(f"--output: {path} cannot be written: {error.strerror}")
-    return None
 
 
 def _link(link: Link) -> str:

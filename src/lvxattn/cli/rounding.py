@@ -1,15 +1,15 @@
-r"""How far rounding may move a sum of attention: derived term by term, for one row at a time.
+r"""Bound the rounding error of sums of attention, derived term by term for one row at a time.
 
 With u the unit roundoff of the sums' dtype, w that of the result's, and a_j = |scale| |q| |k_j| the
-score of a key if nothing in it cancelled, a right kernel's numbers are off by
+score of a key without cancellation, the errors of a right kernel are
 
-    what                           of all keys alike, at most         of each key by itself
+    error of                       of all keys alike, at most         of each key by itself
     a score, so p_j, relatively    4 u a_j + 2 u |s_j - top| + 4 u    u sqrt(D + 2) a_j
     p_j as a factor                                                   w
     dout v_j                       2 u |dout| |v_j|                   u sqrt(D_V + 2) |dout| |v_j|
 
-What is off for all keys alike adds up as it is.  What each key has by itself adds up as a random
-walk, of which `SIGMAS` standard deviations are allowed.  A sum sum_j t_j of n terms is thus off by
+Errors of all keys alike add up linearly.  Those of each key by itself add up as a random walk, of
+which `SIGMAS` standard deviations are allowed.  The error of a sum sum_j t_j of n terms is thus
 
     sum_j |t_j| (alike)_j + 5 sqrt(sum_j t_j^2 (by itself)_j^2)
         + (5 u sqrt(n / 3) + 2 w) R + w |sum_j t_j|
@@ -22,16 +22,16 @@ adds it up in one piece: 512 keys or more at a time, in 16 lanes or more, on a C
 which each sees a quarter of the keys, on a GPU.  There, tensor cores cut off what they cannot hold,
 by up to u / 2 of a growing sum with each 16 terms; only 16-bit inputs get there.
 
-An additive mask changes what a score is.  It is a number of the sums' dtype: beside -1e9 in fp32
-all scores below 32 are 0, and equal scores have a plain mean that no rounding moves.  So the truth
-rounds scores where they meet the mask, and a score that lies so near the middle between two such
-numbers that its own error may carry it across is off by the difference, none other is.
+An additive mask rounds scores to the sums' dtype: added to -1e9 in fp32, all scores below 32 become
+0, and equal scores have a plain mean that no rounding moves.  So the truth rounds masked scores,
+too, and a score so near the middle between two numbers of that dtype that its own error may carry
+it across is allowed their difference; no other is.
 
-A key that is missing lowers lse in all rows, where errors that each row has by itself average out.
-So the mean over rows of the error of lse has a limit, too.
+A missing key lowers lse in all rows, while each row's own errors average out.  So the mean over
+rows of the error of lse has a limit, too.
 
 In the backward, p_j = exp(s_j - lse) has the error of lse, too, a common factor of a row, and delta
-that of out.  Where lse is so large that it has lost log n, a kernel may not rest on it.
+that of out.  Where lse is so large that it has lost log n, a kernel must not depend on it.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ _COARSE = 2.0**-16
 
 @dataclass(frozen=True)
 class Rounding:
-    """The roundings of a problem.
+    """The rounding errors of a problem.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Rounding:
         Of q, k and v, and of the results.
     D, D_V : int
     n : int
-        Keys in all.
+        Number of keys.
     gpu : bool
     """
 
@@ -85,16 +85,16 @@ class Rounding:
 
     @property
     def tiny(self) -> float:
-        """Return below what a probability is lost."""
+        """Return the magnitude below which a probability is lost."""
         return float(np.finfo(accumulator(self.dtype)).tiny)
 
     @property
     def floor(self) -> float:
-        """Return how far off a probability is that is rounded to a subnormal number of fp16."""
+        """Return the error of a probability that is rounded to a subnormal number of fp16."""
         return _SMALLEST["float16"] if self.dtype == "float16" else 0.0
 
     def scores(self, plain: Array, a: Array, bias: Array | None) -> tuple[Array, Array]:
-        """Return masked scores, and by how much those near a middle may be off.
+        """Return masked scores, and the error of those near the middle between two numbers.
 
         Parameters
         ----------
@@ -118,7 +118,7 @@ class Rounding:
     def probabilities(
         self, p: Array, a: Array, below: Array, across: Array
     ) -> tuple[Array, Array, Array]:
-        """Return how far off probabilities are, as absolute numbers.
+        """Return the absolute errors of probabilities.
 
         Parameters
         ----------
@@ -126,14 +126,14 @@ class Rounding:
         below : array
             |s - top|.
         across : array
-            By what scores near a middle may be off.
+            The error of scores near a middle.
 
         Returns
         -------
         alike, alone : array
             For all keys alike, and the standard deviation of each by itself.
         rounded : array
-            The latter of probabilities that are factors of a product.
+            The latter, of probabilities as factors of a product.
         """
         u, below = self.u, np.where(p > 0, below, 0.0)
         relative = 4 * u * a + 2 * u * below + 4 * u
@@ -145,16 +145,16 @@ class Rounding:
     def score_gradients(
         self, p: Array, alike: Array, rounded: Array, x: Array, size: Array, coarse: Array
     ) -> tuple[Array, Array, Array]:
-        """Return p x, and how far off it is for all keys alike and for each by itself.
+        """Return p x, and its errors of all keys alike and of each by itself.
 
         Parameters
         ----------
         p, alike, rounded : array
-            As `probabilities` has them.
+            From `probabilities`.
         x, size : array
             dout v^T - delta, and |dout| |v|^T.
         coarse : array
-            Where dout has a factor in place of what lse has lost, and is rounded again.
+            Where dout carries the factor that lse has lost, and is rounded again.
         """
         dot = self.u * sqrt(self.D_V + 2) * size
         alike = alike * abs(x) + p * size * (2 * self.u + coarse * self.w)
@@ -162,12 +162,12 @@ class Rounding:
         return p * x, alike, alone
 
     def alone(self, a: Array) -> Array:
-        """Return the standard deviation of the error that each score has by itself."""
+        """Return the standard deviation of each score's own error."""
         return self.u * sqrt(self.D + 2) * a
 
     @property
     def of_total(self) -> float:
-        """Return the relative error that a sum of exponentiated scores has from its additions."""
+        """Return the relative error of a sum of exponentiated scores by its additions."""
         return SIGMAS * self.adding + 4 * self.u
 
     @property
@@ -176,23 +176,23 @@ class Rounding:
         return self.u * sqrt(self.n / 16 if self.gpu else self.n / 512 + 32) / 3
 
     def coarse(self, lse: Array) -> Array:
-        """Return where lse has lost too much for a backward to rest on it."""
+        """Return where lse has lost too much for a backward to depend on it."""
         return (self.u * abs(lse) > _COARSE) & np.isfinite(lse)
 
     def of_sum(self, value: Array, alike: Array, squares: Array, partial: Array, n: Array) -> Array:
-        """Return how far off a sum may be.
+        """Return the limit of a sum's error.
 
         Parameters
         ----------
         value : array
         alike : array
-            The sum of the terms' errors that they have alike.
+            The sum of the terms' errors of all keys alike.
         squares : array
-            The sum of the squares of those that each has by itself.
+            The sum of the squares of each key's own.
         partial : array
             The largest partial sums, added up over ranks.
         n : array
-            How many terms there are.
+            Numbers of terms.
         """
         steps = SIGMAS * self.u * np.sqrt(n / 3) + 2 * self.w
         if self.gpu and self.w > self.u:
@@ -202,7 +202,7 @@ class Rounding:
 
     @property
     def smallest(self) -> float:
-        """Return the smallest number of the results."""
+        """Return the smallest positive number of the results' dtype."""
         return _SMALLEST[self.dtype]
 
     def _held(self, x: Array) -> Array:

@@ -1,11 +1,11 @@
-"""Tensors in safetensors files, read and written slice by slice.
+"""Read and write tensors in safetensors files, slice by slice.
 
     8 bytes            n, little-endian
     n bytes            JSON: {"q": {"dtype": "BF16", "shape": [...], "data_offsets": [from, to]}}
     the rest           the tensors' bytes, C order, little-endian
 
-Along an axis, a slice of a tensor in C order is one run of bytes for every index of the axes before
-it.  Every rank reads, and writes, the runs of its own slice and no others.
+A slice along an axis of a tensor in C order is one run of bytes for every index of the axes before
+it.  Every rank reads and writes the runs of its own slice only.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -15,7 +15,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -26,52 +26,58 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int, ...]
 
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "bool": "BOOL",
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "BOOL": "bool",
 }
-_NAMES = {code: name for name, code in _CODES.items()}
+_CODES = {name: code for code, name in _NAMES.items()}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 class InputError(ValueError):
-    """What the user gave cannot be worked on."""
+    """Invalid input from the user."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies in a file.
+    """A tensor in a file.
 
     Attributes
     ----------
     dtype : str
     shape : tuple of int
     start : int
-        Its first byte, counted from the file's start.
+        Offset of its first byte in the file.
     """
 
     dtype: str
     shape: Shape
     start: int
 
+    @property
+    def end(self) -> int:
+        """Offset of the byte after its last; `start` for an unknown dtype."""
+        known = self.dtype in _CODES
+        return self.start + (prod(self.shape) * dtype_of(self.dtype).itemsize if known else 0)
+
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file's table of contents."""
+    """A safetensors file and the tensors in it."""
 
     path: str
     tensors: dict[str, Tensor]
 
     def read(self, name: str, axis: int, part: slice) -> Array:
-        """Return a slice of a tensor along one axis, and read nothing else.
+        """Read a slice of a tensor along one axis.
 
         Raises
         ------
         InputError, OSError
-            The file has become shorter, or cannot be read.
+            The file is truncated, or cannot be read.
         """
         tensor = self.tensors[name]
         x = np.empty(_cut(tensor.shape, axis, part), dtype_of(tensor.dtype))
@@ -97,7 +103,7 @@ def dtype_of(name: str) -> Any:
     Raises
     ------
     InputError
-        It is bfloat16, which NumPy has from ml_dtypes, and that is not there.
+        bfloat16 needs ml_dtypes, which is not installed.
     """
     if name != "bfloat16":
         return np.dtype(name)
@@ -109,14 +115,14 @@ def dtype_of(name: str) -> Any:
 
 
 def open_tensors(path: str) -> TensorFile:
-    """Read a file's table of contents.
+    """Read the header of a file.
 
     Raises
     ------
     InputError
-        It is no safetensors file, or is damaged.
+        The file is not a safetensors file, or is damaged.
     OSError
-        It cannot be read.
+        The file cannot be read.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -134,18 +140,17 @@ def open_tensors(path: str) -> TensorFile:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path}: damaged header: {type(error).__name__} {error}") from None
     for name, tensor in tensors.items():
-        end = tensor.start + _nbytes(tensor.dtype, tensor.shape)
-        if end > size:
-            raise InputError(f"{path}: cut short: {name} ends at byte {end:,} of {size:,}")
-    starts = sorted((t.start, t.start + _nbytes(t.dtype, t.shape), n) for n, t in tensors.items())
-    for (_, end, name), (start, _, following) in pairwise(starts):
+        if tensor.end > size:
+            raise InputError(f"{path}: cut short: {name} ends at byte {tensor.end:,} of {size:,}")
+    places = sorted((t.start, t.end, name) for name, t in tensors.items())
+    for (_, end, name), (start, _, following) in pairwise(places):
         if start < end:
             raise InputError(f"{path}: damaged header: {name} and {following} overlap")
     return TensorFile(path, tensors)
 
 
 def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str]) -> TensorFile:
-    """Make a file of its final size, with room for these tensors.
+    """Create a file of its final size for given tensors.
 
     Parameters
     ----------
@@ -158,19 +163,16 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
     Raises
     ------
     OSError
-        It cannot be made.
+        The file cannot be created.
     """
     header: dict[str, Any] = {"__metadata__": notes}
-    start, starts = 0, {}
+    start, tensors = 0, {}
     # Wide dtypes first, so that every tensor is aligned without gaps.
     for name in sorted(shapes, key=lambda name: (-dtype_of(shapes[name][0]).itemsize, name)):
         dtype, shape = shapes[name]
-        starts[name], end = start, start + _nbytes(dtype, shape)
-        header[name] = {
-            "dtype": _CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
+        tensors[name] = Tensor(dtype, shape, start)
+        end = tensors[name].end
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -178,11 +180,11 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
     with Path(path).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         _reserve(file.fileno(), base + start)
-    return TensorFile(path, {name: Tensor(*shapes[name], base + starts[name]) for name in shapes})
+    return TensorFile(path, {n: replace(t, start=base + t.start) for n, t in tensors.items()})
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give a file its size; a disk that is too full shows here, not after the work."""
+    """Set the size of a file, and fail on a full disk now rather than after the work."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -195,13 +197,9 @@ def _tensor(entry: Any, base: int) -> Tensor:
     dtype, shape = _NAMES.get(entry["dtype"], str(entry["dtype"])), tuple(entry["shape"])
     start, end = entry["data_offsets"]
     whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))  # True is an int, too
-    if not whole or (dtype in _CODES and end - start != _nbytes(dtype, shape)):
+    if not whole or (dtype in _CODES and Tensor(dtype, shape, start).end != end):
         raise ValueError(f"{dtype} {list(shape)} does not take bytes {start} to {end}")
     return Tensor(dtype, shape, base + start)
-
-
-def _nbytes(dtype: str, shape: Shape) -> int:
-    return prod(shape) * dtype_of(dtype).itemsize if dtype in _CODES else 0
 
 
 def _cut(shape: Shape, axis: int, part: slice) -> Shape:
@@ -210,7 +208,7 @@ def _cut(shape: Shape, axis: int, part: slice) -> Shape:
 
 
 def _runs(x: Array, tensor: Tensor, axis: int, part: slice) -> Iterator[tuple[int, memoryview]]:
-    """Yield the slice's runs of bytes, and where each begins in the file."""
+    """Yield the offset in the file and the bytes of each run of a slice."""
     axis %= len(tensor.shape)
     row = prod(tensor.shape[axis + 1 :]) * x.itemsize
     stride, length = tensor.shape[axis] * row, (part.stop - part.start) * row

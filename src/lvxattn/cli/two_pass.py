@@ -1,8 +1,8 @@
-r"""Attention of sampled queries and keys in float64, over all ranks, as plain as can be.
+r"""Compute attention of sampled queries and keys in float64, over all ranks, in the plainest way.
 
-Nothing here is taken from what it is compared with: no merging by log-sum-exp, no ring, no tiles
-whose results would have to be joined.  Every rank goes over its own keys, in pieces so that they
-fit in memory as float64, and the ranks' maxima and sums are joined in rank order.
+It shares nothing with the results that it checks: no merging by log-sum-exp, no ring, no tiles
+whose results are joined.  Every rank goes over its own keys, in pieces so that they fit in memory
+as float64, and the ranks' maxima and sums are added in rank order.
 
     1.  top = max_j s_j
     2.  total = sum_j exp(s_j - top)     lse = top + log total     out = sum_j exp(s_j - top) v_j
@@ -10,33 +10,35 @@ fit in memory as float64, and the ranks' maxima and sums are joined in rank orde
     3.  with p_j = exp(s_j - top) / total and delta = dout out:
         dq = scale sum_j p_j (dout v_j - delta) k_j
 
-A sampled key's gradients are sums over the queries of all ranks; there delta and lse are the run's
-own, of which samples are compared, too, but for rows whose lse is too large to hold log total:
+The gradients of a sampled key are sums over the queries of all ranks.  Their delta and lse are the
+run's own, samples of which are compared too, except in rows whose lse is too large to hold
+log total:
 
     dv = sum_i p_i dout_i               dk = scale sum_i p_i (dout_i v - delta_i) q_i
 
-With each sum comes its limit: how far off rounding may put it, as `rounding` derives.
+With each sum comes its limit, the largest error by rounding, as derived in `rounding`.
 """
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from lvxattn.cli.problem import Share
 from lvxattn.cli.rounding import SIGMAS, Rounding
+from lvxattn.cli.run_problem import Share
 from lvxattn.cli.tensors import Array
 from lvxattn.common.masks import tiles
 from lvxattn.common.validation import Communicator
 
-# Batch entry, head and place in the whole sequence.
+T = TypeVar("T")
+# Batch entry, head and position in the whole sequence.
 Point = tuple[int, int, int]
 _PIECE = 4096
 
 
 class Bounded(NamedTuple):
-    """A result, how far off it may be, and how far the mean over some rows, if that is less."""
+    """A result, the limit of its error, and that of the mean error over some rows."""
 
     value: Array
     limit: Array
@@ -54,7 +56,7 @@ class TwoPass:
     share : Share
         This rank's.
     results : dict
-        This rank's parts of what is compared, by name.
+        This rank's parts of the results, by name.
     comm : communicator
     scale : float
     rounding : Rounding
@@ -92,7 +94,7 @@ class TwoPass:
             out.add(n, e, alike, rounded, v)
             squares[n, 0] += (rounded**2).sum(axis=1)
         value = self._total(out.value) / total
-        # What moves a probability moves the total, and the mean by as much of itself.
+        # An error of a probability is one of the total, too, and of the mean in proportion.
         out.squares += value**2 * squares
         limit = self._limit(value, out, total)
         limit += (moved + rounding.of_total)[:, None] * abs(value)
@@ -160,27 +162,30 @@ class TwoPass:
         }
 
     def pick(self, arrays: dict[str, Array], points: list[Point], held: slice) -> dict[str, Array]:
-        """Give every rank these places of arrays (B, H, s, ...), of which it holds `held`."""
+        """Return on every rank these points of arrays (B, H, s, ...), of which it holds `held`."""
         mine = {
             n: {name: _wide(x[b, h, i - held.start]) for name, x in arrays.items()}
             for n, (b, h, i) in enumerate(points)
             if held.start <= i < held.stop
         }
-        held_by_all: dict[int, dict[str, Array]] = {}
-        for part in self.comm.allgather(mine):
-            held_by_all |= part
+        found = self._union(mine)
         return {
-            name: np.array([held_by_all[n][name] for n in range(len(points))]).reshape(
-                len(points), *x.shape[3:]
-            )
-            for name, x in arrays.items()
+            name: np.array([x[name] for x in found]).reshape(len(points), *array.shape[3:])
+            for name, array in arrays.items()
         }
 
-    def _softmax(self, q: Array, points: list[Point]) -> tuple[Array, ...]:
-        """Return what the queries at these points divide by.
+    def _union(self, mine: dict[int, T]) -> list[T]:
+        """Return all ranks' entries, in the order of their numbers."""
+        found: dict[int, T] = {}
+        for part in self.comm.allgather(mine):
+            found |= part
+        return [found[n] for n in sorted(found)]
 
-        top, 0 where nothing is seen; total; and how far off total is, relatively, by errors that
-        are alike, and the squares of the others.
+    def _softmax(self, q: Array, points: list[Point]) -> tuple[Array, ...]:
+        """Return the divisors of the queries at these points.
+
+        top, 0 where no key is visible; total; and its relative error: of all keys alike, and the
+        squares of each key's own.
         """
         top, sums = np.full(len(q), -np.inf), np.zeros((3, len(q)))
         for n, s, *_ in self._pieces(q, points):
@@ -196,10 +201,10 @@ class TwoPass:
         return top, total, alike / whole, squares / whole**2
 
     def _bases(self, heads: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[Array, ...]]:
-        """Return what my queries of these heads divide by.
+        """Return the divisors of my queries of these heads.
 
-        top and total, of which the first is the run's lse where that will do; how far off total is,
-        relatively; and where it will not do.
+        top and total, or the run's lse and 1 where it is accurate enough; the relative error of
+        total; and where lse is not accurate enough.
         """
         found: dict[tuple[int, int], tuple[Array, ...]] = {}
         mine = []
@@ -222,8 +227,8 @@ class TwoPass:
     def _pieces(self, q: Array, points: list[Point]) -> Iterator[tuple[Array, ...]]:
         """Yield queries of one head against a piece of my keys, as float64.
 
-        Which of the points; their scores, what these would be if nothing cancelled, and by what
-        they may be off (`Rounding.scores`), each (rows, keys); keys and values.
+        The numbers of the points; their scores, those scores without cancellation, and their
+        error at the mask (`Rounding.scores`), each (rows, keys); keys and values.
         """
         order = sorted(range(len(points)), key=lambda n: points[n][:2])
         for (b, h), group in groupby(order, key=lambda n: points[n][:2]):
@@ -242,8 +247,8 @@ class TwoPass:
     def _heads(self, group: int) -> range:
         return range(group * self.G, (group + 1) * self.G)
 
-    def _mask_columns(self, points: list[Point]) -> list[Array | None]:
-        """Give every rank the masks' columns of these keys, each (1 or H, 1 or S_Q)."""
+    def _mask_columns(self, points: list[Point]) -> list[Array] | list[None]:
+        """Return on every rank the masks' columns of these keys, each (1 or H, 1 or S_Q)."""
         if self.mask is None:  # on all ranks
             return [None] * len(points)
         held = self.share.keys
@@ -252,20 +257,17 @@ class TwoPass:
             for n, (b, _, j) in enumerate(points)
             if held.start <= j < held.stop
         }
-        columns: dict[int, Array] = {}
-        for part in self.comm.allgather(mine):
-            columns |= part
-        return [columns[n] for n in range(len(points))]
+        return self._union(mine)
 
     def _bias_of_rows(self, column: Array | None, h: int, piece: slice) -> Array | None:
-        """Return what a mask's column has for a piece of my queries of head h."""
+        """Return the entries of a mask's column for a piece of my queries of head h."""
         if column is None:
             return None
         rows: Array = column[h % len(column)]
         return rows if len(rows) == 1 else rows[self.share.rows][piece]
 
     def _limit(self, value: Array, sums: "_Sums", total: Array | float = 1.0) -> Array:
-        """Return how far off a sum over all ranks may be, of which each has `sums` over total."""
+        """Return the limit of a sum over all ranks, of which each has `sums` over total."""
         alike, partial = (self._total(x) / total for x in (sums.alike, sums.partial))
         squares, terms = self._total(sums.squares) / total**2, self._total(sums.terms)
         return self.rounding.of_sum(value, alike, squares, partial, terms)
@@ -278,14 +280,15 @@ class TwoPass:
 
 
 class _Sums:
-    """Sums weights x of this rank, and what their limit is made of.
+    """Sums of weights times x over this rank, and the parts of their limits.
 
     Attributes
     ----------
     value, alike, squares, partial : (N, width)
-        The sums; their terms' errors that are alike, and the squares of the others, added up; the
-        largest partial sums there can have been on the way.
+        The sums; sums of their terms' errors of all keys alike, and of the squares of each key's
+        own; the largest possible partial sums.
     terms : (N, 1)
+        Numbers of terms.
     """
 
     def __init__(self, N: int, width: int) -> None:
@@ -295,7 +298,7 @@ class _Sums:
     def add(
         self, n: Array | list[int], weights: Array, alike: Array, alone: Array, x: Array
     ) -> None:
-        """Add weights x, whose weights are so far off, to rows n."""
+        """Add weights times x to rows n; `alike` and `alone` are the errors of the weights."""
         so_far = abs(self.value[n]) + abs(weights) @ abs(x)
         self.partial[n] = np.maximum(self.partial[n], so_far)
         self.value[n] += weights @ x

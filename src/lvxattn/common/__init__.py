@@ -1,1 +1,1 @@
-"""What all ranks and implementations agree on: layout, handshake, validation, wire, meters."""
+"""Code shared by all implementations: layout, handshake, validation, masks, wire, meters."""

@@ -1,9 +1,8 @@
-"""The one collective check: what every rank tells the others before any block moves.
+"""Agree on the arguments of a call: the one collective check, before any block moves.
 
-Each rank checks its own arguments, then one all-gather carries its record, or its error, to all.
-A mask that is a rule is then asked once, which takes another.
-Every rank then comes to the same conclusion from the same records: the error of the lowest rank
-that has one, or the first mismatch, or agreement.
+Each rank checks its own arguments, then one all-gather carries its record, or its error, to all.  A
+callable mask is then called once, which takes another.  Every rank draws the same conclusion from
+the same records: the error of the lowest rank that has one, or the first mismatch, or agreement.
 """
 
 import socket
@@ -21,13 +20,13 @@ from lvxattn.common.validation import (
     check_attention,
     check_backward,
     check_communicator,
+    check_here_or_together,
     check_mask_shape_rows,
     device_kind,
     dtype_name,
     library,
     on_rank,
     raise_lowest,
-    raise_together,
 )
 
 Array = Any
@@ -37,10 +36,10 @@ Backward = tuple[Array, Array, Array, Array | None]
 SCHEDULES = ("lv-xattn", "ring", "ulysses", "gather")
 AUTO = "auto"
 QUERIES = ("sharded", "replicated")
-# Where a rank works on other ranks' keys: array masks travel, and rules must be the same.
+# A rank works on other ranks' keys: array masks travel, and callables must be the same.
 MASKS_TRAVEL = ("ring", "ulysses")
 
-# What must be equal on all ranks, and the argument to name when it is not.
+# Fields of a record that must be equal on all ranks, and the argument that an error names.
 EQUAL_ON_ALL_RANKS = {
     "B": "q",
     "H": "q",
@@ -55,93 +54,13 @@ EQUAL_ON_ALL_RANKS = {
     "device": "q",
     "call": "call",
 }
-# What of that concerns the call alone, not its layout.
+# Those of them that concern the call, not its layout.
 ONLY_OF_THE_CALL = ("library", "device", "call")
-
-
-def agree_on(
-    q: Array,
-    k: Array,
-    v: Array,
-    comm: Communicator,
-    *,
-    schedule: str,
-    scale: float | None,
-    mask: Any,
-    backward: Backward | None = None,
-    queries: str = "sharded",
-    call: str = "forward",
-    machine: Any = None,
-    check: Callable[[], object] | None = None,
-) -> list["Record"]:
-    """Return the records of all ranks, in rank order.
-
-    Collective: every rank of comm calls this.
-
-    Parameters
-    ----------
-    q, k, v, comm, schedule, scale, mask, backward
-        As given to `Layout.agree`.
-    queries : str
-        ``"replicated"``: all ranks hold the same queries, all of them.
-    call : str
-        What is called, in words; must be equal on all ranks.
-    machine : Machine, optional
-        Rank 0's says what schedule ``"auto"`` is.
-    check : callable, optional
-        What an implementation has to check besides, such as whose arrays it computes with: it
-        raises what is wrong on this rank.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The same on every rank.
-    """
-    check_communicator(comm)
-    mine: Record | Exception
-    try:
-        if check is not None:
-            check()
-        check_attention(q, k, v, scale=scale, mask=mask)
-        if backward is not None:
-            check_backward(q, v, *backward)
-        if schedule not in (*SCHEDULES, AUTO):
-            raise ValueError(f"schedule: expected one of {(*SCHEDULES, AUTO)}, got {schedule!r}")
-        if machine is not None:
-            check_machine(machine)
-        if queries not in QUERIES:
-            raise ValueError(f"queries: expected one of {QUERIES}, got {queries!r}")
-        mine = Record.of(q, k, v, schedule, scale, mask, queries, call, machine, comm)
-    except (TypeError, ValueError) as error:
-        mine = error
-    gathered = comm.allgather(mine)
-    raise_lowest([r if isinstance(r, Exception) else None for r in gathered])
-    records = [r for r in gathered if isinstance(r, Record)]
-    _check_equal(records)
-    if any(record.callable_mask for record in records):
-        raise_together(_ask(mask, q, k, sum(r.s_kv for r in records[: comm.rank])), comm)
-    return records
-
-
-def _ask(mask: Any, q: Array, k: Array, kv_start: int) -> Exception | None:
-    """Ask a rule about one query and this rank's first key; return what is wrong with it."""
-    if not callable(mask) or 0 in (q.shape[2], k.shape[2]):
-        return None
-    one = slice(0, 1)
-    try:
-        view = MaskView(mask, kv_start=kv_start)
-        view.tile(one, one, one, one, arange(q))
-    except (TypeError, ValueError) as error:
-        text = str(error) if str(error).startswith("mask: ") else f"mask: raised {error!r}"
-        return TypeError(text) if isinstance(error, TypeError) else ValueError(text)
-    except Exception as error:  # a user's code may raise anything
-        return ValueError(f"mask: expected a rule for global indices, got {error!r} from it")
-    return None
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one rank tells the others."""
+    """The arguments of one rank, as the others need to know them."""
 
     host: str
     s_q: int
@@ -163,22 +82,54 @@ class Record:
     machine: Any
     clock: int
 
-    @staticmethod
-    def of(
-        q: Array,
-        k: Array,
-        v: Array,
-        schedule: str,
-        scale: float | None,
-        mask: Any,
-        queries: str,
-        call: str,
-        machine: Any,
-        comm: Communicator,
-    ) -> "Record":
-        """Return the record of arguments that this rank has found no fault with."""
+
+def agree_on(
+    q: Array,
+    k: Array,
+    v: Array,
+    comm: Communicator,
+    *,
+    schedule: str,
+    scale: float | None,
+    mask: Any,
+    backward: Backward | None = None,
+    queries: str = "sharded",
+    call: str = "forward",
+    machine: Any = None,
+    check: Callable[[], object] | None = None,
+) -> list[Record]:
+    """Return the records of all ranks, in rank order.
+
+    Collective: every rank of comm calls this.
+
+    Parameters
+    ----------
+    q, k, v, comm, schedule, scale, mask, backward, queries, machine, check
+        As given to `Layout.agree`.
+    call : str
+        Describes the call; must be equal on all ranks.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The same on every rank.
+    """
+    check_communicator(comm)
+    mine: Record | Exception
+    try:
+        if check is not None:
+            check()
+        check_attention(q, k, v, scale=scale, mask=mask)
+        if backward is not None:
+            check_backward(q, v, *backward)
+        if schedule not in (*SCHEDULES, AUTO):
+            raise ValueError(f"schedule: expected one of {(*SCHEDULES, AUTO)}, got {schedule!r}")
+        if machine is not None:
+            _check_machine(machine)
+        if queries not in QUERIES:
+            raise ValueError(f"queries: expected one of {QUERIES}, got {queries!r}")
         B, H, s_q, D = q.shape
-        return Record(
+        mine = Record(
             host=getattr(comm, "host", None) or socket.gethostname(),
             s_q=s_q,
             s_kv=k.shape[2],
@@ -199,23 +150,48 @@ class Record:
             machine=machine,
             clock=time.time_ns() // 1000,
         )
+    except (TypeError, ValueError) as error:
+        mine = error
+    gathered = comm.allgather(mine)
+    raise_lowest([r if isinstance(r, Exception) else None for r in gathered])
+    records = [r for r in gathered if isinstance(r, Record)]
+    _check_equal(records)
+    if any(record.callable_mask for record in records):
+        kv_start = sum(r.s_kv for r in records[: comm.rank])
+        check_here_or_together(lambda: _check_rule(mask, q, k, kv_start), comm, together=True)
+    return records
 
 
-def check_machine(machine: Any) -> None:
-    """Refuse what `lvxattn.plan` cannot reckon with."""
+def _check_machine(machine: Any) -> None:
     if not hasattr(machine, "matmul"):
         raise TypeError(f"machine: expected a Machine or None, got {type(machine).__name__}")
     machine.check()
 
 
+def _check_rule(mask: Any, q: Array, k: Array, kv_start: int) -> None:
+    """Call a callable mask for one query and this rank's first key, and check what it returns."""
+    if not callable(mask) or 0 in (q.shape[2], k.shape[2]):
+        return
+    one = slice(0, 1)
+    try:
+        MaskView(mask, kv_start=kv_start).tile(one, one, one, one, arange(q))
+    except (TypeError, ValueError) as error:
+        text = str(error) if str(error).startswith("mask: ") else f"mask: raised {error!r}"
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from None
+    except Exception as error:  # a user's code may raise anything
+        text = f"mask: expected a callable on global indices, got {error!r} from it"
+        raise ValueError(text) from None
+
+
 def mask_kind(mask: Any, dtype: str) -> MaskKind:
-    """Return an array mask's shape and the dtype in which it travels."""
+    """Return an array mask's shape and the dtype in which it is sent."""
     if mask is None or callable(mask):
         return None
     return tuple(mask.shape), "bool" if dtype_name(mask) == "bool" else accumulator(dtype)
 
 
 def _check_equal(records: list[Record]) -> None:
+    """Raise the first mismatch between ranks, or of the problem as a whole."""
     replicated = records[0].queries == "replicated"
     S_Q = records[0].s_q if replicated else sum(r.s_q for r in records)
     for rank, record in enumerate(records):
@@ -247,8 +223,8 @@ def _check_equal(records: list[Record]) -> None:
                 )
             if schedule == "ulysses" and record.H_KV % len(records):
                 raise ValueError(
-                    "schedule: expected another one than 'ulysses', which needs H_KV to be a "
-                    f"multiple of the {len(records)} ranks, got H_KV = {record.H_KV}"
+                    f"schedule: 'ulysses' requires H_KV divisible by the {len(records)} ranks, "
+                    f"got H_KV = {record.H_KV}"
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, rank, len(records)) from None

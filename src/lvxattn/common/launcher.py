@@ -1,15 +1,15 @@
-"""Does the launcher know the MPI library?  If not, every rank believes that it is alone.
+"""Detect a launcher that does not match the MPI library, so that every rank believes it is alone.
 
-``mpiexec -n 4`` of one MPI, with a program that is linked to another, starts four processes each of
-which is rank 0 of 1; so does torchrun, whatever MPI there is.  Launchers tell their processes in
-the environment how many they are.
+``mpiexec`` of one MPI, with a program that is linked to another, starts processes each of which is
+rank 0 of 1; so does torchrun with any MPI.  Launchers pass the number of processes in the
+environment.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# How many processes there are, which one this is, and who says so; inner launchers first, as srun
-# may have started mpirun's helpers, and any of them torchrun.
+# Variables with the number of processes and with the rank, and the launcher that sets them; inner
+# launchers first, as srun may have started mpirun's helpers, and any of them torchrun.
 _TORCHRUN = "torchrun or its like"
 _VARIABLES = (
     ("WORLD_SIZE", "RANK", _TORCHRUN),
@@ -20,13 +20,13 @@ _VARIABLES = (
 )
 _CURES = {
     _TORCHRUN: "start the program with mpiexec; torchrun starts python -m lvxattn.torch_impl",
-    # It starts the processes of any MPI, if it is told what that speaks.
-    "srun": "say srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH (srun --mpi=list names others)",
+    # It starts the processes of any MPI, given its process-management interface.
+    "srun": "use srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH (srun --mpi=list names others)",
 }
 
 
 class Claim(NamedTuple):
-    """What a launcher says: how many processes it has started, and which of them this is."""
+    """The number of processes that a launcher says it started, and the rank of this one."""
 
     variable: str
     size: int | None
@@ -35,7 +35,7 @@ class Claim(NamedTuple):
 
 
 def claim(environment: Mapping[str, str]) -> Claim | None:
-    """Return what the launcher says, if there is one.
+    """Return the claim of the launcher in the environment, if there is one.
 
     Parameters
     ----------
@@ -44,29 +44,29 @@ def claim(environment: Mapping[str, str]) -> Claim | None:
     """
     for size, rank, launcher in _VARIABLES:
         if launcher == _TORCHRUN and not environment.get("LOCAL_RANK", "").isdigit():
-            continue  # scripts have variables of these names, too
+            continue  # scripts use variables of these names, too
         if launcher == _TORCHRUN and environment.get(size) == "1":
-            continue  # left over, perhaps, and alone is what every rank is in any case
+            continue  # perhaps left over; a single rank is alone in any case
         if environment.get(size, "").isdigit():
             number = environment.get(rank, "0")
             return Claim(size, int(environment[size]), int(number or 0), launcher)
     number = environment.get("PMIX_RANK", "")
-    if number.isdigit():  # PMIx does not tell the size in the environment
+    if number.isdigit():  # PMIx does not put the size into the environment
         return Claim("PMIX_RANK", None, int(number), "a PMIx launcher")
     return None
 
 
 def mismatch(environment: Mapping[str, str], size: int) -> str | None:
-    """Say that MPI sees fewer ranks than the launcher has started, if so, and what cures that.
+    """Return an error message if MPI sees fewer ranks than the launcher has started.
 
-    It may well see more: of what started another launcher, as srun starts mpirun's helpers.
+    MPI may see more where one launcher started another, as srun starts mpirun's helpers.
 
     Parameters
     ----------
     environment : mapping
         ``os.environ``.
     size : int
-        Of MPI.COMM_WORLD.
+        Size of MPI.COMM_WORLD.
 
     Returns
     -------
@@ -91,6 +91,6 @@ def mismatch(environment: Mapping[str, str], size: int) -> str | None:
 
 
 def speaks(environment: Mapping[str, str], rank: int) -> bool:
-    """Whether this process is the one to print, even where all believe to be rank 0."""
+    """Return whether this process is to print, even where all processes are rank 0."""
     said = claim(environment)
     return rank == 0 and (said is None or said.rank == 0)

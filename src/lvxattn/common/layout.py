@@ -1,24 +1,22 @@
-"""Who holds what: lengths of the shares, and the order of the ring.
+"""The distribution of queries and keys over ranks, and the order of the ring.
 
 Each rank holds a contiguous share of the queries and of the keys and values; concatenated in rank
-order the shares are the whole.  The ring visits the ranks host by host, whatever numbers the
-launcher gave them, so that P - 1 hops cross a slow link between hosts no more often than they must:
+order the shares are the whole.  The ring visits the ranks host by host, whatever their numbers, so
+that its P - 1 hops cross slow links between hosts as rarely as possible:
 
     ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from math import isclose
 from typing import Any, Self
 
 from lvxattn.common.handshake import (
-    AUTO,
     EQUAL_ON_ALL_RANKS,
     MASKS_TRAVEL,
     ONLY_OF_THE_CALL,
-    SCHEDULES,
     Backward,
     MaskKind,
     Record,
@@ -44,23 +42,21 @@ Array = Any
 
 @dataclass(frozen=True)
 class Layout:
-    """What all ranks agreed on, seen from one of them.
+    """The layout of a problem over ranks, as one of them sees it.
 
     Attributes
     ----------
     rank : int
-        The rank that this layout belongs to.
     order : tuple of int
         The ring: a permutation of the ranks, those of one host side by side.
     s_q, s_kv : tuple of int
-        Every rank's number of queries, and of keys, in rank order.
+        Numbers of queries, and of keys, by rank.
     masks : tuple
-        Shape and travelling dtype of every rank's array mask, or None: where masks travel, their
-        receivers must know.
+        By rank, shape and dtype of an array mask as it is sent, or None.
     rules : tuple of bool
-        Whether a rank's mask is a callable.
+        By rank, whether the mask is a callable.
     B, H, H_KV, D, D_V : int
-        Sizes that are equal on all ranks.
+        Sizes, equal on all ranks.
     dtype : str
         Of q, k and v.
     scale : float
@@ -68,9 +64,22 @@ class Layout:
     queries : str
         ``"sharded"``, or ``"replicated"``: every rank holds all queries.
     machine : lvxattn.plan.Machine or None
-        What `explain` reckons with.
+        The machine for which a schedule was chosen.
     stamp_nbytes : int
-        How many bytes every message of a backward has besides, which say whose it is.
+        Bytes by which every message of a backward is longer, for a stamp that identifies it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import Layout, run_ranks
+    >>> def agree(comm):
+    ...     q, kv = np.ones((1, 4, 3 + comm.rank, 8)), np.ones((1, 2, 100, 8))
+    ...     return Layout.agree(q, kv, kv, comm)
+    >>> layouts = run_ranks(3, agree)
+    >>> layouts[0].s_q, layouts[0].S_KV
+    ((3, 4, 5), 300)
+    >>> layouts[1].left, layouts[1].right
+    (0, 2)
     """
 
     rank: int
@@ -91,8 +100,9 @@ class Layout:
     machine: Any = None
     stamp_nbytes: int = 0
 
-    @staticmethod
+    @classmethod
     def agree(
+        cls,
         q: Array,
         k: Array,
         v: Array,
@@ -105,12 +115,11 @@ class Layout:
         machine: Any = None,
         backward: Backward | None = None,
         check: Callable[[], object] | None = None,
-    ) -> "Layout":
-        """Check all ranks' arguments together and lay out the ring.
+    ) -> Self:
+        """Check the arguments of all ranks together, and return their layout.
 
         Collective: every rank of comm calls this.  One all-gather of a few numbers, two where a
-        mask is a callable; when it raises, it raises the same error on every rank and nothing else
-        has been sent.
+        mask is a callable; an error is raised on every rank alike, and nothing else has been sent.
 
         Parameters
         ----------
@@ -121,20 +130,21 @@ class Layout:
         comm : communicator
         schedule : str
             ``"lv-xattn"``, ``"ring"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the one that
-            sends the fewest bytes or, on a known machine, takes the least time.
+            sends the fewest bytes or, on a known machine, takes the least time
+            (`lvxattn.plan.choose.Layout` resolves it).
         scale : float, optional
-            ``1 / sqrt(D)`` unless given.
+            Default: ``1 / sqrt(D)``.
         mask : None, array or callable
-            What this rank's keys look like to every query.  Ranks may differ in kind, but with
+            Which of this rank's keys each query may attend to.  Ranks may differ in kind, but with
             ``"ring"`` and ``"ulysses"`` a callable must be given on all ranks or on none.
         queries : str
             ``"sharded"``, or ``"replicated"``: every rank holds all queries.
         machine : lvxattn.plan.Machine, optional
-            Where the ranks are; rank 0's counts.
+            The machine for which ``"auto"`` minimizes time; that of rank 0 counts.
         backward : (dout, out, lse, dlse), optional
-            Checked too, where a backward is to follow.
+            Arguments of a backward, to be checked too.
         check : callable, optional
-            Raises what else is wrong on this rank.
+            Further checks of an implementation on this rank; raises TypeError or ValueError.
 
         Returns
         -------
@@ -151,13 +161,13 @@ class Layout:
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
             machine=machine, backward=backward, call=call, check=check,
         )  # fmt: skip
-        return Layout.of(records, comm.rank)
+        return cls.of(records, comm.rank)
 
     @classmethod
     def of(cls, records: list[Record], rank: int) -> Self:
-        """Return the layout that follows from all ranks' records, as `rank` sees it."""
+        """Return the layout of all ranks' records, as `rank` sees it."""
         first, hosts = records[0], [r.host for r in records]
-        layout = cls(
+        return cls(
             rank=rank,
             order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
             s_q=tuple(r.s_q for r in records),
@@ -171,37 +181,11 @@ class Layout:
             },
             machine=first.machine,
         )
-        return layout.resolved()
-
-    def resolved(self) -> Self:
-        """Return the layout with a schedule that has a name of its own."""
-        if self.schedule != AUTO:
-            return self
-        if self.queries == "replicated":
-            return replace(self, schedule=SCHEDULES[0])
-        from lvxattn.plan.choose import candidates
-
-        return replace(self, schedule=candidates(self, self.machine)[0].schedule)
 
     @property
     def way(self) -> str:
-        """How blocks move: the schedule or, where queries are replicated, that."""
+        """The schedule, or ``"replicated"`` where queries are."""
         return "replicated" if self.queries == "replicated" else self.schedule
-
-    def explain(self) -> str:
-        """Say what every schedule would cost on these lengths, the best first.  Not collective.
-
-        Returns
-        -------
-        str
-            A table: messages and bytes of the rank that sends most, seconds where a machine was
-            given, forward and backward together; and why a schedule cannot be taken.
-        """
-        if self.queries == "replicated":
-            return "queries are replicated: no schedule moves them"
-        from lvxattn.plan.choose import candidates, table
-
-        return f"{self.schedule} is taken\n{table(candidates(self, self.machine))}"
 
     def check(
         self,
@@ -220,7 +204,7 @@ class Layout:
         Raises
         ------
         ValueError, TypeError
-            On this rank only: under MPI the program's end then ends the others.
+            On this rank only: under MPI the end of this program then ends the others.
         """
         check_communicator(comm)
         try:
@@ -274,17 +258,17 @@ class Layout:
 
     @property
     def S_Q(self) -> int:
-        """How many queries there are."""
+        """Number of queries of all ranks."""
         return self.s_q[0] if self.queries == "replicated" else sum(self.s_q)
 
     @property
     def S_KV(self) -> int:
-        """How many keys all ranks hold together."""
+        """Number of keys of all ranks."""
         return sum(self.s_kv)
 
     @property
     def accumulator(self) -> str:
-        """The dtype of sums and of what travels as a partial result."""
+        """The dtype of sums and of partial results."""
         return accumulator(self.dtype)
 
     @property
@@ -298,7 +282,7 @@ class Layout:
         return self.owner(1)
 
     def owner(self, hop: int) -> int:
-        """Whose block is here after `hop` hops; after 0 or P hops, this rank's own."""
+        """Return the owner of the block that is here after `hop` hops; this rank after 0 or P."""
         return self.order[(self.order.index(self.rank) - hop) % self.size]
 
     def view(self, mask: Any, q_owner: int, kv_owner: int) -> MaskView:
@@ -308,11 +292,11 @@ class Layout:
 
     @property
     def home_cut(self) -> int:
-        """How many of this rank's keys its own queries meet first; the others come last.
+        """Number of this rank's keys that its own queries attend to first; the rest come last.
 
-        A half, to hide either end of the trip, or all where nothing travels.  The same in forward
-        and backward, so that both round scores in the same way: where those are large, a row's
-        gradient would not cancel as it should.
+        Half, to hide either end of the rotation, or all on a single rank.  The same in forward and
+        backward, so that both round scores in the same way: where scores are large, the terms of a
+        row's gradient would not cancel otherwise.
         """
         s_kv = self.s_kv[self.rank]
         return s_kv if self.size == 1 else s_kv // 2
@@ -326,12 +310,19 @@ def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
     x : array
     comm : communicator
     axis : int
-        The axis that is cut; the first ``length % P`` parts are one longer than the others.
+        The axis to be cut; the first ``length % P`` parts are one longer than the others.
 
     Returns
     -------
     array
         A view of x.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import run_ranks
+    >>> run_ranks(2, lambda comm: shard(np.arange(5), comm, axis=0).tolist())
+    [[0, 1, 2], [3, 4]]
     """
     check_communicator(comm)
     cut = [slice(None)] * len(x.shape)
@@ -340,14 +331,14 @@ def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
 
 
 def share(length: int, rank: int, size: int) -> slice:
-    """Return where a rank's part of a length lies; the first parts are the longer ones."""
+    """Return the slice of a length that a rank holds; the first parts are the longer ones."""
     least, extra = divmod(length, size)
     start = rank * least + min(rank, extra)
     return slice(start, start + least + (rank < extra))
 
 
 def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
-    """Join all ranks' parts, of any lengths, into the whole, which every rank must have room for.
+    """Return the whole of all ranks' parts, of any lengths, on every rank.
 
     Collective: every rank of comm calls this.
 
@@ -356,7 +347,7 @@ def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
     x : array
     comm : communicator
     axis : int
-        The axis along which the parts follow one another in rank order.
+        The axis along which the parts are concatenated in rank order.
 
     Returns
     -------
@@ -365,7 +356,14 @@ def unshard(x: Array, comm: Communicator, axis: int = 2) -> Array:
     Raises
     ------
     ValueError, TypeError
-        On every rank, when the parts differ in library, in dtype or in another axis.
+        On every rank, if the parts differ in library, in dtype or in another axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import run_ranks
+    >>> run_ranks(2, lambda comm: unshard(np.full(1 + comm.rank, comm.rank), comm, axis=0))[0]
+    array([0, 1, 1])
     """
     check_communicator(comm)
     parts = comm.allgather(x)

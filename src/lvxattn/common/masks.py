@@ -1,9 +1,8 @@
-"""What a block of queries may see of one rank's keys.
+"""Views of attention masks: the part of a rank's mask that applies to one block of queries.
 
-A mask belongs to the rank that holds the keys: its columns are that rank's keys, its rows all
-queries of all ranks.  A `MaskView` is that mask looked at from one block: it knows where the block
-lies in the whole, and cuts out the tile that a kernel is working on.  Nothing here depends on the
-kind of array.
+A mask belongs to the rank that holds the keys: its columns are that rank's keys, its rows the
+queries of all ranks.  A `MaskView` holds the position of a block in the whole problem, and returns
+the tile of the mask on which a kernel works.  Nothing here depends on the library of the array.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,9 +25,19 @@ class MaskView:
     q_start, kv_start : int
         Global index of the block's first query and of its first key.
     column : int
-        Where the block's first key lies along the array mask's last axis.
+        Index of the block's first key along the array mask's last axis.
     h_start : int
-        Global index of the block's first head, for a rule; an array has the block's heads only.
+        Global index of the block's first head, for a callable; an array has the block's heads only.
+
+    Examples
+    --------
+    The second half of 8 keys, causally masked:
+
+    >>> import numpy as np
+    >>> view = MaskView(lambda b, h, q_index, kv_index: q_index >= kv_index).from_key(4)
+    >>> view.tile(slice(0, 1), slice(0, 1), slice(4, 6), slice(0, 4), np.arange)[0, 0].astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0]])
     """
 
     mask: Array | MaskRule | None
@@ -39,7 +48,7 @@ class MaskView:
 
     @staticmethod
     def of(mask: "MaskView | Array | MaskRule | None") -> "MaskView":
-        """Return `mask` itself if it is a view, else a view of it that starts at index 0."""
+        """Return `mask` if it is a view, else a view of it that starts at index 0."""
         return mask if isinstance(mask, MaskView) else MaskView(mask)
 
     def from_key(self, start: int) -> "MaskView":
@@ -49,14 +58,14 @@ class MaskView:
     def tile(
         self, batches: slice, heads: slice, rows: slice, keys: slice, arange: Callable[..., Array]
     ) -> Array | None:
-        """Cut out one tile.
+        """Return one tile.
 
         Parameters
         ----------
         batches, heads, rows, keys : slice
             Of the block, with start and stop.
         arange : callable
-            ``arange(start, stop)`` of the block's kind of array, for a callable mask's indices.
+            ``arange(start, stop)`` of the block's library, for the indices of a callable mask.
 
         Returns
         -------
@@ -66,7 +75,7 @@ class MaskView:
         Raises
         ------
         TypeError, ValueError
-            A callable mask returned something that is not a bool array, or does not broadcast.
+            A callable mask returned no bool array, or one that does not broadcast.
         """
         if self.mask is None:
             return None

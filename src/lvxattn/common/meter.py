@@ -1,4 +1,4 @@
-"""What a rank has sent, and where its time went."""
+"""Count the messages, bytes and seconds of one rank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,18 +8,22 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """What is worked on, sent or awaited, in the words in which a person would ask for it.
+    """A block that is computed with, sent or awaited, for reports and error messages.
 
     Attributes
     ----------
     kind : str
-        With a place for the owner's number, if it has one.
+        Name of its kind, with ``{}`` for the owner if it has one.
     owner : int or None
-        Whose it is.
     hop : int
-        At which hop it arrives or, worked on, has arrived; 0 at home and where nothing goes round.
+        The hop of the ring at which it arrives or has arrived; 0 at home and without a ring.
     source, dest : int or None
-        From which rank it is awaited, or which one is to take it.
+        The rank from which it is awaited, or which is to receive it.
+
+    Examples
+    --------
+    >>> print(Block("the queries of rank {}", owner=2, hop=1, source=3))
+    the queries of rank 2 at hop 1, from rank 3
     """
 
     kind: str
@@ -30,16 +34,16 @@ class Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Kind and owner."""
+        """Its kind, with the owner."""
         return self.kind.format(self.owner)
 
     @property
     def whose(self) -> int | None:
-        """The owner's number, if the name has it."""
+        """The owner, if its kind has one."""
         return self.owner if "{}" in self.kind else None
 
     def __str__(self) -> str:
-        """Say what is waited for."""
+        """Format as the object of a wait."""
         what = f"{self.name} at hop {self.hop}" if self.hop else self.name
         if self.dest is not None:
             return f"rank {self.dest} to take {what}"
@@ -48,19 +52,30 @@ class Block(NamedTuple):
 
 @dataclass
 class Meter:
-    """Counts one rank's blocks and seconds; hand it to any number of calls and it adds up.
+    """Totals of one rank over any number of calls.
 
-    What it is told about blocks it leaves alone: that is for a `timeline.Timeline`.  It is told by
-    functions, so that nothing is put into words where nobody reads them.
+    Its methods take functions that return blocks, so that a block is described only if needed, as
+    by `timeline.Timeline`.
 
     Attributes
     ----------
     messages, bytes : int
-        Sent by this rank: blocks, and the size of their arrays.
+        Blocks sent by this rank, and the size of their arrays.
     computing, waiting : float
-        Seconds in local attention, and seconds in which nothing else was left to do than to wait
-        for a block.  On a device that works behind the program's back, as a GPU does, computing is
-        the time that it takes to hand the work over.
+        Seconds in local attention, and seconds waiting for blocks.  On an asynchronous device, such
+        as a GPU, computing is the time to launch the work.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import Meter, cross_attention, run_ranks, shard
+    >>> q, kv, meters = np.ones((1, 1, 8, 4)), np.ones((1, 1, 64, 4)), [Meter(), Meter()]
+    >>> def on_a_rank(comm):
+    ...     parts = (shard(x, comm) for x in (q, kv, kv))
+    ...     cross_attention(*parts, comm, meter=meters[comm.rank])
+    >>> _ = run_ranks(2, on_a_rank)
+    >>> meters[0].messages, meters[0].bytes
+    (2, 320)
     """
 
     messages: int = 0
@@ -69,35 +84,35 @@ class Meter:
     waiting: float = 0.0
 
     def totals(self) -> "Meter":
-        """Return the numbers alone."""
+        """Return the totals as a plain meter."""
         return Meter(self.messages, self.bytes, self.computing, self.waiting)
 
     def begins(self, name: str) -> None:
-        """Begin a pass."""
+        """Record the begin of a pass."""
 
     def sent(self, nbytes: int, dest: int, what: Callable[[], Block]) -> None:  # noqa: ARG002
-        """Count one block, which is about to be sent to `dest`; `what` says which."""
+        """Count a block that is about to be sent to `dest`; `what` returns it."""
         self.messages += 1
         self.bytes += nbytes
 
     @contextmanager
     def computes(self, what: Callable[[], Block]) -> Iterator[None]:
-        """Count the time within as computing; `what` says what is worked on."""
+        """Time the context as computing with the block that `what` returns."""
         start = perf_counter()
         yield
         self.computed_from(start, perf_counter(), what)
 
     @contextmanager
     def waits(self, what: Callable[[], Block]) -> Iterator[None]:
-        """Count the time within as waiting; `what` says what for."""
+        """Time the context as waiting for the block that `what` returns."""
         start = perf_counter()
         yield
         self.waited_from(start, perf_counter(), what)
 
     def computed_from(self, start: float, end: float, what: Callable[[], Block]) -> None:  # noqa: ARG002
-        """Add a time of computing."""
+        """Add a span of computing."""
         self.computing += end - start
 
     def waited_from(self, start: float, end: float, what: Callable[[], Block]) -> None:  # noqa: ARG002
-        """Add a time of waiting."""
+        """Add a span of waiting."""
         self.waiting += end - start

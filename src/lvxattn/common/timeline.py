@@ -1,9 +1,9 @@
-"""What a rank did when: a meter that writes down what it adds up.
+"""Record what a rank did when: a meter that keeps every span and message.
 
-    timelines = run_ranks(4, on_a_rank)     each rank hands a Timeline() as its meter
-    Trace.of(timelines)                     puts them together (plan/trace.py)
+    timelines = run_ranks(4, on_a_rank)     each rank passes a Timeline() as its meter
+    Trace.of(timelines)                     merges them (plan/trace.py)
 
-Writing down is an append.  Words are made when the trace is written.
+Recording is an append; text is formatted when the trace is written.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from lvxattn.common.meter import Block, Meter
 
 
 class Span(NamedTuple):
-    """A time in which a rank computed, or waited.
+    """A span of time in which a rank computed or waited.
 
     Attributes
     ----------
     start, end : float
         Seconds of this rank's `perf_counter`.
     block : Block
-        What was worked on, or awaited.
+        The block computed with, or awaited.
     """
 
     start: float
@@ -31,7 +31,7 @@ class Span(NamedTuple):
 
 
 class Post(NamedTuple):
-    """A block that is about to be sent.
+    """A block that was about to be sent.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Post(NamedTuple):
 
 @dataclass
 class Timeline(Meter):
-    """A meter that also keeps every single thing that it adds up.
+    """A meter that also keeps each of the spans and messages that it adds up.
 
     Attributes
     ----------
@@ -59,6 +59,15 @@ class Timeline(Meter):
         As many as `messages`.
     passes : list of (str, float)
         The name of every pass, and when it began.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import cross_attention, run_ranks
+    >>> q, kv, timeline = np.ones((1, 1, 8, 4)), np.ones((1, 1, 64, 4)), Timeline()
+    >>> _ = run_ranks(1, lambda comm: cross_attention(q, kv, kv, comm, meter=timeline))
+    >>> [str(span.block) for span in timeline.computed]
+    ['the queries of rank 0']
     """
 
     computed: list[Span] = field(default_factory=list)
@@ -67,20 +76,20 @@ class Timeline(Meter):
     passes: list[tuple[str, float]] = field(default_factory=list)
 
     def begins(self, name: str) -> None:
-        """Begin a pass."""
+        """Record the begin of a pass."""
         self.passes.append((name, perf_counter()))
 
     def sent(self, nbytes: int, dest: int, what: Callable[[], Block]) -> None:
-        """Count one block, which is about to be sent to `dest`, and keep when that was."""
+        """Count a block that is about to be sent to `dest`, and record it."""
         super().sent(nbytes, dest, what)
         self.posted.append(Post(perf_counter(), dest, nbytes, what()))
 
     def computed_from(self, start: float, end: float, what: Callable[[], Block]) -> None:
-        """Add a time of computing, and keep when that was."""
+        """Add and record a span of computing."""
         super().computed_from(start, end, what)
         self.computed.append(Span(start, end, what()))
 
     def waited_from(self, start: float, end: float, what: Callable[[], Block]) -> None:
-        """Add a time of waiting, and keep when that was."""
+        """Add and record a span of waiting."""
         super().waited_from(start, end, what)
         self.waited.append(Span(start, end, what()))

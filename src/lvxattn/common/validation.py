@@ -1,8 +1,8 @@
-"""Checks of what a user gives, on shapes and dtypes alone: they serve every kind of array.
+"""Validate arguments by their shapes and dtypes alone, for arrays of every library.
 
-Every error names the argument, what was expected and what was given; whoever knows the rank adds
-it.  `raise_together` turns an error on one rank into the same error on all of them, so that no rank
-is left waiting for a message that will never come.
+Every error names the argument, what was expected and what was given; callers that know the rank add
+it.  `raise_together` raises an error of one rank on all of them, so that no rank waits for a
+message that will never come.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,34 +17,35 @@ T = TypeVar("T")
 Forms = tuple[tuple[tuple[int, ...], str], ...]
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
-# A subclass of one of their arrays is computed with as such.
+# A subclass of one of their arrays belongs to the same library.
 LIBRARIES = ("numpy", "cupy", "torch")
 
 
 class Communicator(Protocol):
-    """What the checks need of a communicator: mpi4py's names."""
+    """The part of a communicator that the checks use, with mpi4py's names."""
 
     @property
     def rank(self) -> int:
-        """The number of this rank."""
+        """Number of this rank."""
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
 
     def allgather(self, sendobj: T) -> list[T]:
-        """Give every rank the objects of all ranks, in rank order."""
+        """Return on every rank the objects of all ranks, in rank order."""
 
 
 def check_attention(q: Array, k: Array, v: Array, *, scale: float | None, mask: Any) -> None:
-    """Check the arguments of one rank, or of a single process, against one another.
+    """Check the arguments of one rank, or of a single process.
 
     Raises
     ------
     TypeError
-        Not an array, not one kind of array, or a dtype that attention is not defined for.
+        An argument is not an array, or of another library or dtype than q, or of a dtype that is
+        not floating.
     ValueError
-        Shapes that do not fit.
+        The shapes do not match.
     """
     for name, x, axes in (
         ("q", q, "(B, H, s_q, D)"),
@@ -64,11 +65,18 @@ def check_attention(q: Array, k: Array, v: Array, *, scale: float | None, mask: 
             raise TypeError(f"{name}: expected q's dtype {dtype_name(q)}, got {dtype_name(x)}")
     B, H, _, D = q.shape
     H_KV, s_kv = k.shape[1:3]
-    _check_axis("k", k, 0, "B", B, "q")
-    _check_axis("k", k, 3, "D", D, "q")
-    _check_axis("v", v, 0, "B", B, "q")
-    _check_axis("v", v, 1, "H_KV", H_KV, "k")
-    _check_axis("v", v, 2, "s_kv", s_kv, "k")
+    for name, x, axis, symbol, size, other in (
+        ("k", k, 0, "B", B, "q"),
+        ("k", k, 3, "D", D, "q"),
+        ("v", v, 0, "B", B, "q"),
+        ("v", v, 1, "H_KV", H_KV, "k"),
+        ("v", v, 2, "s_kv", s_kv, "k"),
+    ):
+        if x.shape[axis] != size:
+            raise ValueError(
+                f"{name}: expected {symbol} = {size} on axis {axis} as in {other}, "
+                f"got shape {tuple(x.shape)}"
+            )
     if H % H_KV:
         raise ValueError(
             f"k: expected H_KV to divide q's H = {H}, got H_KV = {H_KV} in shape {tuple(k.shape)}"
@@ -78,25 +86,19 @@ def check_attention(q: Array, k: Array, v: Array, *, scale: float | None, mask: 
 
 
 def check_numpy(x: Array, name: str = "q") -> None:
-    """Refuse the arrays of other libraries, with which the reference does not compute."""
+    """Raise TypeError for an array of another library."""
     if is_array(x) and library(x) != "numpy":
         raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__} of {library(x)}")
 
 
 def check_communicator(comm: Any) -> None:
-    """Refuse what is no communicator.
-
-    Raises
-    ------
-    TypeError
-        At once and on this rank: nobody can be asked.
-    """
+    """Raise TypeError, on this rank alone, if comm is not a communicator."""
     if not hasattr(comm, "allgather") or not hasattr(comm, "rank"):
         raise TypeError(f"comm: expected a communicator, got {instead_of(comm)}")
 
 
 def instead_of(x: Any) -> str:
-    """Return what was given instead of ranks, in words: masks are, as a fourth argument."""
+    """Describe what was given as comm; a hint for masks, which users pass as fourth argument."""
     if is_array(x):
         return f"{type(x).__name__} of shape {tuple(x.shape)}; a mask is given as mask="
     if isinstance(x, type) or not callable(x):
@@ -119,7 +121,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_mask(mask: Any, q: Array, s_kv: int) -> None:
-    """Check a mask against this rank's queries' batch and heads, and against its keys."""
+    """Check a mask against B and H of this rank's queries, and against its keys."""
     if mask is None or callable(mask):
         return
     _check_array("mask", mask, q)
@@ -143,7 +145,7 @@ def check_mask(mask: Any, q: Array, s_kv: int) -> None:
 
 
 def check_mask_rows(mask: Any, S_Q: int) -> None:
-    """Check an array mask's query axis, which is 1 or as long as all ranks' queries."""
+    """Check the query axis of an array mask: 1, or all ranks' queries."""
     if mask is not None and not callable(mask):
         check_mask_shape_rows(tuple(mask.shape), S_Q)
 
@@ -159,17 +161,15 @@ def check_mask_shape_rows(shape: tuple[int, ...], S_Q: int) -> None:
 def check_backward(
     q: Array, v: Array, dout: Array, out: Array, lse: Array, dlse: Array | None
 ) -> None:
-    """Check what the backward takes beside the arguments of the forward."""
+    """Check the arguments of the backward that the forward does not have."""
     rows = tuple(q.shape[:3])
-    gradients: tuple[tuple[str, Any, str, tuple[int, ...]], ...] = (
-        ("dout", dout, "(B, H, s_q, D_V)", (*rows, v.shape[3])),
-        ("out", out, "(B, H, s_q, D_V)", (*rows, v.shape[3])),
-        ("lse", lse, "(B, H, s_q)", rows),
-        ("dlse", dlse, "(B, H, s_q)", rows),
-    )
-    for name, x, axes, shape in gradients:
+    given: dict[str, Any] = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
+    for name, x in given.items():
         if name == "dlse" and x is None:
             continue
+        axes, shape = "(B, H, s_q)", rows
+        if name.endswith("out"):
+            axes, shape = "(B, H, s_q, D_V)", (*rows, v.shape[3])
         _check_array(name, x, q)
         _check_floating(name, x)
         if tuple(x.shape) != shape:
@@ -179,16 +179,16 @@ def check_backward(
 def check_here_or_together(
     check: Callable[[], None], comm: Communicator, *, together: bool
 ) -> None:
-    """Make a check that raises what is wrong on this rank.
+    """Run a check, and add the rank to its error.
 
-    Collective where `together`: then the error is raised on every rank, else on this one.
+    Collective where `together`: then the error is raised on every rank, else on this one only.
     """
     error: Exception | None = None
     try:
         check()
     except (TypeError, ValueError, RuntimeError) as e:
         error = e
-    cause = error and error.__cause__  # which does not travel
+    cause = error and error.__cause__  # which is not sent
     if together:
         try:
             raise_together(error, comm)
@@ -199,7 +199,7 @@ def check_here_or_together(
 
 
 def attempt(make: Callable[[], Any], comm: Communicator, *, together: bool) -> Any:
-    """Return what `make` returns or, where ranks are to be told of it together, what it raises."""
+    """Return the result of `make` or, where ranks raise together, its exception."""
     if not together or comm.size == 1:
         return make()
     try:
@@ -215,21 +215,23 @@ def check_made(
     before: Forms | None = None,
     also: Callable[[Array, Array, Array], None] | None = None,
 ) -> None:
-    """Check what `make_kv` has returned: keys and values that fit the queries, on this rank.
+    """Check that `make_kv` returned keys and values that fit this rank's queries.
 
     Parameters
     ----------
     made
-        What it returned, or an exception that it raised.
+        What it returned, or the exception that it raised.
+    before : tuple, optional
+        The `forms` of k and v in the forward.
     also : callable, optional
-        What an implementation has to check besides, of q, k and v.
+        Further checks of an implementation on q, k and v.
 
     Raises
     ------
     TypeError, ValueError
         Naming make_kv, what was expected and what was given.
     RuntimeError
-        It raised something.
+        It raised an exception.
     """
     if isinstance(made, Exception):
         raise RuntimeError(
@@ -260,19 +262,18 @@ def forms(made: Iterable[Array]) -> Forms:
 
 
 def check_seconds(name: str, text: str | None) -> float | None:
-    """Return the number of seconds that an environment variable sets, None where it is unset.
+    """Return the seconds set by an environment variable; None if it is unset.
 
     Parameters
     ----------
     name : str
-        The variable's.
     text : str, optional
-        Its value.
+        The variable's value.
 
     Raises
     ------
     ValueError
-        It is not a number of seconds above 0.
+        The value is not a number above 0.
     """
     if not text:
         return None
@@ -306,17 +307,17 @@ def on_rank(error: Exception, rank: int, size: int) -> Exception:
 
 
 def dtype_name(x: Array) -> str:
-    """Return the dtype's plain name, such as ``"bfloat16"``, for any kind of array."""
+    """Return the name of an array's dtype, such as ``"bfloat16"``, whatever its library."""
     return _name(x.dtype)
 
 
-@lru_cache(64)  # NumPy puts a name together anew each time
+@lru_cache(64)  # NumPy builds a name anew each time
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def accumulator(dtype: str) -> str:
-    """Return the dtype in which sums of this dtype are taken: fp32, or fp64 for fp64."""
+    """Return the dtype in which numbers of a dtype are summed: fp32, or fp64 for fp64."""
     return "float64" if dtype == "float64" else "float32"
 
 
@@ -334,24 +335,13 @@ def _check_floating(name: str, x: Array) -> None:
         raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}, got {dtype_name(x)}")
 
 
-def _check_axis(name: str, x: Array, axis: int, symbol: str, size: int, of: str) -> None:
-    if x.shape[axis] != size:
-        raise ValueError(
-            f"{name}: expected {symbol} = {size} on axis {axis} as in {of}, "
-            f"got shape {tuple(x.shape)}"
-        )
-
-
 def is_array(x: Any) -> bool:
     """Return whether x is an array of any library."""
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def library(x: Any) -> str:
-    """Return the name of the package that the array is computed with, such as ``"numpy"``.
-
-    A subclass belongs to the package of its base, wherever it is defined.
-    """
+    """Return the library of an array, such as ``"numpy"``; a subclass has that of its base."""
     kind: Any = type(x)
     return _library(kind)
 
@@ -363,13 +353,13 @@ def _library(kind: Any) -> str:
 
 
 def arange(x: Array) -> Callable[[int, int], Array]:
-    """Return ``arange(start, stop)`` for index arrays of the kind of x, on its device."""
+    """Return the ``arange(start, stop)`` of x's library, on its device."""
     make = import_module(library(x)).arange
     return partial(make, device=x.device) if library(x) == "torch" else make
 
 
 def device_kind(x: Array) -> str:
-    """Return what kind of device x is on: ``"cpu"``, ``"cuda"`` or another of PyTorch's names."""
+    """Return the kind of x's device by PyTorch's name: ``"cpu"``, ``"cuda"``, ..."""
     if library(x) == "cupy":
         return "cuda"
     return str(getattr(getattr(x, "device", None), "type", "cpu"))

@@ -1,6 +1,6 @@
-"""Kinds of blocks: their names, their tags, and what they look like on the wire.
+"""Kinds of blocks: their names, their tags, and the shapes and dtypes of their arrays.
 
-What goes round, and what follows it one hop behind:
+What travels round the ring, and what follows it one hop behind:
 
     QUERIES       q                     PARTIALS         out, top, total
     QUERY_BLOCKS  q, dout, lse, delta   QUERY_GRADIENTS  dq
@@ -10,11 +10,14 @@ What goes round, and what follows it one hop behind:
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lvxattn.common.layout import Layout
+from lvxattn.common.validation import dtype_name
 
-# One tag for each of the two rotations that are under way at once.
+Array = Any
+
+# One tag for each of the two rotations that take place at once.
 BLOCKS, RESULTS = 7001, 7002
 ITEMSIZE = {"bool": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -27,18 +30,64 @@ class Field(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The size of the array in bytes."""
         return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    @staticmethod
+    def like(x: Array, *, heads: int | None = None, rows: int | None = None) -> "Field":
+        """Return the field of an array as x (B, H, s, ...), with other numbers of heads or rows."""
+        B, H, s, *rest = x.shape
+        heads, rows = H if heads is None else heads, s if rows is None else rows
+        return Field((B, heads, rows, *rest), dtype_name(x))
+
+
+# The arrays of a block, by its owner's rank.
+Fields = Callable[[int], list[Field]]
+
+
+def nbytes(fields: list[Field]) -> int:
+    """Return the size of a block in bytes."""
+    return sum(field.nbytes for field in fields)
+
+
+def cut(buffer: Array, fields: list[Field], dtype_of: Callable[[str], Any]) -> list[Array]:
+    """Return the arrays of a block that lies in a buffer of bytes, as views.
+
+    Parameters
+    ----------
+    buffer : (n,) of uint8
+        Of any library.
+    fields : list of Field
+    dtype_of : callable
+        Returns the library's dtype of a name.
+    """
+    views: dict[int, Array] = {}
+    start = 0
+    # Wide dtypes first, so that every array is aligned without gaps.
+    for i in sorted(range(len(fields)), key=lambda i: -ITEMSIZE[fields[i].dtype]):
+        stop = start + fields[i].nbytes
+        views[i] = buffer[start:stop].view(dtype_of(fields[i].dtype)).reshape(fields[i].shape)
+        start = stop
+    return [views[i] for i in range(len(fields))]
+
+
+def mask_fields(layout: Layout, owner: int, parts: int) -> list[Field]:
+    """Return the field of a rank's array mask, cut in `parts` by heads; [] if it has none."""
+    if (kind := layout.masks[owner]) is None:
+        return []
+    shape, dtype = kind
+    B, H, rows, columns = (1,) * (4 - len(shape)) + shape
+    return [Field((B, max(1, H // parts), rows, columns), dtype)]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of block that goes round the ring.
+    """A kind of block that travels round the ring.
 
     Attributes
     ----------
     name : str
-        With a place for the owner's rank.
+        With "{}" for the owner's rank.
     tag : int
     fields : callable
         ``fields(layout, owner)`` returns the arrays of the block of rank `owner`.
@@ -50,7 +99,7 @@ class Kind:
 
     def nbytes(self, layout: Layout, owner: int) -> int:
         """Return the size of a rank's block."""
-        return sum(field.nbytes for field in self.fields(layout, owner))
+        return nbytes(self.fields(layout, owner))
 
 
 def _queries(layout: Layout, owner: int) -> list[Field]:
@@ -90,7 +139,7 @@ QUERY_GRADIENTS = Kind(PARTIALS.name, RESULTS, _query_gradients)
 KEYS_VALUES = Kind("the keys and values of rank {}", BLOCKS, _keys_values)
 KEY_GRADIENTS = Kind("the gradients of rank {}'s keys and values", RESULTS, _key_gradients)
 
-# What goes round, by schedule, and what follows it.
+# What travels round the ring, by schedule, and what follows it.
 NAMES = {
     "lv-xattn": (QUERIES.name, PARTIALS.name),
     "ring": (KEYS_VALUES.name, KEY_GRADIENTS.name),

@@ -1,1 +1,1 @@
-"""Pictures of rotations, traces and plans."""
+"""Draw rotations, traces and plans."""

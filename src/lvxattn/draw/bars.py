@@ -1,4 +1,4 @@
-"""Bytes as bars: what schedules send, or what is kept, told apart over orders of magnitude."""
+"""Draw bytes as bars on a logarithmic axis: messages of schedules, or memory."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -15,15 +15,14 @@ _HEIGHT = 0.34  # of a bar, in units of 100 pixels
 def byte_bars(
     groups: Mapping[str, Mapping[str, float]], xlabel: str = "bytes a rank sends"
 ) -> "Figure":
-    """Draw bytes on a logarithmic axis, each bar with its size beside it.
+    """Draw labelled bars on a logarithmic axis.
 
     Parameters
     ----------
     groups : mapping
-        By the name of a group, bytes by the name of a bar.  A schedule has one colour in all
-        pictures; other names take the colours that are left, in turn.
+        By the name of a group, bytes by the name of a bar.  A schedule has the same colour in all
+        pictures; other names take the remaining colours in turn.
     xlabel : str
-        What the bytes are.
 
     Returns
     -------
@@ -32,7 +31,7 @@ def byte_bars(
     Raises
     ------
     ValueError
-        There is no bar, or one of fewer than 0 bytes.
+        There is no bar, or a size is negative.
     """
     sizes = [size for bars in groups.values() for size in bars.values()]
     if not sizes or min(sizes) < 0:
@@ -48,7 +47,9 @@ def byte_bars(
             y += 1
             colour = COLOURS[names.index(name) % len(COLOURS)]
             axes.barh(y, max(0.0, size - left), 0.78, left, color=colour)
-            axes.text(max(size, left), y, f"  {text_of(size)}", va="center", size=10, color=INK)
+            axes.text(
+                max(size, left), y, f"  {format_bytes(size)}", va="center", size=10, color=INK
+            )
             ticks.append((y, name))
         y += 1
     axes.set(xscale="log", xlim=(left, right * (right / left) ** 0.18), ylim=(y - 0.4, -0.6))
@@ -56,23 +57,30 @@ def byte_bars(
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(xlabel)
     decades = [10**n for n in range(31) if left <= 10**n <= right]
-    axes.set_xticks(decades, [text_of(x) for x in decades])
+    axes.set_xticks(decades, [format_bytes(x) for x in decades])
     axes.minorticks_off()
     return figure
 
 
-def text_of(size: float) -> str:
-    """Return bytes in the unit that a person would take.
+def format_bytes(size: float, form: str = ".3g") -> str:
+    """Format a number of bytes, in B to TB.
 
     Parameters
     ----------
     size : float
+    form : str
+        Format of a number of kB and more.
 
     Returns
     -------
     str
+
+    Examples
+    --------
+    >>> format_bytes(251_828_961_280)
+    '252 GB'
     """
     for unit, least in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= least:
-            return f"{size / least:.3g} {unit}"
+            return f"{size / least:{form}} {unit}"
     return f"{size:.0f} B"

@@ -1,7 +1,7 @@
-"""A pass as a film: who works on what at every hop, drawn from what was really sent.
+"""Draw a forward hop by hop, from the messages that were really sent.
 
-One row a rank, one column a hop.  A box is keys and values, a disc is queries, small squares are
-the ranks whose keys a result already covers; the colour is the owner's.
+One row per rank, one column per hop.  A box is keys and values, a disc is queries, small squares
+are the ranks whose keys a result covers; the colour is the owner's.
 
     film_strip    the whole pass, schedules side by side
     animation     the same, moving
@@ -14,30 +14,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lvxattn.common.wire import BLOCKS, NAMES, RESULTS
-from lvxattn.draw.rotation import COLOURS, INK, follow
+from lvxattn.draw.rotation import COLOURS, INK, blank, follow
 from lvxattn.reference.virtual_ranks import Message
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# How long a picture of the animation stands, in milliseconds: one that is on its way, one that is
-# to be read, and the last one.
+# Milliseconds of a frame of the animation: with moving blocks, with resting ones, and the last.
 _MOVING, _STANDING, _LAST = 90, 900, 2500
-_MOVES = 3  # pictures of a block on its way
+_MOVES = 3  # frames of a moving block
 _SIZE = 11  # of letters, in points, where there is room
+_TITLES = {"lv-xattn": "LV-XAttn: queries travel", "ring": "Ring Attention: keys travel"}
 
 
 class Scene(NamedTuple):
-    """What a rank works on at one hop.
+    """The work of a rank at one hop.
 
     Attributes
     ----------
     owner : int
-        Whose block is here; the rank's own at home.
+        Owner of the block that is here.
     joined : tuple of int
-        Whose keys are in the result once the work is done: with lv-xattn the visiting queries'
-        result, which leaves after them, with ring that of the rank's own queries.
+        Ranks whose keys the result then covers: with lv-xattn that of the visiting queries, which
+        leaves after them, with ring that of the rank's own queries.
     """
 
     owner: int
@@ -45,24 +45,24 @@ class Scene(NamedTuple):
 
 
 def scenes(schedule: str, log: list[Message]) -> list[list[Scene]]:
-    """Return what every rank works on, by hop and rank, from a forward's messages.
+    """Return the work of every rank at every hop, from the messages of a forward.
 
     Parameters
     ----------
     schedule : str
         ``"lv-xattn"`` or ``"ring"``.
     log : list of Message
-        As `run_ranks` writes it, of one forward.
+        Of one forward, as written by `run_ranks`.
 
     Returns
     -------
     list of list of Scene
-        With lv-xattn the last column is home again.
+        By hop and rank; with lv-xattn the last column is home again.
 
     Raises
     ------
     ValueError
-        There is no such ring, or the messages are not those of one forward.
+        The schedule is no ring, or the messages are not those of one forward.
     """
     if schedule not in NAMES:
         raise ValueError(f"schedule: expected one of {', '.join(NAMES)}, got {schedule!r}")
@@ -76,7 +76,7 @@ def scenes(schedule: str, log: list[Message]) -> list[list[Scene]]:
         )
     visits, trips = follow(log, BLOCKS), follow(log, RESULTS, first_hop=1)
     columns = [[Scene(rank, (rank,)) for rank in range(P)]]
-    # What a result covers, by the owner of its queries.
+    # The ranks whose keys a result covers, by the owner of its queries.
     covers: dict[int, tuple[int, ...]] = dict.fromkeys(range(P), ())
     for hop in range(1, P):
         column = []
@@ -95,7 +95,7 @@ def scenes(schedule: str, log: list[Message]) -> list[list[Scene]]:
 
 
 def film_strip(logs: Mapping[str, list[Message]]) -> "Figure":
-    """Draw a forward hop by hop, one schedule beside the other.
+    """Draw forwards hop by hop, schedules side by side.
 
     Parameters
     ----------
@@ -111,18 +111,11 @@ def film_strip(logs: Mapping[str, list[Message]]) -> "Figure":
     ValueError
         As `scenes`, or there are more ranks than colours.
     """
-    from matplotlib.figure import Figure
-
     films = _films(logs)
     widths = [len(columns) + 1.2 for columns in films.values()]
     P = max(len(columns[0]) for columns in films.values())
     cell = min(1.2, 10 / sum(widths))  # inches
-    figure = Figure(
-        figsize=(cell * sum(widths), cell * (P + 0.6) + 0.4),
-        dpi=80,
-        facecolor="white",
-        layout="constrained",
-    )
+    figure = blank(cell * sum(widths), cell * (P + 0.6) + 0.4, dpi=80)
     panels = figure.subplots(1, len(films), squeeze=False, width_ratios=widths)[0]
     for axes, (schedule, columns) in zip(panels, films.items(), strict=True):
         _strip(axes, schedule, columns, min(_SIZE, 13.5 * cell))
@@ -130,7 +123,7 @@ def film_strip(logs: Mapping[str, list[Message]]) -> "Figure":
 
 
 def animation(logs: Mapping[str, list[Message]]) -> bytes:
-    """Draw a forward as an animated PNG, which pages show wherever they show a PNG.
+    """Return an animated PNG of forwards, schedules side by side.
 
     Parameters
     ----------
@@ -181,15 +174,11 @@ def _films(logs: Mapping[str, list[Message]]) -> dict[str, list[list[Scene]]]:
     return films
 
 
-def _title(schedule: str) -> str:
-    return {"lv-xattn": "LV-XAttn: queries travel", "ring": "Ring Attention: keys travel"}[schedule]
-
-
 def _strip(axes: "Axes", schedule: str, columns: list[list[Scene]], size: float) -> None:
     P, queries = len(columns[0]), schedule == "lv-xattn"
     axes.set(xlim=(-1.6, len(columns) - 0.4), ylim=(P - 0.4, -1.0), aspect="equal")
     axes.axis("off")
-    axes.set_title(_title(schedule), size=size + 2, color=INK)
+    axes.set_title(_TITLES[schedule], size=size + 2, color=INK)
     titles = ["home", *(f"hop {hop}" for hop in range(1, P)), "home\nagain"][: len(columns)]
     for column, title in enumerate(["stays", *titles], start=-1):
         axes.text(column, -0.52, title, ha="center", va="bottom", size=0.9 * size, color=INK)
@@ -209,20 +198,19 @@ def _block(
     from matplotlib.patches import Ellipse, Rectangle
 
     x, y = at
-    colour = COLOURS[owner]
-    patch = (
-        Ellipse(at, 0.56, 0.56, fc=colour, lw=0, zorder=3)
-        if queries
-        else Rectangle((x - 0.31, y - 0.25), 0.62, 0.5, fc=colour, lw=0, zorder=3)
-    )
-    axes.add_patch(patch)
-    text: dict[str, Any] = {"ha": "center", "va": "center_baseline", "color": _letters(owner)}
+    style: dict[str, Any] = {"fc": COLOURS[owner], "lw": 0, "zorder": 3}
+    if queries:
+        axes.add_patch(Ellipse(at, 0.56, 0.56, **style))
+    else:
+        axes.add_patch(Rectangle((x - 0.31, y - 0.25), 0.62, 0.5, **style))
     name = f"$q_{owner}$" if queries else f"$k_{owner}\\,v_{owner}$"
-    axes.text(x, y, name, size=size, zorder=4, **text)
+    colour = INK if COLOURS[owner] == "#F0E442" else "white"  # dark on yellow
+    place: dict[str, Any] = {"ha": "center", "va": "center_baseline"}
+    axes.text(x, y, name, size=size, zorder=4, color=colour, **place)
 
 
 def _result(axes: "Axes", at: tuple[float, float], joined: tuple[int, ...]) -> None:
-    """Draw which ranks' keys a result covers: a small square for each."""
+    """Draw a small square for each rank whose keys a result covers."""
     from matplotlib.patches import Rectangle
 
     side = min(0.15, 0.8 / max(1, len(joined)))
@@ -232,13 +220,8 @@ def _result(axes: "Axes", at: tuple[float, float], joined: tuple[int, ...]) -> N
         axes.add_patch(Rectangle(corner, side, 0.14, fc=COLOURS[rank], ec="white", lw=1, zorder=5))
 
 
-def _letters(owner: int) -> str:
-    """Return the colour of letters on a rank's colour: dark where that is yellow."""
-    return INK if COLOURS[owner] == "#F0E442" else "white"
-
-
 def _instants(hops: int) -> list[tuple[int, float, float]]:
-    """Return the animation's instants: a hop, and how far blocks and results have come on it."""
+    """Return the frames: a hop, and the fractions of it that blocks and results have moved."""
     steps = [n / _MOVES for n in range(1, _MOVES + 1)]
     found = [(0, 1.0, 1.0)]
     for hop in range(1, hops):
@@ -255,7 +238,7 @@ def _ring(
     blocks: float,
     results: float,
 ) -> None:
-    """Draw one instant; ranks lie on a circle, what stays outside and what travels inside."""
+    """Draw one frame: ranks on a circle, with their own blocks outside and visitors inside."""
     P, queries = len(columns[0]), schedule == "lv-xattn"
     if hop >= len(columns):  # the other schedule takes longer
         hop, blocks, results = len(columns) - 1, 1.0, 1.0
@@ -265,14 +248,14 @@ def _ring(
     state = "home" if hop == 0 else "done" if over else "home\nagain" if hop == P else f"hop {hop}"
     axes.set(xlim=(-3, 3), ylim=(-2.9, 3.1), aspect="equal")
     axes.axis("off")
-    axes.set_title(_title(schedule), size=_SIZE + 2, color=INK)
+    axes.set_title(_TITLES[schedule], size=_SIZE + 2, color=INK)
     axes.text(0, 0, state, ha="center", va="center", size=_SIZE, color=INK)
     for rank, (owner, joined) in enumerate(now):
         x, y = _place(rank, P, 2.35)
         axes.text(x, y + 0.44, f"rank {rank}", ha="center", va="center", size=9, color=INK)
         _block(axes, (x, y), rank, _SIZE, queries=not queries)
         start = came_from[owner]
-        # At the end a rank's own queries are where they have always been.
+        # In the end a rank's own queries are at home, where they have always been.
         way = 1.0 if hop == P else blocks
         _block(axes, _place(_between(start, rank, P, way), P, 1.4), owner, _SIZE, queries=queries)
         if not queries:
@@ -285,11 +268,11 @@ def _ring(
 
 
 def _place(rank: float, P: int, radius: float) -> tuple[float, float]:
-    """Return where a rank is: rank 0 on top, the others clockwise."""
+    """Return the position of a rank: rank 0 on top, the others clockwise."""
     angle = 2 * np.pi * rank / P
     return radius * float(np.sin(angle)), radius * float(np.cos(angle))
 
 
 def _between(start: int, end: int, P: int, part: float) -> float:
-    """Return where on the circle a block is that has come so far from one rank to the next."""
+    """Return the place on the circle of a block between two ranks."""
     return start + part * ((end - start) % P)

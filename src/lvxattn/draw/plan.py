@@ -1,16 +1,15 @@
-"""A picture of a plan: how much faster than Ring Attention, which schedule wins, and what fits."""
+"""Draw a plan: speed-up over Ring Attention, the fastest schedule, and memory."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lvxattn.common.handshake import SCHEDULES
-from lvxattn.draw.rotation import COLOURS, INK
+from lvxattn.draw.rotation import COLOURS, INK, blank
 from lvxattn.plan.choose import refusal
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.memory import memory, most_frames
-from lvxattn.plan.problem import planned
-from lvxattn.plan.problems import Model
+from lvxattn.plan.models import Model, planned
 from lvxattn.plan.simulate import play
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ FRAMES = tuple(2**n for n in range(12))
 def winners(
     model: Model, machine: Machine, P: int, dtype: str, text_tokens: int | None = None
 ) -> "Figure":
-    """Draw, over text tokens and frames, what a training step's cross-attention gains and takes.
+    """Draw the time of cross-attention in a training step, over text tokens and frames.
 
     Parameters
     ----------
@@ -33,20 +32,18 @@ def winners(
     P : int
     dtype : str
     text_tokens : int, optional
-        With so many of them memory is drawn, too.
+        Draw memory with so many text tokens, too.
 
     Returns
     -------
     matplotlib.figure.Figure
         800 pixels wide.  Left: time of Ring Attention over that of LV-XAttn.  Right: the schedule
-        of least time.  Below, if asked for: memory of a rank over frames, with keys and values kept
-        and made again.
+        of least time.  Below, with `text_tokens`: memory of a rank over frames, with keys and
+        values kept and recomputed.
     """
-    from matplotlib.figure import Figure
-
     seconds = {s: times(model, machine, P, dtype, s) for s in SCHEDULES}
     rows = 1 if text_tokens is None else 2
-    figure = Figure(figsize=(8, 0.5 + 3.5 * rows), dpi=100, facecolor="white", layout="constrained")
+    figure = blank(8, 0.5 + 3.5 * rows)
     grid = figure.add_gridspec(rows, 2)
     left, right = (figure.add_subplot(grid[0, column]) for column in (0, 1))
     _gain(left, seconds["ring"] / seconds["lv-xattn"])
@@ -91,7 +88,7 @@ def times(model: Model, machine: Machine, P: int, dtype: str, schedule: str) -> 
 
 
 def _gain(axes: "Axes", gain: np.ndarray) -> None:
-    """Draw how many times as fast as Ring Attention LV-XAttn is; colours follow the numbers."""
+    """Draw the speed-up of LV-XAttn over Ring Attention, as numbers and colours."""
     from matplotlib.colors import LogNorm
 
     norm = LogNorm(max(0.5, gain.min()), max(1.0, gain.max()), clip=True)
@@ -108,7 +105,7 @@ def _gain(axes: "Axes", gain: np.ndarray) -> None:
 
 
 def _best(axes: "Axes", seconds: dict[str, np.ndarray]) -> None:
-    """Draw which schedule takes the least time."""
+    """Draw the schedule of least time."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -133,10 +130,10 @@ def _best(axes: "Axes", seconds: dict[str, np.ndarray]) -> None:
 def _fitting(
     axes: "Axes", model: Model, machine: Machine, P: int, dtype: str, text_tokens: int
 ) -> None:
-    """Draw what a rank's memory takes over frames, and how many fit."""
+    """Draw a rank's memory over frames, and how many frames fit."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    ways = (("kept", False, COLOURS[5]), ("made again", True, COLOURS[0]))
+    ways = (("kept", False, COLOURS[5]), ("recomputed", True, COLOURS[0]))
     fits = [
         most_frames(model, text_tokens, P, machine.room, dtype=dtype, recompute=recompute)
         for _, recompute, _ in ways

@@ -1,10 +1,12 @@
-"""Pictures of schedules, drawn from what was really sent.
+"""Draw the rotation of LV-XAttn from the messages of a real forward.
 
-Run as ``python -m lvxattn.draw.rotation FILE`` to make the README's picture of the rotation.
+``python -m lvxattn.draw.rotation FILE`` writes the README's picture.
 """
 
 import sys
 from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +24,11 @@ if TYPE_CHECKING:
 # One colour a rank, told apart by colour-blind readers too (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 INK = "#222222"
-# What a picture's name may end in.
 PICTURES = (".png", ".pdf", ".svg")
 
 
 def rotation(P: int = 4) -> "Figure":
-    """Run LV-XAttn's forward on P virtual ranks and draw who works on whose queries, and when.
+    """Run LV-XAttn's forward on P virtual ranks and draw whose queries each rank has at each hop.
 
     Parameters
     ----------
@@ -38,15 +39,13 @@ def rotation(P: int = 4) -> "Figure":
     -------
     matplotlib.figure.Figure
     """
-    from matplotlib.figure import Figure
-
     if not 2 <= P <= len(COLOURS):
         raise ValueError(f"P: expected 2 to {len(COLOURS)} ranks, got {P}")
     log: list[Message] = []
     run_ranks(P, _small_forward, log=log)
     visits, trips = follow(log, BLOCKS), follow(log, RESULTS, first_hop=1)
 
-    figure = Figure(figsize=(10, 1.2 * P + 1.5), facecolor="white", layout="constrained")
+    figure = blank(10, 1.2 * P + 1.5)
     axes = figure.add_subplot()
     axes.set(xlim=(-1.62, P + 0.62), ylim=(P - 0.35, -0.98))
     axes.axis("off")
@@ -70,28 +69,42 @@ def rotation(P: int = 4) -> "Figure":
     return figure
 
 
+def cannot_draw(picture: Path) -> str:
+    """Return why a picture cannot be drawn, before any work is done; empty if it can."""
+    if picture.suffix.lower() not in PICTURES:
+        return f"expected a name that ends in {', '.join(PICTURES)}, got {picture}"
+    if find_spec("matplotlib") is None:
+        return "needs matplotlib, which is not installed"
+    return ""
+
+
+def blank(width: float, height: float, dpi: int = 100) -> "Figure":
+    """Return a white figure without axes, unknown to pyplot; width and height are in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout="constrained")
+
+
 def sheet(height: float = 3.0, columns: int = 1, width: float = 8.0) -> "tuple[Figure, Any]":
-    """Return an empty figure in the style of all pictures, 800 pixels wide unless told otherwise.
+    """Return an empty figure in the style of all pictures.
 
     Parameters
     ----------
     height, width : float
         In units of 100 pixels.
     columns : int
-        How many axes lie side by side.
+        Number of axes side by side.
 
     Returns
     -------
     figure : matplotlib.figure.Figure
-        Not one of pyplot's: a notebook shows it where it is a cell's last line.
+        Unknown to pyplot: a notebook shows it where it is a cell's last line.
     axes : matplotlib.axes.Axes
         A list of them if there is more than one column.
     """
-    from matplotlib.figure import Figure
-
     if columns < 1:
         raise ValueError(f"columns: expected at least 1, got {columns}")
-    figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+    figure = blank(width, height)
     panels = list(figure.subplots(1, columns, squeeze=False)[0])
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -106,13 +119,13 @@ def sheet(height: float = 3.0, columns: int = 1, width: float = 8.0) -> "tuple[F
 def follow(log: list[Message], tag: int, first_hop: int = 0) -> dict[tuple[int, int], int]:
     """Follow every block of one kind through a log of messages.
 
-    A rank's first message is about a block that it has itself worked on at `first_hop`; every later
-    one passes on what came from the left before.
+    A rank's first message has the block that it worked on at `first_hop`; every later one passes on
+    the block that last came from the left.
 
     Returns
     -------
     dict
-        Whose block arrived, by hop and rank.
+        The owner of the block that arrived, by hop and rank.
     """
     destinations: dict[int, list[int]] = defaultdict(list)
     for message in log:
@@ -135,7 +148,7 @@ def _small_forward(comm: VirtualComm) -> None:
 
 
 def _stays(axes: "Axes", rank: int, P: int) -> None:
-    """Draw a rank's keys and values, and the row in which they are worked on."""
+    """Draw a rank's keys and values, and its row."""
     axes.add_patch(_box(-1.58, P + 1.93, rank, fc=COLOURS[rank], alpha=0.13))
     axes.add_patch(_box(-1.58, 0.76, rank, fc=COLOURS[rank]))
     keys = f"rank {rank}\n$k_{rank}\\ \\ v_{rank}$"
@@ -143,7 +156,7 @@ def _stays(axes: "Axes", rank: int, P: int) -> None:
 
 
 def _works(axes: "Axes", column: int, rank: int, owner: int, note: str) -> None:
-    """Draw a block of queries while a rank works on it."""
+    """Draw a block of queries at the rank that computes with it."""
     from matplotlib.patches import Ellipse
 
     middle = rank - (0.06 if note else 0)
@@ -156,7 +169,7 @@ def _works(axes: "Axes", column: int, rank: int, owner: int, note: str) -> None:
 def _moves(
     axes: "Axes", column: int, source: int, dest: int, P: int, colour: str, *, queries: bool
 ) -> None:
-    """Draw one hop; the hop from the last rank to the first leaves below and enters above."""
+    """Draw one hop; that from the last rank to the first leaves below and enters above."""
     offset = -0.07 if queries else 0.09
     line: dict[str, Any] = {"color": colour, "lw": 2.2 if queries else 1.6}
     line["linestyle"] = "-" if queries else (0, (2, 1.6))

@@ -1,18 +1,18 @@
-"""A picture of a trace: what every rank did when, and an arrow for every block."""
+"""Draw a trace: the spans of every rank, and an arrow for every block."""
 
 from typing import TYPE_CHECKING, Any
 
 from lvxattn.common.wire import NAMES
-from lvxattn.draw.rotation import COLOURS, INK
-from lvxattn.plan.trace import Trace, Trip, lanes
+from lvxattn.draw.rotation import COLOURS, INK, blank
+from lvxattn.plan.trace import Trace, Trip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of computing, sending and waiting: blue, green and orange, told apart by colour-blind readers.
+# Blue, green and orange, distinguishable with colour blindness.
 _COMPUTING, _SENDING, _WAITING = COLOURS[0], COLOURS[2], COLOURS[1]
-# Where in a rank's row of height 1 the three are: top and height, downwards.
+# Top and height of the three in a rank's row of height 1, downwards.
 _TRACKS = {_COMPUTING: (0.08, 0.34), _SENDING: (0.45, 0.2), _WAITING: (0.68, 0.2)}
 _FOLLOWING = {follows for _, follows in NAMES.values()}
 _DASHES = (0, (4, 2))
@@ -31,11 +31,9 @@ def draw_trace(trace: Trace, title: str) -> "Figure":
     -------
     matplotlib.figure.Figure
     """
-    from matplotlib.figure import Figure
-
     P = len(trace.computed)
     height = 1.6 + P * min(0.85, 20 / P)
-    figure = Figure(figsize=(10, height), facecolor="white", layout="constrained")
+    figure = blank(10, height)
     axes = figure.add_subplot()
     for rank in range(P):
         _row(axes, trace, rank)
@@ -60,14 +58,13 @@ def draw_trace(trace: Trace, title: str) -> "Figure":
 def _row(axes: "Axes", trace: Trace, rank: int) -> None:
     if rank % 2 == 0:
         axes.axhspan(rank, rank + 1, color="#F3F3F3", lw=0, zorder=-1)
-    mine = [(trip.posted, trip.gone) for trip in trace.trips if trip.source == rank]
-    lane_of = lanes(mine)
-    count = max(lane_of, default=0) + 1
+    sent = trace.sent_by(rank)
+    count = 1 + max((lane for _, lane in sent), default=0)
     for lane in range(count):
-        _bars(axes, rank, _SENDING, [x for x, n in zip(mine, lane_of, strict=True) if n == lane],
-              lane=lane, count=count)  # fmt: skip
-    for colour, spans in ((_COMPUTING, trace.computed[rank]), (_WAITING, trace.waited[rank])):
-        _bars(axes, rank, colour, [(span.start, span.end) for span in spans])
+        spans = [(trip.posted, trip.gone) for trip, n in sent if n == lane]
+        _bars(axes, rank, _SENDING, spans, lane=lane, count=count)
+    for colour, mine in ((_COMPUTING, trace.computed[rank]), (_WAITING, trace.waited[rank])):
+        _bars(axes, rank, colour, [(span.start, span.end) for span in mine])
     whole = max((span.end for spans in trace.computed for span in spans), default=0.0)
     top, height = _TRACKS[_COMPUTING]
     for start, end, block in trace.computed[rank]:
@@ -92,7 +89,7 @@ def _bars(
 
 
 def _arrow(axes: "Axes", trip: Trip) -> None:
-    """Draw a block's way from the sender's track of sending to the receiver's of waiting."""
+    """Draw an arrow from the sender's track of sending to the receiver's of waiting."""
     if trip.taken is None or not trip.nbytes:
         return
     start = 1e3 * trip.posted, trip.source + sum(_TRACKS[_SENDING])

@@ -1,13 +1,12 @@
-"""Planning: which models there are, what a schedule costs on them, and pictures of it.
+"""Plan a run: model and machine presets, the messages, time and memory of each schedule.
 
-No algorithm file imports this package.
+The front doors choose a schedule by it for ``schedule="auto"``; no other algorithm file imports it.
 """
 
-from lvxattn.plan.choose import Candidate, candidates
+from lvxattn.plan.choose import Candidate, candidates, explain
 from lvxattn.plan.machine import MACHINES, Link, Machine
 from lvxattn.plan.memory import Memory, memory, most_frames
-from lvxattn.plan.problem import planned
-from lvxattn.plan.problems import MODELS, Model
+from lvxattn.plan.models import MODELS, Model, planned
 from lvxattn.plan.simulate import Played, play
 from lvxattn.plan.steps import messages, steps
 
@@ -21,6 +20,7 @@ __all__ = [
     "Model",
     "Played",
     "candidates",
+    "explain",
     "memory",
     "messages",
     "most_frames",

@@ -1,8 +1,8 @@
-"""``python -m lvxattn.plan``: what a schedule costs, before there is a cluster."""
+"""``python -m lvxattn.plan``: the cost of each schedule on a cluster."""
 
 import sys
 
-from lvxattn.plan.command import main
+from lvxattn.cli.plan import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

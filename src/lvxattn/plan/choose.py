@@ -1,22 +1,50 @@
-"""Which schedule to take: the fewest bytes, or on a known machine the least time.
+"""Choose a schedule: the fewest bytes or, on a known machine, the least time.
 
-What counts is a forward and a backward pass together.  A schedule that cannot serve the problem is
-not taken: ulysses where P does not divide H_KV, ring and ulysses where a mask is a rule, because
+A forward and a backward pass count together.  A schedule that does not support the problem is not
+chosen: ulysses where P does not divide H_KV, ring and ulysses where a mask is a callable, because
 ranks may have different ones.
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
-from lvxattn.common.handshake import MASKS_TRAVEL, SCHEDULES
-from lvxattn.common.layout import Layout
+from lvxattn.common import layout as common
+from lvxattn.common.handshake import AUTO, MASKS_TRAVEL, SCHEDULES, Record
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
 
 
+class Layout(common.Layout):
+    """The layout that ranks agree on, with ``schedule="auto"`` resolved to the best schedule.
+
+    Attributes and methods are those of `lvxattn.common.layout.Layout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.reference import Layout, run_ranks
+    >>> def schedule(comm):
+    ...     q, k = np.ones((1, 2, 4, 8)), np.ones((1, 2, 500, 8))
+    ...     return Layout.agree(q, k, k, comm, schedule="auto").schedule
+    >>> run_ranks(3, schedule)
+    ['lv-xattn', 'lv-xattn', 'lv-xattn']
+    """
+
+    @classmethod
+    def of(cls, records: list[Record], rank: int) -> Self:
+        """Return the layout that follows from all ranks' records, as `rank` sees it."""
+        layout = super().of(records, rank)
+        if layout.schedule != AUTO:
+            return layout
+        if layout.queries == "replicated":  # which moves nothing that a schedule could choose
+            return replace(layout, schedule=SCHEDULES[0])
+        return replace(layout, schedule=candidates(layout, layout.machine)[0].schedule)
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """What one schedule would cost, forward and backward.
+    """The cost of one schedule, forward and backward.
 
     Attributes
     ----------
@@ -26,7 +54,7 @@ class Candidate:
     seconds : float or None
         None without a machine.
     refused : str
-        Why it cannot be taken; empty where it can.
+        Why the schedule cannot be used; empty if it can.
     """
 
     schedule: str
@@ -36,21 +64,30 @@ class Candidate:
     refused: str
 
 
-def candidates(layout: Layout, machine: Machine | None = None) -> list[Candidate]:
-    """Return what every schedule would cost, the best first.  Not collective.
+def candidates(layout: common.Layout, machine: Machine | None = None) -> list[Candidate]:
+    """Return the cost of every schedule, best first.  Not collective.
 
     Parameters
     ----------
     layout : Layout
-        Its own schedule does not matter.
+        Its own schedule is ignored.
     machine : Machine, optional
-        Without one nothing is said about time, and fewest bytes, then messages, is best.
+        Without one, seconds are None and candidates are sorted by bytes, then messages.
 
     Returns
     -------
     list of Candidate
+
+    Examples
+    --------
+    A few text tokens attend to a long video:
+
+    >>> from lvxattn.plan import planned
+    >>> layout = planned((1, 8, 64, 64), (1, 8, 65536, 64), P=4)
+    >>> [(c.schedule, c.nbytes) for c in candidates(layout)][:2]
+    [('lv-xattn', 350208), ('gather', 350208)]
     """
-    found = [candidate(replace(layout, schedule=s), machine) for s in SCHEDULES]
+    found = [_candidate(replace(layout, schedule=s), machine) for s in SCHEDULES]
 
     def rank(c: Candidate) -> tuple[bool, float, int]:
         return bool(c.refused), c.nbytes if c.seconds is None else c.seconds, c.messages
@@ -58,18 +95,47 @@ def candidates(layout: Layout, machine: Machine | None = None) -> list[Candidate
     return sorted(found, key=rank)
 
 
-def candidate(layout: Layout, machine: Machine | None) -> Candidate:
-    """Return what the layout's schedule costs.
+def explain(layout: common.Layout) -> str:
+    """Format the cost of every schedule on a layout's lengths, best first.  Not collective.
 
     Parameters
     ----------
     layout : Layout
-    machine : Machine, optional
+        Its machine, if it has one, adds seconds.
 
     Returns
     -------
-    Candidate
+    str
+        A table: messages and bytes of the rank that sends most, and seconds, forward and backward
+        together; and why a schedule cannot be used.
+
+    Examples
+    --------
+    >>> from lvxattn.plan import planned
+    >>> print(explain(planned((1, 6, 64, 64), (1, 6, 65536, 64), P=4, dtype="float32")))
+    lv-xattn is taken
+    schedule    messages             bytes     seconds
+    lv-xattn          12           373,248
+    gather            12           373,248
+    ring               9       452,984,832
+    ulysses     cannot be taken: P = 4 does not divide H_KV = 6
     """
+    if layout.queries == "replicated":
+        return "queries are replicated: no schedule moves them"
+    lines = [
+        f"{layout.schedule} is taken",
+        f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}",
+    ]
+    for c in candidates(layout, layout.machine):
+        if c.refused:
+            lines.append(f"{c.schedule:10}  cannot be taken: {c.refused}")
+            continue
+        seconds = "" if c.seconds is None else f"{c.seconds:.6f}"
+        lines.append(f"{c.schedule:10}{c.messages:>10,}{c.nbytes:>18,}{seconds:>12}".rstrip())
+    return "\n".join(lines)
+
+
+def _candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
     refused = refusal(layout)
     if refused:
         return Candidate(layout.schedule, 0, 0, None, refused)
@@ -84,8 +150,8 @@ def candidate(layout: Layout, machine: Machine | None) -> Candidate:
     return Candidate(layout.schedule, max(map(len, by_rank)), nbytes, seconds, "")
 
 
-def unlike_ranks(layout: Layout) -> list[int]:
-    """Return one rank of each kind: every other one sends as much as one of these.
+def unlike_ranks(layout: common.Layout) -> list[int]:
+    """Return one rank of each kind; every other rank sends as much as one of these.
 
     A block is passed on by all ranks but its owner's left neighbour, where it ends, and a result by
     all but its owner.  So what a rank sends follows from its own share and its right neighbour's.
@@ -106,8 +172,8 @@ def unlike_ranks(layout: Layout) -> list[int]:
     return list(kinds.values())
 
 
-def refusal(layout: Layout) -> str:
-    """Say why the layout's schedule cannot serve it; nothing where it can.
+def refusal(layout: common.Layout) -> str:
+    """Return why the layout's schedule does not support it; empty if it does.
 
     Parameters
     ----------
@@ -122,24 +188,3 @@ def refusal(layout: Layout) -> str:
     if layout.schedule in MASKS_TRAVEL and any(layout.rules):
         return "a mask is a rule, and ranks may have different ones"
     return ""
-
-
-def table(found: list[Candidate]) -> str:
-    """Return candidates as text, a line each.
-
-    Parameters
-    ----------
-    found : list of Candidate
-
-    Returns
-    -------
-    str
-    """
-    lines = [f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}"]
-    for c in found:
-        if c.refused:
-            lines.append(f"{c.schedule:10}  cannot be taken: {c.refused}")
-            continue
-        seconds = "" if c.seconds is None else f"{c.seconds:.6f}"
-        lines.append(f"{c.schedule:10}{c.messages:>10,}{c.nbytes:>18,}{seconds:>12}".rstrip())
-    return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""How fast a machine computes and talks: what a plan's seconds rest on.
+"""Rates and latencies of machines, from which a plan's seconds are computed.
 
-Presets are of published figures, with matmuls at the share of the peak that attention kernels
-reach; `lvxattn.plan.measure` measures the machine at hand.
+Presets are published figures, with matmuls at the share of the peak that attention kernels reach;
+`lvxattn.plan.measure` measures the machine at hand.
 """
 
 import json
@@ -10,21 +10,21 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
-from lvxattn.plan.measured import Measured
+from lvxattn.common.validation import FLOATING
 
 VERSION = 3
 
 
 @dataclass(frozen=True)
 class Link:
-    """A way between ranks.
+    """A link between two ranks.
 
     Attributes
     ----------
     bandwidth : float
         Bytes a second, in one direction.
     latency : float
-        Seconds that a message of no length takes.
+        Seconds that an empty message takes.
     """
 
     bandwidth: float
@@ -32,8 +32,65 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The problem that a machine was measured with; others may reach other figures.
+
+    Attributes
+    ----------
+    by : str
+        The implementation, such as ``"mpi_impl"``.
+    device : str
+        Where ranks compute.
+    H, H_KV, D : int
+        Query heads, key-value heads, and their width.
+    dtype : str
+    """
+
+    by: str
+    device: str
+    H: int
+    H_KV: int
+    D: int
+    dtype: str
+
+    def __str__(self) -> str:
+        """Format in one line."""
+        return (
+            f"{self.H}/{self.H_KV} heads of {self.D} in {self.dtype}, by {self.by} on {self.device}"
+        )
+
+    def compared_with(self, whose: str, heads: tuple[int, int, int], dtype: str) -> str:
+        """Format in one line, with how another problem differs.
+
+        Parameters
+        ----------
+        whose : str
+            Names the other problem, such as ``"the plan"``.
+        heads : (H, H_KV, D)
+        dtype : str
+        """
+        differences = []
+        if heads != (self.H, self.H_KV, self.D):
+            differences += ["other heads"]
+        if dtype != self.dtype:
+            differences += ["another dtype"]
+        return f"{self}; {whose} has {' and '.join(differences)}" if differences else str(self)
+
+    def check(self, where: str) -> None:
+        """Validate the values, as `Machine.check`."""
+        for name in ("by", "device"):
+            text = getattr(self, name)
+            _check(isinstance(text, str), "a text", f"measured.{name}", where, text)
+        for name in ("H", "H_KV", "D"):
+            n = getattr(self, name)
+            _check(type(n) is int and n > 0, "an int above 0", f"measured.{name}", where, n)
+        known = self.dtype in FLOATING
+        _check(known, f"one of {FLOATING}", "measured.dtype", where, self.dtype)
+
+
+@dataclass(frozen=True)
 class Machine:
-    """A cluster of like hosts, seen from its ranks.
+    """A cluster of equal hosts, as its ranks see it.
 
     Attributes
     ----------
@@ -41,25 +98,32 @@ class Machine:
     matmul : float
         Floating-point operations a second that a rank's attention reaches on large blocks.
     memory : float
-        Bytes a second that a rank reads keys and values at; few queries are as slow as that.
+        Bytes a second at which a rank reads keys and values; with few queries it is the limit.
     start : float
         Seconds that a block takes however small it is.
     room : float
-        Bytes of memory a rank has.
+        Bytes of memory of a rank.
     inside : Link
-        From a rank to another one of its host.
+        Between ranks of one host.
     between : Link
-        From a host to another one; the host's ranks share it.
+        Between hosts; a host's ranks share it.
     ranks_per_host, ranks : int
-        How many there are.
+        Numbers of ranks.
     copy : float
-        Bytes a second that a rank copies at, into memory that is new to it.
+        Bytes a second at which a rank copies into new memory.
     call : float
-        Seconds that a pass takes beside its blocks, however small they are.
+        Overhead of a pass in seconds, whatever the sizes of its blocks.
     hiding : float
-        How much of the shorter one of arithmetic and reading the longer one hides, from 0 to 1.
+        Fraction, from 0 to 1, of the shorter one of arithmetic and reading that overlaps with the
+        longer one.
     measured : Measured or None
-        With what; None where the figures are published ones, or made up.
+        The problem it was measured with; None for published or invented figures.
+
+    Examples
+    --------
+    >>> MACHINES["h200"].room
+    141000000000.0
+    >>> MACHINES["h200"].check()
     """
 
     name: str
@@ -77,7 +141,7 @@ class Machine:
     measured: Measured | None = None
 
     def save(self, path: str | Path) -> None:
-        """Write the figures as JSON.
+        """Write the machine as JSON.
 
         Parameters
         ----------
@@ -101,17 +165,17 @@ class Machine:
         Raises
         ------
         ValueError
-            It is no such file, damaged, or of another version.
+            The file is not a machine file, is damaged, or has another version.
         OSError
-            It cannot be read.
+            The file cannot be read.
         """
         expected = "machine: expected a file that measure or Machine.save wrote"
         try:
             found = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{expected}, got {path}, which is no JSON: {error}") from None
+            raise ValueError(f"{expected}, got {path}, which is not JSON: {error}") from None
         if not isinstance(found, dict) or "version" not in found:
-            raise ValueError(f"{expected}, got {path}, which says no version")
+            raise ValueError(f"{expected}, got {path}, which has no version")
         got = found.pop("version")
         if got != VERSION or isinstance(got, bool):
             raise ValueError(
@@ -126,7 +190,7 @@ class Machine:
 
     @staticmethod
     def of(figures: dict[str, Any]) -> "Machine":
-        """Return the machine of which `dataclasses.asdict` gave these figures.
+        """Return the machine of which `dataclasses.asdict` returned these values.
 
         Parameters
         ----------
@@ -139,7 +203,7 @@ class Machine:
         Raises
         ------
         TypeError, KeyError
-            Some are missing, or there are others.
+            A value is missing or unknown.
         """
         parts: dict[str, Any] = {name: Link(**figures[name]) for name in ("inside", "between")}
         if figures.get("measured") is not None:
@@ -147,40 +211,44 @@ class Machine:
         return Machine(**{**figures, **parts})
 
     def check(self, where: str = "machine") -> None:
-        """Refuse figures that nothing can be computed from.
+        """Validate the values.
 
         Parameters
         ----------
         where : str
-            What the error is to name.
+            Names the machine, or its file, in the error.
 
         Raises
         ------
         ValueError
         """
-        if not isinstance(self.name, str):
-            raise ValueError(f"machine: expected a text for name in {where}, got {self.name!r}")
-        rates = {"matmul": self.matmul, "memory": self.memory, "room": self.room}
-        rates["copy"], times = self.copy, {"start": self.start, "call": self.call}
-        for name, link in (("inside", self.inside), ("between", self.between)):
-            if not isinstance(link, Link):
-                raise ValueError(f"machine: expected a Link for {name} in {where}, got {link!r}")
-            rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
+        _check(isinstance(self.name, str), "a text", "name", where, self.name)
+        rates = {name: getattr(self, name) for name in ("matmul", "memory", "room", "copy")}
+        times = {"start": self.start, "call": self.call}
         counts = {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
-        rates |= counts
-        for name, x in (rates | times | {"hiding": self.hiding}).items():
-            number = isinstance(x, int | float) and not isinstance(x, bool)
-            most = 1 if name == "hiding" else float_info.max  # JSON knows integers beyond that
-            if not (number and 0 <= x <= most) or (name in rates and x == 0):
-                span = "above 0" if name in rates else "from 0 up"
-                span = "from 0 to 1" if name == "hiding" else span
-                raise ValueError(
-                    f"machine: expected a number {span} for {name} in {where}, got {x!r}"
-                )
-            if name in counts and not isinstance(x, int):
-                raise ValueError(f"machine: expected an int for {name} in {where}, got {x!r}")
+        for name, link in (("inside", self.inside), ("between", self.between)):
+            _check(isinstance(link, Link), "a Link", name, where, link)
+            rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
+        for name, x in (rates | counts).items():
+            _check(_is_number(x) and x > 0, "a number above 0", name, where, x)
+        for name, n in counts.items():
+            _check(isinstance(n, int), "an int", name, where, n)
+        for name, x in times.items():
+            _check(_is_number(x) and x >= 0, "a number from 0 up", name, where, x)
+        between = _is_number(self.hiding) and 0 <= self.hiding <= 1
+        _check(between, "a number from 0 to 1", "hiding", where, self.hiding)
         if self.measured is not None:
             self.measured.check(where)
+
+
+def _check(valid: bool, expected: str, name: str, where: str, got: Any) -> None:
+    if not valid:
+        raise ValueError(f"machine: expected {expected} for {name} in {where}, got {got!r}")
+
+
+def _is_number(x: Any) -> bool:
+    """Return whether x is a finite number; JSON has integers that no float can hold."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= float_info.max
 
 
 def machine_of(text: str) -> Machine:
@@ -198,8 +266,13 @@ def machine_of(text: str) -> Machine:
     Raises
     ------
     ValueError
-        There is none of that name, or its file is no machine's, or cannot be read; the text does
-        not begin with the argument's name, which is the command line's.
+        The text is neither a preset nor a readable machine file.  The message does not begin with
+        an argument's name: the command line adds that.
+
+    Examples
+    --------
+    >>> machine_of("h100").ranks_per_host
+    8
     """
     if text in MACHINES:
         return MACHINES[text]

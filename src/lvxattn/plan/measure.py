@@ -1,16 +1,16 @@
-"""How fast the machine at hand is: a few short probes, made by all ranks at once.
+"""Measure the machine at hand by a few short probes, run by all ranks at once.
 
     start      a block of one query and one key
-    call       forward and backward of a rank that is alone, with one query and one key
-    copy       ever larger arrays into new memory, until one takes BLOCK
-    memory     one query, ever more keys, until a block takes BLOCK
-    matmul     ever more queries and keys, until a block takes BLOCK
+    call       forward and backward on one rank alone, with one query and one key
+    copy       growing arrays into new memory, until one takes BLOCK
+    memory     one query, growing numbers of keys, until a block takes BLOCK
+    matmul     growing numbers of queries and keys, until a block takes BLOCK
     hiding     as many queries as make arithmetic and reading equally long
     latency    messages of one byte round a ring
-    bandwidth  ever larger messages round a ring, until one takes MESSAGE
+    bandwidth  growing messages round a ring, until one takes MESSAGE
 
-Ranks that share cores, caches or a link do so in the probes as in a run.  The links inside a host
-are those of a ring over its ranks; between hosts, of a ring over each host's first rank.
+Ranks that share cores, caches or a link do so in the probes as in a run.  Links inside a host are
+measured on a ring over its ranks, those between hosts on a ring over each host's first rank.
 """
 
 import socket
@@ -21,18 +21,17 @@ from typing import Protocol
 
 from lvxattn.common.validation import FLOATING, Communicator, raise_together
 from lvxattn.common.wire import ITEMSIZE
-from lvxattn.plan.machine import Link, Machine
-from lvxattn.plan.measured import Measured
+from lvxattn.plan.machine import Link, Machine, Measured
 
 BLOCK, MESSAGE = 0.01, 0.1
-"""Seconds that a block, and a message, has to take before its figure counts."""
+"""Seconds that a block, and a message, has to take to be measured."""
 TURNS = 5
-"""A figure is the median of so many turns, each that of the slowest rank."""
+"""Number of repetitions; of the slowest rank in each, the median counts."""
 MOST_KEYS, MOST_BYTES = 2**20, 2**26
 
 
 class Probe(Protocol):
-    """What a rank does while the clock runs."""
+    """The work that is timed on one rank."""
 
     by: str
     """The implementation, as ``"mpi_impl"``."""
@@ -42,26 +41,26 @@ class Probe(Protocol):
 
     @property
     def room(self) -> float:
-        """Bytes of memory that this rank has."""
+        """Bytes of memory of this rank."""
 
     @property
     def device_name(self) -> str:
         """Where this rank computes."""
 
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
-        """Return what attends from one block to so many keys, and waits until that is done."""
+        """Return a function that attends from `s_q` queries to `s_kv` keys and waits for it."""
 
     def call(self) -> Callable[[], None]:
-        """Return what calls both passes, alone, on one query and one key."""
+        """Return a function that runs both passes on this rank alone, on one query and one key."""
 
     def copy(self, nbytes: int) -> Callable[[], None]:
-        """Return what copies so many bytes into new memory."""
+        """Return a function that copies `nbytes` bytes into new memory."""
 
     def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
-        """Return what sends a message to the right and receives one from the left."""
+        """Return a function that sends a message to the right and receives one from the left."""
 
     def together(self) -> None:
-        """Wait for all ranks, asleep.  Collective: every rank calls this."""
+        """Wait for all ranks without using a core.  Collective: every rank calls this."""
 
 
 def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
@@ -73,21 +72,20 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
     ----------
     comm : Communicator
     probe : Probe
-        `lvxattn.mpi_impl.measure` and `lvxattn.torch_impl.measure` bring theirs.
+        `lvxattn.mpi_impl.measure` and `lvxattn.torch_impl.measure` have their own.
     name : str
-        The machine's.
+        Name of the machine.
 
     Returns
     -------
     Machine
-        The same on all ranks.  A link that these ranks cannot show, as that between hosts where
-        there is one host, is given the figures of the other; of a rank that is alone, those of its
-        memory.
+        The same on all ranks.  A link that these ranks cannot measure, as that between hosts on one
+        host, gets the figures of the other; on a single rank, those of its memory.
 
     Raises
     ------
     ValueError
-        The probe's heads, width or dtype are none; the same on all ranks.
+        The probe's heads, width or dtype are invalid; the same on all ranks.
     """
     raise_together(_wrong(probe), comm)
     start = _time(comm, probe, probe.prepare(1, 1))
@@ -132,7 +130,7 @@ def _wrong(probe: Probe) -> ValueError | None:
 
 
 def _rates(comm: Communicator, probe: Probe, start: float) -> tuple[float, float, float]:
-    """Return the rates of arithmetic and reading, and how much of the shorter one is hidden."""
+    """Return the rates of arithmetic and reading, and the fraction of overlap (`hiding`)."""
     H, H_KV, D = probe.shape
     s_kv = 1024
     while (one := _time(comm, probe, probe.prepare(1, s_kv))) < BLOCK and s_kv < MOST_KEYS:
@@ -141,7 +139,7 @@ def _rates(comm: Communicator, probe: Probe, start: float) -> tuple[float, float
     while (many := _time(comm, probe, probe.prepare(rows, keys))) < BLOCK and rows < 8192:
         rows, keys = (2 * rows, keys) if rows < keys else (rows, 2 * keys)
     matmul = 4 * D * H * rows * keys / max(many - start, 1e-9)
-    # The reading of keys takes what one query takes, but for its own arithmetic.
+    # One query takes as long as reading the keys, except for its own arithmetic.
     arithmetic = 4 * D * H * s_kv / matmul
     reading = max(one - start, arithmetic)
     balanced = max(1, round(reading / arithmetic))
@@ -155,19 +153,19 @@ def _rates(comm: Communicator, probe: Probe, start: float) -> tuple[float, float
 
 
 def _link(comm: Communicator, probe: Probe, rings: list[list[int]]) -> Link | None:
-    """Return a link's figures from rings of ranks that all turn at once; None if none has two."""
+    """Return a link's figures from rings of ranks that run at once; None if no ring has two."""
     mine = next((ring for ring in rings if comm.rank in ring), [])
     if max(map(len, rings)) < 2:
         return None
 
     def turn(nbytes: int, times: int = 1) -> float:
-        shift: Callable[[], None] = _rest
+        shifts: list[Callable[[], None]] = []  # none on a rank that is in no ring
         if len(mine) > 1:
             at = mine.index(comm.rank)
-            shift = probe.shift(nbytes, mine[at - 1], mine[(at + 1) % len(mine)])
+            shifts = [probe.shift(nbytes, mine[at - 1], mine[(at + 1) % len(mine)])] * times
 
         def repeat() -> None:
-            for _ in range(times):
+            for shift in shifts:
                 shift()
 
         return _time(comm, probe, repeat) / times
@@ -180,7 +178,7 @@ def _link(comm: Communicator, probe: Probe, rings: list[list[int]]) -> Link | No
 
 
 def _time(comm: Communicator, probe: Probe, work: Callable[[], None]) -> float:
-    """Return the seconds that the slowest rank takes, all doing it at once."""
+    """Return the median of the slowest rank's seconds, all ranks working at once."""
     mine: list[float] = []
     work()
     for _ in range(TURNS):
@@ -190,7 +188,3 @@ def _time(comm: Communicator, probe: Probe, work: Callable[[], None]) -> float:
         mine.append(perf_counter() - start)
     slowest: list[float] = [max(turn) for turn in zip(*comm.allgather(mine), strict=True)]
     return median(slowest)
-
-
-def _rest() -> None:
-    """Do nothing, on a rank that is in no ring."""

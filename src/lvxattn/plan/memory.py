@@ -1,30 +1,30 @@
-"""What a rank has to keep: features, keys and values, text, and what travels.
+"""Compute what a rank keeps in memory: features, keys and values, text, and messages.
 
-A model's cross-attention layers all read the same visual features.  Kept for the backward, keys and
-values are a layer's own, and there are many; made again from the features, those of one layer are
-there at a time (arXiv:2502.02406, section 4).
+All cross-attention layers of a model read the same visual features.  Keys and values that are kept
+for the backward are each layer's own; recomputed from the features, only those of one layer exist
+at a time (arXiv:2502.02406, section 4).
 """
 
 from dataclasses import dataclass
 
 from lvxattn.common.wire import ITEMSIZE
-from lvxattn.plan.problems import Model
+from lvxattn.plan.models import Model
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, of all cross-attention layers together.
+    """Bytes of one rank for all cross-attention layers.
 
     Attributes
     ----------
     features : int
-        Visual features, which all layers share.
+        Visual features, shared by all layers.
     keys : int
-        Keys and values: of all layers, or of one where they are made again.
+        Keys and values: of all layers, or of one where they are recomputed.
     text : int
         q, out and lse of all layers.
     blocks : int
-        Queries and results under way, with lv-xattn: two buffers of each.
+        Buffers of queries and results with lv-xattn: two of each.
     """
 
     features: int
@@ -34,14 +34,14 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Their sum."""
         return self.features + self.keys + self.text + self.blocks
 
 
 def memory(
     model: Model, text_tokens: int, frames: int, P: int, *, dtype: str, recompute: bool
 ) -> Memory:
-    """Return what training takes of a rank for cross-attention.
+    """Return what cross-attention takes of a rank's memory in training.
 
     Parameters
     ----------
@@ -49,13 +49,23 @@ def memory(
     text_tokens, frames : int
         Of the whole problem; each rank has its share, rounded up.
     P : int
+        Number of ranks.
     dtype : str
     recompute : bool
-        Whether keys and values are made again in the backward.
+        Whether the backward recomputes keys and values.
 
     Returns
     -------
     Memory
+
+    Examples
+    --------
+    The paper's example, on one rank:
+
+    >>> from lvxattn.plan import MODELS
+    >>> found = memory(MODELS["llama3v"], 2048, 1200, 1, dtype="bfloat16", recompute=False)
+    >>> round(found.keys / 2**30)
+    235
     """
     narrow = ITEMSIZE[dtype]
     wide = ITEMSIZE["float64" if dtype == "float64" else "float32"]
@@ -74,7 +84,7 @@ def memory(
 def most_frames(
     model: Model, text_tokens: int, P: int, room: float, *, dtype: str, recompute: bool
 ) -> int:
-    """Return how many frames fit into a rank's memory, if cross-attention has all of it.
+    """Return the largest number of frames for which `memory` fits into a rank.
 
     Parameters
     ----------
@@ -86,21 +96,23 @@ def most_frames(
     Returns
     -------
     int
+
+    Examples
+    --------
+    >>> from lvxattn.plan import MODELS
+    >>> given = {"dtype": "bfloat16", "recompute": True}
+    >>> most_frames(MODELS["llama3v"], 2048, 16, room=80e9, **given)
+    16260
     """
+
+    def fits(frames: int) -> bool:
+        found = memory(model, text_tokens, frames, P, dtype=dtype, recompute=recompute)
+        return found.total <= room
+
     least, most = 0, 1
-    while _fits(model, text_tokens, most, P, room, dtype, recompute):
+    while fits(most):
         least, most = most, 2 * most
     while most - least > 1:
         middle = (least + most) // 2
-        if _fits(model, text_tokens, middle, P, room, dtype, recompute):
-            least = middle
-        else:
-            most = middle
+        least, most = (middle, most) if fits(middle) else (least, middle)
     return least
-
-
-def _fits(
-    model: Model, text_tokens: int, frames: int, P: int, room: float, dtype: str, recompute: bool
-) -> bool:
-    taken = memory(model, text_tokens, frames, P, dtype=dtype, recompute=recompute)
-    return taken.total <= room

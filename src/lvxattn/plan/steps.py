@@ -1,12 +1,12 @@
-r"""What every rank does in a pass, step by step: the schedules without their arrays.
+r"""The steps of every rank in a pass: the schedules without their arrays.
 
 The steps are those of `lv_xattn.py`, `ring_attention.py`, `ulysses.py`, `gather.py` and
-`replicated.py`, in their order, so that what is sent is known to the byte before anything is sent,
-and a pass can be played on the clocks of any machine (`simulate.py`).  A collective is one message
-to and from each other rank: the fewest bytes that do it.  What a message of a backward is stamped
-with, as torch_impl's are that go through the host, is counted too: `Layout.stamp_nbytes` each.  Not
-foreseen, since shapes do not tell, is the forward that a backward of `reference` and `mpi_impl`
-begins with where an lse is large.
+`replicated.py`, in their order.  Messages are thus known to the byte before anything is sent, and
+a pass can be simulated on any machine (`simulate.py`).  A collective is one message to and from
+each other rank, the fewest bytes that suffice.  The stamp that torch_impl adds to messages of a
+backward through host memory counts too: `Layout.stamp_nbytes` each.  Not included, since shapes do
+not determine it, is the forward with which a backward of `reference` and `mpi_impl` begins where an
+lse is large.
 
 Everything follows from a `Layout`: shapes, dtype, every rank's lengths, the order of the ring, the
 masks that travel.
@@ -20,11 +20,9 @@ masks that travel.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
 from lvxattn.common.layout import Layout, share
 from lvxattn.common.wire import (
-    ITEMSIZE,
     KEY_GRADIENTS,
     KEYS_VALUES,
     PARTIALS,
@@ -54,7 +52,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Fill:
-    """Make room for sums, and fill it with zeros.
+    """Allocate sums, and set them to zero.
 
     Attributes
     ----------
@@ -66,7 +64,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Send:
-    """Hand a message to the network.
+    """Send a message.
 
     Attributes
     ----------
@@ -75,7 +73,7 @@ class Send:
     kind : str
         Messages of one kind from one rank to another arrive in order.
     packed : bool
-        It is copied into a buffer first; what is only passed on lies in one.
+        Whether it is copied into a buffer first; a block that is passed on is in one already.
     """
 
     dest: int
@@ -93,7 +91,7 @@ class Wait:
     source : int
     kind : str
     unpacked : int
-        Bytes that are copied out of its buffer then.
+        Bytes that are then copied out of its buffer.
     """
 
     source: int
@@ -108,7 +106,7 @@ class Join:
     Attributes
     ----------
     nbytes : int
-        What has come.
+        Of the results that arrived.
     """
 
     nbytes: int
@@ -118,12 +116,12 @@ Step = Compute | Fill | Send | Wait | Join
 
 
 def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
-    """Return what a rank does in one pass.  Not collective.
+    """Return the steps of one rank in one pass.  Not collective.
 
     Parameters
     ----------
     layout : Layout
-        Its schedule and its queries say what is done; whose view it is does not matter.
+        As any rank sees it.
     rank : int
     backward : bool
         The backward pass, instead of the forward.
@@ -131,8 +129,22 @@ def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
     Returns
     -------
     list of Compute, Fill, Send, Wait and Join
+
+    Examples
+    --------
+    >>> from lvxattn.plan import planned
+    >>> for step in steps(planned((1, 1, 8, 64), (1, 1, 100, 64), P=2, schedule="ring"), rank=0):
+    ...     print(step)
+    Send(dest=1, nbytes=12800, kind='blocks', packed=True)
+    Compute(s_q=4, s_kv=25, heads=1.0)
+    Compute(s_q=4, s_kv=25, heads=1.0)
+    Join(nbytes=1056)
+    Wait(source=1, kind='blocks', unpacked=0)
+    Compute(s_q=4, s_kv=50, heads=1.0)
+    Join(nbytes=1056)
     """
-    found = list(_BY_SCHEDULE[layout.way](Blocks(layout, backward), rank))
+    blocks = Blocks(replace(layout, rank=rank), backward)
+    found = list(_BY_SCHEDULE[layout.way](blocks))
     if not backward:
         return found
     return [
@@ -152,13 +164,20 @@ def messages(layout: Layout, rank: int, *, backward: bool = False) -> list[Send]
     Returns
     -------
     list of Send
+
+    Examples
+    --------
+    >>> from lvxattn.plan import planned
+    >>> sent = messages(planned((1, 8, 64, 64), (1, 8, 65536, 64), P=4), rank=0)
+    >>> len(sent), sum(message.nbytes for message in sent)
+    (6, 150528)
     """
     return [s for s in steps(layout, rank, backward=backward) if isinstance(s, Send)]
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How many bytes every rank's blocks have in a pass.
+    """Bytes of every rank's blocks in a pass, as one rank sees them.
 
     Attributes
     ----------
@@ -178,39 +197,38 @@ class Blocks:
         return (QUERY_GRADIENTS if self.backward else PARTIALS).nbytes(self.layout, owner)
 
     def keys(self, owner: int) -> int:
-        """Return the size of a rank's keys and values, without their mask."""
-        return KEYS_VALUES.nbytes(replace(self.layout, masks=(None,) * self.layout.size), owner)
+        """Return the size of a rank's keys and values, with their array mask."""
+        return KEYS_VALUES.nbytes(self.layout, owner)
+
+    def mask(self, owner: int) -> int:
+        """Return the size of a rank's array mask."""
+        return sum(field.nbytes for field in KEYS_VALUES.fields(self.layout, owner)[2:])
 
     def key_gradients(self, owner: int) -> int:
         """Return the size of dk and dv."""
         return KEY_GRADIENTS.nbytes(self.layout, owner)
 
-    def mask(self, owner: int, heads: int = 1) -> int:
-        """Return the size of a rank's array mask, or of what one of `heads` parts of it takes."""
-        kind = self.layout.masks[owner]
-        if kind is None:
-            return 0
-        shape = (1,) * (4 - len(kind[0])) + kind[0]
-        parts = heads if shape[1] > 1 else 1
-        return prod(shape) * ITEMSIZE[kind[1]] // parts
+    def visitors(self) -> list[int]:
+        """Return whose block is here, by hop: mine, my left neighbour's, ... my right one's."""
+        order = self.layout.order
+        at = order.index(self.layout.rank)
+        return [order[at - hop] for hop in range(len(order))]
 
-    def home_cut(self, rank: int) -> int:
-        """Return how many of a rank's keys its own queries meet before the hops."""
-        return replace(self.layout, rank=rank).home_cut
+    def others(self) -> list[int]:
+        """Return the other ranks; each rank starts with another, its right neighbour."""
+        return self.visitors()[:0:-1]
 
 
-def _lv_xattn(blocks: Blocks, rank: int) -> Iterator[Step]:
-    layout, P = blocks.layout, blocks.layout.size
-    at = layout.order.index(rank)
-    owner = [layout.order[(at - hop) % P] for hop in range(P)]  # whose block is here, by hop
-    left, right = owner[1 % P], layout.order[(at + 1) % P]
-    mine, s_kv, s_q = layout.s_q[rank], layout.s_kv[rank], layout.s_q
-    cut = blocks.home_cut(rank)
+def _lv_xattn(blocks: Blocks) -> Iterator[Step]:
+    layout, P, rank = blocks.layout, blocks.layout.size, blocks.layout.rank
+    owner = blocks.visitors()
+    left, right = owner[1 % P], owner[-1]
+    s_q, s_kv, cut = layout.s_q, layout.s_kv[rank], layout.home_cut
     if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     if P > 1:
         yield Send(right, blocks.queries(rank), BLOCKS)
-    yield Compute(mine, cut)
+    yield Compute(s_q[rank], cut)
     for hop in range(1, P):
         yield Wait(left, BLOCKS)
         if hop < P - 1:
@@ -222,34 +240,31 @@ def _lv_xattn(blocks: Blocks, rank: int) -> Iterator[Step]:
             yield Join(part)
         yield Send(right, part, RESULTS)
     if P > 1:
-        yield Compute(mine, s_kv - cut)
+        yield Compute(s_q[rank], s_kv - cut)
         yield Wait(left, RESULTS)
         yield Join(blocks.result(rank))
 
 
-def _ring(blocks: Blocks, rank: int) -> Iterator[Step]:
-    layout, P = blocks.layout, blocks.layout.size
-    at = layout.order.index(rank)
-    owner = [layout.order[(at - hop) % P] for hop in range(P)]
-    left, right = owner[1 % P], layout.order[(at + 1) % P]
-    mine, s_kv = layout.s_q[rank], layout.s_kv
-    cut = blocks.home_cut(rank)
+def _ring(blocks: Blocks) -> Iterator[Step]:
+    layout, P, rank = blocks.layout, blocks.layout.size, blocks.layout.rank
+    owner = blocks.visitors()
+    left, right = owner[1 % P], owner[-1]
+    s_q, s_kv, cut = layout.s_q[rank], layout.s_kv, layout.home_cut
     if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     if P > 1:
-        yield Send(right, blocks.keys(rank) + blocks.mask(rank), BLOCKS)
-    yield Compute(mine, cut)
+        yield Send(right, blocks.keys(rank), BLOCKS)
+    yield Compute(s_q, cut)
     if P > 1 and not blocks.backward:
-        yield Compute(mine, s_kv[rank] - cut)
+        yield Compute(s_q, s_kv[rank] - cut)
         yield Join(blocks.result(rank))
     for hop in range(1, P):
         yield Wait(left, BLOCKS)
         if hop < P - 1:
-            passed_on = blocks.keys(owner[hop]) + blocks.mask(owner[hop])
-            yield Send(right, passed_on, BLOCKS, packed=False)
+            yield Send(right, blocks.keys(owner[hop]), BLOCKS, packed=False)
         if blocks.backward:
             yield Fill(blocks.key_gradients(owner[hop]))
-        yield Compute(mine, s_kv[owner[hop]])
+        yield Compute(s_q, s_kv[owner[hop]])
         if not blocks.backward:
             yield Join(blocks.result(rank))
             continue
@@ -259,74 +274,71 @@ def _ring(blocks: Blocks, rank: int) -> Iterator[Step]:
             yield Join(part)
         yield Send(right, part, RESULTS)
     if blocks.backward and P > 1:
-        yield Compute(mine, s_kv[rank] - cut)
+        yield Compute(s_q, s_kv[rank] - cut)
         yield Wait(left, RESULTS)
         yield Join(blocks.key_gradients(rank))
 
 
-def _ulysses(blocks: Blocks, rank: int) -> Iterator[Step]:
-    layout, P = blocks.layout, blocks.layout.size
-    others = _others(blocks, rank)
+def _ulysses(blocks: Blocks) -> Iterator[Step]:
+    layout, P, rank = blocks.layout, blocks.layout.size, blocks.layout.rank
+    others, ranks = blocks.others(), range(P)
     there = [
-        [blocks.queries(owner) // P for owner in range(P)],
-        [blocks.keys(owner) // P for owner in range(P)],
+        [blocks.queries(owner) // P for owner in ranks],
+        [(blocks.keys(owner) - blocks.mask(owner)) // P for owner in ranks],
     ]
     if any(layout.masks):
-        there.append([blocks.mask(owner, heads=P) for owner in range(P)])
+        # A mask with a head axis is cut, too.
+        cut = [P if mask and (1, 1, *mask[0])[-3] > 1 else 1 for mask in layout.masks]
+        there.append([blocks.mask(owner) // cut[owner] for owner in ranks])
     for sizes in there:
-        yield from _trade(others, [sizes[rank]] * len(others), [sizes[o] for o in others])
+        yield from _all_gather(others, sizes, rank)
     if blocks.backward:
-        yield Fill(sum(map(blocks.key_gradients, range(P))) // P)
+        yield Fill(sum(map(blocks.key_gradients, ranks)) // P)
     yield Compute(layout.S_Q, layout.S_KV, 1 / P)
-    back = [[blocks.result(owner) // P for owner in range(P)]]
-    if blocks.backward:
-        back.append([blocks.key_gradients(owner) // P for owner in range(P)])
-    for sizes in back:
-        yield from _trade(others, [sizes[o] for o in others], [sizes[rank]] * len(others))
+    back = [blocks.result, blocks.key_gradients] if blocks.backward else [blocks.result]
+    for size in back:
+        yield from _scatter(others, [size(owner) // P for owner in ranks], size(rank) // P)
 
 
-def _gather(blocks: Blocks, rank: int) -> Iterator[Step]:
-    layout, others = blocks.layout, _others(blocks, rank)
-    queries = [blocks.queries(owner) for owner in range(layout.size)]
-    results = [blocks.result(owner) for owner in range(layout.size)]
+def _gather(blocks: Blocks) -> Iterator[Step]:
+    layout, others, rank = blocks.layout, blocks.others(), blocks.layout.rank
+    queries, results = (
+        [size(owner) for owner in range(layout.size)] for size in (blocks.queries, blocks.result)
+    )
     if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
-    yield from _trade(others, [queries[rank]] * len(others), [queries[o] for o in others])
+    yield from _all_gather(others, queries, rank)
     yield Compute(layout.S_Q, layout.s_kv[rank])
-    yield from _trade(others, [results[o] for o in others])
+    yield from _scatter(others, results)
     yield from [Join(results[rank])] * len(others)
 
 
-def _replicated(blocks: Blocks, rank: int) -> Iterator[Step]:
-    layout, others = blocks.layout, _others(blocks, rank)
+def _replicated(blocks: Blocks) -> Iterator[Step]:
+    layout, others, rank = blocks.layout, blocks.others(), blocks.layout.rank
     rows = [share(layout.S_Q, owner, layout.size) for owner in range(layout.size)]
     joined = replace(layout, s_q=tuple(part.stop - part.start for part in rows))
     sizes = [Blocks(joined, blocks.backward).result(owner) for owner in range(layout.size)]
     if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     yield Compute(layout.S_Q, layout.s_kv[rank])
-    yield from _trade(others, [sizes[o] for o in others])
+    yield from _scatter(others, sizes)
     yield from [Join(sizes[rank])] * len(others)
-    yield from _trade(others, [sizes[rank]] * len(others), [sizes[o] for o in others])
+    yield from _all_gather(others, sizes, rank)
 
 
-def _trade(
-    others: list[int], sizes: list[int], unpacked: list[int] | None = None
-) -> Iterator[Step]:
-    """Yield a message to every other rank, and the wait for all of theirs."""
-    unpacked = unpacked or [0] * len(others)
-    yield from (Send(dest, nbytes, BLOCKS) for dest, nbytes in zip(others, sizes, strict=True))
-    yield from (Wait(o, BLOCKS, nbytes) for o, nbytes in zip(others, unpacked, strict=True))
+def _all_gather(others: list[int], sizes: list[int], rank: int) -> Iterator[Step]:
+    """Yield the messages with my part to all others, and the waits for theirs."""
+    yield from (Send(other, sizes[rank], BLOCKS) for other in others)
+    yield from (Wait(other, BLOCKS, sizes[other]) for other in others)
 
 
-def _others(blocks: Blocks, rank: int) -> list[int]:
-    """Return the other ranks, beginning with the right neighbour, so that no two begin with one."""
-    order = blocks.layout.order
-    at = order.index(rank)
-    return [order[(at + n) % len(order)] for n in range(1, len(order))]
+def _scatter(others: list[int], sizes: list[int], unpacked: int = 0) -> Iterator[Step]:
+    """Yield the messages with each owner's part, and the waits for the parts of mine."""
+    yield from (Send(other, sizes[other], BLOCKS) for other in others)
+    yield from (Wait(other, BLOCKS, unpacked) for other in others)
 
 
-_BY_SCHEDULE: dict[str, Callable[[Blocks, int], Iterator[Step]]] = {
+_BY_SCHEDULE: dict[str, Callable[[Blocks], Iterator[Step]]] = {
     "lv-xattn": _lv_xattn,
     "ring": _ring,
     "ulysses": _ulysses,

@@ -1,18 +1,18 @@
-"""What all ranks did when, on one clock: who sent which block to whom, and what hid its way.
+"""Merge the timelines of all ranks into a trace on one clock: spans, messages and their overlap.
 
     rank 0   computing  [== queries of 0 ==]  [== queries of 1 ==]
              sending    [- queries of 0 -]
     rank 1   computing  [= queries of 1 =]    [== queries of 0 ==]
              waiting                      [..]
 
-A block is *on its way* from the moment before it is sent until the rank that gets it has it in its
-hands.  It may have arrived earlier: a rank that computes does not look.  So, of every rank,
+A block is *on the way* from just before it is sent until its receiver has waited for it.  It may
+have arrived earlier: a rank that computes does not look.  Each rank's seconds are split into
 
-    on the way   something was on its way to it or from it
+    on the way   a block was on the way to or from the rank
     hidden       of that, the rank computed meanwhile: the overlap
-    exposed      of that, it could only wait
+    exposed      of that, the rank waited
 
-and what is left of the first went to other work, as to merging and to copying blocks.
+The rest of the first went to other work, such as merging and copying blocks.
 """
 
 from bisect import bisect_left
@@ -28,18 +28,18 @@ Interval = tuple[float, float]
 
 
 class Clock(NamedTuple):
-    """One rank's clock, compared with rank 0's once or twice.
+    """A rank's clock relative to that of rank 0, from one or two comparisons.
 
     Attributes
     ----------
     offset : float
-        Seconds that it is ahead.
+        Seconds by which it is ahead.
     accuracy : float
-        By how many seconds that may be wrong.
+        Largest error of the offset in seconds.
     at : float
-        When that was, on this clock.
+        Time of the comparison, on this clock.
     drift : float
-        Seconds that it gains in a second.
+        Seconds gained per second.
     """
 
     offset: float = 0.0
@@ -48,32 +48,32 @@ class Clock(NamedTuple):
     drift: float = 0.0
 
     def until(self, later: "Clock") -> "Clock":
-        """Return a clock that agrees with both comparisons."""
+        """Return a clock with the drift between two comparisons."""
         elapsed = later.at - self.at
         drift = (later.offset - self.offset) / elapsed if elapsed > 0 else 0.0
         return Clock(self.offset, max(self.accuracy, later.accuracy), self.at, drift)
 
     def aligned(self, time: float) -> float:
-        """Return what rank 0's clock shows when this one shows `time`."""
+        """Convert a time on this clock to rank 0's clock."""
         return time - self.offset - self.drift * (time - self.at)
 
 
 @dataclass(frozen=True)
 class Trip:
-    """One block's way from one rank to another; seconds are on the trace's clock.
+    """A message: one block sent from one rank to another; times are on the trace's clock.
 
     Attributes
     ----------
     source, dest, nbytes : int
     block : Block
     turn : int
-        How many times the same block has made the same trip before, in other passes.
+        Number of earlier trips of the same block between the same ranks, in other passes.
     posted : float
-        When it was about to be sent.
+        Time just before it was sent.
     gone : float
-        When the sender knew that it was gone; if it never asked, when the block was taken.
+        Time at which the sender's wait for its completion ended; `taken.end` if there was none.
     taken : Span or None
-        The wait that ended with it in the receiver's hands; None if none did.
+        The receiver's wait that ended with it; None if there was none.
     """
 
     source: int
@@ -87,7 +87,7 @@ class Trip:
 
 
 class Overlap(NamedTuple):
-    """Seconds of one rank: see the module's docstring."""
+    """Seconds of one rank, as defined in the module's docstring."""
 
     on_the_way: float
     hidden: float
@@ -96,18 +96,31 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """The timelines of all ranks; seconds on rank 0's clock, from the first thing that happened.
+    """The timelines of all ranks; seconds on rank 0's clock since the first event.
 
     Attributes
     ----------
     computed, waited : list of list of Span
         By rank.
     trips : list of Trip
-        In the order in which they were posted.
+        Sorted by `posted`.
     passes : list of list of (str, float)
         By rank: the name of every pass, and when it began.
     accuracy : list of float
-        Of every rank's clock; two ranks' times may be off by the sum of theirs.
+        Of every rank's clock; times of two ranks may differ by the sum of theirs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lvxattn.common.timeline import Timeline
+    >>> from lvxattn.reference import cross_attention, run_ranks, shard
+    >>> def on_a_rank(comm):
+    ...     q, kv, timeline = np.ones((1, 1, 8, 4)), np.ones((1, 1, 64, 4)), Timeline()
+    ...     cross_attention(*(shard(x, comm) for x in (q, kv, kv)), comm, meter=timeline)
+    ...     return timeline
+    >>> trace = Trace.of(run_ranks(2, on_a_rank))
+    >>> sorted(trip.block.name for trip in trace.trips)[:2]
+    ['the queries of rank 0', 'the queries of rank 1']
     """
 
     computed: list[list[Span]]
@@ -118,14 +131,14 @@ class Trace:
 
     @staticmethod
     def of(timelines: Sequence[Timeline], clocks: Sequence[Clock] | None = None) -> "Trace":
-        """Put timelines together.  Not collective.
+        """Merge timelines.  Not collective.
 
         Parameters
         ----------
         timelines : sequence of Timeline
             Of all ranks, in rank order.
         clocks : sequence of Clock, optional
-            All ranks look at one clock unless given.
+            Default: all ranks share one clock.
         """
         clocks = clocks or [Clock()] * len(timelines)
         pairs = list(zip(timelines, clocks, strict=True))
@@ -144,7 +157,7 @@ class Trace:
             for post in x.posted
         ]
         trips = _trips(posted, waited)
-        # A rank also asks for its first block of a kind to be gone: then there is nothing to tell.
+        # A rank also waits for its first block of a kind to be gone, before it has sent one.
         left = {(trip.source, trip.block[:3]) for trip in trips}
         return Trace(
             [on_rank_0(clock, x.computed) for x, clock in pairs],
@@ -157,8 +170,13 @@ class Trace:
             [clock.accuracy for clock in clocks],
         )
 
+    def sent_by(self, rank: int) -> list[tuple[Trip, int]]:
+        """Return the messages that a rank sent, each with its lane (`lanes`)."""
+        mine = [trip for trip in self.trips if trip.source == rank]
+        return list(zip(mine, lanes([(trip.posted, trip.gone) for trip in mine]), strict=True))
+
     def overlap(self) -> list[Overlap]:
-        """Return what every rank hid of its communication, and what not."""
+        """Return the hidden and exposed communication of every rank."""
         found = []
         for rank in range(len(self.computed)):
             on_the_way = _union(
@@ -176,10 +194,7 @@ class Trace:
 
 
 def lanes(intervals: Sequence[Interval]) -> list[int]:
-    """Return for each of some intervals, sorted, a lane in which it crosses no other one.
-
-    In a lane, two intervals lie apart or one within the other.
-    """
+    """Assign each of sorted intervals to a lane, in which any two are disjoint or nested."""
     open_ends: list[list[float]] = []
     found = []
     for start, end in intervals:
@@ -196,13 +211,13 @@ def lanes(intervals: Sequence[Interval]) -> list[int]:
 
 
 def _times(x: Timeline) -> list[float]:
-    """Return when the first thing of each kind happened."""
+    """Return the time of the first event of each kind."""
     starts = [span.start for span in (*x.computed[:1], *x.waited[:1])]
     return [*starts, *(post.at for post in x.posted[:1]), *(at for _, at in x.passes[:1])]
 
 
 def _trips(posted: list[tuple[int, Post]], waited: list[list[Span]]) -> list[Trip]:
-    """Find for every block that was sent the wait that ended with it.
+    """Match every block sent with the wait that ended with it.
 
     The n-th time that a block is sent from one rank to another belongs to the n-th time that it is
     awaited.  A reduction counts messages both ways and waits for them once.
@@ -236,7 +251,7 @@ def _share(spans: list[Span], n: int, count: int) -> Span | None:
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Return the same times as intervals that lie apart, in order."""
+    """Return the union of intervals as sorted, disjoint intervals."""
     found: list[Interval] = []
     for start, end in sorted(intervals):
         if found and start <= found[-1][1]:
@@ -247,7 +262,7 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def _common(a: list[Interval], b: list[Interval]) -> list[Interval]:
-    """Return the times that are in both of two unions."""
+    """Return the intersection of two unions."""
     found, ends = [], [end for _, end in b]
     for start, end in a:
         for i in range(bisect_left(ends, start), len(b)):

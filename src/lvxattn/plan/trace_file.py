@@ -1,12 +1,12 @@
-"""A trace as a file for ui.perfetto.dev and chrome://tracing: a process a rank, arrows for blocks.
+"""Write a trace for ui.perfetto.dev and chrome://tracing: a process per rank, arrows for blocks.
 
     process     rank
     threads     computing, sending, waiting; sending more than once where blocks are under way at
                 the same time and neither outlasts the other
-    slices      what a rank did; a slice of sending lasts until the sender knows that it is gone
-    arrows      from where a block is sent to the end of the wait for it, and, where it goes round,
-                on from there, hop by hop, as one flow; none for what is empty: nobody has to wait
-    instants    where a pass begins
+    slices      spans of a rank; sending lasts until the sender's wait for completion ends
+    arrows      from the sending of a block to the end of the wait for it; where it goes round the
+                ring, hop by hop as one flow; none for empty blocks, for which no rank waits
+    instants    the begin of a pass
 
 The format is Chrome's "Trace Event Format"; its times are in microseconds.
 """
@@ -14,16 +14,16 @@ The format is Chrome's "Trace Event Format"; its times are in microseconds.
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import count
 from typing import Any
 
 from lvxattn.common.meter import Block
-from lvxattn.plan.trace import Trace, Trip, lanes
+from lvxattn.common.timeline import Span
+from lvxattn.plan.trace import Trace, Trip
 
 Event = dict[str, Any]
 
 COMPUTING, SENDING, WAITING = 1, 2, 3
-# The threads of more lanes of sending have numbers from here.
+# Further lanes of sending are threads from this number.
 _MORE = 10
 
 
@@ -39,7 +39,7 @@ def write_trace(
     hosts : sequence of str
         Every rank's.
     notes : dict, optional
-        What else the file should say of itself.
+        Further entries of the file's ``otherData``.
     """
     document = {
         "traceEvents": events(trace, hosts),
@@ -55,7 +55,7 @@ def write_trace(
 
 
 def events(trace: Trace, hosts: Sequence[str]) -> list[Event]:
-    """Return the trace's events: first the names, then the others in order of time.
+    """Return the events of a trace: first the names, then the others in order of time.
 
     Parameters
     ----------
@@ -69,28 +69,20 @@ def events(trace: Trace, hosts: Sequence[str]) -> list[Event]:
     """
     names: list[Event] = []
     slices: list[Event] = []
-    threads: dict[int, int] = {}  # of a trip, by its place in trace.trips
+    threads: dict[Trip, int] = {}
     for rank, host in enumerate(hosts):
-        mine = [n for n, trip in enumerate(trace.trips) if trip.source == rank]
-        lane_of = lanes([(trace.trips[n].posted, trace.trips[n].gone) for n in mine])
-        for n, lane in zip(mine, lane_of, strict=True):
-            threads[n] = SENDING if lane == 0 else _MORE + lane
-        names += _names(rank, host, max(lane_of, default=0))
+        sent = trace.sent_by(rank)
+        threads |= {trip: SENDING if lane == 0 else _MORE + lane for trip, lane in sent}
+        names += _names(rank, host, max((lane for _, lane in sent), default=0))
         slices += _slices(trace, rank)
-    slices += [_sending(trip, threads[n]) for n, trip in enumerate(trace.trips)]
+    slices += [_sending(trip, threads[trip]) for trip in trace.trips]
+    mark = {"ph": "i", "s": "p", "tid": COMPUTING}
     marks = [
-        {
-            "ph": "i",
-            "s": "p",
-            "name": f"{name} begins",
-            "pid": rank,
-            "tid": COMPUTING,
-            "ts": _us(at),
-        }
+        {**mark, "name": f"{name} begins", "pid": rank, "ts": _us(at)}
         for rank, passes in enumerate(trace.passes)
         for name, at in passes
     ]
-    # Arrows come last among equals: what they are bound to must have begun.
+    # Of simultaneous events, arrows come last: the slices that they are bound to must have begun.
     timed = [*sorted(slices, key=lambda e: -e["dur"]), *marks, *_arrows(trace, threads)]
     return names + sorted(timed, key=lambda event: float(event["ts"]))
 
@@ -139,28 +131,24 @@ def _slice(
     }
 
 
-def _arrows(trace: Trace, threads: dict[int, int]) -> Iterator[Event]:
-    """Yield the arrows: one flow for every block that goes round, one for any other message."""
-    flows: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for n, trip in enumerate(trace.trips):
+def _arrows(trace: Trace, threads: dict[Trip, int]) -> Iterator[Event]:
+    """Yield the arrows: one flow per block that goes round the ring, one per other message."""
+    flows: dict[tuple[Any, ...], list[tuple[Trip, Span]]] = defaultdict(list)
+    for trip in trace.trips:
         if trip.taken and trip.nbytes:
             ends = () if trip.block.hop else (trip.source, trip.dest)
-            flows[trip.block.kind, trip.block.owner, trip.turn, *ends].append(n)
-    numbers = count(1)
-    for places in flows.values():
-        number = next(numbers)
+            flow = flows[trip.block.kind, trip.block.owner, trip.turn, *ends]
+            flow.append((trip, trip.taken))
+    for number, flow in enumerate(flows.values(), start=1):
         points: list[tuple[int, int, float]] = []
-        for n in sorted(places, key=lambda n: trace.trips[n].block.hop):
-            trip = trace.trips[n]
-            assert trip.taken is not None
-            points.append((trip.source, threads[n], _us(trip.posted)))
-            # A nanosecond before the wait's end, where it is still open; never before it began.
-            last = max(_ns(trip.taken.start), _ns(trip.taken.end) - 1) / 1000
-            points.append((trip.dest, WAITING, last))
-        block = trace.trips[places[0]].block
+        for trip, taken in sorted(flow, key=lambda leg: leg[0].block.hop):
+            points.append((trip.source, threads[trip], _us(trip.posted)))
+            # A nanosecond before the wait ends, so that it is still open, but not before it begins.
+            points.append((trip.dest, WAITING, max(_ns(taken.start), _ns(taken.end) - 1) / 1000))
+        name = flow[0][0].block.name
         for place, (pid, tid, ts) in enumerate(points):
             phase = "s" if place == 0 else "f" if place == len(points) - 1 else "t"
-            event = {"ph": phase, "name": block.name, "cat": "block", "id": number}
+            event = {"ph": phase, "name": name, "cat": "block", "id": number}
             bound = {"bp": "e"} if phase == "f" else {}
             yield {**event, **bound, "pid": pid, "tid": tid, "ts": ts}
 

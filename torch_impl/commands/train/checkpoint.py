@@ -1,12 +1,12 @@
-"""What a run goes on from, after it was cut off: `torch.distributed.checkpoint` in three folders.
+"""Checkpoints to resume from: `torch.distributed.checkpoint` in three folders.
 
     checkpoint.new     being written, by all ranks     then, by rank 0, two renames:
-    checkpoint         the last one that is whole      checkpoint -> checkpoint.old
+    checkpoint         the last complete one           checkpoint -> checkpoint.old
     checkpoint.old     the one before                  checkpoint.new -> checkpoint
 
-A kill at any time leaves a whole one: `checkpoint`, or between the two renames `checkpoint.old`.
+A kill at any time leaves a complete one: `checkpoint` or, between the renames, `checkpoint.old`.
 Every rank has the same weights; they are written once, and read by any number of ranks.  No state
-of a random generator is kept: what is drawn follows from seed and step, and nothing else is random.
+of a random generator is stored: clips follow from seed and step, and nothing else is random.
 """
 
 import hashlib
@@ -28,9 +28,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
 from lvxattn.cli import InputError
-from lvxattn.common.validation import raise_together
-from lvxattn.torch_impl.commands.train.curve import Curve
 from lvxattn.torch_impl.commands.train.options import Settings
+from lvxattn.torch_impl.commands.train.training import Curve, on_rank_0
 from lvxattn.torch_impl.group import Group
 
 _NAME = "checkpoint"
@@ -44,16 +43,16 @@ def save(
     settings: Settings,
     group: Group,
 ) -> None:
-    """Write a checkpoint, and forget the one before when it is whole.
+    """Write a checkpoint, and remove the one before when it is complete.
 
     Collective: every rank of the group calls this.
 
     Raises
     ------
     InputError
-        It cannot be written; on every rank alike.  The one before is still there.
+        It cannot be written; on all ranks.  The one before is kept.
     RuntimeError
-        The ranks have come to have different weights.
+        The ranks' weights differ.
     """
     _check_equal(model, group)
     new, last, old = (folder / f"{_NAME}{end}" for end in (".new", "", ".old"))
@@ -61,7 +60,8 @@ def save(
         **_state(model, optimizer),
         "run": json.dumps({"settings": asdict(settings), "curve": curve.rows}),
     }
-    _on_rank_0(group, folder, lambda: shutil.rmtree(new, ignore_errors=True))
+    failure = f"cannot write {folder}"
+    on_rank_0(lambda: shutil.rmtree(new, ignore_errors=True), failure, group)
     with _plainly("write", new):
         write_state(
             state, checkpoint_id=new, process_group=group.group, no_dist=group.group is None
@@ -74,7 +74,7 @@ def save(
         os.rename(new, last)
         shutil.rmtree(old, ignore_errors=True)
 
-    _on_rank_0(group, folder, swap)
+    on_rank_0(swap, failure, group)
 
 
 def load(
@@ -84,19 +84,19 @@ def load(
     settings: Settings,
     group: Group,
 ) -> Curve:
-    """Read the last whole checkpoint into model and optimizer.
+    """Read the last complete checkpoint into model and optimizer.
 
-    Collective: every rank of the group calls this; it may be another number of ranks than wrote it.
+    Collective: every rank of the group calls this; any number of ranks, whatever wrote it.
 
     Returns
     -------
     Curve
-        What was trained so far.
+        The curve so far.
 
     Raises
     ------
     InputError
-        There is none, it is damaged, or it is of a run with other settings; on every rank alike.
+        There is none, it is damaged, or its run has other settings; on all ranks.
     """
     source = group.allgather(_last(folder))[0]
     if source is None:
@@ -121,7 +121,7 @@ def load(
 
 
 def _last(folder: Path) -> Path | None:
-    """Return the last checkpoint that is whole, if any."""
+    """Return the last complete checkpoint, if any."""
     for name in (_NAME, f"{_NAME}.old"):
         if (folder / name / ".metadata").exists():
             return folder / name
@@ -129,7 +129,7 @@ def _last(folder: Path) -> Path | None:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return weights and moments, by the names of the parameters."""
+    """Return weights and optimizer moments by parameter name."""
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments}
 
@@ -140,12 +140,12 @@ def _read(state: dict[str, Any], source: Path, group: Group) -> None:
 
 @contextmanager
 def _plainly(verb: str, path: Path) -> Iterator[None]:
-    """Turn what goes wrong on any rank into one line, and keep PyTorch's advice to itself."""
+    """Raise any rank's failure as an InputError of one line, and ignore PyTorch's warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except CheckpointException as error:  # raised on all ranks, with what happened on each
+    except CheckpointException as error:  # raised on all ranks, with each rank's failure
         (rank, (problem, _)), *_ = error.failures.items()
         raise InputError(f"cannot {verb} {path}: {_line(problem)} (on rank {rank})") from None
     except (OSError, RuntimeError, KeyError, ValueError, EOFError) as problem:
@@ -154,26 +154,15 @@ def _plainly(verb: str, path: Path) -> Iterator[None]:
 
 def _line(problem: BaseException) -> str:
     lines = str(problem).splitlines()
-    return f"{type(problem).__name__}: {lines[0] if lines else 'no further word'}"
-
-
-def _on_rank_0(group: Group, folder: Path, act: Any) -> None:
-    """Do something to files once; if that fails, raise on all ranks."""
-    error = None
-    if group.rank == 0:
-        try:
-            act()
-        except OSError as problem:
-            error = InputError(f"cannot write {folder}: {problem.strerror or problem}")
-    raise_together(error, group)
+    return f"{type(problem).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _check_equal(model: nn.Module, group: Group) -> None:
-    """See that all ranks have the same weights, to the bit."""
+    """Check that all ranks have the same weights, to the bit."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
     by_rank = group.allgather(digest.hexdigest())
     for rank, other in enumerate(by_rank):
         if other != by_rank[0]:
-            raise RuntimeError(f"rank {rank} has come to have other weights than rank 0")
+            raise RuntimeError(f"weights: expected those of rank 0, got others (on rank {rank})")

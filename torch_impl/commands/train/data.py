@@ -1,16 +1,16 @@
 """Clips of real handwriting, and questions about them.
 
 A frame is a picture of 8 x 8 pixels with a handwritten digit, and a marker of 16 bits beside it,
-drawn anew for every frame of every clip; no two frames of a clip have the same.  A question names a
+drawn for every frame of every clip; no two frames of a clip have the same.  A question names a
 frame by its marker and asks for its digit::
 
     frame        0        1        2     ...
     picture    [ 7 ]    [ 2 ]    [ 7 ]            "which digit is at 0110...?"     2
     marker    1011...  0110...  0001...
 
-Nothing but the frame tells the answer, and nothing but its marker tells the frame.  Everything that
-is drawn follows from (seed, purpose, step): every rank draws the whole batch's numbers, a few bytes
-a frame, and makes the pictures of its own frames only, so that a clip is the same on any P.
+Only the frame determines the answer, and only its marker identifies the frame.  All random numbers
+follow from (seed, purpose, step): every rank draws those of the whole batch, a few bytes per frame,
+and makes the pictures of its own frames only, so that a clip is the same for any P.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from torch import Tensor
 from lvxattn.common.layout import share
 
 SIDE, BITS, CLASSES = 8, 16, 10
-"""Pixels on each side of a picture, bits of a marker, and answers that there are."""
+"""Pixels on each side of a picture, bits of a marker, number of possible answers."""
 
 TRAIN, WATCH, TEST = 0, 1, 2
-"""What images and clips are for: training, looks at how it goes, and the answer at the end."""
+"""Purposes of images and clips: training, looks during it, and the test at the end."""
 
 _SPLIT = (0.8, 0.87)
-"""Where, in the shuffled images, those to watch begin and those to test with."""
+"""Shares of the shuffled images at which those to watch and those to test begin."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Images:
     pixels : (n, 8, 8), float32, -1 (paper) to 1 (ink)
     digits : (n,), int64
     numbers : (n,), int64
-        Which images of the data set these are.
+        Their indices in the data set.
     """
 
     pixels: NDArray[np.float32]
@@ -63,15 +63,15 @@ class Clips:
     markers : (B, f, 16), -1 or 1
         This rank's frames.
     questions : (B, s_q, 16), -1 or 1
-        Markers that this rank asks about.
+        The markers that this rank asks about.
     answers : (B, s_q), int64
-        The digits to be found.
+        The digits of their frames.
     asked : (B, s_q), int64
-        The frames that they are in, counted over all ranks; for looking at, not for the model.
+        Their frames, counted over all ranks; for pictures, not for the model.
     images : (B, s_q), int64
-        Which images of the data set these frames show.
+        Their images' indices in the data set.
     shape : (B, frames, S_Q)
-        Of the whole batch: clips, the frames of each, and the questions about each.
+        Of the whole batch: number of clips, frames and questions of each.
     """
 
     pictures: Tensor
@@ -122,15 +122,15 @@ def make_clips(
     Parameters
     ----------
     images : Images
-        What the frames show.
+        The images that frames show.
     key : (seed, purpose, step)
-        What the draw follows from.
+        The seed of the random numbers.
     shape : (B, frames, S_Q)
-        Clips, the frames of each, and the questions about each.
+        Number of clips, frames and questions of each.
     rank, size : int
-        Whose part of how many; any `size` cuts the same batch.
+        The part and the number of parts; any `size` splits the same batch.
     dtype : torch.dtype
-        Of pictures, markers and questions.
+        Dtype of pictures, markers and questions.
     """
     B, frames, S_Q = shape
     rng = np.random.default_rng(key)

@@ -1,4 +1,4 @@
-"""The pictures: the curve, and where the attention looked."""
+"""The pictures: the curve, and the attention to every frame."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,13 +13,13 @@ from matplotlib.ticker import PercentFormatter
 
 from lvxattn.common.layout import share
 from lvxattn.draw.rotation import COLOURS, INK
-from lvxattn.torch_impl.commands.train.attention_maps import Needle
-from lvxattn.torch_impl.commands.train.curve import Curve
+from lvxattn.torch_impl.commands.train.model import Needle
+from lvxattn.torch_impl.commands.train.training import Curve
 
 _BLUE, _ORANGE, _GREY = COLOURS[0], COLOURS[1], COLOURS[7]
 _DPI = 100
 _WINDOW = 15
-"""Steps that the drawn loss is the mean of."""
+"""Steps over which the loss is averaged."""
 
 
 def draw_curve(path: Path, curve: Curve, target: float, title: str) -> None:
@@ -31,7 +31,7 @@ def draw_curve(path: Path, curve: Curve, target: float, title: str) -> None:
     curve : Curve
         With at least one row.
     target : float
-        The share of right answers that the run is for.
+        The share of right answers to train for.
     title : str
     """
     figure = _figure(8.0, 5.6)
@@ -64,14 +64,14 @@ def draw_curve(path: Path, curve: Curve, target: float, title: str) -> None:
 
 
 def draw_needles(path: Path, needles: Sequence[Needle], layer: int, ranks: int) -> None:
-    """Draw what was asked, what was answered, and how much of the attention each frame got.
+    """Draw questions, answers, and each frame's share of the attention.
 
     Parameters
     ----------
     path : pathlib.Path
     needles : sequence of Needle
     layer : int
-        Whose attention it is.
+        The layer of that attention.
     ranks : int
     """
     rows = (len(needles) + 1) // 2
@@ -139,7 +139,7 @@ def _smooth(x: np.ndarray) -> np.ndarray:
 
 
 def _mark_lengths(axes: tuple[Axes, Axes], frames: np.ndarray) -> None:
-    """Draw where the clips grow, and say above the picture how long they are."""
+    """Draw where the clips grow, and their lengths above the picture."""
     grown = [0, *(np.flatnonzero(np.diff(frames)) + 1), len(frames)]
     above = axes[0]
     for first, stop in pairwise(grown):

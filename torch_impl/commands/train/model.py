@@ -7,38 +7,45 @@
     x <- x + mlp(norm(x))                                 and the video meet, and where ranks talk
     answer = norm(x) W_a
 
-A token shows a quarter of a picture: no token tells a digit, and to put it together the heads have
-to find all four patches of one frame among thousands of tokens.
+A token holds a quarter of a picture: no token alone determines a digit, so the heads have to find
+all four patches of one frame among thousands of tokens.
 """
 
+from dataclasses import dataclass
+from math import sqrt
+from typing import cast
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lvxattn.common.layout import share
 from lvxattn.common.meter import Meter
 from lvxattn.torch_impl.commands.train.data import BITS, CLASSES, SIDE, Clips
 from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.layout import Layout, unshard
 from lvxattn.torch_impl.module import CrossAttention
 
 PATCH = 4
 """Pixels on each side of a patch."""
 
 TOKENS = (SIDE // PATCH) ** 2
-"""Visual tokens that a frame becomes."""
+"""Visual tokens of a frame."""
 
 E, H, D, LAYERS = 64, 4, 32, 2
 """Width of the features, heads, width of a head, layers."""
 
 
 class Finder(nn.Module):
-    """Answers questions about a video that is spread over ranks.
+    """A model that answers questions about a video sharded over ranks.
 
     Parameters
     ----------
     group : Group
         The ranks that hold the video.
     schedule : str
-        What travels between them.
+        The schedule of the attention.
     """
 
     def __init__(self, group: Group, schedule: str = "lv-xattn") -> None:
@@ -65,9 +72,9 @@ class Finder(nn.Module):
         clips : Clips
             This rank's frames and questions.
         meter : Meter, optional
-            Counts what the attention sends.
+            Counts the attention's messages.
         seen : list, optional
-            Is given what each layer's attention is asked: (B, s_q, E).
+            Each layer's query features are appended: (B, s_q, E).
 
         Returns
         -------
@@ -92,12 +99,12 @@ class Finder(nn.Module):
         return features
 
     def layout(self, clips: Clips) -> Layout:
-        """Agree on who holds what: once for all layers and all batches of one shape.
+        """Return the layout, agreed on once for all layers and all batches of one shape.
 
         Collective: every rank of the group calls this.
 
-        The shape is the whole batch's: this rank's part of two batches may be the same and another
-        rank's not, and either all ranks agree anew or none.
+        The key is the whole batch's shape, as agreement is collective: this rank's parts of two
+        batches may be equal while another rank's are not.
 
         Raises
         ------
@@ -113,7 +120,7 @@ class Finder(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention from the text to the video, then a layer of plain neurons for each question."""
+    """Cross-attention from the text to the video, then an MLP for each question."""
 
     def __init__(self, group: Group) -> None:
         super().__init__()
@@ -136,3 +143,81 @@ class _Layer(nn.Module):
         x = x + self.attend(asks, features, layout=layout, schedule=schedule, meter=meter)
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A question, its answer, and the attention to every frame.
+
+    Attributes
+    ----------
+    marker : (16,), -1 or 1
+        The marker asked about.
+    picture : (8, 8)
+        The picture of the frame with this marker.
+    frame, holder : int
+        The number of that frame, and the rank that holds it.
+    digit, answer : int
+        The digit that it shows, and the model's answer.
+    weights : (frames,)
+        Each frame's share of the attention: the sum over its patches, the mean over heads.
+    """
+
+    marker: NDArray[np.float64]
+    picture: NDArray[np.float64]
+    frame: int
+    holder: int
+    digit: int
+    answer: int
+    weights: NDArray[np.float64]
+
+
+@torch.no_grad()
+def find_needles(model: Finder, clips: Clips) -> tuple[int, list[Needle]]:
+    """Answer the questions about the first clip of a batch, and return the attention of each.
+
+    Collective: every rank of the model's group calls this.  Every rank holds the scores of all
+    questions: for a few questions only.
+
+    Returns
+    -------
+    layer : int
+        The layer with the largest weights at the right frames, counted from 1.
+    needles : list of Needle
+        The same on all ranks.
+    """
+    group, seen = model.group, list[Tensor]()
+    answers = unshard(model(clips, seen=seen).argmax(-1), group, axis=1)[0]
+    asked = unshard(clips.asked, group, axis=1)[0]
+    by_layer = torch.stack([_weights(model, i, asks, clips) for i, asks in enumerate(seen)])
+    right = by_layer[:, torch.arange(len(asked)), asked].mean(dim=1)
+    layer = int(right.argmax())
+    pictures = unshard(clips.pictures, group, axis=1)[0]
+    markers = unshard(clips.questions, group, axis=1)[0]
+    digits = unshard(clips.answers, group, axis=1)[0]
+    ends = [share(clips.shape[1], rank, group.size).stop for rank in range(group.size)]
+    needles = [
+        Needle(
+            marker=markers[n].double().numpy(),
+            picture=pictures[frame].double().numpy(),
+            frame=frame,
+            holder=sum(frame >= end for end in ends),
+            digit=int(digits[n]),
+            answer=int(answers[n]),
+            weights=by_layer[layer, n].numpy(),
+        )
+        for n, frame in enumerate(asked.tolist())
+    ]
+    return layer + 1, needles
+
+
+def _weights(model: Finder, layer: int, asks: Tensor, clips: Clips) -> Tensor:
+    """Return the weight of every frame for every question about the first clip: (S_Q, frames)."""
+    attend = cast(CrossAttention, model.layers[layer].attend)
+    everyone = unshard(asks, model.group, axis=1)[:1]
+    q = attend.q_proj(everyone).unflatten(-1, (-1, D)).transpose(1, 2)
+    k = attend.k_proj(model.look(clips)[:1]).unflatten(-1, (-1, D)).transpose(1, 2)
+    mine = (q @ k.transpose(2, 3) / sqrt(D)).double()  # (1, H, S_Q, s_kv)
+    scores = unshard(mine, model.group, axis=3)
+    weights = scores.softmax(-1)[0].mean(dim=0)
+    return weights.unflatten(-1, (-1, TOKENS)).sum(-1)

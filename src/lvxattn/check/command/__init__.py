@@ -1,18 +1,13 @@
 """The oracle's command line: ``python -m lvxattn.check``.
 
-============  ===================================================================
-`entry`       the parser, and which of the following it is
-`checking`    a suite on a function
-`one_case`    one case, everything about it, and its tensors in a file
-`listing`     the cases
-`golden`      golden files, written and verified
-`proof`       ``self-test``
-`arguments`   what the user gave, looked at before anything is done
-`ranks`       who speaks, and how all ranks end alike
-============  ===================================================================
+============  =====================================================================
+`entry`       the parser, and the subcommands ``golden`` and ``self-test``
+`checking`    a suite on a function; one case, in detail and in a file; the list
+`launched`    ``--distributed``: which process prints, and one exit status for all
+============  =====================================================================
 """
 
 from lvxattn.check.command.entry import main
-from lvxattn.check.command.ranks import leave
+from lvxattn.check.command.launched import leave
 
 __all__ = ["leave", "main"]

@@ -1,6 +1,6 @@
 """CuPy: no autograd, a current device for each thread, bfloat16 since version 14.
 
-Kernels run late: a copy to the host waits for the current stream, and for no other.
+Kernels run asynchronously: a copy to the host waits for the current stream, and for no other.
 """
 
 from contextlib import AbstractContextManager
@@ -9,28 +9,18 @@ from typing import Any
 import cupy
 import numpy as np
 
-from lvxattn.check.frameworks.framework import (
-    DTYPES,
-    Array,
-    Function,
-    device_number,
-    half_missing,
-    same_over_heads,
-    there,
-)
+from lvxattn.check.frameworks import Array, Framework, half_missing
 from lvxattn.cli.tensors import dtype_of
-from lvxattn.common.masks import MaskRule
 
 
-class CuPy:
+class CuPy(Framework):
     """CuPy's arrays on one device."""
 
     name = "cupy"
     autograd = False
-    usual = ("float32", "bfloat16")
 
     def __init__(self, device: str | int | None = None) -> None:
-        self._number = device_number(device, "cupy")
+        self._number = _device_number(device)
         try:
             with self.active():
                 cupy.asarray(np.zeros(1)) + 1
@@ -41,10 +31,9 @@ class CuPy:
             ) from None
         self.device = f"cuda:{self._number}"
         self.missing = half_missing() or self._without_half()
-        self.dtypes = there(DTYPES, self.missing)
 
     def _without_half(self) -> dict[str, str]:
-        """Return why there is no bfloat16: an older CuPy, or a compiler that cannot do it."""
+        """Return why bfloat16 is unavailable: an older CuPy, or a compiler without it."""
         try:
             with self.active():
                 one = cupy.asarray(np.ones(1, dtype_of("bfloat16")))
@@ -58,20 +47,11 @@ class CuPy:
         device: AbstractContextManager[Any] = cupy.cuda.Device(self._number)
         return device
 
-    def put(self, x: Array, memory: str = "contiguous") -> Any:
-        """Copy an array; a device array cannot be read-only."""
-        if memory == "transposed" and x.ndim == 4:
-            return self._dense(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-        if memory == "broadcast" and same_over_heads(x):
-            return cupy.broadcast_to(self._dense(x[:, :1]), x.shape)
-        return self._dense(x)
-
     def _dense(self, x: Array) -> Any:
         return cupy.asarray(np.array(x, order="C", copy=True))
 
-    def rule(self, mask: MaskRule) -> MaskRule:
-        """Return the mask itself."""
-        return mask
+    def _repeat(self, x: Any, shape: tuple[int, ...]) -> Any:
+        return cupy.broadcast_to(x, shape)
 
     def get(self, x: Any) -> Array:
         """Copy an array into float64."""
@@ -82,6 +62,11 @@ class CuPy:
         """Whether x is an array on the device."""
         return isinstance(x, cupy.ndarray) and x.device.id == self._number
 
-    def differentiate(self, fn: Function, q: Any, k: Any, v: Any) -> tuple[Any, str]:
-        """Call the function; there is no autograd."""
-        return fn(q, k, v), "CuPy has no autograd, and the function no backward"
+
+def _device_number(device: str | int | None) -> int:
+    """Return the number of a CUDA device: of ``1``, ``"1"``, ``"cuda:1"``; by default 0."""
+    text = "0" if device in (None, "cuda", "gpu") else str(device)
+    number = text.removeprefix("cuda:").removeprefix("gpu:")
+    if not number.isdecimal():
+        raise ValueError(f"device: expected a number or cuda:NUMBER with cupy, got {device!r:.40}")
+    return int(number)

@@ -1,8 +1,8 @@
 """JAX: autograd by `jax.vjp`; float64 only where jax_enable_x64 is on.
 
-Its arrays have no strides and cannot be written into, but a jitted function can be given their
-memory (donate_argnums).  Whether float64 is there, and the default device, may be set for one
-thread alone: `Jax` keeps what holds where it is made, and `Jax.active` brings that to another.
+Its arrays have no strides and cannot be written into, but can be donated to a jitted function
+(donate_argnums).  float64 and the default device may be settings of one thread alone: `Jax` keeps
+those of the thread that makes it, and `Jax.active` applies them to another.
 """
 
 from collections.abc import Iterator
@@ -14,26 +14,18 @@ import jax
 import numpy as np
 
 from lvxattn.check.error_location import one_line
-from lvxattn.check.frameworks.framework import (
-    DTYPES,
-    Array,
-    Function,
-    Pullback,
-    half_missing,
-    there,
-)
+from lvxattn.check.frameworks import Array, Framework, Function, Pullback, half_missing
 from lvxattn.common.masks import MaskRule
 
-# What JAX says, in a ValueError, of functions that have a value but no reverse-mode gradient.
+# In JAX's ValueError for functions that have a value but no reverse-mode gradient.
 _NO_GRADIENT = ("Reverse-mode differentiation", "not support JVP")
 
 
-class Jax:
+class Jax(Framework):
     """JAX's arrays on one device."""
 
     name = "jax"
     autograd = True
-    usual = ("float32", "bfloat16")
 
     def __init__(self, device: str | int | None = None) -> None:
         self._device = _device(device)
@@ -41,23 +33,22 @@ class Jax:
         self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         off = {} if self._x64 else {"float64": "jax_enable_x64 is off"}
         self.missing = off | half_missing()
-        self.dtypes = there(DTYPES, self.missing)
-
-    def active(self) -> AbstractContextManager[None]:
-        """Bring the settings of the thread that made this to another."""
-        return self._active()
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
+        """Apply the settings of the thread that made this to another."""
         with _enable_x64(self._x64), jax.default_device(self._device):
             yield
 
     def put(self, x: Array, memory: str = "contiguous") -> Any:  # noqa: ARG002
-        """Copy an array; JAX decides how it lies in memory."""
+        """Copy an array; JAX decides on the layout."""
+        return self._dense(x)
+
+    def _dense(self, x: Array) -> Any:
         return jax.device_put(np.array(x, order="C", copy=True), self._device)
 
     def rule(self, mask: MaskRule) -> Any:
-        """Return the mask as something that can be an argument of a jitted function."""
+        """Return the mask as a valid argument of a jitted function."""
         partial: Any = jax.tree_util.Partial
         return partial(mask)
 
@@ -67,7 +58,7 @@ class Jax:
         return np.array(x, bool if x.dtype == bool else np.float64)
 
     def owns(self, x: Any) -> bool:
-        """Whether x is an array on the device; a tracer that has escaped is none."""
+        """Whether x is an array on the device, and not an escaped tracer."""
         return (
             isinstance(x, jax.Array)
             and not isinstance(x, jax.core.Tracer)
@@ -75,7 +66,7 @@ class Jax:
         )
 
     def differentiate(self, fn: Function, q: Any, k: Any, v: Any) -> tuple[Any, Pullback | str]:
-        """Call the function under `jax.vjp`, and without it if that cannot be."""
+        """Call the function under `jax.vjp`, or without it if it cannot be differentiated."""
 
         def split(*leaves: Any) -> tuple[Any, Any]:
             result = fn(*leaves)
@@ -94,13 +85,13 @@ class Jax:
             if not (_is_untraceable(error) or _has_no_gradient(error)):
                 raise
             why = f"{type(error).__name__}: {one_line(error)}"
-        if why:  # outside of the handler: what fn raises here has nothing to do with that
+        if why:  # outside the handler: an error of fn here is not caused by that one
             return fn(q, k, v), why
 
         def pullback(dout: Any) -> tuple[Any, Any, Any]:
             try:
                 dq, dk, dv = transposed(dout)
-            except ValueError as error:  # a loop says it only now
+            except ValueError as error:  # a loop raises it only now
                 if not _has_no_gradient(error):
                     raise
                 raise NotImplementedError(str(error)) from error
@@ -114,7 +105,7 @@ class _NoArrayError(Exception):
 
 
 def _is_untraceable(error: Exception) -> bool:
-    """Whether it leaves JAX, for NumPy as a rule, or has a part without a derivative."""
+    """Whether fn left JAX, usually for NumPy, or has a part without a derivative."""
     return isinstance(error, NotImplementedError | jax.errors.JAXTypeError)
 
 
@@ -123,7 +114,7 @@ def _has_no_gradient(error: Exception) -> bool:
 
 
 def _device(device: str | int | None) -> Any:
-    """Return JAX's device: of a platform's name, of ``"cuda:1"``, or of a number."""
+    """Return JAX's device of a platform's name, of ``"cuda:1"``, or of a number."""
     if device is None:
         return jax.numpy.zeros(1).devices().pop()  # the default's
     platform, _, number = str(device).rpartition(":")
@@ -137,7 +128,7 @@ def _device(device: str | int | None) -> Any:
 
 
 def _enable_x64(on: bool) -> AbstractContextManager[Any]:
-    # Before JAX 0.8 it is among what is experimental.
+    # Before JAX 0.8 it is experimental.
     module = jax if hasattr(jax, "enable_x64") else import_module("jax.experimental")
     context: AbstractContextManager[Any] = module.enable_x64(on)
     return context

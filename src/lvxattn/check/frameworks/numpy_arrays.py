@@ -1,22 +1,13 @@
 """NumPy: no autograd, bfloat16 from ml_dtypes."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from lvxattn.check.frameworks.framework import (
-    DTYPES,
-    Array,
-    Function,
-    half_missing,
-    laid_out,
-    there,
-)
-from lvxattn.common.masks import MaskRule
+from lvxattn.check.frameworks import Array, Framework, half_missing
 
 
-class NumPy:
+class NumPy(Framework):
     """NumPy's arrays."""
 
     name = "numpy"
@@ -28,19 +19,20 @@ class NumPy:
         if device not in (None, "cpu"):
             raise ValueError(f"device: expected cpu with numpy, got {device!r:.40}")
         self.missing = half_missing()
-        self.dtypes = there(DTYPES, self.missing)
-
-    def active(self) -> AbstractContextManager[None]:
-        """Change nothing."""
-        return nullcontext()
 
     def put(self, x: Array, memory: str = "contiguous") -> Array:
-        """Copy an array."""
-        return laid_out(x, memory)
+        """Copy an array, the only kind that can be read-only."""
+        copy: Array = super().put(x, memory)
+        if memory == "read-only":
+            copy.flags.writeable = False
+        return copy
 
-    def rule(self, mask: MaskRule) -> MaskRule:
-        """Return the mask itself."""
-        return mask
+    def _dense(self, x: Array) -> Array:
+        return np.array(x, order="C", copy=True)
+
+    def _repeat(self, x: Array, shape: tuple[int, ...]) -> Array:
+        strides = [0 if axis == 1 else stride for axis, stride in enumerate(x.strides)]
+        return np.lib.stride_tricks.as_strided(x, shape, strides)  # unlike broadcast_to, writeable
 
     def get(self, x: Array) -> Array:
         """Copy an array into float64."""
@@ -49,7 +41,3 @@ class NumPy:
     def owns(self, x: Any) -> bool:
         """Whether x is a NumPy array."""
         return isinstance(x, np.ndarray)
-
-    def differentiate(self, fn: Function, q: Any, k: Any, v: Any) -> tuple[Any, str]:
-        """Call the function; there is no autograd."""
-        return fn(q, k, v), "NumPy has no autograd, and the function no backward"

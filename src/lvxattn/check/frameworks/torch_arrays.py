@@ -7,28 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvxattn.check.frameworks.framework import (
-    DTYPES,
-    Array,
-    Function,
-    Pullback,
-    half_missing,
-    same_over_heads,
-    there,
-)
-from lvxattn.common.masks import MaskRule
+from lvxattn.check.frameworks import Array, Framework, Function, Pullback, half_missing
 
 
-class Torch:
+class Torch(Framework):
     """PyTorch's tensors on one device."""
 
     name = "torch"
     autograd = True
-    usual = ("float32", "bfloat16")
 
     def __init__(self, device: str | int | None = None) -> None:
         try:
-            # "cuda" is the current device of this thread; its tensors say which that is.
+            # "cuda" is the current device of this thread; its tensors show its number.
             one = torch.zeros(1, device="cpu" if device is None else device)
             one.cpu()  # the device "meta" has no numbers
         except (RuntimeError, AssertionError, TypeError) as error:
@@ -40,25 +30,16 @@ class Torch:
         self._device = one.device
         self.device = str(self._device)
         self.missing = half_missing()
-        self.dtypes = there(DTYPES, self.missing)
 
     def active(self) -> AbstractContextManager[Any]:
-        """Make a CUDA device the thread's own, for kernels that are launched on that.
+        """Make a CUDA device the thread's own, for kernels launched on the current device.
 
-        What is compiled is compiled anew for every case: after a few shapes a compiled function
-        would run as it is written, and that would be checked instead.
+        Compiled functions are recompiled for every case: after a few shapes, PyTorch would run them
+        uncompiled, and that would be checked instead.
         """
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-
-    def put(self, x: Array, memory: str = "contiguous") -> torch.Tensor:
-        """Copy an array; a tensor cannot be read-only."""
-        if memory == "transposed" and x.ndim == 4:
-            return self._dense(x.swapaxes(-1, -2)).transpose(-1, -2)
-        if memory == "broadcast" and same_over_heads(x):
-            return self._dense(x[:, :1]).expand(x.shape)
-        return self._dense(x)
 
     def _dense(self, x: Array) -> torch.Tensor:
         x = np.array(x, order="C", copy=True)
@@ -66,9 +47,8 @@ class Torch:
             return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(self._device)
         return torch.from_numpy(x).to(self._device)
 
-    def rule(self, mask: MaskRule) -> MaskRule:
-        """Return the mask itself."""
-        return mask
+    def _repeat(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return x.expand(shape)
 
     def get(self, x: torch.Tensor) -> Array:
         """Copy a tensor into float64."""
@@ -82,7 +62,7 @@ class Torch:
     def differentiate(self, fn: Function, q: Any, k: Any, v: Any) -> tuple[Any, Pullback | str]:
         """Call the function on leaves that require gradients.
 
-        They share memory with q, k and v, so that what is written into them shows there.
+        They share memory with q, k and v, so that writes into them show there.
         """
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -95,7 +75,7 @@ class Torch:
 
         def pullback(dout: Any) -> tuple[Any, Any, Any]:
             found = torch.autograd.grad(out, leaves, dout, allow_unused=True)
-            # What out does not depend on has no gradient instead of one of 0.
+            # An input that out does not depend on has no gradient instead of zeros.
             dq, dk, dv = (
                 torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)
             )

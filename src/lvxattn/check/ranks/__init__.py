@@ -1,41 +1,40 @@
-"""The ranks on which a distributed function is checked: of MPI, of PyTorch, or threads."""
+"""The ranks on which a distributed function is checked: processes of MPI or PyTorch, or threads."""
 
 import os
 
-from lvxattn.check.ranks.outcome import Outcome, joined
-from lvxattn.check.ranks.ranks import Ranks, Task, Together
-from lvxattn.check.ranks.virtual import VirtualRanks
+from lvxattn.check.ranks.tasks import Ranks, joined
+from lvxattn.check.ranks.virtual_ranks import VirtualRanks
 
-# What torchrun sets, or whoever sets what it sets.
+# The variables that torchrun sets.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 
 
 def launched_by_torchrun() -> bool:
-    """Whether the environment says where the ranks of a process group meet."""
+    """Whether the environment has the address of a process group."""
     return all(os.environ.get(name) for name in _TORCHRUN)
 
 
-def ranks_of(wish: int | None, time_limit: float, device: str | None) -> Ranks:
-    """Return the ranks that there are.
+def ranks_of(virtual: int | None, time_limit: float, device: str | None) -> Ranks:
+    """Return the launcher's ranks, or virtual ones.
 
     Collective, unless the ranks are virtual.
 
     Parameters
     ----------
-    wish : int, optional
-        That many virtual ranks; the launcher's unless given.
+    virtual : int, optional
+        Number of virtual ranks; default: the launcher's ranks.
     time_limit : float
-        Seconds that a task may take.
+        Seconds per task.
     device : str, optional
-        Where PyTorch's tensors will be.
+        Of PyTorch's tensors.
 
     Raises
     ------
     ValueError, ModuleNotFoundError, RuntimeError
-        The wish is below 1; there is no torchrun and no mpi4py; MPI has no thread support.
+        virtual is below 1; there is neither torchrun nor mpi4py; MPI has no thread support.
     """
-    if wish is not None:
-        return VirtualRanks(wish, time_limit)
+    if virtual is not None:
+        return VirtualRanks(virtual, time_limit)
     if launched_by_torchrun():
         from lvxattn.check.ranks.torch_processes import TorchProcesses
 
@@ -51,4 +50,4 @@ def ranks_of(wish: int | None, time_limit: float, device: str | None) -> Ranks:
     return MPIProcesses(time_limit)
 
 
-__all__ = ["Outcome", "Ranks", "Task", "Together", "joined", "launched_by_torchrun", "ranks_of"]
+__all__ = ["Ranks", "joined", "launched_by_torchrun", "ranks_of"]

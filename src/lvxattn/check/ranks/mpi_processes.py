@@ -1,4 +1,4 @@
-"""The processes of mpiexec."""
+"""The processes started by mpiexec."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from lvxattn.check.ranks.processes import Processes
 
 
 class MPIProcesses(Processes):
-    """The ranks of MPI.COMM_WORLD; the function gets communicators split off it."""
+    """The ranks of MPI.COMM_WORLD; the function gets communicators split from it."""
 
     def __init__(self, time_limit: float) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
@@ -47,5 +47,5 @@ class MPIProcesses(Processes):
 
     def _abort(self) -> None:
         sys.stdout.flush()
-        time.sleep(0.5)  # the launcher drops what it has not read yet
+        time.sleep(0.5)  # the launcher drops output that it has not read yet
         MPI.COMM_WORLD.Abort(1)

@@ -1,6 +1,6 @@
-"""The processes of torchrun.
+"""The processes started by torchrun.
 
-The channel is a store of its own, held by rank 0: it answers whatever a process group is stuck in.
+The channel is a store of its own, held by rank 0: it answers even if a process group is stuck.
 """
 
 import os
@@ -25,25 +25,25 @@ class TorchProcesses(Processes):
         self._ours = not dist.is_initialized()
         self.device = _own_device(device)
         if self._ours:
-            dist.init_process_group(_backend(self.device))
+            init_process_group(self.device)
         rank, size = dist.get_rank(), dist.get_world_size()
         host, port = os.environ["MASTER_ADDR"], 0
         wait = timedelta(seconds=JUDGING)
         if rank == 0:
             self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
             port = self._store.port
-        told = [port]
-        dist.broadcast_object_list(told, src=0)
+        ports = [port]
+        dist.broadcast_object_list(ports, src=0)
         if rank:
-            self._store = TCPStore(host, told[0], is_master=False, timeout=wait)
+            self._store = TCPStore(host, ports[0], is_master=False, timeout=wait)
         self._sent: Counter[tuple[int, int]] = Counter()
         self._taken: Counter[tuple[int, int]] = Counter()
         super().__init__(rank, size, time_limit)
 
     def close(self) -> None:
-        """End the process group too, if it was not there before."""
+        """Destroy the process group too, if this object made it."""
         super().close()
-        dist.barrier()  # rank 0 holds the store: nobody may still need it
+        dist.barrier()  # rank 0 holds the store: no rank may still need it
         if self._ours:
             dist.destroy_process_group()
 
@@ -81,21 +81,20 @@ class TorchProcesses(Processes):
             dist.destroy_process_group(comm)
 
     def _abort(self) -> None:
-        """Let the others hear of it: torchrun ends all when one has ended with status 1."""
+        """Wait for other ranks' output: torchrun ends all when one ends with status 1."""
         time.sleep(0.5)
 
 
 def _own_device(device: str | None) -> str | None:
-    """Return this rank's device: a GPU without a number is its own where there are enough."""
+    """Return this rank's device: one GPU for each rank if the device has no number."""
     if device is None or torch.device(device).type != "cuda" or ":" in device:
         return device
     local = int(os.environ.get("LOCAL_RANK", "0"))
     return f"cuda:{local % max(1, torch.cuda.device_count())}"
 
 
-def _backend(device: str | None) -> str:
-    """Return NCCL for the blocks of GPUs where each rank of this host has its own, else gloo."""
+def init_process_group(device: str | None) -> None:
+    """Initialize with NCCL for CUDA tensors if each rank of this host has its own GPU."""
     own = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device is not None and torch.device(device).type == "cuda" and own:
-        return "cpu:gloo,cuda:nccl"
-    return "gloo"
+    cuda = (device or "").startswith("cuda") and own  # an invalid device is reported later
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")

@@ -1,26 +1,18 @@
-"""A library of wrong kernels: what people get wrong, each by overriding one step of a right one.
+"""A library of wrong kernels: common defects, each one overridden step of a correct kernel.
 
-They prove that the cases catch such defects, and they tell a user whose kernel fails what it
-behaves like.
+They prove that the cases catch such defects, and a failing kernel is diagnosed by comparison with
+them.
 """
 
-from lvxattn.check.wrong.backward import BACKWARD
-from lvxattn.check.wrong.heads import HEADS
+from lvxattn.check.wrong import backward, heads, masks, memory, precision, scores, sums
 from lvxattn.check.wrong.kernel_base import KernelBase
-from lvxattn.check.wrong.masks import MASKS
-from lvxattn.check.wrong.memory import MEMORY
-from lvxattn.check.wrong.precision import PRECISION
-from lvxattn.check.wrong.scores import SCORES
-from lvxattn.check.wrong.sums import SUMS
 
+# In the order in which the modules define them: by name.
 WRONG: dict[str, type[KernelBase]] = {
-    **SCORES,
-    **SUMS,
-    **HEADS,
-    **MASKS,
-    **BACKWARD,
-    **PRECISION,
-    **MEMORY,
+    kernel.name: kernel
+    for module in (scores, sums, heads, masks, backward, precision, memory)
+    for kernel in vars(module).values()
+    if isinstance(kernel, type) and issubclass(kernel, KernelBase) and kernel.name
 }
 
 __all__ = ["WRONG", "KernelBase"]

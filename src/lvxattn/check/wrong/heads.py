@@ -2,19 +2,18 @@
 
 import numpy as np
 
-from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.kernel_base import Array, KernelBase
+from lvxattn.check.wrong.kernel_base import Array, KernelBase, Partial
 
 
-class TiledHeads(KernelBase):
+class TiledHeads(KernelBase, name="heads tiled"):
     """Query head h reads key-value head h % H_KV instead of h // (H / H_KV)."""
 
     def _kv_head(self, H: int, H_KV: int) -> Array:
         return np.arange(H) % H_KV
 
 
-class LastHead(KernelBase):
-    """The query heads that share keys overwrite one another's dk and dv instead of adding them."""
+class LastHead(KernelBase, name="dk and dv of a group's last head"):
+    """Query heads that share keys overwrite one another's dk and dv instead of adding them."""
 
     def _sum_heads(self, dx: Array, H_KV: int) -> Array:
         last = np.zeros((dx.shape[0], H_KV, *dx.shape[2:]), dx.dtype)
@@ -22,40 +21,27 @@ class LastHead(KernelBase):
         return last
 
 
-class LastHeadOfAll(KernelBase):
-    """Where there is one key-value head, dk and dv are those of the last query head alone."""
+class LastHeadOfAll(KernelBase, name="dk and dv of the last head if H_KV is 1"):
+    """With a single key-value head, dk and dv are those of the last query head alone."""
 
     def _sum_heads(self, dx: Array, H_KV: int) -> Array:
         return dx[:, -1:] if H_KV == 1 else super()._sum_heads(dx, H_KV)
 
 
-class MeanOverHeads(KernelBase):
+class MeanOverHeads(KernelBase, name="dk and dv averaged over a group"):
     """Gradients of query heads that share keys are averaged instead of added."""
 
     def _sum_heads(self, dx: Array, H_KV: int) -> Array:
-        mean: Array = super()._sum_heads(dx, H_KV) * H_KV / dx.shape[1]
-        return mean
+        return np.asarray(super()._sum_heads(dx, H_KV) * H_KV / dx.shape[1])
 
 
-class OutLikeQ(KernelBase):
-    """The memory for out is taken in the shape of q, as if D_V were D."""
+class OutLikeQ(KernelBase, name="out allocated like q"):
+    """The memory for out has the shape of q, as if D_V were D."""
 
-    compare = "complaint"
+    compare = "message"
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
-    ) -> tuple[Array, Array]:
-        out, lse = super()._forward(q, k, v, scale=scale, mask=mask)
+    def _results(self, q: Array, out: Array, lse: Array) -> Partial:
         like_q = np.zeros(q.shape, q.dtype)
-        D = min(q.shape[3], v.shape[3])
+        D = min(q.shape[3], out.shape[3])
         like_q[..., :D] = out[..., :D]
         return like_q, lse
-
-
-HEADS: dict[str, type[KernelBase]] = {
-    "heads tiled": TiledHeads,
-    "dk and dv of a group's last head": LastHead,
-    "dk and dv of the last head if H_KV is 1": LastHeadOfAll,
-    "dk and dv averaged over a group": MeanOverHeads,
-    "out allocated like q": OutLikeQ,
-}

@@ -1,11 +1,11 @@
-"""A right kernel, in small steps for wrong ones to override.
+"""A correct kernel, in small steps for wrong ones to override.
 
     a shard of the keys:   s = scale q k^T + mask,  p = exp(s - max s),  out = p v / sum p
     their union:           merged, with lse as the two numbers max s and log sum p
     backward:              p = exp(s - lse - low),  ds = p (dout v^T - delta)
 
-It is in another style than `rounded.py`, which sets the limit: keys cut in shards, heads of keys
-repeated, gradients taken shard by shard.
+It computes in another way than `rounding_model`, which sets the limit: keys are cut into shards,
+key-value heads repeated, and gradients computed shard by shard.
 """
 
 from functools import cache
@@ -15,49 +15,70 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.masks import Mask
+from lvxattn.check.case_arrays import Mask, mask_array
 from lvxattn.common.validation import accumulator
 
 Array = npt.NDArray[Any]
-Shape = tuple[int, int, int, int]  # B, H, S_Q, S_KV
+# out or dout, and lse, which may be two numbers whose sum it is: (B, H, S_Q, 2).
+Partial = tuple[Array, Array]
+Gradients = tuple[Array, Array, Array]
 
 
 class KernelBase:
     """Attention over shards of the keys, on NumPy arrays of any floating dtype.
 
-    A wrong kernel is a subclass that overrides one step.  An instance may remember what it was
-    called with, so each use takes a fresh one.
+    A wrong kernel is a subclass that overrides one step.  An instance may keep state between calls,
+    so each check takes a fresh one.
 
     Parameters
     ----------
     shards : int
-        In how many pieces the keys are; some are empty where there are fewer keys.
+        Number of shards of the keys; some are empty where there are fewer keys.
 
     Attributes
     ----------
+    name : str
+        What a diagnosis calls the defect, of the class: ``class X(KernelBase, name="no scale")``.
     variants : tuple of dict
         Arguments with which the diagnosis tries the class; the first are the defaults.
     compare : str
         What the diagnosis compares: ``"values"``; ``"size"``, that of the error, for what only
-        rounds differently; or ``"complaint"``, for what returns no result at all.
-    remembers : bool
-        Whether a call depends on those before.
+        rounds differently; or ``"message"``, for what returns no result at all.
+    keeps_state : bool
+        Whether a call depends on earlier ones.
+    dtype : dtype
+    shape : tuple of int
+        (B, H, S_Q, S_KV).
+    scale : float
+        As given to the call under way.
     """
 
+    name: ClassVar[str] = ""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"shards": 1})
     compare: ClassVar[str] = "values"
-    remembers: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = False
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, int, int, int]
+    scale: float
+
+    def __init_subclass__(cls, name: str = "") -> None:
+        """Set the name of a wrong kernel."""
+        cls.name = name
 
     def __init__(self, shards: int = 4) -> None:
         self.shards = shards
 
-    def __call__(
-        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
-    ) -> tuple[Array, Array]:
+    @np.errstate(all="ignore")
+    def __call__(self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask) -> Partial:
         """Return out and lse."""
-        with np.errstate(all="ignore"):
-            return self._forward(q, k, v, scale=scale, mask=mask)
+        self._begin(q, k, scale)
+        wide_q, wide_k, wide_v = self._arguments(q, k, v)
+        parts = self._parts(wide_q, wide_k, wide_v, self._mask(mask))
+        out, lse = self._join(parts, np.zeros((*self.shape[:3], v.shape[3]), wide_v.dtype))
+        return self._results(q, out.astype(self.dtype), lse)
 
+    @np.errstate(all="ignore")
     def backward(
         self,
         dout: Array,
@@ -69,58 +90,34 @@ class KernelBase:
         *,
         scale: float,
         mask: Mask,
-    ) -> tuple[Array, Array, Array]:
+    ) -> Gradients:
         """Return dq, dk and dv."""
-        with np.errstate(all="ignore"):
-            return self._backward(dout, q, k, v, out, lse, scale=scale, mask=mask)
-
-    def _forward(
-        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
-    ) -> tuple[Array, Array]:
-        self.dtype = q.dtype
-        shape = (*q.shape[:3], k.shape[2])
+        self._begin(q, k, scale)
+        kv_heads = k.shape[1]
         q, k, v = self._arguments(q, k, v)
-        scale, mask = self._scale(scale, q.shape[3]), self._mask(mask, shape)
-        parts = self._parts(q, k, v, scale=scale, mask=mask)
-        out, lse = self._join(parts, np.zeros((*shape[:3], v.shape[3]), v.dtype))
-        return out.astype(self.dtype), lse
-
-    def _backward(
-        self,
-        dout: Array,
-        q: Array,
-        k: Array,
-        v: Array,
-        out: Array,
-        lse: Array,
-        *,
-        scale: float,
-        mask: Mask,
-    ) -> tuple[Array, Array, Array]:
-        self.dtype = q.dtype
-        shape, kv_heads = (*q.shape[:3], k.shape[2]), k.shape[1]
-        q, k, v = self._arguments(q, k, v)
-        dout, out = self._wide(self._read(dout)), self._wide(out)
-        scale, mask = self._scale(scale, q.shape[3]), self._mask(mask, shape)
-        delta = self._delta(dout, out)
-        low = self._low(q, k, v, lse, scale=scale, mask=mask)
+        dout, mask = self._wide(self._read(dout)), self._backward_mask(mask)
+        delta = self._delta(dout, self._wide(out))
+        low = self._low(q, k, v, lse, mask)
         dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-        for keys in self._cut(shape[3]):
-            s = self._hide(scale * self._scores(q, k[:, :, keys]), self._tile(mask, shape, keys))
-            p = self._probabilities(s, lse)
+        for keys in self._cut(self.shape[3]):
+            p = self._probabilities(self._masked_scores(q, k, mask, keys), lse)
             p = p if low is None else p * np.exp(-low)[..., None]
             dp = self._dot(dout, v[:, :, keys].swapaxes(-1, -2))
             ds = self._rounded(self._score_gradients(p, dp, delta))
-            dq = self._add(dq, self._dq(ds, k[:, :, keys], scale))
-            dk[:, :, keys] = self._dk(ds, q, scale)
+            dq = self._add(dq, self._dq(ds, k[:, :, keys]))
+            dk[:, :, keys] = self._dk(ds, q)
             dv[:, :, keys] = self._dot(self._rounded(p).swapaxes(-1, -2), dout)
         dk, dv = self._sum_heads(dk, kv_heads), self._sum_heads(dv, kv_heads)
-        return dq.astype(self.dtype), dk.astype(self.dtype), dv.astype(self.dtype)
+        dq, dk, dv = (x.astype(self.dtype) for x in (dq, dk, dv))
+        return self._gradients(dq, dk, dv)
 
-    # What both begin with.
+    # Arguments and scores, forward and backward.
+
+    def _begin(self, q: Array, k: Array, scale: float) -> None:
+        self.dtype, self.shape, self.scale = q.dtype, (*q.shape[:3], k.shape[2]), scale
 
     def _arguments(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """Return what is computed with: in the accumulator dtype, one key head per query head."""
+        """Return q, k and v in the accumulator dtype, with one key-value head per query head."""
         heads = self._kv_head(q.shape[1], k.shape[1])
         q, k, v = (self._wide(self._read(x)) for x in (q, k, v))
         return q, k[:, heads], v[:, heads]
@@ -135,11 +132,14 @@ class KernelBase:
         """Return which key-value head each query head reads."""
         return np.arange(H) // (H // H_KV)
 
-    def _scale(self, scale: float, _D: int) -> Any:
-        return scale
+    def _scale(self, _D: int) -> Any:
+        return self.scale
 
-    def _mask(self, mask: Mask, _shape: Shape) -> Mask:
+    def _mask(self, mask: Mask) -> Mask:
         return mask
+
+    def _backward_mask(self, mask: Mask) -> Mask:
+        return self._mask(mask)
 
     def _cut(self, S_KV: int) -> list[slice]:
         """Return the shards; the first ones take what is left over."""
@@ -147,36 +147,32 @@ class KernelBase:
         edges = [n * size + min(n, more) for n in range(self.shards + 1)]
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
+    def _masked_scores(self, q: Array, k: Array, mask: Mask, keys: slice) -> Array:
+        s = self._scale(q.shape[3]) * self._scores(q, k[:, :, keys])
+        return self._hide(s, self._tile(mask, keys))
+
     def _scores(self, q: Array, k: Array) -> Array:
         return self._dot(q, k.swapaxes(-1, -2))
 
-    def _tile(self, mask: Mask, shape: Shape, keys: slice) -> Array | None:
-        """Return the part of the mask that is about one shard."""
-        if callable(mask):
-            b, h, q_index, kv_index = np.ix_(*map(np.arange, shape))
-            return np.asarray(mask(b, h, q_index, kv_index[..., keys]))
-        return None if mask is None else mask[..., keys]
+    def _tile(self, mask: Mask, keys: slice) -> Array | None:
+        """Return the part of the mask that belongs to one shard."""
+        return mask_array(mask, self.shape, keys)
 
     def _hide(self, s: Array, mask: Array | None) -> Array:
         if mask is None:
             return s
-        hidden: Array = np.where(mask, s, -np.inf) if mask.dtype == bool else s + self._wide(mask)
-        return hidden
+        return np.where(mask, s, -np.inf) if mask.dtype == bool else np.add(s, self._wide(mask))
 
     # One shard, and the union of all.
 
-    def _parts(
-        self, q: Array, k: Array, v: Array, *, scale: Any, mask: Mask
-    ) -> list[tuple[Array, Array]]:
+    def _parts(self, q: Array, k: Array, v: Array, mask: Mask) -> list[Partial]:
         """Return out and lse, as two numbers whose sum it is, of every shard."""
-        shape = (*q.shape[:3], k.shape[2])
-        parts = []
-        for keys in self._cut(shape[3]):
-            s = self._hide(scale * self._scores(q, k[:, :, keys]), self._tile(mask, shape, keys))
-            parts.append(self._attend(s, v[:, :, keys]))
-        return parts
+        return [
+            self._attend(self._masked_scores(q, k, mask, keys), v[:, :, keys])
+            for keys in self._cut(self.shape[3])
+        ]
 
-    def _attend(self, s: Array, v: Array) -> tuple[Array, Array]:
+    def _attend(self, s: Array, v: Array) -> Partial:
         top = self._top(s)
         p = self._exp(s - top)
         total = self._total(p)
@@ -191,21 +187,20 @@ class KernelBase:
         return np.exp(x)
 
     def _total(self, p: Array) -> Array:
-        total: Array = p.sum(axis=-1, keepdims=True)
-        return total
+        return np.asarray(p.sum(axis=-1, keepdims=True))
 
-    def _join(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
+    def _join(self, parts: list[Partial], out: Array) -> Partial:
         """Merge all shards into out, which is zeros."""
         out, lse = self._union(parts, out)
         return out, lse.sum(axis=-1)
 
-    def _union(self, parts: list[tuple[Array, Array]], out: Array) -> tuple[Array, Array]:
+    def _union(self, parts: list[Partial], out: Array) -> Partial:
         lse = np.full((*out.shape[:3], 2), (0, -np.inf), out.dtype)
         for part in parts:
             out, lse = self._merge(out, lse, *part)
         return out, lse
 
-    def _merge(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    def _merge(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> Partial:
         seen_a, seen_b = lse_a[..., 1:] > -np.inf, lse_b[..., 1:] > -np.inf
         top_a, top_b = lse_a[..., :1], lse_b[..., :1]
         top = np.where(seen_a & seen_b, np.maximum(top_a, top_b), np.where(seen_a, top_a, top_b))
@@ -216,44 +211,41 @@ class KernelBase:
         lse = np.concatenate([top, np.log(a + b)], axis=-1)
         return a / total * out_a + b / total * out_b, lse
 
+    def _results(self, _q: Array, out: Array, lse: Array) -> Partial:
+        """Return what the call returns; q is the caller's array."""
+        return out, lse
+
     # The backward's own.
 
-    def _low(
-        self, q: Array, k: Array, v: Array, lse: Array, *, scale: Any, mask: Mask
-    ) -> Array | None:
-        """Return what an lse has lost in rounding, from which a forward finds it, if any is large.
+    def _low(self, q: Array, k: Array, v: Array, lse: Array, mask: Mask) -> Array | None:
+        """Return what rounding took from lse, by another forward, or None if every |lse| is small.
 
-        Beside -1e9, lse does not say how many keys there are.
+        Beside -1e9, lse has lost the number of keys.
         """
         if not (abs(lse[lse > -np.inf]) > 256).any():
             return None
-        parts = self._parts(q, k, v, scale=scale, mask=mask)
-        _, whole = self._union(parts, np.zeros((*q.shape[:3], v.shape[3]), v.dtype))
-        top, total = whole[..., 0], whole[..., 1]
+        parts = self._parts(q, k, v, mask)
+        _, both = self._union(parts, np.zeros((*self.shape[:3], v.shape[3]), v.dtype))
+        top, total = both[..., 0], both[..., 1]
         return np.where(lse == -np.inf, 0, top - lse + total).astype(v.dtype)
 
     def _delta(self, dout: Array, out: Array) -> Array:
-        delta: Array = (dout * out).sum(axis=-1, keepdims=True)
-        return delta
+        return np.asarray((dout * out).sum(axis=-1, keepdims=True))
 
     def _probabilities(self, s: Array, lse: Array) -> Array:
         return self._exp(s - np.where(lse == -np.inf, 0, lse).astype(s.dtype)[..., None])
 
     def _score_gradients(self, p: Array, dp: Array, delta: Array) -> Array:
-        ds: Array = p * (dp - delta)
-        return ds
+        return np.asarray(p * (dp - delta))
 
-    def _dq(self, ds: Array, k: Array, scale: Any) -> Array:
-        dq: Array = scale * self._dot(ds, k)
-        return dq
+    def _dq(self, ds: Array, k: Array) -> Array:
+        return np.asarray(self._scale(k.shape[3]) * self._dot(ds, k))
 
     def _add(self, dq: Array, part: Array) -> Array:
-        total: Array = dq + part
-        return total
+        return np.asarray(dq + part)
 
-    def _dk(self, ds: Array, q: Array, scale: Any) -> Array:
-        dk: Array = scale * self._dot(ds.swapaxes(-1, -2), q)
-        return dk
+    def _dk(self, ds: Array, q: Array) -> Array:
+        return np.asarray(self._scale(q.shape[3]) * self._dot(ds.swapaxes(-1, -2), q))
 
     def _sum_heads(self, dx: Array, H_KV: int) -> Array:
         """Sum over the query heads that read one key-value head."""
@@ -262,11 +254,14 @@ class KernelBase:
             total[:, kv_head] += dx[:, h]
         return total
 
+    def _gradients(self, dq: Array, dk: Array, dv: Array) -> Gradients:
+        """Return what the backward returns."""
+        return dq, dk, dv
+
     # Arithmetic.
 
     def _dot(self, x: Array, y: Array) -> Array:
-        product: Array = x @ y
-        return product
+        return np.asarray(x @ y)
 
     def _rounded(self, x: Array) -> Array:
         return x.astype(self.dtype).astype(x.dtype)

@@ -1,14 +1,13 @@
-"""Arrays that are not what was expected in memory, and buffers that outlive a call."""
+"""Wrong assumptions on memory layout, and buffers that outlive a call."""
 
 from typing import Any
 
 import numpy as np
 
-from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.kernel_base import Array, KernelBase
+from lvxattn.check.wrong.kernel_base import Array, Gradients, KernelBase, Partial
 
 
-class LastAxisContiguous(KernelBase):
+class LastAxisContiguous(KernelBase, name="last axis read as contiguous"):
     """The last axis is read as if its elements lay side by side."""
 
     def _read(self, x: Array) -> Array:
@@ -17,56 +16,51 @@ class LastAxisContiguous(KernelBase):
         return x.swapaxes(2, 3).reshape(x.shape)  # in the order in which they do lie
 
 
-class Dense(KernelBase):
-    """Heads are read one behind the other, also where all have the memory of the first."""
+class Dense(KernelBase, name="stride 0 read as dense"):
+    """Heads are read one after another, even where all share the memory of the first."""
 
     def _read(self, x: Array) -> Array:
         if x.strides[1] or x.shape[1] == 1:
             return x
-        behind = np.zeros(x.shape, x.dtype)  # what really lies there is anybody's guess
+        behind = np.zeros(x.shape, x.dtype)  # what lies there is undefined
         behind.reshape(-1)[: x[:, 0].size] = x[:, 0].reshape(-1)
         return behind
 
 
-class ScalesInPlace(KernelBase):
-    """The scale is multiplied into q itself, and taken back in the end."""
+class ScalesInPlace(KernelBase, name="q scaled in place and restored"):
+    """The scale is multiplied into q itself, and q is restored afterwards."""
 
-    compare = "complaint"
+    compare = "message"
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
-    ) -> tuple[Array, Array]:
+    def _begin(self, q: Array, k: Array, scale: float) -> None:
+        super()._begin(q, k, scale)
         given = q.copy()
         q *= q.dtype.type(scale)
         q[...] = given
-        return super()._forward(q, k, v, scale=scale, mask=mask)
 
 
-class ScalesQ(KernelBase):
+class ScalesQ(KernelBase, name="q scaled in place"):
     """The scale is multiplied into q itself."""
 
-    compare = "complaint"
+    compare = "message"
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
-    ) -> tuple[Array, Array]:
-        result = super()._forward(q, k, v, scale=scale, mask=mask)
-        q *= q.dtype.type(scale)
-        return result
+    def _results(self, q: Array, out: Array, lse: Array) -> Partial:
+        q *= q.dtype.type(self.scale)
+        return out, lse
 
 
-class _Remembers(KernelBase):
-    """Keeps something from call to call."""
+class _KeepsState(KernelBase):
+    """Keeps buffers from call to call."""
 
-    remembers = True
+    keeps_state = True
 
     def __init__(self, shards: int = 4) -> None:
         super().__init__(shards)
         self.kept: dict[Any, Any] = {}
 
 
-class StaleBuffer(_Remembers):
-    """A copy of the keys and values is kept, and found again by the shape of q alone."""
+class StaleBuffer(_KeepsState, name="stale buffer"):
+    """A copy of the keys and values is kept, and looked up by the shape of q alone."""
 
     def _arguments(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         q, k, v = super()._arguments(q, k, v)
@@ -74,50 +68,25 @@ class StaleBuffer(_Remembers):
         return q, k.astype(q.dtype), v.astype(q.dtype)
 
 
-class BufferOfOtherDtype(_Remembers):
-    """The memory for out is kept, and found again by the shape of q alone."""
+class BufferOfOtherDtype(_KeepsState, name="out's buffer has the last call's dtype"):
+    """The memory for out is kept, and looked up by the shape of q alone."""
 
-    compare = "complaint"
+    compare = "message"
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
-    ) -> tuple[Array, Array]:
-        out, lse = super()._forward(q, k, v, scale=scale, mask=mask)
+    def _results(self, q: Array, out: Array, lse: Array) -> Partial:
         kept: Array = self.kept.setdefault(q.shape, np.empty_like(out))
         kept[...] = out
         return kept.copy(), lse
 
 
-class GradientsNotZeroed(_Remembers):
-    """The memory for gradients is kept and added to, and not set to 0 in between."""
+class GradientsNotZeroed(_KeepsState, name="gradients not zeroed between calls"):
+    """The memory for gradients is kept and added to, without zeroing in between."""
 
-    def _backward(
-        self,
-        dout: Array,
-        q: Array,
-        k: Array,
-        v: Array,
-        out: Array,
-        lse: Array,
-        *,
-        scale: float,
-        mask: Mask,
-    ) -> tuple[Array, Array, Array]:
-        found = super()._backward(dout, q, k, v, out, lse, scale=scale, mask=mask)
+    def _gradients(self, dq: Array, dk: Array, dv: Array) -> Gradients:
+        found = dq, dk, dv
         zeros = tuple(np.zeros_like(x) for x in found)
-        kept = self.kept.setdefault((q.shape, k.shape, self.dtype), zeros)
+        kept = self.kept.setdefault((dq.shape, dk.shape, self.dtype), zeros)
         for x, more in zip(kept, found, strict=True):
             x += more
         dq, dk, dv = (x.copy() for x in kept)
         return dq, dk, dv
-
-
-MEMORY: dict[str, type[KernelBase]] = {
-    "last axis read as contiguous": LastAxisContiguous,
-    "stride 0 read as dense": Dense,
-    "q scaled in place and restored": ScalesInPlace,
-    "q scaled in place": ScalesQ,
-    "stale buffer": StaleBuffer,
-    "out's buffer has the last call's dtype": BufferOfOtherDtype,
-    "gradients not zeroed between calls": GradientsNotZeroed,
-}

@@ -1,12 +1,11 @@
-"""Roundings that no right kernel makes."""
+"""Roundings that no correct kernel makes."""
 
 import numpy as np
 
-from lvxattn.check.masks import Mask
-from lvxattn.check.wrong.kernel_base import Array, KernelBase
+from lvxattn.check.wrong.kernel_base import Array, KernelBase, Partial
 
 
-class HalfAccumulator(KernelBase):
+class HalfAccumulator(KernelBase, name="half-precision accumulator"):
     """Half-precision inputs are summed in half precision, 16 products at a time."""
 
     compare = "size"
@@ -21,7 +20,7 @@ class HalfAccumulator(KernelBase):
         return total
 
 
-class HalfMerge(KernelBase):
+class HalfMerge(KernelBase, name="half precision between shards"):
     """What travels between 64 shards is rounded to half precision after every merge."""
 
     compare = "size"
@@ -30,7 +29,7 @@ class HalfMerge(KernelBase):
     def __init__(self, shards: int = 64) -> None:
         super().__init__(shards)
 
-    def _merge(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    def _merge(self, out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> Partial:
         out, lse = super()._merge(out_a, lse_a, out_b, lse_b)
         return self._rounded(out), lse
 
@@ -38,19 +37,16 @@ class HalfMerge(KernelBase):
         return self._rounded(super()._add(dq, part))
 
 
-class HalfLse(KernelBase):
+class HalfLse(KernelBase, name="half-precision lse"):
     """The lse is stored in half precision."""
 
     compare = "size"
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
-    ) -> tuple[Array, Array]:
-        out, lse = super()._forward(q, k, v, scale=scale, mask=mask)
+    def _results(self, _q: Array, out: Array, lse: Array) -> Partial:
         return out, self._rounded(lse)
 
 
-class HalfScores(KernelBase):
+class HalfScores(KernelBase, name="half-precision scores"):
     """Scores are stored in half precision before the softmax."""
 
     compare = "size"
@@ -59,22 +55,19 @@ class HalfScores(KernelBase):
         return self._rounded(super()._scores(q, k))
 
 
-class SinglePrecision(KernelBase):
+class SinglePrecision(KernelBase, name="fp64 computed in fp32"):
     """Inputs in fp64 are computed with in fp32."""
 
     compare = "size"
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, *, scale: float, mask: Mask
-    ) -> tuple[Array, Array]:
-        out, lse = super()._forward(q, k, v, scale=scale, mask=mask)
+    def _results(self, q: Array, out: Array, lse: Array) -> Partial:
         return out, lse.astype(np.float64 if q.dtype == np.float64 else lse.dtype)
 
     def _wide(self, x: Array) -> Array:
         return x.astype(np.float32)
 
 
-class TF32(KernelBase):
+class TF32(KernelBase, name="TF32 products"):
     """Factors of products in fp32 are rounded to 10 bits of mantissa."""
 
     compare = "size"
@@ -86,13 +79,13 @@ class TF32(KernelBase):
         return super()._dot(x, y)
 
 
-class BF16(TF32):
+class BF16(TF32, name="bf16 products"):
     """Factors of products in fp32 are rounded to bfloat16."""
 
     bits = 7
 
 
-class CubicExp(KernelBase):
+class CubicExp(KernelBase, name="cubic exp"):
     """The exponential is a cubic polynomial between the powers of 2."""
 
     def _exp(self, x: Array) -> Array:
@@ -105,15 +98,3 @@ class CubicExp(KernelBase):
 def _shortened(x: Array, bits: int) -> Array:
     mantissa, exponent = np.frexp(x)
     return np.asarray(np.ldexp(np.round(mantissa * 2 ** (bits + 1)), exponent - bits - 1), x.dtype)
-
-
-PRECISION: dict[str, type[KernelBase]] = {
-    "half-precision accumulator": HalfAccumulator,
-    "half precision between shards": HalfMerge,
-    "half-precision lse": HalfLse,
-    "half-precision scores": HalfScores,
-    "fp64 computed in fp32": SinglePrecision,
-    "TF32 products": TF32,
-    "bf16 products": BF16,
-    "cubic exp": CubicExp,
-}

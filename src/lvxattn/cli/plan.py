@@ -1,0 +1,209 @@
+r"""The command ``plan``: tables, and a picture.
+
+python -m lvxattn.plan --model llama3v --frames 1200 --text-tokens 2048 \
+        --machine a100-16 --plot plan.png
+"""
+
+import sys
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
+
+from lvxattn.cli.arguments import Parser, UsageError, positive
+from lvxattn.common.handshake import SCHEDULES
+from lvxattn.common.validation import FLOATING
+from lvxattn.draw.bars import format_bytes
+from lvxattn.draw.rotation import cannot_draw
+from lvxattn.plan.choose import refusal, unlike_ranks
+from lvxattn.plan.machine import MACHINES, Machine, machine_of
+from lvxattn.plan.memory import memory, most_frames
+from lvxattn.plan.models import MODELS, planned
+from lvxattn.plan.simulate import play
+from lvxattn.plan.steps import messages
+
+_PROGRAM = "python -m lvxattn.plan"
+_WIDTHS = (12, 15, 12, 12, 12)
+# All steps of all ranks are simulated: their number grows as P^2.
+_MOST_RANKS = 512
+
+
+def main(arguments: list[str]) -> int:
+    """Print the cost of every schedule.
+
+    Parameters
+    ----------
+    arguments : list of str
+        The command line.
+
+    Returns
+    -------
+    int
+        The exit status: 0, or 2 for an invalid command line.
+    """
+    try:
+        options = _options(arguments)
+        text = plan(options)
+        if options.plot:
+            _plot(options)
+            text += f"\n\n  written   {options.plot}"
+    except UsageError as error:
+        print(str(error).removesuffix(" (on all ranks)"), file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+def plan(options: Namespace) -> str:
+    """Return the tables: the cost of a layer by schedule, and memory.
+
+    Parameters
+    ----------
+    options : Namespace
+        model, frames, text_tokens, machine, ranks, dtype.
+
+    Returns
+    -------
+    str
+    """
+    model, machine, P = MODELS[options.model], options.machine, options.ranks
+    q, k = model.shapes(options.text_tokens, options.frames)
+    measured = []
+    if machine.measured is not None:
+        heads = model.heads, model.kv_heads, model.head_dim
+        text = machine.measured.compared_with("the plan", heads, options.dtype)
+        measured = [f"  measured  {text}"]
+    frames, tokens = _count(options.frames, "frame"), _count(options.text_tokens, "text token")
+    lines = [
+        "LV-XAttn plan",
+        f"  problem   {model.name}, {frames}, {tokens}",
+        f"  shapes    q {q}   k {k}   v {k}   {options.dtype}",
+        f"  machine   {machine.name}: {_count(P, 'rank')}, {min(P, machine.ranks_per_host)} a host",
+        *measured,
+        "",
+        "  one layer                         forward                                backward",
+        f"  {'schedule':10}" + 2 * f"{'messages':>10}{'sent':>12}{'time':>12}     " + "over ring",
+    ]
+    times: dict[str, float] = {}
+    rows: dict[str, str] = {}
+    for schedule in SCHEDULES:
+        layout = planned(q, k, P, dtype=options.dtype, schedule=schedule)
+        why = refusal(layout)
+        if why:
+            rows[schedule] = f"  {schedule:10}  cannot be taken: {why}"
+            continue
+        cells, times[schedule] = f"  {schedule:10}", 0.0
+        for backward in (False, True):
+            sent = max(
+                (messages(layout, rank, backward=backward) for rank in unlike_ranks(layout)),
+                key=lambda found: sum(message.nbytes for message in found),
+            )
+            seconds = play(layout, machine, backward=backward).seconds
+            nbytes = sum(message.nbytes for message in sent)
+            cells += f"{len(sent):>10,}{_size(nbytes):>12}{_seconds(seconds):>12}     "
+            times[schedule] += seconds
+        rows[schedule] = cells
+    for schedule, row in rows.items():
+        faster = f"{times['ring'] / times[schedule]:8.1f} x" if schedule in times else ""
+        lines.append(row + faster)
+    best = min(times, key=lambda schedule: times[schedule]) if P > 1 else "any: nothing is sent"
+    lines += ["", f"  least time  {best}", "", *_fitting(options)]
+    return "\n".join(lines)
+
+
+def _fitting(options: Namespace) -> list[str]:
+    """Return the lines on a rank's memory, with keys and values kept and recomputed."""
+    model, machine, P = MODELS[options.model], options.machine, options.ranks
+    lines = [
+        f"  {model.cross_layers:>2} layers, a rank     features   keys, values        text"
+        "      blocks       total   frames that fit"
+    ]
+    fits: list[int] = []
+    for title, recompute in (("kept", False), ("recomputed", True)):
+        given = {"dtype": options.dtype, "recompute": recompute}
+        found = memory(model, options.text_tokens, options.frames, P, **given)
+        fits.append(most_frames(model, options.text_tokens, P, machine.room, **given))
+        sizes = (found.features, found.keys, found.text, found.blocks, found.total)
+        cells = "".join(f"{_size(x):>{n}}" for x, n in zip(sizes, _WIDTHS, strict=True))
+        lines.append(f"  keys, values {title:10}{cells}{fits[-1]:>18,}")
+    if fits[0]:
+        lines.append(
+            f"  {fits[1] / fits[0]:.1f} times as many frames, if a rank keeps nothing else"
+        )
+    room, frames = _size(machine.room), _count(options.frames, "frame")
+    if options.frames <= fits[0]:
+        return [*lines, f"  a rank has {room}: room for {frames} either way"]
+    if options.frames <= fits[1]:
+        return [*lines, f"  a rank has {room}: room for {frames} only if they are recomputed"]
+    return [*lines, f"  a rank has {room}: NO ROOM for {frames} either way"]
+
+
+def _options(arguments: list[str]) -> Namespace:
+    """Parse the arguments; ranks and dtype default to the machine's."""
+    parser = Parser(
+        prog=_PROGRAM,
+        description="Print the time, messages and memory of each schedule on a cluster.",
+        allow_abbrev=False,
+    )
+    default = "(default: %(default)s)"
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama3v", help=default)
+    for name, count in (("--frames", 1200), ("--text-tokens", 2048)):
+        parser.add_argument(name, type=positive, default=count, metavar="N", help=default)
+    parser.add_argument(
+        "--machine", type=_machine, default="a100-16", metavar="NAME",
+        help=f"{', '.join(MACHINES)}, or a file written by measure (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ranks", type=positive, metavar="P", help="default: the ranks of the machine"
+    )
+    parser.add_argument(
+        "--dtype", choices=FLOATING,
+        help="default: the dtype measured on the machine; bfloat16 for presets",
+    )  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE", help="plot the fastest schedule, and memory")
+    options = parser.parse_args(arguments)
+    measured = options.machine.measured
+    options.ranks = options.ranks or options.machine.ranks
+    options.dtype = options.dtype or (measured.dtype if measured else "bfloat16")
+    if options.ranks > _MOST_RANKS:
+        parser.error(f"argument --ranks: expected at most {_MOST_RANKS:,}, got {options.ranks:,}")
+    if options.plot:
+        picture = Path(options.plot)
+        problem = cannot_draw(picture)
+        if not problem and not picture.resolve().parent.is_dir():
+            problem = f"there is no folder {picture.resolve().parent}"
+        if problem:
+            parser.error(f"argument --plot: {problem}")
+    return options
+
+
+def _machine(text: str) -> Machine:
+    try:
+        return machine_of(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def _plot(options: Namespace) -> None:
+    from lvxattn.draw.plan import winners  # imports matplotlib
+
+    model, machine = MODELS[options.model], options.machine
+    figure = winners(model, machine, options.ranks, options.dtype, options.text_tokens)
+    try:
+        figure.savefig(options.plot)
+    except OSError as error:
+        problem = f"{options.plot}: {error.strerror}"
+        raise UsageError(f"{_PROGRAM}: error: argument --plot: {problem}") from None
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def _size(x: float) -> str:
+    return format_bytes(x, ".1f")
+
+
+def _seconds(x: float) -> str:
+    for unit, size in (("s ", 1.0), ("ms", 1e-3)):
+        if x >= size:
+            return f"{x / size:.2f} {unit}"
+    return f"{x / 1e-6:.0f} us"
