@@ -14,9 +14,9 @@ probabilities are final,
 
 and the sums over tiles, blocks and ranks are plain sums.
 
-In float32, an lse of 1e9 has lost the log of the number of keys.  With `lse_remainder`, the exact lse
-less the rounded one, the true p is exp(-lse_remainder) exp(s - lse).  Gradients are linear in dout
-and delta, so that `delta_of` applies the factor to those, and nothing more has to travel.
+In float32, an lse of 1e9 has lost the log of the number of keys.  With `lse_remainder`, the exact
+lse less the rounded one, the true p is exp(-lse_remainder) exp(s - lse).  Gradients are linear in
+dout and delta, so that `delta_of` applies the factor to those, and nothing more has to travel.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 

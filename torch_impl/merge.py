@@ -2,7 +2,8 @@ r"""The merge: join two attention results over disjoint sets of keys.
 
 Attention over a set of keys is a partial result of three arrays: `out`, the softmax-weighted mean
 of the values, and the sum of exponentiated scores, written as total exp(top), where `top` is the
-largest score or, of a result that is given by lse, lse.  Two partial results over disjoint keys join into that over their union:
+largest score or, of a result that is given by lse, lse.  Two partial results over disjoint keys
+join into that over their union:
 
     top = max(top_a, top_b)      a = total_a exp(top_a - top)      b = total_b exp(top_b - top)
     out = (a out_a + b out_b) / (a + b)
