@@ -1,8 +1,9 @@
 r"""The merge: join two attention results over disjoint sets of keys.
 
 Attention over a set of keys is a partial result of three arrays: `out`, the softmax-weighted mean
-of the values, and the sum of exponentiated scores, written as total exp(top), where `top` is
-usually the largest score.  Two partial results over disjoint keys join into that over their union:
+of the values, and the sum of exponentiated scores, written as total exp(top), where `top` is the
+largest score or, of a result that is given by lse, lse.  Two partial results over disjoint keys
+join into that over their union:
 
     top = max(top_a, top_b)      a = total_a exp(top_a - top)      b = total_b exp(top_b - top)
     out = (a out_a + b out_b) / (a + b)
@@ -77,7 +78,7 @@ def merge_partials(
     out_a, out_b : (..., s_q, D_V)
         Weighted means of the values; 0 where total is 0.
     top_a, top_b : (..., s_q)
-        A bound that exponents are taken against, usually the largest score.
+        What exponents are taken against: the largest score, or lse.
     total_a, total_b : (..., s_q)
         Sums of exponentiated scores, divided by exp(top).
 

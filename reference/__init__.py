@@ -1,6 +1,6 @@
 """Reference implementation in NumPy, float64: every rank is a thread of one process.
 
-To be read in the order of `merge`, `block_attention`, `lv_xattn`, `cross_attention`.
+To be read in the order of `merge`, `block_attention`, `exchange`, `lv_xattn`, `cross_attention`.
 `full_attention` is the ground truth: one process, no merge.
 """
 

@@ -1,7 +1,8 @@
 """Exact cross-attention over keys and values that are sharded over ranks: the front door.
 
-Both functions agree on a layout, unless one is given, and call the schedule.  A schedule's forward
-returns (out, top, total), merged over all keys, and `lse_of` computes lse from the last two.
+In both functions the ranks agree on a layout, unless one is given, and call the schedule.  A
+schedule's forward returns (out, top, total), merged over all keys, and `lse_of` computes lse from
+the last two.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ LARGE_LSE = 256.0
 
 Schedule = Callable[..., tuple[Array, Array, Array]]
 
-# Forward and backward of every way in which blocks travel (`Layout.way`).
+# Forward and backward by `Layout.way`: the schedule, or "replicated" where all queries are.
 SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
     "lv-xattn": (lv_xattn, lv_xattn_backward),
     "ring": (ring_attention, ring_attention_backward),

@@ -5,8 +5,8 @@
 
 A `Rotation` is one kind of block on its way round: queries, or the results that follow them.
 
-Between virtual ranks a message arrives at once, so that nothing overlaps with its transfer here.
-The steps of the schedules are in the order in which it does in the other implementations.
+Between virtual ranks a message arrives at once, and no work overlaps with its transfer.  Steps are
+ordered as in the other implementations, where it does.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,10 @@ from .virtual_ranks import VirtualComm
 
 class Exchange(ExchangeBase):
     """One rank's communication in one forward or backward; the front door passes it to a schedule.
+
+    From `lvxattn.common.exchange_base`: `split_keys` cuts keys, values and mask in two halves,
+    of which the second has an odd key; `mask_view(hop)` is the mask for the block that is here
+    after `hop` hops, which is that of rank ``layout.owner(hop)``, `hop` places to the left.
 
     Parameters
     ----------
@@ -77,7 +81,7 @@ class Rotation(RotationBase):
             self.pass_on()
 
     def pass_on(self) -> None:
-        """Send the current block to the right: the last one that was received."""
+        """Send the current block to the right: the one received last, or given to `send`."""
         exchange, right = self.exchange, self.layout.right
         self.hop += 1
         exchange.meter.sent(sum(x.nbytes for x in self.block), right, self.leaving)

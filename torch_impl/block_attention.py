@@ -12,9 +12,11 @@ probabilities are final,
     p  = exp(s - lse)                   dv = p^T dout
     ds = scale p (dout v^T - delta)     dq = ds k       dk = ds^T q
 
-and the sums over tiles, blocks and ranks are plain sums.  The rounding error of lse,
-`lse_remainder`, would be a factor exp(-lse_remainder) of all p of a row.  Gradients are linear in
-dout and delta, so the factor is applied there, and nothing more has to travel.
+and the sums over tiles, blocks and ranks are plain sums.
+
+In float32, an lse of 1e9 has lost the log of the number of keys.  With `lse_remainder`, the exact
+lse less the rounded one, the true p is exp(-lse_remainder) exp(s - lse).  Gradients are linear in
+dout and delta, so that `delta_of` applies the factor to those, and nothing more has to travel.
 
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 

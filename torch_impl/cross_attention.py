@@ -21,7 +21,7 @@ from .replicated import replicated, replicated_backward
 from .ring_attention import ring_attention, ring_attention_backward
 from .ulysses import ulysses, ulysses_backward
 
-# Forward and backward of every way in which blocks travel (`Layout.way`).
+# Forward and backward by `Layout.way`: the schedule, or "replicated" where all queries are.
 SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
     "lv-xattn": (lv_xattn, lv_xattn_backward),
     "ring": (ring_attention, ring_attention_backward),

@@ -33,6 +33,10 @@ from .merge import Array
 class Exchange(ExchangeBase):
     """One rank's communication in one forward or backward; the front door passes it to a schedule.
 
+    From `lvxattn.common.exchange_base`: `split_keys` cuts keys, values and mask in two halves,
+    of which the second has an odd key; `mask_view(hop)` is the mask for the block that is here
+    after `hop` hops, which is that of rank ``layout.owner(hop)``, `hop` places to the left.
+
     Parameters
     ----------
     group : Group

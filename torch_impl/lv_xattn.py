@@ -4,18 +4,18 @@ Forward.  A rank attends to its own keys, from its own queries and from every vi
 partial result follows its block one hop behind, is merged on the way and ends at home.  Rank r of
 P = 4:
 
-    hop              0 (home)    1           2           3           home again
-    q block          r           r-1         r-2         r-3         r
-    keys             1st half    all         all         all         2nd half
-    sends            q of r      q of r-1    q of r-2    -           -
-    and                          result r-1  result r-2  result r-3  -
-    receives, for    q of r-1    q of r-2    q of r-3    result r
-    the next hop                 result r-2  result r-3
+    hop               0           1           2           3           (home work)
+    q block           r           r-1         r-2         r-3         r
+    keys              1st half    all         all         all         2nd half
+    sends q of        r           r-1         r-2         -           -
+    sends result of   -           r-1         r-2         r-3         -
+    receives q of     r-1         r-2         r-3         -           -
+    receives result   -           r-2         r-3         r           -
 
-Queries make P - 1 hops and results P - 1, as few as an all-gather and a reduce-scatter need.  For
-its own queries a rank cuts its own *keys* in two: attention to the first half overlaps with the
-first transfer of queries, attention to the second half with the last transfer of results.  One
-rank alone has all keys in the first half.
+What a rank receives at one hop it works on at the next.  Queries make P - 1 hops and results P - 1,
+as few as an all-gather and a reduce-scatter need.  For its own queries a rank cuts its own *keys*
+in two: attention to the first half overlaps with the first transfer of queries, attention to the
+second half with the last transfer of results.  One rank alone has all keys in the first half.
 
 Backward.  delta = rowsum(dout * out) - dlse is computed once, at home, so that out need not travel.
 q, dout, lse and delta travel round the ring, dq follows as the result did, and dk and dv are summed
@@ -41,7 +41,7 @@ def lv_xattn(
     Collective: every rank calls this.  Arguments come from `cross_attention`.  Returns (out, top,
     total), merged over all ranks' keys.
     """
-    # Partial results first leave at hop 1.
+    # The first result to leave is that of hop 1's block.
     queries, partials = exchange.rotation(QUERIES), exchange.rotation(PARTIALS, start=1)
     (k1, v1, mask1), (k2, v2, mask2) = exchange.split_keys(k_shard, v_shard)
     P, scale = exchange.P, exchange.scale
