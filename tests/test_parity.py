@@ -281,8 +281,11 @@ MAY_IMPORT = {
     "reference": {"common", "plan"},
     "mpi_impl": {"common", "plan", "cli", "draw", "mpi_impl"},
     "torch_impl": {"common", "plan", "cli", "draw", "torch_impl"},
-    "src/lvxattn/common": {"common", "plan"},
-    "src/lvxattn/plan": {"common", "plan", "draw", "cli"},
+    "src/lvxattn/common": {"common"},
+    "src/lvxattn/plan/__main__.py": {"cli"},
+    "src/lvxattn/plan": {"common", "plan"},
+    "src/lvxattn/draw": {"common", "plan", "reference", "draw"},
+    "src/lvxattn/cli": {"common", "plan", "draw", "cli"},
     "src/lvxattn/check": {"common", "cli", "check"},
 }
 

@@ -61,7 +61,7 @@ class Rotation:
     def send(self, *arrays: np.ndarray) -> None:
         self.comm.send(arrays, (self.comm.rank + 1) % self.comm.size, self.tag)
 
-    def forward(self) -> None:
+    def pass_on(self) -> None:
         self.send(*self.block)
 
     def receive(self) -> list[np.ndarray]:

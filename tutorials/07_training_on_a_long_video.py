@@ -213,7 +213,7 @@ meeting.cleanup()
 #
 # The four processes above have taken thirty steps in float64. Clips start with 2 frames and double
 # every 25 steps, because a model learns nothing from long clips at first
-# ([curriculum.py](../torch_impl/commands/train/curriculum.py)). The same training is available as
+# ([options.py](../torch_impl/commands/train/options.py)). The same training is available as
 # `python -m lvxattn.torch_impl train`, under PyTorch's launcher torchrun, or as `make train`.
 
 # %%

@@ -230,7 +230,7 @@ print({name: x for name, x in asdict(gaussian).items() if name in ("H", "S_Q", "
 mine = replace(gaussian, name="mine")
 
 # %% tags=["check"]
-with exercise.check("your case finds the bug, and does not accuse a right kernel"):
+with exercise.check("your case detects the bug, and a correct kernel passes it"):
     correct = check(KernelBase(), dtypes=["float32"], cases=[mine])
     assert correct.passed, "a correct kernel fails it, too"
     found = check(capacity, dtypes=["float32"], cases=[mine])
