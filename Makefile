@@ -155,7 +155,8 @@ $(STAMP): pyproject.toml constraints.txt src/lvxattn/__init__.py
 	$(PIP) install --quiet --constraint constraints.txt setuptools wheel
 	$(if $(MPI_WHEEL),,$(PIP) uninstall --quiet --yes mpich)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
-	  --editable '.[mpi,train,demo,tutorials,test]' $(MPI_WHEEL)
+	  --editable '.[mpi,train,models,demo,tutorials,test]' $(MPI_WHEEL)
+	$(PIP) install --quiet --constraint constraints.txt --no-deps open_flamingo
 	@touch $@
 
 check-mpiexec:

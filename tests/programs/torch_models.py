@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.programs.start import finish, start
 
@@ -47,6 +47,7 @@ def result_of(outputs: Any) -> Tensor:
 
 def apart(a: Tensor, b: Tensor) -> float:
     """Return the largest difference, relative to the largest element."""
+    a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max())
 
 
@@ -96,8 +97,9 @@ def compare(comm: Any, name: str, dtype: str, recompute: bool) -> dict[str, Any]
 
 def main() -> None:
     """Compare the models that the arguments name."""
-    comm = start()
+    comm, _ = start()
     transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # of OpenFlamingo, which is older
     names, dtypes = (argument.split(",") for argument in sys.argv[1:])
     report = {}
     for name in names:

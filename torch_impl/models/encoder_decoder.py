@@ -21,7 +21,6 @@ class EncoderDecoder(Adapter):
     def __init__(self, model: nn.Module, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.mine = range(0)
-        self.model = model
         encoder = _encoder(model)
         if encoder is not None:
             encoder.register_forward_hook(self._cut_output)
@@ -62,7 +61,7 @@ class EncoderDecoder(Adapter):
         start = self.mine.start if self.mine else 0
         return y[:, start : start + max(1, len(self.mine))]
 
-    def _cut_output(self, _: nn.Module, args: Any, output: Any) -> Any:
+    def _cut_output(self, _: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return self._cut_rows(output[0]), *output[1:]
         output.last_hidden_state = self._cut_rows(output.last_hidden_state)
@@ -85,5 +84,6 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for name, module in model.named_modules()
-        if name.endswith(LAYERS) and set(FEATURES) & set(inspect.signature(module.forward).parameters)
+        if name.endswith(LAYERS)
+        and set(FEATURES) & set(inspect.signature(module.forward).parameters)
     ]

@@ -1,4 +1,4 @@
-"""Idefics of transformers: an open Flamingo, with gated cross-attention between a Llama's layers."""
+"""Idefics of transformers: an open Flamingo, gated cross-attention between a Llama's layers."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -26,7 +26,7 @@ class Images(Adapter):
         self.keys = 0  # of an image
 
     def cut_images(self, batch: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """Return the batch with this rank's images; axis 1 of what is named is that of images."""
+        """Return the batch with this rank's images, which axis 1 of the named tensors counts."""
         images = {batch[name].shape[1] for name in names if batch.get(name) is not None}
         if len(images) != 1:
             raise ValueError(

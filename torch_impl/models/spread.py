@@ -28,6 +28,7 @@ class Adapter:
     """
 
     def __init__(self, model: nn.Module, spread: "Spread") -> None:
+        self.model: Any = model
         self.spread = spread
         self.mask: Tensor | MaskRule | None = None  # of the forward that is under way
 
@@ -199,10 +200,10 @@ def distribute(
     from lvxattn.torch_impl.models.mllama import Mllama
     from lvxattn.torch_impl.models.openflamingo import OpenFlamingo
 
-    spread = Spread(
-        model, Group.of(group), text=text, schedule=schedule, recompute_kv=recompute_kv
+    spread = Spread(model, Group.of(group), text=text, schedule=schedule, recompute_kv=recompute_kv)
+    kind = next(
+        kind for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder) if kind.fits(model)
     )
-    kind = next(kind for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder) if kind.fits(model))
     spread.adapter = kind(model, spread)
     model.register_forward_pre_hook(spread.without_cache, with_kwargs=True)
     return spread
