@@ -33,7 +33,7 @@ LINKS = sorted(
 # What each test below knows its block by.
 MERGE, RING = "def merge(", "queries.send(q)"
 MPI, ATTEND, TRAIN = "# example.py, run as: mpiexec", "# attend.py, run as: torchrun", "# train.py"
-KERNEL, ORACLE = "import check", "run_ranks"
+KERNEL, ORACLE, MODEL = "import check", "run_ranks", "import distribute"
 
 
 def name_of(x: Path | str) -> str:
@@ -48,7 +48,7 @@ def the_block(mark: str) -> str:
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=name_of)
 def test_every_block_is_run_by_one_of_the_tests_below(page: Path, block: str) -> None:
-    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE
+    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL
     assert sum(mark in block for mark in marks) == 1, f"{page}: {block}"
 
 
@@ -138,6 +138,17 @@ def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
     weights = re.findall(r"^weights (\S+)$", ended.out, re.MULTILINE)
     assert len(weights) == 2
     assert weights[0] == weights[1]  # ranks that are alike in the end
+
+
+def test_the_lines_for_a_model_run_as_shown() -> None:
+    pytest.importorskip("transformers")
+    import torch
+
+    from tests.zoo import animal
+
+    model, batch, _ = animal("whisper", torch.float32)
+    exec(the_block(MODEL), {"model": model, "batch": batch, "group": None})
+    assert all(p.grad is not None for p in model.model.decoder.parameters())
 
 
 def test_the_oracle_runs_as_shown(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from tests.programs.start import finish, start
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of libraries, as they are imported
     import transformers
+    from transformers import AttentionMaskInterface
 
-    from lvxattn.torch_impl.models import distribute
+    from lvxattn.torch_impl.models import distribute, interception, spread
     from tests.zoo import animal
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -65,10 +66,10 @@ def compare(comm: Any, name: str, dtype: str, recompute: bool) -> dict[str, Any]
     wanted = alone(**batch)
     loss_of(wanted).backward()
 
-    spread = distribute(model, comm, recompute_kv=recompute)
-    got = model(**spread.inputs(**batch))
+    shares = distribute(model, comm, recompute_kv=recompute)
+    got = model(**shares.inputs(**batch))
     loss_of(got).backward()
-    spread.average_gradients()
+    shares.average_gradients()
 
     pairs = zip(model.named_parameters(), alone.parameters(), strict=True)
     gradients = {
@@ -80,7 +81,7 @@ def compare(comm: Any, name: str, dtype: str, recompute: bool) -> dict[str, Any]
     ways = WAYS if prompt and not recompute else ()
     tokens = {
         way: torch.equal(
-            generated(model, spread.inputs(**prompt), way), generated(alone, prompt, way)
+            generated(model, shares.inputs(**prompt), way), generated(alone, prompt, way)
         )
         for way in ways
     }
@@ -95,12 +96,24 @@ def compare(comm: Any, name: str, dtype: str, recompute: bool) -> dict[str, Any]
     }
 
 
+def plant(fault: str) -> None:
+    """Break what the models need, as it is easily got wrong."""
+    if fault == "no factor P":  # the gradients of keys and values are averaged like the text's
+        spread.ScaledGradient.backward = staticmethod(lambda _, dx: (dx, None))
+    elif fault == "no mask function":  # self-attention loses its padding
+        AttentionMaskInterface.register(interception.ATTENTION, lambda *_, **__: None)
+    else:
+        raise ValueError(fault)
+
+
 def main() -> None:
-    """Compare the models that the arguments name."""
+    """Compare the models that the arguments name, with the faults that the others name."""
     comm, _ = start()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # of OpenFlamingo, which is older
-    names, dtypes = (argument.split(",") for argument in sys.argv[1:])
+    names, dtypes = (argument.split(",") for argument in sys.argv[1:3])
+    for fault in sys.argv[3:]:
+        plant(fault)
     report = {}
     for name in names:
         for dtype in dtypes:

@@ -26,12 +26,12 @@ class Images(Adapter):
         self.keys = 0  # of an image
 
     def cut_images(self, batch: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """Return the batch with this rank's images, which axis 1 of the named tensors counts."""
+        """Return the batch with this rank's images: axis 1 of the named tensors."""
         images = {batch[name].shape[1] for name in names if batch.get(name) is not None}
         if len(images) != 1:
             raise ValueError(
-                f"inputs: expected one number of images in {', '.join(names)}, got {images or None} "
-                f"(on {self.spread.group.name})"
+                f"inputs: expected one number of images in {', '.join(names)}, "
+                f"got {sorted(images) or None} (on {self.spread.group.name})"
             )
         self.mine = self.spread.share(*images)
         start = self.mine.start if self.mine else 0

@@ -37,10 +37,6 @@ class Adapter:
         """Return whether this is a model of the kind."""
         raise NotImplementedError
 
-    def layers(self) -> list[nn.Module]:
-        """Return the cross-attention layers."""
-        raise NotImplementedError
-
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return this rank's share of a batch."""
         raise NotImplementedError
@@ -194,16 +190,57 @@ def distribute(
     schedule: str = "lv-xattn",
     recompute_kv: bool = True,
 ) -> Spread:
-    """Spread the visual input of a multimodal model over ranks."""
+    """Shard the visual input of a multimodal model over ranks.  Changes the model in place.
+
+    Every rank has the whole model and the same weights, encodes its own images, and keeps their
+    keys and values; cross-attention is over all ranks' keys.  Not collective.
+
+    Parameters
+    ----------
+    model : Module
+        Of transformers: Mllama (Llama 3.2 Vision), Idefics, Whisper, or another encoder and decoder
+        whose cross-attention calls the model's attention function; or OpenFlamingo's ``Flamingo``.
+    group : ProcessGroup or one-dimensional DeviceMesh, optional
+        The ranks; default: the world.
+    text : str
+        ``"replicated"``: every rank has the whole text.
+    schedule : str
+        As in `cross_attention`; with replicated text there is nothing to choose.
+    recompute_kv : bool
+        Whether a backward makes keys and values again instead of keeping them.
+
+    Returns
+    -------
+    Spread
+
+    Raises
+    ------
+    ValueError
+        A model without cross-attention that can be spread, or another `text`.
+
+    Examples
+    --------
+    On every rank, for a model and a batch of transformers:
+
+    >>> spread = distribute(model, group)  # doctest: +SKIP
+    >>> model(**spread.inputs(**batch)).loss.backward()  # doctest: +SKIP
+    >>> spread.average_gradients()  # doctest: +SKIP
+    """
     from lvxattn.torch_impl.models.encoder_decoder import EncoderDecoder
     from lvxattn.torch_impl.models.idefics import Idefics
     from lvxattn.torch_impl.models.mllama import Mllama
     from lvxattn.torch_impl.models.openflamingo import OpenFlamingo
 
-    spread = Spread(model, Group.of(group), text=text, schedule=schedule, recompute_kv=recompute_kv)
-    kind = next(
-        kind for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder) if kind.fits(model)
+    comm = Group.of(group)
+    if text != "replicated":
+        raise ValueError(f"text: expected 'replicated', got {text!r} (on {comm.name})")
+    for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder):
+        if kind.fits(model):
+            spread = Spread(model, comm, text=text, schedule=schedule, recompute_kv=recompute_kv)
+            spread.adapter = kind(model, spread)
+            model.register_forward_pre_hook(spread.without_cache, with_kwargs=True)
+            return spread
+    raise ValueError(
+        "model: expected Mllama, Idefics, Whisper, OpenFlamingo, or an encoder and decoder of "
+        f"transformers, got {type(model).__name__} (on {comm.name})"
     )
-    spread.adapter = kind(model, spread)
-    model.register_forward_pre_hook(spread.without_cache, with_kwargs=True)
-    return spread
