@@ -28,6 +28,7 @@ WITHOUT = {
     "lvxattn.plan.Link": "a Machine has them",
     "lvxattn.plan.Memory": "memory returns them",
     "lvxattn.plan.Played": "play returns them",
+    "lvxattn.torch_impl.models.Spread": "distribute returns them",
 }
 # Objects whose examples are shown but not run, and why.
 SKIPPED = {
@@ -36,6 +37,7 @@ SKIPPED = {
     "lvxattn.mpi_impl.measure": "takes seconds",
     "lvxattn.mpi_impl.use_device": "needs a GPU",
     "lvxattn.torch_impl.measure": "takes seconds",
+    "lvxattn.torch_impl.models.distribute": "needs a model and ranks",
 }
 
 
