@@ -19,7 +19,7 @@ from lvxattn.mpi_impl import kernels
 from lvxattn.mpi_impl.commands.doctor import examine
 from lvxattn.mpi_impl.commands.run import Backend, MPIRanks
 from lvxattn.mpi_impl.measure import Probe
-from lvxattn.mpi_impl.transport import cuda_aware as awareness
+from lvxattn.mpi_impl.transport import cuda_aware
 from lvxattn.mpi_impl.transport.death_notice import announce_death
 from lvxattn.mpi_impl.transport.watchdog import timeout
 
@@ -93,7 +93,7 @@ def _bad_variable(comm: MPI.Intracomm) -> Exception | None:
     except ValueError as error:  # which names the rank
         return error
     try:
-        awareness.wish()
+        cuda_aware.wish()
         kernels.wish()
     except ValueError as error:
         return on_rank(error, comm.rank, comm.size)
