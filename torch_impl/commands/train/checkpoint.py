@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
 from lvxattn.cli import InputError
+from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train.options import Settings
-from lvxattn.torch_impl.commands.train.training import Curve, on_rank_0
+from lvxattn.torch_impl.commands.train.training_report import Curve
 from lvxattn.torch_impl.group import Group
 
 _NAME = "checkpoint"
