@@ -8,7 +8,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from lvxattn.cli import UsageError, refuse, run_command
+from lvxattn.cli import InputError, UsageError, refuse, run_command
 from lvxattn.cli.arguments import Parser, natural, positive
 from lvxattn.cli.measure import add_options as add_measure_options
 from lvxattn.cli.measure import run_measure
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
 def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     try:
         # Here, as other commands do without what it imports.
-        from lvxattn.mpi_impl.commands.demo import InputError, search_video
+        from lvxattn.mpi_impl.commands.demo import search_video
     except ModuleNotFoundError as error:
         hint = "the extra 'demo' brings all it needs"
         return refuse(f"{_DEMO}: error: {error}; {hint} (on all ranks)", comm.rank)

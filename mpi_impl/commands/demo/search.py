@@ -19,6 +19,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from lvxattn.cli import InputError
 from lvxattn.common.layout import share
 from lvxattn.common.validation import raise_together
 from lvxattn.mpi_impl import Layout, Meter, cross_attention
@@ -49,10 +50,6 @@ SCALE = 1000.0
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
-
-
-class InputError(ValueError):
-    """The input cannot be searched; raised on all ranks."""
 
 
 def search_video(options: Namespace, comm: MPI.Intracomm) -> bool:
