@@ -1,9 +1,10 @@
-"""The arguments of ``run``."""
+"""The command line of ``run``."""
 
 import argparse
+from collections.abc import Callable
 from math import isfinite
 
-from lvxattn.cli.arguments import natural, positive
+from lvxattn.cli.arguments import AddCommand, natural, positive
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.common.validation import FLOATING
 from lvxattn.plan.models import MODELS
@@ -12,6 +13,17 @@ _MADE_UP = [
     *("model", "frames", "text_tokens", "visual_tokens", "batch", "heads", "kv_heads"),
     *("head_dim", "value_dim", "dtype", "mask"),
 ]
+
+
+def add_run(add: AddCommand, run: Callable[..., int], epilog: str | None = None) -> None:
+    """Add ``run`` to the commands of an implementation."""
+    add_options(
+        add(
+            "run", run, epilog=epilog,
+            help="cross-attention on random tensors or on a file's",
+            description="Exact distributed cross-attention: measured, checked and reported.",
+        )
+    )  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
