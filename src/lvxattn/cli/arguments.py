@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from errno import EACCES
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -131,6 +132,21 @@ def writable(text: str) -> str:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
     return text
+
+
+def between(low: float, high: float, expected: str) -> Callable[[str], float]:
+    """Return a function that parses a number between two limits, both excluded."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = nan
+        if not low < number < high:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return number
+
+    return parse
 
 
 def positive(text: str) -> int:
