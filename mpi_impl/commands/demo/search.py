@@ -92,8 +92,8 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     frames = _together(
         lambda: source.read(first, last, lambda done: progress.update(done, last - first)), comm
     )
-    k = describe(frames).reshape(1, 1, -1, D)
-    v = places(first, last, source.rows, source.cols).reshape(1, 1, -1, 3)
+    k = describe(frames).reshape(1, 1, -1, D)  # (1, 1, s_kv, D)
+    v = places(first, last, source.rows, source.cols).reshape(1, 1, -1, 3)  # (1, 1, s_kv, 3)
     reading = time.perf_counter() - started
     progress.finish()
 
@@ -127,7 +127,7 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     passed, verdicts, examples, wanted = True, [""], [0], [0]
     if gathered and costs and keys and values:
         answers = Answers.join(gathered)
-        K, V = np.concatenate(keys, axis=2), np.concatenate(values, axis=2)
+        K, V = np.concatenate(keys, axis=2), np.concatenate(values, axis=2)  # (1, 1, S_KV, ...)
         verdicts, checks = _judge(answers, K, V, source)
         passed = all(check.passed for check in checks)
         progress.finish()
