@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, timing, and results in files."""
+"""Arguments, timing and result files for the benchmarks."""
 
 import argparse
 import json

@@ -38,7 +38,7 @@ QUICK_S_Q, QUICK_S_KV = (1, 128), (4096,)
 HEADS = ((4, 4), (4, 2))
 D = 64
 #: The goals: auto over the best, in the worst cell and in the median; predicted over measured.
-WORST, MIDDLE, FORETOLD = 1.25, 1.10, 1.3
+WORST, MIDDLE, PREDICTED = 1.25, 1.10, 1.3
 
 
 def measure(quick: bool) -> list[Results]:
@@ -79,25 +79,25 @@ class Cell:
     ----------
     of : dict
         The measurement.
-    measured, foretold : dict
+    measured, predicted : dict
     """
 
     of: Results
     measured: dict[str, float]
-    foretold: dict[str, float]
+    predicted: dict[str, float]
 
     @staticmethod
     def read(r: Results) -> "Cell":
         """Return a cell's measured times, with the plan's predictions."""
         machine = Machine.of(r["machine"])
         q, k = (1, r["H"], r["S_Q"], r["D"]), (1, r["H_KV"], r["S_KV"], r["D"])
-        foretold = {}
+        predicted = {}
         for schedule in SCHEDULES:
             layout = planned(q, k, r["P"], dtype="float32", schedule=schedule)
             if not refusal(layout):
                 passes = (play(layout, machine, backward=b) for b in (False, True))
-                foretold[schedule] = sum(played.seconds for played in passes)
-        return Cell(r, {kind: typical(r, kind, "total") for kind in r["turns"]}, foretold)
+                predicted[schedule] = sum(played.seconds for played in passes)
+        return Cell(r, {kind: typical(r, kind, "total") for kind in r["turns"]}, predicted)
 
     @property
     def best(self) -> str:
@@ -107,7 +107,7 @@ class Cell:
     @property
     def auto(self) -> str:
         """Return the schedule that the plan chooses."""
-        return min(self.foretold, key=lambda s: self.foretold[s])
+        return min(self.predicted, key=lambda s: self.predicted[s])
 
     @property
     def lost(self) -> float:
@@ -120,16 +120,16 @@ def markdown(measured: Results) -> str:
     machine, cells = measured["machine"], [Cell.read(r) for r in measured["cells"]]
     names = " | ".join(SCHEDULES)
     lines = [
-        "# Every schedule, measured and foretold",
+        "# Every schedule, measured and predicted",
         "",
         f"Measured {measured['date']} on {machine['processor']}, {machine['cores']} cores, Python "
         f"{machine['python']}, NumPy {machine['numpy']}, {machine['blas']}, "
         f"{cells[0].of['mpi']}; one BLAS thread a rank, B = 1, D = {D}, fp32, forward and backward "
         "together. Made by `make bench`; `schedules.json` has every turn.",
         "",
-        "A schedule's cell: milliseconds, and the plan's time over them. The plan knows nothing "
-        "but what the machine measured of itself before each sweep. Lost: time of the schedule "
-        "that the plan chooses over that of the fastest.",
+        "A schedule's cell: milliseconds, and the plan's time over them. The plan uses only the "
+        "figures measured before each sweep. Lost: time of the schedule that the plan chooses over "
+        "that of the fastest.",
         "",
         *([SMALL, ""] if measured["quick"] else []),
         f"| link | P | heads | S_Q | S_KV | {names} | fastest | chosen | lost |",
@@ -138,7 +138,7 @@ def markdown(measured: Results) -> str:
     for cell in cells:
         of = cell.of
         times = " | ".join(
-            f"{cell.measured[s] * 1e3:.1f}, {cell.foretold[s] / cell.measured[s]:.2f}"
+            f"{cell.measured[s] * 1e3:.1f}, {cell.predicted[s] / cell.measured[s]:.2f}"
             if s in cell.measured
             else "-"
             for s in SCHEDULES
@@ -154,7 +154,7 @@ def goals(cells: list[Cell], *, judged: bool) -> list[str]:
     """Return the goals, and the values reached."""
     lost = [cell.lost for cell in cells]
     ratios = {
-        s: [cell.foretold[s] / cell.measured[s] for cell in cells if s in cell.measured]
+        s: [cell.predicted[s] / cell.measured[s] for cell in cells if s in cell.measured]
         for s in SCHEDULES
     }
     every = [ratio for found in ratios.values() for ratio in found]
@@ -165,8 +165,8 @@ def goals(cells: list[Cell], *, judged: bool) -> list[str]:
         Goal(worst, max(lost) - 1, within == len(lost), "+.0%"),
         Goal(f"in the median within {MIDDLE - 1:.0%}", median(lost) - 1, median(lost) <= MIDDLE,
              "+.1%"),
-        Goal(f"foretold over measured within a factor of {FORETOLD} in the median", far,
-             far <= FORETOLD, ".2f"),
+        Goal(f"predicted over measured within a factor of {PREDICTED} in the median", far,
+             far <= PREDICTED, ".2f"),
     ]  # fmt: skip
     return [
         *(goal.line(judged=judged) for goal in found),

@@ -3,23 +3,21 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mpi4py import MPI
 
-from lvxattn.cli import UsageError, refuse, run_command
-from lvxattn.cli.arguments import Parser, natural, positive
-from lvxattn.cli.measure import add_options as add_measure_options
-from lvxattn.cli.measure import run_measure
-from lvxattn.cli.run_options import add_options
+from lvxattn.cli import InputError, UsageError, refuse, run_command
+from lvxattn.cli.arguments import Parser, adder, natural, positive
+from lvxattn.cli.measure import add_measure, run_measure
+from lvxattn.cli.run_options import add_run
 from lvxattn.common.launcher import mismatch, speaks
 from lvxattn.common.validation import on_rank
 from lvxattn.mpi_impl import kernels
 from lvxattn.mpi_impl.commands.doctor import examine
 from lvxattn.mpi_impl.commands.run import Backend, MPIRanks
 from lvxattn.mpi_impl.measure import Probe
-from lvxattn.mpi_impl.transport import cuda_aware as awareness
+from lvxattn.mpi_impl.transport import cuda_aware
 from lvxattn.mpi_impl.transport.death_notice import announce_death
 from lvxattn.mpi_impl.transport.watchdog import timeout
 
@@ -60,7 +58,7 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
 def _demo(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     try:
         # Here, as other commands do without what it imports.
-        from lvxattn.mpi_impl.commands.demo import InputError, search_video
+        from lvxattn.mpi_impl.commands.demo import search_video
     except ModuleNotFoundError as error:
         hint = "the extra 'demo' brings all it needs"
         return refuse(f"{_DEMO}: error: {error}; {hint} (on all ranks)", comm.rank)
@@ -93,7 +91,7 @@ def _bad_variable(comm: MPI.Intracomm) -> Exception | None:
     except ValueError as error:  # which names the rank
         return error
     try:
-        awareness.wish()
+        cuda_aware.wish()
         kernels.wish()
     except ValueError as error:
         return on_rank(error, comm.rank, comm.size)
@@ -104,13 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "lvxattn", description="Exact distributed cross-attention over MPI.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[..., int], **texts: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, allow_abbrev=False, **texts)
-        command.set_defaults(run=run)
-        return command
-
+    add = adder(parser)
     demo = add(
         "demo",
         _demo,
@@ -142,21 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to write the picture (default: demo.png)",
     )
-    run = add(
-        "run",
-        lambda options, comm: run_command(options, MPIRanks(comm)),
-        help="cross-attention on random tensors or on a file's",
-        description="Exact distributed cross-attention: measured, checked and reported.",
-        epilog=_ENVIRONMENT + "exit status: 0; 1 if a check failed; 2 if the input is bad",
-    )
-    add_options(run)
-    measure = add(
-        "measure",
-        _measure,
-        help="measure the speed of this machine",
-        description="Measure what the choice of a schedule rests on, within 10 seconds.",
-    )
-    add_measure_options(measure, "machine-mpi.json")
+    run_epilog = _ENVIRONMENT + "exit status: 0; 1 if a check failed; 2 if the input is bad"
+    add_run(add, lambda options, comm: run_command(options, MPIRanks(comm)), run_epilog)
+    add_measure(add, _measure, "machine-mpi.json")
     add(
         "doctor",
         lambda _, comm: 0 if examine(comm) else 1,

@@ -50,6 +50,7 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
 
     what = "all ranks' rows to be gathered"
     incoming = all_to_all(exchange, [list(arrays)] * exchange.P, fields, what)
+    # (B, H, S_Q, ...)
     return [exchange.xp.concatenate(blocks, axis=2) for blocks in zip(*incoming, strict=True)]
 
 

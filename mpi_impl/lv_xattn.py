@@ -57,13 +57,9 @@ def lv_xattn(
         # 3. Attend from the visiting queries to my keys.
         with exchange.computing(hop):
             partial = partial_attention(
-                q_block,
-                k_shard,
-                v_shard,
-                scale=scale,
-                mask=exchange.mask_view(hop),
+                q_block, k_shard, v_shard, scale=scale, mask=exchange.mask_view(hop),
                 progress=progress,
-            )
+            )  # fmt: skip
         # 4. Merge with the result of the ranks before, and send it after the block.
         if hop > 1:
             partial = merge_partials(*partial, *partials.receive())

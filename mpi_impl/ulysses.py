@@ -54,13 +54,9 @@ def ulysses(
     # 2. Attend from my heads of all queries to all keys.
     with exchange.computing(what=WHAT):
         partial = partial_attention(
-            q_heads,
-            k_heads,
-            v_heads,
-            scale=exchange.scale,
-            mask=mask_view,
+            q_heads, k_heads, v_heads, scale=exchange.scale, mask=mask_view,
             progress=exchange.progress,
-        )
+        )  # fmt: skip
     # 3. Exchange back.
     out, top, total = to_rows(exchange, s_q, *partial)
     return out, top, total

@@ -36,6 +36,7 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
     """
     what = "all ranks' rows to be gathered"
     incoming = all_to_all(exchange, [list(arrays)] * exchange.P, what)
+    # (B, H, S_Q, ...)
     return [np.concatenate(blocks, axis=2) for blocks in zip(*incoming, strict=True)]
 
 

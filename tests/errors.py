@@ -1,4 +1,4 @@
-"""What an error message has to contain, whatever its words.
+"""Match the contents of an error message, regardless of its wording.
 
 The exact text of a message is asserted once, in the test nearest to where it is raised.  All other
 tests use `says`.

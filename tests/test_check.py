@@ -166,6 +166,13 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
     assert [fourth["verdicts"][0][key] for key in ("got", "expected")] == ["nan", "-inf"]
 
 
+def test_json_of_real_check_is_strict(tmp_path: Path) -> None:
+    report = checked(lambda q, k, v, *, scale, mask: np.full_like(q, np.nan), [GAUSSIAN], DTYPES)
+    report.to_json(tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert {r["verdicts"][0]["got"] for r in found["rows"]} == {"nan"}
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_table_has_row_per_case_and_column_per_dtype(count: int) -> None:
     long = "a-name-that-is-much-longer-than-any-that-there-is"

@@ -139,7 +139,7 @@ def test_complaint_is_diagnosed() -> None:
     assert {row.diagnosis for row in report.rows} == {"matches *out allocated like q*"}
 
 
-class TestWhatPassedIsHeldAgainstAName:
+class TestPassingCasesRuleOutDiagnoses:
     """With D = 1, a scale of 1 in place of 0.5 may be none, or one's own 1 / sqrt(D)."""
 
     def test_indistinguishable_defects(self) -> None:

@@ -99,9 +99,8 @@ def launched(start: Any, P: int, **wishes: Any) -> Ended:
     return ended
 
 
-def reported(start: Any, P: int, **wishes: Any) -> Any:
+def reported(ended: Ended) -> Any:
     """Return the summary of a check that must pass."""
-    ended = launched(start, P, **wishes)
     assert ended.status == 0, ended.err
     report = json.loads(ended.out)
     assert report["passed"], report["text"]
@@ -169,6 +168,11 @@ class TestVirtualRanks:
         report = checked(Planted(blocks_in_half=True, round_p=True), P, dtypes=["bfloat16"])
         assert report.passed, str(report)
         assert any(f"growth of the error from P=1 to P={P}" in note for note in report.notes)
+
+    @pytest.mark.slow
+    def test_correct_function_passes_quick_suite(self) -> None:
+        report = checked(Planted(), 3, None, dtypes=["float32"])
+        assert report.passed, str(report)
 
     @pytest.mark.parametrize(
         "fault", ["last rank dropped", "unweighted merge", "mask of rank 0", "neighbour at odd P"]
@@ -332,7 +336,9 @@ class TestRealRanks:
     )
     def test_mpi_impl_passes(self, P: int, schedule: str, cases: tuple[str, ...] | None) -> None:
         dtypes = ["bfloat16"] if P == 4 else ["float64"]
-        report = reported(mpiexec, P, schedule=schedule, dtypes=dtypes, cases=cases)
+        ended = launched(mpiexec, P, schedule=schedule, dtypes=dtypes, cases=cases)
+        report = reported(ended)
+        assert not ended.err
         assert report["statuses"] == ["ok"]
         assert (f"P={P}, ragged" in report["where"]) == (P > 1)
         assert ("growth of the error from P=1 to P=4, bfloat16" in report["text"]) == (P == 4)
@@ -341,10 +347,11 @@ class TestRealRanks:
     def test_ulysses_passes_or_is_unsupported(self, heads: int, statuses: list[str]) -> None:
         cases = ["gaussian", "random-mask", "callable-mask", "mask-over-heads", "ragged-lengths"]
         options = {"heads": heads, "cases": cases, "dtypes": ["float32"]}
-        assert reported(mpiexec, 3, schedule="ulysses", **options)["statuses"] == statuses
+        ended = launched(mpiexec, 3, schedule="ulysses", **options)
+        assert reported(ended)["statuses"] == statuses
 
     def test_torch_impl_passes(self) -> None:
-        report = reported(forked, 3, schedule="lv-xattn", dtypes=["bfloat16"])
+        report = reported(launched(forked, 3, schedule="lv-xattn", dtypes=["bfloat16"]))
         assert report["statuses"] == ["ok"]
         assert "P=3, ragged" in report["where"]
 

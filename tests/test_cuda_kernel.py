@@ -33,7 +33,6 @@ from tests.judge import ratio, worst_ratios
 from tests.test_block_attention import solve_block
 from tests.tolerances import UNIT, limits
 
-BUILDS = (("float16", 64), ("bfloat16", 128), ("float32", 64), ("float32", 128))
 TO_COMPILE = (("float16", 128), ("bfloat16", 64), ("float32", 128))
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 

@@ -311,7 +311,7 @@ def misfits() -> dict[str, Any]:
         "mask": (good, {"mask": np.ones((2, 3))}, ValueError, says("mask", 4, (2, 3))),
         "mask of ring": (
             good, {"schedule": "ring", "mask": np.ones((1, 1, 1, 3), bool)}, ValueError,
-            "^mask: expected the layout's shape and travelling dtype None, got ",
+            r"^mask: expected the layout's array mask \(shape, dtype\): None, got ",
         ),
         "rule of ring": (
             good, {"schedule": "ring", "mask": lambda b, h, q, kv: kv >= 0}, ValueError,

@@ -23,6 +23,8 @@ def test_presets_match_published_figures() -> None:
     for name, model in MODELS.items():
         assert model.name == name
         assert model.heads % model.kv_heads == 0
+    with pytest.raises(AttributeError):
+        MODELS["llama3v"].heads = 1  # type: ignore[misc]
 
 
 def test_shapes_of_the_whole_problem() -> None:

@@ -70,7 +70,8 @@ def test_ulysses_requires_kv_heads_divisible_by_ranks() -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         reference.run_ranks(4, lambda comm: solve(problem, comm, reference, schedule="ulysses"))
     assert str(raised.value) == (
-        "schedule: 'ulysses' requires H_KV divisible by the 4 ranks, got H_KV = 2 (on rank 0 of 4)"
+        "schedule: expected H_KV divisible by the 4 ranks with 'ulysses', got H_KV = 2 "
+        "(on rank 0 of 4)"
     )
 
 

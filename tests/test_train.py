@@ -229,7 +229,7 @@ class TestRanks:
                 return [sendobj, "another"]
 
         with pytest.raises(
-            RuntimeError, match=r"weights: expected those of rank 0, got others \(on rank 1\)"
+            RuntimeError, match=r"weights: expected those of rank 0, got others \(on rank 1 of 2\)"
         ):
             checkpoint._check_equal(small_run().model, Torn(None))
 

@@ -7,20 +7,17 @@ any other status of a rank it exits with 1, and reports the ranks' status on std
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from lvxattn.cli import UsageError, refuse, run_command
-from lvxattn.cli.arguments import Parser
-from lvxattn.cli.measure import add_options as add_measure_options
-from lvxattn.cli.measure import run_measure
-from lvxattn.cli.run_options import add_options
+from lvxattn.cli.arguments import Parser, adder
+from lvxattn.cli.measure import add_measure, run_measure
+from lvxattn.cli.run_options import add_run
 from lvxattn.torch_impl.commands.processes import check_environment, world
 from lvxattn.torch_impl.commands.run import Backend, TorchRanks
-from lvxattn.torch_impl.commands.train import add_options as add_train_options
-from lvxattn.torch_impl.commands.train import run_training
+from lvxattn.torch_impl.commands.train import add_options, run_training
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.measure import Probe
 
@@ -64,34 +61,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Exact distributed cross-attention in PyTorch.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[..., int], **texts: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, allow_abbrev=False, **texts)
-        command.set_defaults(run=run)
-        return command
-
-    run = add(
-        "run",
-        lambda options, group: run_command(options, TorchRanks(group)),
-        help="cross-attention on random tensors or on a file's",
-        description="Exact distributed cross-attention: measured, checked and reported.",
-    )
-    add_options(run)
-    measure = add(
-        "measure",
-        _measure,
-        help="measure the speed of this machine",
-        description="Measure what the choice of a schedule rests on, within 10 seconds.",
-    )
-    add_measure_options(measure, "machine-torch.json")
+    add = adder(parser)
+    add_run(add, lambda options, group: run_command(options, TorchRanks(group)))
+    add_measure(add, _measure, "machine-torch.json")
     train = add(
         "train",
         run_training,
         help="train a small model to find the needle in a long video",
         description="Train a small model to read a digit in a long video of real handwriting.",
     )
-    add_train_options(train)
+    add_options(train)
     return parser
 
 

@@ -140,7 +140,7 @@ def _gathered(
     # gloo does not support an all-gather of blocks that differ in length.
     what = "all ranks' rows to be gathered"
     incoming = all_to_all(exchange, [list(arrays)] * exchange.P, fields, what)
-    return [torch.cat(blocks, dim=2) for blocks in zip(*incoming, strict=True)]
+    return [torch.cat(blocks, dim=2) for blocks in zip(*incoming, strict=True)]  # (B, H, S_Q, ...)
 
 
 def _joined_rows(

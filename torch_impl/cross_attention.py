@@ -173,7 +173,7 @@ def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def call_of(*tensors: Tensor | None, return_lse: bool) -> str:
-    """Describe the call: ranks whose descriptions differ would wait for one another in vain."""
+    """Describe the call: ranks whose descriptions differ would wait for one another forever."""
     wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
     name = "forward and backward" if wanted else "forward"
     return f"{name}, with lse" if return_lse else name

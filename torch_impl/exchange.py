@@ -33,9 +33,9 @@ from .merge import Array
 class Exchange(ExchangeBase):
     """One rank's communication in one forward or backward; the front door passes it to a schedule.
 
-    From `lvxattn.common.exchange_base`: `split_keys` cuts keys, values and mask in two halves,
-    of which the second has an odd key; `mask_view(hop)` is the mask for the block that is here
-    after `hop` hops, which is that of rank ``layout.owner(hop)``, `hop` places to the left.
+    From `lvxattn.common.exchange_base`: `split_keys` cuts keys, values and mask in two halves; the
+    second has the extra key if their number is odd.  `mask_view(hop)` is the mask for the block
+    that is here after `hop` hops, that of rank ``layout.owner(hop)``, `hop` places to the left.
 
     Parameters
     ----------

@@ -127,7 +127,7 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(f"{self.name} waited for {what()}, in vain: {error}") from error
+            raise RuntimeError(f"{self.name} failed while waiting for {what()}: {error}") from error
 
     @contextmanager
     def named(self) -> Iterator[None]:

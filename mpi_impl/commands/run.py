@@ -1,4 +1,4 @@
-"""What differs in kind in ``python -m lvxattn.mpi_impl run``: its ranks, and NumPy or CuPy.
+"""The ranks and arrays of ``python -m lvxattn.mpi_impl run``: MPI, and NumPy or CuPy.
 
 The rest is `lvxattn.cli`.
 """

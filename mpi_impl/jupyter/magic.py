@@ -3,12 +3,13 @@
 import re
 import shlex
 from argparse import ArgumentTypeError
+from math import inf
 from typing import Any
 
 from IPython import get_ipython
 from IPython.core.error import UsageError
 
-from lvxattn.cli.arguments import Parser, positive
+from lvxattn.cli.arguments import Parser, between, positive
 from lvxattn.cli.arguments import UsageError as BadArguments
 from lvxattn.mpi_impl.jupyter.cell_files import CellError
 from lvxattn.mpi_impl.jupyter.launch import run_cell
@@ -68,7 +69,7 @@ def _show(printed: list[str]) -> None:
 def _parser() -> Parser:
     parser = Parser("%%mpi", allow_abbrev=False, add_help=False)
     parser.add_argument("ranks", type=positive, metavar="N")
-    parser.add_argument("--timeout", type=_seconds, default=_SECONDS)
+    parser.add_argument("--timeout", type=between(0, inf, "seconds above 0"), default=_SECONDS)
     for name in ("--take", "--give"):
         parser.add_argument(name, type=_names, default=[])
     return parser
@@ -80,13 +81,3 @@ def _names(text: str) -> list[str]:
     if wrong or not names:
         raise ArgumentTypeError(f"expected names of variables, got {text!r}")
     return names
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ArgumentTypeError(f"expected seconds above 0, got {text!r}")
-    return seconds

@@ -63,6 +63,7 @@ class Rows:
         self.buffer.settle()
         (length,) = self.lengths
         return tuple(
+            # (B, H, s_q, ...)
             self.xp.ascontiguousarray(self.rows[column].reshape(*x.shape[:2], length, *x.shape[3:]))
             for column, x in zip(self.columns, self.like, strict=True)
         )

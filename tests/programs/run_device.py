@@ -15,8 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 from lvxattn import mpi_impl
-from lvxattn.mpi_impl.transport import buffers
-from lvxattn.mpi_impl.transport import cuda_aware as awareness
+from lvxattn.mpi_impl.transport import buffers, cuda_aware
 from tests import fake_cupy, hidden
 from tests.cases import Case, Problem
 from tests.judge import worst_ratios
@@ -130,7 +129,7 @@ found = {}
 for way in sys.argv[1:]:
     aware, _, event = way.partition(":")
     os.environ["LVXATTN_CUDA_AWARE"] = aware
-    decision = awareness.cuda_aware(fake_cupy)
+    decision = cuda_aware.cuda_aware(fake_cupy)
     kind = type(buffers.buffer(fake_cupy, 8)).__name__
     with left_out(event) if event else nullcontext():
         ranks = comm.gather(passes(bool(event)))

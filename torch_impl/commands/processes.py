@@ -16,7 +16,7 @@ import atexit
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -231,3 +231,22 @@ def _obstacle() -> str | None:
     if torch.version.cuda is None and torch.version.hip is None:
         return "--device gpu: this build of PyTorch is for CPUs only"
     return None if torch.cuda.is_available() else "--device gpu: no GPU found"
+
+
+def on_rank_0(act: Callable[[], object], failure: str, group: Group) -> None:
+    """Do file operations on rank 0.
+
+    Collective: every rank of the group calls this.
+
+    Raises
+    ------
+    InputError
+        With the text `failure` and the reason of an OSError; on all ranks.
+    """
+    error = None
+    if group.rank == 0:
+        try:
+            act()
+        except OSError as problem:
+            error = InputError(f"{failure}: {problem.strerror or problem}")
+    raise_together(error, group)

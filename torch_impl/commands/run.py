@@ -1,4 +1,4 @@
-"""What differs in kind in ``python -m lvxattn.torch_impl run``: its ranks, tensors and devices.
+"""The ranks and arrays of ``python -m lvxattn.torch_impl run``: torch's ranks and tensors.
 
 The rest is `lvxattn.cli`.
 """

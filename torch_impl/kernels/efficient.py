@@ -72,10 +72,11 @@ def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     if bias is None:
         return None
     s_kv, G = bias.shape[3], q.shape[1] // k.shape[1]
-    bias = torch.nn.functional.pad(bias, (0, -s_kv % 16))
+    bias = torch.nn.functional.pad(bias, (0, -s_kv % 16))  # (..., s_kv + padding)
     if bias.shape[1] != 1:
-        bias = fold(bias.expand(-1, -1, q.shape[2], -1), k)
+        bias = fold(bias.expand(-1, -1, q.shape[2], -1), k)  # (..., H_KV, G s_q, s_kv + padding)
     elif bias.shape[2] != 1:
-        # (..., 1, G s_q, s_kv)
+        # (..., 1, G s_q, s_kv + padding)
         bias = bias.expand(-1, G, -1, -1).reshape(bias.shape[0], 1, -1, bias.shape[3])
+    # (B, H_KV, G s_q, s_kv)
     return bias[..., :s_kv].expand(q.shape[0], k.shape[1], G * q.shape[2], -1)

@@ -1,4 +1,4 @@
-r"""What PyTorch's fused kernels need: a bias for a mask, plain heads for grouped ones, an `out`.
+r"""Prepare masks, heads and `out` for PyTorch's fused kernels.
 
 A bias.  Fused kernels take an additive bias in q's dtype.  For a row that is -inf throughout they
 return different things (lse 0, +inf or NaN), so they never get one: its bias is 0, and its results

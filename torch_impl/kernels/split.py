@@ -66,6 +66,7 @@ def forward(
             part = kernel.forward(q_parts, k_parts, v_parts, scale=scale, mask=_NO_MASK)
             result = merge_partials(*result, *_joined(*part))
         results.append(result)
+    # (B, H, s_q, ...)
     out, top, total = (torch.cat(entries) for entries in zip(*results, strict=True))
     return out, top, total
 

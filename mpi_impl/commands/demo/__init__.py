@@ -10,6 +10,6 @@
 ===============  =================================================================================
 """
 
-from lvxattn.mpi_impl.commands.demo.search import InputError, search_video
+from lvxattn.mpi_impl.commands.demo.search import search_video
 
-__all__ = ["InputError", "search_video"]
+__all__ = ["search_video"]

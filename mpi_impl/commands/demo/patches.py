@@ -185,6 +185,7 @@ def _cells(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     cells = np.empty((frames, rows, cols, D), np.float32)
     for frame in range(frames):  # frame by frame, so that the temporaries stay in the cache
         luma = pixels[frame].astype(np.float32) @ _LUMA  # (height, width)
+        # (rows, side, cols, side)
         fine = luma.reshape(rows, side, _CELL, cols, side, _CELL).mean(axis=(2, 5))
-        cells[frame] = fine.transpose(0, 2, 1, 3).reshape(rows, cols, D)
+        cells[frame] = fine.transpose(0, 2, 1, 3).reshape(rows, cols, D)  # (rows, cols, D)
     return cells

@@ -19,6 +19,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from lvxattn.cli import InputError
 from lvxattn.common.layout import share
 from lvxattn.common.validation import raise_together
 from lvxattn.mpi_impl import Layout, Meter, cross_attention
@@ -49,10 +50,6 @@ SCALE = 1000.0
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
-
-
-class InputError(ValueError):
-    """The input cannot be searched; raised on all ranks."""
 
 
 def search_video(options: Namespace, comm: MPI.Intracomm) -> bool:
@@ -95,8 +92,8 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     frames = _together(
         lambda: source.read(first, last, lambda done: progress.update(done, last - first)), comm
     )
-    k = describe(frames).reshape(1, 1, -1, D)
-    v = places(first, last, source.rows, source.cols).reshape(1, 1, -1, 3)
+    k = describe(frames).reshape(1, 1, -1, D)  # (1, 1, s_kv, D)
+    v = places(first, last, source.rows, source.cols).reshape(1, 1, -1, 3)  # (1, 1, s_kv, 3)
     reading = time.perf_counter() - started
     progress.finish()
 
@@ -130,7 +127,7 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     passed, verdicts, examples, wanted = True, [""], [0], [0]
     if gathered and costs and keys and values:
         answers = Answers.join(gathered)
-        K, V = np.concatenate(keys, axis=2), np.concatenate(values, axis=2)
+        K, V = np.concatenate(keys, axis=2), np.concatenate(values, axis=2)  # (1, 1, S_KV, ...)
         verdicts, checks = _judge(answers, K, V, source)
         passed = all(check.passed for check in checks)
         progress.finish()

@@ -1,4 +1,4 @@
-r"""How far a correct kernel may be from the truth, and whether a result is within that.
+"""Derive the limit for a result, and judge it.
 
 For every result, and for every kind of row in it, in the L2 norm over those rows:
 

@@ -3,14 +3,19 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from errno import EACCES
+from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lvxattn.cli.tensors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
+
+AddCommand = Callable[..., argparse.ArgumentParser]
+"""``add(name, run, **texts)`` adds a command, and returns its parser."""
 
 
 class UsageError(ValueError):
@@ -37,6 +42,21 @@ class Parser(argparse.ArgumentParser):
         """Print on one rank."""
         if self.speaks:
             super()._print_message(message, file)
+
+
+def adder(parser: Parser) -> AddCommand:
+    """Return a function that adds commands to a parser.
+
+    A command's function is the attribute ``run`` of the parsed options.
+    """
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[..., int], **texts: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, allow_abbrev=False, **texts)
+        command.set_defaults(run=run)
+        return command
+
+    return add
 
 
 def refuse(message: str, rank: int) -> int:
@@ -112,6 +132,21 @@ def writable(text: str) -> str:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
     return text
+
+
+def between(low: float, high: float, expected: str) -> Callable[[str], float]:
+    """Return a function that parses a number between two limits, both excluded."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = nan
+        if not low < number < high:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return number
+
+    return parse
 
 
 def positive(text: str) -> int:

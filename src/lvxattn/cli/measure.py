@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lvxattn.cli.arguments import check_output, positive, refuse
+from lvxattn.cli.arguments import AddCommand, check_output, positive, refuse
 from lvxattn.cli.run_ranks import Ranks, on_rank_0
 from lvxattn.cli.tensors import InputError
 from lvxattn.common.validation import FLOATING
@@ -15,15 +15,22 @@ from lvxattn.plan.measure import Probe, measure
 _NAME = "lvxattn measure"
 
 
-def add_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add the arguments of ``measure`` to a parser.
+def add_measure(add: AddCommand, run: Callable[..., int], output: str) -> None:
+    """Add ``measure`` to the commands of an implementation.
 
     Parameters
     ----------
-    parser : argparse.ArgumentParser
+    add : callable
+    run : callable
+        The command's function.
     output : str
         The default file, one for each implementation, as their figures differ.
     """
+    parser = add(
+        "measure", run,
+        help="measure the speed of this machine",
+        description="Measure what the choice of a schedule rests on, within 10 seconds.",
+    )  # fmt: skip
     for name, default, what in (
         ("--heads", 8, "query heads, H (default: 8)"),
         ("--kv-heads", None, "key-value heads, H_KV (default: as many as heads)"),
@@ -48,7 +55,7 @@ def run_measure(
     Parameters
     ----------
     options : argparse.Namespace
-        As defined by `add_options`.
+        As defined by `add_measure`.
     ranks : Ranks
     probe : callable
         Returns a backend's probe for H, H_KV, D and a dtype.

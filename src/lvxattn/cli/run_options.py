@@ -1,9 +1,10 @@
-"""The arguments of ``run``."""
+"""The command line of ``run``."""
 
 import argparse
-from math import isfinite
+from collections.abc import Callable
+from math import inf
 
-from lvxattn.cli.arguments import natural, positive
+from lvxattn.cli.arguments import AddCommand, between, natural, positive
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.common.validation import FLOATING
 from lvxattn.plan.models import MODELS
@@ -12,6 +13,17 @@ _MADE_UP = [
     *("model", "frames", "text_tokens", "visual_tokens", "batch", "heads", "kv_heads"),
     *("head_dim", "value_dim", "dtype", "mask"),
 ]
+
+
+def add_run(add: AddCommand, run: Callable[..., int], epilog: str | None = None) -> None:
+    """Add ``run`` to the commands of an implementation."""
+    add_options(
+        add(
+            "run", run, epilog=epilog,
+            help="cross-attention on random tensors or on a file's",
+            description="Exact distributed cross-attention: measured, checked and reported.",
+        )
+    )  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +74,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="auto: the schedule that takes the least time on this machine, a preset of "
         "lvxattn.plan or a file written by measure",
     )  # fmt: skip
-    work.add_argument("--scale", type=_finite, metavar="X", help="(default: 1 / sqrt(D))")
+    work.add_argument(
+        "--scale", type=between(-inf, inf, "a finite number"), metavar="X",
+        help="(default: 1 / sqrt(D))",
+    )  # fmt: skip
     work.add_argument(
         "--device", choices=("auto", "cpu", "gpu"), default="auto",
         help="gpu: one for each rank of a host; auto: gpu if every rank has one",
@@ -89,13 +104,3 @@ def contradiction(options: argparse.Namespace) -> str | None:
     if options.machine is not None and options.schedule != AUTO:
         return f"argument --machine: needs --schedule {AUTO}"
     return None
-
-
-def _finite(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-    return number

@@ -16,7 +16,7 @@ from lvxattn.draw.bars import format_bytes
 from lvxattn.plan.choose import Candidate, candidates, explain
 from lvxattn.plan.trace import Overlap, Trace
 
-# Widths of the columns where stdout is no terminal, whatever their contents.
+# Widths of the columns where stdout is no terminal, regardless of their contents.
 _WIDTHS = {"host": 14, "device": 16}
 
 Report = dict[str, Any]

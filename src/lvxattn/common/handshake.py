@@ -223,8 +223,8 @@ def _check_equal(records: list[Record]) -> None:
                 )
             if schedule == "ulysses" and record.H_KV % len(records):
                 raise ValueError(
-                    f"schedule: 'ulysses' requires H_KV divisible by the {len(records)} ranks, "
-                    f"got H_KV = {record.H_KV}"
+                    f"schedule: expected H_KV divisible by the {len(records)} ranks with "
+                    f"'ulysses', got H_KV = {record.H_KV}"
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, rank, len(records)) from None

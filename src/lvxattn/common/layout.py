@@ -1,8 +1,8 @@
 """The distribution of queries and keys over ranks, and the order of the ring.
 
 Each rank holds a contiguous share of the queries and of the keys and values; concatenated in rank
-order the shares are the whole.  The ring visits the ranks host by host, whatever their numbers, so
-that its P - 1 hops cross slow links between hosts as rarely as possible:
+order the shares are the whole.  The ring visits the ranks host by host, regardless of their
+numbers, so that its P - 1 hops cross slow links between hosts as rarely as possible:
 
     ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
 """
@@ -245,7 +245,7 @@ class Layout:
             kind = mask_kind(mask, self.dtype)
             if travels and kind != self.masks[self.rank]:
                 raise ValueError(
-                    "mask: expected the layout's shape and travelling dtype "
+                    "mask: expected the layout's array mask (shape, dtype): "
                     f"{self.masks[self.rank]}, got {kind}"
                 )
         except (TypeError, ValueError) as error:

@@ -307,7 +307,7 @@ def on_rank(error: Exception, rank: int, size: int) -> Exception:
 
 
 def dtype_name(x: Array) -> str:
-    """Return the name of an array's dtype, such as ``"bfloat16"``, whatever its library."""
+    """Return the name of an array's dtype, such as ``"bfloat16"``, for any library."""
     return _name(x.dtype)
 
 

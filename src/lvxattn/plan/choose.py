@@ -186,5 +186,5 @@ def refusal(layout: common.Layout) -> str:
     if layout.schedule == "ulysses" and layout.H_KV % layout.size:
         return f"P = {layout.size} does not divide H_KV = {layout.H_KV}"
     if layout.schedule in MASKS_TRAVEL and any(layout.rules):
-        return "a mask is a rule, and ranks may have different ones"
+        return "a mask is a callable, and ranks may have different ones"
     return ""

@@ -112,7 +112,7 @@ class Machine:
     copy : float
         Bytes a second at which a rank copies into new memory.
     call : float
-        Overhead of a pass in seconds, whatever the sizes of its blocks.
+        Overhead of a pass in seconds, regardless of the sizes of its blocks.
     hiding : float
         Fraction, from 0 to 1, of the shorter one of arithmetic and reading that overlaps with the
         longer one.

@@ -5,9 +5,9 @@
 `options`          the command line, the settings that determine the curve, the curriculum
 `data`             clips of real handwriting, and questions about them
 `model`            patches, two layers of `CrossAttention`, an answer; its attention to every frame
-`training`         steps, looks at held-out images, the curve
+`training`         steps, with looks at held-out images
 `checkpoint`       checkpoints to resume from
-`training_report`  the text
+`training_report`  the curve, and the text
 `draw`             the pictures
 =================  ===============================================================================
 """

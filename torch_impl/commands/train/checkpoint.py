@@ -28,8 +28,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
 from lvxattn.cli import InputError
+from lvxattn.common.validation import on_rank
+from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train.options import Settings
-from lvxattn.torch_impl.commands.train.training import Curve, on_rank_0
+from lvxattn.torch_impl.commands.train.training_report import Curve
 from lvxattn.torch_impl.group import Group
 
 _NAME = "checkpoint"
@@ -62,7 +64,7 @@ def save(
     }
     failure = f"cannot write {folder}"
     on_rank_0(lambda: shutil.rmtree(new, ignore_errors=True), failure, group)
-    with _plainly("write", new):
+    with _plainly("write", new, group):
         write_state(
             state, checkpoint_id=new, process_group=group.group, no_dist=group.group is None
         )
@@ -102,14 +104,14 @@ def load(
     if source is None:
         raise InputError(f"--resume: no checkpoint in {folder}")
     told: dict[str, Any] = {"run": ""}
-    with _plainly("read", source):
+    with _plainly("read", source, group):
         _read(told, source, group)
     run = json.loads(told["run"])
     difference = settings.difference(run["settings"])
     if difference:
         raise InputError(f"--resume: the run in {folder} has {difference}")
     state: dict[str, Any] = _state(model, optimizer)
-    with _plainly("read", source):
+    with _plainly("read", source, group):
         _read(state, source, group)
         set_state_dict(
             model,
@@ -139,7 +141,7 @@ def _read(state: dict[str, Any], source: Path, group: Group) -> None:
 
 
 @contextmanager
-def _plainly(verb: str, path: Path) -> Iterator[None]:
+def _plainly(verb: str, path: Path, group: Group) -> Iterator[None]:
     """Raise any rank's failure as an InputError of one line, and ignore PyTorch's warnings."""
     try:
         with warnings.catch_warnings():
@@ -147,7 +149,8 @@ def _plainly(verb: str, path: Path) -> Iterator[None]:
             yield
     except CheckpointException as error:  # raised on all ranks, with each rank's failure
         (rank, (problem, _)), *_ = error.failures.items()
-        raise InputError(f"cannot {verb} {path}: {_line(problem)} (on rank {rank})") from None
+        failure = InputError(f"cannot {verb} {path}: {_line(problem)}")
+        raise on_rank(failure, rank, group.size) from None
     except (OSError, RuntimeError, KeyError, ValueError, EOFError) as problem:
         raise InputError(f"cannot {verb} {path}: {_line(problem)}") from None
 
@@ -165,4 +168,5 @@ def _check_equal(model: nn.Module, group: Group) -> None:
     by_rank = group.allgather(digest.hexdigest())
     for rank, other in enumerate(by_rank):
         if other != by_rank[0]:
-            raise RuntimeError(f"weights: expected those of rank 0, got others (on rank {rank})")
+            error = RuntimeError("weights: expected those of rank 0, got others")
+            raise on_rank(error, rank, len(by_rank))

@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from lvxattn.common.layout import share
 from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.torch_impl.commands.train.model import Needle
-from lvxattn.torch_impl.commands.train.training import Curve
+from lvxattn.torch_impl.commands.train.training_report import Curve
 
 _BLUE, _ORANGE, _GREY = COLOURS[0], COLOURS[1], COLOURS[7]
 _DPI = 100

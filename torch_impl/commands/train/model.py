@@ -92,10 +92,11 @@ class Finder(nn.Module):
         """Return the visual tokens of this rank's frames: (B, 4 f, E).  Not collective."""
         B, f = clips.pictures.shape[:2]
         n = SIDE // PATCH
+        # (B, f, n, n, PATCH, PATCH)
         patches = clips.pictures.view(B, f, n, PATCH, n, PATCH).transpose(3, 4)
-        pixels = patches.reshape(B, f, TOKENS, PATCH * PATCH)
+        pixels = patches.reshape(B, f, TOKENS, PATCH * PATCH)  # (B, f, 4, PATCH^2)
         tokens = self.pixels(pixels) + self.marker(clips.markers).unsqueeze(2) + self.place
-        features: Tensor = self.norm(tokens.flatten(1, 2))
+        features: Tensor = self.norm(tokens.flatten(1, 2))  # (B, 4 f, E)
         return features
 
     def layout(self, clips: Clips) -> Layout:
@@ -215,9 +216,10 @@ def _weights(model: Finder, layer: int, asks: Tensor, clips: Clips) -> Tensor:
     """Return the weight of every frame for every question about the first clip: (S_Q, frames)."""
     attend = cast(CrossAttention, model.layers[layer].attend)
     everyone = unshard(asks, model.group, axis=1)[:1]
-    q = attend.q_proj(everyone).unflatten(-1, (-1, D)).transpose(1, 2)
+    q = attend.q_proj(everyone).unflatten(-1, (-1, D)).transpose(1, 2)  # (1, H, S_Q, D)
+    # (1, H, s_kv, D)
     k = attend.k_proj(model.look(clips)[:1]).unflatten(-1, (-1, D)).transpose(1, 2)
     mine = (q @ k.transpose(2, 3) / sqrt(D)).double()  # (1, H, S_Q, s_kv)
-    scores = unshard(mine, model.group, axis=3)
-    weights = scores.softmax(-1)[0].mean(dim=0)
-    return weights.unflatten(-1, (-1, TOKENS)).sum(-1)
+    scores = unshard(mine, model.group, axis=3)  # (1, H, S_Q, S_KV)
+    weights = scores.softmax(-1)[0].mean(dim=0)  # (S_Q, S_KV)
+    return weights.unflatten(-1, (-1, TOKENS)).sum(-1)  # (S_Q, frames)

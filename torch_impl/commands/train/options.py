@@ -10,14 +10,13 @@ Short clips come in larger batches, so that a step sees many images, with fewer 
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from math import inf
 
 import torch
 
 from lvxattn.cli import InputError
-from lvxattn.cli.arguments import natural, positive
+from lvxattn.cli.arguments import between, natural, positive
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.torch_impl.commands.train.data import BITS
 
@@ -173,13 +172,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     end.add_argument(
         "--minutes",
-        type=_below(inf, "a number above 0"),
+        type=between(0, inf, "a number above 0"),
         metavar="X",
         help="limit of this run's time",
     )
     end.add_argument(
         "--target",
-        type=_below(1.0, "a share above 0 and below 1"),
+        type=between(0, 1, "a share above 0 and below 1"),
         metavar="X",
         help="share of right answers to train for (default: 0.95); if given, a lower share at the "
         "end is exit status 1",
@@ -204,18 +203,3 @@ def _frames(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text!r}")
     return int(text)
-
-
-def _below(limit: float, expected: str) -> Callable[[str], float]:
-    """Return a function that reads a number above 0 and below a limit."""
-
-    def read(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = 0.0
-        if not 0 < number < limit:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return number
-
-    return read

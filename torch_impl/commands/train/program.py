@@ -19,18 +19,12 @@ import torch
 from lvxattn.cli import InputError
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import raise_together
+from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train import checkpoint
 from lvxattn.torch_impl.commands.train.data import TEST, TRAIN, Images, load_images
 from lvxattn.torch_impl.commands.train.model import Needle, find_needles
 from lvxattn.torch_impl.commands.train.options import TARGET, Settings
-from lvxattn.torch_impl.commands.train.training import (
-    Run,
-    add_up,
-    answer,
-    on_rank_0,
-    questions,
-    train,
-)
+from lvxattn.torch_impl.commands.train.training import Run, add_up, answer, questions, train
 from lvxattn.torch_impl.commands.train.training_report import Reporter, Test, Traffic, complain
 from lvxattn.torch_impl.group import AnyGroup, Group
 

@@ -8,13 +8,12 @@ so that the sum of all ranks' gradients is the gradient of one process that hold
 AdamW, which is given the same sum everywhere, takes the same step everywhere.
 """
 
-import os
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +23,21 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from lvxattn.cli import InputError
 from lvxattn.common.meter import Meter
-from lvxattn.common.validation import raise_together
+from lvxattn.torch_impl.commands.processes import on_rank_0
+from lvxattn.torch_impl.commands.train import checkpoint
 from lvxattn.torch_impl.commands.train.data import TRAIN, WATCH, Clips, Images, make_clips
 from lvxattn.torch_impl.commands.train.model import Finder
 from lvxattn.torch_impl.commands.train.options import TARGET, Settings
-from lvxattn.torch_impl.commands.train.training_report import Reporter, Row
+from lvxattn.torch_impl.commands.train.training_report import Curve, Reporter
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.module import sum_gradients
 
 LOOK_EVERY = 25
 """Steps between looks at held-out images."""
 
-COLUMNS = "step", "frames", "loss", "accuracy", "held_out", "seconds"
-
 _DECAY, _BETAS, _LONGEST = 0.3, (0.9, 0.99), 1.0
 """AdamW's weight decay and betas, and the norm to which gradients are clipped."""
-
-
-@dataclass
-class Curve:
-    """One row for each step.
-
-    Attributes
-    ----------
-    rows : list
-        ``step``, counted from 1; ``frames`` of its clips; ``loss`` in nats and ``accuracy`` before
-        the step, over all ranks' questions; ``held_out``, accuracy after it on images not trained
-        on, or None without a look; ``seconds`` that all steps and looks so far took.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self.rows)
-
-    def column(self, name: str) -> list[float | None]:
-        """Return one column."""
-        return [row[COLUMNS.index(name)] for row in self.rows]
-
-    @property
-    def seconds(self) -> float:
-        """Time of all steps so far."""
-        return float(self.rows[-1][5] or 0.0) if self.rows else 0.0
-
-    def write(self, path: Path) -> None:
-        """Write the table as CSV, atomically.
-
-        Raises
-        ------
-        OSError
-        """
-        # repr writes every digit: float64 curves are compared by this file.
-        lines = [",".join(COLUMNS)]
-        lines += [",".join("" if x is None else repr(x) for x in row) for row in self.rows]
-        new = path.with_suffix(".csv.new")
-        new.write_text("\n".join(lines) + "\n")
-        os.replace(new, path)
 
 
 @dataclass
@@ -234,31 +189,9 @@ def save(run: Run, folder: Path) -> None:
     InputError
         They cannot be written; the same on all ranks.
     """
-    # Here, since it takes seconds to import, and steps do not need it.
-    from lvxattn.torch_impl.commands.train import checkpoint
-
     group, file = run.model.group, folder / "curve.csv"
     checkpoint.save(folder, run.model, run.optimizer, run.curve, run.settings, group)
     on_rank_0(lambda: run.curve.write(file), f"cannot write {file}", group)
-
-
-def on_rank_0(act: Callable[[], object], failure: str, group: Group) -> None:
-    """Do file operations on rank 0.
-
-    Collective: every rank of the group calls this.
-
-    Raises
-    ------
-    InputError
-        With the text `failure` and the reason of an OSError; on all ranks.
-    """
-    error = None
-    if group.rank == 0:
-        try:
-            act()
-        except OSError as problem:
-            error = InputError(f"{failure}: {problem.strerror or problem}")
-    raise_together(error, group)
 
 
 def answer(model: Finder, clips: Clips, *, meter: Meter | None = None) -> tuple[Tensor, float]:

@@ -1,8 +1,10 @@
-"""The text of ``train``, at most 100 columns wide; on rank 0, and none with ``--quiet``."""
+"""The curve, and the text of ``train``: at most 100 columns wide, on rank 0 unless ``--quiet``."""
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
+from pathlib import Path
 
 from lvxattn.torch_impl.commands.train.data import Images
 from lvxattn.torch_impl.commands.train.model import LAYERS, TOKENS, D, Finder, H
@@ -12,12 +14,56 @@ from lvxattn.torch_impl.group import Group
 Row = list[float | None]
 """A row of `Curve`."""
 
+COLUMNS = "step", "frames", "loss", "accuracy", "held_out", "seconds"
+
 _NAMES = {
     "lv-xattn": "LV-XAttn",
     "ring": "Ring Attention",
     "ulysses": "Ulysses",
     "gather": "gather",
 }
+
+
+@dataclass
+class Curve:
+    """One row for each step.
+
+    Attributes
+    ----------
+    rows : list
+        ``step``, counted from 1; ``frames`` of its clips; ``loss`` in nats and ``accuracy`` before
+        the step, over all ranks' questions; ``held_out``, accuracy after it on images not trained
+        on, or None without a look; ``seconds`` that all steps and looks so far took.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.rows)
+
+    def column(self, name: str) -> list[float | None]:
+        """Return one column."""
+        return [row[COLUMNS.index(name)] for row in self.rows]
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps so far."""
+        return float(self.rows[-1][5] or 0.0) if self.rows else 0.0
+
+    def write(self, path: Path) -> None:
+        """Write the table as CSV, atomically.
+
+        Raises
+        ------
+        OSError
+        """
+        # repr writes every digit: float64 curves are compared by this file.
+        lines = [",".join(COLUMNS)]
+        lines += [",".join("" if x is None else repr(x) for x in row) for row in self.rows]
+        new = path.with_suffix(".csv.new")
+        new.write_text("\n".join(lines) + "\n")
+        os.replace(new, path)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from math import isfinite
+from math import inf
 from typing import NoReturn
 
 from lvxattn.check.cases import DTYPES, SUITES
@@ -14,7 +14,7 @@ from lvxattn.check.frameworks import NAMES
 from lvxattn.check.golden_data import SHIPPED, golden_names, verify_golden, write_golden
 from lvxattn.check.self_test import self_test
 from lvxattn.cli import arguments
-from lvxattn.cli.arguments import UsageError, natural, positive
+from lvxattn.cli.arguments import UsageError, between, natural, positive
 from lvxattn.cli.tensors import InputError
 
 PROG = "lvxattn check"
@@ -102,7 +102,10 @@ def _parser(argv: Sequence[str], rank: int) -> _Parser:
     )
     what.add_argument("--seeds", type=positive, metavar="N", help="problems per case (default: 1)")
     what.add_argument(
-        "--time-limit", type=_seconds, metavar="S", help="seconds per case (default: 30)"
+        "--time-limit",
+        type=between(0, inf, "a number of seconds above 0"),
+        metavar="S",
+        help="seconds per case (default: 30)",
     )
     what.add_argument(
         "--distributed",
@@ -137,16 +140,6 @@ def _dtypes(text: str) -> tuple[str, ...]:
                 f"expected some of {', '.join(DTYPES)}, separated by commas, got {name!r}"
             )
     return names
-
-
-def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not (number > 0 and isfinite(number)):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return number
 
 
 def _run(options: Namespace) -> int:

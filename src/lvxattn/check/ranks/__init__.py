@@ -3,7 +3,7 @@
 import os
 
 from lvxattn.check.ranks.tasks import Ranks, joined
-from lvxattn.check.ranks.virtual_ranks import VirtualRanks
+from lvxattn.check.ranks.threads import VirtualRanks
 
 # The variables that torchrun sets.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")

@@ -165,7 +165,7 @@ class Processes(ABC):
         start, nap = time.monotonic(), 2e-5
         while not self._arrived(source, tag):
             if seconds is not None and time.monotonic() - start > seconds:
-                raise SilentError(f"rank {source} was not heard of for {seconds:.0f} s")
+                raise SilentError(f"rank {source} sent no message for {seconds:.0f} s")
             time.sleep(nap)
             nap = min(2 * nap, 5e-3)
         return self._take(source, tag)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lvxattn.mpi_impl.transport import cuda_aware as awareness
+from lvxattn.mpi_impl.transport import cuda_aware
 from tests import fake_cupy
 from tests.launch import ROOT, gone
 
@@ -19,32 +19,32 @@ from tests.launch import ROOT, gone
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Clear the caches and the variable."""
     monkeypatch.delenv("LVXATTN_CUDA_AWARE", raising=False)
-    for known in (awareness.library_says, awareness.self_test):
+    for known in (cuda_aware.library_says, cuda_aware.self_test):
         known.cache_clear()
     yield
     monkeypatch.undo()
-    for known in (awareness.library_says, awareness.self_test):
+    for known in (cuda_aware.library_says, cuda_aware.self_test):
         known.cache_clear()
 
 
 @pytest.mark.parametrize("aware", ["0", "1"])
 def test_the_environment_decides(aware: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", aware)
-    monkeypatch.setattr(awareness, "library_says", None)  # is not asked
-    assert awareness.cuda_aware() == (aware == "1", f"LVXATTN_CUDA_AWARE={aware}")
+    monkeypatch.setattr(cuda_aware, "library_says", None)  # is not asked
+    assert cuda_aware.cuda_aware() == (aware == "1", f"LVXATTN_CUDA_AWARE={aware}")
 
 
 def test_bad_variable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", "yes")
     with pytest.raises(ValueError) as raised:  # noqa: PT011
-        awareness.cuda_aware()
+        cuda_aware.cuda_aware()
     assert str(raised.value) == "LVXATTN_CUDA_AWARE: expected auto, 0 or 1, got 'yes'"
 
 
 def test_unset_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = awareness.cuda_aware()
+    asked = cuda_aware.cuda_aware()
     monkeypatch.setenv("LVXATTN_CUDA_AWARE", "auto")
-    assert awareness.cuda_aware() == asked
+    assert cuda_aware.cuda_aware() == asked
     assert isinstance(asked[0], bool)
     assert asked[1].startswith(("MPIX_", "mpi_memory_alloc_kinds"))
 
@@ -66,7 +66,7 @@ def test_each_query_function_is_called(
 ) -> None:
     maps = f"7f-80 r-xp 0 08:01 1  /lib/libc.so.6\n80-81 r-xp 0 08:01 2  /opt/mpi of mine/{name}\n"
     monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(maps))
-    found = awareness._libmpi()
+    found = cuda_aware._libmpi()
     monkeypatch.undo()
     assert found == (f"/opt/mpi of mine/{name}" if asked else None)
 
@@ -105,8 +105,8 @@ class MPICH:
 def test_each_library_is_queried_and_a_yes_self_tested(
     library: Any, answer: tuple[bool, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(awareness.ctypes, "CDLL", lambda path: library)
-    assert awareness.library_says() == answer
+    monkeypatch.setattr(cuda_aware.ctypes, "CDLL", lambda path: library)
+    assert cuda_aware.library_says() == answer
     for passed in (True, False):
         tests: list[Any] = []
 
@@ -114,18 +114,18 @@ def test_each_library_is_queried_and_a_yes_self_tested(
             tests.append(args)
             return passed, "what happened"
 
-        monkeypatch.setattr(awareness, "self_test", self_test)
+        monkeypatch.setattr(cuda_aware, "self_test", self_test)
         says, why = answer
         if says:
             proved = passed, f"{why} and a self-test: what happened"
-            assert awareness.cuda_aware(fake_cupy) == proved
+            assert cuda_aware.cuda_aware(fake_cupy) == proved
             assert tests == [("tests.fake_cupy", 0)]
         else:
-            assert awareness.cuda_aware(fake_cupy) == answer
+            assert cuda_aware.cuda_aware(fake_cupy) == answer
             assert not tests
 
 
-RIGHT = f"import sys; sys.stdout.write({awareness.ARRIVED!r})"
+RIGHT = f"import sys; sys.stdout.write({cuda_aware.ARRIVED!r})"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ RIGHT = f"import sys; sys.stdout.write({awareness.ARRIVED!r})"
     ],
 )
 def test_self_test_passes_only_if_all_data_arrived(program: str, passed: bool, how: str) -> None:
-    got = awareness.outcome([sys.executable, "-c", program], 30)
+    got = cuda_aware.outcome([sys.executable, "-c", program], 30)
     assert got[0] is passed
     assert how in got[1]
     assert "\n" not in got[1]
@@ -152,12 +152,12 @@ def test_hanging_self_test_is_killed_with_its_children(tmp_path: Path) -> None:
     program = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        f"sys.stdout.write(str(child.pid) + {awareness.ARRIVED!r}); sys.stdout.flush()\n"
+        f"sys.stdout.write(str(child.pid) + {cuda_aware.ARRIVED!r}); sys.stdout.flush()\n"
         "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(60)"
     )
     where, start = tmp_path / "child", time.monotonic()
     for seconds in (2, 20):  # the second, where it takes longer to start
-        got = awareness.outcome([sys.executable, "-c", program, str(where)], seconds)
+        got = cuda_aware.outcome([sys.executable, "-c", program, str(where)], seconds)
         assert got == (False, f"not done after {seconds} s")
         if where.exists():
             break
@@ -167,7 +167,7 @@ def test_hanging_self_test_is_killed_with_its_children(tmp_path: Path) -> None:
 
 
 def test_self_test_that_cannot_start_fails() -> None:
-    passed, how = awareness.outcome(["/no/such/program"], 1)
+    passed, how = cuda_aware.outcome(["/no/such/program"], 1)
     assert not passed
     assert "did not start" in how
 
@@ -184,7 +184,7 @@ def test_self_test_drops_launcher_variables_and_keeps_transports() -> None:
         "CUDA_VISIBLE_DEVICES": "3", "MPI4PY_LIBMPI": "/y", "OPAL_PREFIX": "/z",
         "PMIX_PREFIX": "/z", "PRTE_PREFIX": "/z", "OMPI_MCA_common_cuda_verbose": "1",
     }  # fmt: skip
-    alone = awareness.alone(launched | kept)
+    alone = cuda_aware.alone(launched | kept)
     assert alone.pop("PYTHONPATH").split(os.pathsep) == [path for path in sys.path if path]
     assert alone == kept
 
@@ -196,9 +196,9 @@ def test_self_test_runs_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None
         runs.append(command[-2:])
         return True, "yes"
 
-    monkeypatch.setattr(awareness, "outcome", outcome)
+    monkeypatch.setattr(cuda_aware, "outcome", outcome)
     for device in (0, 1, 0):
-        awareness.self_test("cupy", device)
+        cuda_aware.self_test("cupy", device)
     assert runs == [["cupy", "0"], ["cupy", "1"]]
 
 
@@ -206,7 +206,7 @@ def test_self_test_runs_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None
 def test_self_test_program_sends_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake device memory, which any MPI supports, and with one that corrupts messages."""
     monkeypatch.syspath_prepend(str(ROOT))
-    assert awareness.self_test("tests.fake_cupy", 0) == (True, awareness.ARRIVED)
-    passed, how = awareness.self_test("tests.wrong_cupy", 0)
+    assert cuda_aware.self_test("tests.fake_cupy", 0) == (True, cuda_aware.ARRIVED)
+    passed, how = cuda_aware.self_test("tests.wrong_cupy", 0)
     assert not passed
     assert "of 4096 bytes some arrived wrong" in how
