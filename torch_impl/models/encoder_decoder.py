@@ -18,7 +18,7 @@ LAYERS = "encoder_attn", "cross_attn", "crossattention.attention"
 class EncoderDecoder(Adapter):
     """The encoder runs whole on every rank, and its output is cut."""
 
-    def __init__(self, model: nn.Module, spread: "Spread") -> None:
+    def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.mine = range(0)
         encoder = _encoder(model)

@@ -17,7 +17,7 @@ class Idefics(Images):
     A token that may attend to none gets nothing: a gate closes, which is made of all images' mask.
     """
 
-    def __init__(self, model: nn.Module, spread: "Spread") -> None:
+    def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.model: Any = getattr(model, "model", model)
         self.gate: Tensor | None = None  # (B, s_q)

@@ -46,7 +46,7 @@ class Interception:
         that the model was given.
     """
 
-    def __init__(self, layer: nn.Module, spread: "Spread") -> None:
+    def __init__(self, layer: Any, spread: "Spread") -> None:
         self.spread, self.name = spread, type(layer).__name__
         self._forward = layer.forward
         self._signature = inspect.signature(layer.forward)
@@ -61,7 +61,8 @@ class Interception:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; in two parts, if keys and values are to be recomputed."""
         given = self._signature.bind(*args, **kwargs)
-        x, y = (given.arguments.get(name) for name in (self._text, self._features))
+        x: Tensor = given.arguments[self._text]
+        y: Tensor | None = given.arguments.get(self._features)
         caches = [given.arguments.get(name) for name in CACHES]
         if y is None or not self.spread.recomputes or any(cache is not None for cache in caches):
             before = self._calls
@@ -115,7 +116,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    *args: Any,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -124,7 +125,7 @@ def attention(
     layer: Interception | None = getattr(module, "lvxattn", None)
     if layer is None:
         return sdpa_attention_forward(
-            module, q, k, v, mask, *args, dropout=dropout, scaling=scaling, **kwargs
+            module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs
         )
     where = f"(on {layer.spread.group.name})"
     if dropout:

@@ -18,7 +18,7 @@ class Mllama(Images):
     the model makes it, the mask would be as large as the scores.  Here it stays a table of tiles.
     """
 
-    def __init__(self, model: nn.Module, spread: "Spread") -> None:
+    def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.model: Any = getattr(model, "model", model)
         self.seen: Tensor | None = None  # (B, 1, s_q, 1), whether a token may attend to any image

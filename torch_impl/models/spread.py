@@ -126,14 +126,14 @@ class Spread:
             s_kv = self.adapter.own(k.shape[2])
             # P times: averaged over ranks, the gradients of what made keys and values are then
             # whole, as are those of the text model, which are the same on all ranks.
-            k, v = (
-                ScaledGradient.apply(x[:, :, :s_kv], self.group.size)  # type: ignore[no-untyped-call]
-                for x in (k, v)
-            )
+            k, v = (scale_gradient(x[:, :, :s_kv], self.group.size) for x in (k, v))
             return q, k, v
 
+        def saved(x: Tensor, y: Tensor) -> Any:
+            return Made.apply(*both(x, y))  # type: ignore[no-untyped-call]
+
         if recompute and self.recomputes:
-            q, k, v = checkpoint(lambda x, y: Made.apply(*both(x, y)), x, y, use_reentrant=False)
+            q, k, v = checkpoint(saved, x, y, use_reentrant=False)
             made = q.grad_fn
         else:
             (q, k, v), made = both(x, y), None
@@ -144,9 +144,9 @@ class Spread:
             self._layouts[key] = Layout.agree(
                 q, k, v, self.group, schedule=self.schedule, call="a model's attention", **options
             )
-        out = attend(
+        out, _ = attend(
             q, k, v, self.group, self._layouts[key], made, schedule=self.schedule,
-            return_lse=False, meter=None, **options,
+            return_lse=True, meter=None, **options,
         )  # fmt: skip
         return out.transpose(1, 2)  # (B, s_q, H, D_V)
 
@@ -165,6 +165,11 @@ class Spread:
         if self.recomputes:
             kwargs.setdefault("use_cache", False)
         return args, kwargs
+
+
+def scale_gradient(x: Tensor, factor: int) -> Tensor:
+    """Return x, whose gradient will be multiplied by a factor."""
+    return ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
 
 
 class ScaledGradient(torch.autograd.Function):
