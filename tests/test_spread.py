@@ -9,8 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from lvxattn.torch_impl.models import distribute
 from tests.torch_ranks import torch_report
-from tests.zoo import HERE, MODELS
+from tests.zoo import HERE, MODELS, animal
 
 # A unit in the last place, times the products that a gradient passes through in these models.
 LIMITS = {"float64": 1e-12, "float32": 2e-4}
@@ -55,3 +56,58 @@ def test_spread_model_equals_one_process(name: str, P: int) -> None:
 def test_planted_fault_is_seen(fault: str, result: str, least: float) -> None:
     report = torch_report(2, "torch_models.py", "mllama", "float64", fault)
     assert min(rank[result] for every in report.values() for rank in every) > least
+
+
+def test_unknown_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model: .* got Linear \(on rank 0 of 1\)$"):
+        distribute(torch.nn.Linear(2, 2))
+
+
+def test_unknown_text_is_refused() -> None:
+    model, _, _ = animal("whisper", torch.float32)
+    with pytest.raises(ValueError, match=r"^text: .* got 'cut' "):
+        distribute(model, text="cut")
+
+
+def test_batch_that_was_not_cut_is_refused() -> None:
+    model, batch, _ = animal("whisper", torch.float32)
+    distribute(model)
+    with pytest.raises(RuntimeError, match=r"^inputs: .*Spread\.inputs \(on rank 0 of 1\)$"):
+        model(**batch)
+
+
+def test_other_number_of_images_is_refused() -> None:
+    model, batch, _ = animal("mllama", torch.float32)
+    local = distribute(model).inputs(**batch)
+    names = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"
+    with pytest.raises(ValueError, match=r"^inputs: .* 5 images.* got 4 \(on rank 0 of 1\)$"):
+        model(**local | {name: local[name][:, :4] for name in names})
+
+
+def test_dropout_is_refused() -> None:
+    model, batch, _ = animal("bart", torch.float32)
+    for module in model.modules():
+        if type(module).__name__ == "BartAttention":
+            module.dropout = 0.1
+    local = distribute(model.train()).inputs(**batch)
+    with pytest.raises(ValueError, match=r"^dropout: .*BartAttention.*0\.1"):
+        model(**local)
+
+
+def test_keys_and_values_are_not_kept() -> None:
+    kept = []
+    for recompute in (False, True):
+        model, batch, _ = animal("mllama", torch.float32)
+        local = distribute(model, recompute_kv=recompute).inputs(**batch)
+        sizes: dict[int, int] = {}
+
+        def pack(x: Any, sizes: dict[int, int] = sizes) -> Any:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(**local).loss
+        kept.append(sum(sizes.values()))
+        del loss
+    k_and_v = 2 * 2 * 2 * 50 * 2 * 8 * 4  # both, layers, B, keys, heads, width, bytes
+    assert kept[0] - kept[1] >= k_and_v

@@ -21,6 +21,7 @@ class EncoderDecoder(Adapter):
     def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.mine = range(0)
+        self.padding: Tensor | None = None  # (B, 1, 1, s_kv), False where a row is padding
         encoder = _encoder(model)
         if encoder is not None:
             encoder.register_forward_hook(self._cut_output)
@@ -38,7 +39,7 @@ class EncoderDecoder(Adapter):
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Cut what an encoder has made already."""
-        batch = dict(batch)
+        batch, self.padding = dict(batch), None
         if batch.get("encoder_hidden_states") is not None:
             batch["encoder_hidden_states"] = self._cut_rows(batch["encoder_hidden_states"])
         if batch.get("encoder_outputs") is not None:
@@ -55,6 +56,10 @@ class EncoderDecoder(Adapter):
             )
         return len(self.mine)
 
+    def mask(self) -> Tensor | None:
+        """Return the padding of this rank's rows."""
+        return self.padding
+
     def _cut_rows(self, y: Tensor) -> Tensor:
         self.spread.renew()
         self.mine = self.spread.share(y.shape[1])
@@ -70,7 +75,7 @@ class EncoderDecoder(Adapter):
     def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = kwargs.pop("encoder_attention_mask", None)
         if mask is not None and mask.ndim == 2:  # (B, S_KV): padding
-            self.mask = mask[:, None, None, self.mine.start : self.mine.stop].bool()
+            self.padding = mask[:, None, None, self.mine.start : self.mine.stop].bool()
         return args, kwargs
 
 

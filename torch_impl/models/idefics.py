@@ -37,8 +37,10 @@ class Idefics(Images):
         return self.cut_images(batch, ("pixel_values", "image_encoder_embeddings"))
 
     def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("pixel_values") is not None:
+            self.check_images(kwargs["pixel_values"].shape[1])
         table = kwargs["image_attention_mask"].bool()  # (B, s_q, images)
-        self.mask = self.rule(table)
+        self.table = table
         self.gate = table.any(-1)
         # In its place one of a single row: the model makes of it what is not used.
         kwargs["image_attention_mask"] = table.new_ones(

@@ -22,8 +22,11 @@ class Images(Adapter):
     def __init__(self, model: nn.Module, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.mine = range(0)
-        self.encoded = slice(0)
+        self.encoded = slice(0, 0)
         self.keys = 0  # of an image
+        # (B, s_q, images x per_image), bool: which of all ranks' images the text may attend to
+        self.table: Tensor | None = None
+        self.per_image = 1
 
     def cut_images(self, batch: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Return the batch with this rank's images: axis 1 of the named tensors."""
@@ -39,28 +42,28 @@ class Images(Adapter):
         cut = {name: batch[name][:, self.encoded] for name in names if batch.get(name) is not None}
         return {**batch, **cut}
 
+    def check_images(self, images: int) -> None:
+        """Refuse another number of images than was cut: their keys would be taken for others'."""
+        encoded = self.encoded.stop - self.encoded.start
+        if images != encoded:
+            raise ValueError(
+                f"inputs: expected {encoded} images, as Spread.inputs has cut them, got {images} "
+                f"(on {self.spread.group.name})"
+            )
+
     def own(self, s_kv: int) -> int:
         """Return the number of this rank's keys; note how many an image has."""
-        encoded = self.encoded.stop - self.encoded.start
-        self.keys, rest = divmod(s_kv, encoded)
-        if rest:
-            raise ValueError(
-                f"inputs: expected keys of {encoded} images, as Spread.inputs has cut them, got "
-                f"{s_kv} keys (on {self.spread.group.name})"
-            )
+        self.keys = s_kv // (self.encoded.stop - self.encoded.start)
         return len(self.mine) * self.keys
 
-    def rule(self, table: Tensor, per_image: int = 1) -> MaskRule:
-        """Return the rule of a table.
-
-        Parameters
-        ----------
-        table : (B, s_q, images x per_image), bool
-            For all ranks' images: True where the text may attend.
-        """
+    def mask(self) -> MaskRule | None:
+        """Return the rule that looks keys up in the table."""
+        if self.table is None:
+            return None
+        table, keys = self.table, self.keys // self.per_image
 
         def sees(b: Tensor, _: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-            seen: Tensor = table[b, q_index, kv_index // (self.keys // per_image)]
+            seen: Tensor = table[b, q_index, kv_index // keys]
             return seen
 
         return sees

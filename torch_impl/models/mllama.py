@@ -38,8 +38,10 @@ class Mllama(Images):
         return self.cut_images(batch, ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
 
     def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("pixel_values") is not None:
+            self.check_images(kwargs["pixel_values"].shape[1])
         mask = kwargs.pop("cross_attention_mask", None)
-        self.mask = self.seen = None
+        self.table = self.seen = None
         if mask is None:
             return args, kwargs
         ids = kwargs.get("input_ids")
@@ -50,7 +52,7 @@ class Mllama(Images):
             mask = mask[:, past : past + length]
         table = mask.flatten(2).bool()  # (B, s_q, images x tiles)
         seen = table.any(-1, keepdim=True)
-        self.mask = self.rule(table | ~seen, per_image=mask.shape[3])
+        self.table, self.per_image = table | ~seen, mask.shape[3]
         self.seen = seen[:, None]
         return args, kwargs
 

@@ -48,7 +48,8 @@ class _Layer:
     ) -> Tensor:
         """Attend from text to images, as the layer does."""
         layer, model = self.layer, self.model
-        model.mask = self._rule(x, media_locations, use_cached_media)
+        model.check_images(media.shape[1])
+        model.table = self._table(x, media_locations, use_cached_media)
 
         def make(x: Tensor, y: Tensor) -> Any:
             q = layer.to_q(layer.norm(x))
@@ -60,7 +61,7 @@ class _Layer:
         merged: Tensor = layer.to_out(out.flatten(2))
         return merged
 
-    def _rule(self, x: Tensor, locations: Tensor | None, cached: bool) -> Any:
+    def _table(self, x: Tensor, locations: Tensor | None, cached: bool) -> Tensor | None:
         if locations is None:
             return None
         if cached:  # all of x comes after the last image
@@ -73,4 +74,4 @@ class _Layer:
         # Where all scores are hidden the layer's softmax sees all alike; before the first image it
         # then takes the result away, if it attends to the last image only.
         dead = ~table.any(-1, keepdim=True)
-        return self.model.rule(table | (dead & (time > 0)[..., None] if last_only else dead))
+        return table | (dead & (time > 0)[..., None] if last_only else dead)

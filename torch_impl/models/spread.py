@@ -30,7 +30,6 @@ class Adapter:
     def __init__(self, model: nn.Module, spread: "Spread") -> None:
         self.model: Any = model
         self.spread = spread
-        self.mask: Tensor | MaskRule | None = None  # of the forward that is under way
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -49,6 +48,10 @@ class Adapter:
         ValueError
             Another number cannot have come from `cut`.
         """
+        raise NotImplementedError
+
+    def mask(self) -> Tensor | MaskRule | None:
+        """Return the mask of the forward that is under way; called after `own`."""
         raise NotImplementedError
 
 
@@ -118,12 +121,13 @@ class Spread:
             raise RuntimeError(
                 f"inputs: expected a batch from Spread.inputs (on {self.group.name})"
             )
-        scale = 1.0
+        scale, s_kv = 1.0, -1
 
         def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            nonlocal scale
+            nonlocal scale, s_kv
             q, k, v, scale = make(x, y)
-            s_kv = self.adapter.own(k.shape[2])
+            if s_kv < 0:  # in the forward: in the backward another batch may have been cut
+                s_kv = self.adapter.own(k.shape[2])
             # P times: averaged over ranks, the gradients of what made keys and values are then
             # whole, as are those of the text model, which are the same on all ranks.
             k, v = (scale_gradient(x[:, :, :s_kv], self.group.size) for x in (k, v))
@@ -137,7 +141,7 @@ class Spread:
             made = q.grad_fn
         else:
             (q, k, v), made = both(x, y), None
-        mask = self.adapter.mask
+        mask = self.adapter.mask()
         options: dict[str, Any] = {"scale": scale, "mask": mask, "queries": self.text}
         key = q.shape, q.dtype, k.shape, v.shape, scale, callable(mask)
         if key not in self._layouts:
