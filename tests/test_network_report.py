@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
-from benchmarks.network_report import SMALL, markdown
+import pytest
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+from benchmarks.network_report import SMALL, markdown
+from tests.launch import mpiexec
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 MEASURED = json.loads((RESULTS / "network.json").read_text())
 
 
@@ -20,3 +24,14 @@ def test_small_version_judges_counts_only() -> None:
     assert len(judged) == 2
     assert "counters within" in judged[0]
     assert "placement" in judged[1]
+
+
+@pytest.mark.mpi
+def test_passes_run_with_communication_off() -> None:
+    kinds = ["none", "lv-xattn", "ring"]
+    work = {"kinds": kinds, "S_Q": 8, "S_KV": 64, "backward": True, "rounds": 1}
+    ended = mpiexec(2, BENCHMARKS / "passes.py", json.dumps([work]))
+    assert ended.status == 0, ended.err
+    (result,) = json.loads(ended.out)["results"]
+    sent = {kind: turn["bytes"][0] for kind, (turn,) in result["turns"].items()}
+    assert sent["none"] == sent["lv-xattn"] < sent["ring"]  # counted alike, and not sent
