@@ -1,17 +1,9 @@
 """Shard the visual input of a multimodal model over ranks, without a change to its code.
 
-    spread = distribute(model, group)
-    outputs = model(**spread.inputs(**batch))
-    outputs.loss.backward()
-    spread.average_gradients()
-
-`spread`           what all models have in common: `distribute`, `Spread`
-`interception`     how layers of transformers are made to call `Spread.attend`
-`images`           images, cut over ranks, and tables of which text sees which
-`mllama`           Llama 3.2 Vision
-`idefics`          Idefics, an open Flamingo
-`openflamingo`     OpenFlamingo, of its own package
-`encoder_decoder`  Whisper, BART and others
+Its modules, in the order in which to read them: `spread` has what all models have in common,
+`interception` makes layers of transformers call `Spread.attend`, `images` cuts images over ranks
+and looks up which text sees which, and `mllama`, `idefics`, `openflamingo` and `encoder_decoder`
+(Whisper, BART and others) have what differs.
 """
 
 from lvxattn.torch_impl.models.spread import Spread, distribute
