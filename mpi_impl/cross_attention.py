@@ -164,7 +164,7 @@ def cross_attention_backward(
 
     Notes
     -----
-    Where any rank has an |lse| above `LARGE_LSE`, the forward is rerun: see
+    Where any rank has an ``|lse|`` above `LARGE_LSE`, the forward is rerun: see
     `lvxattn.reference.cross_attention_backward`.
 
     Examples

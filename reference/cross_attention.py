@@ -182,8 +182,8 @@ def cross_attention_backward(
     -----
     In a row that a mask of -1e9 hides, lse is about -1e9.  In float32, which the other
     implementations use, its rounding loses the log of the number of keys.  Where any rank has an
-    ``|lse|`` above `LARGE_LSE`, the forward is therefore rerun, with its messages, to compute what the
-    rounding lost.
+    ``|lse|`` above `LARGE_LSE`, the forward is therefore rerun, with its messages, to compute what
+    the rounding lost.
 
     Examples
     --------
