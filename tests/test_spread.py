@@ -63,6 +63,20 @@ def test_unknown_model_is_refused() -> None:
         distribute(torch.nn.Linear(2, 2))
 
 
+def test_distributed_model_is_refused() -> None:
+    model, _, _ = animal("whisper", torch.float32)
+    distribute(model)
+    with pytest.raises(ValueError, match=r"^model: .*not distributed yet \(on rank 0 of 1\)$"):
+        distribute(model)
+
+
+def test_mask_that_is_not_padding_is_refused() -> None:
+    model, batch, _ = animal("qformer", torch.float32)
+    local = distribute(model).inputs(**batch)
+    with pytest.raises(ValueError, match=r"^encoder_attention_mask: .*\(2, 4, 10\)"):
+        model(**local, encoder_attention_mask=torch.ones(2, 4, 10))
+
+
 def test_unknown_text_is_refused() -> None:
     model, _, _ = animal("whisper", torch.float32)
     with pytest.raises(ValueError, match=r"^text: .* got 'cut' "):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # How decoders' layers name their cross-attention.
 LAYERS = "encoder_attn", "cross_attn", "crossattention.attention"
+MASK = "encoder_attention_mask"
 
 
 class EncoderDecoder(Adapter):
@@ -25,9 +26,9 @@ class EncoderDecoder(Adapter):
         encoder = _encoder(model)
         if encoder is not None:
             encoder.register_forward_hook(self._cut_output)
-        for module in model.modules():
-            if "encoder_attention_mask" in inspect.signature(module.forward).parameters:
-                module.register_forward_pre_hook(self._take_mask, with_kwargs=True)
+        # Where the mask comes in: the decoder, which comes before its layers.
+        takes_mask = next(m for m in model.modules() if MASK in _parameters(m))
+        takes_mask.register_forward_pre_hook(self._take_mask, with_kwargs=True)
         model.set_attn_implementation(ATTENTION)
         for layer in _layers(model):
             Interception(layer, spread)
@@ -73,8 +74,12 @@ class EncoderDecoder(Adapter):
         return output
 
     def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.pop("encoder_attention_mask", None)
-        if mask is not None and mask.ndim == 2:  # (B, S_KV): padding
+        mask = kwargs.pop(MASK, None)
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                f"{MASK}: expected (B, S_KV), got {tuple(mask.shape)} (on {self.spread.group.name})"
+            )
+        if mask is not None:
             self.padding = mask[:, None, None, self.mine.start : self.mine.stop].bool()
         return args, kwargs
 
@@ -92,3 +97,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         if name.endswith(LAYERS)
         and set(FEATURES) & set(inspect.signature(module.forward).parameters)
     ]
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)

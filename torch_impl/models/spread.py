@@ -225,7 +225,8 @@ def distribute(
     Raises
     ------
     ValueError
-        A model without cross-attention that can be spread, or another `text`.
+        A model without cross-attention that can be spread, or that was distributed before, or
+        another `text`.
 
     Examples
     --------
@@ -243,6 +244,9 @@ def distribute(
     comm = Group.of(group)
     if text != "replicated":
         raise ValueError(f"text: expected 'replicated', got {text!r} (on {comm.name})")
+    hooks = model._forward_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in hooks):
+        raise ValueError(f"model: expected one that is not distributed yet (on {comm.name})")
     for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder):
         if kind.fits(model):
             spread = Spread(model, comm, text=text, schedule=schedule, recompute_kv=recompute_kv)
