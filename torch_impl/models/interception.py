@@ -80,7 +80,7 @@ class Interception:
                 return reached.made
             raise RuntimeError(self._unsupported())
 
-        out = self.spread.attend(make, x, y)
+        out, _ = self.spread.attend(make, x, y)
         given.arguments.update({self._text: x, self._features: y[: x.shape[0], :1]})
         with self._set(result=out):
             return self._forward(*given.args, **given.kwargs)
@@ -92,7 +92,8 @@ class Interception:
             raise _Reached(q, k, v, scale)
         if self._result is not None:
             return self._result
-        return self.spread.attend(lambda q, k: (q, k, v, scale), q, k, recompute=False)
+        out, _ = self.spread.attend(lambda q, k: (q, k, v, scale), q, k, recompute=False)
+        return out
 
     @contextmanager
     def _set(self, *, leave: bool = False, result: Tensor | None = None) -> Iterator[None]:

@@ -57,7 +57,7 @@ class _Layer:
             q, k, v = (a.unflatten(2, (layer.heads, -1)).transpose(1, 2) for a in (q, k, v))
             return q, k, v, layer.scale
 
-        out = model.spread.attend(make, x, media)
+        out, _ = model.spread.attend(make, x, media)
         merged: Tensor = layer.to_out(out.flatten(2))
         return merged
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lvxattn.common.masks import MaskRule
+from lvxattn.common.meter import Meter
 from lvxattn.torch_impl.cross_attention import attend
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.layout import Layout
@@ -64,6 +65,9 @@ class Spread:
         The ranks.
     recompute_kv : bool
         Whether cross-attention layers make their keys and values again in the backward.
+    meter : Meter, optional
+        Adds up messages, bytes and seconds of the attention, of the backward too; set it at any
+        time.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Spread:
         self.model, self.group = model, group
         self.text, self.schedule, self.recompute_kv = text, schedule, recompute_kv
         self.adapter: Adapter = Adapter(model, self)
+        self.meter: Meter | None = None
         self._layouts: dict[Any, Layout] = {}
         self._cut = False
 
@@ -101,7 +106,9 @@ class Spread:
         rank, size = self.group.rank, self.group.size
         return range(n * rank // size, n * (rank + 1) // size)
 
-    def attend(self, make: Make, x: Tensor, y: Tensor, *, recompute: bool = True) -> Tensor:
+    def attend(
+        self, make: Make, x: Tensor, y: Tensor, *, recompute: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Attend from the text to all ranks' keys.
 
         Collective: every rank calls this.
@@ -115,7 +122,8 @@ class Spread:
 
         Returns
         -------
-        Tensor : (B, s_q, H, D_V)
+        out : (B, s_q, H, D_V)
+        lse : (B, H, s_q)
         """
         if not self._cut:
             raise RuntimeError(
@@ -148,11 +156,11 @@ class Spread:
             self._layouts[key] = Layout.agree(
                 q, k, v, self.group, schedule=self.schedule, call="a model's attention", **options
             )
-        out, _ = attend(
+        out, lse = attend(
             q, k, v, self.group, self._layouts[key], made, schedule=self.schedule,
-            return_lse=True, meter=None, **options,
+            return_lse=True, meter=self.meter, **options,
         )  # fmt: skip
-        return out.transpose(1, 2)  # (B, s_q, H, D_V)
+        return out.transpose(1, 2), lse
 
     def average_gradients(self) -> None:
         """Average the gradients of the model's parameters over the ranks, as DDP does.
