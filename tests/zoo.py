@@ -178,6 +178,7 @@ def openflamingo() -> Animal:
             intermediate_size=48, **TOKENS,
         )
     )  # fmt: skip
+    text.loss_function = causal_loss
     extend_instance(text, FlamingoLMMixin)
     text.set_decoder_layers_attr_name("model.layers")
     image = VOCABULARY - 1

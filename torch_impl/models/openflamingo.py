@@ -6,19 +6,36 @@ import torch
 from torch import Tensor, nn
 
 from lvxattn.torch_impl.models.images import Images
+from lvxattn.torch_impl.models.interception import ATTENTION
+from lvxattn.torch_impl.models.text import Text, positions
 
 if TYPE_CHECKING:
     from lvxattn.torch_impl.models.spread import Spread
 
 
 class OpenFlamingo(Images):
-    """A token attends to the last image before it, or to all before it."""
+    """A token attends to the last image before it, or to all before it.
 
-    def __init__(self, model: nn.Module, spread: "Spread") -> None:
+    Sharded, the text is cut on its way into the language model, whose attention must call the
+    attention function of transformers, as a Llama's does.
+    """
+
+    texts = ("replicated", "sharded")
+
+    def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
+        self.locations: Tensor | None = None  # (B, S), where images are in a sharded text
         for layer in model.modules():
             if type(layer).__name__ == "MaskedCrossAttention":
                 _Layer(layer, self)
+        self.text: Text | None = None
+        if spread.text == "sharded":
+            language_model = model.lang_encoder
+            layers = [m for n, m in language_model.named_modules() if n.endswith("self_attn")]
+            self.text = Text(layers, spread)
+            language_model.set_attn_implementation(ATTENTION)
+            language_model.register_forward_pre_hook(self._cut_text, with_kwargs=True)
+            language_model.register_forward_hook(self._check_attention)
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -28,6 +45,21 @@ class OpenFlamingo(Images):
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Cut the images."""
         return self.cut_images(batch, ("vision_x",))
+
+    def _cut_text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        assert self.text is not None
+        self.spread.refuse_cache(kwargs)
+        self.locations = kwargs["input_ids"] == module.media_token_id
+        self.text.padding, self.text.calls = kwargs["attention_mask"], 0
+        kwargs = self.text.cut(kwargs, positions(kwargs))
+        return args, kwargs | {"attention_mask": None}
+
+    def _check_attention(self, module: Any, *_: Any) -> None:
+        if self.text is not None and not self.text.calls:
+            raise RuntimeError(
+                f"text: expected 'replicated' for {type(module).__name__}, whose self-attention "
+                f"did not call the attention function (on {self.spread.group.name})"
+            )
 
 
 class _Layer:
@@ -59,7 +91,9 @@ class _Layer:
         merged: Tensor = layer.to_out(out.flatten(2))
         return merged
 
-    def _table(self, x: Tensor, locations: Tensor | None, cached: bool) -> Tensor | None:
+    def _table(self, x: Tensor, locations: Tensor | None, cached: bool | None) -> Tensor | None:
+        if self.model.text is not None:
+            locations = self.model.locations
         if locations is None:
             return None
         if cached:  # all of x comes after the last image
