@@ -22,7 +22,13 @@ LIMITS = {"float64": 1e-12, "float32": 2e-4}
 QUICK = "mllama", "idefics", "whisper"
 SHARDED = [
     name
-    for name in ("mllama", "openflamingo", "idefics", "idefics_without_resampler")
+    for name in (
+        "mllama",
+        "openflamingo",
+        "openflamingo_neox",
+        "idefics",
+        "idefics_without_resampler",
+    )
     if name in HERE and not (BEFORE_5 and name.startswith("idefics"))
 ]
 # Started together: to import transformers takes longer than to compute.
@@ -122,6 +128,16 @@ def test_training_equals_one_process(setting: str, text: str, P: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["replicated", "sharded"])
+def test_mesh_of_two_dimensions_equals_one_process(text: str) -> None:
+    report = torch_report(4, "torch_model_training.py", "fsdp2 mesh", "replicated,sharded")
+    for recompute in (False, True):
+        for rank in report[f"fsdp2 mesh/{text}/{recompute}"]:
+            assert rank["compared"] == 88
+            assert rank["gradients"] < LIMITS["float64"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["replicated", "sharded"])
 def test_low_rank_adapters_equal_one_process(text: str) -> None:
     if not find_spec("peft"):
         pytest.skip("peft is not installed")
@@ -210,11 +226,21 @@ def test_mask_that_is_not_padding_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "expected"), [("mllama", "cut", "or 'sharded' "), ("whisper", "sharded", "")]
+    ("name", "text", "expected"),
+    [
+        ("mllama", "cut", r"or 'sharded' for \w+, got 'cut'"),
+        ("whisper", "sharded", r"for \w+, got 'sharded'"),
+        pytest.param(
+            "openflamingo_opt",
+            "sharded",
+            r"for \w+, which has no rotary embeddings",
+            marks=pytest.mark.skipif("openflamingo" not in HERE, reason="not installed"),
+        ),
+    ],
 )
 def test_unsupported_text_is_refused(name: str, text: str, expected: str) -> None:
     model, _, _ = animal(name, torch.float32)
-    match = rf"^text: expected 'replicated' {expected}for \w+, got '{text}' \(on rank 0 of 1\)$"
+    match = rf"^text: expected 'replicated' {expected} \(on rank 0 of 1\)$"
     with pytest.raises(ValueError, match=match):
         distribute(model, text=text)
 

@@ -31,7 +31,14 @@ class OpenFlamingo(Images):
         self.text: Text | None = None
         if spread.text == "sharded":
             language_model = model.lang_encoder
-            layers = [m for n, m in language_model.named_modules() if n.endswith("self_attn")]
+            named = dict(language_model.named_modules())
+            if not any(name.endswith("rotary_emb") for name in named):
+                # Others number rows in ways of their own, where there is padding.
+                raise ValueError(
+                    f"text: expected 'replicated' for {type(language_model).__name__}, which has "
+                    f"no rotary embeddings (on {spread.group.name})"
+                )
+            layers = [m for n, m in named.items() if n.endswith(("self_attn", ".attention"))]
             self.text = Text(layers, spread)
             language_model.set_attn_implementation(ATTENTION)
             language_model.register_forward_pre_hook(self._cut_text, with_kwargs=True)
