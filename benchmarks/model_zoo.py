@@ -1,5 +1,7 @@
 """The paper's models, scaled down, with batches whose visual features are given."""
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +41,50 @@ def llama3v(
     return opened(model), {**words(text_tokens), "cross_attention_states": given}
 
 
+def openflamingo(
+    text_tokens: int, features: int, *, hidden: int = 256, layers: int = 8, cross: int = 2
+) -> tuple[nn.Module, Batch]:
+    """Return OpenFlamingo: a fourth of its layers cross, as in its 9b; 64 features of an image."""
+    sys.modules.setdefault("open_clip", types.ModuleType("open_clip"))  # which it imports for CLIP
+    from open_flamingo.src.flamingo import Flamingo
+    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
+    from open_flamingo.src.utils import extend_instance
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    text = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=8, intermediate_size=3 * hidden, **TOKENS,
+        )
+    )  # fmt: skip
+    extend_instance(text, FlamingoLMMixin)
+    text.set_decoder_layers_attr_name("model.layers")
+    image, width = VOCABULARY - 1, 64
+    tower = types.SimpleNamespace(visual=lambda x: (None, x.flatten(1, 2)))
+    model = Flamingo(tower, text, 2, image, width, cross_attn_every_n_layers=layers // cross)
+    model.perceiver = Given()
+    for module in model.modules():  # a question about the whole video sees all of its frames
+        if type(module).__name__ == "MaskedCrossAttention":
+            module.only_attend_immediate_media = False
+    batch = words(text_tokens)
+    frames = features // 64
+    # Frames at the start of the text, as many as there are, in one token: those of a video.
+    given = torch.randn(1, frames, 1, 1, 64, width)
+    mask = torch.ones(1, text_tokens, dtype=torch.long)
+    return opened(model), {
+        "vision_x": given, "lang_x": batch["input_ids"], "attention_mask": mask,
+        "labels": batch["labels"],
+    }  # fmt: skip
+
+
+class Given(nn.Module):
+    """In place of the resampler: features that are given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, images, 64, width) of (B, images, 1, 64, width)."""
+        return x.squeeze(2)
+
+
 def words(text_tokens: int) -> Batch:
     """Return a text to be learnt."""
     ids = torch.randint(3, VOCABULARY, (1, text_tokens))
@@ -54,4 +100,6 @@ def opened(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-MODELS: dict[str, Callable[..., tuple[nn.Module, Batch]]] = {f.__name__: f for f in (llama3v,)}
+MODELS: dict[str, Callable[..., tuple[nn.Module, Batch]]] = {
+    f.__name__: f for f in (llama3v, openflamingo)
+}

@@ -25,6 +25,7 @@ SHARDED = [
     for name in (
         "mllama",
         "openflamingo",
+        "openflamingo_all",
         "openflamingo_neox",
         "idefics",
         "idefics_without_resampler",

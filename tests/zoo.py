@@ -179,6 +179,15 @@ def openflamingo() -> Animal:
     )  # fmt: skip
 
 
+def openflamingo_all() -> Animal:
+    """The same, whose text sees all images before it, not the last one only."""
+    model, batch, given = openflamingo()
+    for module in model.modules():
+        if type(module).__name__ == "MaskedCrossAttention":
+            module.only_attend_immediate_media = False
+    return model, batch, given
+
+
 def openflamingo_opt() -> Animal:
     """The same over an OPT."""
     from transformers import OPTConfig, OPTForCausalLM
@@ -214,7 +223,7 @@ def flamingo(text: Any, layers: str) -> Animal:
     image = VOCABULARY - 1
     model = Flamingo(types.SimpleNamespace(visual=Patches()), text, 2, image, 16)
     ids = torch.randint(3, image, (B, S))
-    ids[:, 1] = ids[:, 4] = ids[0, 6] = image
+    ids[:, 1] = ids[:, 4] = ids[0, 6] = ids[0, 7] = image  # the last one of an image too many
     given = {
         "vision_x": torch.randn(B, 3, 1, 3, 4, 4),
         "lang_x": ids,
@@ -240,7 +249,7 @@ MODELS: dict[str, Callable[[], Animal]] = {
     f.__name__: f
     for f in (
         mllama, idefics, idefics_without_resampler, whisper, bart, t5gemma, qformer, openflamingo,
-        openflamingo_opt, openflamingo_neox,
+        openflamingo_all, openflamingo_opt, openflamingo_neox,
     )
 }  # fmt: skip
 # The Q-Former of transformers 4 computes attention itself.

@@ -86,10 +86,12 @@ class _Layer:
         """Attend from text to images, as the layer does."""
         layer, model = self.layer, self.model
         model.given = media.shape[1]
-        model.table = self._table(x, media_locations, use_cached_media)
+        model.table, even = self._table(x, media_locations, use_cached_media)
 
         def make(x: Tensor, y: Tensor) -> Any:
             q = layer.to_q(layer.norm(x))
+            if even is not None:
+                q = q.masked_fill(even, 0.0)
             k, v = layer.to_kv(y.flatten(1, 2)).chunk(2, dim=-1)  # (B, s_kv, H x D)
             q, k, v = (a.unflatten(2, (layer.heads, -1)).transpose(1, 2) for a in (q, k, v))
             return q, k, v, layer.scale
@@ -98,19 +100,26 @@ class _Layer:
         merged: Tensor = layer.to_out(out.flatten(2))
         return merged
 
-    def _table(self, x: Tensor, locations: Tensor | None, cached: bool | None) -> Tensor | None:
+    def _table(
+        self, x: Tensor, locations: Tensor | None, cached: bool | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return which rows see which images, and which of this rank's see all of them evenly.
+
+        Where all scores are hidden, by one finite number, the layer's softmax is even.  With a
+        query of 0 it is, too.
+        """
         if self.model.text is not None:
             locations = self.model.locations
         if locations is None:
-            return None
+            return None, None
         if cached:  # all of x comes after the last image
             time = locations.sum(1, keepdim=True).expand(-1, x.shape[1])
         else:
-            time = locations.cumsum(1)  # (B, s_q): the number of images so far
+            time = locations.cumsum(1)  # (B, S_Q): the number of images so far
         image = torch.arange(1, self.model.images + 1, device=x.device)
         last_only = self.layer.only_attend_immediate_media
         table = time[..., None] == image if last_only else time[..., None] >= image
-        # Where all scores are hidden the layer's softmax sees all alike; before the first image it
-        # then takes the result away, if it attends to the last image only.
-        dead = ~table.any(-1, keepdim=True)
-        return table | (dead & (time > 0)[..., None] if last_only else dead)
+        even = ~table.any(-1, keepdim=True)
+        if last_only:  # the layer takes the result away before the first image
+            even &= (time > 0)[..., None]
+        return table | even, self.model.own_rows(even)
