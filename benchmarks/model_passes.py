@@ -7,6 +7,7 @@ meet; blocks travel over gloo.  The kinds take turns, round by round, as in `pas
 
     "lv-xattn", "ring", "ulysses"   text sharded, and cross-attention by a schedule
     "replicated"                    every rank has the text
+    "kept"                          "lv-xattn" that keeps keys and values for the backward
     "none"                          "lv-xattn" with messages switched off
 
 A step is a forward and a backward of the model on this rank's share of a batch, which has been cut.
@@ -49,7 +50,6 @@ class Work:
     kinds : list of str
     text_tokens, features : int
         S_Q and S_KV.
-    recompute : bool
     rounds : int
         Maximum number of rounds.
     seconds : float
@@ -62,7 +62,6 @@ class Work:
     kinds: list[str]
     text_tokens: int
     features: int
-    recompute: bool = True
     rounds: int = 5
     seconds: float = 60.0
     options: dict[str, Any] | None = None
@@ -80,7 +79,7 @@ class Model:
         schedule = kind if kind in ("ring", "ulysses") else "lv-xattn"
         text = "replicated" if kind == "replicated" else "sharded"
         self.spread: Spread = distribute(
-            self.model, group, text=text, schedule=schedule, recompute_kv=work.recompute
+            self.model, group, text=text, schedule=schedule, recompute_kv=kind != "kept"
         )
         self.local = self.spread.inputs(**batch)
         self.parameters = sum(p.numel() for p in self.model.parameters())
@@ -163,7 +162,7 @@ def timed(work: Work, group: Group) -> dict[str, Any]:
         if turn >= 2 and group.allgather(perf_counter() - start > work.seconds)[0]:
             break
         for kind, model in models.items():
-            turns[kind].append(model.turn())
+            turns[kind].append({"round": turn, **model.turn()})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     parameters = next(iter(models.values())).parameters
     return {
