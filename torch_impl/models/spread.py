@@ -248,6 +248,7 @@ def distribute(
     from lvxattn.torch_impl.models.idefics import Idefics
     from lvxattn.torch_impl.models.mllama import Mllama
     from lvxattn.torch_impl.models.openflamingo import OpenFlamingo
+    from lvxattn.torch_impl.models.owl3_adapter import SpreadOwl3
 
     comm = Group.of(group)
     if text != "replicated":
@@ -255,7 +256,7 @@ def distribute(
     hooks = model._forward_pre_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in hooks):
         raise ValueError(f"model: expected one that is not distributed yet (on {comm.name})")
-    for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder):
+    for kind in (Mllama, Idefics, OpenFlamingo, SpreadOwl3, EncoderDecoder):
         if kind.fits(model):
             spread = Spread(model, comm, text=text, schedule=schedule, recompute_kv=recompute_kv)
             spread.adapter = kind(model, spread)
