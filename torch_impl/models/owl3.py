@@ -154,7 +154,7 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         ValueError
             Numbers of images that do not fit the text.
         """
-        cache = kwargs.get(CACHE)
+        cache = kwargs.pop(CACHE, kwargs.pop("past_key_values", None))
         past = 0 if cache is None else int(cache.get_seq_length())
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         positions, kept = getattr(cache, "visual", (None, None)) if past else (None, None)
@@ -177,7 +177,7 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
             visual = Visual(features, rotation, table, self.attend, kept)
         outputs = self.language_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            labels=labels, use_cache=use_cache, visual=visual, **kwargs,
+            labels=labels, use_cache=use_cache, visual=visual, **{CACHE: cache}, **kwargs,
         )  # fmt: skip
         if visual is not None and use_cache:
             outputs[CACHE].visual = positions, kept
