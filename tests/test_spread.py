@@ -15,9 +15,10 @@ from tests.zoo import HERE, MODELS, animal
 
 # A unit in the last place, times the products that a gradient passes through in these models.
 LIMITS = {"float64": 1e-12, "float32": 2e-4}
-QUICK = "mllama", "idefics", "whisper"
+QUICK = "mllama", "idefics", "whisper", "owl3_fused"
 # Started together: to import transformers takes longer than to compute.
-TOGETHER = {True: QUICK, False: tuple(name for name in HERE if name not in QUICK)}
+OTHERS = [name for name in HERE if name not in QUICK]
+TOGETHER = QUICK, OTHERS[::2], OTHERS[1::2]
 
 
 def cases() -> list[Any]:
@@ -33,8 +34,8 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("name", "P"), cases())
 def test_spread_model_equals_one_process(name: str, P: int) -> None:
-    names = ",".join(TOGETHER[name in QUICK])
-    report = torch_report(P, "torch_models.py", names, "float64,float32")
+    names = next(names for names in TOGETHER if name in names)
+    report = torch_report(P, "torch_models.py", ",".join(names), "float64,float32")
     mine = {key: every for key, every in report.items() if key.split()[0] == name}
     assert len(mine) == 4
     for key, every in mine.items():
@@ -50,11 +51,16 @@ def test_spread_model_equals_one_process(name: str, P: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "result", "least"),
-    [("no factor P", "gradients", 0.1), ("no mask function", "logits", 1e-3)],
+    ("fault", "name", "result", "least"),
+    [
+        ("no factor P", "mllama", "gradients", 0.1),
+        ("no mask function", "mllama", "logits", 1e-3),
+        ("positions from the first", "owl3_gated", "logits", 1e-3),
+        ("positions from the first", "owl3_fused", "logits", 1e-3),
+    ],
 )
-def test_planted_fault_is_seen(fault: str, result: str, least: float) -> None:
-    report = torch_report(2, "torch_models.py", "mllama", "float64", fault)
+def test_planted_fault_is_seen(fault: str, name: str, result: str, least: float) -> None:
+    report = torch_report(2, "torch_models.py", name, "float64", fault)
     assert min(rank[result] for every in report.values() for rank in every) > least
 
 
@@ -108,10 +114,11 @@ def test_dropout_is_refused() -> None:
         model(**local)
 
 
-def test_keys_and_values_are_not_kept() -> None:
+@pytest.mark.parametrize(("name", "keys"), [("mllama", 50), ("owl3_gated", 20), ("owl3_fused", 20)])
+def test_keys_and_values_are_not_kept(name: str, keys: int) -> None:
     kept = []
     for recompute in (False, True):
-        model, batch, _ = animal("mllama", torch.float32)
+        model, batch, _ = animal(name, torch.float32)
         local = distribute(model, recompute_kv=recompute).inputs(**batch)
         sizes: dict[int, int] = {}
 
@@ -123,5 +130,5 @@ def test_keys_and_values_are_not_kept() -> None:
             loss = model(**local).loss
         kept.append(sum(sizes.values()))
         del loss
-    k_and_v = 2 * 2 * 2 * 50 * 2 * 8 * 4  # both, layers, B, keys, heads, width, bytes
+    k_and_v = 2 * 2 * 2 * keys * 2 * 8 * 4  # both, layers, B, keys, heads, width, bytes
     assert kept[0] - kept[1] >= k_and_v

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     import transformers
     from transformers import AttentionMaskInterface
 
-    from lvxattn.torch_impl.models import distribute, interception, spread
+    from lvxattn.torch_impl.models import distribute, interception, owl3_adapter, spread
     from tests.zoo import animal
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -102,6 +102,15 @@ def plant(fault: str) -> None:
         spread.ScaledGradient.backward = staticmethod(lambda _, dx: (dx, None))
     elif fault == "no mask function":  # self-attention loses its padding
         AttentionMaskInterface.register(interception.ATTENTION, lambda *_, **__: None)
+    elif fault == "positions from the first":  # visual keys' on every rank
+        cut = owl3_adapter.SpreadOwl3.cut
+
+        def from_the_first(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+            local = cut(self, batch)
+            self.model.given = slice(0, local["pixel_values"].shape[1])
+            return local
+
+        owl3_adapter.SpreadOwl3.cut = from_the_first  # type: ignore[method-assign]
     else:
         raise ValueError(fault)
 
