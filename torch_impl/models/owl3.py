@@ -157,6 +157,7 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         cache = kwargs.pop(CACHE, kwargs.pop("past_key_values", None))
         past = 0 if cache is None else int(cache.get_seq_length())
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+        use_cache = use_cache and not (self.training and self.is_gradient_checkpointing)
         positions, kept = getattr(cache, "visual", (None, None)) if past else (None, None)
         features: Tensor | None = None
         rotation: tuple[Tensor, ...] = ()
