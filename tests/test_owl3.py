@@ -136,6 +136,15 @@ def test_without_images_it_is_a_qwen2(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_later_text_changes_nothing_before_it(name: str) -> None:
+    model, _, given = owl(name)
+    ids, pixel_values = given["input_ids"], given["pixel_values"]  # without a mask
+    whole, start = (model(ids[:, :n], pixel_values=pixel_values).logits for n in (S, 6))
+    assert (whole[:, :6] - start).abs().max() < 1e-13 * start.abs().max()
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_cache_changes_no_token(name: str) -> None:
     model, _, given = owl(name)
     tokens = [
