@@ -211,7 +211,9 @@ def test_images_after_a_cache_are_refused() -> None:
 def test_other_number_of_images_is_refused_where_it_is_spread() -> None:
     model, _, given = owl("owl3_fused")
     local = distribute(model).inputs(**given)
-    with pytest.raises(ValueError, match=r"^inputs: .* 5 images.* got 4 \(on rank 0 of 1\)$"):
+    with pytest.raises(
+        ValueError, match=r"^pixel_values: .* 5 images,.* got 4 \(on rank 0 of 1\)$"
+    ):
         model(**local | {"pixel_values": local["pixel_values"][:, :4]})
 
 

@@ -69,7 +69,7 @@ class Visual:
 
     Attributes
     ----------
-    features : (B, images x keys, E), optional
+    features : (B, images, keys, E), optional
         Of the images that are given; None where `kept` has their keys and values.
     rotation : (Tensor, Tensor)
         cos and sin (B, 1, images, 1, D) of the positions of the images that are given.
@@ -140,12 +140,23 @@ class HyperAttention(Qwen2Attention):
         return self.o_proj(out.flatten(2)), None
 
     def make_kv(self, y: Tensor, rotation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, H_KV, images x keys, D) of visual features after the norm."""
-        both = self.v_kv_proj(y).unflatten(-1, (-1, 2, self.head_dim))  # k and v of each head
-        k, v = both.permute(3, 0, 2, 1, 4)  # (B, H_KV, images x keys, D)
+        """Return keys and values (B, H_KV, images x keys, D) of visual features after the norm.
+
+        Raises
+        ------
+        ValueError
+            There are positions of another number of images.
+        """
         cos, sin = rotation
-        k = k.unflatten(2, (cos.shape[2], -1))  # (B, H_KV, images, keys, D)
-        return (k * cos + rotate_half(k) * sin).flatten(2, 3), v  # type: ignore[no-untyped-call]
+        if y.shape[1] != cos.shape[2]:
+            raise ValueError(
+                f"pixel_values: expected {cos.shape[2]} images, for which there are positions, "
+                f"got {y.shape[1]}"
+            )
+        both = self.v_kv_proj(y).unflatten(-1, (-1, 2, self.head_dim))  # k and v of each head
+        k, v = both.permute(4, 0, 3, 1, 2, 5)  # (B, H_KV, images, keys, D)
+        k = k * cos + rotate_half(k) * sin  # type: ignore[no-untyped-call]
+        return k.flatten(2, 3), v.flatten(2, 3)
 
     def _attend_to_images(
         self, q: Tensor, norm: Callable[[Tensor], Tensor], visual: Visual

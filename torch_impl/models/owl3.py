@@ -49,7 +49,8 @@ class Owl3Config(PretrainedConfig):  # type: ignore[no-untyped-call]
         Whether one softmax is over text and images, as in version 241101, or a gate mixes the
         results of two, as in version 240728.
     image_token_id : int
-        The token that stands for an image in the text.
+        The token that stands for an image in the text: the tokenizer's, which the default, the
+        first after those of Qwen2, need not be.
     """
 
     model_type = "lvxattn_owl3"
@@ -164,12 +165,11 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         if pixel_values is not None:
             if past:
                 raise ValueError(f"pixel_values: expected none with a cache of {past} tokens")
-            images = pixel_values.shape[1]
             positions = image_positions
             if positions is None:
-                positions = self.find_images(input_ids, images)
+                positions = self.find_images(input_ids, pixel_values.shape[1])
             features, kept = self.encode(pixel_values), {} if use_cache else None
-            rotation = self._rotation(features, images, positions, position_ids)
+            rotation = self._rotation(features, positions[:, self.given], position_ids)
         visual = None
         if positions is not None:
             index = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
@@ -185,10 +185,10 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         return outputs
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Return features (B, images x keys, E) of images (B, images, 3, h, w)."""
+        """Return features (B, images, keys, E) of images (B, images, 3, h, w)."""
         pixels = pixel_values.flatten(0, 1)
         states = self.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
-        return self.vision2text_model(states).unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
+        return self.vision2text_model(states).unflatten(0, pixel_values.shape[:2])
 
     def find_images(self, input_ids: Tensor, images: int) -> Tensor:
         """Return the index of each image's token (B, images) in the text, or -1.
@@ -221,14 +221,9 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         return inputs
 
     def _rotation(
-        self, y: Tensor, images: int, positions: Tensor, position_ids: Tensor | None
+        self, y: Tensor, positions: Tensor, position_ids: Tensor | None
     ) -> tuple[Tensor, ...]:
-        positions = positions[:, self.given]
-        if positions.shape[1] != images:
-            raise ValueError(
-                f"pixel_values: expected {positions.shape[1]} images, as image_positions has, "
-                f"got {images}"
-            )
+        """Return cos and sin (B, 1, images, 1, D) of the images at these indices of the text."""
         positions = positions.clamp(min=0)
         if position_ids is not None:  # which do not count padding
             positions = position_ids.expand(len(positions), -1).gather(1, positions)

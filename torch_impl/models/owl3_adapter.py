@@ -17,7 +17,6 @@ class SpreadOwl3(Images):
     def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         model.attend = self.attend
-        model.register_forward_pre_hook(self._check, with_kwargs=True)
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -28,9 +27,9 @@ class SpreadOwl3(Images):
         """Cut the images, and note where all of them are."""
         cut = self.cut_images(batch, ("pixel_values",))
         if cut.get("image_positions") is None:
-            images = batch["pixel_values"].shape[1]
-            cut["image_positions"] = self.model.find_images(batch["input_ids"], images)
+            cut["image_positions"] = self.model.find_images(batch["input_ids"], self.images)
         self.model.given = self.encoded
+        self.given = self.encoded.stop - self.encoded.start  # or the model raises
         return cut
 
     def attend(
@@ -39,7 +38,3 @@ class SpreadOwl3(Images):
         """Attend to all ranks' images."""
         self.table = table
         return self.spread.attend(make, q, y, recompute=recompute)
-
-    def _check(self, _: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("pixel_values") is not None:
-            self.check_images(kwargs["pixel_values"].shape[1])
