@@ -153,7 +153,7 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         Raises
         ------
         ValueError
-            Numbers of images that do not fit the text.
+            Images that do not fit the text, or are given beside a cache.
         """
         cache = kwargs.pop(CACHE, kwargs.pop("past_key_values", None))
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -168,6 +168,7 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
             positions = image_positions
             if positions is None:
                 positions = self.find_images(input_ids, pixel_values.shape[1])
+            self._check(positions, input_ids)
             features, kept = self.encode(pixel_values), {} if use_cache else None
             rotation = self._rotation(features, positions[:, self.given], position_ids)
         visual = None
@@ -219,6 +220,15 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         if cache is not None and cache.get_seq_length() > 0:
             inputs.pop("pixel_values", None)
         return inputs
+
+    def _check(self, positions: Tensor, input_ids: Tensor) -> None:
+        B, S = input_ids.shape
+        last = int(positions.max()) if positions.numel() else S
+        if positions.ndim != 2 or len(positions) != B or last >= S:
+            raise ValueError(
+                f"image_positions: expected ({B}, 1 or more) below {S}, got "
+                f"{tuple(positions.shape)} up to {last}"
+            )
 
     def _rotation(
         self, y: Tensor, positions: Tensor, position_ids: Tensor | None

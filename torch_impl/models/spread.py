@@ -348,7 +348,8 @@ def distribute(
     ----------
     model : Module
         Of transformers: Mllama (Llama 3.2 Vision), Idefics, Whisper, or another encoder and decoder
-        whose cross-attention calls the model's attention function; or OpenFlamingo's ``Flamingo``.
+        whose cross-attention calls the model's attention function; or OpenFlamingo's ``Flamingo``,
+        or `owl3.Owl3`.
     group : ProcessGroup or one-dimensional DeviceMesh, optional
         The ranks; default: the world.
     text : str
