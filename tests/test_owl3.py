@@ -172,6 +172,25 @@ def test_given_positions_are_those_found() -> None:
     assert not torch.equal(model(**given, image_positions=positions).logits, found)
 
 
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_checkpointed_gradients_are_the_same(name: str, spread: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model, batch, _ = owl(name)
+        model.train()
+        if checkpointed:
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            batch = distribute(model).inputs(**batch) if spread else batch
+        outputs = model(**batch)
+        assert checkpointed == (outputs.get(CACHE) is None)
+        outputs.loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for wanted, got in zip(*gradients, strict=True):
+        assert (got - wanted).abs().max() <= 1e-13 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_saved_model_is_loaded(name: str, tmp_path: Path) -> None:

@@ -51,6 +51,13 @@ class Owl3Config(PretrainedConfig):  # type: ignore[no-untyped-call]
     image_token_id : int
         The token that stands for an image in the text: the tokenizer's, which the default, the
         first after those of Qwen2, need not be.
+
+    Examples
+    --------
+    >>> from lvxattn.torch_impl.models.owl3 import Owl3Config
+    >>> config = Owl3Config({"num_hidden_layers": 8}, {"image_size": 384}, hyper_layers=(1, 5))
+    >>> config.text_config.model_type, config.vision_config.image_size, config.fused
+    ('qwen2', 384, True)
     """
 
     model_type = "lvxattn_owl3"
@@ -78,6 +85,27 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     Parameters
     ----------
     config : Owl3Config
+
+    Raises
+    ------
+    ValueError
+        The configuration has layers that do not exist, or dropout.
+
+    Examples
+    --------
+    A small one of random weights, whose token 31 stands for an image:
+
+    >>> import torch
+    >>> from lvxattn.torch_impl.models.owl3 import Owl3, Owl3Config
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    >>> text = {**sizes, "vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> vision = {**sizes, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    >>> model = Owl3(Owl3Config(text, vision, hyper_layers=(2,), image_token_id=31))
+    >>> ids = torch.tensor([[5, 31, 6, 31, 7]])
+    >>> outputs = model(ids, pixel_values=torch.ones(1, 2, 3, 8, 8), labels=ids)
+    >>> outputs.loss.backward()
+    >>> outputs.logits.shape
+    torch.Size([1, 5, 32])
     """
 
     config_class = Owl3Config
@@ -158,7 +186,8 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         cache = kwargs.pop(CACHE, kwargs.pop("past_key_values", None))
         past = 0 if cache is None else int(cache.get_seq_length())
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
-        use_cache = use_cache and not (self.training and self.is_gradient_checkpointing)
+        checkpointed = self.training and self.language_model.model.layers[0].gradient_checkpointing
+        use_cache = use_cache and not checkpointed
         positions, kept = getattr(cache, "visual", (None, None)) if past else (None, None)
         features: Tensor | None = None
         rotation: tuple[Tensor, ...] = ()
