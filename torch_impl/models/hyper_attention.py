@@ -13,7 +13,7 @@ With visual features y, the text's features x, and the layer's norm, which both 
 All keys of an image have one position, that of the image in the text.  A token that sees no image
 has out = own.
 
-Source: arXiv:2408.04840, section 3; `owl3` says what is certain.
+Source: arXiv:2408.04840; `owl3` says what was read, and what is certain.
 """
 
 from collections.abc import Callable
