@@ -15,12 +15,23 @@ from torch.utils.checkpoint import CheckpointError
 
 from lvxattn.torch_impl.models import distribute
 from tests.torch_ranks import torch_report
-from tests.zoo import HERE, MODELS, animal
+from tests.zoo import BEFORE_5, HERE, MODELS, animal
 
 # A unit in the last place, times the products that a gradient passes through in these models.
 LIMITS = {"float64": 1e-12, "float32": 2e-4}
 QUICK = "mllama", "idefics", "whisper", "owl3_fused"
-SHARDED = "mllama", "idefics", "idefics_without_resampler"
+SHARDED = [
+    name
+    for name in (
+        "mllama",
+        "openflamingo",
+        "openflamingo_all",
+        "openflamingo_neox",
+        "idefics",
+        "idefics_without_resampler",
+    )
+    if name in HERE and not (BEFORE_5 and name.startswith("idefics"))
+]
 # Started together: to import transformers takes longer than to compute.
 OTHERS = [name for name in HERE if name not in QUICK]
 TOGETHER = QUICK, OTHERS[::2], OTHERS[1::2]
@@ -119,6 +130,16 @@ def test_training_equals_one_process(setting: str, text: str, P: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["replicated", "sharded"])
+def test_mesh_of_two_dimensions_equals_one_process(text: str) -> None:
+    report = torch_report(4, "torch_model_training.py", "fsdp2 mesh", "replicated,sharded")
+    for recompute in (False, True):
+        for rank in report[f"fsdp2 mesh/{text}/{recompute}"]:
+            assert rank["compared"] == 88
+            assert rank["gradients"] < LIMITS["float64"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["replicated", "sharded"])
 def test_low_rank_adapters_equal_one_process(text: str) -> None:
     if not find_spec("peft"):
         pytest.skip("peft is not installed")
@@ -211,17 +232,28 @@ def test_mask_that_is_not_padding_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "expected"), [("mllama", "cut", "or 'sharded' "), ("whisper", "sharded", "")]
+    ("name", "text", "expected"),
+    [
+        ("mllama", "cut", r"or 'sharded' for \w+, got 'cut'"),
+        ("whisper", "sharded", r"for \w+, got 'sharded'"),
+        pytest.param(
+            "openflamingo_opt",
+            "sharded",
+            r"for \w+, which has no rotary embeddings",
+            marks=pytest.mark.skipif("openflamingo" not in HERE, reason="not installed"),
+        ),
+    ],
 )
 def test_unsupported_text_is_refused(name: str, text: str, expected: str) -> None:
     model, _, _ = animal(name, torch.float32)
-    match = rf"^text: expected 'replicated' {expected}for \w+, got '{text}' \(on rank 0 of 1\)$"
+    match = rf"^text: expected 'replicated' {expected} \(on rank 0 of 1\)$"
     with pytest.raises(ValueError, match=match):
         distribute(model, text=text)
 
 
-def test_cache_of_sharded_text_is_refused() -> None:
-    model, _, prompt = animal("mllama", torch.float32)
+@pytest.mark.parametrize("name", [name for name in SHARDED if "without" not in name])
+def test_cache_of_sharded_text_is_refused(name: str) -> None:
+    model, _, prompt = animal(name, torch.float32)
     local = distribute(model, text="sharded").inputs(**prompt)
     with pytest.raises(ValueError, match=r"^use_cache: expected False with text='sharded'"):
         model.generate(**local, max_new_tokens=2)

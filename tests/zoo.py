@@ -163,27 +163,67 @@ def qformer() -> Animal:
 
 
 def openflamingo() -> Animal:
-    """OpenFlamingo's own package over a Llama of transformers; an image token stands for each."""
-    sys.modules.setdefault("open_clip", types.ModuleType("open_clip"))  # which it imports for CLIP
-    from open_flamingo.src.flamingo import Flamingo
-    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
-    from open_flamingo.src.utils import extend_instance
+    """OpenFlamingo's own package over a Llama of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     in_its_own_dtype(LlamaRMSNorm)
-    text = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=48, **TOKENS,
-        )
+    return flamingo(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=48, **TOKENS,
+            )
+        ),
+        "model.layers",
     )  # fmt: skip
+
+
+def openflamingo_all() -> Animal:
+    """The same, whose text sees all images before it, not the last one only."""
+    model, batch, given = openflamingo()
+    for module in model.modules():
+        if type(module).__name__ == "MaskedCrossAttention":
+            module.only_attend_immediate_media = False
+    return model, batch, given
+
+
+def openflamingo_opt() -> Animal:
+    """The same over an OPT."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0, **TOKENS,
+    )  # fmt: skip
+    return flamingo(OPTForCausalLM(config), "model.decoder.layers")
+
+
+def openflamingo_neox() -> Animal:
+    """The same over a GPT-NeoX."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, **TOKENS,
+    )  # fmt: skip
+    return flamingo(GPTNeoXForCausalLM(config), "gpt_neox.layers")
+
+
+def flamingo(text: Any, layers: str) -> Animal:
+    """Return an OpenFlamingo over a language model; a token stands for each image."""
+    sys.modules.setdefault("open_clip", types.ModuleType("open_clip"))  # which it imports for CLIP
+    from open_flamingo.src.flamingo import Flamingo
+    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
+    from open_flamingo.src.utils import extend_instance
+
+    text.loss_function = causal_loss
     extend_instance(text, FlamingoLMMixin)
-    text.set_decoder_layers_attr_name("model.layers")
+    text.set_decoder_layers_attr_name(layers)
     image = VOCABULARY - 1
     model = Flamingo(types.SimpleNamespace(visual=Patches()), text, 2, image, 16)
     ids = torch.randint(3, image, (B, S))
-    ids[:, 1] = ids[:, 4] = ids[0, 6] = image
+    ids[:, 1] = ids[:, 4] = ids[0, 6] = ids[0, 7] = image  # the last one of an image too many
     given = {
         "vision_x": torch.randn(B, 3, 1, 3, 4, 4),
         "lang_x": ids,
@@ -240,12 +280,13 @@ MODELS: dict[str, Callable[[], Animal]] = {
     f.__name__: f
     for f in (
         mllama, idefics, idefics_without_resampler, whisper, bart, t5gemma, qformer, openflamingo,
+        openflamingo_all, openflamingo_opt, openflamingo_neox,
         owl3_gated, owl3_fused,
     )
 }  # fmt: skip
 # The Q-Former of transformers 4 computes attention itself.
 MISSING = {"openflamingo": not find_spec("open_flamingo"), "qformer": BEFORE_5}
-HERE = [name for name in MODELS if not MISSING.get(name)]
+HERE = [name for name in MODELS if not MISSING.get(name.partition("_")[0])]
 
 
 def animal(name: str, dtype: torch.dtype) -> Animal:

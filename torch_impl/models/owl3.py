@@ -6,10 +6,11 @@ before it, at the position after theirs.  In version 241101 they are projected b
 a GELU, and a token sees the same images and its own, at the position of theirs.
 
 Source: arXiv:2408.04840, of which summaries were read, and public copies of both versions' code,
-which was read but not copied; no published weights were loaded.  The copies agree on what the two modules say, but for the gate of
-240728: here it is a matrix of the head's result, as in the copy of the original; a port to Paddle
-has one learned vector.  Padding is never seen here; 241101's copy ignores the mask of padding in
-layers with hyper attention.  Not certain is whether later revisions of the published code differ.
+which was read but not copied; no published weights were loaded.  The copies agree on what the two
+modules say, but for the gate of 240728: here it is a matrix of the head's result, as in the copy of
+the original; a port to Paddle has one learned vector.  Padding is never seen here; 241101's copy
+ignores the mask of padding in layers with hyper attention.  Not certain is whether later revisions
+of the published code differ.
 """
 
 from typing import Any

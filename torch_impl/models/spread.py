@@ -270,14 +270,18 @@ class Spread:
             raise RuntimeError(
                 f"inputs: expected a batch from Spread.inputs (on {self.group.name})"
             )
+        self.refuse_cache(kwargs)
+        if self.recomputes or self.text == "sharded":
+            kwargs.setdefault("use_cache", False)
+        return args, kwargs
+
+    def refuse_cache(self, kwargs: dict[str, Any]) -> None:
+        """Check that no cache is asked for where the text is sharded."""
         if self.text == "sharded" and kwargs.get("use_cache"):
             raise ValueError(
                 "use_cache: expected False with text='sharded'; use text='replicated' to generate "
                 f"(on {self.group.name})"
             )
-        if self.recomputes or self.text == "sharded":
-            kwargs.setdefault("use_cache", False)
-        return args, kwargs
 
 
 def _fingerprint(x: Any) -> str:
@@ -354,7 +358,8 @@ def distribute(
         The ranks; default: the world.
     text : str
         ``"replicated"``: every rank has the whole text.  ``"sharded"``: every rank has some of its
-        rows (Mllama, Idefics; training only), and self-attention is over all ranks' rows.
+        rows, and self-attention is over all ranks' rows; for training only, and not for
+        encoder-decoders.
     schedule : str
         As in `cross_attention`; with replicated text there is nothing to choose.
     recompute_kv : bool
