@@ -19,7 +19,7 @@ from tests.zoo import BEFORE_5, HERE, MODELS, animal
 
 # A unit in the last place, times the products that a gradient passes through in these models.
 LIMITS = {"float64": 1e-12, "float32": 2e-4}
-QUICK = "mllama", "idefics", "whisper"
+QUICK = "mllama", "idefics", "whisper", "owl3_fused"
 SHARDED = [
     name
     for name in (
@@ -33,7 +33,8 @@ SHARDED = [
     if name in HERE and not (BEFORE_5 and name.startswith("idefics"))
 ]
 # Started together: to import transformers takes longer than to compute.
-TOGETHER = {True: QUICK, False: tuple(name for name in HERE if name not in QUICK)}
+OTHERS = [name for name in HERE if name not in QUICK]
+TOGETHER = QUICK, OTHERS[::2], OTHERS[1::2]
 
 
 def cases() -> list[Any]:
@@ -66,7 +67,7 @@ def check(key: str, every: list[Any]) -> None:
 
 @pytest.mark.parametrize(("name", "P"), cases())
 def test_spread_model_equals_one_process(name: str, P: int) -> None:
-    names = ",".join(TOGETHER[name in QUICK])
+    names = ",".join(next(names for names in TOGETHER if name in names))
     report = torch_report(P, "torch_models.py", names, "float64,float32", "replicated")
     mine = {key: every for key, every in report.items() if key.split()[0] == name}
     assert len(mine) == 4
@@ -162,16 +163,20 @@ def test_autocast_errs_no_more_than_in_one_process(text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "text", "P", "result", "least"),
+    ("fault", "name", "text", "P", "result", "least"),
     [
-        ("no factor P", "replicated", 2, "gradients", 0.1),
-        ("no mask function", "replicated", 2, "logits", 1e-3),
-        ("local mask", "replicated", 2, "logits", 1e-3),
-        ("local positions", "sharded", 2, "logits", 1e-3),
+        ("no factor P", "mllama", "replicated", 2, "gradients", 0.1),
+        ("no mask function", "mllama", "replicated", 2, "logits", 1e-3),
+        ("local mask", "mllama", "replicated", 2, "logits", 1e-3),
+        ("local positions", "mllama", "sharded", 2, "logits", 1e-3),
+        ("positions from the first", "owl3_gated", "replicated", 2, "logits", 1e-3),
+        ("positions from the first", "owl3_fused", "replicated", 2, "logits", 1e-3),
     ],
 )
-def test_planted_fault_is_seen(fault: str, text: str, P: int, result: str, least: float) -> None:
-    report = torch_report(P, "torch_models.py", "mllama", "float64", text, fault)
+def test_planted_fault_is_seen(
+    fault: str, name: str, text: str, P: int, result: str, least: float
+) -> None:
+    report = torch_report(P, "torch_models.py", name, "float64", text, fault)
     assert min(rank[result] for every in report.values() for rank in every) > least
 
 
@@ -276,10 +281,11 @@ def test_another_forward_before_a_checkpointed_backward_is_refused() -> None:
         loss.backward()
 
 
-def test_keys_and_values_are_not_kept() -> None:
+@pytest.mark.parametrize(("name", "keys"), [("mllama", 50), ("owl3_gated", 20), ("owl3_fused", 20)])
+def test_keys_and_values_are_not_kept(name: str, keys: int) -> None:
     kept = []
     for recompute in (False, True):
-        model, batch, _ = animal("mllama", torch.float32)
+        model, batch, _ = animal(name, torch.float32)
         local = distribute(model, recompute_kv=recompute).inputs(**batch)
         sizes: dict[int, int] = {}
 
@@ -291,5 +297,5 @@ def test_keys_and_values_are_not_kept() -> None:
             loss = model(**local).loss
         kept.append(sum(sizes.values()))
         del loss
-    k_and_v = 2 * 2 * 2 * 50 * 2 * 8 * 4  # both, layers, B, keys, heads, width, bytes
+    k_and_v = 2 * 2 * 2 * keys * 2 * 8 * 4  # both, layers, B, keys, heads, width, bytes
     assert kept[0] - kept[1] >= k_and_v

@@ -232,6 +232,37 @@ def flamingo(text: Any, layers: str) -> Animal:
     return model, {**given, "labels": ids}, given
 
 
+def owl3_gated(fused: bool = False) -> Animal:
+    """mPLUG-Owl3, with padding, text before the first image, and rows with fewer images."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    from lvxattn.torch_impl.models.owl3 import Owl3, Owl3Config
+
+    in_its_own_dtype(Qwen2RMSNorm)
+    text = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **TOKENS,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    image = VOCABULARY - 1
+    model = Owl3(Owl3Config(text, vision, hyper_layers=(1, 3), fused=fused, image_token_id=image))
+    model.language_model.loss_function = causal_loss
+    given = text_of()
+    ids = given["input_ids"].clamp(max=image - 1)
+    ids[:, [2, 3, 5]] = ids[1, 7] = image
+    given |= {"input_ids": ids, "pixel_values": torch.randn(B, IMAGES, 3, 8, 8)}
+    return model, {**given, "labels": labels_of(given)}, given
+
+
+def owl3_fused() -> Animal:
+    """The same, of one softmax over text and images."""
+    return owl3_gated(fused=True)
+
+
 class Patches(nn.Module):
     """A vision tower in the form of open_clip: (N, 3, 4, 4) to a pooled vector and 4 patches."""
 
@@ -250,6 +281,7 @@ MODELS: dict[str, Callable[[], Animal]] = {
     for f in (
         mllama, idefics, idefics_without_resampler, whisper, bart, t5gemma, qformer, openflamingo,
         openflamingo_all, openflamingo_opt, openflamingo_neox,
+        owl3_gated, owl3_fused,
     )
 }  # fmt: skip
 # The Q-Former of transformers 4 computes attention itself.

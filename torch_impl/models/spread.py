@@ -352,7 +352,8 @@ def distribute(
     ----------
     model : Module
         Of transformers: Mllama (Llama 3.2 Vision), Idefics, Whisper, or another encoder and decoder
-        whose cross-attention calls the model's attention function; or OpenFlamingo's ``Flamingo``.
+        whose cross-attention calls the model's attention function; or OpenFlamingo's ``Flamingo``,
+        or `owl3.Owl3`.
     group : ProcessGroup or one-dimensional DeviceMesh, optional
         The ranks; default: the world.
     text : str
@@ -386,12 +387,13 @@ def distribute(
     from lvxattn.torch_impl.models.idefics import Idefics
     from lvxattn.torch_impl.models.mllama import Mllama
     from lvxattn.torch_impl.models.openflamingo import OpenFlamingo
+    from lvxattn.torch_impl.models.owl3_adapter import SpreadOwl3
 
     comm = Group.of(group)
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in hooks):
         raise ValueError(f"model: expected one that is not distributed yet (on {comm.name})")
-    for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder):
+    for kind in (Mllama, Idefics, OpenFlamingo, SpreadOwl3, EncoderDecoder):
         # A wrapper, such as of peft, has the model inside.
         inner = next(filter(kind.fits, model.modules()), None)
         if inner is None:
