@@ -41,6 +41,32 @@ def llama3v(
     return opened(model), {**words(text_tokens), "cross_attention_states": given}
 
 
+def owl3(
+    text_tokens: int, features: int, *, hidden: int = 256, layers: int = 14, cross: int = 2
+) -> tuple[nn.Module, Batch]:
+    """Return mPLUG-Owl3, version 241101: a seventh of its layers cross; 729 features a frame."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    from lvxattn.torch_impl.models.owl3 import Owl3, Owl3Config
+
+    every = layers // cross
+    text = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=2, intermediate_size=3 * hidden, **TOKENS,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    hyper = [every * n + 1 for n in range(cross)]
+    model = Owl3(Owl3Config(text, vision, hyper_layers=hyper, image_token_id=VOCABULARY - 1))
+    model.encode = lambda x: x  # type: ignore[method-assign]
+    images = features // 729
+    batch = words(text_tokens) | {"pixel_values": torch.randn(1, images, 729, hidden)}
+    # All frames of a video stand in the place of the first token.
+    return model.train(), batch | {"image_positions": torch.zeros(1, images, dtype=torch.long)}
+
+
 def openflamingo(
     text_tokens: int, features: int, *, hidden: int = 256, layers: int = 8, cross: int = 2
 ) -> tuple[nn.Module, Batch]:
@@ -101,5 +127,5 @@ def opened(model: nn.Module) -> nn.Module:
 
 
 MODELS: dict[str, Callable[..., tuple[nn.Module, Batch]]] = {
-    f.__name__: f for f in (llama3v, openflamingo)
+    f.__name__: f for f in (llama3v, owl3, openflamingo)
 }

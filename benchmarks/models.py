@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 PROGRAM = [sys.executable, str(Path(__file__).with_name("model_passes.py"))]
 P = 4
 # Visual features, S_KV, and a name for people.
-FEATURES = {"llama3v": 65536, "openflamingo": 8192}
-NAMES = {"llama3v": "Llama 3-V", "openflamingo": "OpenFlamingo"}
+FEATURES = {"llama3v": 65536, "owl3": 88 * 729, "openflamingo": 8192}
+NAMES = {"llama3v": "Llama 3-V", "owl3": "mPLUG-Owl3", "openflamingo": "OpenFlamingo"}
 # Of these Ulysses needs heads that P divides.
 ULYSSES = ("openflamingo",)
 RATES, TEXTS = ("50mbit", "100mbit", "200mbit", "1gbit"), (64, 256, 1024)
 #: The goals: times faster than Ring Attention, time over none, frames and time of recomputation.
-FASTER = {"llama3v": 10.6, "openflamingo": 5.6}
+FASTER = {"llama3v": 10.6, "owl3": 5.6, "openflamingo": 5.6}
 OVERHEAD, FRAMES, MORE_TIME = 0.05, 1.6, 0.08
 
 
@@ -91,7 +91,7 @@ PARTS = {"links": links, "texts": texts, "memory": memory}
 def work(model: str, text_tokens: int, *, quick: bool) -> Results:
     """Return the arguments of one `Work`."""
     kinds = ["none", "lv-xattn", "replicated", "ring", *["ulysses"] * (model in ULYSSES)]
-    features = FEATURES[model] // (32 if quick else 1)
+    features = FEATURES[model] // (11 if quick else 1)
     return {
         "model": model, "kinds": kinds, "text_tokens": text_tokens, "features": features,
         "rounds": 1 if quick else 4, "seconds": 60,

@@ -27,6 +27,8 @@ SHARDED = [
         "openflamingo",
         "openflamingo_all",
         "openflamingo_neox",
+        "owl3_gated",
+        "owl3_fused",
         "idefics",
         "idefics_without_resampler",
     )

@@ -109,6 +109,8 @@ class HyperAttention(Qwen2Attention):
         super().__init__(config, layer_idx)
         kv_heads: Any = config.num_key_value_heads
         self.v_kv_proj = nn.Linear(config.hidden_size, 2 * kv_heads * self.head_dim)
+        # Set where the text is sharded.
+        self.attend_to_text: Callable[..., tuple[Tensor, Tensor]] = attend_to_text
         self.gate_proj = None
         if not fused:
             self.gate_proj = nn.Sequential(nn.Linear(self.head_dim, self.head_dim), nn.Sigmoid())
@@ -132,8 +134,7 @@ class HyperAttention(Qwen2Attention):
         cache = kwargs.get(CACHE)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        mask = self_attention_mask(attention_mask, q.shape[2])
-        out, lse = attend_alone(q, k, v, self.scaling, mask)
+        out, lse = self.attend_to_text(q, k, v, self.scaling, attention_mask)
         if visual is not None:
             seen, lse_seen = self._attend_to_images(q, norm, visual)
             out = self._join(out, lse, seen, lse_seen, visual.table)
@@ -185,6 +186,13 @@ class HyperAttention(Qwen2Attention):
         gate = self.gate_proj(own)
         sees_any = table.any(-1)[..., None, None]
         return torch.where(sees_any, own * (1 - gate) + seen * gate, own)
+
+
+def attend_to_text(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend to the text, with the mask that transformers makes for SDPA; as `attend_alone`."""
+    return attend_alone(q, k, v, scale, self_attention_mask(mask, q.shape[2]))
 
 
 def self_attention_mask(mask: Tensor | None, s_q: int) -> Tensor | MaskRule | None:

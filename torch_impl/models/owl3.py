@@ -134,8 +134,10 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
             self.vision2text_model = nn.Sequential(
                 self.vision2text_model, nn.GELU(), nn.Linear(width, width)
             )
-        # Set where the model is spread: which of the text's images are given, and the attention.
+        # Set where the model is spread: which of the text's images are given, which row of the text
+        # is the first that is given, and of how many, and the attention.
         self.given = slice(None)
+        self.rows: tuple[int, int] | None = None
         self.attend: Attend = attend_to_images
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -154,6 +156,7 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_positions: Tensor | None = None,
+        image_position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -171,6 +174,8 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         image_positions : (B, images), int64, optional
             The index of each image's token in the text; -1 for an image that the row has not.
             Default: the first `image_token_id` is the first image's, and so on.
+        image_position_ids : (B, images), int64, optional
+            The position of each image's token.  Default: that which `position_ids` have there.
         labels : (B, S), int64, optional
         use_cache : bool, optional
             Whether to return a cache, which keeps the images' keys and values, too.
@@ -200,12 +205,14 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
                 positions = self.find_images(input_ids, pixel_values.shape[1])
             self._check(positions, input_ids)
             features, kept = self.encode(pixel_values), {} if use_cache else None
-            rotation = self._rotation(features, positions[:, self.given], position_ids)
+            if image_position_ids is None:
+                image_position_ids = position_of(positions, position_ids)
+            rotation = self._rotation(features, image_position_ids[:, self.given])
         visual = None
         if positions is not None:
-            index = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-            latest = index[:, None] - (0 if self.config.fused else 1)
-            table = (positions >= 0)[:, None] & (positions[:, None] <= latest)
+            first = past if self.rows is None else self.rows[0]
+            index = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
+            table = self.sees(index, positions)
             visual = Visual(features, rotation, table, self.attend, kept)
         outputs = self.language_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -220,6 +227,11 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         pixels = pixel_values.flatten(0, 1)
         states = self.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
         return self.vision2text_model(states).unflatten(0, pixel_values.shape[:2])
+
+    def sees(self, index: Tensor, image_positions: Tensor) -> Tensor:
+        """Return which rows of the text (s_q,) see which images: (B, s_q, images)."""
+        latest = index[:, None] - (0 if self.config.fused else 1)
+        return (image_positions >= 0)[:, None] & (image_positions[:, None] <= latest)
 
     def find_images(self, input_ids: Tensor, images: int) -> Tensor:
         """Return the index of each image's token (B, images) in the text, or -1.
@@ -252,7 +264,7 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         return inputs
 
     def _check(self, positions: Tensor, input_ids: Tensor) -> None:
-        B, S = input_ids.shape
+        B, S = len(input_ids), input_ids.shape[1] if self.rows is None else self.rows[1]
         last = int(positions.max()) if positions.numel() else S
         if positions.ndim != 2 or len(positions) != B or last >= S:
             raise ValueError(
@@ -260,17 +272,20 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
                 f"{tuple(positions.shape)} up to {last}"
             )
 
-    def _rotation(
-        self, y: Tensor, positions: Tensor, position_ids: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Return cos and sin (B, 1, images, 1, D) of the images at these indices of the text."""
-        positions = positions.clamp(min=0)
-        if position_ids is not None:  # which do not count padding
-            positions = position_ids.expand(len(positions), -1).gather(1, positions)
+    def _rotation(self, y: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Return cos and sin (B, 1, images, 1, D) of images whose tokens have these positions."""
         if not self.config.fused:
-            positions = positions + 1
-        cos_and_sin = self.language_model.model.rotary_emb(y, positions)  # (B, images, D)
+            position_ids = position_ids + 1
+        cos_and_sin = self.language_model.model.rotary_emb(y, position_ids)  # (B, images, D)
         return tuple(x[:, None, :, None] for x in cos_and_sin)
+
+
+def position_of(image_positions: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Return the positions (B, images) of images at these indices of a text."""
+    index = image_positions.clamp(min=0)
+    if position_ids is None:
+        return index
+    return position_ids.expand(len(index), -1).gather(1, index)  # which do not count padding
 
 
 def _first(is_image: Tensor, images: int) -> Tensor:

@@ -64,7 +64,19 @@ class Text:
         return cut
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attend from this rank's rows to all ranks': (B, s_q, H, D_V)."""
+        """Return `attend`'s out."""
+        return self.attend(q, k, v, scale)[0]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attend from this rank's rows to all ranks'.
+
+        Collective: every rank calls this.
+
+        Returns
+        -------
+        out : (B, s_q, H, D_V)
+        lse : (B, H, s_q)
+        """
         self.calls += 1
         padding = None if self.padding is None else self.padding.bool()
 
@@ -75,10 +87,9 @@ class Text:
         dtype = autocast_dtype(q)
         q, k, v = (cast(x, dtype) for x in (q, k, v))
         # Few rows on each rank: one large block is faster than P small ones.
-        out, _ = self.spread.attend_to(
+        return self.spread.attend_to(
             "self-attention", q, k, v, scale=scale, mask=sees, schedule="gather", queries="sharded"
         )
-        return out
 
 
 def positions(batch: dict[str, Any]) -> Tensor:
