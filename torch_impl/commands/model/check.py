@@ -1,0 +1,206 @@
+"""The model in one process, and how far the ranks' results are from it.
+
+Two right results differ by rounding, and by how much depends on the model.  So it is measured: one
+process computes the model in its dtype, and in a wider one.  `FACTOR` times the difference is the
+limit: both results are that far from the wider one, and maxima of few elements vary by as much.
+"""
+
+from dataclasses import dataclass
+from statistics import quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvxattn.torch_impl.commands.model.work import Work
+from lvxattn.torch_impl.group import Group
+
+FACTOR = 4.0
+WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+# Parameters, and elements of each result, that are compared.
+PARAMETERS, ELEMENTS = 64, 1 << 16
+# A softmax does not see what is added to all keys: the gradients of these are rounding alone.
+NOISE = "k_proj.bias", "key.bias"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Elements of a result, and the largest of all of them.
+
+    Attributes
+    ----------
+    values : Tensor
+        float64, on the CPU.
+    largest : float
+    """
+
+    values: Tensor
+    largest: float
+
+    @staticmethod
+    def of(x: Tensor) -> "Sample":
+        """Sample a tensor evenly."""
+        flat = x.detach().flatten()
+        every = -(-flat.numel() // ELEMENTS)
+        return Sample(flat[::every].double().cpu(), float(flat.abs().max()))
+
+    def error_of(self, got: "Sample") -> float:
+        """Return the largest difference, relative to the largest element."""
+        error = float((got.values - self.values).abs().max())
+        return error / self.largest if error else 0.0
+
+
+Results = dict[str, Sample]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The results of one process, and by how much rounding alone may change them.
+
+    Attributes
+    ----------
+    results : dict of Sample
+        ``logits``, and gradients by parameter.
+    limits : dict of float
+        Of their errors, and of the loss.
+    losses : list of float
+        Of all steps.
+    tokens : list of int
+    """
+
+    results: Results
+    limits: dict[str, float]
+    losses: list[float]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The comparison of one kind of result.
+
+    Attributes
+    ----------
+    name : str
+    compared : int
+        Logits, losses, parameters or tokens.
+    error, limit : float
+        Where their ratio is largest.
+    """
+
+    name: str
+    compared: int
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its limit; NaN is not."""
+        return bool(self.error <= self.limit)
+
+
+def sampled(model: nn.Module) -> list[str]:
+    """Return the parameters whose gradients are compared, spread evenly over the model."""
+    names = [name for name, _ in model.named_parameters() if not name.endswith(NOISE)]
+    count = min(PARAMETERS, len(names))
+    return [names[n * len(names) // count] for n in range(count)]
+
+
+def expect(work: Work, dtype: torch.dtype, *, steps: int, tokens: int) -> Expected:
+    """Compute the results of one process.
+
+    Parameters
+    ----------
+    work : Work
+        The model alone, in `dtype`.
+    dtype : torch.dtype
+    steps : int
+        Training steps, or 0.
+    tokens : int
+        To generate, instead; or 0.
+    """
+    if tokens:
+        return Expected({}, {}, [], work.generate(tokens)[0].tolist())
+    model, names = work.model, sampled(work.model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)  # the others' gradients would take memory
+    outputs, _ = work.step(update=False)
+    results, loss = results_of(outputs, model, names), float(outputs.loss.detach())
+    narrow, wide = work.batch, WIDER[dtype]
+    model.to(wide)
+    work.batch = {name: x.to(wide) if x.is_floating_point() else x for name, x in narrow.items()}
+    outputs, _ = work.step(update=False)
+    noise = {
+        name: sample.error_of(results[name])
+        for name, sample in results_of(outputs, model, names).items()
+    }
+    model.to(dtype).requires_grad_(True)
+    work.batch = narrow
+    losses = [float(work.step(update=True)[0].loss.detach()) for _ in range(steps)] or [loss]
+    return Expected(results, _limits(noise, results, loss, dtype), losses, [])
+
+
+def _limits(
+    noise: dict[str, float], results: Results, loss: float, dtype: torch.dtype
+) -> dict[str, float]:
+    """Return how far two right results may be apart."""
+    least = torch.finfo(dtype).eps
+    gradients = [x for name, x in noise.items() if name != "logits"]
+    # One element may be right by luck, but not that of most parameters.
+    usual = quantiles(gradients, n=4)[2] if len(gradients) > 1 else max(gradients)
+    limits = {
+        name: FACTOR * max(x, least, usual if name != "logits" else 0.0)
+        for name, x in noise.items()
+    }
+    # log sum exp(logits) - logit: each of the two changes by no more than a logit does.
+    return limits | {"loss": 2 * limits["logits"] * results["logits"].largest / abs(loss)}
+
+
+def results_of(outputs: Any, model: nn.Module, names: list[str]) -> Results:
+    """Return samples of the logits, and of the gradients of the named parameters."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if name in names}
+    found = {name: Sample.of(grad) for name, grad in gradients.items() if grad is not None}
+    return {"logits": Sample.of(outputs.logits), **found}
+
+
+def compare(
+    expected: Expected, results: Results, losses: list[float], tokens: list[int], group: Group
+) -> list[Check]:
+    """Compare all ranks' results with those of one process.
+
+    Collective: every rank of the group calls this.
+
+    Returns
+    -------
+    list of Check
+        The same on all ranks: of the rank that is furthest off.
+    """
+    if expected.tokens:
+        wrong = sum(a != b for a, b in zip(expected.tokens, tokens, strict=True))
+        mine = [Check("tokens", len(tokens), wrong, 0.0)]
+    else:
+        limits = expected.limits
+        errors = {
+            name: sample.error_of(results[name]) if name in results else float("inf")
+            for name, sample in expected.results.items()
+        }
+        logits = errors.pop("logits")
+        # A step begins with the errors of those before it.
+        steps = [
+            Check("loss", len(losses), abs(got - want) / abs(want), n * limits["loss"])
+            for n, (got, want) in enumerate(zip(losses, expected.losses, strict=True), 1)
+        ]
+        gradients = [
+            Check("gradients", len(errors), error, limits[name]) for name, error in errors.items()
+        ]
+        count = len(expected.results["logits"].values)
+        mine = [
+            Check("logits", count, logits, limits["logits"]),
+            max(steps, key=_badness),
+            max(gradients, key=_badness),
+        ]
+    return [max(found, key=_badness) for found in zip(*group.allgather(mine), strict=True)]
+
+
+def _badness(check: Check) -> float:
+    ratio = check.error / check.limit if check.limit else check.error
+    return ratio if ratio == ratio else float("inf")

@@ -1,0 +1,169 @@
+"""The command ``model``, top-down: build, distribute, run, check, report.
+
+Every rank builds the whole model; rank 0 first runs it alone, if that is to be compared.
+"""
+
+import socket
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from lvxattn.cli.arguments import UsageError, check_output, refuse
+from lvxattn.cli.run_ranks import on_rank_0, together
+from lvxattn.cli.run_report import write_json
+from lvxattn.cli.tensors import InputError
+from lvxattn.torch_impl.commands.model.check import Expected, compare, expect, results_of
+from lvxattn.torch_impl.commands.model.kinds import KINDS, checkpoint_model, random_model
+from lvxattn.torch_impl.commands.model.options import contradiction
+from lvxattn.torch_impl.commands.model.report import print_report, report_of
+from lvxattn.torch_impl.commands.model.work import Work, forget_peak, peak, to
+from lvxattn.torch_impl.commands.run import TorchRanks
+from lvxattn.torch_impl.group import Group
+from lvxattn.torch_impl.models import Spread, distribute
+
+_NAME = "lvxattn model"
+
+
+def run_model(options: Namespace, group: Group) -> int:
+    """Run a model on the ranks of a group.
+
+    Collective: every rank of the group calls this.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        As `options.add_options` defines it.
+    group : Group
+
+    Returns
+    -------
+    int
+        0, or 1 if a check failed, or 2 if the input is bad; the same on all ranks.
+    """
+    wrong = contradiction(options)
+    if wrong:
+        raise UsageError(f"{_NAME}: error: {wrong} (on all ranks)")
+    try:
+        passed = _run(options, TorchRanks(group))
+    except InputError as error:
+        return refuse(f"{_NAME}: error: {error}", group.rank)
+    if not passed and group.rank == 0:
+        print(f"{_NAME}: a check failed", file=sys.stderr, flush=True)
+    return 0 if passed else 1
+
+
+def _run(options: Namespace, ranks: TorchRanks) -> bool:
+    """Return whether all checks passed; raise InputError on all ranks together."""
+    ranks.limit_threads()
+    together(lambda: _check_packages(options), ranks)
+    on_rank_0(lambda: _check_json(options), ranks)
+    backend = ranks.backend(options.device, options.dtype)
+    device = backend.where
+    # 1. Rank 0 alone, if that is to be compared with.
+    expected = on_rank_0(lambda: _alone(options, device), ranks) if options.check else None
+    # 2. Every rank has the whole model and batch, and takes its share.
+    model, batch = together(lambda: _build(options), ranks)
+    _check_equal(model, ranks)
+    try:
+        spread = distribute(
+            model, backend.group, text=options.text, schedule=options.schedule,
+            recompute_kv=not options.keep_kv,
+        )  # fmt: skip
+        share = spread.inputs(**batch)
+    except ValueError as error:  # the same on all ranks
+        raise InputError(str(error)) from None
+    work = _work(options, model, share, device, spread, backend.finish)
+    del batch, share
+    # 3. Passes, training steps, or tokens.
+    forget_peak(device)
+    costs, losses, tokens, results = [], [], [], {}
+    if options.generate:
+        ids, cost = work.generate(options.generate)
+        tokens, costs = ids.tolist(), [cost]
+    for n in range(0 if options.generate else options.train_steps or 1):
+        outputs, cost = work.step(update=bool(options.train_steps))
+        costs.append(cost)
+        losses.append(float(outputs.loss.detach()))
+        if n == 0 and expected is not None:
+            results = results_of(outputs, model, list(expected.results))
+        if options.train_steps and ranks.rank == 0 and options.json != "-":
+            print(f"  step {n + 1:>5}   loss {losses[-1]:.6f}", flush=True)
+    facts = {
+        "rank": ranks.rank, "host": socket.gethostname(), "device": backend.device,
+        "peak": peak(device),
+    }  # fmt: skip
+    # 4. The same in one process; rank 0 reports.
+    checks = compare(expected, results, losses, tokens, ranks.group) if expected else []
+    by_rank = ranks.allgather((facts, costs))
+    parameters = sum(p.numel() for p in model.parameters())
+    report = report_of(options, parameters, losses, tokens, by_rank, checks)
+    if ranks.rank == 0 and options.json != "-":
+        print_report(report)
+    on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)
+    return all(check.passed for check in checks)
+
+
+def _check_packages(options: Namespace) -> None:
+    for package, extra in (("transformers", "'.[models]'"), (KINDS[options.model].package, "")):
+        if not find_spec(package):
+            what = extra or "--no-deps open-flamingo einops einops-exts"
+            raise InputError(f"--model: {package} is not installed: pip install {what}")
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore", FutureWarning)  # of packages that are older than transformers
+
+
+def _check_json(options: Namespace) -> None:
+    if options.json not in (None, "-"):
+        check_output("--json", options.json)
+
+
+def _build(options: Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the whole model and the whole batch in float32, on the CPU."""
+    kind, frames, text_tokens = KINDS[options.model], options.frames, options.text_tokens
+    if options.weights is None:
+        size = options.size or "tiny"
+        model = random_model(kind, size, frames, text_tokens, options.seed)
+    else:
+        model = checkpoint_model(kind, options.weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        batch = kind.batch(model, frames, text_tokens)
+    # Dropout is off: ranks would not drop what one process drops.
+    return model.to(getattr(torch, options.dtype)).eval(), batch
+
+
+def _work(
+    options: Namespace,
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    device: torch.device,
+    spread: Spread | None = None,
+    finish: Callable[[], None] = lambda: None,
+) -> Work:
+    dtype = getattr(torch, options.dtype)
+    moved = to(batch, device, dtype)
+    return Work(model.to(device), KINDS[options.model], moved, spread, finish)
+
+
+def _alone(options: Namespace, device: torch.device) -> Expected:
+    """Return what one process computes, with the same weights."""
+    model, batch = _build(options)
+    work = _work(options, model, batch, device)
+    steps, tokens = options.train_steps or 0, options.generate or 0
+    return expect(work, getattr(torch, options.dtype), steps=steps, tokens=tokens)
+
+
+def _check_equal(model: nn.Module, ranks: TorchRanks) -> None:
+    """Raise InputError if the ranks have different weights, as of different folders."""
+    mine = [p.detach().flatten()[:: max(1, p.numel() // 16)].tolist() for p in model.parameters()]
+    for rank, other in enumerate(ranks.allgather(mine)):
+        if other != mine:
+            raise InputError(f"the weights differ between ranks 0 and {rank} (on all ranks)")
