@@ -28,7 +28,7 @@ def build(size: str, frames: int, text_tokens: int) -> nn.Module:  # noqa: ARG00
         "full": ((4096, 32, 32, 50280), (1024, 24, 16, 224, 14), 4),  # 9B: MPT-7B and ViT-L/14
     }[size]
     wide, layers, heads, side, patch = vision
-    language = MptForCausalLM(
+    language: Any = MptForCausalLM(
         MptConfig(
             d_model=text[0], n_layers=text[1], n_heads=text[2], vocab_size=text[3],
             max_seq_len=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
