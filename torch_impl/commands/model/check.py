@@ -21,6 +21,9 @@ WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.floa
 PARAMETERS, ELEMENTS = 64, 1 << 16
 # A softmax does not see what is added to all keys: the gradients of these are rounding alone.
 NOISE = "k_proj.bias", "key.bias"
+# Gradients that are single numbers, such as those of gates, are sums that may cancel: they are
+# compared side by side, as one result.
+SINGLE = "single numbers"
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,21 @@ class Sample:
     values : Tensor
         float64, on the CPU.
     largest : float
+    count : int
+        Of the elements that the result has.
     """
 
     values: Tensor
     largest: float
+    count: int
 
     @staticmethod
     def of(x: Tensor) -> "Sample":
         """Sample a tensor evenly."""
         flat = x.detach().flatten()
         every = -(-flat.numel() // ELEMENTS)
-        return Sample(flat[::every].double().cpu(), float(flat.abs().max()))
+        values = flat[::every].double().cpu()
+        return Sample(values, float(flat.abs().max()), flat.numel())
 
     def error_of(self, got: "Sample") -> float:
         """Return the largest difference, relative to the largest element."""
@@ -66,12 +73,16 @@ class Expected:
     losses : list of float
         Of all steps.
     tokens : list of int
+    compared, of : int
+        How many parameters' gradients are in the results, of how many that have one.
     """
 
     results: Results
     limits: dict[str, float]
     losses: list[float]
     tokens: list[int]
+    compared: int = 0
+    of: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,14 +92,15 @@ class Check:
     Attributes
     ----------
     name : str
-    compared : int
-        Logits, losses, parameters or tokens.
+    compared, of : int
+        Logits, losses, parameters with gradients, or tokens: how many were compared of how many.
     error, limit : float
         Where their ratio is largest.
     """
 
     name: str
     compared: int
+    of: int
     error: float
     limit: float
 
@@ -100,7 +112,9 @@ class Check:
 
 def sampled(model: nn.Module) -> list[str]:
     """Return the parameters whose gradients are compared, spread evenly over the model."""
-    names = [name for name, _ in model.named_parameters() if not name.endswith(NOISE)]
+    names = [
+        name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(NOISE)
+    ]
     count = min(PARAMETERS, len(names))
     return [names[n * len(names) // count] for n in range(count)]
 
@@ -121,8 +135,9 @@ def expect(work: Work, dtype: torch.dtype, *, steps: int, tokens: int) -> Expect
     if tokens:
         return Expected({}, {}, [], work.generate(tokens)[0].tolist())
     model, names = work.model, sampled(work.model)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in names)  # the others' gradients would take memory
+    others = [p for name, p in model.named_parameters() if p.requires_grad and name not in names]
+    for p in others:
+        p.requires_grad_(False)  # their gradients would take memory
     outputs, _ = work.step(update=False)
     results, loss = results_of(outputs, model, names), float(outputs.loss.detach())
     narrow, wide = work.batch, WIDER[dtype]
@@ -133,10 +148,13 @@ def expect(work: Work, dtype: torch.dtype, *, steps: int, tokens: int) -> Expect
         name: sample.error_of(results[name])
         for name, sample in results_of(outputs, model, names).items()
     }
-    model.to(dtype).requires_grad_(True)
+    model.to(dtype)
+    for p in others:
+        p.requires_grad_(True)
     work.batch = narrow
     losses = [float(work.step(update=True)[0].loss.detach()) for _ in range(steps)] or [loss]
-    return Expected(results, _limits(noise, results, loss, dtype), losses, [])
+    count = sum(p.requires_grad for p in model.parameters())
+    return Expected(results, _limits(noise, results, loss, dtype), losses, [], len(names), count)
 
 
 def _limits(
@@ -145,8 +163,8 @@ def _limits(
     """Return how far two right results may be apart."""
     least = torch.finfo(dtype).eps
     gradients = [x for name, x in noise.items() if name != "logits"]
-    # One element may be right by luck, but not that of most parameters.
-    usual = quantiles(gradients, n=4)[2] if len(gradients) > 1 else max(gradients)
+    # One gradient may be right by luck, but not most of them.
+    usual = quantiles(gradients, n=10)[8] if len(gradients) > 1 else max(gradients)
     limits = {
         name: FACTOR * max(x, least, usual if name != "logits" else 0.0)
         for name, x in noise.items()
@@ -157,9 +175,13 @@ def _limits(
 
 def results_of(outputs: Any, model: nn.Module, names: list[str]) -> Results:
     """Return samples of the logits, and of the gradients of the named parameters."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if name in names}
-    found = {name: Sample.of(grad) for name, grad in gradients.items() if grad is not None}
-    return {"logits": Sample.of(outputs.logits), **found}
+    found = [(name, p.grad) for name, p in model.named_parameters() if name in names]
+    gradients = {name: grad for name, grad in found if grad is not None}
+    single = [grad.flatten() for grad in gradients.values() if grad.numel() == 1]
+    results = {name: Sample.of(grad) for name, grad in gradients.items() if grad.numel() > 1}
+    if single:
+        results[SINGLE] = Sample.of(torch.cat(single))
+    return {"logits": Sample.of(outputs.logits), **results}
 
 
 def compare(
@@ -176,7 +198,7 @@ def compare(
     """
     if expected.tokens:
         wrong = sum(a != b for a, b in zip(expected.tokens, tokens, strict=True))
-        mine = [Check("tokens", len(tokens), wrong, 0.0)]
+        mine = [Check("tokens", len(tokens), len(tokens), wrong, 0.0)]
     else:
         limits = expected.limits
         errors = {
@@ -186,15 +208,16 @@ def compare(
         logits = errors.pop("logits")
         # A step begins with the errors of those before it.
         steps = [
-            Check("loss", len(losses), abs(got - want) / abs(want), n * limits["loss"])
+            Check("loss", len(losses), len(losses), abs(got / want - 1), n * limits["loss"])
             for n, (got, want) in enumerate(zip(losses, expected.losses, strict=True), 1)
         ]
         gradients = [
-            Check("gradients", len(errors), error, limits[name]) for name, error in errors.items()
+            Check("gradients", expected.compared, expected.of, error, limits[name])
+            for name, error in errors.items()
         ]
-        count = len(expected.results["logits"].values)
+        sample = expected.results["logits"]
         mine = [
-            Check("logits", count, logits, limits["logits"]),
+            Check("logits", len(sample.values), sample.count, logits, limits["logits"]),
             max(steps, key=_badness),
             max(gradients, key=_badness),
         ]

@@ -53,7 +53,8 @@ def build(size: str, frames: int, text_tokens: int) -> nn.Module:  # noqa: ARG00
     }  # fmt: skip
     config = IdeficsConfig(
         additional_vocab_size=0, use_resampler=True, alpha_type="float",
-        alphas_initializer_range=0.0, **sizes[size],
+        alphas_initializer_range=0.0, freeze_text_layers=False, freeze_vision_layers=False,
+        **sizes[size],
     )  # fmt: skip
     return IdeficsForVisionText2Text(config)
 

@@ -14,8 +14,9 @@ from lvxattn.torch_impl.commands.model.text import check_length, frames_before, 
 
 def build(size: str, frames: int, text_tokens: int) -> nn.Module:  # noqa: ARG001 - of any length
     """Return a model of random weights: an MPT, and a CLIP of transformers."""
-    if not find_spec("open_clip"):  # which the package imports, and which is not needed here
-        sys.modules.setdefault("open_clip", types.ModuleType("open_clip"))
+    # The package imports open_clip, which is not needed here.
+    if "open_clip" not in sys.modules and not find_spec("open_clip"):
+        sys.modules["open_clip"] = types.ModuleType("open_clip")
     from open_flamingo.src.flamingo import Flamingo
     from open_flamingo.src.flamingo_lm import FlamingoLMMixin
     from open_flamingo.src.utils import extend_instance
@@ -61,11 +62,15 @@ def batch(model: Any, frames: int, text_tokens: int) -> dict[str, Tensor]:
     ids, images = tokens(
         frames_before(frames, text_tokens), config.vocab_size - 1, model.media_token_id
     )
+    mask = torch.ones_like(ids)
+    # generate drops a mask that hides nothing, and the package insists on one.  Of the first token
+    # it would leave a row without keys, which becomes NaN in float64.
+    mask[:, -1] = 0
     side = model.vision_encoder.config.image_size
     return {
         "vision_x": torch.randn(1, frames, 1, 3, side, side),
         "lang_x": ids,
-        "attention_mask": torch.ones_like(ids),
+        "attention_mask": mask,
         "labels": labels_of(ids, images),
     }
 

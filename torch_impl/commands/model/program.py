@@ -17,7 +17,7 @@ from lvxattn.cli.arguments import UsageError, check_output, refuse
 from lvxattn.cli.run_ranks import on_rank_0, together
 from lvxattn.cli.run_report import write_json
 from lvxattn.cli.tensors import InputError
-from lvxattn.torch_impl.commands.model.check import Expected, compare, expect, results_of
+from lvxattn.torch_impl.commands.model.check import Expected, compare, expect, results_of, sampled
 from lvxattn.torch_impl.commands.model.kinds import KINDS, checkpoint_model, random_model
 from lvxattn.torch_impl.commands.model.options import contradiction
 from lvxattn.torch_impl.commands.model.report import print_report, report_of
@@ -90,7 +90,7 @@ def _run(options: Namespace, ranks: TorchRanks) -> bool:
         costs.append(cost)
         losses.append(float(outputs.loss.detach()))
         if n == 0 and expected is not None:
-            results = results_of(outputs, model, list(expected.results))
+            results = results_of(outputs, model, sampled(model))
         if options.train_steps and ranks.rank == 0 and options.json != "-":
             print(f"  step {n + 1:>5}   loss {losses[-1]:.6f}", flush=True)
     facts = {

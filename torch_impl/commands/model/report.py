@@ -88,7 +88,7 @@ LV-XAttn model
         )  # fmt: skip
         sent, memory = format_bytes(rank["bytes"]), format_bytes(rank["peak"])
         print(f"  {rank['rank']:>4}{cells} |{rank['waiting']:>7.3f} s{sent:>10}{memory:>13}")
-    each = "all tokens" if report["tokens"] else "a step"
+    each = "in all" if report["tokens"] else "a step"
     print(f"""
   {each:10}{report["seconds"]:.3f} s on the slowest rank, \
 {report["tokens_per_second"]:,.1f} tokens a second""")
@@ -99,9 +99,12 @@ LV-XAttn model
 
 
 def _print_checks(checks: list[dict[str, Any]]) -> None:
-    print("\n  check      compared       error       limit   against the model on rank 0 alone")
+    print(
+        "\n  check            compared       error       limit   against the model on rank 0 alone"
+    )
     for check in checks:
         verdict = "ok" if check["passed"] else "FAIL"
         numbers = f"{check['error']:>12.2g}{check['limit']:>12.2g}"
-        print(f"  {check['name']:10}{check['compared']:>9,}{numbers}   {verdict}")
+        compared = f"{check['compared']:,} of {check['of']:,}"
+        print(f"  {check['name']:9}{compared:>16}{numbers}   {verdict}")
     print("\n  all checks passed" if all(c["passed"] for c in checks) else "\n  a check FAILED")
