@@ -140,18 +140,15 @@ def expect(work: Work, dtype: torch.dtype, *, steps: int, tokens: int) -> Expect
         p.requires_grad_(False)  # their gradients would take memory
     outputs, _ = work.step(update=False)
     results, loss = results_of(outputs, model, names), float(outputs.loss.detach())
-    narrow, wide = work.batch, WIDER[dtype]
-    model.to(wide)
-    work.batch = {name: x.to(wide) if x.is_floating_point() else x for name, x in narrow.items()}
+    work.to(WIDER[dtype])
     outputs, _ = work.step(update=False)
     noise = {
         name: sample.error_of(results[name])
         for name, sample in results_of(outputs, model, names).items()
     }
-    model.to(dtype)
+    work.to(dtype)
     for p in others:
         p.requires_grad_(True)
-    work.batch = narrow
     losses = [float(work.step(update=True)[0].loss.detach()) for _ in range(steps)] or [loss]
     count = sum(p.requires_grad for p in model.parameters())
     return Expected(results, _limits(noise, results, loss, dtype), losses, [], len(names), count)
@@ -169,8 +166,10 @@ def _limits(
         name: FACTOR * max(x, least, usual if name != "logits" else 0.0)
         for name, x in noise.items()
     }
-    # log sum exp(logits) - logit: each of the two changes by no more than a logit does.
-    return limits | {"loss": 2 * limits["logits"] * results["logits"].largest / abs(loss)}
+    # log sum exp(logits) - logit: each of the two changes by no more than a logit does, and both
+    # they and their mean are rounded.
+    logits = 2 * limits["logits"] * results["logits"].largest / abs(loss)
+    return limits | {"loss": logits + 2 * least}
 
 
 def results_of(outputs: Any, model: nn.Module, names: list[str]) -> Results:

@@ -68,7 +68,7 @@ KINDS = {
 
 
 def random_model(kind: Kind, size: str, frames: int, text_tokens: int, seed: int) -> nn.Module:
-    """Return a model of random weights in float32, its gates open.
+    """Return a model of random weights, its gates open, in PyTorch's default dtype and device.
 
     Parameters
     ----------
@@ -89,8 +89,8 @@ def random_model(kind: Kind, size: str, frames: int, text_tokens: int, seed: int
     return model
 
 
-def checkpoint_model(kind: Kind, folder: str) -> nn.Module:
-    """Return the model of a folder that ``save_pretrained`` wrote, in float32.
+def checkpoint_model(kind: Kind, folder: str, dtype: torch.dtype) -> nn.Module:
+    """Return the model of a folder that ``save_pretrained`` wrote.
 
     Raises
     ------
@@ -111,9 +111,7 @@ def checkpoint_model(kind: Kind, folder: str) -> nn.Module:
         found = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
         if found == kind.model_type:
             loader = getattr(transformers, kind.checkpoint)
-            model: nn.Module = loader.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32
-            )
+            model: nn.Module = loader.from_pretrained(folder, local_files_only=True, dtype=dtype)
             return model
     except Exception as error:  # a damaged file raises whatever its reader raises
         reason = str(error).strip().split("\n")[0]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvxattn.cli.tensors import InputError
 from lvxattn.torch_impl.commands.model.text import check_length, frames_before, labels_of, tokens
 
 
@@ -52,13 +51,9 @@ def build(size: str, frames: int, text_tokens: int) -> nn.Module:  # noqa: ARG00
 
 def batch(model: Any, frames: int, text_tokens: int) -> dict[str, Tensor]:
     """Return a batch of one video; each frame has a token of its own in the text."""
-    if text_tokens < 2 * frames:
-        raise InputError(
-            f"--text-tokens: expected at least {2 * frames}, since each of {frames} frames has a "
-            f"token in the first half of the text, got {text_tokens}"
-        )
     config = model.lang_encoder.config
-    check_length(text_tokens, config.max_seq_len)
+    # Each frame has a token of its own, in the first half of the text.
+    check_length(text_tokens, config.max_seq_len, least=max(3, 2 * frames))
     ids, images = tokens(
         frames_before(frames, text_tokens), config.vocab_size - 1, model.media_token_id
     )

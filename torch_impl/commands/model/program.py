@@ -7,7 +7,6 @@ import socket
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -18,13 +17,18 @@ from lvxattn.cli.run_ranks import on_rank_0, together
 from lvxattn.cli.run_report import write_json
 from lvxattn.cli.tensors import InputError
 from lvxattn.torch_impl.commands.model.check import Expected, compare, expect, results_of, sampled
-from lvxattn.torch_impl.commands.model.kinds import KINDS, checkpoint_model, random_model
+from lvxattn.torch_impl.commands.model.kinds import (
+    KINDS,
+    SIZES,
+    checkpoint_model,
+    random_model,
+)
 from lvxattn.torch_impl.commands.model.options import contradiction
 from lvxattn.torch_impl.commands.model.report import print_report, report_of
 from lvxattn.torch_impl.commands.model.work import Work, forget_peak, peak, to
 from lvxattn.torch_impl.commands.run import TorchRanks
 from lvxattn.torch_impl.group import Group
-from lvxattn.torch_impl.models import Spread, distribute
+from lvxattn.torch_impl.models import distribute
 
 _NAME = "lvxattn model"
 
@@ -67,18 +71,17 @@ def _run(options: Namespace, ranks: TorchRanks) -> bool:
     # 1. Rank 0 alone, if that is to be compared with.
     expected = on_rank_0(lambda: _alone(options, device), ranks) if options.check else None
     # 2. Every rank has the whole model and batch, and takes its share.
-    model, batch = together(lambda: _build(options), ranks)
+    model, batch = together(lambda: _build(options, device), ranks)
     _check_equal(model, ranks)
     try:
         spread = distribute(
             model, backend.group, text=options.text, schedule=options.schedule,
             recompute_kv=not options.keep_kv,
         )  # fmt: skip
-        share = spread.inputs(**batch)
+        batch = to(spread.inputs(**batch), getattr(torch, options.dtype), device)
     except ValueError as error:  # the same on all ranks
         raise InputError(str(error)) from None
-    work = _work(options, model, share, device, spread, backend.finish)
-    del batch, share
+    work = Work(model, KINDS[options.model], batch, spread, backend.finish)
     # 3. Passes, training steps, or tokens.
     forget_peak(device)
     costs, losses, tokens, results = [], [], [], {}
@@ -125,40 +128,34 @@ def _check_json(options: Namespace) -> None:
         check_output("--json", options.json)
 
 
-def _build(options: Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the whole model and the whole batch in float32, on the CPU."""
+def _build(options: Namespace, device: torch.device) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the whole model, on the device, and the whole batch, on the CPU."""
     kind, frames, text_tokens = KINDS[options.model], options.frames, options.text_tokens
-    if options.weights is None:
-        size = options.size or "tiny"
-        model = random_model(kind, size, frames, text_tokens, options.seed)
+    dtype, before = getattr(torch, options.dtype), torch.get_default_dtype()
+    if options.weights is not None:
+        model = checkpoint_model(kind, options.weights, dtype).to(device)
     else:
-        model = checkpoint_model(kind, options.weights)
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                size = options.size or SIZES[0]
+                model = random_model(kind, size, frames, text_tokens, options.seed)
+        finally:
+            torch.set_default_dtype(before)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         batch = kind.batch(model, frames, text_tokens)
     # Dropout is off: ranks would not drop what one process drops.
-    return model.to(getattr(torch, options.dtype)).eval(), batch
-
-
-def _work(
-    options: Namespace,
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    device: torch.device,
-    spread: Spread | None = None,
-    finish: Callable[[], None] = lambda: None,
-) -> Work:
-    dtype = getattr(torch, options.dtype)
-    moved = to(batch, device, dtype)
-    return Work(model.to(device), KINDS[options.model], moved, spread, finish)
+    return model.eval(), batch
 
 
 def _alone(options: Namespace, device: torch.device) -> Expected:
     """Return what one process computes, with the same weights."""
-    model, batch = _build(options)
-    work = _work(options, model, batch, device)
+    model, batch = _build(options, device)
+    dtype = getattr(torch, options.dtype)
+    work = Work(model, KINDS[options.model], to(batch, dtype, device))
     steps, tokens = options.train_steps or 0, options.generate or 0
-    return expect(work, getattr(torch, options.dtype), steps=steps, tokens=tokens)
+    return expect(work, dtype, steps=steps, tokens=tokens)
 
 
 def _check_equal(model: nn.Module, ranks: TorchRanks) -> None:

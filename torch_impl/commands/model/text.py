@@ -11,15 +11,17 @@ SPECIAL = 3
 IGNORED = -100
 
 
-def check_length(text_tokens: int, most: int) -> None:
-    """Refuse a text that the model has no positions for.
+def check_length(text_tokens: int, most: int, least: int = 3) -> None:
+    """Refuse a text that the model has no positions for, or that leaves no token to be learnt.
 
     Raises
     ------
     InputError
     """
-    if text_tokens > most:
-        raise InputError(f"--text-tokens: expected at most {most:,}, got {text_tokens:,}")
+    if not least <= text_tokens <= most:
+        raise InputError(
+            f"--text-tokens: expected from {least} to {most:,} for this model, got {text_tokens:,}"
+        )
 
 
 def frames_before(frames: int, text_tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whisper: `frames` of a spectrogram, two of which become a key, and the text that is spoken."""
+"""Whisper: frames of a spectrogram, two of which become a key, and the text that is spoken."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def batch(model: Any, frames: int, text_tokens: int) -> dict[str, Tensor]:
     most = 2 * config.max_source_positions
     if frames != most:
         raise InputError(f"--frames: expected {most:,}, as this model requires, got {frames:,}")
-    check_length(text_tokens, config.max_target_positions)
+    check_length(text_tokens, config.max_target_positions, least=1)
     return {
         "input_features": torch.randn(1, config.num_mel_bins, frames),
         "labels": torch.randint(SPECIAL, config.vocab_size, (1, text_tokens)),

@@ -82,6 +82,13 @@ class Work:
                 module.register_forward_pre_hook(self._begin)
                 module.register_forward_hook(partial(self._end, name))
 
+    def to(self, dtype: torch.dtype) -> None:
+        """Change the dtype of parameters and batch; rotary embeddings' frequencies keep theirs."""
+        self.model.zero_grad()
+        for p in self.model.parameters():
+            p.data = p.data.to(dtype)
+        self.batch = to(self.batch, dtype)
+
     def step(self, *, update: bool) -> tuple[Any, Cost]:
         """Compute a forward and a backward.
 
@@ -178,8 +185,10 @@ def peak(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def to(batch: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a batch on a device; its real numbers in a dtype."""
+def to(
+    batch: dict[str, Tensor], dtype: torch.dtype, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Return a batch on a device, its real numbers in a dtype."""
     return {
         name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()
     }
