@@ -3,7 +3,8 @@
 Two right results differ by rounding, and by how much depends on the model.  So it is measured: one
 process computes the model in its dtype, and in a wider one.  `FACTOR` times the difference is the
 limit: both results are that far from the wider one, and maxima of few elements vary by as much.
-Gradients that rounding changes so much that a factor of 2 would not be seen are not compared.
+Gradients that rounding changes so much that a factor of 2 would not be seen are not compared; among
+them those of what is added to all keys, which a softmax does not see.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,6 @@ FACTOR, COARSE = 4.0, 0.25
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 # Parameters, and elements of each result, that are compared.
 PARAMETERS, ELEMENTS = 64, 1 << 16
-# A softmax does not see what is added to all keys: the gradients of these are rounding alone.
-NOISE = "k_proj.bias", "key.bias"
 # Gradients that are single numbers, such as those of gates, are sums that may cancel: they are
 # compared side by side, as one result.
 SINGLE = "single numbers"
@@ -112,9 +111,7 @@ class Check:
 
 def sampled(model: nn.Module) -> list[str]:
     """Return the parameters whose gradients are compared, spread evenly over the model."""
-    names = [
-        name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(NOISE)
-    ]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
     count = min(PARAMETERS, len(names))
     return [names[n * len(names) // count] for n in range(count)]
 
