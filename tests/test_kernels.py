@@ -390,6 +390,36 @@ def test_auto_chooses_kernel(asked: KernelSpec, kernel: str) -> None:
     assert choose(asked) == kernel
 
 
+def test_blocked_skips_tiles_that_a_rule_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lvxattn.torch_impl.kernels import blocked
+
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 2, 4096, 8, dtype=torch.float64) for _ in range(4))
+    products: list[int] = []
+    product = blocked.Tiles.product
+    monkeypatch.setattr(
+        blocked.Tiles, "product", lambda *args: products.append(1) or product(*args)
+    )
+
+    def solve(mask: Any) -> tuple[int, int, list[torch.Tensor]]:
+        products.clear()
+        out, top, total = partial_attention(q, k, v, scale=0.3, mask=mask, kernel="blocked")
+        forward = len(products)
+        lse, delta = lse_of(top, total), (dout * out).sum(-1)
+        grads = block_attention_backward(
+            dout, q, k, v, lse, delta, scale=0.3, mask=mask, kernel="blocked"
+        )
+        return forward, len(products) - forward, [out, lse, *grads]
+
+    causal = solve(lambda b, h, i, j: j <= i)
+    # What an additive mask hides is computed: it may hide by a finite number.
+    whole = solve(torch.full((4096, 4096), -torch.inf, dtype=torch.float64).triu(1))
+    for n in (0, 1):
+        assert 0.5 * whole[n] <= causal[n] < 0.7 * whole[n]
+    for mine, other in zip(causal[2], whole[2], strict=True):
+        assert torch.allclose(mine, other, rtol=1e-12, atol=1e-12)
+
+
 def test_auto_rules_name_kernel_and_reason() -> None:
     assert {rule.kernel for rule in RULES} <= set(KERNELS)
     assert all(rule.because for rule in RULES)

@@ -10,11 +10,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 VOCABULARY = 64
 B, S, IMAGES, TILES = 2, 9, 5, 2
+GATE = 0.5
+BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 
 # A model, its keyword arguments for a forward with a loss, and those of generate, if it has one.
 Animal = tuple[nn.Module, dict[str, Any], dict[str, Any] | None]
@@ -32,7 +35,7 @@ def mllama() -> Animal:
     text = MllamaTextConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=48, cross_attention_layers=[1, 3],
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **TOKENS,
+        **rotary(), **TOKENS,
     )  # fmt: skip
     vision = MllamaVisionConfig(
         hidden_size=16, num_hidden_layers=1, num_global_layers=1, attention_heads=2,
@@ -42,6 +45,7 @@ def mllama() -> Animal:
     )  # fmt: skip
     in_its_own_dtype(MllamaTextRMSNorm)
     model = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
+    model.loss_function = causal_loss
     for layer in model.model.language_model.layers:
         if hasattr(layer, "cross_attn"):
             layer.cross_attn.is_causal = False  # else SDPA takes a missing mask for a causal one
@@ -58,7 +62,9 @@ def mllama() -> Animal:
 def idefics(resampler: bool = True) -> Animal:
     """An open Flamingo of transformers."""
     from transformers import IdeficsConfig, IdeficsForVisionText2Text
+    from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
 
+    in_its_own_dtype(IdeficsRMSNorm)
     config = IdeficsConfig(
         vocab_size=VOCABULARY, additional_vocab_size=0, hidden_size=32, intermediate_size=48,
         num_hidden_layers=2, num_attention_heads=4, cross_layer_interval=1,
@@ -78,7 +84,9 @@ def idefics(resampler: bool = True) -> Animal:
         "pixel_values": torch.randn(B, IMAGES, 3, 8, 8),
         "image_attention_mask": images_before(),
     }
-    return IdeficsForVisionText2Text(config), {**given, "labels": labels_of(given)}, given
+    model = IdeficsForVisionText2Text(config)
+    model.loss_function = causal_loss
+    return model, {**given, "labels": labels_of(given)}, given
 
 
 def idefics_without_resampler() -> Animal:
@@ -203,7 +211,9 @@ MODELS: dict[str, Callable[[], Animal]] = {
         mllama, idefics, idefics_without_resampler, whisper, bart, t5gemma, qformer, openflamingo,
     )
 }  # fmt: skip
-HERE = [name for name in MODELS if name != "openflamingo" or find_spec("open_flamingo")]
+# The Q-Former of transformers 4 computes attention itself.
+MISSING = {"openflamingo": not find_spec("open_flamingo"), "qformer": BEFORE_5}
+HERE = [name for name in MODELS if not MISSING.get(name)]
 
 
 def animal(name: str, dtype: torch.dtype) -> Animal:
@@ -213,7 +223,7 @@ def animal(name: str, dtype: torch.dtype) -> Animal:
     with torch.no_grad():
         for key, p in model.named_parameters():
             if ("gate" in key or "alpha" in key) and not p.any():
-                p.fill_(0.5)
+                p.fill_(GATE)
 
     def cast(batch: dict[str, Any] | None) -> Any:
         return batch and {
@@ -252,6 +262,29 @@ def encoder_and_decoder() -> dict[str, Any]:
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
         "decoder_ffn_dim": 24, "decoder_start_token_id": 3, "dropout": 0.0, **TOKENS,
     }  # fmt: skip
+
+
+def rotary() -> dict[str, Any]:
+    """Return a configuration's arguments for rotary embeddings, which transformers 5 renamed."""
+    if BEFORE_5:
+        return {"rope_scaling": {"rope_type": "default"}, "rope_theta": 1e4}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+
+
+def causal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Return the loss as the models do, but in the dtype of the logits: theirs is float32."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    count = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    rows, targets = logits.reshape(-1, vocab_size), shift_labels.reshape(-1)
+    return nn.functional.cross_entropy(rows, targets, reduction="sum") / count
 
 
 def in_its_own_dtype(norm: Any) -> None:

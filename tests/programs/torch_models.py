@@ -1,11 +1,15 @@
 """Models of the zoo spread over the ranks of a process group, and alone; rank 0 prints JSON.
 
-By model and dtype: ``logits`` and ``gradients``, the largest difference, relative to the largest
-element; ``compared``, how many parameters; ``generated``, by way, whether all ranks have the tokens
-that one process has; ``bits``, whether all ranks have the same logits, bit for bit.
+By model, dtype, text (with ``/`` and a schedule), and whether keys and values are recomputed:
+``logits``, ``loss`` and ``gradients``, the largest difference, relative to the largest element;
+``compared``, how many parameters; ``zero``, those without a gradient; ``bits``, whether all ranks
+have the same logits, bit for bit; ``bytes``, sent by attention in a step, and planned;
+``generated``, by way: whether the tokens are the same, how many layouts were agreed on, and how
+many keys of cross-attention are cached by all ranks, and by one process.
 """
 
 import copy
+import itertools
 import json
 import sys
 import warnings
@@ -14,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvxattn.common.meter import Meter
+from lvxattn.plan.steps import messages
+from lvxattn.torch_impl import Layout
 from tests.programs.start import finish, start
 
 with warnings.catch_warnings():
@@ -22,13 +29,40 @@ with warnings.catch_warnings():
     from transformers import AttentionMaskInterface
 
     from lvxattn.torch_impl.models import distribute, interception, spread
+    from lvxattn.torch_impl.models.images import Images
+    from lvxattn.torch_impl.models.mllama import Mllama
+    from lvxattn.torch_impl.models.text import Text
+    from tests import zoo
     from tests.zoo import animal
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"num_beams": 3},
     "sampled": {"do_sample": True},
+    "static": {"cache_implementation": "static"},
 }
+# The only one of them whose cache may be static, since transformers 5.
+STATIC = "mllama"
+
+
+# The layouts that were agreed on, and those that attention was called with.
+agreed: list[Any] = []
+used: list[Any] = []
+
+
+def watch() -> None:
+    """Have layouts noted."""
+    agree, attend = Layout.agree, spread.attend
+
+    def agree_noted(*args: Any, **kwargs: Any) -> Any:
+        agreed.append(agree(*args, **kwargs))
+        return agreed[-1]
+
+    def attend_noted(*args: Any, **kwargs: Any) -> Any:
+        used.append(args[4])
+        return attend(*args, **kwargs)
+
+    spread.Layout.agree, spread.attend = staticmethod(agree_noted), attend_noted
 
 
 def loss_of(outputs: Any) -> Tensor:
@@ -52,47 +86,83 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def generated(model: Any, batch: dict[str, Any], way: str) -> Tensor:
-    """Return tokens."""
+def generated(model: Any, batch: dict[str, Any], way: str) -> Any:
+    """Return what generate returns: tokens, and the cache."""
     torch.manual_seed(5)
-    tokens: Tensor = model.generate(**batch, max_new_tokens=6, **WAYS[way])
-    return tokens
+    return model.generate(**batch, max_new_tokens=6, return_dict_in_generate=True, **WAYS[way])
 
 
-def compare(comm: Any, name: str, dtype: str, recompute: bool) -> dict[str, Any]:
+def cached(outputs: Any) -> int:
+    """Return how many keys a layer of cross-attention has in the cache; 0 where it keeps none."""
+    cache = outputs.cache if hasattr(outputs, "cache") else outputs.past_key_values
+    if hasattr(cache, "cross_attention_cache"):
+        return int(cache.cross_attention_cache.layers[0].keys.shape[2])
+    # Mllama's second layer; in Idefics and OpenFlamingo all layers have the keys of the text.
+    return int(cache.layers[1].keys.shape[2]) if len(cache.layers) == 4 else 0
+
+
+def compare_generated(comm: Any, name: str, alone: Any, model: Any, batch: Any, prompt: Any) -> Any:
+    """Return, by way, how generating compares."""
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        if way == "static" and (name != STATIC or zoo.BEFORE_5):
+            continue
+        agreed.clear()
+        mine, wanted = generated(model, batch, way), generated(alone, prompt, way)
+        found[way] = {
+            "same": torch.equal(mine.sequences, wanted.sequences),
+            "agreed": len(agreed),
+            "cached": [sum(comm.allgather(cached(mine))), cached(wanted)],
+        }
+    return found
+
+
+def compare(comm: Any, name: str, dtype: str, texts: str, recompute: bool) -> dict[str, Any]:
     """Return how a model spread over ranks differs from itself alone."""
+    text, schedule = (*texts.split("/"), "lv-xattn")[:2]
     alone, batch, prompt = animal(name, getattr(torch, dtype))
     model = copy.deepcopy(alone)
     wanted = alone(**batch)
     loss_of(wanted).backward()
 
-    shares = distribute(model, comm, recompute_kv=recompute)
+    shares = distribute(model, comm, text=text, schedule=schedule, recompute_kv=recompute)
+    shares.meter = Meter()
+    used.clear()
     got = model(**shares.inputs(**batch))
     loss_of(got).backward()
+    planned = sum(
+        send.nbytes
+        for layout in used
+        for backward in (False, True)
+        for send in messages(layout, comm.rank, backward=backward)
+    )
+    sent = shares.meter.bytes
     shares.average_gradients()
 
     pairs = zip(model.named_parameters(), alone.parameters(), strict=True)
-    gradients = {
-        key: apart(p.grad, other.grad)
+    grads = {
+        key: (p.grad, other.grad)
         for (key, p), other in pairs
         # A softmax does not see what is added to all keys: these are rounding alone.
         if other.grad is not None and not key.endswith(("k_proj.bias", "key.bias"))
     }
-    ways = WAYS if prompt and not recompute else ()
-    tokens = {
-        way: torch.equal(
-            generated(model, shares.inputs(**prompt), way), generated(alone, prompt, way)
-        )
-        for way in ways
-    }
-    result = result_of(got).detach()
+    gradients = {key: apart(*pair) for key, pair in grads.items() if pair[1].any()}
+    tokens = {}
+    if prompt and not recompute and text == "replicated":
+        tokens = compare_generated(comm, name, alone, model, shares.inputs(**prompt), prompt)
+    loss = sum(comm.allgather(loss_of(got).detach())) / comm.size
+    results = comm.allgather(result_of(got).detach())
+    result = torch.cat(results, 1) if text == "sharded" else results[0]
     return {
         "logits": apart(result, result_of(wanted)),
+        "loss": apart(loss, loss_of(wanted)),
         "gradients": max(gradients.values()),
         "worst": max(gradients, key=lambda key: gradients[key]),
         "compared": len(gradients),
+        "zero": sorted(grads.keys() - gradients.keys()),
         "generated": tokens,
-        "bits": all(torch.equal(result, other) for other in comm.allgather(result)),
+        "bits": text == "sharded" or all(torch.equal(result, other) for other in results),
+        "bytes": [sent, planned],
     }
 
 
@@ -102,6 +172,26 @@ def plant(fault: str) -> None:
         spread.ScaledGradient.backward = staticmethod(lambda _, dx: (dx, None))
     elif fault == "no mask function":  # self-attention loses its padding
         AttentionMaskInterface.register(interception.ATTENTION, lambda *_, **__: None)
+    elif fault == "local mask":  # a row that sees none of a rank's images sees all of them
+        whole = Mllama._take_mask
+
+        def take_mask(self: Any, module: Any, args: Any, kwargs: Any) -> Any:
+            seen = kwargs["cross_attention_mask"].flatten(2).bool()
+            result = whole(self, module, args, kwargs)
+            tiles = seen.shape[2] // self.images
+            mine = slice(self.mine.start * tiles, self.mine.stop * tiles)
+            dead = ~seen[:, :, mine].any(-1, keepdim=True)
+            self.table[:, :, mine] = seen[:, :, mine] | dead
+            return result
+
+        Mllama._take_mask = take_mask
+    elif fault == "gates at 0":  # as a new model has them: its keys and values get no gradients
+        zoo.GATE = 0.0
+    elif fault == "local positions":  # rotary embeddings begin at 0 on every rank
+        right = Text.cut
+        Text.cut = lambda *args: right(*args) | {"position_ids": None}
+    elif fault == "no image":  # a rank without images encodes none
+        Images.encoded = property(lambda self: slice(self.mine.start, self.mine.stop))
     else:
         raise ValueError(fault)
 
@@ -111,16 +201,13 @@ def main() -> None:
     comm, _ = start()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # of OpenFlamingo, which is older
-    names, dtypes = (argument.split(",") for argument in sys.argv[1:3])
-    for fault in sys.argv[3:]:
+    names, dtypes, texts = (argument.split(",") for argument in sys.argv[1:4])
+    watch()
+    for fault in sys.argv[4:]:
         plant(fault)
     report = {}
-    for name in names:
-        for dtype in dtypes:
-            for recompute in (False, True):
-                mine = compare(comm, name, dtype, recompute)
-                every = comm.allgather(mine)
-                report[f"{name} {dtype} {recompute}"] = every
+    for given in itertools.product(names, dtypes, texts, (False, True)):
+        report[" ".join(map(str, given))] = comm.allgather(compare(comm, *given))
     if comm.rank == 0:
         print(json.dumps(report))
     finish(comm)

@@ -46,9 +46,9 @@ def forward(
         out_tile = torch.zeros((*q_tile.shape[:2], v.shape[3]), dtype=work.dtype, device=q.device)
         top_tile = torch.full(q_tile.shape[:2], -torch.inf, dtype=work.dtype, device=q.device)
         total_tile = torch.zeros_like(top_tile)
-        for keys in work.key_tiles():
+        for keys, mask_tile in work.key_tiles(at):
             # 1. Compute scores, with -inf where a query may not attend.
-            p = work.scores(q_tile, k, at, keys, scale)
+            p = work.scores(q_tile, k, at, keys, scale, mask_tile)
             # 2. Softmax over this tile alone.  Where a row sees no key, 0 avoids -inf - -inf.
             row_max = p.amax(dim=-1)
             base = torch.where(row_max == -torch.inf, 0.0, row_max)
@@ -87,10 +87,10 @@ def backward(
         lse_tile, delta_tile = work.load(lse, at), work.load(delta, at)
         dq_tile = torch.zeros((*q_tile.shape[:2], q.shape[3]), dtype=work.dtype, device=q.device)
         base = torch.where(lse_tile == -torch.inf, 0.0, lse_tile)
-        for keys in work.key_tiles():
+        for keys, mask_tile in work.key_tiles(at):
             k_tile, v_tile = k[at[0], at[1], keys], v[at[0], at[1], keys]
             # 1. Compute the probabilities of these keys among all keys.
-            p = work.scores(q_tile, k, at, keys, scale)
+            p = work.scores(q_tile, k, at, keys, scale, mask_tile)
             p -= base[..., None]
             p.exp_()
             # 2. Compute their gradients, and those of the scores.
@@ -144,9 +144,15 @@ class Tiles:
                 for rows in tiles(self.s_q, self.tile_rows):
                     yield b, heads, rows
 
-    def key_tiles(self) -> Iterator[slice]:
-        """Yield the keys of every tile."""
-        return tiles(self.s_kv, self.tile_keys)
+    def key_tiles(self, at: At) -> Iterator[tuple[slice, Tensor | None]]:
+        """Yield the keys of every tile, and its mask; no tiles that a bool mask hides."""
+        b, heads, rows = at
+        for keys in tiles(self.s_kv, self.tile_keys):
+            mask_tile = self.mask.tile(
+                slice(b, b + 1), self._query_heads(heads), rows, keys, self._arange
+            )
+            if mask_tile is None or mask_tile.dtype != torch.bool or mask_tile.any():
+                yield keys, mask_tile
 
     def new_rows(self, *width: int) -> Tensor:
         """Return a tensor (B, H, s_q, *width) in the accumulator dtype, to be stored into."""
@@ -187,15 +193,15 @@ class Tiles:
             return torch.bmm(a, b, out_dtype=self.dtype)
         return torch.bmm(a, b).to(self.dtype)
 
-    def scores(self, q_tile: Tensor, k: Tensor, at: At, keys: slice, scale: float) -> Tensor:
+    def scores(
+        self, q_tile: Tensor, k: Tensor, at: At, keys: slice, scale: float,
+        mask_tile: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Return masked scores (heads, G rows, keys), in scratch number 0."""
         b, heads, rows = at
         scores = self.product(0, q_tile, k[b, heads, keys])
         if self.narrow != self.dtype:
             scores *= scale
-        mask_tile = self.mask.tile(
-            slice(b, b + 1), self._query_heads(heads), rows, keys, self._arange
-        )
         if mask_tile is not None:
             by_head = scores.view(-1, rows.stop - rows.start, scores.shape[2])
             # (G heads, rows, keys)

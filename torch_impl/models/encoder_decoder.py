@@ -4,6 +4,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lvxattn.torch_impl.models.interception import ATTENTION, FEATURES, Interception
 from lvxattn.torch_impl.models.spread import Adapter
@@ -22,7 +23,7 @@ class EncoderDecoder(Adapter):
     def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.mine = range(0)
-        self.padding: Tensor | None = None  # (B, 1, 1, s_kv), False where a row is padding
+        self.padding: Tensor | None = None  # (B, S_KV), 0 where a row is padding
         encoder = _encoder(model)
         if encoder is not None:
             encoder.register_forward_hook(self._cut_output)
@@ -36,11 +37,11 @@ class EncoderDecoder(Adapter):
     @staticmethod
     def fits(model: nn.Module) -> bool:
         """Return whether the model has cross-attention layers that can be spread."""
-        return bool(_layers(model))
+        return isinstance(model, PreTrainedModel) and bool(_layers(model))
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Cut what an encoder has made already."""
-        batch, self.padding = dict(batch), None
+        batch = dict(batch)
         if batch.get("encoder_hidden_states") is not None:
             batch["encoder_hidden_states"] = self._cut_rows(batch["encoder_hidden_states"])
         if batch.get("encoder_outputs") is not None:
@@ -52,14 +53,18 @@ class EncoderDecoder(Adapter):
         """Return the number of this rank's keys."""
         if s_kv != max(1, len(self.mine)):
             raise ValueError(
-                f"inputs: expected {len(self.mine)} of the encoder's rows, as Spread.inputs has "
-                f"cut them, got {s_kv} (on {self.spread.group.name})"
+                f"inputs: expected {max(1, len(self.mine))} of the encoder's rows, as "
+                f"Spread.inputs has cut them, got {s_kv}"
             )
         return len(self.mine)
 
     def mask(self) -> Tensor | None:
         """Return the padding of this rank's rows."""
-        return self.padding
+        if self.padding is None:
+            return None
+        if self.padding.ndim != 2:
+            raise ValueError(f"{MASK}: expected (B, S_KV), got {tuple(self.padding.shape)}")
+        return self.padding[:, None, None, self.mine.start : self.mine.stop].bool()
 
     def _cut_rows(self, y: Tensor) -> Tensor:
         self.spread.renew()
@@ -74,13 +79,7 @@ class EncoderDecoder(Adapter):
         return output
 
     def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.pop(MASK, None)
-        if mask is not None and mask.ndim != 2:
-            raise ValueError(
-                f"{MASK}: expected (B, S_KV), got {tuple(mask.shape)} (on {self.spread.group.name})"
-            )
-        if mask is not None:
-            self.padding = mask[:, None, None, self.mine.start : self.mine.stop].bool()
+        self.padding = kwargs.pop(MASK, None)
         return args, kwargs
 
 

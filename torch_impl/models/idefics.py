@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lvxattn.torch_impl.models.images import Images
 from lvxattn.torch_impl.models.interception import ATTENTION, Interception
+from lvxattn.torch_impl.models.text import Text, positions
 
 if TYPE_CHECKING:
     from lvxattn.torch_impl.models.spread import Spread
@@ -17,6 +18,8 @@ class Idefics(Images):
     A token that may attend to none gets nothing: a gate closes, which is made of all images' mask.
     """
 
+    texts = ("replicated", "sharded")
+
     def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.model: Any = getattr(model, "model", model)
@@ -26,6 +29,9 @@ class Idefics(Images):
         for layer in self.model.gated_cross_attn_layers:
             layer.register_forward_pre_hook(self._give_gate, with_kwargs=True)
             Interception(layer.cross_attn, spread)
+        self.text: Text | None = None
+        if spread.text == "sharded":
+            self.text = Text([layer.self_attn for layer in self.model.layers], spread)
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -34,18 +40,23 @@ class Idefics(Images):
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Cut pixels, or what their encoder made of them."""
+        if self.text is not None:
+            position_ids, padding = positions(batch), batch.get("attention_mask")
+            if padding is not None:  # as the model counts, which does not count padding
+                position_ids = (padding.long().cumsum(-1) - 1).masked_fill(padding == 0, 1)
+            batch = self.text.cut(batch, position_ids)
         return self.cut_images(batch, ("pixel_values", "image_encoder_embeddings"))
 
     def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("pixel_values") is not None:
-            self.check_images(kwargs["pixel_values"].shape[1])
-        table = kwargs["image_attention_mask"].bool()  # (B, s_q, images)
-        self.table = table
-        self.gate = table.any(-1)
+        pixels = kwargs.get("pixel_values")
+        # Beside a cache the model is given what its encoder has made, of this rank's images.
+        self.given = self.encoded.stop - self.encoded.start if pixels is None else pixels.shape[1]
+        if self.text is not None:
+            self.text.padding = kwargs.pop("attention_mask", None)
+        self.table = table = kwargs["image_attention_mask"].bool()  # (B, S_Q, images)
+        self.gate = self.own_rows(table.any(-1))
         # In its place one of a single row: the model makes of it what is not used.
-        kwargs["image_attention_mask"] = table.new_ones(
-            (table.shape[0], 1, self.encoded.stop - self.encoded.start)
-        )
+        kwargs["image_attention_mask"] = table.new_ones((table.shape[0], 1, self.given))
         return args, kwargs
 
     def _give_gate(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -21,49 +21,64 @@ class Images(Adapter):
 
     def __init__(self, model: nn.Module, spread: "Spread") -> None:
         super().__init__(model, spread)
-        self.mine = range(0)
-        self.encoded = slice(0, 0)
-        self.keys = 0  # of an image
-        # (B, s_q, images x per_image), bool: which of all ranks' images the text may attend to
+        self.images = 0  # of all ranks
+        self.given = 0  # of this rank, to the forward that is under way
+        self.S_KV = 0
+        # (B, S_Q, columns), bool: which of all ranks' keys, in columns of equal width, the text
+        # may attend to
         self.table: Tensor | None = None
-        self.per_image = 1
+
+    @property
+    def mine(self) -> range:
+        """The images that are this rank's."""
+        return self.spread.share(self.images)
+
+    @property
+    def encoded(self) -> slice:
+        """The images that this rank encodes."""
+        start = self.mine.start if self.mine else 0
+        return slice(start, start + max(1, len(self.mine)))
 
     def cut_images(self, batch: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Return the batch with this rank's images: axis 1 of the named tensors."""
         images = {batch[name].shape[1] for name in names if batch.get(name) is not None}
-        if len(images) != 1:
+        if len(images) != 1 or 0 in images:
             raise ValueError(
-                f"inputs: expected one number of images in {', '.join(names)}, "
-                f"got {sorted(images) or None} (on {self.spread.group.name})"
+                f"inputs: expected one number of images, from 1 up, in {', '.join(names)}, "
+                f"got {sorted(images) or None}"
             )
-        self.mine = self.spread.share(*images)
-        start = self.mine.start if self.mine else 0
-        self.encoded = slice(start, start + max(1, len(self.mine)))
+        (self.images,) = images
         cut = {name: batch[name][:, self.encoded] for name in names if batch.get(name) is not None}
         return {**batch, **cut}
 
-    def check_images(self, images: int) -> None:
-        """Refuse another number of images than was cut: their keys would be taken for others'."""
-        encoded = self.encoded.stop - self.encoded.start
-        if images != encoded:
-            raise ValueError(
-                f"inputs: expected {encoded} images, as Spread.inputs has cut them, got {images} "
-                f"(on {self.spread.group.name})"
-            )
-
     def own(self, s_kv: int) -> int:
-        """Return the number of this rank's keys; note how many an image has."""
-        self.keys = s_kv // (self.encoded.stop - self.encoded.start)
-        return len(self.mine) * self.keys
+        """Return the number of this rank's keys."""
+        encoded = self.encoded.stop - self.encoded.start
+        # Another number of images than was cut: their keys would be taken for others'.
+        if self.given != encoded:
+            raise ValueError(
+                f"inputs: expected {encoded} images, as Spread.inputs has cut them, "
+                f"got {self.given}"
+            )
+        of_an_image = s_kv // encoded
+        self.S_KV = of_an_image * self.images
+        return len(self.mine) * of_an_image
+
+    def own_rows(self, x: Tensor) -> Tensor:
+        """Return this rank's rows of the text: of axis 1."""
+        if self.spread.text == "replicated":
+            return x
+        rows = self.spread.share(x.shape[1])
+        return x[:, rows.start : rows.stop]
 
     def mask(self) -> MaskRule | None:
         """Return the rule that looks keys up in the table."""
         if self.table is None:
             return None
-        table, keys = self.table, self.keys // self.per_image
+        table, width = self.table, self.S_KV // self.table.shape[2]
 
         def sees(b: Tensor, _: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-            seen: Tensor = table[b, q_index, kv_index // keys]
+            seen: Tensor = table[b, q_index, kv_index // width]
             return seen
 
         return sees

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 if TYPE_CHECKING:
     from lvxattn.torch_impl.models.spread import Spread
+    from lvxattn.torch_impl.models.text import Text
 
 ATTENTION = "lvxattn"
 # A layer's argument for visual features, and for a cache, in any of the models.
@@ -68,7 +69,7 @@ class Interception:
             before = self._calls
             result = self._forward(*args, **kwargs)
             if self._calls == before:
-                raise RuntimeError(self._unsupported())
+                raise RuntimeError(f"{self._unsupported()} (on {self.spread.group.name})")
             return result
 
         def make(x: Tensor, y: Tensor) -> Any:
@@ -107,7 +108,7 @@ class Interception:
     def _unsupported(self) -> str:
         return (
             f"model: expected {self.name} to call the attention function {ATTENTION!r}, and it did "
-            f"not: its attention cannot be spread (on {self.spread.group.name})"
+            "not: its attention cannot be spread"
         )
 
 
@@ -123,20 +124,19 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute a layer's attention, in the form that transformers asks for."""
-    layer: Interception | None = getattr(module, "lvxattn", None)
+    layer: Interception | Text | None = getattr(module, "lvxattn", None)
     if layer is None:
         return sdpa_attention_forward(
             module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    where = f"(on {layer.spread.group.name})"
     if dropout:
         raise ValueError(
             f"dropout: expected 0 in {layer.name}, got {dropout}: ranks would not drop what one "
-            f"process drops {where}"
+            "process drops"
         )
     for name in ("softcap", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: expected None in {layer.name}: not supported {where}")
+            raise ValueError(f"{name}: expected None in {layer.name}: not supported")
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return layer.attention(q, k, v, scale), None
 

@@ -6,9 +6,12 @@ from torch import Tensor, nn
 
 from lvxattn.torch_impl.models.images import Images
 from lvxattn.torch_impl.models.interception import ATTENTION, Interception
+from lvxattn.torch_impl.models.text import Text, positions
 
 if TYPE_CHECKING:
     from lvxattn.torch_impl.models.spread import Spread
+
+FEATURES = "cross_attention_states"
 
 
 class Mllama(Images):
@@ -18,15 +21,24 @@ class Mllama(Images):
     the model makes it, the mask would be as large as the scores.  Here it stays a table of tiles.
     """
 
+    texts = ("replicated", "sharded")
+
     def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.model: Any = getattr(model, "model", model)
+        self.features: range | None = None  # this rank's, where features are given for images
         self.seen: Tensor | None = None  # (B, 1, s_q, 1), whether a token may attend to any image
+        language_model = self.model.language_model
         self.model.register_forward_pre_hook(self._take_mask, with_kwargs=True)
-        self.model.language_model.register_forward_pre_hook(self._give_rows, with_kwargs=True)
+        language_model.register_forward_pre_hook(self._give_rows, with_kwargs=True)
         model.set_attn_implementation({"text_config": ATTENTION})
-        for n in self.model.language_model.cross_attention_layers:
-            Interception(self.model.language_model.layers[n].cross_attn, spread)
+        cross = language_model.cross_attention_layers
+        for n in cross:
+            Interception(language_model.layers[n].cross_attn, spread)
+        self.text: Text | None = None
+        if spread.text == "sharded":
+            layers = enumerate(language_model.layers)
+            self.text = Text([layer.self_attn for n, layer in layers if n not in cross], spread)
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -34,26 +46,46 @@ class Mllama(Images):
         return type(model).__name__ in ("MllamaModel", "MllamaForConditionalGeneration")
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Cut pixels, aspect ratios and their masks."""
-        return self.cut_images(batch, ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
+        """Cut pixels, aspect ratios and their masks; or features that are given for them."""
+        if self.text is not None:
+            batch = self.text.cut(batch, positions(batch))
+        features = batch.get(FEATURES)
+        if features is None:
+            self.features = None
+            return self.cut_images(batch, ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
+        self.S_KV, self.features = features.shape[1], self.spread.share(features.shape[1])
+        return {**batch, FEATURES: features[:, self.features.start : self.features.stop]}
+
+    def own(self, s_kv: int) -> int:
+        """Return the number of this rank's keys."""
+        if self.features is None:
+            return super().own(s_kv)
+        if s_kv != len(self.features):
+            raise ValueError(
+                f"{FEATURES}: expected {len(self.features)} rows, as Spread.inputs has cut them, "
+                f"got {s_kv}"
+            )
+        return s_kv
 
     def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("pixel_values") is not None:
-            self.check_images(kwargs["pixel_values"].shape[1])
+            self.given = kwargs["pixel_values"].shape[1]
+        if self.text is not None:
+            self.text.padding = kwargs.pop("attention_mask", None)
         mask = kwargs.pop("cross_attention_mask", None)
         self.table = self.seen = None
         if mask is None:
             return args, kwargs
         ids = kwargs.get("input_ids")
         length = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
-        if mask.shape[1] != length:  # of the whole text, beside a cache
+        if self.text is None and mask.shape[1] != length:  # of the whole text, beside a cache
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             past = 0 if cache is None else int(cache.get_seq_length())
             mask = mask[:, past : past + length]
-        table = mask.flatten(2).bool()  # (B, s_q, images x tiles)
+        table = mask.flatten(2).bool()  # (B, S_Q, images x tiles)
         seen = table.any(-1, keepdim=True)
-        self.table, self.per_image = table | ~seen, mask.shape[3]
-        self.seen = seen[:, None]
+        self.table = table | ~seen
+        self.seen = self.own_rows(seen)[:, None]
         return args, kwargs
 
     def _give_rows(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,6 @@ class OpenFlamingo(Images):
 
     def __init__(self, model: nn.Module, spread: "Spread") -> None:
         super().__init__(model, spread)
-        self.images = 0
         for layer in model.modules():
             if type(layer).__name__ == "MaskedCrossAttention":
                 _Layer(layer, self)
@@ -28,7 +27,6 @@ class OpenFlamingo(Images):
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Cut the images."""
-        self.images = batch["vision_x"].shape[1]
         return self.cut_images(batch, ("vision_x",))
 
 
@@ -48,7 +46,7 @@ class _Layer:
     ) -> Tensor:
         """Attend from text to images, as the layer does."""
         layer, model = self.layer, self.model
-        model.check_images(media.shape[1])
+        model.given = media.shape[1]
         model.table = self._table(x, media_locations, use_cached_media)
 
         def make(x: Tensor, y: Tensor) -> Any:

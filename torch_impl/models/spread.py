@@ -1,5 +1,6 @@
 """A model whose visual input is spread over ranks: what is the same for all models."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
-from lvxattn.torch_impl.cross_attention import attend
+from lvxattn.common.validation import check_here_or_together
+from lvxattn.torch_impl.cross_attention import attend, autocast_dtype, cast
 from lvxattn.torch_impl.group import AnyGroup, Group
 from lvxattn.torch_impl.layout import Layout
 from lvxattn.torch_impl.module import sum_gradients
@@ -22,11 +24,21 @@ Make = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, float]]
 class Adapter:
     """What a kind of model needs to be spread: how its input is cut, and its masks.
 
+    Its hooks only note what a forward is given.  They raise nothing: `own` and `mask` do, where all
+    ranks raise together.
+
     Parameters
     ----------
     model : Module
     spread : Spread
+
+    Attributes
+    ----------
+    texts : tuple of str
+        The values of `text` that this kind of model supports.
     """
+
+    texts: tuple[str, ...] = ("replicated",)
 
     def __init__(self, model: nn.Module, spread: "Spread") -> None:
         self.model: Any = model
@@ -52,7 +64,13 @@ class Adapter:
         raise NotImplementedError
 
     def mask(self) -> Tensor | MaskRule | None:
-        """Return the mask of the forward that is under way; called after `own`."""
+        """Return the mask of the forward that is under way; called after `own`.
+
+        Raises
+        ------
+        ValueError
+            The model was given a mask that is not supported.
+        """
         raise NotImplementedError
 
 
@@ -63,8 +81,9 @@ class Spread:
     ----------
     group : Group
         The ranks.
+    text, schedule : str
     recompute_kv : bool
-        Whether cross-attention layers make their keys and values again in the backward.
+        As given to `distribute`.
     meter : Meter, optional
         Adds up messages, bytes and seconds of the attention, of the backward too; set it at any
         time.
@@ -78,23 +97,56 @@ class Spread:
         self.adapter: Adapter = Adapter(model, self)
         self.meter: Meter | None = None
         self._layouts: dict[Any, Layout] = {}
-        self._cut = False
+        self._new = True  # no attention to this visual input has been computed
+        self._batches = 0
 
     def inputs(self, **batch: Any) -> dict[str, Any]:
         """Return this rank's share of a batch.
 
+        Collective: every rank calls this, before each forward with another visual input.
+
         Parameters
         ----------
         batch
-            The model's keyword arguments for the whole batch; equal on all ranks.
+            The model's keyword arguments for the whole batch; equal on all ranks.  Images are only
+            sliced, so that those of a memory-mapped file are read by the rank that they belong to.
+
+        Returns
+        -------
+        dict
+            The keyword arguments of the model, or of its `generate`, on this rank.  With sharded
+            text they have ``num_items_in_batch``, so that the loss of one process is the mean of
+            the ranks' losses.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On every rank: the batch cannot be cut, or differs between ranks.
         """
+        cut: dict[str, Any] = {}
+        check_here_or_together(
+            lambda: cut.update(self.adapter.cut(batch)), self.group, together=True
+        )
+        self._check_equal(batch)
         self.renew()
-        self._cut = True
-        return self.adapter.cut(batch)
+        self._batches += 1
+        return cut
+
+    def _check_equal(self, batch: dict[str, Any]) -> None:
+        """Check that all ranks were given the same batch; of floats only the shapes."""
+        mine = {name: _fingerprint(x) for name, x in sorted(batch.items())}
+        for rank, theirs in enumerate(every := self.group.allgather(mine)):
+            for name in {**every[0], **theirs}:
+                if every[0].get(name) != theirs.get(name):
+                    raise ValueError(
+                        f"{name}: expected the same batch on all ranks, got {every[0].get(name)} "
+                        f"on rank 0 and {theirs.get(name)} on rank {rank}"
+                    )
 
     def renew(self) -> None:
         """Forget the layouts: there is another visual input."""
         self._layouts.clear()
+        self._new = True
 
     @property
     def recomputes(self) -> bool:
@@ -119,47 +171,84 @@ class Spread:
             ``make(x, y) -> (q, k, v, scale)``
         x, y : Tensor
             This rank's text and visual features.
+        recompute : bool
+            Whether `make` may be called again in the backward, if the model recomputes.
 
         Returns
         -------
         out : (B, s_q, H, D_V)
         lse : (B, H, s_q)
+
+        Raises
+        ------
+        ValueError, TypeError, RuntimeError
+            The model was not given what `inputs` has cut, or its attention cannot be spread.  On
+            every rank in the first call for a batch, later on this one.
         """
-        if not self._cut:
-            raise RuntimeError(
-                f"inputs: expected a batch from Spread.inputs (on {self.group.name})"
-            )
-        scale, s_kv = 1.0, -1
+        scale, s_kv, made = 1.0, -1, None
+        q = k = v = x
+        mask: Tensor | MaskRule | None = None
+        # P times: averaged over ranks, the gradients of what made keys and values are then whole,
+        # as are those of the text model, which are the same on all ranks.
+        factor = self.group.size if self.text == "replicated" else 1
 
         def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal scale, s_kv
             q, k, v, scale = make(x, y)
             if s_kv < 0:  # in the forward: in the backward another batch may have been cut
                 s_kv = self.adapter.own(k.shape[2])
-            # P times: averaged over ranks, the gradients of what made keys and values are then
-            # whole, as are those of the text model, which are the same on all ranks.
-            k, v = (scale_gradient(x[:, :, :s_kv], self.group.size) for x in (k, v))
-            return q, k, v
+            k, v = (scale_gradient(x[:, :, :s_kv], factor) for x in (k, v))
+            dtype = autocast_dtype(q)
+            return cast(q, dtype), cast(k, dtype), cast(v, dtype)
 
         def saved(x: Tensor, y: Tensor) -> Any:
             return Made.apply(*both(x, y))  # type: ignore[no-untyped-call]
 
-        if recompute and self.recomputes:
-            q, k, v = checkpoint(saved, x, y, use_reentrant=False)
-            made = q.grad_fn
-        else:
-            (q, k, v), made = both(x, y), None
-        mask = self.adapter.mask()
-        options: dict[str, Any] = {"scale": scale, "mask": mask, "queries": self.text}
-        key = q.shape, q.dtype, k.shape, v.shape, scale, callable(mask)
-        if key not in self._layouts:
-            self._layouts[key] = Layout.agree(
-                q, k, v, self.group, schedule=self.schedule, call="a model's attention", **options
-            )
-        out, lse = attend(
-            q, k, v, self.group, self._layouts[key], made, schedule=self.schedule,
-            return_lse=True, meter=self.meter, **options,
+        def prepare() -> None:
+            nonlocal q, k, v, made, mask
+            if recompute and self.recomputes:
+                q, k, v = checkpoint(saved, x, y, use_reentrant=False)
+                made = q.grad_fn
+            else:
+                q, k, v = both(x, y)
+            mask = self.adapter.mask()
+
+        check_here_or_together(prepare, self.group, together=self._new)
+        self._new = False
+        return self.attend_to(
+            "cross-attention", q, k, v, made, scale=scale, mask=mask, schedule=self.schedule,
+            queries="sharded" if self.text == "sharded" else "replicated",
         )  # fmt: skip
+
+    def attend_to(
+        self, call: str, q: Tensor, k: Tensor, v: Tensor, made: Any = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from queries to all ranks' keys; agrees on a layout once for each visual input.
+
+        Collective: every rank calls this.
+
+        Parameters
+        ----------
+        call : str
+            Describes the call in messages.  Calls of one description and of equal shapes on this
+            rank share a layout; they must have equal shapes on every rank.
+        q, k, v, made, options
+            As for `torch_impl.cross_attention.attend`.
+
+        Returns
+        -------
+        out : (B, s_q, H, D_V)
+        lse : (B, H, s_q)
+        """
+        mask = options["mask"]
+        key = call, q.shape, q.dtype, k.shape, v.shape, options["scale"], callable(mask)
+        if key not in self._layouts:
+            self._layouts[key] = Layout.agree(q, k, v, self.group, call=call, **options)
+        q = OfBatch.apply(q, self._batches)  # type: ignore[no-untyped-call]
+        layout = self._layouts[key]
+        out, lse = attend(
+            q, k, v, self.group, layout, made, return_lse=True, meter=self.meter, **options
+        )
         return out.transpose(1, 2), lse
 
     def average_gradients(self) -> None:
@@ -172,11 +261,54 @@ class Spread:
             if p.grad is not None:
                 p.grad /= self.group.size
 
-    def without_cache(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Make no cache in training unless asked for: it would keep what is to be recomputed."""
-        if self.recomputes:
+    def before_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Check that a batch was cut, and make no cache in training unless asked for.
+
+        A cache would keep the keys and values that are to be recomputed.
+        """
+        if not self._batches:
+            raise RuntimeError(
+                f"inputs: expected a batch from Spread.inputs (on {self.group.name})"
+            )
+        if self.text == "sharded" and kwargs.get("use_cache"):
+            raise ValueError(
+                "use_cache: expected False with text='sharded'; use text='replicated' to generate "
+                f"(on {self.group.name})"
+            )
+        if self.recomputes or self.text == "sharded":
             kwargs.setdefault("use_cache", False)
         return args, kwargs
+
+
+def _fingerprint(x: Any) -> str:
+    """Describe an argument of a batch, so that different ones differ; floats by their shape."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    what = f"{tuple(x.shape)} {x.dtype}"
+    if x.is_floating_point():
+        return what
+    digest = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes())
+    return f"{what} {digest.hexdigest()[:8]}"
+
+
+class OfBatch(torch.autograd.Function):
+    """The identity, which saves the number of its batch: as the shape of a tensor without elements.
+
+    Gradient checkpointing calls layers again in the backward.  If another batch was cut in between,
+    they would attend by its masks; but PyTorch compares the shapes of what is saved, and raises.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: int) -> Tensor:
+        """Return x."""
+        ctx.save_for_backward(x.new_empty(0, number))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x."""
+        _ = ctx.saved_tensors  # has a checkpoint compare
+        return dx, None
 
 
 def scale_gradient(x: Tensor, factor: int) -> Tensor:
@@ -220,7 +352,8 @@ def distribute(
     group : ProcessGroup or one-dimensional DeviceMesh, optional
         The ranks; default: the world.
     text : str
-        ``"replicated"``: every rank has the whole text.
+        ``"replicated"``: every rank has the whole text.  ``"sharded"``: every rank has some of its
+        rows (Mllama, Idefics; training only), and self-attention is over all ranks' rows.
     schedule : str
         As in `cross_attention`; with replicated text there is nothing to choose.
     recompute_kv : bool
@@ -250,17 +383,23 @@ def distribute(
     from lvxattn.torch_impl.models.openflamingo import OpenFlamingo
 
     comm = Group.of(group)
-    if text != "replicated":
-        raise ValueError(f"text: expected 'replicated', got {text!r} (on {comm.name})")
-    hooks = model._forward_pre_hooks.values()
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in hooks):
         raise ValueError(f"model: expected one that is not distributed yet (on {comm.name})")
     for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder):
-        if kind.fits(model):
-            spread = Spread(model, comm, text=text, schedule=schedule, recompute_kv=recompute_kv)
-            spread.adapter = kind(model, spread)
-            model.register_forward_pre_hook(spread.without_cache, with_kwargs=True)
-            return spread
+        # A wrapper, such as of peft, has the model inside.
+        inner = next(filter(kind.fits, model.modules()), None)
+        if inner is None:
+            continue
+        if text not in kind.texts:
+            raise ValueError(
+                f"text: expected {' or '.join(map(repr, kind.texts))} for {type(inner).__name__}, "
+                f"got {text!r} (on {comm.name})"
+            )
+        spread = Spread(model, comm, text=text, schedule=schedule, recompute_kv=recompute_kv)
+        spread.adapter = kind(inner, spread)
+        inner.register_forward_pre_hook(spread.before_forward, with_kwargs=True)
+        return spread
     raise ValueError(
         "model: expected Mllama, Idefics, Whisper, OpenFlamingo, or an encoder and decoder of "
         f"transformers, got {type(model).__name__} (on {comm.name})"

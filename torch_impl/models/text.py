@@ -1,0 +1,86 @@
+"""Text that is sharded over ranks: what a rank is given of it, and its self-attention."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lvxattn.torch_impl.cross_attention import autocast_dtype, cast
+
+if TYPE_CHECKING:
+    from lvxattn.torch_impl.models.spread import Spread
+
+
+class Text:
+    """The text of a causal language model whose layers call the attention function.
+
+    Every rank has some rows of the text, with their positions in the whole.  Attention from each
+    row to those before it, on any rank, is `cross_attention` with a causal rule.
+
+    Parameters
+    ----------
+    layers : iterable of Module
+        The layers of self-attention.
+    spread : Spread
+    """
+
+    def __init__(self, layers: Iterable[Any], spread: "Spread") -> None:
+        self.spread, self.name = spread, "self-attention"
+        self.padding: Tensor | None = None  # (B, S), 0 where a row is padding
+        for layer in layers:
+            layer.lvxattn = self
+
+    def cut(self, batch: dict[str, Any], position_ids: Tensor) -> dict[str, Any]:
+        """Return the batch with this rank's rows, their positions and labels.
+
+        Masks stay whole: each rank's keys are seen from all rows.
+
+        Parameters
+        ----------
+        batch : dict
+        position_ids : (1 or B, S)
+            Those that the model uses unless the batch has others.
+        """
+        padding = batch.get("attention_mask")
+        if padding is not None and padding.ndim != 2:
+            raise ValueError(f"attention_mask: expected (B, S), got {tuple(padding.shape)}")
+        cut = {"position_ids": position_ids, **batch}
+        labels, count = cut.pop("labels", None), cut.pop("num_items_in_batch", None)
+        if labels is not None:
+            following = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+            cut["shift_labels"] = shifted = cut.get("shift_labels", following)
+            cut["labels"] = labels  # without which the model computes no loss
+            # A rank's loss is P times its part of the mean over all tokens, so that the mean of the
+            # ranks' losses, and of their gradients, is that of one process.
+            count = (shifted != -100).sum() if count is None else torch.as_tensor(count)
+            cut["num_items_in_batch"] = count.double() / self.spread.group.size
+        names = "input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels"
+        for name in names:
+            if cut.get(name) is not None:
+                rows = self.spread.share(cut[name].shape[1])
+                cut[name] = cut[name][:, rows.start : rows.stop].contiguous()
+        return cut
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attend from this rank's rows to all ranks': (B, s_q, H, D_V)."""
+        padding = None if self.padding is None else self.padding.bool()
+
+        def sees(b: Tensor, _: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
+            before = kv_index <= q_index
+            return before if padding is None else before & padding[b, kv_index]
+
+        dtype = autocast_dtype(q)
+        q, k, v = (cast(x, dtype) for x in (q, k, v))
+        # Few rows on each rank: one large block is faster than P small ones.
+        out, _ = self.spread.attend_to(
+            "self-attention", q, k, v, scale=scale, mask=sees, schedule="gather", queries="sharded"
+        )
+        return out
+
+
+def positions(batch: dict[str, Any]) -> Tensor:
+    """Return the positions of a batch's rows, from 0 up: (1, S)."""
+    rows = batch.get("input_ids")
+    rows = batch["inputs_embeds"] if rows is None else rows
+    return torch.arange(rows.shape[1], device=rows.device)[None]
