@@ -9,7 +9,6 @@ them those of what is added to all keys, which a softmax does not see.
 
 from dataclasses import dataclass
 from statistics import quantiles
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,12 +135,12 @@ def expect(work: Work, dtype: torch.dtype, *, steps: int, tokens: int) -> Expect
     for p in others:
         p.requires_grad_(False)  # their gradients would take memory
     outputs, _ = work.step(update=False)
-    results, loss = results_of(outputs, model, names), float(outputs.loss.detach())
+    results, loss = results_of(outputs.logits, model, names), float(outputs.loss.detach())
     work.to(WIDER[dtype])
     outputs, _ = work.step(update=False)
     noise = {
         name: sample.error_of(results[name])
-        for name, sample in results_of(outputs, model, names).items()
+        for name, sample in results_of(outputs.logits, model, names).items()
     }
     work.to(dtype)
     for p in others:
@@ -169,7 +168,7 @@ def _limits(
     return {"logits": logits, "loss": of_loss, **gradients}
 
 
-def results_of(outputs: Any, model: nn.Module, names: list[str]) -> Results:
+def results_of(logits: Tensor, model: nn.Module, names: list[str]) -> Results:
     """Return samples of the logits, and of the gradients of the named parameters."""
     found = [(name, p.grad) for name, p in model.named_parameters() if name in names]
     gradients = {name: grad for name, grad in found if grad is not None}
@@ -177,7 +176,7 @@ def results_of(outputs: Any, model: nn.Module, names: list[str]) -> Results:
     results = {name: Sample.of(grad) for name, grad in gradients.items() if grad.numel() > 1}
     if single:
         results[SINGLE] = Sample.of(torch.cat(single))
-    return {"logits": Sample.of(outputs.logits), **results}
+    return {"logits": Sample.of(logits), **results}
 
 
 def compare(

@@ -25,7 +25,7 @@ from lvxattn.torch_impl.commands.model.kinds import (
 )
 from lvxattn.torch_impl.commands.model.options import contradiction
 from lvxattn.torch_impl.commands.model.report import print_report, report_of
-from lvxattn.torch_impl.commands.model.work import Work, forget_peak, peak, to
+from lvxattn.torch_impl.commands.model.work import Work, cast, forget_peak, peak
 from lvxattn.torch_impl.commands.run import TorchRanks
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.models import distribute
@@ -78,10 +78,10 @@ def _run(options: Namespace, ranks: TorchRanks) -> bool:
             model, backend.group, text=options.text, schedule=options.schedule,
             recompute_kv=not options.keep_kv,
         )  # fmt: skip
-        batch = to(spread.inputs(**batch), getattr(torch, options.dtype), device)
+        batch = spread.inputs(**batch)
     except ValueError as error:  # the same on all ranks
         raise InputError(str(error)) from None
-    work = Work(model, KINDS[options.model], batch, spread, backend.finish)
+    work = Work(model, KINDS[options.model], batch, device, spread, backend.finish)
     # 3. Passes, training steps, or tokens.
     forget_peak(device)
     costs, losses, tokens, results = [], [], [], {}
@@ -89,11 +89,21 @@ def _run(options: Namespace, ranks: TorchRanks) -> bool:
         ids, cost = work.generate(options.generate)
         tokens, costs = ids.tolist(), [cost]
     for n in range(0 if options.generate else options.train_steps or 1):
-        outputs, cost = work.step(update=bool(options.train_steps))
+        try:
+            outputs, cost = work.step(update=bool(options.train_steps))
+        except ValueError as error:
+            if str(error).startswith("schedule:"):  # does not support the model: on all ranks
+                raise InputError(str(error)) from None
+            raise
         costs.append(cost)
-        losses.append(float(outputs.loss.detach()))
+        loss, logits = float(outputs.loss.detach()), outputs.logits.detach()
+        if options.text == "sharded":  # each rank has its rows
+            loss = sum(ranks.allgather(loss)) / ranks.size
+        losses.append(loss)
         if n == 0 and expected is not None:
-            results = results_of(outputs, model, sampled(model))
+            if options.text == "sharded":
+                logits = torch.cat(ranks.allgather(logits.cpu()), dim=1)
+            results = results_of(logits, model, sampled(model))
         if options.train_steps and ranks.rank == 0 and options.json != "-":
             print(f"  step {n + 1:>5}   loss {losses[-1]:.6f}", flush=True)
     facts = {
@@ -144,7 +154,7 @@ def _build(options: Namespace, device: torch.device) -> tuple[nn.Module, dict[st
             torch.set_default_dtype(before)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        batch = kind.batch(model, frames, text_tokens)
+        batch = cast(kind.batch(model, frames, text_tokens), dtype)
     # Dropout is off: ranks would not drop what one process drops.
     return model.eval(), batch
 
@@ -152,10 +162,9 @@ def _build(options: Namespace, device: torch.device) -> tuple[nn.Module, dict[st
 def _alone(options: Namespace, device: torch.device) -> Expected:
     """Return what one process computes, with the same weights."""
     model, batch = _build(options, device)
-    dtype = getattr(torch, options.dtype)
-    work = Work(model, KINDS[options.model], to(batch, dtype, device))
+    work = Work(model, KINDS[options.model], batch, device)
     steps, tokens = options.train_steps or 0, options.generate or 0
-    return expect(work, dtype, steps=steps, tokens=tokens)
+    return expect(work, getattr(torch, options.dtype), steps=steps, tokens=tokens)
 
 
 def _check_equal(model: nn.Module, ranks: TorchRanks) -> None:

@@ -59,7 +59,9 @@ class Work:
     model : Module
     kind : Kind
     batch : dict
-        This rank's share, on its device.
+        This rank's share.
+    device : torch.device
+        The model's, to which the batch is copied.
     spread : Spread, optional
     finish : callable
         Waits for the device.
@@ -70,10 +72,12 @@ class Work:
         model: Any,
         kind: Kind,
         batch: dict[str, Tensor],
+        device: torch.device,
         spread: Spread | None = None,
         finish: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self.batch, self.spread, self.finish = model, batch, spread, finish
+        self.model, self.spread, self.finish = model, spread, finish
+        self.batch = {name: x.to(device) for name, x in batch.items()}
         self.optimizer: torch.optim.Optimizer | None = None
         self._seconds: dict[str, float] = {}
         self._began = 0.0
@@ -87,7 +91,7 @@ class Work:
         self.model.zero_grad()
         for p in self.model.parameters():
             p.data = p.data.to(dtype)
-        self.batch = to(self.batch, dtype)
+        self.batch = cast(self.batch, dtype)
 
     def step(self, *, update: bool) -> tuple[Any, Cost]:
         """Compute a forward and a backward.
@@ -185,10 +189,6 @@ def peak(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def to(
-    batch: dict[str, Tensor], dtype: torch.dtype, device: torch.device | None = None
-) -> dict[str, Tensor]:
-    """Return a batch on a device, its real numbers in a dtype."""
-    return {
-        name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()
-    }
+def cast(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a batch with its real numbers in a dtype."""
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
