@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from lvxattn.plan.whole import WHOLE
 from lvxattn.torch_impl.__main__ import main
 from lvxattn.torch_impl.commands.model import check, program
 from lvxattn.torch_impl.commands.model.check import Check, Sample
@@ -64,6 +65,7 @@ class TestInput:
             (["--model", "llama3v", "--frames", "0"], "argument --frames"),
             (["--model", "llama3v", "--size", "tiny", "--weights", "x"], "argument --size"),
             (["--model", "llama3v", "--generate", "2", "--train-steps", "2"], "--train-steps"),
+            (["--model", "llama3v", "--generate", "2", "--text", "sharded"], "--generate"),
             ([], "--model"),
         ],
     )
@@ -107,10 +109,18 @@ class TestInput:
         assert f"--model: {missing} is not installed: pip install " in error
 
     @pytest.mark.slow
-    def test_bad_input_on_ranks(self) -> None:
-        ended = forked(2, "-m", "lvxattn.torch_impl", *arguments("whisper", "--frames", "7"))
+    @pytest.mark.parametrize(
+        ("model", "more", "argument"),
+        [
+            ("whisper", ["--frames", "7"], "--frames"),
+            ("whisper", ["--text", "sharded"], "text"),
+            ("llama3v", ["--text", "sharded", "--schedule", "ulysses"], "schedule"),
+        ],
+    )
+    def test_bad_input_on_ranks(self, model: str, more: list[str], argument: str) -> None:
+        ended = forked(3, "-m", "lvxattn.torch_impl", *arguments(model, *more))
         assert (ended.status, ended.out, ended.left) == (1, "", ())
-        assert ended.err.startswith("lvxattn model: error: --frames: ")
+        assert ended.err.startswith(f"lvxattn model: error: {argument}: ")
         assert ended.err.count("\n") == 1
 
 
@@ -129,6 +139,17 @@ class TestModels:
         published = {"llama3v": 10_670_220_835, "whisper": 1_543_490_560}
         assert count[2] == published.get(name, count[2])
         assert count[2] > 1e9
+
+    @pytest.mark.parametrize(
+        ("name", "planned"), [("llama3v", "llama3v"), ("openflamingo", "openflamingo-9b")]
+    )
+    def test_planner_counts_its_weights(self, name: str, planned: str) -> None:
+        if name not in MODELS:
+            pytest.skip(f"{KINDS[name].package} is not installed")
+        with torch.device("meta"):
+            model = random_model(KINDS[name], "full", 8, 32, 0)
+        count = sum(p.numel() for p in model.parameters())
+        assert WHOLE[planned].parameters == pytest.approx(count, rel=0.012)
 
     def test_text_sees_frames_that_came_before(self) -> None:
         table = frames_before(3, 8)
@@ -194,6 +215,13 @@ class TestRanks:
         report = on_ranks(2, name, "--generate", 5)
         self.assert_right(report, "tokens")
         assert len(report["tokens"]) == 5
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("name", "schedule"), [("llama3v", "ring"), ("idefics", "lv-xattn")])
+    def test_sharded_text(self, name: str, schedule: str) -> None:
+        more = "--text", "sharded", "--schedule", schedule, "--train-steps", 2
+        report = on_ranks(3, name, *more, "--text-tokens", 23)
+        self.assert_right(report, "logits", "loss", "gradients")
 
     @pytest.mark.slow
     def test_half_precision(self) -> None:
