@@ -394,11 +394,13 @@ class TestCommand:
         root = Path(__file__).parents[1]
         page, readme = ((root / name).read_text() for name in ("docs/commands.md", "README.md"))
         (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", page, re.DOTALL)
+        (step,) = re.findall(r"\n  a step of the whole model.*?\n(?=```)", page, re.DOTALL)
         (part,) = re.findall(r"\$ python -m lvxattn.plan .*\n([^`]*)", readme)
         line = "--model llama3v --frames 1200 --text-tokens 2048 --machine a100-16"
         assert main(line.split()) == 0
         said = capsys.readouterr().out
         assert said.startswith(shown.lstrip("\n"))
+        assert said.endswith(step)
         lines = [line for line in part.splitlines() if line != "  ..."]
         assert len(lines) == 4
         assert set(lines) <= set(said.splitlines())
