@@ -34,8 +34,8 @@ class Kind:
     model_type : str, optional
         What their configuration calls it.
     tower, cross : tuple of str
-        Ends of the names of the modules that encode the visual input, and of the layers that attend
-        to it.
+        Ends of the names, or names of the classes, of the modules that encode the visual input, and
+        of the layers that attend to it.
     """
 
     build: Callable[[str, int, int], nn.Module]
@@ -120,5 +120,9 @@ def checkpoint_model(kind: Kind, folder: str, dtype: torch.dtype) -> nn.Module:
 
 
 def parts(model: nn.Module, ends: tuple[str, ...]) -> list[nn.Module]:
-    """Return the modules whose names end so."""
-    return [module for name, module in model.named_modules() if name.endswith(ends)]
+    """Return the modules whose names end so, or whose classes are called so."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(ends) or type(module).__name__ in ends
+    ]
