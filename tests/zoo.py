@@ -163,33 +163,104 @@ def qformer() -> Animal:
 
 
 def openflamingo() -> Animal:
-    """OpenFlamingo's own package over a Llama of transformers; an image token stands for each."""
-    sys.modules.setdefault("open_clip", types.ModuleType("open_clip"))  # which it imports for CLIP
-    from open_flamingo.src.flamingo import Flamingo
-    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
-    from open_flamingo.src.utils import extend_instance
+    """OpenFlamingo's own package over a Llama of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     in_its_own_dtype(LlamaRMSNorm)
-    text = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=48, **TOKENS,
-        )
+    return flamingo(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=48, **TOKENS,
+            )
+        ),
+        "model.layers",
     )  # fmt: skip
+
+
+def openflamingo_all() -> Animal:
+    """The same, whose text sees all images before it, not the last one only."""
+    model, batch, given = openflamingo()
+    for module in model.modules():
+        if type(module).__name__ == "MaskedCrossAttention":
+            module.only_attend_immediate_media = False
+    return model, batch, given
+
+
+def openflamingo_opt() -> Animal:
+    """The same over an OPT."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0, **TOKENS,
+    )  # fmt: skip
+    return flamingo(OPTForCausalLM(config), "model.decoder.layers")
+
+
+def openflamingo_neox() -> Animal:
+    """The same over a GPT-NeoX."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, **TOKENS,
+    )  # fmt: skip
+    return flamingo(GPTNeoXForCausalLM(config), "gpt_neox.layers")
+
+
+def flamingo(text: Any, layers: str) -> Animal:
+    """Return an OpenFlamingo over a language model; a token stands for each image."""
+    sys.modules.setdefault("open_clip", types.ModuleType("open_clip"))  # which it imports for CLIP
+    from open_flamingo.src.flamingo import Flamingo
+    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
+    from open_flamingo.src.utils import extend_instance
+
+    text.loss_function = causal_loss
     extend_instance(text, FlamingoLMMixin)
-    text.set_decoder_layers_attr_name("model.layers")
+    text.set_decoder_layers_attr_name(layers)
     image = VOCABULARY - 1
     model = Flamingo(types.SimpleNamespace(visual=Patches()), text, 2, image, 16)
     ids = torch.randint(3, image, (B, S))
-    ids[:, 1] = ids[:, 4] = ids[0, 6] = image
+    ids[:, 1] = ids[:, 4] = ids[0, 6] = ids[0, 7] = image  # the last one of an image too many
     given = {
         "vision_x": torch.randn(B, 3, 1, 3, 4, 4),
         "lang_x": ids,
         "attention_mask": text_of()["attention_mask"],
     }
     return model, {**given, "labels": ids}, given
+
+
+def owl3_gated(fused: bool = False) -> Animal:
+    """mPLUG-Owl3, with padding, text before the first image, and rows with fewer images."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    from lvxattn.torch_impl.models.owl3 import Owl3, Owl3Config
+
+    in_its_own_dtype(Qwen2RMSNorm)
+    text = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **TOKENS,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    image = VOCABULARY - 1
+    model = Owl3(Owl3Config(text, vision, hyper_layers=(1, 3), fused=fused, image_token_id=image))
+    model.language_model.loss_function = causal_loss
+    given = text_of()
+    ids = given["input_ids"].clamp(max=image - 1)
+    ids[:, [2, 3, 5]] = ids[1, 7] = image
+    given |= {"input_ids": ids, "pixel_values": torch.randn(B, IMAGES, 3, 8, 8)}
+    return model, {**given, "labels": labels_of(given)}, given
+
+
+def owl3_fused() -> Animal:
+    """The same, of one softmax over text and images."""
+    return owl3_gated(fused=True)
 
 
 class Patches(nn.Module):
@@ -209,11 +280,13 @@ MODELS: dict[str, Callable[[], Animal]] = {
     f.__name__: f
     for f in (
         mllama, idefics, idefics_without_resampler, whisper, bart, t5gemma, qformer, openflamingo,
+        openflamingo_all, openflamingo_opt, openflamingo_neox,
+        owl3_gated, owl3_fused,
     )
 }  # fmt: skip
 # The Q-Former of transformers 4 computes attention itself.
 MISSING = {"openflamingo": not find_spec("open_flamingo"), "qformer": BEFORE_5}
-HERE = [name for name in MODELS if not MISSING.get(name)]
+HERE = [name for name in MODELS if not MISSING.get(name.partition("_")[0])]
 
 
 def animal(name: str, dtype: torch.dtype) -> Animal:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +29,9 @@ with warnings.catch_warnings():
     from lvxattn.torch_impl.models import Spread, distribute
     from tests.programs.torch_models import apart
     from tests.zoo import animal
+
+# Ranks along the dimensions data and context of a mesh.
+DATA, CONTEXT = 2, 2
 
 # One step of the model alone, or, with a Spread, of its ranks.
 Step = Callable[[nn.Module, dict[str, Any], Spread | None], None]
@@ -110,15 +113,15 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Step]] = {
     "ddp": (same, plain),
     "fsdp2": (same, plain),
     "fsdp2 checkpointed": (checkpointed, plain),
+    "fsdp2 mesh": (same, plain),
 }
 
 
-def wrapped(setting: str, model: Any, comm: Any) -> Any:
-    """Return the model as DDP or FSDP2 train it: both average its gradients."""
+def wrapped(setting: str, model: Any, mesh: DeviceMesh) -> Any:
+    """Return the model as DDP or FSDP2 train it: both average its gradients over all ranks."""
     if setting == "ddp":
         return DistributedDataParallel(model)
     if setting.startswith("fsdp2"):
-        mesh = init_device_mesh("cpu", (comm.size,))
         for layer in model.model.language_model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -137,9 +140,21 @@ def compare(comm: Any, setting: str, text: str, recompute: bool) -> dict[str, An
     alone, batch, _ = animal("mllama", dtype)
     alone = before(alone) or alone
     model = copy.deepcopy(alone)
-    step(alone, batch, None)
-    shares = distribute(model, comm, text=text, recompute_kv=recompute)
-    step(wrapped(setting, model, comm), batch, shares)
+    batches = [batch]
+    mesh = init_device_mesh("cpu", (comm.size,))
+    group: Any = comm
+    if setting == "fsdp2 mesh":  # each sample's images over `context`, samples over `data`
+        batches = [{name: x[n : n + 1] for name, x in batch.items()} for n in range(DATA)]
+        both = init_device_mesh("cpu", (DATA, CONTEXT), mesh_dim_names=("data", "context"))
+        group, batch = both["context"], batches[both.get_local_rank("data")]
+        mesh = both._flatten()
+    for each in batches:
+        step(alone, each, None)
+    for p in alone.parameters():
+        if p.grad is not None:
+            p.grad /= len(batches)
+    shares = distribute(model, group, text=text, recompute_kv=recompute)
+    step(wrapped(setting, model, mesh), batch, shares)
     if not setting.startswith(("ddp", "fsdp2")):
         shares.average_gradients()
     pairs = zip(model.parameters(), alone.parameters(), strict=True)

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     import transformers
     from transformers import AttentionMaskInterface
 
-    from lvxattn.torch_impl.models import distribute, interception, spread
+    from lvxattn.torch_impl.models import distribute, interception, owl3_adapter, spread
     from lvxattn.torch_impl.models.images import Images
     from lvxattn.torch_impl.models.mllama import Mllama
     from lvxattn.torch_impl.models.text import Text
@@ -41,8 +41,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "sampled": {"do_sample": True},
     "static": {"cache_implementation": "static"},
 }
-# The only one of them whose cache may be static, since transformers 5.
-STATIC = "mllama"
+# Those whose cache may be static, since transformers 5.
+STATIC = "mllama", "owl3_gated", "owl3_fused"
 
 
 # The layouts that were agreed on, and those that attention was called with.
@@ -55,8 +55,10 @@ def watch() -> None:
     agree, attend = Layout.agree, spread.attend
 
     def agree_noted(*args: Any, **kwargs: Any) -> Any:
-        agreed.append(agree(*args, **kwargs))
-        return agreed[-1]
+        layout = agree(*args, **kwargs)
+        if layout.size > 1:  # not of a process that attends to its own text
+            agreed.append(layout)
+        return layout
 
     def attend_noted(*args: Any, **kwargs: Any) -> Any:
         used.append(args[4])
@@ -95,6 +97,8 @@ def generated(model: Any, batch: dict[str, Any], way: str) -> Any:
 def cached(outputs: Any) -> int:
     """Return how many keys a layer of cross-attention has in the cache; 0 where it keeps none."""
     cache = outputs.cache if hasattr(outputs, "cache") else outputs.past_key_values
+    if hasattr(cache, "visual"):
+        return int(cache.visual[1][0][0].shape[2])
     if hasattr(cache, "cross_attention_cache"):
         return int(cache.cross_attention_cache.layers[0].keys.shape[2])
     # Mllama's second layer; in Idefics and OpenFlamingo all layers have the keys of the text.
@@ -105,7 +109,7 @@ def compare_generated(comm: Any, name: str, alone: Any, model: Any, batch: Any, 
     """Return, by way, how generating compares."""
     found: dict[str, Any] = {}
     for way in WAYS:
-        if way == "static" and (name != STATIC or zoo.BEFORE_5):
+        if way == "static" and (name not in STATIC or zoo.BEFORE_5):
             continue
         agreed.clear()
         mine, wanted = generated(model, batch, way), generated(alone, prompt, way)
@@ -152,9 +156,12 @@ def compare(comm: Any, name: str, dtype: str, texts: str, recompute: bool) -> di
         tokens = compare_generated(comm, name, alone, model, shares.inputs(**prompt), prompt)
     loss = sum(comm.allgather(loss_of(got).detach())) / comm.size
     results = comm.allgather(result_of(got).detach())
-    result = torch.cat(results, 1) if text == "sharded" else results[0]
+    result, expected = results[0], result_of(wanted)
+    if text == "sharded":  # what rows of padding attend to, versions of transformers differ in
+        real = batch["attention_mask"].bool()
+        result, expected = torch.cat(results, 1)[real], expected[real]
     return {
-        "logits": apart(result, result_of(wanted)),
+        "logits": apart(result, expected),
         "loss": apart(loss, loss_of(wanted)),
         "gradients": max(gradients.values()),
         "worst": max(gradients, key=lambda key: gradients[key]),
@@ -172,6 +179,15 @@ def plant(fault: str) -> None:
         spread.ScaledGradient.backward = staticmethod(lambda _, dx: (dx, None))
     elif fault == "no mask function":  # self-attention loses its padding
         AttentionMaskInterface.register(interception.ATTENTION, lambda *_, **__: None)
+    elif fault == "positions from the first":  # visual keys' on every rank
+        cut = owl3_adapter.SpreadOwl3.cut
+
+        def from_the_first(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+            local = cut(self, batch)
+            self.model.given = slice(0, local["pixel_values"].shape[1])
+            return local
+
+        owl3_adapter.SpreadOwl3.cut = from_the_first  # type: ignore[method-assign]
     elif fault == "local mask":  # a row that sees none of a rank's images sees all of them
         whole = Mllama._take_mask
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from torch import Tensor, nn
 
 from lvxattn.torch_impl.models.images import Images
@@ -18,7 +19,8 @@ class Idefics(Images):
     A token that may attend to none gets nothing: a gate closes, which is made of all images' mask.
     """
 
-    texts = ("replicated", "sharded")
+    # Before transformers 5 its rotary embeddings end at the number of rows that a rank has.
+    texts = ("replicated",) if transformers.__version__ < "5" else ("replicated", "sharded")
 
     def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)

@@ -270,14 +270,18 @@ class Spread:
             raise RuntimeError(
                 f"inputs: expected a batch from Spread.inputs (on {self.group.name})"
             )
+        self.refuse_cache(kwargs)
+        if self.recomputes or self.text == "sharded":
+            kwargs.setdefault("use_cache", False)
+        return args, kwargs
+
+    def refuse_cache(self, kwargs: dict[str, Any]) -> None:
+        """Check that no cache is asked for where the text is sharded."""
         if self.text == "sharded" and kwargs.get("use_cache"):
             raise ValueError(
                 "use_cache: expected False with text='sharded'; use text='replicated' to generate "
                 f"(on {self.group.name})"
             )
-        if self.recomputes or self.text == "sharded":
-            kwargs.setdefault("use_cache", False)
-        return args, kwargs
 
 
 def _fingerprint(x: Any) -> str:
@@ -348,12 +352,14 @@ def distribute(
     ----------
     model : Module
         Of transformers: Mllama (Llama 3.2 Vision), Idefics, Whisper, or another encoder and decoder
-        whose cross-attention calls the model's attention function; or OpenFlamingo's ``Flamingo``.
+        whose cross-attention calls the model's attention function; or OpenFlamingo's ``Flamingo``,
+        or `owl3.Owl3`.
     group : ProcessGroup or one-dimensional DeviceMesh, optional
         The ranks; default: the world.
     text : str
         ``"replicated"``: every rank has the whole text.  ``"sharded"``: every rank has some of its
-        rows (Mllama, Idefics; training only), and self-attention is over all ranks' rows.
+        rows, and self-attention is over all ranks' rows; for training only, and not for
+        encoder-decoders.
     schedule : str
         As in `cross_attention`; with replicated text there is nothing to choose.
     recompute_kv : bool
@@ -381,12 +387,13 @@ def distribute(
     from lvxattn.torch_impl.models.idefics import Idefics
     from lvxattn.torch_impl.models.mllama import Mllama
     from lvxattn.torch_impl.models.openflamingo import OpenFlamingo
+    from lvxattn.torch_impl.models.owl3_adapter import SpreadOwl3
 
     comm = Group.of(group)
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in hooks):
         raise ValueError(f"model: expected one that is not distributed yet (on {comm.name})")
-    for kind in (Mllama, Idefics, OpenFlamingo, EncoderDecoder):
+    for kind in (Mllama, Idefics, OpenFlamingo, SpreadOwl3, EncoderDecoder):
         # A wrapper, such as of peft, has the model inside.
         inner = next(filter(kind.fits, model.modules()), None)
         if inner is None:

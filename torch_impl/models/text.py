@@ -28,6 +28,7 @@ class Text:
     def __init__(self, layers: Iterable[Any], spread: "Spread") -> None:
         self.spread, self.name = spread, "self-attention"
         self.padding: Tensor | None = None  # (B, S), 0 where a row is padding
+        self.calls = 0
         for layer in layers:
             layer.lvxattn = self
 
@@ -64,6 +65,7 @@ class Text:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attend from this rank's rows to all ranks': (B, s_q, H, D_V)."""
+        self.calls += 1
         padding = None if self.padding is None else self.padding.bool()
 
         def sees(b: Tensor, _: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
