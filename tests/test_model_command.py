@@ -28,7 +28,7 @@ from tests.torchrun import torchrun
 
 MODELS = [name for name, kind in KINDS.items() if find_spec(kind.package)]
 # An even number for whisper; for the others one that no number of ranks divides.
-FRAMES = {"whisper": "34", "openflamingo": "5"}
+FRAMES = {"whisper": "34", "openflamingo": "5", "owl3": "5"}
 ONE_STEP = ["tower", "text", "cross", "backward", "update"]
 
 
@@ -173,7 +173,12 @@ class TestModels:
         assert not shut
 
     @pytest.mark.parametrize(
-        ("name", "planned"), [("llama3v", "llama3v"), ("openflamingo", "openflamingo-9b")]
+        ("name", "planned"),
+        [
+            ("llama3v", "llama3v"),
+            ("owl3", "mplug-owl3-7b"),
+            ("openflamingo", "openflamingo-9b"),
+        ],
     )
     def test_planner_counts_its_weights(self, name: str, planned: str) -> None:
         if name not in MODELS:

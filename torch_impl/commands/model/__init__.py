@@ -5,6 +5,7 @@
 `options`      the command line
 `kinds`        which models there are, random weights or a checkpoint's, a batch
 `llama3v`,     the sizes of each model, and its batches
+`owl3`,
 `idefics`,
 `openflamingo`,
 `whisper`

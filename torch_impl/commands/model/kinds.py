@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lvxattn.cli.tensors import InputError
-from lvxattn.torch_impl.commands.model import idefics, llama3v, openflamingo, whisper
+from lvxattn.torch_impl.commands.model import idefics, llama3v, openflamingo, owl3, whisper
 
 SIZES = "tiny", "small", "full"
 # What a gate is called that begins at 0: behind a closed one nothing is tested.
@@ -51,6 +51,9 @@ KINDS = {
     "llama3v": Kind(
         llama3v.build, llama3v.batch, (".vision_model", ".multi_modal_projector"),
         (".cross_attn",), "MllamaForConditionalGeneration", "mllama",
+    ),
+    "owl3": Kind(
+        owl3.build, owl3.batch, ("vision_model", "vision2text_model"), ("HyperAttention",)
     ),
     "openflamingo": Kind(
         openflamingo.build, openflamingo.batch, ("vision_encoder", "perceiver"),
