@@ -16,9 +16,10 @@ from lvxattn.draw import rotation
 from lvxattn.plan.choose import Layout, candidates, explain, unlike_ranks
 from lvxattn.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.plan.memory import memory, most_frames
-from lvxattn.plan.models import MODELS, planned
+from lvxattn.plan.models import MODELS, Model, planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
+from lvxattn.plan.whole import WHOLE, Stack, Whole, most_frames_of_step, step, step_memory
 from tests.errors import says
 
 # Arithmetic is free unless a test says otherwise, and so is reading.
@@ -322,16 +323,84 @@ class TestMemory:
         assert most_frames(MODELS["llama3v"], 2048, 1, 1e6, **given) == 0
 
 
+class TestWholeModel:
+    SMALL = Whole(
+        Model("small", 3, 2, 1, 5, cross_layers=7, blocks=2, tokens_per_frame=11),
+        Stack(2, 3, 4, 2, 6, 13, 3), Stack(3, 4, 2, 2, 9, 8), vocabulary=17, tables=2, patches=19,
+        vision_width=23, cross_mlp=29,
+    )  # fmt: skip
+
+    def test_weights_are_counted_once(self) -> None:
+        text = 2 * (3 * 4 * 6 + 3 * 2 * 6 + 3 * 2 * 6 + 4 * 6 * 3 + 3 * 3 * 13)  # q k v o, MLP
+        tower = 3 * (4 * 4 * 2 * 9 + 2 * 4 * 8) + 588 * 4
+        cross = 7 * (3 * 2 * 5 + 23 * 5 + 23 * 5 + 2 * 5 * 3 + 2 * 3 * 29)
+        assert self.SMALL.parameters == text + tower + cross + 2 * 17 * 3
+
+    def test_time_is_that_of_the_arithmetic(self) -> None:
+        """Of products with weights: attention between tokens is free here, but for the tower's."""
+        machine, given = replace(FREE, matmul=8.0), {"dtype": "float32", "schedule": "lv-xattn"}
+        nothing = step(self.SMALL, replace(FREE, matmul=1e30), 4, 6, 1, **given)
+        assert nothing.total < 1e-12
+        found = step(self.SMALL, machine, 0, 6, 2, **given)  # 3 frames a rank
+        tower = 3 * 19 * self.SMALL.tower_parameters + 3 * 2 * 3 * 2 * 9 * 19 * 19
+        assert found.tower == pytest.approx(tower)
+        assert found.cross == pytest.approx(3 * 11 * self.SMALL.kv_parameters)
+        assert found.text == 0
+        one = step(self.SMALL, machine, 1, 0, 1, **given)
+        scores = 2 * (2 + 2.5) * 2 * 4 * 6 * 2 / 8  # layers, passes, q k and p v
+        assert one.text == pytest.approx(self.SMALL.text_parameters + scores)
+
+    @pytest.mark.parametrize("schedule", ["lv-xattn", "ring"])
+    def test_cross_attention_takes_as_long_as_its_layers(self, schedule: str) -> None:
+        whole, machine = WHOLE["mplug-owl3-7b"], MACHINES["a30-8"]
+        q, k = whole.attention.shapes(512, 64)
+        of = planned(q, k, 8, schedule=schedule)
+        layer = sum(play(of, machine, backward=backward).seconds for backward in (False, True))
+        given = {"dtype": "bfloat16", "schedule": schedule}
+        found = step(whole, machine, 512, 64, 8, **given)
+        idle = step(whole, replace(machine, matmul=1e30), 512, 64, 8, **given)
+        assert found.cross > whole.attention.cross_layers * layer
+        assert found.tower > idle.tower
+        projections = 8 * 729 * whole.kv_parameters * 8 / machine.matmul
+        assert found.cross == pytest.approx(4 * layer + projections)
+
+    @pytest.mark.parametrize("name", sorted(WHOLE))
+    def test_most_frames_fit_and_one_more_does_not(self, name: str) -> None:
+        found = []
+        for recompute in (False, True):
+            given: dict[str, Any] = {"dtype": "bfloat16", "recompute": recompute}
+            n = most_frames_of_step(WHOLE[name], 512, 8, 80e9, **given)
+            assert step_memory(WHOLE[name], 512, n, 8, **given) <= 80e9
+            assert step_memory(WHOLE[name], 512, n + 8, 8, **given) > 80e9
+            # What cross-attention alone has room for, less the weights.
+            assert n < most_frames(WHOLE[name].attention, 512, 8, 80e9, **given)
+            found.append(n)
+        assert found[0] < found[1]
+
+    def test_every_model_has_a_whole_one(self) -> None:
+        assert set(WHOLE) == set(MODELS)
+
+    def test_command_prints_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--model", "openflamingo-9b", "--ranks", "3", "--frames", "7"]) == 0
+        said = capsys.readouterr().out
+        _, rows = said.split("  a step of the whole model")
+        assert [row.split()[0] for row in rows.splitlines()[1:4]] == ["lv-xattn", "ring", "gather"]
+        assert "8.1 billion weights" in rows
+        assert max(map(len, rows.splitlines())) <= 100
+
+
 class TestCommand:
     def test_output_in_docs_is_current(self, capsys: pytest.CaptureFixture[str]) -> None:
         root = Path(__file__).parents[1]
         page, readme = ((root / name).read_text() for name in ("docs/commands.md", "README.md"))
         (shown,) = re.findall(r"\nLV-XAttn plan\n.*?\n(?=```)", page, re.DOTALL)
+        (step,) = re.findall(r"\n  a step of the whole model.*?\n(?=```)", page, re.DOTALL)
         (part,) = re.findall(r"\$ python -m lvxattn.plan .*\n([^`]*)", readme)
         line = "--model llama3v --frames 1200 --text-tokens 2048 --machine a100-16"
         assert main(line.split()) == 0
         said = capsys.readouterr().out
         assert said.startswith(shown.lstrip("\n"))
+        assert said.endswith(step)
         lines = [line for line in part.splitlines() if line != "  ..."]
         assert len(lines) == 4
         assert set(lines) <= set(said.splitlines())
@@ -412,7 +481,7 @@ class TestCommand:
         self, capsys: pytest.CaptureFixture[str], frames: int, words: str
     ) -> None:
         assert main(["--frames", str(frames)]) == 0
-        assert capsys.readouterr().out.endswith(f"\n  a rank has 80.0 GB: {words}\n")
+        assert f"\n  a rank has 80.0 GB: {words}\n" in capsys.readouterr().out
 
     def test_one_rank_has_no_schedule_to_choose(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--ranks", "1", "--frames", "1"]) == 0

@@ -15,6 +15,7 @@ from lvxattn.cli import UsageError, refuse, run_command
 from lvxattn.cli.arguments import Parser, adder
 from lvxattn.cli.measure import add_measure, run_measure
 from lvxattn.cli.run_options import add_run
+from lvxattn.torch_impl.commands import model as whole_model
 from lvxattn.torch_impl.commands.processes import check_environment, world
 from lvxattn.torch_impl.commands.run import Backend, TorchRanks
 from lvxattn.torch_impl.commands.train import add_options, run_training
@@ -71,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a small model to read a digit in a long video of real handwriting.",
     )
     add_options(train)
+    model = add(
+        "model",
+        whole_model.run_model,
+        help="a whole multimodal model, spread over the ranks",
+        description="Run a multimodal model whose visual input is spread over the ranks.",
+    )
+    whole_model.add_options(model)
     return parser
 
 

@@ -19,6 +19,7 @@ from lvxattn.plan.memory import memory, most_frames
 from lvxattn.plan.models import MODELS, planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
+from lvxattn.plan.whole import WHOLE, most_frames_of_step, step, traffic
 
 _PROGRAM = "python -m lvxattn.plan"
 _WIDTHS = (12, 15, 12, 12, 12)
@@ -105,7 +106,14 @@ def plan(options: Namespace) -> str:
         faster = f"{times['ring'] / times[schedule]:8.1f} x" if schedule in times else ""
         lines.append(row + faster)
     best = min(times, key=lambda schedule: times[schedule]) if P > 1 else "any: nothing is sent"
-    lines += ["", f"  least time  {best}", "", *_fitting(options)]
+    lines += [
+        "",
+        f"  least time  {best}",
+        "",
+        *_fitting(options),
+        "",
+        *_whole(options, list(times)),
+    ]
     return "\n".join(lines)
 
 
@@ -134,6 +142,40 @@ def _fitting(options: Namespace) -> list[str]:
     if options.frames <= fits[1]:
         return [*lines, f"  a rank has {room}: room for {frames} only if they are recomputed"]
     return [*lines, f"  a rank has {room}: NO ROOM for {frames} either way"]
+
+
+def _whole(options: Namespace, schedules: list[str]) -> list[str]:
+    """Return the lines on a training step of the whole model."""
+    whole, machine, P = WHOLE[options.model], options.machine, options.ranks
+    titles = "".join(f"{title:>12}" for title in ("tower", "text", "cross-att.", "total"))
+    lines = [f"  a step of the whole model{titles}   over ring"]
+    steps = {
+        schedule: step(
+            whole, machine, options.text_tokens, options.frames, P,
+            dtype=options.dtype, schedule=schedule,
+        )
+        for schedule in schedules
+    }  # fmt: skip
+    for schedule, found in steps.items():
+        times = found.tower, found.text, found.cross, found.total
+        cells = "".join(f"{_seconds(x):>12}" for x in times)
+        faster = steps["ring"].total / found.total
+        lines.append(f"  {schedule:25}{cells}{faster:>10.1f} x")
+    fits = [
+        most_frames_of_step(
+            whole, options.text_tokens, P, machine.room, dtype=options.dtype, recompute=recompute
+        )
+        for recompute in (False, True)
+    ]
+    weights = f"{whole.parameters / 1e9:.1f} billion weights"
+    sent = _size(traffic(whole, P, options.dtype))
+    return [
+        *lines,
+        f"  {weights}, sharded over the ranks (FSDP): {sent} sent by a rank, not timed",
+        f"  frames that fit, weights and AdamW too: {fits[0]:,} with keys and values kept, "
+        f"{fits[1]:,} recomputed",
+        "  assumed: every layer checkpointed, the text sharded, the tower trained frame by frame",
+    ]
 
 
 def _options(arguments: list[str]) -> Namespace:

@@ -9,16 +9,19 @@ from lvxattn.plan.memory import Memory, memory, most_frames
 from lvxattn.plan.models import MODELS, Model, planned
 from lvxattn.plan.simulate import Played, play
 from lvxattn.plan.steps import messages, steps
+from lvxattn.plan.whole import WHOLE, Whole
 
 __all__ = [
     "MACHINES",
     "MODELS",
+    "WHOLE",
     "Candidate",
     "Link",
     "Machine",
     "Memory",
     "Model",
     "Played",
+    "Whole",
     "candidates",
     "explain",
     "memory",

@@ -5,7 +5,9 @@ for the backward are each layer's own; recomputed from the features, only those 
 at a time (arXiv:2502.02406, section 4).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lvxattn.common.wire import ITEMSIZE
 from lvxattn.plan.models import Model
@@ -104,11 +106,12 @@ def most_frames(
     >>> most_frames(MODELS["llama3v"], 2048, 16, room=80e9, **given)
     16260
     """
+    given: dict[str, Any] = {"dtype": dtype, "recompute": recompute}
+    return largest(lambda n: memory(model, text_tokens, n, P, **given).total <= room)
 
-    def fits(frames: int) -> bool:
-        found = memory(model, text_tokens, frames, P, dtype=dtype, recompute=recompute)
-        return found.total <= room
 
+def largest(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that fits, or 0; a number fits if a larger one does."""
     least, most = 0, 1
     while fits(most):
         least, most = most, 2 * most
