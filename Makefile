@@ -115,6 +115,7 @@ bench: check-mpiexec $(STAMP) ## Run all benchmarks, also on shaped links, 1 hou
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --store benchmarks/results
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --store benchmarks/results --plot docs/schedules.png
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/models.py --store benchmarks/results --plot docs/models.png
 
 bench-quick: check-mpiexec $(STAMP) ## Run the benchmarks on small problems, 2 minutes on 2 idle cores; only printed
 	@echo "Small problems, to see that all of it runs: the goals hold for make bench on an idle machine."
@@ -126,6 +127,7 @@ bench-quick: check-mpiexec $(STAMP) ## Run the benchmarks on small problems, 2 m
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --quick
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick --only slow bytes cores
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --quick
+	$(TEST_ENV) $(VENV_PYTHON) benchmarks/models.py --quick
 
 # Nothing is installed on a GPU machine: PYTHON's own packages are used, with or without a network.
 # exec, so that a signal that ends make ends the run.

@@ -35,3 +35,22 @@ def test_passes_run_with_communication_off() -> None:
     (result,) = json.loads(ended.out)["results"]
     sent = {kind: turn["bytes"][0] for kind, (turn,) in result["turns"].items()}
     assert sent["none"] == sent["lv-xattn"] < sent["ring"]  # counted alike, and not sent
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_steps_of_models_run_with_messages_off(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    kinds = ["none", "lv-xattn", "replicated", "kept", "ring"]
+    works = [
+        {"model": name, "kinds": kinds, "text_tokens": 8, "features": features, "rounds": 1}
+        for name, features in (("llama3v", 64), ("owl3", 1458))
+    ]
+    program, options = BENCHMARKS / "model_passes.py", json.dumps(works)
+    ended = mpiexec(2, program, str(tmp_path / "store"), options)
+    assert ended.status == 0, ended.err
+    for result in json.loads(ended.out)["results"]:
+        turns = {kind: turn for kind, (turn,) in result["turns"].items()}
+        sent = {kind: turn["bytes"][0] for kind, turn in turns.items()}
+        assert sent["none"] == sent["lv-xattn"] == sent["kept"] < sent["ring"]
+        assert sent["replicated"] < sent["lv-xattn"]  # no self-attention over ranks
