@@ -42,8 +42,8 @@ define NEEDS_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train tutorials lab notebooks docs test test-all test-rest test-core lint
-.PHONY: soak bench gpu bench-quick clean check-mpiexec
+.PHONY: help setup demo train tutorials lab notebooks docs test test-all test-rest test-core
+.PHONY: test-models lint soak bench gpu bench-quick clean check-mpiexec
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -97,6 +97,19 @@ NUMERIC := $(addprefix tests/test_,block_attention.py check_golden.py cross_atte
 
 test-core: check-mpiexec $(STAMP) ## Run the numeric tests with the kernels of an older processor (CORE=Nehalem)
 	OPENBLAS_CORETYPE=$(CORE) ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" $(NUMERIC) $(ARGS)
+
+# The oldest transformers that the models support, beside the environment's own.
+OLD_MODELS := $(VENV)/transformers-4
+
+test-models: $(OLD_MODELS) ## Run the quick tests of models with the oldest transformers supported
+	@# Without it the tests would be skipped.
+	PYTHONPATH=$(abspath $(OLD_MODELS)) $(VENV_PYTHON) -W ignore -c 'import transformers as t; print(t.__version__)'
+	PYTHONPATH=$(abspath $(OLD_MODELS)) $(PYTEST) -m "not slow" tests/test_spread.py tests/test_owl3.py $(ARGS)
+
+$(OLD_MODELS): $(STAMP) constraints-transformers-4.txt
+	rm -rf $@
+	$(PIP) install --quiet --no-deps --target $@ --requirement constraints-transformers-4.txt
+	@touch $@
 
 lint: $(STAMP) ## Check style, formatting and types (ruff, mypy)
 	$(VENV_PYTHON) -m ruff check
