@@ -4,7 +4,8 @@
 
 import re
 from importlib.util import find_spec
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 from torch.utils.checkpoint import CheckpointError
 
 from lvxattn.torch_impl.models import distribute
+from lvxattn.torch_impl.models.text import Text
 from tests.torch_ranks import torch_report
 from tests.zoo import BEFORE_5, HERE, MODELS, animal
 
@@ -197,6 +199,7 @@ def test_tower_needs_an_image() -> None:
 
 REFUSED = {
     "other_text": "ValueError: input_ids: expected the same batch on all ranks, got .* on rank 1",
+    "other_option": "ValueError: logits_to_keep: expected the same .*, got 0 on rank 0 and 1 on .*",
     "no_images": "ValueError: pixel_values: expected the same batch on all ranks, .* on rank 1",
     "unlike_images": r"ValueError: inputs: .* got \[5, 10\] \(on rank 0 of 2\)",
     "not_cut": r"ValueError: inputs: expected 3 images, .* got 5 \(on rank 1 of 2\)",
@@ -259,6 +262,13 @@ def test_cache_of_sharded_text_is_refused(name: str) -> None:
     local = distribute(model, text="sharded").inputs(**prompt)
     with pytest.raises(ValueError, match=r"^use_cache: expected False with text='sharded'"):
         model.generate(**local, max_new_tokens=2)
+
+
+def test_text_of_too_few_rows_is_refused() -> None:
+    group = SimpleNamespace(group=SimpleNamespace(size=3))
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^text: expected at least 3 rows, .* got 2$"):
+        Text([], cast(Any, group)).cut({"input_ids": ids}, ids)
 
 
 def test_dropout_is_refused() -> None:

@@ -25,6 +25,11 @@ def other_text(model: Any, spread: Spread, batch: dict[str, Any]) -> None:
     spread.inputs(**batch | {"input_ids": batch["input_ids"] + spread.group.rank})
 
 
+def other_option(model: Any, spread: Spread, batch: dict[str, Any]) -> None:
+    """Give rank 1 another number."""
+    spread.inputs(**batch, logits_to_keep=spread.group.rank)
+
+
 def no_images(model: Any, spread: Spread, batch: dict[str, Any]) -> None:
     """Give rank 1 no images."""
     spread.inputs(**batch | {"pixel_values": None} if spread.group.rank else batch)
@@ -56,7 +61,8 @@ def dropout(model: Any, spread: Spread, batch: dict[str, Any]) -> None:
 
 
 REFUSED: dict[str, Callable[[Any, Spread, dict[str, Any]], None]] = {
-    f.__name__: f for f in (other_text, no_images, unlike_images, not_cut, nothing_cut, dropout)
+    f.__name__: f
+    for f in (other_text, other_option, no_images, unlike_images, not_cut, nothing_cut, dropout)
 }
 
 

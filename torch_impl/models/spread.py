@@ -287,7 +287,7 @@ class Spread:
 def _fingerprint(x: Any) -> str:
     """Describe an argument of a batch, so that different ones differ; floats by their shape."""
     if not isinstance(x, Tensor):
-        return type(x).__name__
+        return repr(x) if isinstance(x, bool | int | float | str) else type(x).__name__
     what = f"{tuple(x.shape)} {x.dtype}"
     if x.is_floating_point():
         return what

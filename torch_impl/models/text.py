@@ -43,6 +43,11 @@ class Text:
         position_ids : (1 or B, S)
             Those that the model uses unless the batch has others.
         """
+        size, S = self.spread.group.size, position_ids.shape[1]
+        if size > S:
+            raise ValueError(
+                f"text: expected at least {size} rows, one for each rank, to be sharded, got {S}"
+            )
         padding = batch.get("attention_mask")
         if padding is not None and padding.ndim != 2:
             raise ValueError(f"attention_mask: expected (B, S), got {tuple(padding.shape)}")
@@ -55,7 +60,7 @@ class Text:
             # A rank's loss is P times its part of the mean over all tokens, so that the mean of the
             # ranks' losses, and of their gradients, is that of one process.
             count = (shifted != -100).sum() if count is None else torch.as_tensor(count)
-            cut["num_items_in_batch"] = count.double() / self.spread.group.size
+            cut["num_items_in_batch"] = count.double() / size
         names = "input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels"
         for name in names:
             if cut.get(name) is not None:
