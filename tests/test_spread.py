@@ -111,7 +111,7 @@ def test_schedules_send_what_is_planned() -> None:
 
 SETTINGS = [
     "plain", "checkpointed", "accumulated", "two forwards", "frozen", "features", "ddp", "fsdp2",
-    "fsdp2 checkpointed",
+    "fsdp2 checkpointed", "one image ddp", "one image fsdp2", "embeddings",
 ]  # fmt: skip
 QUICK_SETTINGS = ["checkpointed", "features", "ddp", "fsdp2"]
 
@@ -173,6 +173,7 @@ def test_autocast_errs_no_more_than_in_one_process(text: str) -> None:
         ("no mask function", "mllama", "replicated", 2, "logits", 1e-3),
         ("local mask", "mllama", "replicated", 2, "logits", 1e-3),
         ("local positions", "mllama", "sharded", 2, "logits", 1e-3),
+        ("tile order", "mllama", "replicated", 2, "logits", 1e-3),
         ("positions from the first", "owl3_gated", "replicated", 2, "logits", 1e-3),
         ("positions from the first", "owl3_fused", "replicated", 2, "logits", 1e-3),
     ],
@@ -204,7 +205,7 @@ REFUSED = {
     "unlike_images": r"ValueError: inputs: .* got \[5, 10\] \(on rank 0 of 2\)",
     "not_cut": r"ValueError: inputs: expected 3 images, .* got 5 \(on rank 1 of 2\)",
     "nothing_cut": r"RuntimeError: inputs: .*Spread\.inputs \(on rank \d of 2\)",
-    "dropout": r"ValueError: dropout: .* 0 in MllamaTextCross.* 0\.1: .* \(on rank 1 of 2\)",
+    "dropout": r"ValueError: dropout: expected 0 .* got 0\.1.* \(on rank 1 of 2\)",
 }
 
 
@@ -276,9 +277,9 @@ def test_dropout_is_refused() -> None:
     for module in model.modules():
         if type(module).__name__ == "BartAttention":
             module.dropout = 0.1
-    local = distribute(model.train()).inputs(**batch)
-    with pytest.raises(ValueError, match=r"^dropout: .*BartAttention.*0\.1"):
-        model(**local)
+    spread = distribute(model.train())
+    with pytest.raises(ValueError, match=r"^dropout: .*0\.1 as dropout of model\.encoder\.\w+"):
+        spread.inputs(**batch)
 
 
 def test_another_forward_before_a_checkpointed_backward_is_refused() -> None:
@@ -287,10 +288,69 @@ def test_another_forward_before_a_checkpointed_backward_is_refused() -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
     spread = distribute(model)
-    loss = model(**spread.inputs(**batch)).loss
-    model(**spread.inputs(**batch | {"input_ids": batch["input_ids"].flip(0)}))
+    local = spread.inputs(**batch)
+    loss = model(**local).loss
+    mask = batch["cross_attention_mask"].flip(2)
+    model(**local | {"cross_attention_mask": mask})
     with pytest.raises(CheckpointError, match=r"\[0, 1\][\s\S]*\[0, 2\]"):
         loss.backward()
+
+
+def test_packed_texts_are_refused() -> None:
+    model, batch, _ = animal("mllama", torch.float32)
+    spread = distribute(model, text="sharded")
+    packed = {"attention_mask": None, "position_ids": torch.arange(9)[None] % 5}
+    with pytest.raises(ValueError, match=r"^position_ids: .* packed texts cannot be sharded"):
+        spread.inputs(**batch | packed)
+
+
+@pytest.mark.parametrize("name", ["mllama", "owl3_fused"])
+def test_text_that_was_not_cut_is_refused(name: str) -> None:
+    model, batch, _ = animal(name, torch.float32)
+    local = distribute(model, text="sharded").inputs(**batch)
+    twice = local["input_ids"].repeat(1, 2)
+    with pytest.raises(ValueError, match=r"^inputs: expected 9 of 9 rows of text, .* got 18 "):
+        model(**local | {"input_ids": twice})
+
+
+def test_mask_of_other_tiles_is_refused() -> None:
+    model, batch, _ = animal("mllama", torch.float32)
+    local = distribute(model).inputs(**batch)
+    mask = batch["cross_attention_mask"][:, :, :4]
+    with pytest.raises(ValueError, match=r"^mask: expected columns that divide 50 .* got 8 "):
+        model(**local | {"cross_attention_mask": mask})
+
+
+def test_text_alone_needs_no_images() -> None:
+    model, batch, _ = animal("mllama", torch.float64)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    wanted = model(**text).loss
+    assert torch.equal(model(**distribute(model).inputs(**text)).loss, wanted)
+
+
+@pytest.mark.parametrize("as_tuple", [True, False])
+def test_outputs_of_the_encoder_are_cut_once(as_tuple: bool) -> None:
+    model, batch, _ = animal("bart", torch.float64)
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    alone = model(**batch).logits
+    spread = distribute(model)
+    made = model.get_encoder()(**given)
+    rest = {"attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+    outputs = tuple(made.values()) if as_tuple else made
+    local = spread.inputs(encoder_outputs=outputs, **rest)
+    assert local["encoder_outputs"][0] is made[0]
+    assert torch.allclose(model(**local).logits, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_keys_with_positions_of_their_own_are_refused() -> None:
+    from transformers import DetrConfig, DetrModel
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    config = DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, **sizes)
+    with torch.device("meta"):
+        model = DetrModel(config)
+    with pytest.raises(ValueError, match=r"^model: .* got DetrModel"):
+        distribute(model)
 
 
 @pytest.mark.parametrize(("name", "keys"), [("mllama", 50), ("owl3_gated", 20), ("owl3_fused", 20)])

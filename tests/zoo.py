@@ -56,6 +56,9 @@ def mllama() -> Animal:
         "aspect_ratio_mask": torch.ones(B, IMAGES, TILES, dtype=torch.long),
         "cross_attention_mask": images_before()[..., None].repeat(1, 1, 1, TILES),
     }
+    # The second image has one tile: the other is padding.
+    given["aspect_ratio_ids"][:, 1] = 1
+    given["aspect_ratio_mask"][:, 1, 1] = given["cross_attention_mask"][:, :, 1, 1] = 0
     return model, {**given, "labels": labels_of(given)}, given
 
 

@@ -45,10 +45,15 @@ def plain(model: Any, batch: dict[str, Any], spread: Spread | None) -> None:
 def backward_twice(model: Any, batch: dict[str, Any], spread: Spread | None) -> None:
     """Accumulate the gradients of two batches, the second with fewer images."""
     for images in (5, 2):
-        names = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"
-        fewer = {name: batch[name][:, :images] for name in names}
-        fewer["cross_attention_mask"] = batch["cross_attention_mask"][:, :, :images]
-        plain(model, batch | fewer, spread)
+        plain(model, images_of(batch, images), spread)
+
+
+def images_of(batch: dict[str, Any], images: int) -> dict[str, Any]:
+    """Return a batch with its first images only."""
+    names = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"
+    fewer = {name: batch[name][:, :images] for name in names}
+    fewer["cross_attention_mask"] = batch["cross_attention_mask"][:, :, :images]
+    return batch | fewer
 
 
 def forward_twice(model: Any, batch: dict[str, Any], spread: Spread | None) -> None:
@@ -71,6 +76,15 @@ def features_given(model: Any, batch: dict[str, Any], spread: Spread | None) -> 
     rest = {name: x for name, x in batch.items() if name not in names}
     features = torch.randn(2, 50, 32, dtype=torch.float64)  # 5 images of 2 tiles of 5 patches
     plain(model, rest | {"cross_attention_states": features}, spread)
+
+
+def embeddings_given(model: Any, batch: dict[str, Any], spread: Spread | None) -> None:
+    """Give embeddings for tokens, positions, and the number of tokens of more batches than one."""
+    rows = {name: x for name, x in batch.items() if name != "input_ids"}
+    rows["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"]).detach()
+    rows |= {"position_ids": torch.arange(9)[None] + 2, "num_items_in_batch": 100}
+    model.get_input_embeddings().requires_grad_(False)
+    plain(model, rows, spread)
 
 
 def checkpointed(model: Any) -> None:
@@ -114,14 +128,17 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Step]] = {
     "fsdp2": (same, plain),
     "fsdp2 checkpointed": (checkpointed, plain),
     "fsdp2 mesh": (same, plain),
+    "one image ddp": (same, plain),
+    "one image fsdp2": (same, plain),
+    "embeddings": (same, embeddings_given),
 }
 
 
 def wrapped(setting: str, model: Any, mesh: DeviceMesh) -> Any:
     """Return the model as DDP or FSDP2 train it: both average its gradients over all ranks."""
-    if setting == "ddp":
+    if setting.endswith("ddp"):
         return DistributedDataParallel(model)
-    if setting.startswith("fsdp2"):
+    if "fsdp2" in setting:
         for layer in model.model.language_model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -140,6 +157,8 @@ def compare(comm: Any, setting: str, text: str, recompute: bool) -> dict[str, An
     alone, batch, _ = animal("mllama", dtype)
     alone = before(alone) or alone
     model = copy.deepcopy(alone)
+    if setting.startswith("one image"):
+        batch = images_of(batch, 1)
     batches = [batch]
     mesh = init_device_mesh("cpu", (comm.size,))
     group: Any = comm
@@ -155,7 +174,7 @@ def compare(comm: Any, setting: str, text: str, recompute: bool) -> dict[str, An
             p.grad /= len(batches)
     shares = distribute(model, group, text=text, recompute_kv=recompute)
     step(wrapped(setting, model, mesh), batch, shares)
-    if not setting.startswith(("ddp", "fsdp2")):
+    if not ("ddp" in setting or "fsdp2" in setting):
         shares.average_gradients()
     pairs = zip(model.parameters(), alone.parameters(), strict=True)
     grads = [(p.grad, other.grad) for p, other in pairs]

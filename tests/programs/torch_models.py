@@ -201,6 +201,14 @@ def plant(fault: str) -> None:
             return result
 
         Mllama._take_mask = take_mask
+    elif fault == "tile order":  # the mask of an image's tiles is that of its others
+        right_way = Mllama._take_mask
+
+        def take_reversed(self: Any, module: Any, args: Any, kwargs: Any) -> Any:
+            kwargs["cross_attention_mask"] = kwargs["cross_attention_mask"].flip(3)
+            return right_way(self, module, args, kwargs)
+
+        Mllama._take_mask = take_reversed
     elif fault == "gates at 0":  # as a new model has them: its keys and values get no gradients
         zoo.GATE = 0.0
     elif fault == "local positions":  # rotary embeddings begin at 0 on every rank

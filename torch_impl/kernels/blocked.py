@@ -145,13 +145,21 @@ class Tiles:
                     yield b, heads, rows
 
     def key_tiles(self, at: At) -> Iterator[tuple[slice, Tensor | None]]:
-        """Yield the keys of every tile, and its mask; no tiles that a bool mask hides."""
+        """Yield the keys of every tile, and its mask; on a CPU no tiles that a bool mask hides.
+
+        On a device the program would have to wait for the answer.
+        """
         b, heads, rows = at
         for keys in tiles(self.s_kv, self.tile_keys):
             mask_tile = self.mask.tile(
                 slice(b, b + 1), self._query_heads(heads), rows, keys, self._arange
             )
-            if mask_tile is None or mask_tile.dtype != torch.bool or mask_tile.any():
+            if (
+                mask_tile is None
+                or mask_tile.dtype != torch.bool
+                or self.device.type != "cpu"
+                or mask_tile.any()
+            ):
                 yield keys, mask_tile
 
     def new_rows(self, *width: int) -> Tensor:

@@ -1,6 +1,9 @@
 """Any encoder and decoder of transformers whose cross-attention calls the attention function."""
 
+import copy
 import inspect
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 # How decoders' layers name their cross-attention.
 LAYERS = "encoder_attn", "cross_attn", "crossattention.attention"
 MASK = "encoder_attention_mask"
+# Arguments of layers with the positions of keys, which would have to be cut, too (DETR).
+PLACES = "encoder_position_embeddings", "spatial_position_embeddings"
 
 
 class EncoderDecoder(Adapter):
@@ -23,6 +28,7 @@ class EncoderDecoder(Adapter):
     def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.mine = range(0)
+        self.cut_already: Callable[[], Tensor | None] = lambda: None
         self.padding: Tensor | None = None  # (B, S_KV), 0 where a row is padding
         encoder = _encoder(model)
         if encoder is not None:
@@ -37,7 +43,8 @@ class EncoderDecoder(Adapter):
     @staticmethod
     def fits(model: nn.Module) -> bool:
         """Return whether the model has cross-attention layers that can be spread."""
-        return isinstance(model, PreTrainedModel) and bool(_layers(model))
+        takes_mask = any(MASK in _parameters(m) for m in model.modules())
+        return isinstance(model, PreTrainedModel) and takes_mask and bool(_layers(model))
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Cut what an encoder has made already."""
@@ -45,8 +52,7 @@ class EncoderDecoder(Adapter):
         if batch.get("encoder_hidden_states") is not None:
             batch["encoder_hidden_states"] = self._cut_rows(batch["encoder_hidden_states"])
         if batch.get("encoder_outputs") is not None:
-            first, *others = batch["encoder_outputs"]
-            batch["encoder_outputs"] = self._cut_rows(first), *others
+            batch["encoder_outputs"] = self._cut_outputs(batch["encoder_outputs"])
         return batch
 
     def own(self, s_kv: int) -> int:
@@ -68,15 +74,23 @@ class EncoderDecoder(Adapter):
 
     def _cut_rows(self, y: Tensor) -> Tensor:
         self.spread.renew()
+        if y is self.cut_already():  # by the hook of the encoder, and given to `cut`
+            return y
         self.mine = self.spread.share(y.shape[1])
         start = self.mine.start if self.mine else 0
-        return y[:, start : start + max(1, len(self.mine))]
+        cut = y[:, start : start + max(1, len(self.mine))]
+        self.cut_already = weakref.ref(cut)
+        return cut
 
-    def _cut_output(self, _: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return self._cut_rows(output[0]), *output[1:]
-        output.last_hidden_state = self._cut_rows(output.last_hidden_state)
-        return output
+    def _cut_outputs(self, outputs: Any) -> Any:
+        if isinstance(outputs, tuple):
+            return self._cut_rows(outputs[0]), *outputs[1:]
+        cut = copy.copy(outputs)
+        cut.last_hidden_state = self._cut_rows(outputs.last_hidden_state)
+        return cut
+
+    def _cut_output(self, _: nn.Module, _args: Any, outputs: Any) -> Any:
+        return self._cut_outputs(outputs)
 
     def _take_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self.padding = kwargs.pop(MASK, None)
@@ -94,7 +108,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         module
         for name, module in model.named_modules()
         if name.endswith(LAYERS)
-        and set(FEATURES) & set(inspect.signature(module.forward).parameters)
+        and set(FEATURES) & set(_parameters(module))
+        and not set(PLACES) & set(_parameters(module))
     ]
 
 

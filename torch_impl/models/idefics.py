@@ -42,6 +42,16 @@ class Idefics(Images):
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Cut pixels, or what their encoder made of them."""
+        mask, made = batch.get("image_attention_mask"), batch.get("image_encoder_embeddings")
+        if mask is None or mask.ndim != 3:
+            raise ValueError(
+                "image_attention_mask: expected (B, S, images), "
+                f"got {None if mask is None else tuple(mask.shape)}"
+            )
+        if made is not None and made.ndim != 4:
+            raise ValueError(
+                f"image_encoder_embeddings: expected (B, images, keys, E), got {tuple(made.shape)}"
+            )
         if self.text is not None:
             position_ids, padding = positions(batch), batch.get("attention_mask")
             if padding is not None:  # as the model counts, which does not count padding
@@ -54,7 +64,7 @@ class Idefics(Images):
         # Beside a cache the model is given what its encoder has made, of this rank's images.
         self.given = self.encoded.stop - self.encoded.start if pixels is None else pixels.shape[1]
         if self.text is not None:
-            self.text.padding = kwargs.pop("attention_mask", None)
+            self.text.take_padding(kwargs)
         self.table = table = kwargs["image_attention_mask"].bool()  # (B, S_Q, images)
         self.gate = self.own_rows(table.any(-1))
         # In its place one of a single row: the model makes of it what is not used.

@@ -21,7 +21,7 @@ class Images(Adapter):
 
     def __init__(self, model: nn.Module, spread: "Spread") -> None:
         super().__init__(model, spread)
-        self.images = 0  # of all ranks
+        self.images = 0  # of all ranks, in the batch that was cut last
         self.given = 0  # of this rank, to the forward that is under way
         self.S_KV = 0
         # (B, S_Q, columns), bool: which of all ranks' keys, in columns of equal width, the text
@@ -36,8 +36,13 @@ class Images(Adapter):
     @property
     def encoded(self) -> slice:
         """The images that this rank encodes."""
-        start = self.mine.start if self.mine else 0
-        return slice(start, start + max(1, len(self.mine)))
+        return self.encoded_of(self.images)
+
+    def encoded_of(self, images: int) -> slice:
+        """Return which of so many images this rank encodes."""
+        mine = self.spread.share(images)
+        start = mine.start if mine else 0
+        return slice(start, start + max(1, len(mine)))
 
     def cut_images(self, batch: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Return the batch with this rank's images: axis 1 of the named tensors."""
@@ -75,7 +80,13 @@ class Images(Adapter):
         """Return the rule that looks keys up in the table."""
         if self.table is None:
             return None
-        table, width = self.table, self.S_KV // self.table.shape[2]
+        table, columns = self.table, self.table.shape[2]
+        if self.S_KV % columns:
+            raise ValueError(
+                f"mask: expected columns that divide {self.S_KV} keys of {self.images} images, "
+                f"got {columns}"
+            )
+        width = self.S_KV // columns
 
         def sees(b: Tensor, _: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
             seen: Tensor = table[b, q_index, kv_index // width]

@@ -108,7 +108,7 @@ class Interception:
     def _unsupported(self) -> str:
         return (
             f"model: expected {self.name} to call the attention function {ATTENTION!r}, and it did "
-            "not: its attention cannot be spread"
+            "not: its attention cannot be spread, or set_attn_implementation has changed it"
         )
 
 
@@ -134,7 +134,9 @@ def attention(
             f"dropout: expected 0 in {layer.name}, got {dropout}: ranks would not drop what one "
             "process drops"
         )
-    for name in ("softcap", "position_bias"):
+    # The mask of a sharded text is made here, without a window.
+    names = "softcap", "position_bias", *["sliding_window"] * (not isinstance(layer, Interception))
+    for name in names:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: expected None in {layer.name}: not supported")
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling

@@ -19,6 +19,9 @@ class Mllama(Images):
 
     A token that may attend to none attends to all, and the layer's MLP leaves it alone.  Made as
     the model makes it, the mask would be as large as the scores.  Here it stays a table of tiles.
+
+    Without a mask every token attends to all tiles.  In transformers, SDPA takes a missing mask for
+    a causal one, over image keys, unless the layers' `is_causal` is False.
     """
 
     texts = ("replicated", "sharded")
@@ -52,6 +55,8 @@ class Mllama(Images):
         features = batch.get(FEATURES)
         if features is None:
             self.features = None
+            if batch.get("pixel_values") is None:  # text alone, which passes by the images' layers
+                return batch
             return self.cut_images(batch, ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
         self.S_KV, self.features = features.shape[1], self.spread.share(features.shape[1])
         return {**batch, FEATURES: features[:, self.features.start : self.features.stop]}
@@ -71,7 +76,7 @@ class Mllama(Images):
         if kwargs.get("pixel_values") is not None:
             self.given = kwargs["pixel_values"].shape[1]
         if self.text is not None:
-            self.text.padding = kwargs.pop("attention_mask", None)
+            self.text.take_padding(kwargs)
         mask = kwargs.pop("cross_attention_mask", None)
         self.table = self.seen = None
         if mask is None:

@@ -57,8 +57,9 @@ class OpenFlamingo(Images):
         assert self.text is not None
         self.spread.refuse_cache(kwargs)
         self.locations = kwargs["input_ids"] == module.media_token_id
-        self.text.padding, self.text.calls = kwargs["attention_mask"], 0
+        self.text.calls = 0
         kwargs = self.text.cut(kwargs, positions(kwargs))
+        self.text.take_padding(kwargs)
         return args, kwargs | {"attention_mask": None}
 
     def _check_attention(self, module: Any, *_: Any) -> None:

@@ -8,11 +8,12 @@ a GELU, and a token sees the same images and its own, at the position of theirs.
 Source: arXiv:2408.04840, of which summaries were read, and public copies of both versions' code,
 which was read but not copied; no published weights were loaded.  The copies agree on what the two
 modules say, but for the gate of 240728: here it is a matrix of the head's result, as in the copy of
-the original; a port to Paddle has one learned vector.  Padding is never seen here; 241101's copy
-ignores the mask of padding in layers with hyper attention.  Not certain is whether later revisions
-of the published code differ.
+the original; a port to Paddle has one learned vector.  Keys that are padding are masked in all
+layers; 241101's copy ignores the mask of padding in layers with hyper attention.  Not certain is
+whether later revisions of the published code differ.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,10 +135,8 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
             self.vision2text_model = nn.Sequential(
                 self.vision2text_model, nn.GELU(), nn.Linear(width, width)
             )
-        # Set where the model is spread: which of the text's images are given, which row of the text
-        # is the first that is given, and of how many, and the attention.
-        self.given = slice(None)
-        self.rows: tuple[int, int] | None = None
+        # Set where the model is spread: which of the text's images are given, and the attention.
+        self.given: Callable[[int], slice] = lambda _: slice(None)
         self.attend: Attend = attend_to_images
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -159,6 +158,7 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         image_position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        rows: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute logits, and the loss where there are labels.
@@ -179,6 +179,8 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         labels : (B, S), int64, optional
         use_cache : bool, optional
             Whether to return a cache, which keeps the images' keys and values, too.
+        rows : (int, int), optional
+            Which row of a sharded text is the first that is given, and how many it has.
 
         Returns
         -------
@@ -203,14 +205,16 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
             positions = image_positions
             if positions is None:
                 positions = self.find_images(input_ids, pixel_values.shape[1])
-            self._check(positions, input_ids)
+            self._check(positions, input_ids, input_ids.shape[1] if rows is None else rows[1])
             features, kept = self.encode(pixel_values), {} if use_cache else None
             if image_position_ids is None:
                 image_position_ids = position_of(positions, position_ids)
-            rotation = self._rotation(features, image_position_ids[:, self.given])
+            rotation = self._rotation(
+                features, image_position_ids[:, self.given(positions.shape[1])]
+            )
         visual = None
         if positions is not None:
-            first = past if self.rows is None else self.rows[0]
+            first = past if rows is None else rows[0]
             index = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
             table = self.sees(index, positions)
             visual = Visual(features, rotation, table, self.attend, kept)
@@ -263,8 +267,8 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
             inputs.pop("pixel_values", None)
         return inputs
 
-    def _check(self, positions: Tensor, input_ids: Tensor) -> None:
-        B, S = len(input_ids), input_ids.shape[1] if self.rows is None else self.rows[1]
+    def _check(self, positions: Tensor, input_ids: Tensor, S: int) -> None:
+        B = len(input_ids)
         last = int(positions.max()) if positions.numel() else S
         if positions.ndim != 2 or len(positions) != B or last >= S:
             raise ValueError(

@@ -24,7 +24,7 @@ class SpreadOwl3(Images):
     def __init__(self, model: Any, spread: "Spread") -> None:
         super().__init__(model, spread)
         self.rows: Tensor | None = None  # (B, S_Q, images), which row of all ranks' sees which
-        model.attend = self.attend
+        model.attend, model.given = self.attend, self.encoded_of
         self.text: Text | None = None
         if spread.text == "sharded":
             layers = [layer.self_attn for layer in model.language_model.model.layers]
@@ -33,7 +33,12 @@ class SpreadOwl3(Images):
                 if isinstance(layer, HyperAttention):
                     layer.attend_to_text = self._attend_to_text
             model.language_model.set_attn_implementation(ATTENTION)
-            model.register_forward_pre_hook(self._take_padding, with_kwargs=True)
+            if model.config.text_config.use_sliding_window:
+                raise ValueError(
+                    "text: expected 'replicated' for an Owl3 with use_sliding_window "
+                    f"(on {spread.group.name})"
+                )
+            model.register_forward_pre_hook(self._take_text, with_kwargs=True)
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -45,20 +50,19 @@ class SpreadOwl3(Images):
         cut = self.cut_images(batch, ("pixel_values",))
         if cut.get("image_positions") is None:
             cut["image_positions"] = self.model.find_images(batch["input_ids"], self.images)
-        self.model.given = self.encoded
         self.given = self.encoded.stop - self.encoded.start  # or the model raises
         if self.text is None:
             return cut
         S_Q, where = batch["input_ids"].shape[1], cut["image_positions"]
         cut["image_position_ids"] = position_of(where, batch.get("position_ids"))
-        self.model.rows = self.spread.share(S_Q).start, S_Q
-        self.rows = self.model.sees(torch.arange(S_Q, device=where.device), where)
+        cut["rows"] = self.spread.share(S_Q).start, S_Q
         return self.text.cut(cut, positions(cut))
 
     def attend(
         self, make: Make, q: Tensor, y: Tensor, table: Tensor, *, recompute: bool
     ) -> tuple[Tensor, Tensor]:
         """Attend to all ranks' images."""
+        self.images = table.shape[2]
         self.table = table if self.rows is None else self.rows
         return self.spread.attend(make, q, y, recompute=recompute)
 
@@ -68,7 +72,9 @@ class SpreadOwl3(Images):
         assert self.text is not None
         return self.text.attend(q, k, v, scale)
 
-    def _take_padding(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _take_text(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         assert self.text is not None
-        self.text.padding = kwargs.pop("attention_mask", None)
+        self.text.take_padding(kwargs)
+        where = kwargs["image_positions"]
+        self.rows = model.sees(torch.arange(kwargs["rows"][1], device=where.device), where)
         return args, kwargs

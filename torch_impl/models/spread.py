@@ -24,8 +24,8 @@ Make = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, float]]
 class Adapter:
     """What a kind of model needs to be spread: how its input is cut, and its masks.
 
-    Its hooks only note what a forward is given.  They raise nothing: `own` and `mask` do, where all
-    ranks raise together.
+    Its hooks only note what a forward is given.  `own` and `mask` check it, where all ranks raise
+    together.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class Spread:
         self.meter: Meter | None = None
         self._layouts: dict[Any, Layout] = {}
         self._new = True  # no attention to this visual input has been computed
-        self._batches = 0
+        self._batches = self._forwards = 0
 
     def inputs(self, **batch: Any) -> dict[str, Any]:
         """Return this rank's share of a batch.
@@ -108,8 +108,9 @@ class Spread:
         Parameters
         ----------
         batch
-            The model's keyword arguments for the whole batch; equal on all ranks.  Images are only
-            sliced, so that those of a memory-mapped file are read by the rank that they belong to.
+            The model's keyword arguments for the whole batch; equal on all ranks, which is checked,
+            but of real numbers only the shapes.  Images are only sliced, so that those of a
+            memory-mapped file are read by the rank that they belong to.
 
         Returns
         -------
@@ -121,12 +122,17 @@ class Spread:
         Raises
         ------
         ValueError, TypeError
-            On every rank: the batch cannot be cut, or differs between ranks.
+            On every rank: the batch cannot be cut, or differs between ranks, or the model is in
+            training and has dropout while every rank has the text.
         """
         cut: dict[str, Any] = {}
-        check_here_or_together(
-            lambda: cut.update(self.adapter.cut(batch)), self.group, together=True
-        )
+
+        def check() -> None:
+            if self.text == "replicated":
+                _refuse_dropout(self.model)
+            cut.update(self.adapter.cut(batch))
+
+        check_here_or_together(check, self.group, together=True)
         self._check_equal(batch)
         self.renew()
         self._batches += 1
@@ -197,7 +203,7 @@ class Spread:
             q, k, v, scale = make(x, y)
             if s_kv < 0:  # in the forward: in the backward another batch may have been cut
                 s_kv = self.adapter.own(k.shape[2])
-            k, v = (scale_gradient(x[:, :, :s_kv], factor) for x in (k, v))
+            k, v = (scale_gradient(made[:, :, :s_kv], factor) for made in (k, v))
             dtype = autocast_dtype(q)
             return cast(q, dtype), cast(k, dtype), cast(v, dtype)
 
@@ -244,7 +250,7 @@ class Spread:
         key = call, q.shape, q.dtype, k.shape, v.shape, options["scale"], callable(mask)
         if key not in self._layouts:
             self._layouts[key] = Layout.agree(q, k, v, self.group, call=call, **options)
-        q = OfBatch.apply(q, self._batches)  # type: ignore[no-untyped-call]
+        q = OfForward.apply(q, self._forwards)  # type: ignore[no-untyped-call]
         layout = self._layouts[key]
         out, lse = attend(
             q, k, v, self.group, layout, made, return_lse=True, meter=self.meter, **options
@@ -270,6 +276,7 @@ class Spread:
             raise RuntimeError(
                 f"inputs: expected a batch from Spread.inputs (on {self.group.name})"
             )
+        self._forwards += 1
         self.refuse_cache(kwargs)
         if self.recomputes or self.text == "sharded":
             kwargs.setdefault("use_cache", False)
@@ -284,8 +291,26 @@ class Spread:
             )
 
 
+def _refuse_dropout(model: nn.Module) -> None:
+    """Check that nothing is dropped: ranks that all have the text would drop different elements."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        rates = {key: x for key, x in vars(module).items() if "drop" in key}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates["p"] = module.p
+        for key, rate in rates.items():
+            if isinstance(rate, float) and rate > 0:
+                raise ValueError(
+                    f"dropout: expected 0 in training with text='replicated', got {rate} as {key} "
+                    f"of {name or type(model).__name__}"
+                )
+
+
 def _fingerprint(x: Any) -> str:
-    """Describe an argument of a batch, so that different ones differ; floats by their shape."""
+    """Describe an argument of a batch: whole numbers by their values, real ones by their shape."""
+    if isinstance(x, tuple | list):
+        return f"({', '.join(map(_fingerprint, x))})"
     if not isinstance(x, Tensor):
         return repr(x) if isinstance(x, bool | int | float | str) else type(x).__name__
     what = f"{tuple(x.shape)} {x.dtype}"
@@ -295,11 +320,11 @@ def _fingerprint(x: Any) -> str:
     return f"{what} {digest.hexdigest()[:8]}"
 
 
-class OfBatch(torch.autograd.Function):
-    """The identity, which saves the number of its batch: as the shape of a tensor without elements.
+class OfForward(torch.autograd.Function):
+    """The identity, which saves its forward's number: as the shape of a tensor without elements.
 
-    Gradient checkpointing calls layers again in the backward.  If another batch was cut in between,
-    they would attend by its masks; but PyTorch compares the shapes of what is saved, and raises.
+    Gradient checkpointing calls layers again in the backward.  After another forward they would
+    attend by its masks; but PyTorch compares the shapes of what is saved, and raises.
     """
 
     @staticmethod
@@ -408,6 +433,6 @@ def distribute(
         inner.register_forward_pre_hook(spread.before_forward, with_kwargs=True)
         return spread
     raise ValueError(
-        "model: expected Mllama, Idefics, Whisper, OpenFlamingo, or an encoder and decoder of "
-        f"transformers, got {type(model).__name__} (on {comm.name})"
+        "model: expected Mllama, Idefics, Whisper, OpenFlamingo, Owl3, or an encoder and decoder "
+        f"of transformers, got {type(model).__name__} (on {comm.name})"
     )

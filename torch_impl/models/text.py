@@ -28,6 +28,7 @@ class Text:
     def __init__(self, layers: Iterable[Any], spread: "Spread") -> None:
         self.spread, self.name = spread, "self-attention"
         self.padding: Tensor | None = None  # (B, S), 0 where a row is padding
+        self.length = 0  # S
         self.calls = 0
         for layer in layers:
             layer.lvxattn = self
@@ -48,25 +49,53 @@ class Text:
             raise ValueError(
                 f"text: expected at least {size} rows, one for each rank, to be sharded, got {S}"
             )
+        self.length = S
         padding = batch.get("attention_mask")
         if padding is not None and padding.ndim != 2:
             raise ValueError(f"attention_mask: expected (B, S), got {tuple(padding.shape)}")
-        cut = {"position_ids": position_ids, **batch}
+        given = batch.get("position_ids")
+        if given is not None and padding is None and (given.diff() != 1).any():
+            # transformers takes them for several texts, which do not see each other.
+            raise ValueError(
+                "position_ids: expected each to be one more than the one before, or an "
+                "attention_mask: packed texts cannot be sharded"
+            )
+        cut = {**batch, "position_ids": position_ids if given is None else given}
         labels, count = cut.pop("labels", None), cut.pop("num_items_in_batch", None)
         if labels is not None:
-            following = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-            cut["shift_labels"] = shifted = cut.get("shift_labels", following)
+            shifted = cut.get("shift_labels")
+            if shifted is None:
+                shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+            cut["shift_labels"] = shifted
             cut["labels"] = labels  # without which the model computes no loss
             # A rank's loss is P times its part of the mean over all tokens, so that the mean of the
             # ranks' losses, and of their gradients, is that of one process.
-            count = (shifted != -100).sum() if count is None else torch.as_tensor(count)
-            cut["num_items_in_batch"] = count.double() / size
+            count = (shifted != -100).sum() if count is None else count
+            cut["num_items_in_batch"] = float(count) / size
         names = "input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels"
         for name in names:
             if cut.get(name) is not None:
                 rows = self.spread.share(cut[name].shape[1])
                 cut[name] = cut[name][:, rows.start : rows.stop].contiguous()
         return cut
+
+    def take_padding(self, kwargs: dict[str, Any]) -> None:
+        """Take the padding mask out of a forward's arguments, and check that its rows were cut.
+
+        Raises
+        ------
+        ValueError
+            On this rank; if no rank's were cut, on every one.
+        """
+        rows = kwargs.get("input_ids")
+        rows = kwargs["inputs_embeds"] if rows is None else rows
+        expected = len(self.spread.share(self.length))
+        if rows.shape[1] != expected:
+            raise ValueError(
+                f"inputs: expected {expected} of {self.length} rows of text, as Spread.inputs has "
+                f"cut them, got {rows.shape[1]} (on {self.spread.group.name})"
+            )
+        self.padding = kwargs.pop("attention_mask", None)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Return `attend`'s out."""

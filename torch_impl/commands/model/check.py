@@ -53,7 +53,9 @@ class Sample:
     def error_of(self, got: "Sample") -> float:
         """Return the largest difference, relative to the largest element."""
         error = float((got.values - self.values).abs().max())
-        return error / self.largest if error else 0.0
+        if not error:
+            return 0.0
+        return error / self.largest if self.largest else float("inf")
 
 
 Results = dict[str, Sample]
