@@ -38,7 +38,7 @@ def llama3v(
     )  # fmt: skip
     model = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
     given = torch.randn(1, features, hidden)
-    return opened(model), {**words(text_tokens), "cross_attention_states": given}
+    return open_gates(model), {**random_text(text_tokens), "cross_attention_states": given}
 
 
 def owl3(
@@ -62,7 +62,7 @@ def owl3(
     model = Owl3(Owl3Config(text, vision, hyper_layers=hyper, image_token_id=VOCABULARY - 1))
     model.encode = lambda x: x  # type: ignore[method-assign]
     images = features // 729
-    batch = words(text_tokens) | {"pixel_values": torch.randn(1, images, 729, hidden)}
+    batch = random_text(text_tokens) | {"pixel_values": torch.randn(1, images, 729, hidden)}
     # All frames of a video stand in the place of the first token.
     return model.train(), batch | {"image_positions": torch.zeros(1, images, dtype=torch.long)}
 
@@ -88,22 +88,22 @@ def openflamingo(
     image, width = VOCABULARY - 1, 64
     tower = types.SimpleNamespace(visual=lambda x: (None, x.flatten(1, 2)))
     model = Flamingo(tower, text, 2, image, width, cross_attn_every_n_layers=layers // cross)
-    model.perceiver = Given()
+    model.perceiver = GivenFeatures()
     for module in model.modules():  # a question about the whole video sees all of its frames
         if type(module).__name__ == "MaskedCrossAttention":
             module.only_attend_immediate_media = False
-    batch = words(text_tokens)
+    batch = random_text(text_tokens)
     frames = features // 64
     # Frames at the start of the text, as many as there are, in one token: those of a video.
     given = torch.randn(1, frames, 1, 1, 64, width)
     mask = torch.ones(1, text_tokens, dtype=torch.long)
-    return opened(model), {
+    return open_gates(model), {
         "vision_x": given, "lang_x": batch["input_ids"], "attention_mask": mask,
         "labels": batch["labels"],
     }  # fmt: skip
 
 
-class Given(nn.Module):
+class GivenFeatures(nn.Module):
     """In place of the resampler: features that are given."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,13 +111,13 @@ class Given(nn.Module):
         return x.squeeze(2)
 
 
-def words(text_tokens: int) -> Batch:
+def random_text(text_tokens: int) -> Batch:
     """Return a text to be learnt."""
     ids = torch.randint(3, VOCABULARY, (1, text_tokens))
     return {"input_ids": ids, "labels": ids}
 
 
-def opened(model: nn.Module) -> nn.Module:
+def open_gates(model: nn.Module) -> nn.Module:
     """Return a model whose gates are open: behind closed ones nothing would be computed back."""
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from lvxattn.torch_impl.models import distribute
 from lvxattn.torch_impl.models.hyper_attention import CACHE, self_attention_mask
-from tests.zoo import IMAGES, VOCABULARY, B, S, animal
+from tests.zoo import IMAGES, VOCABULARY, B, S, make_model
 
 IMAGE = VOCABULARY - 1
 KINDS = "owl3_gated", "owl3_fused"
@@ -21,7 +21,7 @@ KINDS = "owl3_gated", "owl3_fused"
 
 def owl(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Return a model whose rotary embedding is computed in float64, its batch and its prompt."""
-    model, batch, prompt = animal(name, torch.float64)
+    model, batch, prompt = make_model(name, torch.float64)
     assert prompt is not None
     rotary = model.language_model.model.rotary_emb
 
@@ -194,7 +194,7 @@ def test_checkpointed_gradients_are_the_same(name: str, spread: bool) -> None:
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_saved_model_is_loaded(name: str, tmp_path: Path) -> None:
-    model, batch, _ = animal(name, torch.float64)
+    model, batch, _ = make_model(name, torch.float64)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert again.config.hyper_layers == [1, 3]

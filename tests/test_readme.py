@@ -144,9 +144,9 @@ def test_the_lines_for_a_model_run_as_shown() -> None:
     pytest.importorskip("transformers")
     import torch
 
-    from tests.zoo import animal
+    from tests.zoo import make_model
 
-    model, batch, _ = animal("whisper", torch.float32)
+    model, batch, _ = make_model("whisper", torch.float32)
     exec(the_block(MODEL), {"model": model, "batch": batch, "group": None})
     assert all(p.grad is not None for p in model.model.decoder.parameters())
 

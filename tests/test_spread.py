@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointError
 from lvxattn.torch_impl.models import distribute
 from lvxattn.torch_impl.models.text import Text
 from tests.torch_ranks import torch_report
-from tests.zoo import BEFORE_5, HERE, MODELS, animal
+from tests.zoo import BEFORE_5, HERE, MODELS, make_model
 
 # A unit in the last place, times the products that a gradient passes through in these models.
 LIMITS = {"float64": 1e-12, "float32": 2e-4}
@@ -223,7 +223,7 @@ def test_unknown_model_is_refused() -> None:
 
 
 def test_distributed_model_is_refused() -> None:
-    model, _, _ = animal("whisper", torch.float32)
+    model, _, _ = make_model("whisper", torch.float32)
     distribute(model)
     with pytest.raises(ValueError, match=r"^model: .*not distributed yet \(on rank 0 of 1\)$"):
         distribute(model)
@@ -231,7 +231,7 @@ def test_distributed_model_is_refused() -> None:
 
 @pytest.mark.skipif("qformer" not in HERE, reason="needs transformers 5")
 def test_mask_that_is_not_padding_is_refused() -> None:
-    model, batch, _ = animal("qformer", torch.float32)
+    model, batch, _ = make_model("qformer", torch.float32)
     local = distribute(model).inputs(**batch)
     with pytest.raises(ValueError, match=r"^encoder_attention_mask: .*\(2, 4, 10\) \(on rank 0"):
         model(**local, encoder_attention_mask=torch.ones(2, 4, 10))
@@ -251,7 +251,7 @@ def test_mask_that_is_not_padding_is_refused() -> None:
     ],
 )
 def test_unsupported_text_is_refused(name: str, text: str, expected: str) -> None:
-    model, _, _ = animal(name, torch.float32)
+    model, _, _ = make_model(name, torch.float32)
     match = rf"^text: expected 'replicated' {expected} \(on rank 0 of 1\)$"
     with pytest.raises(ValueError, match=match):
         distribute(model, text=text)
@@ -259,7 +259,7 @@ def test_unsupported_text_is_refused(name: str, text: str, expected: str) -> Non
 
 @pytest.mark.parametrize("name", [name for name in SHARDED if "without" not in name])
 def test_cache_of_sharded_text_is_refused(name: str) -> None:
-    model, _, prompt = animal(name, torch.float32)
+    model, _, prompt = make_model(name, torch.float32)
     local = distribute(model, text="sharded").inputs(**prompt)
     with pytest.raises(ValueError, match=r"^use_cache: expected False with text='sharded'"):
         model.generate(**local, max_new_tokens=2)
@@ -273,7 +273,7 @@ def test_text_of_too_few_rows_is_refused() -> None:
 
 
 def test_dropout_is_refused() -> None:
-    model, batch, _ = animal("bart", torch.float32)
+    model, batch, _ = make_model("bart", torch.float32)
     for module in model.modules():
         if type(module).__name__ == "BartAttention":
             module.dropout = 0.1
@@ -283,7 +283,7 @@ def test_dropout_is_refused() -> None:
 
 
 def test_another_forward_before_a_checkpointed_backward_is_refused() -> None:
-    model, batch, _ = animal("mllama", torch.float32)
+    model, batch, _ = make_model("mllama", torch.float32)
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
@@ -297,7 +297,7 @@ def test_another_forward_before_a_checkpointed_backward_is_refused() -> None:
 
 
 def test_packed_texts_are_refused() -> None:
-    model, batch, _ = animal("mllama", torch.float32)
+    model, batch, _ = make_model("mllama", torch.float32)
     spread = distribute(model, text="sharded")
     packed = {"attention_mask": None, "position_ids": torch.arange(9)[None] % 5}
     with pytest.raises(ValueError, match=r"^position_ids: .* packed texts cannot be sharded"):
@@ -306,7 +306,7 @@ def test_packed_texts_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["mllama", "owl3_fused"])
 def test_text_that_was_not_cut_is_refused(name: str) -> None:
-    model, batch, _ = animal(name, torch.float32)
+    model, batch, _ = make_model(name, torch.float32)
     local = distribute(model, text="sharded").inputs(**batch)
     twice = local["input_ids"].repeat(1, 2)
     with pytest.raises(ValueError, match=r"^inputs: expected 9 of 9 rows of text, .* got 18 "):
@@ -314,7 +314,7 @@ def test_text_that_was_not_cut_is_refused(name: str) -> None:
 
 
 def test_mask_of_other_tiles_is_refused() -> None:
-    model, batch, _ = animal("mllama", torch.float32)
+    model, batch, _ = make_model("mllama", torch.float32)
     local = distribute(model).inputs(**batch)
     mask = batch["cross_attention_mask"][:, :, :4]
     with pytest.raises(ValueError, match=r"^mask: expected columns that divide 50 .* got 8 "):
@@ -322,7 +322,7 @@ def test_mask_of_other_tiles_is_refused() -> None:
 
 
 def test_text_alone_needs_no_images() -> None:
-    model, batch, _ = animal("mllama", torch.float64)
+    model, batch, _ = make_model("mllama", torch.float64)
     text = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     wanted = model(**text).loss
     assert torch.equal(model(**distribute(model).inputs(**text)).loss, wanted)
@@ -330,7 +330,7 @@ def test_text_alone_needs_no_images() -> None:
 
 @pytest.mark.parametrize("as_tuple", [True, False])
 def test_outputs_of_the_encoder_are_cut_once(as_tuple: bool) -> None:
-    model, batch, _ = animal("bart", torch.float64)
+    model, batch, _ = make_model("bart", torch.float64)
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     alone = model(**batch).logits
     spread = distribute(model)
@@ -357,7 +357,7 @@ def test_keys_with_positions_of_their_own_are_refused() -> None:
 def test_keys_and_values_are_not_kept(name: str, keys: int) -> None:
     kept = []
     for recompute in (False, True):
-        model, batch, _ = animal(name, torch.float32)
+        model, batch, _ = make_model(name, torch.float32)
         local = distribute(model, recompute_kv=recompute).inputs(**batch)
         sizes: dict[int, int] = {}
 

@@ -20,10 +20,10 @@ GATE = 0.5
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 
 # A model, its keyword arguments for a forward with a loss, and those of generate, if it has one.
-Animal = tuple[nn.Module, dict[str, Any], dict[str, Any] | None]
+ModelCase = tuple[nn.Module, dict[str, Any], dict[str, Any] | None]
 
 
-def mllama() -> Animal:
+def mllama() -> ModelCase:
     """Llama 3.2 Vision, with tiles, padding, and tokens that see no image."""
     from transformers import MllamaConfig, MllamaForConditionalGeneration
     from transformers.models.mllama.configuration_mllama import (
@@ -62,7 +62,7 @@ def mllama() -> Animal:
     return model, {**given, "labels": labels_of(given)}, given
 
 
-def idefics(resampler: bool = True) -> Animal:
+def idefics(resampler: bool = True) -> ModelCase:
     """An open Flamingo of transformers."""
     from transformers import IdeficsConfig, IdeficsForVisionText2Text
     from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
@@ -92,12 +92,12 @@ def idefics(resampler: bool = True) -> Animal:
     return model, {**given, "labels": labels_of(given)}, given
 
 
-def idefics_without_resampler() -> Animal:
+def idefics_without_resampler() -> ModelCase:
     """The same, whose text sees all patches of an image."""
     return idefics(resampler=False)
 
 
-def whisper() -> Animal:
+def whisper() -> ModelCase:
     """Speech to text: 20 frames of the encoder."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -113,7 +113,7 @@ def whisper() -> Animal:
     return model, {**given, "labels": torch.randint(3, VOCABULARY, (B, S))}, given
 
 
-def bart() -> Animal:
+def bart() -> ModelCase:
     """Text to text, padded."""
     from transformers import BartConfig, BartForConditionalGeneration
 
@@ -125,7 +125,7 @@ def bart() -> Animal:
     return model, {**given, "labels": torch.randint(3, VOCABULARY, (B, S))}, given
 
 
-def t5gemma() -> Animal:
+def t5gemma() -> ModelCase:
     """Text to text, with grouped heads."""
     from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
     from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
@@ -148,7 +148,7 @@ def t5gemma() -> Animal:
     return model, {**given, "labels": torch.randint(3, VOCABULARY, (B, S))}, given
 
 
-def qformer() -> Animal:
+def qformer() -> ModelCase:
     """BLIP-2's Q-Former: a few learned queries, and an image's features."""
     from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
@@ -165,7 +165,7 @@ def qformer() -> Animal:
     return model, given, None
 
 
-def openflamingo() -> Animal:
+def openflamingo() -> ModelCase:
     """OpenFlamingo's own package over a Llama of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -182,7 +182,7 @@ def openflamingo() -> Animal:
     )  # fmt: skip
 
 
-def openflamingo_all() -> Animal:
+def openflamingo_all() -> ModelCase:
     """The same, whose text sees all images before it, not the last one only."""
     model, batch, given = openflamingo()
     for module in model.modules():
@@ -191,7 +191,7 @@ def openflamingo_all() -> Animal:
     return model, batch, given
 
 
-def openflamingo_opt() -> Animal:
+def openflamingo_opt() -> ModelCase:
     """The same over an OPT."""
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -202,7 +202,7 @@ def openflamingo_opt() -> Animal:
     return flamingo(OPTForCausalLM(config), "model.decoder.layers")
 
 
-def openflamingo_neox() -> Animal:
+def openflamingo_neox() -> ModelCase:
     """The same over a GPT-NeoX."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -213,7 +213,7 @@ def openflamingo_neox() -> Animal:
     return flamingo(GPTNeoXForCausalLM(config), "gpt_neox.layers")
 
 
-def flamingo(text: Any, layers: str) -> Animal:
+def flamingo(text: Any, layers: str) -> ModelCase:
     """Return an OpenFlamingo over a language model; a token stands for each image."""
     sys.modules.setdefault("open_clip", types.ModuleType("open_clip"))  # which it imports for CLIP
     from open_flamingo.src.flamingo import Flamingo
@@ -235,7 +235,7 @@ def flamingo(text: Any, layers: str) -> Animal:
     return model, {**given, "labels": ids}, given
 
 
-def owl3_gated(fused: bool = False) -> Animal:
+def owl3_gated(fused: bool = False) -> ModelCase:
     """mPLUG-Owl3, with padding, text before the first image, and rows with fewer images."""
     from transformers import Qwen2Config, SiglipVisionConfig
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -261,7 +261,7 @@ def owl3_gated(fused: bool = False) -> Animal:
     return model, {**given, "labels": labels_of(given)}, given
 
 
-def owl3_fused() -> Animal:
+def owl3_fused() -> ModelCase:
     """The same, of one softmax over text and images."""
     return owl3_gated(fused=True)
 
@@ -279,7 +279,7 @@ class Patches(nn.Module):
         return patches.mean(1), patches
 
 
-MODELS: dict[str, Callable[[], Animal]] = {
+MODELS: dict[str, Callable[[], ModelCase]] = {
     f.__name__: f
     for f in (
         mllama, idefics, idefics_without_resampler, whisper, bart, t5gemma, qformer, openflamingo,
@@ -292,7 +292,7 @@ MISSING = {"openflamingo": not find_spec("open_flamingo"), "qformer": BEFORE_5}
 HERE = [name for name in MODELS if not MISSING.get(name.partition("_")[0])]
 
 
-def animal(name: str, dtype: torch.dtype) -> Animal:
+def make_model(name: str, dtype: torch.dtype) -> ModelCase:
     """Return a model of the zoo, its gates open, and its batches."""
     torch.manual_seed(0)
     model, *batches = MODELS[name]()

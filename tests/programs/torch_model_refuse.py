@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     import transformers
 
     from lvxattn.torch_impl.models import Spread, distribute
-    from tests.zoo import animal
+    from tests.zoo import make_model
 
 IMAGES = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"
 
@@ -73,7 +73,7 @@ def main() -> None:
     report = {}
     for text in sys.argv[1].split(","):
         for name, refused in REFUSED.items():
-            model, batch, _ = animal("mllama", torch.float32)
+            model, batch, _ = make_model("mllama", torch.float32)
             message = "nothing was raised"
             try:
                 refused(model, distribute(model, comm, text=text), batch)

@@ -27,8 +27,8 @@ with warnings.catch_warnings():
     import transformers
 
     from lvxattn.torch_impl.models import Spread, distribute
-    from tests.programs.torch_models import apart
-    from tests.zoo import animal
+    from tests.programs.torch_models import relative_error
+    from tests.zoo import make_model
 
 # Ranks along the dimensions data and context of a mesh.
 DATA, CONTEXT = 2, 2
@@ -154,7 +154,7 @@ def compare(comm: Any, setting: str, text: str, recompute: bool) -> dict[str, An
     """Return how the gradients differ from those of one process."""
     before, step = SETTINGS[setting]
     dtype = torch.float32 if setting == "autocast" else torch.float64
-    alone, batch, _ = animal("mllama", dtype)
+    alone, batch, _ = make_model("mllama", dtype)
     alone = before(alone) or alone
     model = copy.deepcopy(alone)
     if setting.startswith("one image"):
@@ -179,14 +179,14 @@ def compare(comm: Any, setting: str, text: str, recompute: bool) -> dict[str, An
     pairs = zip(model.parameters(), alone.parameters(), strict=True)
     grads = [(p.grad, other.grad) for p, other in pairs]
     assert all((mine is None) == (other is None) for mine, other in grads)
-    differences = [apart(whole(mine), other) for mine, other in grads if other is not None]
+    differences = [relative_error(whole(mine), other) for mine, other in grads if other is not None]
     found = {"gradients": max(differences), "compared": len(differences)}
     if setting == "autocast":  # whose own errors are larger: compare both with float64
-        exact, batch, _ = animal("mllama", torch.float64)
+        exact, batch, _ = make_model("mllama", torch.float64)
         plain(exact, batch, None)
         for n, name in enumerate(("gradients", "alone")):
             exactly = zip(grads, exact.parameters(), strict=True)
-            found[name] = max(apart(pair[n].double(), p.grad) for pair, p in exactly)
+            found[name] = max(relative_error(pair[n].double(), p.grad) for pair, p in exactly)
     return found
 
 

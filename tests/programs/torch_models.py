@@ -33,7 +33,7 @@ with warnings.catch_warnings():
     from lvxattn.torch_impl.models.mllama import Mllama
     from lvxattn.torch_impl.models.text import Text
     from tests import zoo
-    from tests.zoo import animal
+    from tests.zoo import make_model
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -82,7 +82,7 @@ def result_of(outputs: Any) -> Tensor:
     return outputs.last_hidden_state if result is None else result
 
 
-def apart(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     """Return the largest difference, relative to the largest element."""
     a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max())
@@ -124,7 +124,7 @@ def compare_generated(comm: Any, name: str, alone: Any, model: Any, batch: Any, 
 def compare(comm: Any, name: str, dtype: str, texts: str, recompute: bool) -> dict[str, Any]:
     """Return how a model spread over ranks differs from itself alone."""
     text, schedule = (*texts.split("/"), "lv-xattn")[:2]
-    alone, batch, prompt = animal(name, getattr(torch, dtype))
+    alone, batch, prompt = make_model(name, getattr(torch, dtype))
     model = copy.deepcopy(alone)
     wanted = alone(**batch)
     loss_of(wanted).backward()
@@ -150,7 +150,7 @@ def compare(comm: Any, name: str, dtype: str, texts: str, recompute: bool) -> di
         # A softmax does not see what is added to all keys: these are rounding alone.
         if other.grad is not None and not key.endswith(("k_proj.bias", "key.bias"))
     }
-    gradients = {key: apart(*pair) for key, pair in grads.items() if pair[1].any()}
+    gradients = {key: relative_error(*pair) for key, pair in grads.items() if pair[1].any()}
     tokens = {}
     if prompt and not recompute and text == "replicated":
         tokens = compare_generated(comm, name, alone, model, shares.inputs(**prompt), prompt)
@@ -161,8 +161,8 @@ def compare(comm: Any, name: str, dtype: str, texts: str, recompute: bool) -> di
         real = batch["attention_mask"].bool()
         result, expected = torch.cat(results, 1)[real], expected[real]
     return {
-        "logits": apart(result, expected),
-        "loss": apart(loss, loss_of(wanted)),
+        "logits": relative_error(result, expected),
+        "loss": relative_error(loss, loss_of(wanted)),
         "gradients": max(gradients.values()),
         "worst": max(gradients, key=lambda key: gradients[key]),
         "compared": len(gradients),

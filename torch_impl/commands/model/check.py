@@ -215,17 +215,21 @@ def compare(
         logits = _error(want, results, "logits")
         mine = [
             Check("logits", len(sample.values), sample.count, logits, limits["logits"]),
-            max(steps, key=_badness),
+            max(steps, key=_error_over_limit),
             # Where rounding hides all, nothing is known to be right.
-            max(gradients, key=_badness, default=Check("gradients", 0, 0, float("inf"), COARSE)),
+            max(
+                gradients,
+                key=_error_over_limit,
+                default=Check("gradients", 0, 0, float("inf"), COARSE),
+            ),
         ]
-    return [max(found, key=_badness) for found in zip(*group.allgather(mine), strict=True)]
+    return [max(found, key=_error_over_limit) for found in zip(*group.allgather(mine), strict=True)]
 
 
 def _error(want: Results, got: Results, name: str) -> float:
     return want[name].error_of(got[name]) if name in got else float("inf")
 
 
-def _badness(check: Check) -> float:
+def _error_over_limit(check: Check) -> float:
     ratio = check.error / check.limit if check.limit else check.error
     return ratio if ratio == ratio else float("inf")
