@@ -94,7 +94,7 @@ def work(model: str, text_tokens: int, *, quick: bool) -> Results:
     features = FEATURES[model] // (11 if quick else 1)
     return {
         "model": model, "kinds": kinds, "text_tokens": text_tokens, "features": features,
-        "rounds": 1 if quick else 4, "seconds": 60,
+        "rounds": 1 if quick else 3, "seconds": 25,
     }  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def table(timed: list[Results]) -> list[str]:
     ]
     for r in timed:
         lv, ring = seconds(r, "lv-xattn"), seconds(r, "ring")
-        summed = typical(r, "lv-xattn", "summed")
+        summed = r["summed"]
         ulysses = f"{seconds(r, 'ulysses'):.2f}" if "ulysses" in r["turns"] else "-"
         sent, sent_ring = (max(r["turns"][k][0]["bytes"]) / 1e6 for k in ("lv-xattn", "ring"))
         lines.append(
