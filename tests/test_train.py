@@ -38,10 +38,10 @@ from tests.launch import PROGRAMS
 from tests.torch_ranks import forked
 
 # Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
-SETTINGS = Settings(frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
+SETTINGS = Settings("finder", frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
 STEPS = 48
 SMALL = ["--frames=9", "--first-frames=3", "--batch=2", "--dtype=float64", "--steps=8"]
-SMALL_SETTINGS = Settings(frames=9, first_frames=3, batch=2, dtype="float64", seed=0)
+SMALL_SETTINGS = Settings("finder", 9, first_frames=3, batch=2, dtype="float64", seed=0)
 
 parts = cache(load_images)
 

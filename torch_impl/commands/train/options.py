@@ -20,9 +20,10 @@ from lvxattn.cli.arguments import between, natural, positive
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.torch_impl.commands.train.data import BITS
 
+MODELS = "finder", "llama3v"
+
 TARGET = 0.95
 """Default share of right answers to train for."""
-
 
 GROW = 25
 """Steps from one clip length to the next."""
@@ -83,6 +84,7 @@ class Curriculum:
 class Settings:
     """The options that determine the curve: a run can be resumed with the same settings only."""
 
+    model: str
     frames: int
     first_frames: int
     batch: int
@@ -127,6 +129,13 @@ class Settings:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``train`` to a parser."""
     run = parser.add_argument_group("what is trained")
+    run.add_argument(
+        "--model",
+        choices=MODELS,
+        default=MODELS[0],
+        help="two layers of CrossAttention, or a small Llama 3.2 Vision of transformers "
+        "(default: %(default)s)",
+    )
     run.add_argument(
         "--frames",
         type=_frames,
