@@ -53,7 +53,7 @@ class Llama3v(nn.Module):
     tokens = (SIDE // PATCH) ** 2 + 1
     """Visual tokens of a frame."""
 
-    layers = f"{len(CROSS)} of {2 * len(CROSS)} layers of cross-attention, {H} heads of {E // H}"
+    structure = f"{len(CROSS)} of {2 * len(CROSS)} layers of cross-attention, {H} heads of {E // H}"
 
     def __init__(self, group: Group, schedule: str = "lv-xattn") -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Llama3v(nn.Module):
         """Return the schedule, which may be ``"auto"``: a layer's choice is its own."""
         return self.schedule
 
-    def answer(self, clips: Clips, *, meter: Meter | None = None) -> tuple[Tensor, float]:
+    def evaluate(self, clips: Clips, *, meter: Meter | None = None) -> tuple[Tensor, float]:
         """Return this rank's share of the loss, and its number of right answers.
 
         Collective: every rank of the group calls this, and its backward.

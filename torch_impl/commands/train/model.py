@@ -54,12 +54,12 @@ class Finder(nn.Module):
         The part of a batch that the model is given on this rank, and the number of parts.
     tokens : int
         Visual tokens of a frame.
-    layers : str
+    structure : str
         Describes the layers.
     """
 
     tokens = TOKENS
-    layers = f"{LAYERS} layers of cross-attention, {H} heads of {D}"
+    structure = f"{LAYERS} layers of cross-attention, {H} heads of {D}"
 
     def __init__(self, group: Group, schedule: str = "lv-xattn") -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Finder(nn.Module):
         scores: Tensor = self.answer(x)
         return scores
 
-    def answer(self, clips: Clips, *, meter: Meter | None = None) -> tuple[Tensor, float]:
+    def evaluate(self, clips: Clips, *, meter: Meter | None = None) -> tuple[Tensor, float]:
         """Return this rank's share of the loss, and its number of right answers.
 
         Collective: every rank of the group calls this, and its backward.

@@ -117,7 +117,7 @@ def _check_schedule(run: Run) -> None:
     clips = run.clips(TRAIN, 0, run.settings.curriculum.shape(0))
     try:
         with torch.no_grad():
-            run.model.answer(clips)
+            run.model.evaluate(clips)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -137,7 +137,7 @@ def _test(run: Run) -> Test:
     right, asked, images = 0.0, 0, set[int]()
     for n in range(_TESTS):
         clips = run.clips(TEST, n, settings.curriculum.final)
-        right += run.model.answer(clips)[1]
+        right += run.model.evaluate(clips)[1]
         asked += clips.total
         images.update(clips.images.flatten().tolist())
     everyone = set[int]().union(*group.allgather(images))
@@ -150,7 +150,7 @@ def _traffic(run: Run) -> Traffic:
     sent, losses, chosen = {}, [], run.model.schedule
     for schedule in dict.fromkeys(("lv-xattn", "ring", run.model.chosen(clips))):
         run.model.schedule, meter = schedule, Meter()
-        loss, _ = run.model.answer(clips, meter=meter)
+        loss, _ = run.model.evaluate(clips, meter=meter)
         loss.backward()
         nbytes, whole = add_up([meter.bytes, float(loss.detach())], run.model.group)
         sent[schedule] = int(nbytes)

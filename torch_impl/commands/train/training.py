@@ -100,7 +100,7 @@ class Run:
         """
         step, curriculum, began = len(self.curve), self.settings.curriculum, time.perf_counter()
         clips = self.clips(TRAIN, step, curriculum.shape(step))
-        loss, right = self.model.answer(clips)
+        loss, right = self.model.evaluate(clips)
         self.optimizer.zero_grad()
         loss.backward()
         # 1. Until here gradients are this rank's part; from here on they are the same everywhere.
@@ -125,7 +125,7 @@ class Run:
         """
         step, began = len(self.curve), time.perf_counter()
         clips = self.clips(WATCH, step, self.settings.curriculum.shape(step - 1))
-        (right,) = add_up([self.model.answer(clips)[1]], self.model.group)
+        (right,) = add_up([self.model.evaluate(clips)[1]], self.model.group)
         seconds = self.curve.seconds + time.perf_counter() - began
         self.curve.rows[-1][4:] = right / clips.total, seconds
 

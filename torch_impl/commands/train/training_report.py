@@ -154,7 +154,7 @@ LV-XAttn training run
   task      find the frame with a given marker and name the digit on it
   clips     {growing} per frame, {settings.batch} clips per step or more
   images    {train:,} to train with, {watch} to watch, {test} to test with; none in two parts
-  model     {settings.model}, {weights:,} weights in {settings.dtype}, {model.layers}
+  model     {settings.model}, {weights:,} weights in {settings.dtype}, {model.structure}
   ranks     {ranks}, each with {_about(frames, ranks)} of the longest clips
 """)
         if done:
