@@ -1,17 +1,19 @@
 """A small Llama 3.2 Vision, Mllama of transformers with random weights, spread over the ranks.
 
     frame (8 x 8 pixels, marker) -> an image of one tile     4 patches and a class token
-    question (marker)            -> 4 tokens, 4 bits each    a text has all questions about a clip
-    answer                       -> the token predicted after a question's last one
+    question (marker)            -> 1 token of text          its embedding is marker W_t
+    answer                       -> the token predicted after it, one of ten
 
     self-attention, cross-attention, self-attention, cross-attention        the layers of the text
 
 Nothing in the model's code knows of ranks.  Every rank makes the whole batch, a few megabytes, and
 `Spread.inputs` cuts it: a rank encodes its own frames only, and has its own rows of the text.
 
-An image's first channel is the picture; the second has the marker, 4 x 4 pixels, in each quarter.
-The gates of cross-attention, which are closed in a new model, are open here: while they are closed
-a model learns nothing about images.
+An image's first channel is the picture; the second has the marker, 4 x 4 squares of 2 x 2 pixels.
+So no patch shows all of either.  The questions about a clip are one text; each is one embedding,
+since a marker spelled with several tokens takes far longer to learn.  The gates of cross-attention,
+which are closed in a new model, are open here: while they are closed a model learns nothing about
+images.
 """
 
 import torch
@@ -20,20 +22,15 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from lvxattn.common.meter import Meter
-from lvxattn.torch_impl.commands.train.data import CLASSES, SIDE, Clips
+from lvxattn.torch_impl.commands.train.data import BITS, CLASSES, SIDE, Clips
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.models import distribute
 
 PATCH = 4
-"""Pixels on each side of a patch; also rows of a marker, a token each, and bits of a row."""
-
-VALUES = 1 << PATCH
-"""Values of a row.  A token is ``VALUES * row + value``, or ``PATCH * VALUES + digit``."""
+"""Pixels on each side of a patch."""
 
 E, H, CROSS = 64, 2, (1, 3)
 """Width of the features, heads, layers of cross-attention among twice as many."""
-
-_IGNORED = -100  # what transformers' losses leave out
 
 
 class Llama3v(nn.Module):
@@ -58,6 +55,7 @@ class Llama3v(nn.Module):
     def __init__(self, group: Group, schedule: str = "lv-xattn") -> None:
         super().__init__()
         self.group = group
+        self.text = nn.Linear(BITS, E)
         self.llama = _make_mllama()
         self.spread = distribute(self.llama, group, text="sharded", schedule=schedule)
 
@@ -86,17 +84,18 @@ class Llama3v(nn.Module):
         meter : Meter, optional
             Counts the messages of all attention, that of the text to itself as well.
         """
-        batch = self.spread.inputs(**make_batch(clips))
+        text = self.text(clips.questions)  # (B, S_Q, E)
+        batch = self.spread.inputs(inputs_embeds=text, **make_batch(clips))
         self.spread.meter = meter
         given = self.llama(**batch)
         labels: Tensor = batch["shift_labels"]
-        right = (given.logits.argmax(-1) == labels).sum()  # what is ignored is no token
+        right = (given.logits.argmax(-1) == labels).sum()
         # The mean of the ranks' losses is that of one process: a P-th of each is a rank's share.
         return given.loss / self.group.size, float(right)
 
 
 def make_batch(clips: Clips) -> dict[str, Tensor]:
-    """Return the model's arguments for a whole batch.
+    """Return the model's arguments for a whole batch, but for the questions.
 
     Parameters
     ----------
@@ -106,37 +105,31 @@ def make_batch(clips: Clips) -> dict[str, Tensor]:
     Returns
     -------
     dict
-        ``input_ids`` and, one row ahead, ``labels`` and ``shift_labels``: (B, 4 S_Q), int64;
-        ``pixel_values``: (B, f, 1, 3, 8, 8); and those that say that every image has one tile.
+        ``pixel_values``: (B, f, 1, 3, 8, 8); ``labels`` and, the tokens that follow each,
+        ``shift_labels``: (B, S_Q); and two that say that every image has one tile.
     """
     B, f = clips.pictures.shape[:2]
     pixels = clips.pictures.new_zeros(B, f, 1, 3, SIDE, SIDE)
     pixels[:, :, 0, 0] = clips.pictures
-    pixels[:, :, 0, 1] = clips.markers.unflatten(-1, (PATCH, PATCH)).repeat(1, 1, 2, 2)
-
-    powers, rows = 1 << torch.arange(PATCH), torch.arange(PATCH)
-    bits = (clips.questions > 0).unflatten(-1, (PATCH, PATCH))
-    tokens = VALUES * rows + (bits * powers).sum(-1)  # (B, S_Q, 4)
-    # Answers are not in the text: one could be copied to the next question about the same frame.
-    labels = torch.full_like(tokens, _IGNORED)
-    labels[..., -1] = PATCH * VALUES + clips.answers
+    squares = clips.markers.unflatten(-1, (SIDE // 2, SIDE // 2))  # (B, f, 4, 4)
+    pixels[:, :, 0, 1] = squares.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     return {
-        "input_ids": tokens.flatten(1),
-        "labels": labels.flatten(1),
-        "shift_labels": labels.flatten(1),
         "pixel_values": pixels,
+        # Answers are not in the text: one could be copied to a later question about the frame.
+        "labels": clips.answers,
+        "shift_labels": clips.answers,
         "aspect_ratio_ids": torch.ones(B, f, dtype=torch.int64),
         "aspect_ratio_mask": torch.ones(B, f, 1, dtype=torch.int64),
     }
 
 
 def _make_mllama() -> MllamaForConditionalGeneration:
-    none = PATCH * VALUES + CLASSES  # a token that stands for none
+    none = CLASSES  # a token that stands for none
     text = MllamaTextConfig(
         vocab_size=none + 1, pad_token_id=none, bos_token_id=none, eos_token_id=none,
         hidden_size=E, intermediate_size=2 * E, num_attention_heads=H, num_key_value_heads=H,
         num_hidden_layers=2 * len(CROSS), cross_attention_layers=[*CROSS], initializer_range=0.1,
-        rope_theta=100.0, rope_scaling={"rope_type": "default"},
+        rope_theta=1e4, rope_scaling={"rope_type": "default"},
     )  # fmt: skip
     vision = MllamaVisionConfig(
         image_size=SIDE, patch_size=PATCH, max_num_tiles=1, supported_aspect_ratios=[[1, 1]],
