@@ -18,6 +18,7 @@ images.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
@@ -84,8 +85,7 @@ class Llama3v(nn.Module):
         meter : Meter, optional
             Counts the messages of all attention, that of the text to itself as well.
         """
-        text = self.text(clips.questions)  # (B, S_Q, E)
-        batch = self.spread.inputs(inputs_embeds=text, **make_batch(clips))
+        batch = self.spread.inputs(**self.make_batch(clips))
         self.spread.meter = meter
         given = self.llama(**batch)
         labels: Tensor = batch["shift_labels"]
@@ -93,34 +93,39 @@ class Llama3v(nn.Module):
         # The mean of the ranks' losses is that of one process: a P-th of each is a rank's share.
         return given.loss / self.group.size, float(right)
 
+    def make_batch(self, clips: Clips) -> dict[str, Tensor]:
+        """Return the model's arguments for a whole batch.
 
-def make_batch(clips: Clips) -> dict[str, Tensor]:
-    """Return the model's arguments for a whole batch, but for the questions.
+        Parameters
+        ----------
+        clips : Clips
+            The whole batch: B clips of f frames with S_Q questions.
 
-    Parameters
-    ----------
-    clips : Clips
-        The whole batch: B clips of f frames with S_Q questions.
-
-    Returns
-    -------
-    dict
-        ``pixel_values``: (B, f, 1, 3, 8, 8); ``labels`` and, the tokens that follow each,
-        ``shift_labels``: (B, S_Q); and two that say that every image has one tile.
-    """
-    B, f = clips.pictures.shape[:2]
-    pixels = clips.pictures.new_zeros(B, f, 1, 3, SIDE, SIDE)
-    pixels[:, :, 0, 0] = clips.pictures
-    squares = clips.markers.unflatten(-1, (SIDE // 2, SIDE // 2))  # (B, f, 4, 4)
-    pixels[:, :, 0, 1] = squares.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    return {
-        "pixel_values": pixels,
-        # Answers are not in the text: one could be copied to a later question about the frame.
-        "labels": clips.answers,
-        "shift_labels": clips.answers,
-        "aspect_ratio_ids": torch.ones(B, f, dtype=torch.int64),
-        "aspect_ratio_mask": torch.ones(B, f, 1, dtype=torch.int64),
-    }
+        Returns
+        -------
+        dict
+            ``inputs_embeds``: (B, S, E) with S = S_Q, or the number of ranks if that is larger,
+            since each needs a row; ``labels`` and, the tokens that follow each, ``shift_labels``:
+            (B, S); ``pixel_values``: (B, f, 1, 3, 8, 8); and two that say that every image has one
+            tile.
+        """
+        B, f = clips.pictures.shape[:2]
+        pixels = clips.pictures.new_zeros(B, f, 1, 3, SIDE, SIDE)
+        pixels[:, :, 0, 0] = clips.pictures
+        squares = clips.markers.unflatten(-1, (SIDE // 2, SIDE // 2))  # (B, f, 4, 4)
+        pixels[:, :, 0, 1] = squares.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        # At the end of the text, which sees what is before it, and without answers: no loss.
+        more = max(0, self.group.size - clips.shape[2])
+        answers = pad(clips.answers, (0, more), value=-100)
+        return {
+            "inputs_embeds": pad(self.text(clips.questions), (0, 0, 0, more)),
+            # Answers are not in the text: one could be copied to a later question about the frame.
+            "labels": answers,
+            "shift_labels": answers,
+            "pixel_values": pixels,
+            "aspect_ratio_ids": torch.ones(B, f, dtype=torch.int64),
+            "aspect_ratio_mask": torch.ones(B, f, 1, dtype=torch.int64),
+        }
 
 
 def _make_mllama() -> MllamaForConditionalGeneration:
