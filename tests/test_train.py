@@ -396,14 +396,14 @@ class TestLlama3v:
         ended = forked(3, program_of_ranks, str(LLAMA_STEPS), *small, "--output", str(tmp_path))
         assert ended.status == 0, ended.out + ended.err
         told = json.loads(ended.out)
-        for found in (told["loss"], losses(tmp_path)):
-            np.testing.assert_allclose(found, alone.curve.column("loss"), rtol=1e-9, atol=0)
-        assert told["accuracy"] == alone.curve.column("accuracy")
         (status, said, error), *others = told["by_rank"]
-        assert (status, error) == (0, "")
+        assert (status, error) == (0, ""), error
         assert others == [[0, "", ""]] * 2
         assert f"resumed after step {LLAMA_STEPS - 2}" in said
         assert "sent in a step by Ring Attention" in said
+        for found in (told["loss"], losses(tmp_path)):
+            np.testing.assert_allclose(found, alone.curve.column("loss"), rtol=1e-9, atol=0)
+        assert told["accuracy"] == alone.curve.column("accuracy")
 
 
 class TestCommand:
