@@ -16,6 +16,8 @@ which are closed in a new model, are open here: while they are closed a model le
 images.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -130,11 +132,13 @@ class Llama3v(nn.Module):
 
 def _make_mllama() -> MllamaForConditionalGeneration:
     none = CLASSES  # a token that stands for none
+    # As transformers 4 names it; 5 takes these names, too.
+    rotary: dict[str, Any] = {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default"}}
     text = MllamaTextConfig(
         vocab_size=none + 1, pad_token_id=none, bos_token_id=none, eos_token_id=none,
         hidden_size=E, intermediate_size=2 * E, num_attention_heads=H, num_key_value_heads=H,
         num_hidden_layers=2 * len(CROSS), cross_attention_layers=[*CROSS], initializer_range=0.1,
-        rope_theta=1e4, rope_scaling={"rope_type": "default"},
+        **rotary,
     )  # fmt: skip
     vision = MllamaVisionConfig(
         image_size=SIDE, patch_size=PATCH, max_num_tiles=1, supported_aspect_ratios=[[1, 1]],
