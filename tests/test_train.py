@@ -188,6 +188,12 @@ class TestCurriculum:
         assert curriculum.grown == 10 * GROW
         assert curriculum.shape(10**9) == curriculum.final == (4, 1200, 64)
 
+    def test_first_clips_wait(self):
+        curriculum = Curriculum(start=2, frames=1200, batch=4, wait=75)
+        lengths = [curriculum.shape(step)[1] for step in (0, 99, 100, 124, 125, 324, 325)]
+        assert lengths == [2, 2, 4, 4, 8, 1024, 1200]
+        assert curriculum.grown == 325
+
     def test_number_of_questions_is_constant(self):
         curriculum = Curriculum(start=2, frames=1200, batch=4)
         shapes = [curriculum.shape(step) for step in range(400)]
