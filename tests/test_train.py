@@ -29,7 +29,7 @@ from lvxattn.torch_impl.commands.train.data import (
 )
 from lvxattn.torch_impl.commands.train.model import find_needles
 from lvxattn.torch_impl.commands.train.options import GROW, Curriculum, InputError, Settings
-from lvxattn.torch_impl.commands.train.training import Run
+from lvxattn.torch_impl.commands.train.training import Run, make_model
 from lvxattn.torch_impl.commands.train.training_report import Reporter
 from lvxattn.torch_impl.commands.train.training_report import Test as Answers
 from lvxattn.torch_impl.group import Group
@@ -38,10 +38,15 @@ from tests.launch import PROGRAMS
 from tests.torch_ranks import forked
 
 # Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
-SETTINGS = Settings(frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
+SETTINGS = Settings("finder", frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
 STEPS = 48
 SMALL = ["--frames=9", "--first-frames=3", "--batch=2", "--dtype=float64", "--steps=8"]
-SMALL_SETTINGS = Settings(frames=9, first_frames=3, batch=2, dtype="float64", seed=0)
+SMALL_SETTINGS = Settings("finder", 9, first_frames=3, batch=2, dtype="float64", seed=0)
+
+# On 3 ranks: frames are uneven, and one has none of the two questions about a clip.
+LLAMA = Settings("llama3v", frames=5, first_frames=4, batch=2, dtype="float64", seed=3)
+LLAMA_STEPS = 3
+LLAMA_SMALL = ["--model=llama3v", "--frames=5", "--first-frames=4", "--batch=2", "--seed=3"]
 
 parts = cache(load_images)
 
@@ -67,6 +72,18 @@ def losses(folder: Path) -> list[float]:
 
 def small_run() -> Run:
     return Run.begin(SMALL_SETTINGS, parts(), Group(None))
+
+
+def make_exact(settings: Settings, group: Group, schedule: str) -> Any:
+    """Make a Mllama whose norms and loss are in its own dtype: those of transformers in float32."""
+    from transformers.models.mllama.modeling_mllama import MllamaTextRMSNorm
+
+    from tests.zoo import causal_loss, in_its_own_dtype
+
+    model: Any = make_model(settings, group, schedule)
+    model.llama.loss_function = causal_loss
+    in_its_own_dtype(MllamaTextRMSNorm)
+    return model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -170,6 +187,12 @@ class TestCurriculum:
         assert set(lengths[11:]) == {1200}
         assert curriculum.grown == 10 * GROW
         assert curriculum.shape(10**9) == curriculum.final == (4, 1200, 64)
+
+    def test_first_clips_wait(self):
+        curriculum = Curriculum(start=2, frames=1200, batch=4, wait=75)
+        lengths = [curriculum.shape(step)[1] for step in (0, 99, 100, 124, 125, 324, 325)]
+        assert lengths == [2, 2, 4, 4, 8, 1024, 1200]
+        assert curriculum.grown == 325
 
     def test_number_of_questions_is_constant(self):
         curriculum = Curriculum(start=2, frames=1200, batch=4)
@@ -296,7 +319,7 @@ class TestCheckpoint:
     @pytest.mark.parametrize(
         "more",
         [["--seed", "1"], ["--frames", "10"], ["--first-frames", "2"], ["--batch", "3"],
-         ["--dtype", "float32"]],
+         ["--dtype", "float32"], pytest.param(["--model", "llama3v"], marks=pytest.mark.slow)],
     )  # fmt: skip
     def test_resume_with_other_settings_is_refused(self, more, half_way, tmp_path, capsys):
         folder = shutil.copytree(half_way, tmp_path / "run")
@@ -322,6 +345,71 @@ class TestCheckpoint:
     def test_minutes_limit_the_run(self, tmp_path):
         assert run_training(options(tmp_path, "--minutes", "1e-9")) == 0
         assert len(curve(tmp_path)) == 1
+
+
+class TestLlama3v:
+    def test_batch_shows_what_it_asks_about(self):
+        model: Any = Run.begin(LLAMA, parts(), Group(None)).model
+        whole = make_clips(parts()[TRAIN], (0, TRAIN, 0), (2, 30, 7), 0, 1, torch.float64)
+        batch = model.make_batch(whole)
+        pixels = batch["pixel_values"]
+        assert torch.equal(pixels[:, :, 0, 0], whole.pictures)
+        for row, column in ((a, b) for a in (0, 1) for b in (0, 1)):
+            drawn = pixels[:, :, 0, 1, row::2, column::2].flatten(2)
+            asked = torch.take_along_dim(drawn, whole.asked[..., None], dim=1)
+            assert torch.equal(asked, whole.questions)
+        assert not pixels[:, :, :, 2].any()
+        assert torch.equal(batch["shift_labels"], whole.answers)
+
+    def test_run_writes_its_files(self, tmp_path, capsys):
+        small = [*SMALL, *LLAMA_SMALL, "--steps=2", "--output", str(tmp_path)]
+        parser = ArgumentParser()
+        add_options(parser)
+        assert run_training(parser.parse_args(small)) == 0
+        said = capsys.readouterr()
+        assert "wrote checkpoint, curve.csv, curve.png in" in said.out
+        assert "5 visual tokens per frame" in said.out
+        assert not said.err
+        assert len(losses(tmp_path)) == 2
+
+    def test_missing_transformers_is_reported(self, tmp_path, capsys, monkeypatch):
+        def without(module):
+            if module == "transformers":
+                raise ModuleNotFoundError("No module named 'transformers'")
+
+        monkeypatch.setattr(program, "import_module", without)
+        assert run_training(options(tmp_path, "--model", "llama3v")) == 2
+        assert capsys.readouterr().err == (
+            "lvxattn train: error: No module named 'transformers'; --model llama3v needs "
+            "pip install '.[models]' (on rank 0 of 1)\n"
+        )
+
+    @pytest.mark.slow
+    def test_three_ranks_learn_like_one(self, tmp_path, monkeypatch):
+        from transformers.models.mllama.modeling_mllama import MllamaTextRMSNorm
+
+        monkeypatch.setattr(MllamaTextRMSNorm, "forward", MllamaTextRMSNorm.forward)  # put back
+        monkeypatch.setattr(training_module, "make_model", make_exact)
+        # 1. A few steps, and some of them as a run of the command.
+        alone = Run.begin(LLAMA, parts(), Group(None))
+        for _ in range(LLAMA_STEPS):
+            alone.step()
+        small = *LLAMA_SMALL, "--steps", str(LLAMA_STEPS - 2)
+        assert run_training(options(tmp_path, *small)) == 0
+        # 2. The same on 3 ranks, which resume the run.
+        small = *SMALL, *LLAMA_SMALL, "--steps", str(LLAMA_STEPS), "--resume"
+        program_of_ranks = PROGRAMS / "train_llama3v.py"
+        ended = forked(3, program_of_ranks, str(LLAMA_STEPS), *small, "--output", str(tmp_path))
+        assert ended.status == 0, ended.out + ended.err
+        told = json.loads(ended.out)
+        (status, said, error), *others = told["by_rank"]
+        assert (status, error) == (0, ""), error
+        assert others == [[0, "", ""]] * 2
+        assert f"resumed after step {LLAMA_STEPS - 2}" in said
+        assert "sent in a step by Ring Attention" in said
+        for found in (told["loss"], losses(tmp_path)):
+            np.testing.assert_allclose(found, alone.curve.column("loss"), rtol=1e-9, atol=0)
+        assert told["accuracy"] == alone.curve.column("accuracy")
 
 
 class TestCommand:
@@ -355,7 +443,8 @@ class TestCommand:
         "more",
         [["--steps", "0"], ["--frames", "65537"], ["--batch", "x"], ["--minutes", "0"],
          ["--minutes", "nan"], ["--target", "1"], ["--target", "nan"], ["--seed", "-1"],
-         ["--checkpoint-every", "0"], ["--dtype", "float16"], ["--schedule", "none"]],
+         ["--checkpoint-every", "0"], ["--dtype", "float16"], ["--schedule", "none"],
+         ["--model", "llama"]],
     )  # fmt: skip
     def test_bad_arguments_are_refused(self, more, tmp_path, capsys):
         with pytest.raises(SystemExit):

@@ -5,6 +5,7 @@
 `options`          the command line, the settings that determine the curve, the curriculum
 `data`             clips of real handwriting, and questions about them
 `model`            patches, two layers of `CrossAttention`, an answer; its attention to every frame
+`llama3v`          the same questions to a small Llama 3.2 Vision of transformers
 `training`         steps, with looks at held-out images
 `checkpoint`       checkpoints to resume from
 `training_report`  the curve, and the text

@@ -82,6 +82,12 @@ class Clips:
     images: Tensor
     shape: tuple[int, int, int]
 
+    @property
+    def total(self) -> int:
+        """The number of all ranks' questions about all clips."""
+        B, _, S_Q = self.shape
+        return B * S_Q
+
 
 def load_images() -> tuple[Images, Images, Images]:
     """Return scikit-learn's digits, 1,797 of them, in three parts that share no image.

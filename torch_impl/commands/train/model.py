@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from lvxattn.common.layout import share
 from lvxattn.common.meter import Meter
@@ -46,11 +47,23 @@ class Finder(nn.Module):
         The ranks that hold the video.
     schedule : str
         The schedule of the attention.
+
+    Attributes
+    ----------
+    part : (rank, size)
+        The part of a batch that the model is given on this rank, and the number of parts.
+    tokens : int
+        Visual tokens of a frame.
+    structure : str
+        Describes the layers.
     """
+
+    tokens = TOKENS
+    structure = f"{LAYERS} layers of cross-attention, {H} heads of {D}"
 
     def __init__(self, group: Group, schedule: str = "lv-xattn") -> None:
         super().__init__()
-        self.group, self.schedule = group, schedule
+        self.group, self.schedule, self.part = group, schedule, (group.rank, group.size)
         self.pixels = nn.Linear(PATCH * PATCH, E, bias=False)
         self.marker = nn.Linear(BITS, E, bias=False)
         self.place = nn.Parameter(0.5 * torch.randn(TOKENS, E))
@@ -87,6 +100,19 @@ class Finder(nn.Module):
             x = layer(x, features, layout, self.schedule, meter, seen)
         scores: Tensor = self.answer(x)
         return scores
+
+    def evaluate(self, clips: Clips, *, meter: Meter | None = None) -> tuple[Tensor, float]:
+        """Return this rank's share of the loss, and its number of right answers.
+
+        Collective: every rank of the group calls this, and its backward.
+        """
+        scores = self(clips, meter=meter)
+        total = cross_entropy(scores.flatten(0, 1), clips.answers.flatten(), reduction="sum")
+        return total / clips.total, float((scores.argmax(-1) == clips.answers).sum())
+
+    def chosen(self, clips: Clips) -> str:
+        """Return the schedule that serves these clips.  Collective, as `layout` is."""
+        return self.layout(clips).schedule
 
     def look(self, clips: Clips) -> Tensor:
         """Return the visual tokens of this rank's frames: (B, 4 f, E).  Not collective."""

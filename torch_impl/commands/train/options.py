@@ -2,7 +2,8 @@
 
 Clips of a thousand frames teach nothing at first: attention spread evenly over them gives the
 answer a weight of one thousandth.  So clips begin with two frames and double every `GROW` steps.
-Short clips come in larger batches, so that a step sees many images, with fewer questions each::
+Short clips come in larger batches, so that a step sees many images, with fewer questions each.  Of
+`Finder`::
 
     step     0    25    50    75   100   125   150   175   200   225   250
     frames   2     4     8    16    32    64   128   256   512  1024  1200
@@ -20,9 +21,11 @@ from lvxattn.cli.arguments import between, natural, positive
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.torch_impl.commands.train.data import BITS
 
+MODELS = {"finder": 0, "llama3v": 75}
+"""Further steps with the first clips, by model: Mllama takes longer to learn to see."""
+
 TARGET = 0.95
 """Default share of right answers to train for."""
-
 
 GROW = 25
 """Steps from one clip length to the next."""
@@ -47,11 +50,14 @@ class Curriculum:
         Frames of the first and of the longest clips.
     batch : int
         Clips in a batch of the longest ones.
+    wait : int
+        Steps for which the first clips do not grow.
     """
 
     start: int
     frames: int
     batch: int
+    wait: int = 0
 
     @property
     def grown(self) -> int:
@@ -59,12 +65,13 @@ class Curriculum:
         doublings = 0
         while self.start << doublings < self.frames:
             doublings += 1
-        return GROW * doublings
+        return self.wait + GROW * doublings
 
     def shape(self, step: int) -> tuple[int, int, int]:
         """Return the number of a step's clips, the frames and the questions of each."""
         # Capped first: after thousands of steps the shift would be a huge number.
-        frames = self.frames if step >= self.grown else self.start << step // GROW
+        doublings = max(0, step - self.wait) // GROW
+        frames = self.frames if step >= self.grown else self.start << doublings
         clips = max(self.batch, min(_CLIPS, _FRAMES // frames))
         return clips, frames, max(1, _QUESTIONS * self.batch // clips)
 
@@ -83,6 +90,7 @@ class Curriculum:
 class Settings:
     """The options that determine the curve: a run can be resumed with the same settings only."""
 
+    model: str
     frames: int
     first_frames: int
     batch: int
@@ -109,7 +117,7 @@ class Settings:
     @property
     def curriculum(self) -> Curriculum:
         """The curriculum."""
-        return Curriculum(self.first_frames, self.frames, self.batch)
+        return Curriculum(self.first_frames, self.frames, self.batch, MODELS[self.model])
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -127,6 +135,13 @@ class Settings:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``train`` to a parser."""
     run = parser.add_argument_group("what is trained")
+    run.add_argument(
+        "--model",
+        choices=MODELS,
+        default="finder",
+        help="two layers of CrossAttention, or a small Llama 3.2 Vision of transformers "
+        "(default: %(default)s)",
+    )
     run.add_argument(
         "--frames",
         type=_frames,

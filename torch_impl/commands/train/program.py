@@ -22,16 +22,14 @@ from lvxattn.common.validation import raise_together
 from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train import checkpoint
 from lvxattn.torch_impl.commands.train.data import TEST, TRAIN, Images, load_images
-from lvxattn.torch_impl.commands.train.model import Needle, find_needles
+from lvxattn.torch_impl.commands.train.model import Finder, Needle, find_needles
 from lvxattn.torch_impl.commands.train.options import TARGET, Settings
-from lvxattn.torch_impl.commands.train.training import Run, add_up, answer, questions, train
+from lvxattn.torch_impl.commands.train.training import Run, add_up, train
 from lvxattn.torch_impl.commands.train.training_report import Reporter, Test, Traffic, complain
 from lvxattn.torch_impl.group import AnyGroup, Group
 
 _TESTS, _DRAWN = 8, 6
 """Batches of questions at the end, and questions in the picture."""
-
-_FILES = "checkpoint", "curve.csv", "curve.png", "needles.png"
 
 
 def run_training(options: Namespace, group: AnyGroup = None) -> int:
@@ -64,7 +62,7 @@ def _run(options: Namespace, group: Group) -> bool:
     # 1. Images, a folder to write to, maybe a checkpoint to resume.
     began = time.perf_counter()
     settings, folder = Settings.of(options), Path(options.output)
-    parts, failure = _read_images(group), f"--output: cannot write {folder}"
+    parts, failure = _read_images(settings.model, group), f"--output: cannot write {folder}"
     on_rank_0(lambda: _make(folder), failure, group)
     run = Run.begin(settings, parts, group, options.schedule)
     _check_schedule(run)
@@ -85,9 +83,14 @@ def _run(options: Namespace, group: Group) -> bool:
     reporter.tested(test, settings.frames)
     if group.size > 1:
         reporter.traffic(_traffic(run))
-    layer, needles = find_needles(run.model, run.clips(TEST, _TESTS, (1, settings.frames, _DRAWN)))
+    files = ["checkpoint", "curve.csv", "curve.png"]
+    layer, needles = 0, list[Needle]()
+    if isinstance(run.model, Finder):
+        clips = run.clips(TEST, _TESTS, (1, settings.frames, _DRAWN))
+        layer, needles = find_needles(run.model, clips)
+        files.append("needles.png")
     on_rank_0(lambda: _draw(run, options, layer, needles), failure, group)
-    reporter.print(f"  wrote {', '.join(_FILES)} in {folder}")
+    reporter.print(f"  wrote {', '.join(files)} in {folder}")
     reporter.print(f"  total time {time.perf_counter() - began:.1f} s")
     if options.target is not None and test.accuracy < options.target:
         complain(f"{test.accuracy:.1%} of the answers are right, below {options.target:.1%}", group)
@@ -95,21 +98,26 @@ def _run(options: Namespace, group: Group) -> bool:
     return True
 
 
-def _read_images(group: Group) -> tuple[Images, Images, Images]:
+def _read_images(model: str, group: Group) -> tuple[Images, Images, Images]:
+    needed = {"sklearn": "train", "matplotlib": "train"}
+    if model == "llama3v":
+        needed["transformers"] = "models"
     error = None
-    for module in ("sklearn", "matplotlib"):
+    for module, extra in needed.items():
         try:
             import_module(module)
         except ModuleNotFoundError as problem:
-            error = InputError(f"{problem}; the run needs scikit-learn and matplotlib")
+            error = InputError(f"{problem}; --model {model} needs pip install '.[{extra}]'")
     raise_together(error, group)
     return load_images()
 
 
 def _check_schedule(run: Run) -> None:
     """Check before the first step that the schedule supports this number of ranks."""
+    clips = run.clips(TRAIN, 0, run.settings.curriculum.shape(0))
     try:
-        run.model.layout(run.clips(TRAIN, 0, run.settings.curriculum.shape(0)))
+        with torch.no_grad():
+            run.model.evaluate(clips)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -129,8 +137,8 @@ def _test(run: Run) -> Test:
     right, asked, images = 0.0, 0, set[int]()
     for n in range(_TESTS):
         clips = run.clips(TEST, n, settings.curriculum.final)
-        right += answer(run.model, clips)[1]
-        asked += questions(clips)
+        right += run.model.evaluate(clips)[1]
+        asked += clips.total
         images.update(clips.images.flatten().tolist())
     everyone = set[int]().union(*group.allgather(images))
     return Test(int(add_up([right], group)[0]), asked, len(everyone))
@@ -140,9 +148,9 @@ def _traffic(run: Run) -> Traffic:
     """Measure the bytes of one step, by the paper's two schedules and by the run's own."""
     clips = run.clips(TRAIN, len(run.curve), run.settings.curriculum.final)
     sent, losses, chosen = {}, [], run.model.schedule
-    for schedule in dict.fromkeys(("lv-xattn", "ring", run.model.layout(clips).schedule)):
+    for schedule in dict.fromkeys(("lv-xattn", "ring", run.model.chosen(clips))):
         run.model.schedule, meter = schedule, Meter()
-        loss, _ = answer(run.model, clips, meter=meter)
+        loss, _ = run.model.evaluate(clips, meter=meter)
         loss.backward()
         nbytes, whole = add_up([meter.bytes, float(loss.detach())], run.model.group)
         sent[schedule] = int(nbytes)
@@ -158,4 +166,5 @@ def _draw(run: Run, options: Namespace, layer: int, needles: list[Needle]) -> No
     folder, ranks = Path(options.output), run.model.group.size
     title = f"Find the needle in a video of {run.settings.frames:,} frames"
     draw_curve(folder / "curve.png", run.curve, options.target or TARGET, title)
-    draw_needles(folder / "needles.png", needles, layer, ranks)
+    if needles:
+        draw_needles(folder / "needles.png", needles, layer, ranks)

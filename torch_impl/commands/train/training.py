@@ -15,15 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from lvxattn.common.meter import Meter
 from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train import checkpoint
 from lvxattn.torch_impl.commands.train.data import TRAIN, WATCH, Clips, Images, make_clips
@@ -32,6 +29,9 @@ from lvxattn.torch_impl.commands.train.options import TARGET, Settings
 from lvxattn.torch_impl.commands.train.training_report import Curve, Reporter
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.module import sum_gradients
+
+if TYPE_CHECKING:
+    from lvxattn.torch_impl.commands.train.llama3v import Llama3v
 
 LOOK_EVERY = 25
 """Steps between looks at held-out images."""
@@ -49,7 +49,7 @@ class Run:
     settings : Settings
     parts : tuple of Images
         To train with, to watch, to test with.
-    model : Finder
+    model : Finder or Llama3v
     optimizer : torch.optim.AdamW
     curve : Curve
         One row for each step so far.
@@ -57,7 +57,7 @@ class Run:
 
     settings: Settings
     parts: tuple[Images, Images, Images]
-    model: Finder
+    model: "Finder | Llama3v"
     optimizer: torch.optim.AdamW
     curve: Curve
 
@@ -72,7 +72,7 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             # Made in float32, so that a run in float64 begins with the same weights.
-            model = Finder(group, schedule).to(settings.torch_dtype)
+            model = make_model(settings, group, schedule).to(settings.torch_dtype)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=0.0, betas=_BETAS, weight_decay=_DECAY
         )  # the learning rate is set before every step
@@ -80,9 +80,8 @@ class Run:
 
     def clips(self, purpose: int, step: int, shape: tuple[int, int, int]) -> Clips:
         """Make this rank's part of a batch."""
-        group, key = self.model.group, (self.settings.seed, purpose, step)
-        images, dtype = self.parts[purpose], self.settings.torch_dtype
-        return make_clips(images, key, shape, group.rank, group.size, dtype)
+        key, dtype = (self.settings.seed, purpose, step), self.settings.torch_dtype
+        return make_clips(self.parts[purpose], key, shape, *self.model.part, dtype)
 
     def step(self, told: tuple[bool, ...] = ()) -> list[bool]:
         """Learn from one more batch.
@@ -101,7 +100,7 @@ class Run:
         """
         step, curriculum, began = len(self.curve), self.settings.curriculum, time.perf_counter()
         clips = self.clips(TRAIN, step, curriculum.shape(step))
-        loss, right = answer(self.model, clips)
+        loss, right = self.model.evaluate(clips)
         self.optimizer.zero_grad()
         loss.backward()
         # 1. Until here gradients are this rank's part; from here on they are the same everywhere.
@@ -114,7 +113,7 @@ class Run:
         mine = [float(loss.detach()), right, *map(float, told)]
         whole, found, *flags = add_up(mine, self.model.group)
         seconds = self.curve.seconds + time.perf_counter() - began
-        row = [step + 1, clips.shape[1], whole, found / questions(clips), None, seconds]
+        row = [step + 1, clips.shape[1], whole, found / clips.total, None, seconds]
         self.curve.rows.append(row)
         return [n > 0 for n in flags]
 
@@ -126,9 +125,9 @@ class Run:
         """
         step, began = len(self.curve), time.perf_counter()
         clips = self.clips(WATCH, step, self.settings.curriculum.shape(step - 1))
-        (right,) = add_up([answer(self.model, clips)[1]], self.model.group)
+        (right,) = add_up([self.model.evaluate(clips)[1]], self.model.group)
         seconds = self.curve.seconds + time.perf_counter() - began
-        self.curve.rows[-1][4:] = right / questions(clips), seconds
+        self.curve.rows[-1][4:] = right / clips.total, seconds
 
     def done(self, steps: int, goal: float) -> bool:
         """Return whether all steps are done, or two looks in a row, at full length, met `goal`."""
@@ -194,20 +193,14 @@ def save(run: Run, folder: Path) -> None:
     on_rank_0(lambda: run.curve.write(file), f"cannot write {file}", group)
 
 
-def answer(model: Finder, clips: Clips, *, meter: Meter | None = None) -> tuple[Tensor, float]:
-    """Return this rank's share of the loss, and its number of right answers.
+def make_model(settings: Settings, group: Group, schedule: str) -> "Finder | Llama3v":
+    """Return the model that the settings name, of the random weights that are due."""
+    if settings.model == "finder":
+        return Finder(group, schedule)
+    # Here, since transformers takes seconds to import, and need not be installed for the other.
+    from lvxattn.torch_impl.commands.train.llama3v import Llama3v
 
-    Collective: every rank of the model's group calls this.
-    """
-    scores = model(clips, meter=meter)
-    total = cross_entropy(scores.flatten(0, 1), clips.answers.flatten(), reduction="sum")
-    return total / questions(clips), float((scores.argmax(-1) == clips.answers).sum())
-
-
-def questions(clips: Clips) -> int:
-    """Return the number of questions of all ranks together."""
-    B, _, S_Q = clips.shape
-    return B * S_Q
+    return Llama3v(group, schedule)
 
 
 def add_up(numbers: list[float], group: Group) -> list[float]:

@@ -5,11 +5,15 @@ import sys
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lvxattn.torch_impl.commands.train.data import Images
-from lvxattn.torch_impl.commands.train.model import LAYERS, TOKENS, D, Finder, H
+from lvxattn.torch_impl.commands.train.model import Finder
 from lvxattn.torch_impl.commands.train.options import Settings
 from lvxattn.torch_impl.group import Group
+
+if TYPE_CHECKING:
+    from lvxattn.torch_impl.commands.train.llama3v import Llama3v
 
 Row = list[float | None]
 """A row of `Curve`."""
@@ -21,6 +25,7 @@ _NAMES = {
     "ring": "Ring Attention",
     "ulysses": "Ulysses",
     "gather": "gather",
+    "auto": "auto",
 }
 
 
@@ -133,20 +138,23 @@ class Reporter:
             sys.stdout.flush()
 
     def begin(
-        self, settings: Settings, parts: tuple[Images, Images, Images], model: Finder, done: int
+        self,
+        settings: Settings,
+        parts: tuple[Images, Images, Images],
+        model: "Finder | Llama3v",
+        done: int,
     ) -> None:
         """Print the task's sizes."""
         weights = sum(p.numel() for p in model.parameters())
         train, watch, test = (len(part) for part in parts)
         ranks, frames = model.group.size, settings.frames
-        growing = f"from {settings.first_frames} frames to {frames:,}"
+        growing = f"from {settings.first_frames} frames to {frames:,}, {model.tokens} visual tokens"
         self.print(f"""
 LV-XAttn training run
   task      find the frame with a given marker and name the digit on it
-  clips     {growing}, {TOKENS} visual tokens per frame, {settings.batch} clips per step or more
+  clips     {growing} per frame, {settings.batch} clips per step or more
   images    {train:,} to train with, {watch} to watch, {test} to test with; none in two parts
-  model     {weights:,} weights in {settings.dtype}, {LAYERS} layers of cross-attention, \
-{H} heads of {D}
+  model     {settings.model}, {weights:,} weights in {settings.dtype}, {model.structure}
   ranks     {ranks}, each with {_about(frames, ranks)} of the longest clips
 """)
         if done:
