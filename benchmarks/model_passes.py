@@ -53,7 +53,7 @@ class Work:
     rounds : int
         Maximum number of rounds.
     seconds : float
-        Time after which no round begins, once two are done.
+        Time after which no second round begins.
     options : dict
         Further arguments of the model's function.
     """
@@ -162,7 +162,7 @@ def timed(work: Work, group: Group) -> dict[str, Any]:
             model.turn()
     start = perf_counter()
     for turn in range(work.rounds):
-        if turn >= 2 and group.allgather(perf_counter() - start > work.seconds)[0]:
+        if turn and group.allgather(perf_counter() - start > work.seconds)[0]:
             break
         for kind, model in models.items():
             if kind != "ring" or turn == 0:  # which takes long, and waits for the network

@@ -94,7 +94,7 @@ def work(model: str, text_tokens: int, *, quick: bool) -> Results:
     features = FEATURES[model] // (11 if quick else 1)
     return {
         "model": model, "kinds": kinds, "text_tokens": text_tokens, "features": features,
-        "rounds": 1 if quick else 3, "seconds": 60,
+        "rounds": 1 if quick else 3, "seconds": 20,
     }  # fmt: skip
 
 

@@ -284,7 +284,7 @@ class TestCheck:
         assert not Check("x", 1, 1, good.error_of(bad), 1.0).passed
         assert Check("x", 1, 1, good.error_of(good), 0.0).passed
         assert not Check("x", 1, 1, 0.0, torch.nan).passed
-        assert check._badness(Check("x", 1, 1, torch.nan, 1.0)) == float("inf")
+        assert check._error_over_limit(Check("x", 1, 1, torch.nan, 1.0)) == float("inf")
 
     def test_errors_are_relative_to_the_largest(self) -> None:
         want, got = (Sample.of(torch.tensor([1.0, -4.0, x])) for x in (0.0, 1.0))

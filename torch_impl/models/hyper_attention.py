@@ -238,3 +238,11 @@ def attend_alone(
     """Return out (B, s_q, H, D_V) and lse (B, H, s_q) over keys in this process."""
     out, lse = cross_attention(q, k, v, Group(None), scale=scale, mask=mask, return_lse=True)
     return out.transpose(1, 2), lse
+
+
+def position_of(image_positions: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Return the positions (B, images) of images at these indices of a text."""
+    index = image_positions.clamp(min=0)
+    if position_ids is None:
+        return index
+    return position_ids.expand(len(index), -1).gather(1, index)  # which do not count padding

@@ -34,6 +34,7 @@ from lvxattn.torch_impl.models.hyper_attention import (
     HyperLayer,
     Visual,
     attend_to_images,
+    position_of,
 )
 
 
@@ -282,14 +283,6 @@ class Owl3(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
             position_ids = position_ids + 1
         cos_and_sin = self.language_model.model.rotary_emb(y, position_ids)  # (B, images, D)
         return tuple(x[:, None, :, None] for x in cos_and_sin)
-
-
-def position_of(image_positions: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Return the positions (B, images) of images at these indices of a text."""
-    index = image_positions.clamp(min=0)
-    if position_ids is None:
-        return index
-    return position_ids.expand(len(index), -1).gather(1, index)  # which do not count padding
 
 
 def _first(is_image: Tensor, images: int) -> Tensor:

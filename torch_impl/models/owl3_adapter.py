@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lvxattn.torch_impl.models.hyper_attention import HyperAttention
+from lvxattn.torch_impl.models.hyper_attention import HyperAttention, position_of
 from lvxattn.torch_impl.models.images import Images
 from lvxattn.torch_impl.models.interception import ATTENTION
-from lvxattn.torch_impl.models.owl3 import position_of
 from lvxattn.torch_impl.models.spread import Make
 from lvxattn.torch_impl.models.text import Text, positions
 

@@ -76,6 +76,12 @@ class Whole:
         Whether such a layer has projections of queries and results of its own.
     vision_width : int
         Of the features that keys and values are made of.
+
+    Examples
+    --------
+    >>> from lvxattn.plan import WHOLE
+    >>> f"{WHOLE['llama3v'].parameters / 1e9:.1f} billion"
+    '10.6 billion'
     """
 
     attention: Model

@@ -90,12 +90,12 @@ class Curriculum:
 class Settings:
     """The options that determine the curve: a run can be resumed with the same settings only."""
 
-    model: str
     frames: int
     first_frames: int
     batch: int
     dtype: str
     seed: int
+    model: str = "finder"
 
     @staticmethod
     def of(options: argparse.Namespace) -> "Settings":
