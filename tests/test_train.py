@@ -38,13 +38,13 @@ from tests.launch import PROGRAMS
 from tests.torch_ranks import forked
 
 # Clips of 3 frames, then 6: on 4 ranks the last holds none, then the first two hold one more.
-SETTINGS = Settings("finder", frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
+SETTINGS = Settings(frames=10, first_frames=3, batch=3, dtype="float64", seed=3)
 STEPS = 48
 SMALL = ["--frames=9", "--first-frames=3", "--batch=2", "--dtype=float64", "--steps=8"]
-SMALL_SETTINGS = Settings("finder", 9, first_frames=3, batch=2, dtype="float64", seed=0)
+SMALL_SETTINGS = Settings(9, first_frames=3, batch=2, dtype="float64", seed=0)
 
 # On 3 ranks: frames are uneven, and one has none of the two questions about a clip.
-LLAMA = Settings("llama3v", frames=5, first_frames=4, batch=2, dtype="float64", seed=3)
+LLAMA = Settings(5, 4, batch=2, dtype="float64", seed=3, model="llama3v")
 LLAMA_STEPS = 3
 LLAMA_SMALL = ["--model=llama3v", "--frames=5", "--first-frames=4", "--batch=2", "--seed=3"]
 
