@@ -130,7 +130,7 @@ bench: check-mpiexec $(STAMP) ## Run all benchmarks, also on shaped links, 1 hou
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --store benchmarks/results --plot docs/schedules.png
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/models.py --store benchmarks/results --plot docs/models.png
 
-bench-quick: check-mpiexec $(STAMP) ## Run the benchmarks on small problems, 2 minutes on 2 idle cores; only printed
+bench-quick: check-mpiexec $(STAMP) ## Run the benchmarks on small problems, some minutes; only printed
 	@echo "Small problems, to see that all of it runs: the goals hold for make bench on an idle machine."
 	$(VENV_PYTHON) benchmarks/block_attention.py --quick
 	$(VENV_PYTHON) benchmarks/kernels.py --quick
