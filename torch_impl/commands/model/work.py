@@ -71,13 +71,15 @@ class Work:
         self,
         model: Any,
         kind: Kind,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         device: torch.device,
         spread: Spread | None = None,
         finish: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.spread, self.finish = model, spread, finish
-        self.batch = {name: x.to(device) for name, x in batch.items()}
+        self.batch: dict[str, Any] = {
+            name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()
+        }
         self.optimizer: torch.optim.Optimizer | None = None
         self._seconds: dict[str, float] = {}
         self._began = 0.0
@@ -189,6 +191,9 @@ def peak(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def cast(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def cast(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return a batch with its real numbers in a dtype."""
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
+    return {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in batch.items()
+    }
