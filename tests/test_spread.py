@@ -122,6 +122,10 @@ def test_schedules_send_what_is_planned() -> None:
     assert sent["lv-xattn"] == sent["gather"] < sent["ulysses"] < sent["ring"]
 
 
+def kept_and_recomputed(report: Any, setting: str, text: str) -> list[Any]:
+    return [rank for made in (False, True) for rank in report[f"{setting}/{text}/{made}"]]
+
+
 SETTINGS = [
     "plain", "checkpointed", "accumulated", "two forwards", "frozen", "features", "ddp", "fsdp2",
     "fsdp2 checkpointed", "one image ddp", "one image fsdp2", "embeddings",
@@ -139,20 +143,18 @@ def test_training_equals_one_process(setting: str, text: str, P: int) -> None:
     quick = setting in QUICK_SETTINGS
     settings = [s for s in SETTINGS if (s in QUICK_SETTINGS) == quick]
     report = torch_report(P, "torch_model_training.py", ",".join(settings), "replicated,sharded")
-    for recompute in (False, True):
-        for rank in report[f"{setting}/{text}/{recompute}"]:
-            assert rank["compared"] > 40
-            assert rank["gradients"] < LIMITS["float64"]
+    for rank in kept_and_recomputed(report, setting, text):
+        assert rank["compared"] > 40
+        assert rank["gradients"] < LIMITS["float64"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["replicated", "sharded"])
 def test_mesh_of_two_dimensions_equals_one_process(text: str) -> None:
     report = torch_report(4, "torch_model_training.py", "fsdp2 mesh", "replicated,sharded")
-    for recompute in (False, True):
-        for rank in report[f"fsdp2 mesh/{text}/{recompute}"]:
-            assert rank["compared"] == 88
-            assert rank["gradients"] < LIMITS["float64"]
+    for rank in kept_and_recomputed(report, "fsdp2 mesh", text):
+        assert rank["compared"] == 88
+        assert rank["gradients"] < LIMITS["float64"]
 
 
 @pytest.mark.slow
@@ -161,21 +163,19 @@ def test_low_rank_adapters_equal_one_process(text: str) -> None:
     if not find_spec("peft"):
         pytest.skip("peft is not installed")
     report = torch_report(2, "torch_model_training.py", "lora", "replicated,sharded")
-    for recompute in (False, True):
-        for rank in report[f"lora/{text}/{recompute}"]:
-            assert rank["compared"] == 36
-            assert rank["gradients"] < LIMITS["float64"]
+    for rank in kept_and_recomputed(report, "lora", text):
+        assert rank["compared"] == 36
+        assert rank["gradients"] < LIMITS["float64"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["replicated", "sharded"])
 def test_autocast_errs_no_more_than_in_one_process(text: str) -> None:
     report = torch_report(2, "torch_model_training.py", "autocast", "replicated,sharded")
-    for recompute in (False, True):
-        for rank in report[f"autocast/{text}/{recompute}"]:
-            assert rank["compared"] == 88
-            assert rank["alone"] > 1e-3  # it did compute in bfloat16
-            assert rank["gradients"] < 2 * rank["alone"]
+    for rank in kept_and_recomputed(report, "autocast", text):
+        assert rank["compared"] == 88
+        assert rank["alone"] > 1e-3  # it did compute in bfloat16
+        assert rank["gradients"] < 2 * rank["alone"]
 
 
 @pytest.mark.slow

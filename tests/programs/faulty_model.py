@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 
     from lvxattn.torch_impl.__main__ import main
     from lvxattn.torch_impl.commands.model import program, work
-    from lvxattn.torch_impl.models import images, spread
+    from lvxattn.torch_impl.models import gradients, images
 
 dist.init_process_group("gloo")
 generate, random_model = work.Work.generate, program.random_model
@@ -32,7 +32,7 @@ def wrong_token(self: Any, count: int) -> Any:
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     # The gradients of keys and values are averaged like the text's.
-    "no factor P": (spread.ScaledGradient, "backward", staticmethod(lambda _, dx: (dx, None))),
+    "no factor P": (gradients.ScaledGradient, "backward", staticmethod(lambda _, dx: (dx, None))),
     # Every token sees all frames.
     "no mask": (images.Images, "mask", lambda _: None),
     "wrong token": (work.Work, "generate", wrong_token),

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     import transformers
     from transformers import AttentionMaskInterface
 
-    from lvxattn.torch_impl.models import distribute, interception, owl3_adapter, spread
+    from lvxattn.torch_impl.models import distribute, gradients, interception, owl3_adapter, spread
     from lvxattn.torch_impl.models.images import Images
     from lvxattn.torch_impl.models.mllama import Mllama
     from lvxattn.torch_impl.models.text import Text
@@ -176,7 +176,7 @@ def compare(comm: Any, name: str, dtype: str, texts: str, recompute: bool) -> di
 def plant(fault: str) -> None:
     """Break what the models need, as it is easily got wrong."""
     if fault == "no factor P":  # the gradients of keys and values are averaged like the text's
-        spread.ScaledGradient.backward = staticmethod(lambda _, dx: (dx, None))
+        gradients.ScaledGradient.backward = staticmethod(lambda _, dx: (dx, None))
     elif fault == "no mask function":  # self-attention loses its padding
         AttentionMaskInterface.register(interception.ATTENTION, lambda *_, **__: None)
     elif fault == "positions from the first":  # visual keys' on every rank

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lvxattn.torch_impl.models.adapter import Adapter
 from lvxattn.torch_impl.models.interception import ATTENTION, FEATURES, Interception
-from lvxattn.torch_impl.models.spread import Adapter
 
 if TYPE_CHECKING:
     from lvxattn.torch_impl.models.spread import Spread

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lvxattn.common.masks import MaskRule
-from lvxattn.torch_impl.models.spread import Adapter
+from lvxattn.torch_impl.models.adapter import Adapter
 
 if TYPE_CHECKING:
     from lvxattn.torch_impl.models.spread import Spread

@@ -1,6 +1,5 @@
 """A model whose visual input is spread over ranks: what is the same for all models."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,66 +11,16 @@ from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import check_here_or_together
 from lvxattn.torch_impl.cross_attention import attend, autocast_dtype, cast
-from lvxattn.torch_impl.group import AnyGroup, Group
+from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
+from lvxattn.torch_impl.models.adapter import Adapter
+from lvxattn.torch_impl.models.batch_checks import check_equal, refuse_dropout
+from lvxattn.torch_impl.models.gradients import OfForward, scale_gradient
 from lvxattn.torch_impl.module import sum_gradients
 from lvxattn.torch_impl.recompute import Made
 
 # make(x, y) -> (q, k, v, scale): text and visual features to what attention needs.
 Make = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, float]]
-
-
-class Adapter:
-    """What a kind of model needs to be spread: how its input is cut, and its masks.
-
-    Its hooks only note what a forward is given.  `own` and `mask` check it, where all ranks raise
-    together.
-
-    Parameters
-    ----------
-    model : Module
-    spread : Spread
-
-    Attributes
-    ----------
-    texts : tuple of str
-        The values of `text` that this kind of model supports.
-    """
-
-    texts: tuple[str, ...] = ("replicated",)
-
-    def __init__(self, model: nn.Module, spread: "Spread") -> None:
-        self.model: Any = model
-        self.spread = spread
-
-    @staticmethod
-    def fits(model: nn.Module) -> bool:
-        """Return whether this is a model of the kind."""
-        raise NotImplementedError
-
-    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return this rank's share of a batch."""
-        raise NotImplementedError
-
-    def own(self, s_kv: int) -> int:
-        """Return how many keys of those made are this rank's: the first ones.
-
-        Raises
-        ------
-        ValueError
-            Another number cannot have come from `cut`.
-        """
-        raise NotImplementedError
-
-    def mask(self) -> Tensor | MaskRule | None:
-        """Return the mask of the forward that is under way; called after `own`.
-
-        Raises
-        ------
-        ValueError
-            The model was given a mask that is not supported.
-        """
-        raise NotImplementedError
 
 
 class Spread:
@@ -129,25 +78,14 @@ class Spread:
 
         def check() -> None:
             if self.text == "replicated":
-                _refuse_dropout(self.model)
+                refuse_dropout(self.model)
             cut.update(self.adapter.cut(batch))
 
         check_here_or_together(check, self.group, together=True)
-        self._check_equal(batch)
+        check_equal(batch, self.group)
         self.renew()
         self._batches += 1
         return cut
-
-    def _check_equal(self, batch: dict[str, Any]) -> None:
-        """Check that all ranks were given the same batch; of floats only the shapes."""
-        mine = {name: _fingerprint(x) for name, x in sorted(batch.items())}
-        for rank, theirs in enumerate(every := self.group.allgather(mine)):
-            for name in {**every[0], **theirs}:
-                if every[0].get(name) != theirs.get(name):
-                    raise ValueError(
-                        f"{name}: expected the same batch on all ranks, got {every[0].get(name)} "
-                        f"on rank 0 and {theirs.get(name)} on rank {rank}"
-                    )
 
     def renew(self) -> None:
         """Forget the layouts: there is another visual input."""
@@ -289,150 +227,3 @@ class Spread:
                 "use_cache: expected False with text='sharded'; use text='replicated' to generate "
                 f"(on {self.group.name})"
             )
-
-
-def _refuse_dropout(model: nn.Module) -> None:
-    """Check that nothing is dropped: ranks that all have the text would drop different elements."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        rates = {key: x for key, x in vars(module).items() if "drop" in key}
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            rates["p"] = module.p
-        for key, rate in rates.items():
-            if isinstance(rate, float) and rate > 0:
-                raise ValueError(
-                    f"dropout: expected 0 in training with text='replicated', got {rate} as {key} "
-                    f"of {name or type(model).__name__}"
-                )
-
-
-def _fingerprint(x: Any) -> str:
-    """Describe an argument of a batch: whole numbers by their values, real ones by their shape."""
-    if isinstance(x, tuple | list):
-        return f"({', '.join(map(_fingerprint, x))})"
-    if not isinstance(x, Tensor):
-        return repr(x) if isinstance(x, bool | int | float | str) else type(x).__name__
-    what = f"{tuple(x.shape)} {x.dtype}"
-    if x.is_floating_point():
-        return what
-    digest = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes())
-    return f"{what} {digest.hexdigest()[:8]}"
-
-
-class OfForward(torch.autograd.Function):
-    """The identity, which saves its forward's number: as the shape of a tensor without elements.
-
-    Gradient checkpointing calls layers again in the backward.  After another forward they would
-    attend by its masks; but PyTorch compares the shapes of what is saved, and raises.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, number: int) -> Tensor:
-        """Return x."""
-        ctx.save_for_backward(x.new_empty(0, number))
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of x."""
-        _ = ctx.saved_tensors  # has a checkpoint compare
-        return dx, None
-
-
-def scale_gradient(x: Tensor, factor: int) -> Tensor:
-    """Return x, whose gradient will be multiplied by a factor."""
-    return ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
-
-
-class ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
-        """Return x."""
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of x."""
-        return dx * ctx.factor, None
-
-
-def distribute(
-    model: nn.Module,
-    group: AnyGroup = None,
-    *,
-    text: str = "replicated",
-    schedule: str = "lv-xattn",
-    recompute_kv: bool = True,
-) -> Spread:
-    """Shard the visual input of a multimodal model over ranks.  Changes the model in place.
-
-    Every rank has the whole model and the same weights, encodes its own images, and keeps their
-    keys and values; cross-attention is over all ranks' keys.  Not collective.
-
-    Parameters
-    ----------
-    model : Module
-        Of transformers: Mllama (Llama 3.2 Vision), Idefics, Whisper, or another encoder and decoder
-        whose cross-attention calls the model's attention function; or OpenFlamingo's ``Flamingo``,
-        or `owl3.Owl3`.
-    group : ProcessGroup or one-dimensional DeviceMesh, optional
-        The ranks; default: the world.
-    text : str
-        ``"replicated"``: every rank has the whole text.  ``"sharded"``: every rank has some of its
-        rows, and self-attention is over all ranks' rows; for training only, and not for
-        encoder-decoders.
-    schedule : str
-        As in `cross_attention`; with replicated text there is nothing to choose.
-    recompute_kv : bool
-        Whether a backward makes keys and values again instead of keeping them.
-
-    Returns
-    -------
-    Spread
-
-    Raises
-    ------
-    ValueError
-        A model without cross-attention that can be spread, or that was distributed before, or
-        another `text`.
-
-    Examples
-    --------
-    On every rank, for a model and a batch of transformers:
-
-    >>> spread = distribute(model, group)  # doctest: +SKIP
-    >>> model(**spread.inputs(**batch)).loss.backward()  # doctest: +SKIP
-    >>> spread.average_gradients()  # doctest: +SKIP
-    """
-    from lvxattn.torch_impl.models.encoder_decoder import EncoderDecoder
-    from lvxattn.torch_impl.models.idefics import Idefics
-    from lvxattn.torch_impl.models.mllama import Mllama
-    from lvxattn.torch_impl.models.openflamingo import OpenFlamingo
-    from lvxattn.torch_impl.models.owl3_adapter import SpreadOwl3
-
-    comm = Group.of(group)
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in hooks):
-        raise ValueError(f"model: expected one that is not distributed yet (on {comm.name})")
-    for kind in (Mllama, Idefics, OpenFlamingo, SpreadOwl3, EncoderDecoder):
-        # A wrapper, such as of peft, has the model inside.
-        inner = next(filter(kind.fits, model.modules()), None)
-        if inner is None:
-            continue
-        if text not in kind.texts:
-            raise ValueError(
-                f"text: expected {' or '.join(map(repr, kind.texts))} for {type(inner).__name__}, "
-                f"got {text!r} (on {comm.name})"
-            )
-        spread = Spread(model, comm, text=text, schedule=schedule, recompute_kv=recompute_kv)
-        spread.adapter = kind(inner, spread)
-        inner.register_forward_pre_hook(spread.before_forward, with_kwargs=True)
-        return spread
-    raise ValueError(
-        "model: expected Mllama, Idefics, Whisper, OpenFlamingo, Owl3, or an encoder and decoder "
-        f"of transformers, got {type(model).__name__} (on {comm.name})"
-    )
