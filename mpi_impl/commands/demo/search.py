@@ -20,6 +20,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from lvxattn.cli import InputError
+from lvxattn.cli.run_ranks import check_room
 from lvxattn.common.layout import share
 from lvxattn.common.validation import raise_together
 from lvxattn.mpi_impl import Layout, Meter, cross_attention
@@ -34,7 +35,7 @@ from lvxattn.mpi_impl.commands.demo.answers import (
     judge_answers,
     rounding,
 )
-from lvxattn.mpi_impl.commands.demo.patches import D, choose_queries, describe, places
+from lvxattn.mpi_impl.commands.demo.patches import PATCH, D, choose_queries, describe, places
 from lvxattn.mpi_impl.commands.demo.search_report import (
     Costs,
     Progress,
@@ -87,6 +88,11 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     source = cast(Source, comm.bcast(opened))
     held_here = share(source.frames, comm.rank, comm.size)
     first, last = held_here.start, held_here.stop
+    need = _least_memory(source, last - first, comm.rank)
+    memory = check_room(need, comm, "give fewer --frames, or use more hosts")
+    if comm.rank == 0:
+        progress.clear()
+        print(f"memory: at least {memory}", flush=True)
     progress.start("reading frames")
     started = time.perf_counter()
     frames = _together(
@@ -151,6 +157,14 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
         print(f"  wrote {options.output}\n  {'all checks passed' if passed else 'a check FAILED'}")
     _wait_asleep(comm)
     return passed
+
+
+def _least_memory(source: Source, frames: int, rank: int) -> int:
+    """Return how many bytes a rank needs at least: its frames and patches; rank 0 checks all."""
+    patches, patch = source.rows * source.cols, PATCH * PATCH * 3
+    key = 4 * (D + 3)  # and value, in float32
+    whole = source.frames * key if rank == 0 else 0
+    return patches * (frames * (patch + key) + 2 * whole)
 
 
 def _open(options: Namespace) -> Source:

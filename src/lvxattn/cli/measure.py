@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lvxattn.cli.arguments import AddCommand, check_output, positive, refuse
-from lvxattn.cli.run_ranks import Ranks, on_rank_0
+from lvxattn.cli.run_ranks import Ranks, check_room, on_rank_0
 from lvxattn.cli.tensors import InputError
 from lvxattn.common.validation import FLOATING
+from lvxattn.common.wire import ITEMSIZE
 from lvxattn.plan.machine import Link
-from lvxattn.plan.measure import Probe, measure
+from lvxattn.plan.measure import FEWEST_KEYS, Probe, measure
 
 _NAME = "lvxattn measure"
 
@@ -74,6 +75,11 @@ def run_measure(
         on_rank_0(lambda: check_output("--output", options.output), ranks)
         ranks.limit_threads()
         backend = ranks.backend(options.device, options.dtype)
+        # The first keys and values that are timed.
+        need = ITEMSIZE[options.dtype] * D * (H + 2 * H_KV * FEWEST_KEYS)
+        memory = check_room(need, ranks, "give fewer --heads or a smaller --head-dim")
+        if ranks.rank == 0:
+            print(f"memory: at least {memory}", flush=True)
         machine = measure(ranks, probe(backend, (H, H_KV, D), options.dtype), path.stem)
         on_rank_0(lambda: machine.save(path), ranks)
     except InputError as error:

@@ -15,9 +15,9 @@ from typing import Any
 from lvxattn.cli.arguments import UsageError, check_output, refuse
 from lvxattn.cli.run_check import Check, check_results
 from lvxattn.cli.run_options import contradiction
-from lvxattn.cli.run_problem import Problem, Share, describe, take_share
-from lvxattn.cli.run_ranks import Backend, Ranks, on_rank_0, together
-from lvxattn.cli.run_report import Cost, print_report, report_of, write_json
+from lvxattn.cli.run_problem import Problem, Share, describe, least_memory, take_share
+from lvxattn.cli.run_ranks import Backend, Ranks, check_room, on_rank_0, together
+from lvxattn.cli.run_report import Cost, print_problem, print_report, report_of, write_json
 from lvxattn.cli.run_trace import Recorder, check_picture, save_trace
 from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, create
 from lvxattn.common.validation import accumulator
@@ -67,13 +67,20 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
     problem = on_rank_0(lambda: describe(options), ranks)
     machine = on_rank_0(lambda: _read_machine(options), ranks)
     backend = ranks.backend(options.device, problem.dtype)
+    speaks = ranks.rank == 0 and not options.quiet and options.json != "-"
+    memory = check_room(
+        least_memory(problem, options, ranks.rank, ranks.size), ranks,
+        "give fewer --frames, --visual-tokens or --text-tokens, or use more hosts",
+    )  # fmt: skip
+    if speaks:
+        print_problem(problem, memory)
     share = together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
     try:
         layout = backend.agree(
             tensors, schedule=options.schedule, scale=options.scale, machine=machine
         )
-    except (TypeError, ValueError) as error:  # the same on all ranks
+    except (TypeError, ValueError, MemoryError) as error:  # the same on all ranks
         raise InputError(str(error)) from None
     output = on_rank_0(lambda: _create(options, problem, layout), ranks)
     try:
@@ -106,7 +113,6 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
     }
     by_rank = ranks.allgather((facts, costs))
     report = report_of(options, problem, layout, by_rank, checks, trace)
-    speaks = ranks.rank == 0 and not options.quiet and options.json != "-"
     if speaks:
         print_report(report, launched=ranks.launched)
     on_rank_0(lambda: write_json(report, options.json) if options.json else None, ranks)

@@ -6,13 +6,16 @@ not depend on the number of ranks and no rank makes more than its share.
 
 from argparse import Namespace
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, dtype_of, open_tensors
+from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.common.layout import share
 from lvxattn.common.validation import FLOATING, check_attention, check_mask_rows
-from lvxattn.plan.models import MODELS
+from lvxattn.plan.memory import call_memory
+from lvxattn.plan.models import MODELS, planned
 
 _PIECE = 1024
 # The axis along which each tensor is cut into the ranks' shares.
@@ -106,6 +109,28 @@ def describe(options: Namespace) -> Problem:
     except (TypeError, ValueError) as error:
         raise InputError(f"{options.input or 'sizes'}: {error}") from None
     return problem
+
+
+def least_memory(problem: Problem, options: Namespace, rank: int, size: int) -> int:
+    """Return how many bytes a rank needs at least: its share, results, and blocks of others."""
+    tensors = 0
+    for name, shape in problem.shapes.items():
+        part = share(shape[AXES[name]], rank, size)
+        others = prod(shape) // max(1, shape[AXES[name]])
+        itemsize = dtype_of(_dtype(problem, name)).itemsize
+        tensors += others * (part.stop - part.start) * itemsize
+    (B, H, S_Q, D), (_, H_KV, S_KV, D_V) = problem.shapes["q"], problem.shapes["v"]
+    q, k = (B, H, S_Q, D), (B, H_KV, S_KV, D)
+    schedules = SCHEDULES if options.schedule == AUTO else (options.schedule,)
+    layouts = [
+        planned(q, k, size, D_V=D_V, dtype=problem.dtype, schedule=schedule)
+        for schedule in schedules
+    ]
+    passes = (False, True) if options.backward else (False,)
+    return tensors + max(
+        min(call_memory(layout, rank, backward=backward) for layout in layouts)
+        for backward in passes
+    )
 
 
 def take_share(problem: Problem, rank: int, size: int) -> Share:

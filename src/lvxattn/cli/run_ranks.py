@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, cast
 
 from lvxattn.cli.tensors import Array, InputError
+from lvxattn.common.free_memory import check_memory
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import Communicator, raise_together
 from lvxattn.plan.choose import Layout
@@ -157,3 +158,17 @@ def together(work: Callable[[], T], ranks: Ranks) -> T:
     with ranks.watching("all ranks to read or write their parts"):
         raise_together(error, ranks)
     return cast(T, result)
+
+
+def check_room(need: float, ranks: Communicator, change: str) -> str:
+    """Return what `check_memory` says.  Collective: every rank calls this.
+
+    Raises
+    ------
+    InputError
+        In place of a MemoryError.
+    """
+    try:
+        return check_memory(need, ranks, change)
+    except MemoryError as error:  # the same on all ranks
+        raise InputError(str(error)) from None

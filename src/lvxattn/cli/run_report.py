@@ -98,6 +98,26 @@ def report_of(
     }
 
 
+def print_problem(problem: Problem, memory: str) -> None:
+    """Print what is to be computed, and the memory for it.
+
+    Parameters
+    ----------
+    problem : Problem
+    memory : str
+        What a rank will need, and what is free.
+    """
+    q, k, v = (problem.shapes[name] for name in "qkv")
+    print(
+        f"""
+LV-XAttn run
+  problem   {problem.title}
+  shapes    q {q}   k {k}   v {v}   {problem.dtype}
+  memory    at least {memory}""",
+        flush=True,
+    )
+
+
 def print_report(report: Report, *, launched: bool) -> None:
     """Print the table, at most 100 columns wide where stdout is no terminal.
 
@@ -108,16 +128,12 @@ def print_report(report: Report, *, launched: bool) -> None:
         Whether a launcher started this process: some give every rank a terminal, wherever its
         output goes in the end.
     """
-    q, k, v = (report["shapes"][name] for name in "qkv")
     totals, repeats = report["totals"], report["repeats"]
     P = totals["ranks"]
     often = f"median of {repeats} after a warm-up" if repeats else "once"
     passes = "forward and backward" if totals["backward"] else "forward"
-    print(f"""
-LV-XAttn run
-  problem   {report["title"]}
-  shapes    q {q}   k {k}   v {v}   {report["dtype"]}
-  schedule  {report["schedule"]} on {P} rank{"s" * (P > 1)}, {passes}, {often}""")
+    ranks = f"{P} rank{'s' * (P > 1)}"
+    print(f"  schedule  {report['schedule']} on {ranks}, {passes}, {often}")
     if report["why"]:
         print(f"  chosen    {report['why']}")
     if report["machine"]:

@@ -9,9 +9,10 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isclose, sqrt
+from math import isclose, prod, sqrt
 from typing import Any
 
+from lvxattn.common.free_memory import free_memory
 from lvxattn.common.masks import MaskView
 from lvxattn.common.validation import (
     Communicator,
@@ -38,6 +39,9 @@ AUTO = "auto"
 QUERIES = ("sharded", "replicated")
 # A rank works on other ranks' keys: array masks travel, and callables must be the same.
 MASKS_TRAVEL = ("ring", "ulysses")
+
+# Elements of q, k and v from which it is checked that the host has room for the call.
+LARGE = 2**22
 
 # Fields of a record that must be equal on all ranks, and the argument that an error names.
 EQUAL_ON_ALL_RANKS = {
@@ -81,6 +85,7 @@ class Record:
     call: str
     machine: Any
     clock: int
+    free: int | None
 
 
 def agree_on(
@@ -149,6 +154,7 @@ def agree_on(
             call=call,
             machine=machine,
             clock=time.time_ns() // 1000,
+            free=_free(q, k, v),
         )
     except (TypeError, ValueError) as error:
         mine = error
@@ -160,6 +166,13 @@ def agree_on(
         kv_start = sum(r.s_kv for r in records[: comm.rank])
         check_here_or_together(lambda: _check_rule(mask, q, k, kv_start), comm, together=True)
     return records
+
+
+def _free(q: Array, k: Array, v: Array) -> int | None:
+    """Return the bytes that are free on this host; None for a call that hardly needs any."""
+    # A device raises an error of its own; and to ask takes as long as a small call.
+    large = sum(prod(x.shape) for x in (q, k, v)) >= LARGE
+    return free_memory() if large and device_kind(q) == "cpu" else None
 
 
 def _check_machine(machine: Any) -> None:

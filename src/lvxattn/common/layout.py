@@ -155,6 +155,8 @@ class Layout:
         ------
         ValueError, TypeError
             Naming the argument, what was expected, what was given and the rank.
+        MemoryError
+            A host has too little memory for its ranks' results and blocks, with both numbers.
         """
         call = "forward" if backward is None else "backward"
         records = agree_on(

@@ -5,7 +5,7 @@ The front doors choose a schedule by it for ``schedule="auto"``; no other algori
 
 from lvxattn.plan.choose import Candidate, candidates, explain
 from lvxattn.plan.machine import MACHINES, Link, Machine
-from lvxattn.plan.memory import Memory, memory, most_frames
+from lvxattn.plan.memory import Memory, call_memory, memory, most_frames
 from lvxattn.plan.models import MODELS, Model, planned
 from lvxattn.plan.simulate import Played, play
 from lvxattn.plan.steps import messages, steps
@@ -22,6 +22,7 @@ __all__ = [
     "Model",
     "Played",
     "Whole",
+    "call_memory",
     "candidates",
     "explain",
     "memory",

@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from lvxattn.common import layout as common
+from lvxattn.common.free_memory import judge
 from lvxattn.common.handshake import AUTO, MASKS_TRAVEL, SCHEDULES, Record
 from lvxattn.plan.machine import Machine
+from lvxattn.plan.memory import call_memory
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
+
+CHANGE = "use more hosts, or fewer ranks on this one"
 
 
 class Layout(common.Layout):
@@ -33,13 +37,29 @@ class Layout(common.Layout):
 
     @classmethod
     def of(cls, records: list[Record], rank: int) -> Self:
-        """Return the layout that follows from all ranks' records, as `rank` sees it."""
+        """Return the layout that follows from all ranks' records, as `rank` sees it.
+
+        Raises
+        ------
+        MemoryError
+            A host's ranks need more memory for the call than it has free; the same on all ranks.
+        """
         layout = super().of(records, rank)
-        if layout.schedule != AUTO:
-            return layout
-        if layout.queries == "replicated":  # which moves nothing that a schedule could choose
-            return replace(layout, schedule=SCHEDULES[0])
-        return replace(layout, schedule=candidates(layout, layout.machine)[0].schedule)
+        if layout.schedule == AUTO:
+            schedule = SCHEDULES[0]  # of replicated queries, which none moves
+            if layout.queries != "replicated":
+                schedule = candidates(layout, layout.machine)[0].schedule
+            layout = replace(layout, schedule=schedule)
+        if any(r.free is not None for r in records):
+            backward = records[0].call == "backward"
+            shares = list(zip(layout.s_q, layout.s_kv, strict=True))
+            of_share = {  # the same for all ranks that have as much
+                share: call_memory(layout, shares.index(share), backward=backward)
+                for share in dict.fromkeys(shares)
+            }
+            needs = [of_share[share] for share in shares]
+            judge([r.host for r in records], needs, [r.free for r in records], CHANGE)
+        return layout
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ BLOCK, MESSAGE = 0.01, 0.1
 """Seconds that a block, and a message, has to take to be measured."""
 TURNS = 5
 """Number of repetitions; of the slowest rank in each, the median counts."""
-MOST_KEYS, MOST_BYTES = 2**20, 2**26
+FEWEST_KEYS, MOST_KEYS, MOST_BYTES = 1024, 2**20, 2**26
 
 
 class Probe(Protocol):
@@ -132,7 +132,7 @@ def _wrong(probe: Probe) -> ValueError | None:
 def _rates(comm: Communicator, probe: Probe, start: float) -> tuple[float, float, float]:
     """Return the rates of arithmetic and reading, and the fraction of overlap (`hiding`)."""
     H, H_KV, D = probe.shape
-    s_kv = 1024
+    s_kv = FEWEST_KEYS
     while (one := _time(comm, probe, probe.prepare(1, s_kv))) < BLOCK and s_kv < MOST_KEYS:
         s_kv *= 2
     rows, keys = 128, 512

@@ -9,7 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lvxattn.common.wire import ITEMSIZE
+from lvxattn.common.layout import Layout
+from lvxattn.common.wire import (
+    ITEMSIZE,
+    KEY_GRADIENTS,
+    KEYS_VALUES,
+    PARTIALS,
+    QUERIES,
+    QUERY_BLOCKS,
+    QUERY_GRADIENTS,
+    Kind,
+)
 from lvxattn.plan.models import Model
 
 
@@ -108,6 +118,57 @@ def most_frames(
     """
     given: dict[str, Any] = {"dtype": dtype, "recompute": recompute}
     return largest(lambda n: memory(model, text_tokens, n, P, **given).total <= room)
+
+
+def call_memory(layout: Layout, rank: int, *, backward: bool = False) -> int:
+    """Return how many bytes a pass allocates at least: results, and blocks of other ranks.
+
+    Parameters
+    ----------
+    layout : Layout
+    rank : int
+        The rank that allocates them.
+    backward : bool
+
+    Returns
+    -------
+    int
+        A lower bound: tiles, and copies that an implementation makes, are not counted.
+
+    Examples
+    --------
+    >>> from lvxattn.plan import planned
+    >>> layout = planned((1, 8, 64, 64), (1, 8, 65536, 64), P=4, dtype="float32")
+    >>> [call_memory(layout, 0), call_memory(layout, 0, backward=True)]
+    [167424, 8749056]
+    """
+
+    def size(kind: Kind, owner: int = rank) -> int:
+        return kind.nbytes(layout, owner)
+
+    def keys(owner: int) -> int:  # without a mask, which may be the same for all heads
+        return sum(field.nbytes for field in KEYS_VALUES.fields(layout, owner)[:2])
+
+    owners = range(layout.size)
+    queries, results = (QUERY_BLOCKS, QUERY_GRADIENTS) if backward else (QUERIES, PARTIALS)
+    if backward:
+        mine = size(QUERIES) + keys(rank)  # dq, dk and dv are as large as q, k and v
+        if layout.dtype != layout.accumulator and layout.way != "ring":
+            mine += size(KEY_GRADIENTS)
+    else:
+        rows = layout.B * layout.H * layout.s_q[rank]
+        mine = rows * (layout.D_V * ITEMSIZE[layout.dtype] + ITEMSIZE[layout.accumulator])
+    if layout.size == 1 or layout.way == "replicated":
+        return mine
+    if layout.way == "gather":
+        return mine + sum(size(queries, owner) + size(results, owner) for owner in owners)
+    if layout.way == "ulysses":
+        whole = sum(size(queries, n) + keys(n) + size(results, n) for n in owners)
+        return mine + whole // layout.size
+    of_keys = (KEYS_VALUES, KEY_GRADIENTS) if backward else (KEYS_VALUES,)
+    moving = of_keys if layout.way == "ring" else (queries, results)
+    blocks = min(2, layout.size - 1)  # of each kind: one comes, and one goes
+    return mine + blocks * sum(max(size(kind, owner) for owner in owners) for kind in moving)
 
 
 def largest(fits: Callable[[int], bool]) -> int:

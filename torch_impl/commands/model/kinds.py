@@ -122,6 +122,35 @@ def checkpoint_model(kind: Kind, folder: str, dtype: torch.dtype) -> nn.Module:
     raise InputError(f"--weights: expected a model of type {kind.model_type}, got {found}")
 
 
+def least_nbytes(
+    kind: Kind, size: str | None, folder: str | None, dtype: torch.dtype, sizes: tuple[int, int]
+) -> tuple[int, int]:
+    """Return how many bytes the weights and a batch take.
+
+    Parameters
+    ----------
+    kind : Kind
+    size, folder : str, optional
+        Of a model of random weights, or where a checkpoint is; one of the two.
+    dtype : torch.dtype
+    sizes : (frames, text_tokens)
+
+    Returns
+    -------
+    weights, batch : int
+        0 for the batch of a checkpoint, which is not read for it.
+    """
+    if folder is not None:  # at most four bytes a number
+        files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        return files * min(4, dtype.itemsize) // 4, 0
+    with torch.device("meta"):  # no memory is taken
+        model = random_model(kind, size or SIZES[0], *sizes, seed=0)
+        batch = kind.batch(model, *sizes)
+    numbers = sum(p.numel() for p in model.parameters())
+    of_batch = sum(x.numel() * x.element_size() for x in batch.values())
+    return numbers * dtype.itemsize, of_batch
+
+
 def parts(model: nn.Module, ends: tuple[str, ...]) -> list[nn.Module]:
     """Return the modules whose names end so, or whose classes are called so."""
     return [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lvxattn.cli.arguments import UsageError, check_output, refuse
-from lvxattn.cli.run_ranks import on_rank_0, together
+from lvxattn.cli.run_ranks import check_room, on_rank_0, together
 from lvxattn.cli.run_report import write_json
 from lvxattn.cli.tensors import InputError
 from lvxattn.torch_impl.commands.model.check import Expected, compare, expect, results_of, sampled
@@ -21,6 +21,7 @@ from lvxattn.torch_impl.commands.model.kinds import (
     KINDS,
     SIZES,
     checkpoint_model,
+    least_nbytes,
     random_model,
 )
 from lvxattn.torch_impl.commands.model.options import contradiction
@@ -68,6 +69,12 @@ def _run(options: Namespace, ranks: TorchRanks) -> bool:
     on_rank_0(lambda: _check_json(options), ranks)
     backend = ranks.backend(options.device, options.dtype)
     device = backend.where
+    memory = check_room(
+        together(lambda: _least_memory(options, device), ranks), ranks,
+        "give a smaller --size or fewer --frames, or use fewer ranks a host",
+    )  # fmt: skip
+    if ranks.rank == 0 and options.json != "-":
+        print(f"memory: at least {memory}", flush=True)
     # 1. Rank 0 alone, if that is to be compared with.
     expected = on_rank_0(lambda: _alone(options, device), ranks) if options.check else None
     # 2. Every rank has the whole model and batch, and takes its share.
@@ -136,6 +143,16 @@ def _check_packages(options: Namespace) -> None:
 def _check_json(options: Namespace) -> None:
     if options.json not in (None, "-"):
         check_output("--json", options.json)
+
+
+def _least_memory(options: Namespace, device: torch.device) -> int:
+    """Return how many bytes of its host a rank needs at least: for the batch, and the weights."""
+    dtype, sizes = getattr(torch, options.dtype), (options.frames, options.text_tokens)
+    kind = KINDS[options.model]
+    weights, batch = least_nbytes(kind, options.size, options.weights, dtype, sizes)
+    if not options.generate:
+        weights *= 4 if options.train_steps else 2  # gradients, and the two averages of AdamW
+    return batch + (weights if device.type == "cpu" else 0)
 
 
 def _build(options: Namespace, device: torch.device) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -158,6 +158,21 @@ def make_clips(
     )
 
 
+def least_nbytes(shape: tuple[int, int, int], size: int, dtype: torch.dtype) -> int:
+    """Return how many bytes a rank's part of a batch takes at least.
+
+    Parameters
+    ----------
+    shape : (B, frames, S_Q)
+    size : int
+        Number of parts.
+    dtype : torch.dtype
+    """
+    B, frames, S_Q = shape
+    drawn = 8 * B * (2 * frames + S_Q)  # of the whole batch
+    return drawn + B * (frames // size) * (SIDE * SIDE + BITS) * dtype.itemsize
+
+
 def _signs(codes: NDArray[np.int64]) -> NDArray[np.float32]:
     """Write numbers as their bits, -1 or 1, along a new last axis."""
     bits: NDArray[np.int64] = codes[..., None] >> np.arange(BITS) & 1

@@ -17,11 +17,18 @@ from pathlib import Path
 import torch
 
 from lvxattn.cli import InputError
+from lvxattn.cli.run_ranks import check_room
 from lvxattn.common.meter import Meter
 from lvxattn.common.validation import raise_together
 from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train import checkpoint
-from lvxattn.torch_impl.commands.train.data import TEST, TRAIN, Images, load_images
+from lvxattn.torch_impl.commands.train.data import (
+    TEST,
+    TRAIN,
+    Images,
+    least_nbytes,
+    load_images,
+)
 from lvxattn.torch_impl.commands.train.model import Finder, Needle, find_needles
 from lvxattn.torch_impl.commands.train.options import TARGET, Settings
 from lvxattn.torch_impl.commands.train.training import Run, add_up, train
@@ -64,12 +71,14 @@ def _run(options: Namespace, group: Group) -> bool:
     settings, folder = Settings.of(options), Path(options.output)
     parts, failure = _read_images(settings.model, group), f"--output: cannot write {folder}"
     on_rank_0(lambda: _make(folder), failure, group)
+    need = least_nbytes(settings.curriculum.final, group.size, settings.torch_dtype)
+    memory = check_room(need, group, "give fewer --frames, a smaller --batch, or use more hosts")
     run = Run.begin(settings, parts, group, options.schedule)
     _check_schedule(run)
     if options.resume:
         run.curve = checkpoint.load(folder, run.model, run.optimizer, settings, group)
     reporter = Reporter(group.rank == 0 and not options.quiet)
-    reporter.begin(settings, parts, run.model, len(run.curve))
+    reporter.begin(settings, parts, run.model, len(run.curve), memory)
 
     # 2. Training.
     if train(run, options, reporter, began):

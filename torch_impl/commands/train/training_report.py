@@ -143,6 +143,7 @@ class Reporter:
         parts: tuple[Images, Images, Images],
         model: "Finder | Llama3v",
         done: int,
+        memory: str,
     ) -> None:
         """Print the task's sizes."""
         weights = sum(p.numel() for p in model.parameters())
@@ -156,6 +157,7 @@ LV-XAttn training run
   images    {train:,} to train with, {watch} to watch, {test} to test with; none in two parts
   model     {settings.model}, {weights:,} weights in {settings.dtype}, {model.structure}
   ranks     {ranks}, each with {_about(frames, ranks)} of the longest clips
+  memory    at least {memory}
 """)
         if done:
             self.print(f"  resumed after step {done}\n")

@@ -1,0 +1,136 @@
+"""Memory that is free, and a check of what ranks need before they allocate it.
+
+Without it, a rank that allocates too much is ended by the system, without a word.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+from lvxattn.common.validation import Communicator
+
+IGNORE = "LVXATTN_IGNORE_MEMORY"
+"""Environment variable: if it is set to anything, `check_memory` refuses nothing."""
+
+_UNLIMITED = 2**60  # version 1 of cgroups writes a number near 2^63 where there is no limit
+
+
+def check_memory(need: float, comm: Communicator, change: str, *, free: float | None = None) -> str:
+    """Check that what the ranks of each host need is free there.
+
+    Collective: every rank of comm calls this, before it allocates anything.
+
+    Parameters
+    ----------
+    need : float
+        Bytes that this rank will need at least.
+    comm : communicator
+    change : str
+        What a user can do about it, such as ``"give fewer --frames or more hosts"``.
+    free : float, optional
+        Bytes that are free for this rank.  Default: `free_memory`.
+
+    Returns
+    -------
+    str
+        What the rank that needs most will need, and what is free, for people.
+
+    Raises
+    ------
+    MemoryError
+        It is not free, with both numbers; the same on all ranks.
+    """
+    host = getattr(comm, "host", None) or socket.gethostname()
+    by_rank = comm.allgather((host, need, free_memory() if free is None else free))
+    hosts, needs, rooms = map(list, zip(*by_rank, strict=True))
+    return judge(hosts, needs, rooms, change)
+
+
+def judge(hosts: list[str], needs: list[float], free: list[float | None], change: str) -> str:
+    """Return, or raise, what `check_memory` does, given the figures of all ranks.  Not collective.
+
+    Ranks of one host share its memory; the least that one of them sees free counts.
+    """
+    tightest, line = 0.0, f"{gib(max(needs))} a rank"
+    for host in dict.fromkeys(hosts):
+        ranks = [rank for rank, other in enumerate(hosts) if other == host]
+        known = [room for rank in ranks if (room := free[rank]) is not None]
+        if not known:  # the system does not say
+            continue
+        room, needed = max(1.0, min(known)), sum(needs[rank] for rank in ranks)
+        there = f"free for {len(ranks)} rank{'s' * (len(ranks) > 1)} on {host}"
+        if needed > room and not os.environ.get(IGNORE):
+            most = max(ranks, key=lambda rank: needs[rank])
+            raise MemoryError(
+                f"memory: expected at most {gib(room)}, {there}, got {gib(needed)}, "
+                f"{gib(needs[most])} of it for rank {most}; {change}"
+            )
+        if needed / room >= tightest:
+            tightest, line = needed / room, f"{gib(max(needs))} a rank, of {gib(room)} {there}"
+    return line
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Return how many bytes this process can still take, of its host and of its cgroups' limits.
+
+    Swap does not count.  None where the system does not say; Linux does.
+
+    Parameters
+    ----------
+    root : Path
+        Where ``proc`` and ``sys`` lie.
+    """
+    host = _table(root / "proc/meminfo")
+    if "MemAvailable" not in host:
+        return None
+    return max(0, min([1024 * host["MemAvailable"], *_left_in_cgroups(root)]))
+
+
+def _left_in_cgroups(root: Path) -> list[int]:
+    """Return what is left below each limit on this process: of its cgroups and those above."""
+    found = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if kinds else "")
+        limit, used, idle = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if kinds  # version 1
+            else ("memory.max", "memory.current", "inactive_file")
+        )
+        # In a container the path may be the host's: then only the topmost is there.
+        places = [base / path.strip("/"), *(base / path.strip("/")).parents]
+        for place in places[: places.index(base) + 1]:
+            most, now = (_lines(place / name)[:1] for name in (limit, used))
+            if not (most and now) or most == ["max"] or int(most[0]) > _UNLIMITED:
+                continue
+            # Pages of files that nobody has used for long are given up when memory is needed.
+            given_up = _table(place / "memory.stat").get(idle, 0)
+            found.append(int(most[0]) - int(now[0]) + given_up)
+    return found
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Return the numbers in a file by the words before them."""
+    words = (line.replace(":", " ").split() for line in _lines(path))
+    return {name: int(number) for name, number, *_ in words if number.isdigit()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # it is not there: no such limit
+        return []
+
+
+def gib(nbytes: float) -> str:
+    """Format a number of bytes.
+
+    Examples
+    --------
+    >>> gib(251_828_961_280), gib(2**20)
+    ('234.5 GiB', '0.001 GiB')
+    """
+    size = nbytes / 2**30
+    return f"{size:,.1f} GiB" if size >= 1 else f"{size:.3f} GiB"

@@ -1,0 +1,134 @@
+"""Memory: what is free, what a pass needs, and the refusal of what does not fit."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lvxattn.common import handshake
+from lvxattn.common.free_memory import IGNORE, check_memory, free_memory, judge
+from lvxattn.reference import Layout, run_ranks
+from tests.launch import PROGRAMS, mpiexec
+
+GIB = 2**30
+HOST = "MemTotal: 32000 kB\nMemFree: 10 kB\nMemAvailable: 20000 kB\nSwapFree: 900 kB\n"
+BELOW = {  # 1,000 in use of 5,000, 300 of it pages of files that nobody uses
+    2: {"memory.max": "5000", "memory.current": "1000", "memory.stat": "file 7\ninactive_file 300"},
+    1: {
+        "memory.limit_in_bytes": "5000",
+        "memory.usage_in_bytes": "1000",
+        "memory.stat": "inactive_file 7\ntotal_inactive_file 300",
+    },
+}
+NO_LIMIT = {2: {"memory.max": "max"}, 1: {"memory.limit_in_bytes": str(2**63 - 4096)}}
+
+
+def system(
+    root: Path, files: dict[str, dict[str, str]], cgroup: str = "", host: str = HOST
+) -> Path:
+    """Write files as Linux has them below a folder."""
+    for folder, texts in {
+        "proc": {"meminfo": host},
+        "proc/self": {"cgroup": cgroup},
+        **files,
+    }.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (root / folder / name).write_text(text + "\n")
+    return root
+
+
+def test_free_memory_of_a_host_without_limits(tmp_path: Path) -> None:
+    assert free_memory(system(tmp_path, {})) == 20000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "folder"),
+    [
+        (2, "0::/user/job", "sys/fs/cgroup/user/job"),
+        (2, "0::/user/job", "sys/fs/cgroup/user"),  # a limit above
+        (2, "0::/of/the/host", "sys/fs/cgroup"),  # in a container
+        (1, "4:memory:/user/job", "sys/fs/cgroup/memory/user/job"),
+        (1, "9:cpu,memory:/", "sys/fs/cgroup/memory"),
+    ],
+)
+def test_limit_of_a_cgroup_counts(tmp_path: Path, version: int, line: str, folder: str) -> None:
+    root = system(tmp_path, {folder: BELOW[version]}, f"3:cpuset:/elsewhere\n{line}")
+    assert free_memory(root) == 4300
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_cgroup_without_a_limit_is_passed_by(tmp_path: Path, version: int) -> None:
+    base = {1: "sys/fs/cgroup/memory", 2: "sys/fs/cgroup"}[version]
+    full = NO_LIMIT[version] | {"memory.current": "1000", "memory.usage_in_bytes": "1000"}
+    root = system(tmp_path, {base: full}, {1: "4:memory:/", 2: "0::/"}[version])
+    assert free_memory(root) == 20000 * 1024
+
+
+def test_system_that_does_not_say_refuses_nothing(tmp_path: Path) -> None:
+    assert free_memory(tmp_path) is None
+    assert judge(["a"], [1e20], [None], "") == "93,132,257,461.5 GiB a rank"
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="not Linux")
+def test_free_memory_of_this_host_is_below_all() -> None:
+    free, pages = free_memory(), os.sysconf("SC_PHYS_PAGES")
+    assert free is not None
+    assert 0 < free < pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_ranks_of_one_host_share_its_memory() -> None:
+    hosts, needs = ["a", "b", "a"], [2.0 * GIB, 3.0 * GIB, 1.5 * GIB]
+    assert judge(hosts, needs, [4.0 * GIB, 9.0 * GIB, 3.6 * GIB], "") == (
+        "3.0 GiB a rank, of 3.6 GiB free for 2 ranks on a"
+    )
+    with pytest.raises(
+        MemoryError,
+        match=r"^memory: expected at most 3\.4 GiB, free for 2 ranks on a, got 3\.5 GiB, 2\.0 GiB "
+        "of it for rank 0; use more hosts$",
+    ):
+        judge(hosts, needs, [4.0 * GIB, 9.0 * GIB, 3.4 * GIB], "use more hosts")
+
+
+def test_check_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(IGNORE, "1")
+    assert "a rank, of 1.0 GiB" in judge(["a"], [2.0 * GIB], [1.0 * GIB], "")
+
+
+def test_all_ranks_raise_together() -> None:
+    def attempt(comm: object) -> str:
+        with pytest.raises(MemoryError) as caught:
+            check_memory(2**60, comm, "give less")  # type: ignore[arg-type]
+        return str(caught.value)
+
+    first, *others = run_ranks(3, attempt)
+    assert first.endswith(" of it for rank 0; give less")
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_layout_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setattr(handshake, "free_memory", lambda: 1000)
+
+    def agree(comm: object) -> object:
+        rows = handshake.LARGE // 64 if size == "large" else 8
+        q = np.broadcast_to(np.float32(0), (1, 1, rows, 64))  # takes no memory
+        return Layout.agree(q, q, q, comm)  # type: ignore[arg-type]
+
+    if size == "small":  # for which nobody asks
+        assert len(run_ranks(2, agree)) == 2
+        return
+    with pytest.raises(MemoryError, match=r"^memory: expected at most .* for 2 ranks on .*hosts"):
+        run_ranks(2, agree)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("P", [1, 3])
+def test_a_pass_needs_at_least_what_is_said(P: int) -> None:
+    ended = mpiexec(P, PROGRAMS / "run_memory.py", "lv-xattn", "ring", "gather", "ulysses")
+    assert ended.status == 0, ended.err
+    for rank in json.loads(ended.out):
+        for what, need, peak in rank:
+            assert need <= peak < 4 * need + 2**22, what  # 2**22: tiles, and what Python needs
