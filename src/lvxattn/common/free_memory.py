@@ -5,6 +5,7 @@ Without it, a rank that allocates too much is ended by the system, without a wor
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from lvxattn.common.validation import Communicator
@@ -46,7 +47,9 @@ def check_memory(need: float, comm: Communicator, change: str, *, free: float | 
     return judge(hosts, needs, rooms, change)
 
 
-def judge(hosts: list[str], needs: list[float], free: list[float | None], change: str) -> str:
+def judge(
+    hosts: Sequence[str], needs: Sequence[float], free: Sequence[float | None], change: str
+) -> str:
     """Return, or raise, what `check_memory` does, given the figures of all ranks.  Not collective.
 
     Ranks of one host share its memory; the least that one of them sees free counts.
