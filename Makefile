@@ -119,7 +119,7 @@ lint: $(STAMP) ## Check style, formatting and types (ruff, mypy)
 soak: check-mpiexec $(STAMP) ## Solve and check 1,000 random problems on real ranks, and watch memory
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(MPIEXEC) -n 5 $(VENV_PYTHON) -W error -m mpi4py tests/programs/soak.py $(ARGS)
 
-bench: check-mpiexec $(STAMP) ## Run all benchmarks, also on shaped links, 1 hour; stored in benchmarks/results (Linux, needs root or user namespaces)
+bench: check-mpiexec $(STAMP) ## Run all benchmarks, also on shaped links, 90 minutes; stored in benchmarks/results (Linux, needs root or user namespaces)
 	$(VENV_PYTHON) benchmarks/block_attention.py --json benchmarks/results/block-attention.json
 	$(VENV_PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels-cpu.json
 	$(VENV_PYTHON) benchmarks/recompute.py --json benchmarks/results/recompute.json

@@ -8,7 +8,7 @@ meet; blocks travel over gloo.  The kinds take turns, round by round, as in `pas
     "lv-xattn", "ring", "ulysses"   text sharded, and cross-attention by a schedule
     "replicated"                    every rank has the text
     "kept"                          "lv-xattn" that keeps keys and values for the backward
-    "none"                          "lv-xattn" with messages switched off
+    "none", "none replicated"       "lv-xattn" and "replicated" with messages switched off
 
 A step is a forward and a backward of the model on this rank's share of a batch, which has been cut.
 Visual features are given: what a vision tower makes of frames takes as long for every kind.
@@ -77,7 +77,7 @@ class Model:
             work.text_tokens, work.features, **(work.options or {})
         )
         schedule = kind if kind in ("ring", "ulysses") else "lv-xattn"
-        text = "replicated" if kind == "replicated" else "sharded"
+        text = "replicated" if "replicated" in kind else "sharded"
         self.spread: Spread = distribute(
             self.model, group, text=text, schedule=schedule, recompute_kv=kind != "kept"
         )
@@ -97,7 +97,7 @@ class Model:
         self.spread.meter = meter = Meter()
         dist.barrier()
         link, start = link_bytes(), perf_counter()
-        with muted() if self.kind == "none" else nullcontext():
+        with muted() if "none" in self.kind else nullcontext():
             self.model(**self.local).loss.backward()
         mine = start, perf_counter()
         times = self.group.allgather((*mine, meter.waiting, meter.bytes, link_bytes() - link))

@@ -1,6 +1,7 @@
-"""The report of `benchmarks/network.py`: what is stored is what was measured, and who is judged."""
+"""Reports of benchmarks on a network: what is stored is what was measured, and who is judged."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ MEASURED = json.loads((RESULTS / "network.json").read_text())
 
 def test_stored_report_matches_stored_measurements() -> None:
     assert markdown(MEASURED) == (RESULTS / "network.md").read_text()
+
+
+def test_stored_report_of_models_matches_its_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measured = json.loads((RESULTS / "models.json").read_text())
+    assert import_module("models").markdown(measured) == (RESULTS / "models.md").read_text()
 
 
 def test_small_version_judges_counts_only() -> None:
