@@ -13,7 +13,7 @@ from lvxattn.plan import call_memory
 comm = MPI.COMM_WORLD
 rng = np.random.default_rng(comm.rank)
 # Much longer than the pieces that a pass works on.
-SIZES = {"short text": (64 + comm.rank, 12000), "long text": (12000, 64 + comm.rank)}
+SIZES = {"short text": (64 + comm.rank, 4000), "long text": (4000, 64 + comm.rank)}
 found = []
 for schedule in sys.argv[1:]:
     for name, (s_q, s_kv) in SIZES.items():

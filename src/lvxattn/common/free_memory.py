@@ -13,10 +13,8 @@ from lvxattn.common.validation import Communicator
 IGNORE = "LVXATTN_IGNORE_MEMORY"
 """Environment variable: if it is set to anything, `check_memory` refuses nothing."""
 
-_UNLIMITED = 2**60  # version 1 of cgroups writes a number near 2^63 where there is no limit
 
-
-def check_memory(need: float, comm: Communicator, change: str, *, free: float | None = None) -> str:
+def check_memory(need: float, comm: Communicator, change: str) -> str:
     """Check that what the ranks of each host need is free there.
 
     Collective: every rank of comm calls this, before it allocates anything.
@@ -28,8 +26,6 @@ def check_memory(need: float, comm: Communicator, change: str, *, free: float | 
     comm : communicator
     change : str
         What a user can do about it, such as ``"give fewer --frames or more hosts"``.
-    free : float, optional
-        Bytes that are free for this rank.  Default: `free_memory`.
 
     Returns
     -------
@@ -42,7 +38,7 @@ def check_memory(need: float, comm: Communicator, change: str, *, free: float | 
         It is not free, with both numbers; the same on all ranks.
     """
     host = getattr(comm, "host", None) or socket.gethostname()
-    by_rank = comm.allgather((host, need, free_memory() if free is None else free))
+    by_rank = comm.allgather((host, need, free_memory()))
     hosts, needs, rooms = map(list, zip(*by_rank, strict=True))
     return judge(hosts, needs, rooms, change)
 
@@ -54,7 +50,7 @@ def judge(
 
     Ranks of one host share its memory; the least that one of them sees free counts.
     """
-    tightest, line = 0.0, f"{gib(max(needs))} a rank"
+    tightest, line = 0.0, f"{gigabytes(max(needs))} a rank"
     for host in dict.fromkeys(hosts):
         ranks = [rank for rank, other in enumerate(hosts) if other == host]
         known = [room for rank in ranks if (room := free[rank]) is not None]
@@ -65,11 +61,14 @@ def judge(
         if needed > room and not os.environ.get(IGNORE):
             most = max(ranks, key=lambda rank: needs[rank])
             raise MemoryError(
-                f"memory: expected at most {gib(room)}, {there}, got {gib(needed)}, "
-                f"{gib(needs[most])} of it for rank {most}; {change}"
+                f"memory: expected at most {gigabytes(room)}, {there}, got {gigabytes(needed)}, "
+                f"{gigabytes(needs[most])} of it for rank {most}; {change}"
             )
         if needed / room >= tightest:
-            tightest, line = needed / room, f"{gib(max(needs))} a rank, of {gib(room)} {there}"
+            tightest, line = (
+                needed / room,
+                f"{gigabytes(max(needs))} a rank, of {gigabytes(room)} {there}",
+            )
     return line
 
 
@@ -106,7 +105,7 @@ def _left_in_cgroups(root: Path) -> list[int]:
         places = [base / path.strip("/"), *(base / path.strip("/")).parents]
         for place in places[: places.index(base) + 1]:
             most, now = (_lines(place / name)[:1] for name in (limit, used))
-            if not (most and now) or most == ["max"] or int(most[0]) > _UNLIMITED:
+            if not (most and now) or most == ["max"]:
                 continue
             # Pages of files that nobody has used for long are given up when memory is needed.
             given_up = _table(place / "memory.stat").get(idle, 0)
@@ -116,8 +115,8 @@ def _left_in_cgroups(root: Path) -> list[int]:
 
 def _table(path: Path) -> dict[str, int]:
     """Return the numbers in a file by the words before them."""
-    words = (line.replace(":", " ").split() for line in _lines(path))
-    return {name: int(number) for name, number, *_ in words if number.isdigit()}
+    words = [line.replace(":", " ").split() for line in _lines(path)]
+    return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdigit()}
 
 
 def _lines(path: Path) -> list[str]:
@@ -127,13 +126,13 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def gib(nbytes: float) -> str:
+def gigabytes(nbytes: float) -> str:
     """Format a number of bytes.
 
     Examples
     --------
-    >>> gib(251_828_961_280), gib(2**20)
-    ('234.5 GiB', '0.001 GiB')
+    >>> gigabytes(251_828_961_280), gigabytes(2**20)
+    ('251.8 GB', '0.001 GB')
     """
-    size = nbytes / 2**30
-    return f"{size:,.1f} GiB" if size >= 1 else f"{size:.3f} GiB"
+    size = nbytes / 1e9
+    return f"{size:,.1f} GB" if size >= 1 else f"{size:.3f} GB"
