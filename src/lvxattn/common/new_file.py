@@ -56,7 +56,7 @@ def new_file(target: str | Path) -> Iterator[BufferedWriter]:
     """
     path = os.path.realpath(target)
     name = os.path.join(os.path.dirname(path), f".lvxattn-{token_hex(16)}")
-    with _naming(target, name):
+    with naming(target, name):
         old = _status(path, target)
         with _guard(name):
             try:
@@ -106,19 +106,26 @@ def check_target(target: str | Path) -> None:
         raise _Tried
 
 
-class _Tried(Exception):  # noqa: N818 - no error
-    pass
-
-
 @contextmanager
-def _naming(target: str | Path, name: str) -> Iterator[None]:
-    """Name the target in errors about the new file."""
+def naming(target: str | Path, name: str) -> Iterator[None]:
+    """Have errors about a new file, or about none, name its target.
+
+    Parameters
+    ----------
+    target : str
+    name : str
+        The new file's name.
+    """
     try:
         yield
     except OSError as error:
         if error.filename not in (None, name):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
+
+
+class _Tried(Exception):  # noqa: N818 - no error
+    pass
 
 
 def _status(path: str, target: str | Path) -> os.stat_result | None:
@@ -139,7 +146,10 @@ def _create(name: str, old: os.stat_result | None) -> BufferedWriter:
     try:
         file = open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))  # noqa: SIM115
     except OSError as error:
-        text = f"{error.strerror}, for a new file in {os.path.dirname(name)}"
+        folder = os.path.dirname(name)
+        text = f"{error.strerror}, for a new file in {folder}"
+        if isinstance(error, FileNotFoundError):
+            text = f"there is no folder {folder}"
         raise OSError(error.errno, text, name) from None
     if old is not None:
         with suppress(PermissionError):
