@@ -140,6 +140,8 @@ def _at_least(least: int, text: str) -> int:
         number = int(text)
     except ValueError:
         number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
+    if not least <= number < 2**63:  # larger ones fit into no array's shape, nor into a seed
+        limit = "" if number < least else ", below 2**63"
+        expected = f"expected a whole number from {least} up{limit}"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r:.40}")
     return number

@@ -59,19 +59,19 @@ def new_file(target: str | Path) -> Iterator[BufferedWriter]:
     with naming(target, name):
         old = _status(path, target)
         with _guard(name):
+            file = _create(name, 0o666 if old is None else 0o600)
             try:
-                file = _create(name, old)
-                try:
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
-                finally:
-                    with suppress(OSError):  # it tries again to write what there is no space for
-                        file.close()
+                if old is not None:
+                    _keep_mode(file, old)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
                 os.replace(name, path)
             finally:
-                with suppress(OSError):  # there is none if all went well, or nothing began
+                with suppress(FileNotFoundError):  # it has its new name
                     os.unlink(name)
+                with suppress(OSError):  # it tries again to write what there is no space for
+                    file.close()
         _sync_folder(os.path.dirname(path))
 
 
@@ -140,22 +140,23 @@ def _status(path: str, target: str | Path) -> os.stat_result | None:
     return found
 
 
-def _create(name: str, old: os.stat_result | None) -> BufferedWriter:
-    """Create the new file, with the old one's mode and owner."""
-    mode = 0o666 if old is None else 0o600  # of an old file it may be less, from the beginning
+def _create(name: str, mode: int) -> BufferedWriter:
+    """Create the new file; a link of that name is an error, wherever it leads."""
     try:
-        file = open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))  # noqa: SIM115
+        return open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))
     except OSError as error:
         folder = os.path.dirname(name)
-        text = f"{error.strerror}, for a new file in {folder}"
-        if isinstance(error, FileNotFoundError):
-            text = f"there is no folder {folder}"
+        text = f"there is no folder {folder}"
+        if os.path.isdir(folder):
+            text = f"{error.strerror}, for a new file in {folder}"
         raise OSError(error.errno, text, name) from None
-    if old is not None:
-        with suppress(PermissionError):
-            os.fchown(file.fileno(), old.st_uid, old.st_gid)
-        os.fchmod(file.fileno(), S_IMODE(old.st_mode) & 0o777)
-    return file
+
+
+def _keep_mode(file: BufferedWriter, old: os.stat_result) -> None:
+    """Give the new file the old one's mode and, if this user may, its owner."""
+    with suppress(PermissionError):
+        os.fchown(file.fileno(), old.st_uid, old.st_gid)
+    os.fchmod(file.fileno(), S_IMODE(old.st_mode) & 0o777)
 
 
 @contextmanager

@@ -58,3 +58,22 @@ def check_regular(path: str | Path, found: os.stat_result) -> None:
     if kind != stat.S_IFREG:
         text = f"expected a regular file, got {_KINDS.get(kind, 'a device')}"
         raise OSError(EISDIR if kind == stat.S_IFDIR else EINVAL, text, str(path))
+
+
+def printable(text: str) -> str:
+    r"""Return a text from a file as one line: what cannot be printed is escaped.
+
+    Parameters
+    ----------
+    text : str
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> printable("é\n")
+    'é\\n'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

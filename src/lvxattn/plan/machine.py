@@ -11,7 +11,7 @@ from sys import float_info
 from typing import Any
 
 from lvxattn.common.new_file import write_file
-from lvxattn.common.regular_file import open_regular
+from lvxattn.common.regular_file import open_regular, printable
 from lvxattn.common.validation import FLOATING
 
 VERSION = 3
@@ -191,7 +191,8 @@ class Machine:
         try:
             machine = Machine.of(found)
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{expected}, got {path}, which is damaged: {error}") from None
+            text = f"{expected}, got {path}, which is damaged: {printable(str(error))}"
+            raise ValueError(text) from None
         machine.check(str(path))
         return machine
 
