@@ -594,6 +594,33 @@ def test_output_replaces_existing_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("option", ["--json", "--trace", "--plot-trace"])
+def test_full_disk_leaves_old_file(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "old.png"
+    target.write_text("what was there")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        status = main(["run", *SMALL, "--quiet", option, str(target)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert (status, said.err) == (2, f"lvxattn run: error: {target}: File too large\n")
+    assert target.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_input_beside_output_is_left_alone(tmp_path: Path) -> None:
+    x = np.ones((1, 2, 6, 4), np.float32)
+    path = save(tmp_path / "x.part", {"q": x, "k": x, "v": x})
+    before = path.read_bytes()
+    assert main(["run", "--input", str(path), "--output", str(tmp_path / "x"), "--quiet"]) == 0
+    assert path.read_bytes() == before
+    assert set(load(tmp_path / "x")) == {"out", "lse"}
+
+
 def test_full_disk_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

@@ -80,7 +80,7 @@ def bad_number(environment: Mapping[str, str]) -> str | None:
     """
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         if number_in(environment, name) is None:
-            return f"{name}: expected a whole number, got {environment.get(name, '')!r}"
+            return f"{name}: expected a whole number, got {environment.get(name, '')!r:.40}"
     return None
 
 
