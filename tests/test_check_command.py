@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from lvxattn.check.golden_data import read_tensors
 from lvxattn.pytest_plugin import OPTIONS
 from lvxattn.reference import full_attention
 from tests.check_kernels import SOURCE
+from tests.full_disk import full_disk
 from tests.launch import PROGRAMS, ROOT, mpiexec
 from tests.torch_ranks import forked
 
@@ -188,12 +188,8 @@ def test_full_disk_is_named_after_the_report(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "found.json").write_text("as it was")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
+    with full_disk(100):
         status = main([f"{NAME}:right", "--dtypes", "float32", "--json", "found.json"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr()
     assert status == 2
     assert said.err == "lvxattn check: error: --json: found.json: File too large\n"

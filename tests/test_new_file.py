@@ -1,7 +1,6 @@
 """Files are written as a whole or not at all, and only regular files are read and written."""
 
 import os
-import resource
 import signal
 import socket
 import stat
@@ -18,6 +17,7 @@ from lvxattn.common import new_file as module
 from lvxattn.common.new_file import check_target, new_file, write_file
 from lvxattn.common.regular_file import open_regular
 from lvxattn.plan.machine import MACHINES, Machine
+from tests.full_disk import full_disk
 from tests.launch import PROGRAMS, environment, mpiexec
 
 OLD = "what was there"
@@ -108,13 +108,8 @@ def test_error_leaves_old_file_only(target: Path, error: type[BaseException]) ->
 
 
 def test_full_disk_is_named_and_leaves_old_file(target: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as told:
-            write_file(target, "x" * 10_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(4096), pytest.raises(OSError, match="File too large") as told:
+        write_file(target, "x" * 10_000)
     assert told.value.filename == str(target)
     assert (target.read_text(), names(target)) == (OLD, ["file"])
 

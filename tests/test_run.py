@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import struct
 from argparse import Namespace
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from lvxattn.plan.machine import Measured
 from lvxattn.plan.models import MODELS
 from tests.cases import Case, Problem
 from tests.commands import Said, commands
+from tests.full_disk import full_disk
 from tests.judge import ratio, worst_ratios
 from tests.tolerances import limits
 
@@ -594,18 +594,14 @@ def test_output_replaces_existing_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("option", ["--json", "--trace", "--plot-trace"])
+@pytest.mark.parametrize("option", ["--json", "--trace"])
 def test_full_disk_leaves_old_file(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = tmp_path / "old.png"
+    target = tmp_path / "old"
     target.write_text("what was there")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
+    with full_disk(100):
         status = main(["run", *SMALL, "--quiet", option, str(target)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr()
     assert (status, said.err) == (2, f"lvxattn run: error: {target}: File too large\n")
     assert target.read_text() == "what was there"
@@ -622,12 +618,8 @@ def test_input_beside_output_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_full_disk_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
+    with full_disk(1000):
         status = main(["run", *SMALL, "--output", str(tmp_path / "out")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr()
     assert (status, said.out, said.err.count("\n")) == (2, "", 1)
     assert "out: File too large" in said.err

@@ -186,7 +186,7 @@ class Machine:
         got = found.pop("version")
         if got != VERSION or isinstance(got, bool):
             raise ValueError(
-                f"machine: expected version {VERSION} in {path}, got {got!r}: measure it again"
+                f"machine: expected version {VERSION} in {path}, got {got!r:.80}: measure it again"
             )
         try:
             machine = Machine.of(found)
@@ -251,7 +251,7 @@ class Machine:
 
 def _check(valid: bool, expected: str, name: str, where: str, got: Any) -> None:
     if not valid:
-        raise ValueError(f"machine: expected {expected} for {name} in {where}, got {got!r}")
+        raise ValueError(f"machine: expected {expected} for {name} in {where}, got {got!r:.80}")
 
 
 def _is_number(x: Any) -> bool:
