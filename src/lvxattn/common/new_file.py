@@ -13,13 +13,15 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EACCES
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EROFS, ESTALE
 from io import BufferedWriter
 from pathlib import Path
 from secrets import token_hex
 from stat import S_IMODE
 
 from lvxattn.common.regular_file import check_regular
+
+_OF_DISKS = (EDQUOT, EFBIG, EIO, ENOSPC, EROFS, ESTALE)
 
 
 @contextmanager
@@ -32,8 +34,8 @@ def new_file(target: str | Path) -> Iterator[BufferedWriter]:
     Parameters
     ----------
     target : str
-        A regular file, or a name for one.  A link is followed, once: the file it leads to is
-        replaced.  An existing file's mode is kept and, where permitted, its owner; a new one gets
+        A regular file, or a name for one.  A link is followed when the block begins: the file that
+        it then leads to is replaced.  An existing file's mode is kept and, where permitted, its owner; a new one gets
         those of any new file.
 
     Yields
@@ -108,7 +110,7 @@ def check_target(target: str | Path) -> None:
 
 @contextmanager
 def naming(target: str | Path, name: str) -> Iterator[None]:
-    """Have errors about a new file, or about none, name its target.
+    """Have errors of writing into a new file name its target.
 
     Parameters
     ----------
@@ -119,7 +121,8 @@ def naming(target: str | Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename not in (None, name):
+        # Errors of writing name no file, and neither do those of connections.
+        if error.filename != name and (error.filename or error.errno not in _OF_DISKS):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
 
