@@ -6,6 +6,7 @@ own part of the file only. Where times cannot be used, because a raw stream has 
 files were joined and times start again, frames are counted from the first one.
 """
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -330,7 +331,9 @@ def _undamaged(path: Path) -> Iterator[None]:
 def _readable(path: Path) -> Iterator[None]:
     """Raise Pillow's errors as ValueErrors that name the file."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that it reads in spite of
+            yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         found = printable(str(getattr(error, "strerror", None) or error))
         text = f"--images: expected images that Pillow reads; {path} gives: {found}"

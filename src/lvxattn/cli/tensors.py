@@ -211,9 +211,10 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def _tensor(name: str, entry: Any, base: int) -> Tensor:
-    if printable(name) != name or printable(entry["dtype"]) != entry["dtype"]:
-        raise ValueError(f"a tensor {name!r:.80} of {entry['dtype']!r:.80}")
-    dtype, shape = _NAMES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if not isinstance(dtype, str) or printable(name + dtype) != name + dtype:
+        raise ValueError(f"a tensor {name!r:.80} of {dtype!r:.80}")
+    dtype = _NAMES.get(dtype, dtype)
     start, end = entry["data_offsets"]
     whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))  # True is an int, too
     if whole and (len(shape) > _MOST_AXES or 8 * prod(n for n in shape if n) >= 2**63):

@@ -35,8 +35,8 @@ def new_file(target: str | Path) -> Iterator[BufferedWriter]:
     ----------
     target : str
         A regular file, or a name for one.  A link is followed when the block begins: the file that
-        it then leads to is replaced.  An existing file's mode is kept and, where permitted, its owner; a new one gets
-        those of any new file.
+        it then leads to is replaced.  An existing file's mode is kept and, where permitted, its
+        owner; a new one gets those of any new file.
 
     Yields
     ------
