@@ -21,6 +21,7 @@ from lvxattn.check.golden_data import read_tensors
 from lvxattn.pytest_plugin import OPTIONS
 from lvxattn.reference import full_attention
 from tests.check_kernels import SOURCE
+from tests.full_disk import full_disk
 from tests.launch import PROGRAMS, ROOT, mpiexec
 from tests.torch_ranks import forked
 
@@ -181,6 +182,26 @@ def test_unwritable_file_is_refused_before_work(
     assert said.err.count("cannot be written") == 2
     assert main(["tells:nothing", *line[1:], "kept"]) == 2
     assert (folder / "kept").read_text() == "as it was"
+
+
+def test_full_disk_is_named_after_the_report(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "found.json").write_text("as it was")
+    with full_disk(100):
+        status = main([f"{NAME}:right", "--dtypes", "float32", "--json", "found.json"])
+    said = capsys.readouterr()
+    assert status == 2
+    assert said.err == "lvxattn check: error: --json: found.json: File too large\n"
+    assert "passed" in said.out
+    assert (folder / "found.json").read_text() == "as it was"
+
+
+def test_case_as_json_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [f"{NAME}:right", "--case", "gaussian", "--dtypes", "float32", "--json", "-"]
+    assert main(line) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert not (folder / "-").exists()
 
 
 def test_all_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,6 @@ from safetensors.numpy import load_file
 from lvxattn.check import case_of, draw, golden, golden_names, suite_of
 from lvxattn.check.command import main
 from lvxattn.check.golden_data import (
-    MANIFEST,
     SHIPPED,
     inputs_of,
     read_tensors,
@@ -22,6 +22,7 @@ from lvxattn.check.golden_data import (
     write_golden,
     write_tensors,
 )
+from lvxattn.check.golden_manifest import MANIFEST
 from lvxattn.cli.tensors import InputError
 from tests.errors import says
 
@@ -105,7 +106,11 @@ def test_damaged_missing_and_extra_files_are_reported(
         ('{"format": 1}', "damaged: KeyError 'cases'"),
         ('{"format": 99, "cases": {}}', "expected format 1, got 99"),
         ('{"format": 1, "cases": {"x": {"file": "../x"}}}', "expected a file's name"),
+        ('{"format": 1, "cases": {"x": {"file": ".."}}}', "expected a file's name"),
+        ('{"format": 1, "cases": {"x": {"file": 5}}}', "expected a file's name, got 5"),
+        ('{"format": 1, "cases": {"a\\nb": {"file": "x"}}}', "expected a case's name, got 'a\\nb'"),
         ('{"format": 1, "cases": {"x": {"file": "x"}}}', "damaged: x has no bytes"),
+        ("[" * 100_000, "damaged: RecursionError"),
     ],
 )
 def test_bad_manifest_raises(copy: Path, text: str, words: str) -> None:
@@ -113,6 +118,62 @@ def test_bad_manifest_raises(copy: Path, text: str, words: str) -> None:
     with pytest.raises(InputError, match=MANIFEST) as told:
         verify_golden(copy)
     assert words in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bytes", "62832"),
+        ("sha256", None),
+        ("scale", "0.35"),
+        ("scale", float("nan")),
+        ("scale", 10**400),
+        ("scale", True),
+        ("q_kinds", {}),
+        ("q_kinds", [10**9] * 32),
+        ("kv_kinds", ["0"] * 128),
+        ("tensors", []),
+        ("group", 1),
+    ],
+)
+def test_entry_of_wrong_type_raises(copy: Path, key: str, value: Any) -> None:
+    manifest = manifest_of(copy)
+    manifest["cases"]["gaussian"][key] = value
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    for read in (verify_golden, golden_names):
+        with pytest.raises(InputError, match=rf"damaged: gaussian\.\w+: expected .* as {key}, got"):
+            read(copy)
+
+
+def test_tensor_of_unknown_dtype_is_reported(copy: Path) -> None:
+    file = copy / "gaussian.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"dtype": "F32"', b'"dtype": "I32"', 1))
+    manifest = manifest_of(copy)
+    manifest["cases"]["gaussian"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"gaussian.*: \w+: expected F64, F32.*, got I32"):
+        golden("gaussian", copy)
+    (line,) = verify_golden(copy)
+    assert re.search(r"^gaussian\.safetensors: \w+: expected F64, F32, .*, got I32", line)
+
+
+def test_damaged_file_is_not_loaded(copy: Path) -> None:
+    file = copy / "gaussian.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"gaussian\.safetensors: damaged: .* another checksum"):
+        golden("gaussian", copy)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "gaussian.safetensors"])
+def test_fifo_is_refused_at_once(name: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    assert main(["golden", "--verify", str(copy)]) in (1, 2)
+    said = capsys.readouterr()
+    assert f"{name}: cannot be read: expected a regular file, got a FIFO\n" in said.err
+    assert said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["out", "lse", "dq", "dk", "dv"])

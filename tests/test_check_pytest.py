@@ -109,11 +109,13 @@ RIGHT = ("--lvx-impl", "kernels:right")
         ((*RIGHT, "--lvx-framework", "tf"), "--lvx-framework: .*'tf'"),
         (("--lvx-backward", "kernels:back"), "--lvx-backward: goes with --lvx-impl"),
         (("--lvx-xfails-file", "nowhere"), "nowhere cannot be read"),
+        (("--lvx-xfails-file", "fifo"), "fifo cannot be read: expected a regular file, got a FIFO"),
     ],
 )
 def test_bad_usage_prints_one_line(run, options: tuple[str, ...], words: str) -> None:
     if options[:1] == ("--lvx-xfails-file",):
         options = ("--lvx-impl", "kernels:right", *options)
+        os.mkfifo("fifo")  # has no other end: who opens it waits
     done = run(*CONFORMANCE, *options)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     told = [line for line in done.outlines + done.errlines if line.startswith("ERROR")]

@@ -135,6 +135,10 @@ def test_bad_variable_fails_every_command_and_empty_is_unset(
         ({"PMIX_RANK": "3"}, 1, "PMIX_RANK"),
         ({"PMIX_RANK": "3"}, 4, None),
         ({"PMI_SIZE": "x"}, 1, None),
+        ({"PMI_SIZE": "²"}, 1, None),
+        ({"PMI_SIZE": "4", "PMI_RANK": "²"}, 1, "PMI_SIZE"),
+        ({"PMIX_RANK": "²"}, 1, None),
+        (TORCHRUN | {"LOCAL_RANK": "²"}, 1, None),
         (TORCHRUN, 1, "torchrun or its like started 4 processes (WORLD_SIZE), but MPI sees 1"),
         (TORCHRUN | {"PMI_SIZE": "1", "PMI_RANK": "0"}, 1, "start the program with mpiexec"),
         (TORCHRUN, 4, None),  # a script sets them under mpiexec

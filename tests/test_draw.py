@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import PARTIALS, QUERIES
 from lvxattn.draw.bars import byte_bars, format_bytes
 from lvxattn.draw.film import animation, film_strip, scenes
+from lvxattn.draw.picture import save_picture
 from lvxattn.draw.rotation import COLOURS, sheet
 from lvxattn.draw.trace import draw_trace
 from lvxattn.plan.trace import Trace
+from tests.full_disk import full_disk
 
 RINGS = ["lv-xattn", "ring"]
 
@@ -217,6 +220,25 @@ def test_trace_shows_spans_and_arrows() -> None:
     assert (start, int(from_rank), end, int(to_rank)) == (0, 0, 3.5, 1)
     said = [text.get_text() for text in axes.texts if text is not arrow]
     assert said == ["0"]  # the owner of the block; other work has none
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [("a.png", b"\x89PNG"), ("a.PDF", b"%PDF"), ("a.svg", b"<?xml"), ("a", b"\x89PNG")],
+)
+def test_picture_has_the_format_of_its_name(name: str, begins: bytes, tmp_path: Path) -> None:
+    save_picture(sheet()[0], tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_picture_on_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
+    figure, path = sheet()[0], tmp_path / "a.png"
+    save_picture(figure, path)
+    before = path.read_bytes()
+    with full_disk(100), pytest.raises(OSError, match="File too large"):
+        save_picture(figure, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_sheet_is_800_pixels_wide() -> None:

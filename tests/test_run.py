@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import struct
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from lvxattn.cli import run, tensors
-from lvxattn.cli.arguments import Parser, try_to_write
+from lvxattn.cli.arguments import Parser
 from lvxattn.cli.run_options import add_options
 from lvxattn.cli.run_problem import Problem as RunProblem
 from lvxattn.cli.run_problem import RandomTensors, describe, take_share
@@ -30,11 +29,13 @@ from lvxattn.plan.machine import Measured
 from lvxattn.plan.models import MODELS
 from tests.cases import Case, Problem
 from tests.commands import Said, commands
+from tests.full_disk import full_disk
 from tests.judge import ratio, worst_ratios
 from tests.tolerances import limits
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+BEYOND = "99999999999999999999"  # more than an index of an array can be
 SMALL = ["--text-tokens", "19", "--visual-tokens", "100", "--head-dim", "8", "--heads", "4"]
 
 
@@ -178,7 +179,7 @@ def test_files_in_every_dtype_give_correct_results(implementation: str, P: int, 
         for name in ("out", "dq", "dk", "dv"):
             assert results[name].dtype == one.q.dtype
         assert max(worst_ratios(one, results).values()) <= 1, one.case.name
-    assert not list(ran.folder.glob("*.part"))
+    assert not list(ran.folder.glob(".*"))
 
 
 @pytest.mark.mpi
@@ -424,7 +425,8 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
     three = {name: {**entry, "data_offsets": [0, 192]} for name in "qkv"}
     files: list[tuple[Path, str]] = [
         (folder / "none", "No such file"),
-        (folder, "Is a directory"),
+        (folder, "expected a regular file, got a directory"),
+        (fifo(folder / "fifo"), "expected a regular file, got a FIFO"),
         (folder / "short", "cut short: v ends at byte"),
         (folder / "stub", "no complete header"),
         (folder / "empty", "no complete header"),
@@ -444,11 +446,15 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
             damaged(folder / "o", {"q": {**three["q"], "shape": [True, 48]}}, bytes(192)),
             "[True, 48]",
         ),
+        (damaged(folder / "r", {**three, "a\nb": [1]}, bytes(192)), "a tensor 'a\\nb'"),
+        (
+            damaged(folder / "s", {"q": {**three["q"], "shape": [0, 2**40, 2**40]}}, bytes(192)),
+            "q: no array has shape [0, 1099511627776, 1099511627776]",
+        ),
         (damaged(folder / "p", {**three, "k": three["q"]}, bytes(192)), "k and q overlap"),
         (save(folder / "m", {**good, "mask": np.ones((6, 5), bool)}), "(6, 5)"),
     ]
-    nowhere, pipe = folder / "nowhere" / "file", folder / "pipe"
-    os.mkfifo(pipe)
+    nowhere, pipe = folder / "nowhere" / "file", fifo(folder / "pipe")
     # No process can create a file in /proc, not even root's.
     sealed = "error: {}: /proc/lvxattn" if Path("/proc").is_dir() else "/proc"
     return [
@@ -460,14 +466,17 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
             "dout: ",
         ),
         (["--input", folder / "good", "--dtype", "float32"], "--dtype: not allowed with"),
-        (["--input", folder / "good", "--output", nowhere], "--output: there is no folder "),
+        (["--input", folder / "good", "--output", nowhere], "there is no folder "),
         (["--input", folder / "good", "--output", folder / "good"], "--input"),
         (
             [*SMALL, "--output", folder / "x", "--json", folder / "x"],
             "--json: expected another file than --output's",
         ),
-        ([*SMALL, "--output", pipe], "got a directory or a device"),
-        (["--input", folder / "good", "--output", folder], "directory"),
+        *[
+            ([*SMALL, option, pipe], "/pipe cannot be written: expected a regular file, got")
+            for option in ("--output", "--json", "--trace")
+        ],
+        (["--input", folder / "good", "--output", folder], "got a directory"),
         ([*SMALL, "--json", nowhere, "--quiet"], "/nowhere"),
         *[
             ([*SMALL, option, f"/proc/lvxattn{end}", "--quiet"], sealed.format(option))
@@ -485,7 +494,8 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
             ([*SMALL, "--schedule", "auto", "--machine", machine], text)
             for machine, text in (
                 ("h1000", "'h1000'"),
-                (folder, "Is a directory"),
+                (folder, "expected a regular file, got a directory"),
+                (pipe, "expected a regular file, got a FIFO"),
                 (folder / "short", "/short"),
                 (other_version(folder / "version"), "/version"),
             )
@@ -497,7 +507,21 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (["--repeat", "0"], "--repeat: "),
         (["--scale", "nan"], "--scale: expected a finite number, got 'nan'"),
         (["--visual-tokens", "1000000000000000"], "does not fit in memory"),
+        (
+            ["--text-tokens", BEYOND],
+            f"expected a whole number from 0 up, below 2**63, got '{BEYOND}'",
+        ),
+        (["--batch", BEYOND], "--batch: "),
+        (["--model", "llama3v", "--frames", BEYOND], "--frames: "),
+        (["--seed", BEYOND], "--seed: "),
+        (["--heads", "1000000000", "--batch", "1000000000"], "q: no memory holds shape "),
     ]
+
+
+def fifo(path: Path) -> Path:
+    """Make a FIFO, which has no other end: who opens it waits."""
+    os.mkfifo(path)
+    return path
 
 
 def other_version(path: Path) -> Path:
@@ -523,22 +547,7 @@ def test_bad_input_prints_one_line(implementation: str, P: int, runs: Runs, tmp_
         assert said.err.count("\n") == 1
         assert said.err.startswith("lvxattn run: error: ")
         assert text in said.err, said.err
-    assert not list(ran.folder.glob("**/*.part"))
-
-
-@pytest.mark.mpi
-def test_output_file_is_probed_without_change(tmp_path: Path) -> None:
-    there, link, pipe = tmp_path / "there", tmp_path / "link", tmp_path / "pipe"
-    there.write_text("what was there")
-    link.symlink_to(tmp_path / "not yet")
-    os.mkfifo(pipe)  # has no reader: who opens it waits
-    for path in (there, link, pipe, tmp_path / "new"):
-        try_to_write(path)
-    assert set(tmp_path.iterdir()) == {there, link, pipe}
-    assert there.read_text() == "what was there"
-    for path in (tmp_path, there / "below", tmp_path / ("x" * 300)):
-        with pytest.raises(OSError, match=r"directory|name too long"):
-            try_to_write(path)
+    assert not list(ran.folder.glob("**/.*"))
 
 
 @pytest.mark.parametrize("command", ["run --json", "run --trace", "measure --output"])
@@ -585,13 +594,32 @@ def test_output_replaces_existing_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("option", ["--json", "--trace"])
+def test_full_disk_leaves_old_file(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "old"
+    target.write_text("what was there")
+    with full_disk(100):
+        status = main(["run", *SMALL, "--quiet", option, str(target)])
+    said = capsys.readouterr()
+    assert (status, said.err) == (2, f"lvxattn run: error: {target}: File too large\n")
+    assert target.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_input_beside_output_is_left_alone(tmp_path: Path) -> None:
+    x = np.ones((1, 2, 6, 4), np.float32)
+    path = save(tmp_path / "x.part", {"q": x, "k": x, "v": x})
+    before = path.read_bytes()
+    assert main(["run", "--input", str(path), "--output", str(tmp_path / "x"), "--quiet"]) == 0
+    assert path.read_bytes() == before
+    assert set(load(tmp_path / "x")) == {"out", "lse"}
+
+
 def test_full_disk_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
+    with full_disk(1000):
         status = main(["run", *SMALL, "--output", str(tmp_path / "out")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr()
     assert (status, said.out, said.err.count("\n")) == (2, "", 1)
     assert "out: File too large" in said.err

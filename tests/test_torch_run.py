@@ -122,6 +122,19 @@ def test_bad_timeout_raises(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ["²", "x", "9" * 5000])
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_bad_number_of_torchrun_is_refused(
+    name: str, text: str, alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        alone.setenv(variable, "1")
+    alone.setenv(name, text)
+    assert main(["run", *SMALL]) == 2
+    error = f"lvxattn: error: {name}: expected a whole number, got {text!r:.40}\n"
+    assert capsys.readouterr() == ("", error)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_processes_without_rendezvous_are_refused(
     name: str, alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -140,6 +153,8 @@ def test_processes_without_rendezvous_are_refused(
     [
         {},
         {"PMI_SIZE": "1"},
+        {"PMI_SIZE": "²"},
+        {"WORLD_SIZE": "9" * 5000},
         {"SLURM_NTASKS": "8"},  # the batch script itself
         {"PMI_SIZE": "4", "RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "here"},
     ],

@@ -1,5 +1,7 @@
 """What arguments are accepted, and the exact messages for those that are not."""
 
+import threading
+from datetime import timedelta
 from math import inf, nan
 from typing import Any
 
@@ -13,6 +15,7 @@ from lvxattn.common.validation import (
     check_attention,
     check_backward,
     check_mask_rows,
+    check_seconds,
     dtype_name,
     library,
     raise_together,
@@ -23,6 +26,14 @@ from tests.errors import says
 
 FLOATS = "float16, bfloat16, float32, float64"
 Q, K, V = np.zeros((2, 4, 5, 8)), np.zeros((2, 2, 7, 8)), np.zeros((2, 2, 7, 3))
+
+
+def test_seconds_fit_into_all_timers() -> None:
+    for text in ("1e300", "1e10"):
+        seconds = check_seconds("LVXATTN_TIMEOUT", text)
+        assert seconds is not None
+        assert 1e9 <= seconds <= threading.TIMEOUT_MAX
+        assert timedelta(seconds=seconds)
 
 
 def attention(**changed: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lvxattn.common.launcher import number_in
 from lvxattn.common.validation import instead_of
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class Group:
         if isinstance(group, Group):
             return group
         if group is None:
-            if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if not dist.is_initialized() and (number_in(os.environ, "WORLD_SIZE") or 1) > 1:
                 warnings.warn(
                     f"group: {os.environ['WORLD_SIZE']} processes were started, and each attends "
                     "alone until torch.distributed.init_process_group is called",

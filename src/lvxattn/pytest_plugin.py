@@ -6,10 +6,11 @@ imports no other package, not even NumPy, until options or tests need it.
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from lvxattn.common.regular_file import open_regular
 
 if TYPE_CHECKING:
     from lvxattn.check.pytest_cases import Choice, Chosen, JudgedCase, XattnCase
@@ -127,7 +128,8 @@ def _chosen(config: pytest.Config) -> "Chosen":
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Yield lines that are neither empty nor comments, with their numbers."""
     try:
-        text = Path(path).read_text()
+        with open_regular(path) as file:
+            text = file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or error
         raise pytest.UsageError(f"--lvx-xfails-file: {path} cannot be read: {what}") from None

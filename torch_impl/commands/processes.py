@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from lvxattn.cli.arguments import UsageError
 from lvxattn.cli.tensors import InputError
+from lvxattn.common.launcher import bad_number, number_in
 from lvxattn.common.validation import check_seconds, raise_together
 from lvxattn.torch_impl.group import Group
 
@@ -50,7 +51,7 @@ def world() -> Iterator[Group]:
     Group
         All ranks; this process alone without a launcher.
     """
-    ours = not dist.is_initialized() and launched(os.environ)
+    ours = not dist.is_initialized() and launched(os.environ) and not bad_number(os.environ)
     if ours:
         dist.init_process_group("gloo", timeout=_timeout())
     try:
@@ -85,12 +86,14 @@ def check_environment(group: Group) -> None:
     Raises
     ------
     UsageError
-        The variable is not a number of seconds above 0, or the launcher has started processes that
-        cannot find one another; the same on all ranks.
+        The variable is not a number of seconds above 0, a launcher's variable is no number, or the
+        launcher has started processes that cannot find one another; the same on all ranks.
     """
     error = None
-    if group.group is None and (lost := lost_ranks(os.environ)):
-        raise UsageError(f"lvxattn: error: {lost}")
+    if group.group is None:
+        alone = bad_number(os.environ) if launched(os.environ) else lost_ranks(os.environ)
+        if alone:
+            raise UsageError(f"lvxattn: error: {alone}")
     try:
         check_seconds(_TIMEOUT, os.environ.get(_TIMEOUT))
     except ValueError as problem:
@@ -123,8 +126,8 @@ def lost_ranks(environment: Mapping[str, str]) -> str | None:
         ``os.environ``.
     """
     for name in SIZES:
-        size = environment.get(name, "")
-        if size.isdigit() and int(size) > 1 and not launched(environment):
+        size = number_in(environment, name) or 0
+        if size > 1 and not launched(environment):
             return (
                 f"one of {size} processes ({name} = {size}) that cannot find one another: start "
                 "them with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
@@ -216,7 +219,7 @@ def choose_device(wish: str, group: Group) -> tuple[torch.device, Group]:
     elif any(group.allgather(problem)):
         return torch.device("cpu"), group
     # Where each rank sees its own GPU only, LOCAL_RANK exceeds their number.
-    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    number = (number_in(os.environ, "LOCAL_RANK") or 0) % torch.cuda.device_count()
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     gpu = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)

@@ -6,7 +6,7 @@ own part of the file only. Where times cannot be used, because a raw stream has 
 files were joined and times start again, frames are counted from the first one.
 """
 
-import os
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+from lvxattn.common.regular_file import open_regular, printable
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -172,7 +174,7 @@ def list_images(folder: Path) -> list[Path]:
 
 def size_of_image(path: Path) -> tuple[int, int]:
     """Return height and width of an image in pixels, from its header."""
-    with _readable(path), Image.open(path) as image:
+    with _readable(path), open_regular(path) as file, Image.open(file) as image:
         turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
         return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -194,7 +196,7 @@ def read_images(
     """
     video = np.empty((len(paths), height, width, 3), np.uint8)
     for place, path in enumerate(paths):
-        with _readable(path), Image.open(path) as image:
+        with _readable(path), open_regular(path) as file, Image.open(file) as image:
             image.draft("RGB", (width, height))  # JPEG: decode no finer than needed
             picture = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         video[place] = np.asarray(ImageOps.fit(picture, (width, height)))
@@ -204,11 +206,10 @@ def read_images(
 
 def _open(path: Path) -> "tuple[InputContainer, VideoStream]":
     """Open a video and find its first stream of frames."""
-    if not path.is_file():
-        there = "a folder" if path.is_dir() else "nothing"
-        raise ValueError(f"--video: expected a video file; there is {there} at {path}")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"--video: expected a file that can be read; {path} may not be")
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise ValueError(f"--video: {path} cannot be read: {error.strerror}") from None
     try:
         import av
     except ImportError as error:
@@ -330,7 +331,10 @@ def _undamaged(path: Path) -> Iterator[None]:
 def _readable(path: Path) -> Iterator[None]:
     """Raise Pillow's errors as ValueErrors that name the file."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that it reads in spite of
+            yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        text = f"--images: expected images that Pillow reads; {path} gives: {error}"
+        found = printable(str(getattr(error, "strerror", None) or error))
+        text = f"--images: expected images that Pillow reads; {path} gives: {found}"
         raise ValueError(text) from error

@@ -177,7 +177,7 @@ def _together(read: Callable[[], T], comm: MPI.Intracomm) -> T:
     result, error = None, None
     try:
         result = read()
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, MemoryError) as problem:
         error = InputError(str(problem))
     raise_together(error, comm)
     return cast(T, result)

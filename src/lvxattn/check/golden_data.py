@@ -15,7 +15,7 @@ BLAS rounds sums differently.
 
 import hashlib
 import inspect
-import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -27,13 +27,15 @@ import numpy.typing as npt
 import lvxattn
 from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import Case, suite_of
+from lvxattn.check.golden_manifest import FORMAT, MANIFEST, format_manifest, read_manifest
 from lvxattn.check.judge import RESULTS, judge, truth_of
 from lvxattn.cli.tensors import InputError, create, open_tensors
+from lvxattn.common.new_file import new_file, write_file
+from lvxattn.common.regular_file import open_regular, printable
+from lvxattn.common.validation import check_attention, check_mask_rows
 
 Array = npt.NDArray[Any]
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 SHIPPED = Path(__file__).parent / "golden_files"
 
 
@@ -68,10 +70,14 @@ def golden(name: str, folder: str | Path = SHIPPED) -> dict[str, Any]:
     >>> case["q"].dtype.name, case["out"].dtype.name
     ('float32', 'float64')
     """
-    cases = _manifest(Path(folder))["cases"]
+    cases = read_manifest(Path(folder))["cases"]
     if name not in cases:
         raise ValueError(f"name: expected one of {', '.join(cases)}, got {name!r}")
-    return {**read_tensors(Path(folder, cases[name]["file"])), "scale": cases[name]["scale"]}
+    file = Path(folder, cases[name]["file"])
+    damage = _damage(file, cases[name])
+    if damage:
+        raise InputError(f"{file}: {damage}")
+    return {**read_tensors(file), "scale": cases[name]["scale"]}
 
 
 def golden_names(folder: str | Path = SHIPPED) -> list[str]:
@@ -97,7 +103,7 @@ def golden_names(folder: str | Path = SHIPPED) -> list[str]:
     >>> golden_names()[:2]
     ['gaussian', 'ragged-lengths']
     """
-    return list(_manifest(Path(folder))["cases"])
+    return list(read_manifest(Path(folder))["cases"])
 
 
 def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dic
     """
     cases, path = suite_of(suite), Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    old = _manifest(path) if (path / MANIFEST).exists() else {"cases": {}}
+    old = read_manifest(path) if (path / MANIFEST).exists() else {"cases": {}}
     ours = {MANIFEST, *(entry["file"] for entry in old["cases"].values())}
     others = [file.name for file in path.iterdir() if file.name not in ours]
     if others:
@@ -154,7 +160,7 @@ def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dic
         "left_out": left_out,
         "cases": entries,
     }
-    (path / MANIFEST).write_text(_text(manifest))
+    write_file(path / MANIFEST, format_manifest(manifest))
     return manifest
 
 
@@ -185,7 +191,7 @@ def verify_golden(folder: str | Path = SHIPPED) -> list[str]:
     lvxattn.cli.tensors.InputError: nowhere: no golden files: there is no manifest.json
     """
     path = Path(folder)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     known = {MANIFEST, *(entry["file"] for entry in manifest["cases"].values())}
     extra = sorted(file.name for file in path.iterdir() if file.name not in known)
     lines = [f"{name}: not in the manifest" for name in extra]
@@ -193,29 +199,6 @@ def verify_golden(folder: str | Path = SHIPPED) -> list[str]:
         wrong = _wrong(path / entry["file"], name, entry)
         lines += [f"{entry['file']}: {wrong}"] if wrong else []
     return lines
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
-        if manifest["format"] != FORMAT:
-            raise InputError(f"{file}: expected format {FORMAT}, got {manifest['format']!r}")
-        for entry in manifest["cases"].values():
-            if Path(entry["file"]).name != entry["file"]:
-                raise InputError(f"{file}: expected a file's name, got {entry['file']!r}")
-            missing = {"sha256", "bytes", "scale", "tensors"} - set(entry)
-            if missing:
-                raise InputError(f"{file}: damaged: {entry['file']} has no {min(missing)}")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no golden files: there is no {MANIFEST}") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: damaged: {type(error).__name__} {error}") from None
-    return manifest
 
 
 def _needless(case: Case) -> str:
@@ -260,29 +243,39 @@ def _shortest(kinds: Array) -> list[int]:
     return [int(kind) for kind in kinds] if kinds.any() else []
 
 
-def _text(manifest: dict[str, Any]) -> str:
-    """Format as JSON, with a line for each case."""
-    lines = [f'  "{name}": {json.dumps(entry)}' for name, entry in manifest["cases"].items()]
-    rest = json.dumps({**manifest, "cases": None}, indent=1)
-    return rest.replace('"cases": null', '"cases": {\n' + ",\n".join(lines) + "\n }") + "\n"
-
-
-def _wrong(file: Path, name: str, entry: dict[str, Any]) -> str:
-    """Return what is wrong with one file; empty if it is correct."""
+def _damage(file: Path, entry: dict[str, Any]) -> str:
+    """Return how a file differs from that of the manifest; empty if it does not."""
     try:
-        content = file.read_bytes()
+        with open_regular(file) as opened:
+            size, digest = os.fstat(opened.fileno()).st_size, hashlib.file_digest(opened, "sha256")
     except FileNotFoundError:
         return "is not there"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        return f"damaged: {len(content):,} bytes of another checksum; {entry['bytes']:,} expected"
-    arrays = read_tensors(file)
+    if digest.hexdigest() != entry["sha256"]:
+        return f"damaged: {size:,} bytes of another checksum; {entry['bytes']:,} expected"
+    return ""
+
+
+def _wrong(file: Path, name: str, entry: dict[str, Any]) -> str:
+    """Return what is wrong with one file; empty if it is correct."""
+    damage = _damage(file, entry)
+    if damage:
+        return damage
+    try:
+        arrays = read_tensors(file)
+    except InputError as error:
+        return str(error).removeprefix(f"{file}: ")
     found, expected = _table(arrays), entry["tensors"]
     for key in sorted(found.keys() | expected.keys()):
         if found.get(key) != expected.get(key):
-            return f"{key}: expected {expected.get(key)} as in the manifest, got {found.get(key)}"
-    problem = _problem(name, entry, arrays)
+            return printable(
+                f"{key}: expected {expected.get(key)} as in the manifest, got {found.get(key)}"
+            )
+    try:
+        problem = _problem(name, entry, arrays)
+    except (TypeError, ValueError) as error:
+        return str(error)
     truth = truth_of(problem)
     # All parts of the limit are proportional to unit roundoffs: float32's, 2**29 times float64's.
     limits = {key: limit * 2.0**-29 for key, limit in truth.limits.items()}
@@ -296,8 +289,27 @@ def _wrong(file: Path, name: str, entry: dict[str, Any]) -> str:
 
 
 def _problem(name: str, entry: dict[str, Any], arrays: dict[str, Array]) -> Problem:
-    """Return the problem in a file, independently of today's case of that name."""
+    """Return the problem in a file, independently of today's case of that name.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The file has no problem, or no results of it.
+    """
+    for key in ("q", "k", "v", "dout", *RESULTS):
+        if key not in arrays:
+            raise ValueError(f"{key}: missing")
     q, k, v, dout = (arrays[key] for key in ("q", "k", "v", "dout"))
+    check_attention(q, k, v, scale=entry["scale"], mask=arrays.get("mask"))
+    check_mask_rows(arrays.get("mask"), q.shape[2])
+    rows = *q.shape[:3], v.shape[3]
+    shapes = {"dout": rows, "out": rows, "lse": rows[:3], "dq": q.shape, "dk": k.shape}
+    for key, shape in {**shapes, "dv": v.shape}.items():
+        if arrays[key].shape != shape:
+            raise ValueError(f"{key}: expected shape {shape}, got {arrays[key].shape}")
+    for key, length in (("q_kinds", q.shape[2]), ("kv_kinds", k.shape[2])):
+        if len(entry[key]) not in (0, length):
+            raise ValueError(f"{key}: expected {length} kinds of rows, got {len(entry[key])}")
     case = Case(name, entry["group"], entry["reason"], *q.shape[:2], *k.shape[1:2])
     case = replace(case, S_Q=q.shape[2], S_KV=k.shape[2], D=q.shape[3], D_V=v.shape[3])
     q_kinds = np.array(entry["q_kinds"] or [0] * case.S_Q)
@@ -347,9 +359,10 @@ def write_tensors(path: str | Path, arrays: dict[str, Array], notes: dict[str, s
     OSError
     """
     shapes = {name: (x.dtype.name, x.shape) for name, x in arrays.items()}
-    file = create(str(path), shapes, notes)
-    for name, x in arrays.items():
-        file.write(name, 0, slice(0, x.shape[0]), x)
+    with new_file(path) as new:
+        file = create(new, shapes, notes)
+        for name, x in arrays.items():
+            file.write(name, 0, slice(0, x.shape[0]), x)
 
 
 def read_tensors(path: str | Path) -> dict[str, Array]:
@@ -363,6 +376,6 @@ def read_tensors(path: str | Path) -> dict[str, Array]:
     """
     file = open_tensors(str(path))
     return {
-        name: np.ascontiguousarray(file.read(name, 0, slice(0, tensor.shape[0])))
+        name: np.ascontiguousarray(file.read(name, 0, slice(0, *tensor.shape[:1])))
         for name, tensor in file.tensors.items()
     }

@@ -94,6 +94,9 @@ def describe(options: Namespace) -> Problem:
         It is invalid, or cannot be read.
     """
     problem = _from_file(options) if options.input else _random(options)
+    for name, shape in problem.shapes.items():
+        if 8 * prod(shape) >= 2**63:
+            raise InputError(f"sizes: {name}: no memory holds shape {shape}")
     whole = {
         name: np.broadcast_to(np.empty((), dtype_of(_dtype(problem, name))), shape)
         for name, shape in problem.shapes.items()  # arrays of the right shapes, without memory

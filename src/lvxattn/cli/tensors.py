@@ -16,12 +16,14 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import BufferedWriter
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from lvxattn.common.regular_file import open_regular, printable
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int, ...]
@@ -35,6 +37,7 @@ _NAMES = {
 }
 _CODES = {name: code for code, name in _NAMES.items()}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
+_MOST_AXES = 32  # NumPy's, before version 2
 
 
 class InputError(ValueError):
@@ -77,11 +80,14 @@ class TensorFile:
         Raises
         ------
         InputError, OSError
-            The file is truncated, or cannot be read.
+            The file is truncated, cannot be read, or has no array of that name that NumPy can hold.
         """
         tensor = self.tensors[name]
+        if tensor.dtype not in _CODES or not tensor.shape:
+            found = f"{tensor.dtype} of shape {tensor.shape}"
+            raise InputError(f"{self.path}: {name}: expected {', '.join(_NAMES)}, got {found}")
         x = np.empty(_cut(tensor.shape, axis, part), dtype_of(tensor.dtype))
-        with open(self.path, "rb", buffering=0) as file:
+        with open_regular(self.path) as file:
             for start, run in _runs(x, tensor, axis, part):
                 file.seek(start)
                 _fill(file, run, name, self.path)
@@ -95,6 +101,11 @@ class TensorFile:
                 file.seek(start)
                 while run:
                     run = run[file.write(run) :]
+
+    def sync(self) -> None:
+        """Wait until what was written on this host is on the disk."""
+        with open(self.path, "r+b", buffering=0) as file:
+            os.fsync(file.fileno())
 
 
 def dtype_of(name: str) -> Any:
@@ -124,21 +135,24 @@ def open_tensors(path: str) -> TensorFile:
     OSError
         The file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
         if length > min(_LARGEST_HEADER, size - 8):
             raise InputError(f"{path}: not a safetensors file, or cut short: no complete header")
         text = file.read(length)
+    if len(text) < length:
+        raise InputError(f"{path}: cut short while the header was read")
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
             raise TypeError("no table of tensors")
         header.pop("__metadata__", None)
-        tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
+        tensors = {name: _tensor(name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path}: damaged header: {type(error).__name__} {error}") from None
+        what = printable(f"{type(error).__name__} {error}")
+        raise InputError(f"{path}: damaged header: {what}") from None
     for name, tensor in tensors.items():
         if tensor.end > size:
             raise InputError(f"{path}: cut short: {name} ends at byte {tensor.end:,} of {size:,}")
@@ -149,12 +163,15 @@ def open_tensors(path: str) -> TensorFile:
     return TensorFile(path, tensors)
 
 
-def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str]) -> TensorFile:
-    """Create a file of its final size for given tensors.
+def create(
+    file: BufferedWriter, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str]
+) -> TensorFile:
+    """Give an empty file its header, and its final size.
 
     Parameters
     ----------
-    path : str
+    file : file
+        From `new_file`.
     shapes : dict
         Dtype and shape, by name.
     notes : dict
@@ -163,7 +180,7 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
     Raises
     ------
     OSError
-        The file cannot be created.
+        There is no space for it.
     """
     header: dict[str, Any] = {"__metadata__": notes}
     start, tensors = 0, {}
@@ -177,10 +194,10 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    with Path(path).open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        _reserve(file.fileno(), base + start)
-    return TensorFile(path, {n: replace(t, start=base + t.start) for n, t in tensors.items()})
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.flush()
+    _reserve(file.fileno(), base + start)
+    return TensorFile(file.name, {n: replace(t, start=base + t.start) for n, t in tensors.items()})
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -193,12 +210,17 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)  # the file system cannot reserve space
 
 
-def _tensor(entry: Any, base: int) -> Tensor:
-    dtype, shape = _NAMES.get(entry["dtype"], str(entry["dtype"])), tuple(entry["shape"])
+def _tensor(name: str, entry: Any, base: int) -> Tensor:
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if not isinstance(dtype, str) or printable(name + dtype) != name + dtype:
+        raise ValueError(f"a tensor {name!r:.80} of {dtype!r:.80}")
+    dtype = _NAMES.get(dtype, dtype)
     start, end = entry["data_offsets"]
     whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))  # True is an int, too
+    if whole and (len(shape) > _MOST_AXES or 8 * prod(n for n in shape if n) >= 2**63):
+        raise ValueError(f"{name}: no array has shape {list(shape)!r:.80}")
     if not whole or (dtype in _CODES and Tensor(dtype, shape, start).end != end):
-        raise ValueError(f"{dtype} {list(shape)} does not take bytes {start} to {end}")
+        raise ValueError(f"{dtype} {list(shape)!r:.80} does not take bytes {start} to {end}")
     return Tensor(dtype, shape, base + start)
 
 

@@ -43,16 +43,44 @@ def claim(environment: Mapping[str, str]) -> Claim | None:
         ``os.environ``.
     """
     for size, rank, launcher in _VARIABLES:
-        if launcher == _TORCHRUN and not environment.get("LOCAL_RANK", "").isdigit():
+        if launcher == _TORCHRUN and number_in(environment, "LOCAL_RANK") is None:
             continue  # scripts use variables of these names, too
         if launcher == _TORCHRUN and environment.get(size) == "1":
             continue  # perhaps left over; a single rank is alone in any case
-        if environment.get(size, "").isdigit():
-            number = environment.get(rank, "0")
-            return Claim(size, int(environment[size]), int(number or 0), launcher)
-    number = environment.get("PMIX_RANK", "")
-    if number.isdigit():  # PMIx does not put the size into the environment
-        return Claim("PMIX_RANK", None, int(number), "a PMIx launcher")
+        number = number_in(environment, size)
+        if number is not None:
+            return Claim(size, number, number_in(environment, rank) or 0, launcher)
+    number = number_in(environment, "PMIX_RANK")
+    if number is not None:  # PMIx does not put the size into the environment
+        return Claim("PMIX_RANK", None, number, "a PMIx launcher")
+    return None
+
+
+def number_in(environment: Mapping[str, str], name: str) -> int | None:
+    """Return the number in a variable; None without one, or where it is no such number.
+
+    Parameters
+    ----------
+    environment : mapping
+        ``os.environ``.
+    name : str
+    """
+    text = environment.get(name, "")
+    # Of the digits of all scripts, some make no int.
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def bad_number(environment: Mapping[str, str]) -> str | None:
+    """Return an error message if a variable of torchrun's has no number.
+
+    Parameters
+    ----------
+    environment : mapping
+        ``os.environ``, with the address of a process group.
+    """
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if number_in(environment, name) is None:
+            return f"{name}: expected a whole number, got {environment.get(name, '')!r:.40}"
     return None
 
 

@@ -282,8 +282,8 @@ def check_seconds(name: str, text: str | None) -> float | None:
     except ValueError:
         seconds = 0.0
     if not (seconds > 0 and isfinite(seconds)):
-        raise ValueError(f"{name}: expected a number of seconds above 0, got {text!r}")
-    return seconds
+        raise ValueError(f"{name}: expected a number of seconds above 0, got {text!r:.40}")
+    return min(seconds, 1e9)  # 31 years; no timer counts up to 1e300
 
 
 def raise_together(error: Exception | None, comm: Communicator) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
+from lvxattn.common.new_file import write_file
+from lvxattn.common.regular_file import open_regular, printable
 from lvxattn.common.validation import FLOATING
 
 VERSION = 3
@@ -146,9 +148,13 @@ class Machine:
         Parameters
         ----------
         path : str
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; it names the file, which is as it was before.
         """
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        Path(path).write_text(text + "\n")
+        write_file(path, json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> "Machine":
@@ -171,7 +177,8 @@ class Machine:
         """
         expected = "machine: expected a file that measure or Machine.save wrote"
         try:
-            found = json.loads(Path(path).read_text())
+            with open_regular(path) as file:
+                found = json.load(file)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{expected}, got {path}, which is not JSON: {error}") from None
         if not isinstance(found, dict) or "version" not in found:
@@ -179,12 +186,13 @@ class Machine:
         got = found.pop("version")
         if got != VERSION or isinstance(got, bool):
             raise ValueError(
-                f"machine: expected version {VERSION} in {path}, got {got!r}: measure it again"
+                f"machine: expected version {VERSION} in {path}, got {got!r:.80}: measure it again"
             )
         try:
             machine = Machine.of(found)
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{expected}, got {path}, which is damaged: {error}") from None
+            text = f"{expected}, got {path}, which is damaged: {printable(str(error))}"
+            raise ValueError(text) from None
         machine.check(str(path))
         return machine
 
@@ -243,7 +251,7 @@ class Machine:
 
 def _check(valid: bool, expected: str, name: str, where: str, got: Any) -> None:
     if not valid:
-        raise ValueError(f"machine: expected {expected} for {name} in {where}, got {got!r}")
+        raise ValueError(f"machine: expected {expected} for {name} in {where}, got {got!r:.80}")
 
 
 def _is_number(x: Any) -> bool:

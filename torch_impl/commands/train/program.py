@@ -19,6 +19,7 @@ import torch
 from lvxattn.cli import InputError
 from lvxattn.cli.run_ranks import check_room
 from lvxattn.common.meter import Meter
+from lvxattn.common.new_file import check_target
 from lvxattn.common.validation import raise_together
 from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train import checkpoint
@@ -134,9 +135,7 @@ def _check_schedule(run: Run) -> None:
 def _make(folder: Path) -> None:
     """Make a folder, and check that files can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".probe"
-    probe.write_bytes(b"")
-    probe.unlink()
+    check_target(folder / "curve.csv")
 
 
 @torch.no_grad()

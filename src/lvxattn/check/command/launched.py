@@ -7,7 +7,7 @@ from typing import Any
 
 from lvxattn.check.ranks import launched_by_torchrun
 from lvxattn.cli.arguments import UsageError
-from lvxattn.common.launcher import mismatch, speaks
+from lvxattn.common.launcher import bad_number, mismatch, number_in, speaks
 
 
 def rank_of(argv: Sequence[str]) -> int:
@@ -15,7 +15,7 @@ def rank_of(argv: Sequence[str]) -> int:
     if "--distributed" not in argv:
         return 0
     if launched_by_torchrun():
-        return int(os.environ["RANK"])
+        return number_in(os.environ, "RANK") or 0
     world = _world()
     if world is None:
         return 0
@@ -23,9 +23,14 @@ def rank_of(argv: Sequence[str]) -> int:
 
 
 def check_launcher(argv: Sequence[str]) -> None:
-    """Raise a UsageError if the launcher started more processes than MPI knows of."""
-    world = _world() if "--distributed" in argv and not launched_by_torchrun() else None
-    wrong = None if world is None else mismatch(os.environ, world.size)
+    """Raise a UsageError if the launcher started more processes than MPI or PyTorch knows of."""
+    if "--distributed" not in argv:
+        return
+    if launched_by_torchrun():
+        wrong = bad_number(os.environ)
+    else:
+        world = _world()
+        wrong = None if world is None else mismatch(os.environ, world.size)
     if wrong:
         raise UsageError(wrong)
 

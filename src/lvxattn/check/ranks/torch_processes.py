@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from lvxattn.check.ranks.processes import JUDGING, Processes, SilentError
+from lvxattn.common.launcher import number_in
 
 
 class TorchProcesses(Processes):
@@ -89,12 +90,12 @@ def _own_device(device: str | None) -> str | None:
     """Return this rank's device: one GPU for each rank if the device has no number."""
     if device is None or torch.device(device).type != "cuda" or ":" in device:
         return device
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = number_in(os.environ, "LOCAL_RANK") or 0
     return f"cuda:{local % max(1, torch.cuda.device_count())}"
 
 
 def init_process_group(device: str | None) -> None:
     """Initialize with NCCL for CUDA tensors if each rank of this host has its own GPU."""
-    own = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = torch.cuda.device_count() >= (number_in(os.environ, "LOCAL_WORLD_SIZE") or 1)
     cuda = (device or "").startswith("cuda") and own  # an invalid device is reported later
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
