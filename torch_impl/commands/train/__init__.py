@@ -8,6 +8,7 @@
 `llama3v`          the same questions to a small Llama 3.2 Vision of transformers
 `training`         steps, with looks at held-out images
 `checkpoint`       checkpoints to resume from
+`run_folder`       the folder that they are in, locked
 `training_report`  the curve, and the text
 `draw`             the pictures
 =================  ===============================================================================
