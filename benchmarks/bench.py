@@ -17,6 +17,8 @@ import numpy as np
 from netlab.lab import LabError, find_mpiexec
 
 from lvxattn.cli.arguments import writable
+from lvxattn.common.new_file import write_file
+from lvxattn.draw.picture import save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,8 +100,7 @@ def describe_run(quick: bool) -> Results:
 def write_json(file: str | None, measured: Results) -> None:
     """Write results to a file, if one is named, with the machine first."""
     if file:
-        with open(file, "w") as opened:
-            json.dump({"machine": describe(), **measured}, opened, indent=1)
+        write_file(file, json.dumps({"machine": describe(), **measured}, indent=1))
 
 
 def publish(
@@ -113,10 +114,10 @@ def publish(
     print(text, end="")
     if options.store:
         options.store.mkdir(parents=True, exist_ok=True)
-        (options.store / f"{name}.json").write_text(json.dumps(measured) + "\n")
-        (options.store / f"{name}.md").write_text(text)
+        write_file(options.store / f"{name}.json", json.dumps(measured) + "\n")
+        write_file(options.store / f"{name}.md", text)
     if draw and options.plot:
-        draw(measured).savefig(options.plot, dpi=110)
+        save_picture(draw(measured), options.plot, dpi=110)
 
 
 def mpirun(P: int, command: list[str]) -> "subprocess.CompletedProcess[str]":

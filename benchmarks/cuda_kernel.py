@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lvxattn.common.new_file import write_file
 from lvxattn.mpi_impl.kernels.build import HEAD_DIMS, KERNELS, SCALARS, options, source, tiles_of
 
 RESULTS = Path(__file__).with_name("results") / "cuda-kernel.md"
@@ -86,7 +87,7 @@ def main() -> None:
         parser.error("nvcc, of a CUDA toolkit, is not on PATH")
     if not out.parent.is_dir():
         parser.error(f"--out: there is no folder {out.parent}")
-    out.write_text(table())
+    write_file(out, table())
     print(out)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lvxattn.cli.arguments import try_to_write
+from lvxattn.cli.arguments import cannot_write
 
 FOUND, AMBIGUOUS, WRONG = "found", "ambiguous", "wrong"
 
@@ -184,15 +184,9 @@ def check_output(path: Path) -> None:
         )
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"--output: expected a name in {' '.join(_SUFFIXES)}; got {path}")
-    try:
-        if path.is_dir() or not path.parent.is_dir():
-            problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-            raise ValueError(
-                f"--output: expected a file in a folder that exists; got {path}: {problem}"
-            )
-        try_to_write(path)
-    except OSError as error:
-        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
+    problem = cannot_write(path)
+    if problem:
+        raise ValueError(f"--output: {problem}")
 
 
 def choose_examples(answers: Answers, verdicts: Sequence[str]) -> list[int]:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 from numpy.typing import NDArray
 
+from lvxattn.draw.picture import save_picture
 from lvxattn.mpi_impl.commands.demo.answers import AMBIGUOUS, COLS, FOUND, Answers, film_frames
 from lvxattn.mpi_impl.commands.demo.patches import PATCH
 from lvxattn.mpi_impl.commands.demo.sources import Source
@@ -70,7 +71,7 @@ def draw(
         _draw_example(figure, cell, answers, n, verdicts[n], pictures[int(answers.truth[n, 0])])
     _draw_lanes(figure, answers, verdicts, examples, starts)
     _draw_film(figure, pictures, starts)
-    figure.savefig(path, dpi=_DPI, facecolor=_PAPER)
+    save_picture(figure, path, dpi=_DPI, facecolor=_PAPER)
 
 
 def _draw_title(

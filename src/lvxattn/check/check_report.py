@@ -14,6 +14,7 @@ from typing import Any
 import lvxattn
 from lvxattn.check.judge import Verdict
 from lvxattn.check.wrong import WRONG
+from lvxattn.common.new_file import write_file
 
 SCHEMA = 1
 _FEW = 1e5  # ulps; larger numbers are not shown
@@ -129,8 +130,13 @@ class Report:
         ----------
         path : str
             Infinities and NaN are written as strings.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; it names the file, which is as it was before.
         """
-        Path(path).write_text(self.as_json() + "\n", encoding="utf-8")
+        write_file(path, self.as_json() + "\n")
 
     def as_json(self) -> str:
         """Format as `to_json` writes it."""

@@ -29,6 +29,7 @@ from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import Case, suite_of
 from lvxattn.check.judge import RESULTS, judge, truth_of
 from lvxattn.cli.tensors import InputError, create, open_tensors
+from lvxattn.common.new_file import new_file, write_file
 
 Array = npt.NDArray[Any]
 
@@ -154,7 +155,7 @@ def write_golden(folder: str | Path, suite: str = "quick", seed: int = 0) -> dic
         "left_out": left_out,
         "cases": entries,
     }
-    (path / MANIFEST).write_text(_text(manifest))
+    write_file(path / MANIFEST, _text(manifest))
     return manifest
 
 
@@ -347,9 +348,10 @@ def write_tensors(path: str | Path, arrays: dict[str, Array], notes: dict[str, s
     OSError
     """
     shapes = {name: (x.dtype.name, x.shape) for name, x in arrays.items()}
-    file = create(str(path), shapes, notes)
-    for name, x in arrays.items():
-        file.write(name, 0, slice(0, x.shape[0]), x)
+    with new_file(path) as new:
+        file = create(new, shapes, notes)
+        for name, x in arrays.items():
+            file.write(name, 0, slice(0, x.shape[0]), x)
 
 
 def read_tensors(path: str | Path) -> dict[str, Array]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from pathlib import Path
 from string import ascii_letters
 from textwrap import wrap
 from typing import Any
@@ -21,6 +20,7 @@ from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.judge import RESULTS, Truth, ratio_of, truth_for
 from lvxattn.check.suite import attempt
 from lvxattn.check.wrong import WRONG
+from lvxattn.common.new_file import write_file
 
 _SHORT = {"float64": "64", "float32": "32", "float16": "16", "bfloat16": "b16"}
 _USUAL = {"NumPy": ("float64", "float32"), "PyTorch": ("float32", "bfloat16")}
@@ -118,6 +118,8 @@ def self_test(*, seeds: int = 2, path: str | None = None) -> SelfTest:
     ------
     ValueError
         seeds is below 1.
+    OSError
+        The file cannot be written; it is as it was before.
     """
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
@@ -133,7 +135,7 @@ def self_test(*, seeds: int = 2, path: str | None = None) -> SelfTest:
             "",
             f"```text\n{found}\n```",
         ]
-        Path(path).write_text("\n".join(lines) + "\n")
+        write_file(path, "\n".join(lines) + "\n")
     return found
 
 

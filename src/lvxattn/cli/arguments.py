@@ -1,15 +1,14 @@
 """Parts shared by the parsers of all commands: errors, output on one rank, types of arguments."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
-from errno import EACCES
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lvxattn.cli.tensors import InputError
+from lvxattn.common.new_file import check_target
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -78,60 +77,37 @@ def refuse(message: str, rank: int) -> int:
     return 2
 
 
-def try_to_write(path: str | Path) -> None:
-    """Raise if a file cannot be written; an existing file is left as it is.
-
-    A pipe or a device is not opened: opening a pipe waits for its reader.
-
-    Raises
-    ------
-    OSError
-        The file cannot be written.
-    """
-    file = Path(os.path.realpath(path))  # so that no link is created or removed
-    there = file.exists()
-    if there and not file.is_file() and not file.is_dir():
-        if not os.access(file, os.W_OK):
-            raise PermissionError(EACCES, os.strerror(EACCES), str(path))
-        return
-    with file.open("ab"):
-        pass
-    if not there:
-        file.unlink(missing_ok=True)  # another rank may have tried at the same time
-
-
-def check_output(option: str, text: str, *, opened: bool = True) -> None:
+def check_output(option: str, text: str) -> None:
     """Raise if the file that an option names cannot be written.
 
     Parameters
     ----------
     option, text : str
-    opened : bool
-        Whether to try to open it, too.
 
     Raises
     ------
     InputError
     """
-    path = Path(text).resolve()
-    if not path.parent.is_dir():
-        raise InputError(f"{option}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"{option}: expected a file, got the directory {text}")
-    try:
-        if opened:
-            try_to_write(path)
-    except OSError as error:
-        raise InputError(f"{option}: {text} cannot be written: {error.strerror}") from None
+    problem = cannot_write(text)
+    if problem:
+        raise InputError(f"{option}: {problem}")
 
 
 def writable(text: str) -> str:
     """Parse the name of a file that can be written."""
-    try:
-        try_to_write(text)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
+    problem = cannot_write(text)
+    if problem:
+        raise argparse.ArgumentTypeError(problem)
     return text
+
+
+def cannot_write(path: str | Path) -> str:
+    """Return why a file cannot be written, before any work is done; empty if it can."""
+    try:
+        check_target(path)
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror}"
+    return ""
 
 
 def between(low: float, high: float, expected: str) -> Callable[[str], float]:

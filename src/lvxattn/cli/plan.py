@@ -8,11 +8,11 @@ import sys
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
-from lvxattn.cli.arguments import Parser, UsageError, positive
+from lvxattn.cli.arguments import Parser, UsageError, cannot_write, positive
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.validation import FLOATING
 from lvxattn.draw.bars import format_bytes
-from lvxattn.draw.rotation import cannot_draw
+from lvxattn.draw.picture import cannot_draw, save_picture
 from lvxattn.plan.choose import refusal, unlike_ranks
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.plan.memory import memory, most_frames
@@ -208,10 +208,7 @@ def _options(arguments: list[str]) -> Namespace:
     if options.ranks > _MOST_RANKS:
         parser.error(f"argument --ranks: expected at most {_MOST_RANKS:,}, got {options.ranks:,}")
     if options.plot:
-        picture = Path(options.plot)
-        problem = cannot_draw(picture)
-        if not problem and not picture.resolve().parent.is_dir():
-            problem = f"there is no folder {picture.resolve().parent}"
+        problem = cannot_draw(Path(options.plot)) or cannot_write(options.plot)
         if problem:
             parser.error(f"argument --plot: {problem}")
     return options
@@ -230,9 +227,9 @@ def _plot(options: Namespace) -> None:
     model, machine = MODELS[options.model], options.machine
     figure = winners(model, machine, options.ranks, options.dtype, options.text_tokens)
     try:
-        figure.savefig(options.plot)
+        save_picture(figure, options.plot)
     except OSError as error:
-        problem = f"{options.plot}: {error.strerror}"
+        problem = f"{options.plot} cannot be written: {error.strerror}"
         raise UsageError(f"{_PROGRAM}: error: argument --plot: {problem}") from None
 
 

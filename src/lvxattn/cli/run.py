@@ -4,10 +4,10 @@ Every rank takes its share of the queries and of the keys, and writes its share 
 rank ever holds all of anything.
 """
 
-import os
 import socket
 import sys
 from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,6 +20,7 @@ from lvxattn.cli.run_ranks import Backend, Ranks, on_rank_0, together
 from lvxattn.cli.run_report import Cost, print_report, report_of, write_json
 from lvxattn.cli.run_trace import Recorder, check_picture, save_trace
 from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, create
+from lvxattn.common.new_file import naming, new_file
 from lvxattn.common.validation import accumulator
 from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
@@ -75,19 +76,16 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
         )
     except (TypeError, ValueError) as error:  # the same on all ranks
         raise InputError(str(error)) from None
-    output = on_rank_0(lambda: _create(options, problem, layout), ranks)
-    try:
+    with ExitStack() as files:  # rank 0's new output, which becomes its own only when it is whole
+        output = on_rank_0(lambda: _create(options, problem, layout, files), ranks)
         # 2. the attention, with its repetitions
         recorder = Recorder(options, ranks)
         results, costs = _measure(options, tensors, ranks, layout, backend, recorder)
         trace = recorder.trace()
         # 3. every rank writes its part
         if output is not None:
-            together(lambda: _write(output, share, results), ranks)
-            on_rank_0(lambda: os.replace(output.path, Path(options.output).resolve()), ranks)
-    finally:
-        if output is not None and ranks.rank == 0:
-            Path(output.path).unlink(missing_ok=True)
+            together(lambda: _write(options.output, output, share, results), ranks)
+            on_rank_0(files.close, ranks)
     # 4. sampled rows against an independent softmax
     checks: list[Check] = []
     if options.check:
@@ -138,8 +136,7 @@ def _check_paths(options: Namespace) -> None:
             raise InputError(f"{option}: expected another file than {seen[path]}'s, got {text}")
         seen[path] = option
         if option not in ("--input", "--machine"):
-            # `_create` makes the output before the work.
-            check_output(option, text, opened=option != "--output")
+            check_output(option, text)
     check_picture(options)
 
 
@@ -181,13 +178,12 @@ def _measure(
     return {name: backend.get(x) for name, x in results.items()}, costs
 
 
-def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile | None:
-    """Create the output under a temporary name, so that an interrupted run leaves no part of it."""
+def _create(
+    options: Namespace, problem: Problem, layout: Layout, files: ExitStack
+) -> TensorFile | None:
+    """Create the output, of its final size, under a name that `files` changes when it is closed."""
     if options.output is None:
         return None
-    path = Path(options.output)
-    if path.exists() and not path.is_file():
-        raise InputError(f"{options.output}: expected a file, got a directory or a device")
     q, k, v = (problem.shapes[name] for name in "qkv")
     dtype = problem.dtype
     shapes: dict[str, tuple[str, Shape]] = {
@@ -197,13 +193,13 @@ def _create(options: Namespace, problem: Problem, layout: Layout) -> TensorFile 
     if options.backward:
         shapes |= {"dq": (dtype, q), "dk": (dtype, k), "dv": (dtype, v)}
     notes = {"schedule": layout.schedule, "scale": repr(layout.scale)}
-    try:
-        return create(f"{path.resolve()}.part", shapes, notes)
-    except OSError as error:
-        Path(f"{path.resolve()}.part").unlink(missing_ok=True)
-        raise InputError(f"{options.output}: {error.strerror}") from None
+    file = files.enter_context(new_file(options.output))
+    with naming(options.output, file.name):
+        return create(file, shapes, notes)
 
 
-def _write(output: TensorFile, share: Share, results: dict[str, Array]) -> None:
-    for name, x in results.items():
-        output.write(name, 2, share.rows if name in _OF_QUERIES else share.keys, x)
+def _write(target: str, output: TensorFile, share: Share, results: dict[str, Array]) -> None:
+    with naming(target, output.path):
+        for name, x in results.items():
+            output.write(name, 2, share.rows if name in _OF_QUERIES else share.keys, x)
+        output.sync()  # rank 0 may be on another host, and cannot wait for that

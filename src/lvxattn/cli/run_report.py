@@ -12,6 +12,7 @@ from lvxattn.cli.run_problem import Problem
 from lvxattn.common.handshake import AUTO
 from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Meter
+from lvxattn.common.new_file import write_file
 from lvxattn.draw.bars import format_bytes
 from lvxattn.plan.choose import Candidate, candidates, explain
 from lvxattn.plan.trace import Overlap, Trace
@@ -143,8 +144,7 @@ def write_json(report: Report, path: str) -> None:
     if path == "-":
         print(text, flush=True)
     else:
-        with open(path, "w") as file:
-            file.write(text + "\n")
+        write_file(path, text + "\n")
 
 
 def _machine(layout: Layout, problem: Problem) -> str:

@@ -16,12 +16,14 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import BufferedWriter
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from lvxattn.common.regular_file import open_regular
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int, ...]
@@ -81,7 +83,7 @@ class TensorFile:
         """
         tensor = self.tensors[name]
         x = np.empty(_cut(tensor.shape, axis, part), dtype_of(tensor.dtype))
-        with open(self.path, "rb", buffering=0) as file:
+        with open_regular(self.path) as file:
             for start, run in _runs(x, tensor, axis, part):
                 file.seek(start)
                 _fill(file, run, name, self.path)
@@ -95,6 +97,11 @@ class TensorFile:
                 file.seek(start)
                 while run:
                     run = run[file.write(run) :]
+
+    def sync(self) -> None:
+        """Wait until what was written on this host is on the disk."""
+        with open(self.path, "r+b", buffering=0) as file:
+            os.fsync(file.fileno())
 
 
 def dtype_of(name: str) -> Any:
@@ -149,12 +156,15 @@ def open_tensors(path: str) -> TensorFile:
     return TensorFile(path, tensors)
 
 
-def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str]) -> TensorFile:
-    """Create a file of its final size for given tensors.
+def create(
+    file: BufferedWriter, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str]
+) -> TensorFile:
+    """Give an empty file its header, and its final size.
 
     Parameters
     ----------
-    path : str
+    file : file
+        From `new_file`.
     shapes : dict
         Dtype and shape, by name.
     notes : dict
@@ -163,7 +173,7 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
     Raises
     ------
     OSError
-        The file cannot be created.
+        There is no space for it.
     """
     header: dict[str, Any] = {"__metadata__": notes}
     start, tensors = 0, {}
@@ -177,10 +187,10 @@ def create(path: str, shapes: dict[str, tuple[str, Shape]], notes: dict[str, str
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    with Path(path).open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        _reserve(file.fileno(), base + start)
-    return TensorFile(path, {n: replace(t, start=base + t.start) for n, t in tensors.items()})
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.flush()
+    _reserve(file.fileno(), base + start)
+    return TensorFile(file.name, {n: replace(t, start=base + t.start) for n, t in tensors.items()})
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -5,14 +5,13 @@
 
 import sys
 from collections import defaultdict
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lvxattn.common.layout import shard
 from lvxattn.common.wire import BLOCKS, RESULTS
+from lvxattn.draw.picture import save_picture
 from lvxattn.reference.cross_attention import cross_attention
 from lvxattn.reference.virtual_ranks import Message, VirtualComm, run_ranks
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 # One colour a rank, told apart by colour-blind readers too (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 INK = "#222222"
-PICTURES = (".png", ".pdf", ".svg")
 
 
 def rotation(P: int = 4) -> "Figure":
@@ -67,15 +65,6 @@ def rotation(P: int = 4) -> "Figure":
     axes.plot([], [], color=INK, lw=1.6, ls=(0, (2, 1.6)), label="what has been computed for them")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=11)
     return figure
-
-
-def cannot_draw(picture: Path) -> str:
-    """Return why a picture cannot be drawn, before any work is done; empty if it can."""
-    if picture.suffix.lower() not in PICTURES:
-        return f"expected a name that ends in {', '.join(PICTURES)}, got {picture}"
-    if find_spec("matplotlib") is None:
-        return "needs matplotlib, which is not installed"
-    return ""
 
 
 def blank(width: float, height: float, dpi: int = 100) -> "Figure":
@@ -191,4 +180,4 @@ def _box(left: float, width: float, row: int, **style: Any) -> "FancyBboxPatch":
 
 
 if __name__ == "__main__":
-    rotation().savefig(sys.argv[1], dpi=110)
+    save_picture(rotation(), sys.argv[1], dpi=110)

@@ -10,6 +10,8 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
+from lvxattn.common.new_file import write_file
+from lvxattn.common.regular_file import open_regular
 from lvxattn.common.validation import FLOATING
 
 VERSION = 3
@@ -146,9 +148,13 @@ class Machine:
         Parameters
         ----------
         path : str
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; it names the file, which is as it was before.
         """
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        Path(path).write_text(text + "\n")
+        write_file(path, json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> "Machine":
@@ -171,7 +177,8 @@ class Machine:
         """
         expected = "machine: expected a file that measure or Machine.save wrote"
         try:
-            found = json.loads(Path(path).read_text())
+            with open_regular(path) as file:
+                found = json.load(file)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{expected}, got {path}, which is not JSON: {error}") from None
         if not isinstance(found, dict) or "version" not in found:

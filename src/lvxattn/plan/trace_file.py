@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lvxattn.common.meter import Block
+from lvxattn.common.new_file import write_file
 from lvxattn.common.timeline import Span
 from lvxattn.plan.trace import Trace, Trip
 
@@ -40,6 +41,11 @@ def write_trace(
         Every rank's.
     notes : dict, optional
         Further entries of the file's ``otherData``.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written; it names the file, which is as it was before.
     """
     document = {
         "traceEvents": events(trace, hosts),
@@ -49,9 +55,7 @@ def write_trace(
             "clock accuracy of each rank, in microseconds": [1e6 * x for x in trace.accuracy],
         },
     }
-    text = json.dumps(document)
-    with open(path, "w") as file:
-        file.write(text + "\n")
+    write_file(path, json.dumps(document) + "\n")
 
 
 def events(trace: Trace, hosts: Sequence[str]) -> list[Event]:

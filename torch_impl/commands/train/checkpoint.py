@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
@@ -31,6 +30,8 @@ from torch import Tensor, nn
 
 from lvxattn.cli import InputError
 from lvxattn.cli.tensors import Array, TensorFile, create, open_tensors
+from lvxattn.common.new_file import new_file, write_file
+from lvxattn.common.regular_file import open_regular
 from lvxattn.common.validation import dtype_name, on_rank
 from lvxattn.torch_impl.commands.processes import on_rank_0, together
 from lvxattn.torch_impl.commands.train.options import Settings
@@ -80,19 +81,18 @@ def save(
     }
 
     def complete() -> None:
-        sums = {_MANIFEST: _store(new / _MANIFEST, json.dumps(manifest))}
+        write_file(new / _MANIFEST, json.dumps(manifest))
+        sums = {_MANIFEST: _sha256(new / _MANIFEST)}
         sums |= {_part(rank): digest for rank, digest in enumerate(digests)}
-        _store(new / _SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        _sync_folder(new)
+        write_file(new / _SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
         if (folder / NAME).exists():
             shutil.rmtree(folder / OLD, ignore_errors=True)
             os.rename(folder / NAME, folder / OLD)
         os.rename(new, folder / NAME)
-        _sync_folder(folder)
 
     try:
         on_rank_0(new.mkdir, failure, group)
-        digest = together(lambda: _store_tensors(new / _part(group.rank), part), failure, group)
+        digest = together(lambda: _write(new / _part(group.rank), part), failure, group)
         digests = group.allgather(digest)
         on_rank_0(complete, failure, group)
     finally:
@@ -187,37 +187,24 @@ def _expected(model: nn.Module, manifest: _Manifest) -> dict[str, Tensor]:
     return tensors | of_each
 
 
-def _store(path: Path, text: str) -> str:
-    """Write a file of text; return its SHA-256."""
-    path.write_text(text)
-    return _sha256(path, stored=True)
-
-
-def _store_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a file of tensors; return its SHA-256."""
     shapes = {name: (dtype_name(x), tuple(x.shape)) for name, x in tensors.items()}
-    file = create(str(path), shapes, {})
-    for name, x in tensors.items():
-        file.write(name, 0, slice(0, len(x)), x.detach().numpy())
-    return _sha256(path, stored=True)
+    with new_file(path) as new:
+        file = create(new, shapes, {})
+        for name, x in tensors.items():
+            file.write(name, 0, slice(0, len(x)), x.detach().numpy())
+    return _sha256(path)
 
 
-def _sha256(path: Path, *, stored: bool = False) -> str:
-    """Return a file's SHA-256; with `stored`, wait until it is on the disk."""
-    with open(path, "rb") as file:
-        if stored:
-            os.fsync(file.fileno())
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames survive a loss of power, where the file system lets us."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def _verify(source: Path) -> tuple[_Manifest, list[TensorFile]]:
@@ -227,7 +214,7 @@ def _verify(source: Path) -> tuple[_Manifest, list[TensorFile]]:
     ------
     InputError, OSError
     """
-    *lines, end = (source / _SUMS).read_bytes().split(b"\n")
+    *lines, end = _content(source / _SUMS).split(b"\n")
     entries = [entry for line in lines if (entry := _LINE.fullmatch(line))]
     names = [entry[2].decode() for entry in entries]
     if end or len(entries) != len(lines) or _MANIFEST not in names:
@@ -236,7 +223,7 @@ def _verify(source: Path) -> tuple[_Manifest, list[TensorFile]]:
         if _sha256(source / name) != entry[1].decode():
             raise InputError(f"{name} is damaged: its SHA-256 is not that in {_SUMS}")
     files = [open_tensors(str(source / name)) for name in names if name != _MANIFEST]
-    return _parse((source / _MANIFEST).read_bytes()), files
+    return _parse(_content(source / _MANIFEST)), files
 
 
 def _parse(text: bytes) -> _Manifest:

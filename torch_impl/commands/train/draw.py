@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from lvxattn.common.layout import share
+from lvxattn.draw.picture import save_picture
 from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.torch_impl.commands.train.model import Needle
 from lvxattn.torch_impl.commands.train.training_report import Curve
@@ -60,7 +61,7 @@ def draw_curve(path: Path, curve: Curve, target: float, title: str) -> None:
     below.set_xlim(0, len(curve) + 1)
     below.legend(loc="lower right", frameon=False)
     _mark_lengths((above, below), frames)
-    figure.savefig(path, dpi=_DPI, facecolor="white")
+    save_picture(figure, path, dpi=_DPI, facecolor="white")
 
 
 def draw_needles(path: Path, needles: Sequence[Needle], layer: int, ranks: int) -> None:
@@ -84,7 +85,7 @@ def draw_needles(path: Path, needles: Sequence[Needle], layer: int, ranks: int) 
     cells: list[SubFigure] = np.ravel(figure.subfigures(rows, 2, squeeze=False)).tolist()
     for cell, needle in zip(cells, needles, strict=False):
         _draw_needle(cell, needle, ranks)
-    figure.savefig(path, dpi=_DPI, facecolor="white")
+    save_picture(figure, path, dpi=_DPI, facecolor="white")
 
 
 def _draw_needle(cell: SubFigure, needle: Needle, ranks: int) -> None:

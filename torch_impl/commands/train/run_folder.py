@@ -1,6 +1,6 @@
 """The folder of a training run, which one training at a time may write to.
 
-    lock    locked by rank 0 as long as its process lives, and names that process
+Rank 0 locks its file ``lock``, which names the process.  The system unlocks it when that ends.
 """
 
 import fcntl
@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from errno import EWOULDBLOCK
 from pathlib import Path
 
+from lvxattn.common.new_file import check_target
 from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train import checkpoint
 from lvxattn.torch_impl.group import Group
@@ -39,6 +40,7 @@ def run_folder(folder: Path, group: Group) -> Iterator[None]:
             held.enter_context(_locked(folder / _LOCK))
             for left in folder.glob(f"{checkpoint.NEW}*"):
                 shutil.rmtree(left, ignore_errors=True)
+            check_target(folder / "curve.csv")
 
         on_rank_0(begin, f"--output: cannot write {folder}", group)
         yield

@@ -1,12 +1,12 @@
 """The curve, and the text of ``train``: at most 100 columns wide, on rank 0 unless ``--quiet``."""
 
-import os
 import sys
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lvxattn.common.new_file import write_file
 from lvxattn.torch_impl.commands.train.data import Images
 from lvxattn.torch_impl.commands.train.model import Finder
 from lvxattn.torch_impl.commands.train.options import Settings
@@ -57,7 +57,7 @@ class Curve:
         return float(self.rows[-1][5] or 0.0) if self.rows else 0.0
 
     def write(self, path: Path) -> None:
-        """Write the table as CSV, atomically.
+        """Write the table as CSV.
 
         Raises
         ------
@@ -66,9 +66,7 @@ class Curve:
         # repr writes every digit: float64 curves are compared by this file.
         lines = [",".join(COLUMNS)]
         lines += [",".join("" if x is None else repr(x) for x in row) for row in self.rows]
-        new = path.with_suffix(".csv.new")
-        new.write_text("\n".join(lines) + "\n")
-        os.replace(new, path)
+        write_file(path, "\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)

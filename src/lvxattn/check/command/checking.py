@@ -1,5 +1,6 @@
 """Check a function by a suite or by one case; list the cases."""
 
+import sys
 from argparse import Namespace
 from time import perf_counter
 from typing import Any
@@ -17,7 +18,7 @@ from lvxattn.check.golden_data import inputs_of, mask_text, write_tensors
 from lvxattn.check.import_target import load
 from lvxattn.check.judge import truth_for
 from lvxattn.check.suite import Caller, check, diagnosed, wanted_dtypes
-from lvxattn.cli.arguments import UsageError, try_to_write
+from lvxattn.cli.arguments import UsageError, cannot_write
 
 Array = npt.NDArray[Any]
 
@@ -91,22 +92,29 @@ def _functions(options: Namespace) -> dict[str, Any]:
 
 def try_file(path: str | None, argument: str) -> None:
     """Raise a UsageError unless a file can be written; an existing one is not changed."""
-    if path is None or path == "-":
-        return
-    try:
-        try_to_write(path)
-    except OSError as error:
-        raise UsageError(f"{argument}: {path} cannot be written: {error.strerror}") from None
+    problem = "" if path is None or path == "-" else cannot_write(path)
+    if problem:
+        raise UsageError(f"{argument}: {problem}")
 
 
 def _output(report: Report, options: Namespace) -> int:
-    """Print and write a report; return the exit status."""
-    if options.json == "-":
-        print(report.as_json(), flush=True)
-    elif options.json:
-        report.to_json(options.json)
+    """Print and write a report; return the exit status, 2 if it cannot be written."""
     if not options.quiet and options.json != "-":
         print(report, flush=True)
+    return _write_json(report, options)
+
+
+def _write_json(report: Report, options: Namespace) -> int:
+    """Write a report to a file or stdout, if wanted; return the exit status."""
+    if options.json == "-":
+        print(report.as_json(), flush=True)
+    try:
+        if options.json not in (None, "-"):
+            report.to_json(options.json)
+    except OSError as error:  # no UsageError, as other ranks wait for the status
+        text = f"lvxattn check: error: --json: {error.filename}: {error.strerror}"
+        print(text, file=sys.stderr, flush=True)
+        return 2
     return 0 if report.passed else 1
 
 
@@ -149,7 +157,7 @@ def run_case(options: Namespace) -> int:
         row = diagnosed(solve, case, dtype, seed) if caller else None
         rows += [row] if row else []
         problem = draw(case, dtype, seed)
-        if not options.quiet:
+        if not options.quiet and options.json != "-":
             print(_details(case, problem, row), flush=True)
         if options.save is not None:
             _save(options.save, problem, results)
@@ -157,9 +165,7 @@ def run_case(options: Namespace) -> int:
         return 0
     caller.timer.close()
     report = Report(options.function, "one case", arrays.name, tuple(rows), perf_counter() - start)
-    if options.json:
-        report.to_json(options.json)
-    return 0 if report.passed else 1
+    return _write_json(report, options)
 
 
 def _details(case: Case, problem: Problem, row: Row | None) -> str:

@@ -238,6 +238,9 @@ def _verify(options: Namespace) -> int:
 
 def _self_test(options: Namespace) -> int:
     try_file(options.out, "--out")
-    found = self_test(seeds=options.seeds, path=options.out)
+    try:
+        found = self_test(seeds=options.seeds, path=options.out)
+    except OSError as error:
+        raise UsageError(f"--out: {error.filename}: {error.strerror}") from None
     print(found, flush=True)
     return 0 if found.passed else 1
