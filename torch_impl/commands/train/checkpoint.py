@@ -68,7 +68,7 @@ def save(
         The ranks' weights differ.
     """
     _check_equal(model, group)
-    # A name of its own: the ranks of a killed run may live for a while, and write to theirs.
+    # Nobody else's: ranks of a killed run may live on for a while, and write to their own.
     new = folder / f"{NEW}-{group.allgather(token_hex(8))[0]}"
     failure = f"cannot write {folder / NAME}"
     tensors, steps = _state(model, optimizer)
@@ -276,19 +276,20 @@ def _read(files: list[TensorFile], expected: dict[str, Tensor]) -> dict[str, Arr
 
 
 def _instead(source: Path) -> str:
-    """Tell how to resume from the checkpoint before, if it is intact."""
+    """Describe the checkpoint before, if it is intact."""
     old = source.parent / OLD
     try:
         steps = len(_verify(old)[0].rows)
     except (InputError, OSError):
         return ""
-    return "" if old == source else f"; remove it to resume from {old}, after step {steps}"
+    more = f"; without that folder, {old} is resumed, after step {steps}"
+    return "" if old == source else more
 
 
 def _told(problem: Exception) -> str:
-    if not isinstance(problem, OSError) or not problem.filename:
-        return str(problem)
-    return f"{Path(problem.filename).name}: {problem.strerror}"
+    if isinstance(problem, OSError) and problem.filename:
+        return f"{Path(problem.filename).name}: {problem.strerror}"
+    return " ".join(str(problem).split())  # a file may hold names of several lines
 
 
 def _part(rank: int) -> str:
