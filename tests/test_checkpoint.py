@@ -337,17 +337,15 @@ class TestFolder:
         with run_folder(folder, ALONE):
             assert not left.exists()
 
+    @pytest.mark.slow
     def test_kill_at_any_moment(self, tmp_path: Path) -> None:
         """Killed before any of its accesses to files, a process leaves a checkpoint, unlocked."""
         ended = forked(1, PROGRAMS / "killed_checkpoint.py", tmp_path / "run")
         assert (ended.status, ended.left) == (0, ()), ended.err
-        trials = json.loads(ended.out)
-        assert len(trials) > 20
-        *killed, last = trials
-        for before, written, found in killed:
-            assert found in (before, written)
-        assert {found == written for _, written, found in killed} == {False, True}
-        assert last[1] == last[2]
+        *killed, last = json.loads(ended.out)
+        assert len(killed) > 20
+        assert set(killed) == {1, 2}
+        assert last == 2
         assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint", "checkpoint.old", "lock"]
 
 
