@@ -306,6 +306,12 @@ def damaged_image(folder: Path) -> list[str]:
     return ["--images", str(images)]
 
 
+def huge_image(folder: Path) -> list[str]:
+    (folder / "images").mkdir()
+    Image.new("1", (10000, 10000)).save(folder / "images" / "huge.png")
+    return ["--images", str(folder / "images")]
+
+
 def flat_images(folder: Path) -> list[str]:
     (folder / "images").mkdir()
     Image.new("RGB", (320, 240), "grey").save(folder / "images" / "grey.png")
@@ -328,6 +334,7 @@ BAD = {
     no_folder: r"--images: expected a folder; there is nothing at .*none \(on rank 0 of 2\)",
     no_images: r"--images: expected a folder with images \(.*\); .*images \(on rank 0 of 2\)",
     damaged_image: r"--images: expected images .*003.png gives: .* \(on rank 1 of 2\)",
+    huge_image: r"--images: expected pictures of at most 89,478,485 pixels; those of .*huge.png",
     flat_images: r"expected patches with some texture .* 1 frame.* flat \(on all ranks\)",
     zero_frames: r"argument --frames: .*'0' \(on all ranks\)",
     negative_queries: r"--queries: .*'-3' \(on all ranks\)",

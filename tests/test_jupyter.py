@@ -291,6 +291,26 @@ def test_bad_give_raises() -> None:
         assert str(error_of(source, 1, give=[give])) == told
 
 
+def test_files_of_other_users_are_not_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "give.pickle"
+    cell_files.store(file, {"x": 1}, "--give")
+    assert cell_files.load(file, "--give") == {"x": 1}
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(CellError, match=r"^--give: .*give\.pickle belongs to another user"):
+        cell_files.load(file, "--give")
+
+
+def test_folder_of_a_cell_is_private() -> None:
+    before = os.umask(0)
+    try:
+        ran = run_cell("import os, sys\noct(os.stat(sys.argv[1]).st_mode)[-3:]", 1)
+    finally:
+        os.umask(before)
+    assert ran.printed == ["'700'\n"]
+
+
 def test_bad_arguments_and_launchers_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     bad: Any
     for bad in (0, True, 1.5, "2"):

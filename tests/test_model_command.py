@@ -134,6 +134,29 @@ class TestInput:
         (tmp_path / "config.json").unlink()
         assert "config.json" in refused(capsys, *given, 8)
 
+    def test_weights_are_not_unpickled(self, tmp_path: Path, capsys: Any) -> None:
+        model = random_model(KINDS["whisper"], "tiny", 8, 8, 0)
+        model.save_pretrained(tmp_path)
+        given = "--model", "whisper", "--weights", tmp_path, "--frames", 8
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        assert "model.safetensors" in refused(capsys, *given)
+        (tmp_path / "adapter_config.json").write_text("{}")
+        assert "adapter" in refused(capsys, *given)
+
+    def test_code_beside_weights_does_not_run(
+        self, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Asked on a terminal, a user might agree."""
+        monkeypatch.setattr("builtins.input", lambda _: "y")
+        folder = tmp_path / "model"
+        folder.mkdir()
+        config = {"model_type": "planted", "auto_map": {"AutoConfig": "planted.Planted"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "planted.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+        refused(capsys, "--model", "whisper", "--weights", folder)
+        assert not (tmp_path / "ran").exists()
+
     @pytest.mark.parametrize("missing", ["transformers", "open_flamingo"])
     def test_missing_package(self, missing: str, monkeypatch: Any, capsys: Any) -> None:
         monkeypatch.setattr(program, "find_spec", lambda name: name != missing or None)

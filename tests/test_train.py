@@ -246,6 +246,17 @@ class TestRanks:
         resumed = losses(on_4_ranks["folder"])
         np.testing.assert_allclose(resumed, losses(straight), rtol=1e-9, atol=0)
 
+    def test_checkpoint_of_four_ranks_is_read_by_one(self, on_4_ranks, straight):
+        folder, weights = on_4_ranks["folder"], []
+        assert len([*(folder / "checkpoint").glob("part-*.safetensors")]) == 4
+        for where in (folder, straight):
+            run = small_run()
+            loaded = checkpoint.load(where, run.model, run.optimizer, SMALL_SETTINGS, Group(None))
+            assert len(loaded) == 8
+            weights.append([*run.model.parameters()])
+        for found, expected in zip(*weights, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
     def test_diverged_ranks_raise(self):
         class Torn(Group):
             def allgather(self, sendobj):
@@ -276,40 +287,39 @@ class TestCheckpoint:
         assert run_training(options(folder)) == 0
         assert losses(folder) == losses(straight)
 
-    @pytest.mark.parametrize("moment", ["while writing", "between the renames", "before the last"])
+    @pytest.mark.parametrize("moment", ["while writing", "between the renames"])
     def test_checkpoint_survives_kill(self, moment, half_way, straight, tmp_path):
         folder = shutil.copytree(half_way, tmp_path / "run")
-        last, new, old = (folder / f"checkpoint{end}" for end in ("", ".new", ".old"))
+        last, new, old = (folder / f"checkpoint{end}" for end in ("", ".new-0123", ".old"))
         if moment == "while writing":
             new.mkdir()
-            (new / "__0_0.distcp").write_bytes(b"cut sh")
-        elif moment == "between the renames":
+            (new / "part-0.safetensors").write_bytes(b"cut sh")
+        else:
             shutil.copytree(last, new)
             last.rename(old)
-        else:
-            shutil.copytree(last, old)
         assert run_training(options(folder, "--resume")) == 0
         assert losses(folder) == losses(straight)
-        assert sorted(folder.glob("checkpoint*")) == [last]
+        assert {*folder.glob("checkpoint*")} <= {last, old}
 
-    def test_failed_write_keeps_old_checkpoint(self, half_way, tmp_path, monkeypatch):
+    def test_failed_write_keeps_old_checkpoint(self, half_way, tmp_path, monkeypatch, capsys):
         folder = shutil.copytree(half_way, tmp_path / "run")
 
-        def full(state, checkpoint_id, **_):
-            checkpoint_id.mkdir()
-            (checkpoint_id / "__0_0.distcp").write_bytes(b"cut sh")
+        def full(path, tensors):
+            path.write_bytes(b"cut sh")
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "write_state", full)
+            patch.setattr(checkpoint, "_write", full)
             assert run_training(options(folder, "--resume")) == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert [*folder.glob("checkpoint*")] == [folder / "checkpoint"]
         run = small_run()
         loaded = checkpoint.load(folder, run.model, run.optimizer, SMALL_SETTINGS, Group(None))
         assert len(loaded) == 5
 
     def test_damaged_checkpoint_prints_one_line(self, half_way, tmp_path, capsys):
         folder = shutil.copytree(half_way, tmp_path / "run")
-        for file in (folder / "checkpoint").glob("*.distcp"):
+        for file in (folder / "checkpoint").glob("*.safetensors"):
             file.write_bytes(file.read_bytes()[:1000])
         assert run_training(options(folder, "--resume")) == 2
         said = capsys.readouterr().err
@@ -415,7 +425,7 @@ class TestLlama3v:
 class TestCommand:
     def test_output_files_are_written(self, straight):
         found = {file.name for file in straight.iterdir()}
-        assert found == {"checkpoint", "curve.csv", "curve.png", "needles.png"}
+        assert found == {"checkpoint", "curve.csv", "curve.png", "lock", "needles.png"}
         rows = curve(straight)
         assert [*rows[0]] == ["step", "frames", "loss", "accuracy", "held_out", "seconds"]
         assert [int(row["step"]) for row in rows] == list(range(1, 9))

@@ -11,9 +11,12 @@ import signal
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
+
+from lvxattn.common.regular_file import open_regular
 
 CELL = "cell"  # its file name in tracebacks
 # Seconds for all ranks to write their stacks.
@@ -82,12 +85,18 @@ def store(path: Path, variables: dict[str, Any], option: str) -> None:
 def load(path: Path, option: str) -> dict[str, Any]:
     """Read the variables that `store` wrote.
 
+    A pickle may run code.  So only a file of this user is read, which lies in a folder that nobody
+    else may write to (`tempfile.TemporaryDirectory`).
+
     Raises
     ------
     RefusedError
-        A variable cannot be unpickled, as when its class cannot be imported here.
+        The file is another user's, or a variable cannot be unpickled, as when its class cannot be
+        imported here.
     """
-    with open(path, "rb") as file:
+    with BufferedReader(open_regular(path)) as file:
+        if os.fstat(file.fileno()).st_uid != os.geteuid():
+            raise RefusedError(f"{option}: {path} belongs to another user, and is not read")
         unpickler = pickle.Unpickler(file)
         variables = {}
         for name in unpickler.load():

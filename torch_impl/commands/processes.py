@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from lvxattn.cli.tensors import InputError
 from lvxattn.common.launcher import bad_number, number_in
 from lvxattn.common.validation import check_seconds, raise_together
 from lvxattn.torch_impl.group import Group
+
+T = TypeVar("T")
 
 # Each of these sets the number of PyTorch's threads.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -237,19 +240,29 @@ def _obstacle() -> str | None:
 
 
 def on_rank_0(act: Callable[[], object], failure: str, group: Group) -> None:
-    """Do file operations on rank 0.
+    """Do file operations on rank 0: see `together`.
+
+    Collective: every rank of the group calls this.
+    """
+    together(lambda: act() if group.rank == 0 else None, failure, group)
+
+
+def together(act: Callable[[], T], failure: str, group: Group) -> T:
+    """Do file operations on every rank; if they fail on one, raise its error on all.
 
     Collective: every rank of the group calls this.
 
     Raises
     ------
     InputError
-        With the text `failure` and the reason of an OSError; on all ranks.
+        That of `act`, or one with the text `failure` and the reason of an OSError.
     """
-    error = None
-    if group.rank == 0:
-        try:
-            act()
-        except OSError as problem:
-            error = InputError(f"{failure}: {problem.strerror or problem}")
+    result, error = None, None
+    try:
+        result = act()
+    except InputError as problem:
+        error = problem
+    except OSError as problem:
+        error = InputError(f"{failure}: {problem.strerror or problem}")
     raise_together(error, group)
+    return cast(T, result)

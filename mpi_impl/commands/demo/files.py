@@ -84,6 +84,8 @@ def index_video(path: Path) -> VideoIndex:
         announced = (container.duration or 0) / av.time_base
         if "matroska" in container.format.name and end < 0.9 * announced:
             raise _damaged(path, f"an end after {end:.1f} of the {announced:.1f} s it announces")
+        if stream.height * stream.width > (Image.MAX_IMAGE_PIXELS or inf):
+            raise _too_large("--video", path)
         if min(stream.height, stream.width) < 1:
             raise _damaged(path, f"frames of {stream.width} x {stream.height} pixels")
         sizes = stream.height, stream.width
@@ -333,8 +335,16 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damage that it reads in spite of
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _too_large("--images", path) from None
+    except (OSError, ValueError, SyntaxError) as error:
         found = printable(str(getattr(error, "strerror", None) or error))
         text = f"--images: expected images that Pillow reads; {path} gives: {found}"
         raise ValueError(text) from error
+
+
+def _too_large(option: str, path: Path) -> ValueError:
+    most = f"at most {Image.MAX_IMAGE_PIXELS:,} pixels"  # for which Pillow warns
+    return ValueError(f"{option}: expected pictures of {most}; those of {path} are larger")

@@ -95,6 +95,8 @@ def random_model(kind: Kind, size: str, frames: int, text_tokens: int, seed: int
 def checkpoint_model(kind: Kind, folder: str, dtype: torch.dtype) -> nn.Module:
     """Return the model of a folder that ``save_pretrained`` wrote.
 
+    Only safetensors are read: other files of weights are pickles, which may run code.
+
     Raises
     ------
     InputError
@@ -110,11 +112,16 @@ def checkpoint_model(kind: Kind, folder: str, dtype: torch.dtype) -> nn.Module:
             f"--weights: expected a folder that save_pretrained wrote, and {folder} has no "
             "config.json"
         )
+    if Path(folder, "adapter_config.json").exists():  # its weights would be read as a pickle, too
+        raise InputError(f"--weights: expected a model without adapter, got one in {folder}")
+    given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        found = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        found = transformers.AutoConfig.from_pretrained(folder, **given).model_type
         if found == kind.model_type:
             loader = getattr(transformers, kind.checkpoint)
-            model: nn.Module = loader.from_pretrained(folder, local_files_only=True, dtype=dtype)
+            model: nn.Module = loader.from_pretrained(
+                folder, **given, dtype=dtype, use_safetensors=True
+            )
             return model
     except Exception as error:  # a damaged file raises whatever its reader raises
         reason = str(error).strip().split("\n")[0]

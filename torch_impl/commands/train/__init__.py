@@ -8,23 +8,13 @@
 `llama3v`          the same questions to a small Llama 3.2 Vision of transformers
 `training`         steps, with looks at held-out images
 `checkpoint`       checkpoints to resume from
+`run_folder`       the folder that they are in, locked
 `training_report`  the curve, and the text
 `draw`             the pictures
 =================  ===============================================================================
 """
 
-from argparse import Namespace
-
 from lvxattn.torch_impl.commands.train.options import add_options
-from lvxattn.torch_impl.group import AnyGroup
-
-
-def run_training(options: Namespace, group: AnyGroup = None) -> int:
-    """Train, and return the exit status: `program.run_training`."""
-    # Here, since PyTorch's checkpoints take seconds to import, and other commands do not need them.
-    from lvxattn.torch_impl.commands.train.program import run_training
-
-    return run_training(options, group)
-
+from lvxattn.torch_impl.commands.train.program import run_training
 
 __all__ = ["add_options", "run_training"]

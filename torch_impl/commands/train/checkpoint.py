@@ -1,40 +1,51 @@
-"""Checkpoints to resume from: `torch.distributed.checkpoint` in three folders.
+"""Checkpoints to resume from: JSON and safetensors, with checksums, in three folders.
 
-    checkpoint.new     being written, by all ranks     then, by rank 0, two renames:
+    checkpoint.new-X   being written, by all ranks     then, by rank 0, two renames:
     checkpoint         the last complete one           checkpoint -> checkpoint.old
-    checkpoint.old     the one before                  checkpoint.new -> checkpoint
+    checkpoint.old     the one before                  checkpoint.new-X -> checkpoint
 
 A kill at any time leaves a complete one: `checkpoint` or, between the renames, `checkpoint.old`.
-Every rank has the same weights; they are written once, and read by any number of ranks.  No state
-of a random generator is stored: clips follow from seed and step, and nothing else is random.
+
+    part-R.safetensors   of P: every P-th weight and moment of the optimizer, from number R on
+    manifest.json        settings, curve, and the optimizer's steps by weight
+    SHA256SUMS           of all of these, as sha256sum writes it
+
+Every rank has the same weights; they are written once, and read by any number of ranks.  All
+checksums are verified before anything is used, and nothing is unpickled.  No state of a random
+generator is stored: clips follow from seed and step, and nothing else is random.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from secrets import token_hex
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as read_state
-from torch.distributed.checkpoint.state_dict_saver import save as write_state
+from torch import Tensor, nn
 
 from lvxattn.cli import InputError
-from lvxattn.common.validation import on_rank
-from lvxattn.torch_impl.commands.processes import on_rank_0
+from lvxattn.cli.tensors import Array, TensorFile, create, open_tensors
+from lvxattn.common.new_file import new_file, write_file
+from lvxattn.common.regular_file import open_regular
+from lvxattn.common.validation import dtype_name, on_rank
+from lvxattn.torch_impl.commands.processes import on_rank_0, together
 from lvxattn.torch_impl.commands.train.options import Settings
-from lvxattn.torch_impl.commands.train.training_report import Curve
+from lvxattn.torch_impl.commands.train.training_report import COLUMNS, Curve, Row
 from lvxattn.torch_impl.group import Group
 
-_NAME = "checkpoint"
+NAME, NEW, OLD = "checkpoint", "checkpoint.new", "checkpoint.old"
+
+_MANIFEST, _SUMS, _FORMAT = "manifest.json", "SHA256SUMS", 1
+_LINE = re.compile(rb"([0-9a-f]{64})  (manifest\.json|part-[0-9]+\.safetensors)")
+# What AdamW keeps of every weight, besides the number of its steps.
+_MOMENTS = "exp_avg", "exp_avg_sq"
+# All whole numbers below are floats, too.
+_LARGEST = 1 << 53
 
 
 def save(
@@ -45,38 +56,48 @@ def save(
     settings: Settings,
     group: Group,
 ) -> None:
-    """Write a checkpoint, and remove the one before when it is complete.
+    """Write a checkpoint; keep the one before.
 
     Collective: every rank of the group calls this.
 
     Raises
     ------
     InputError
-        It cannot be written; on all ranks.  The one before is kept.
+        It cannot be written; on all ranks.  Those before are kept.
     RuntimeError
         The ranks' weights differ.
     """
     _check_equal(model, group)
-    new, last, old = (folder / f"{_NAME}{end}" for end in (".new", "", ".old"))
-    state = {
-        **_state(model, optimizer),
-        "run": json.dumps({"settings": asdict(settings), "curve": curve.rows}),
+    # Nobody else's: ranks of a killed run may live on for a while, and write to their own.
+    new = folder / f"{NEW}-{group.allgather(token_hex(8))[0]}"
+    failure = f"cannot write {folder / NAME}"
+    tensors, steps = _state(model, optimizer)
+    part = {name: tensors[name] for name in sorted(tensors)[group.rank :: group.size]}
+    manifest = {
+        "format": _FORMAT,
+        "settings": asdict(settings),
+        "optimizer_steps": steps,
+        "curve": curve.rows,
     }
-    failure = f"cannot write {folder}"
-    on_rank_0(lambda: shutil.rmtree(new, ignore_errors=True), failure, group)
-    with _plainly("write", new, group):
-        write_state(
-            state, checkpoint_id=new, process_group=group.group, no_dist=group.group is None
-        )
 
-    def swap() -> None:
-        if last.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(last, old)
-        os.rename(new, last)
-        shutil.rmtree(old, ignore_errors=True)
+    def complete() -> None:
+        write_file(new / _MANIFEST, json.dumps(manifest))
+        sums = {_MANIFEST: _sha256(new / _MANIFEST)}
+        sums |= {_part(rank): digest for rank, digest in enumerate(digests)}
+        write_file(new / _SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        if (folder / NAME).exists():
+            shutil.rmtree(folder / OLD, ignore_errors=True)
+            os.rename(folder / NAME, folder / OLD)
+        os.rename(new, folder / NAME)
 
-    on_rank_0(swap, failure, group)
+    try:
+        on_rank_0(new.mkdir, failure, group)
+        digest = together(lambda: _write(new / _part(group.rank), part), failure, group)
+        digests = group.allgather(digest)
+        on_rank_0(complete, failure, group)
+    finally:
+        if group.rank == 0:
+            shutil.rmtree(new, ignore_errors=True)  # it has another name if all went well
 
 
 def load(
@@ -98,66 +119,181 @@ def load(
     Raises
     ------
     InputError
-        There is none, it is damaged, or its run has other settings; on all ranks.
+        There is none, it is damaged, or its run has other settings; on all ranks.  Model and
+        optimizer are as they were.
     """
-    source = group.allgather(_last(folder))[0]
-    if source is None:
-        raise InputError(f"--resume: no checkpoint in {folder}")
-    told: dict[str, Any] = {"run": ""}
-    with _plainly("read", source, group):
-        _read(told, source, group)
-    run = json.loads(told["run"])
-    difference = settings.difference(run["settings"])
-    if difference:
+
+    def read() -> tuple[_Manifest, dict[str, Array]]:
+        source = next((path for name in (NAME, OLD) if (path := folder / name).is_dir()), None)
+        if source is None:
+            raise InputError(f"--resume: no checkpoint in {folder}")
+        try:
+            manifest, files = _verify(source)
+            difference = settings.difference(manifest.settings)
+            if not difference:
+                return manifest, _read(files, _expected(model, manifest))
+        except (InputError, OSError) as problem:
+            text = f"cannot read {source}: {_told(problem)}{_instead(source)}"
+            raise InputError(text) from None
         raise InputError(f"--resume: the run in {folder} has {difference}")
-    state: dict[str, Any] = _state(model, optimizer)
-    with _plainly("read", source, group):
-        _read(state, source, group)
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-    return Curve(run["curve"])
+
+    manifest, arrays = together(read, f"cannot read {folder}", group)
+    tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    for name, weight in model.named_parameters():
+        if name in manifest.steps:
+            state = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
+            optimizer.state[weight] = {"step": torch.tensor(float(manifest.steps[name])), **state}
+    return Curve(manifest.rows)
 
 
-def _last(folder: Path) -> Path | None:
-    """Return the last complete checkpoint, if any."""
-    for name in (_NAME, f"{_NAME}.old"):
-        if (folder / name / ".metadata").exists():
-            return folder / name
-    return None
+class _Manifest(NamedTuple):
+    """The manifest.
+
+    Attributes
+    ----------
+    settings : dict
+    steps : dict
+        How often the optimizer has changed each weight that it has changed.
+    rows : list
+        Of the curve.
+    """
+
+    settings: dict[str, object]
+    steps: dict[str, int]
+    rows: list[Row]
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return weights and optimizer moments by parameter name."""
-    weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments}
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return weights and moments by name, and the optimizer's steps by weight."""
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    steps = {}
+    for name, weight in model.named_parameters():
+        if state := optimizer.state.get(weight):
+            steps[name] = int(state["step"])
+            tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS}
+    return tensors, steps
 
 
-def _read(state: dict[str, Any], source: Path, group: Group) -> None:
-    read_state(state, checkpoint_id=source, process_group=group.group, no_dist=group.group is None)
+def _expected(model: nn.Module, manifest: _Manifest) -> dict[str, Tensor]:
+    """Return, by name, a tensor of the dtype and shape of each that a checkpoint must have."""
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    weights = dict(model.named_parameters())
+    if unknown := manifest.steps.keys() - weights.keys():
+        raise InputError(f"{_MANIFEST}: the model has no weight {min(unknown)!r}")
+    of_each = {f"{m}.{name}": weights[name] for m in _MOMENTS for name in manifest.steps}
+    return tensors | of_each
 
 
-@contextmanager
-def _plainly(verb: str, path: Path, group: Group) -> Iterator[None]:
-    """Raise any rank's failure as an InputError of one line, and ignore PyTorch's warnings."""
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a file of tensors; return its SHA-256."""
+    shapes = {name: (dtype_name(x), tuple(x.shape)) for name, x in tensors.items()}
+    with new_file(path) as new:
+        file = create(new, shapes, {})
+        for name, x in tensors.items():
+            file.write(name, 0, slice(0, len(x)), x.detach().numpy())
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
+
+
+def _verify(source: Path) -> tuple[_Manifest, list[TensorFile]]:
+    """Verify all checksums; return the manifest, and the files of tensors.
+
+    Raises
+    ------
+    InputError, OSError
+    """
+    *lines, end = _content(source / _SUMS).split(b"\n")
+    entries = [entry for line in lines if (entry := _LINE.fullmatch(line))]
+    names = [entry[2].decode() for entry in entries]
+    if end or len(entries) != len(lines) or _MANIFEST not in names:
+        raise InputError(f"{_SUMS} is damaged")
+    for name, entry in zip(names, entries, strict=True):
+        if _sha256(source / name) != entry[1].decode():
+            raise InputError(f"{name} is damaged: its SHA-256 is not that in {_SUMS}")
+    files = [open_tensors(str(source / name)) for name in names if name != _MANIFEST]
+    return _parse(_content(source / _MANIFEST)), files
+
+
+def _parse(text: bytes) -> _Manifest:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except CheckpointException as error:  # raised on all ranks, with each rank's failure
-        (rank, (problem, _)), *_ = error.failures.items()
-        failure = InputError(f"cannot {verb} {path}: {_line(problem)}")
-        raise on_rank(failure, rank, group.size) from None
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as problem:
-        raise InputError(f"cannot {verb} {path}: {_line(problem)}") from None
+        found = json.loads(text)
+        if found["format"] != _FORMAT:
+            raise InputError(f"{_MANIFEST}: expected format {_FORMAT}, got {found['format']!r:.40}")
+        manifest = _Manifest(found["settings"], found["optimizer_steps"], found["curve"])
+        if not isinstance(manifest.settings, dict):
+            raise TypeError("settings")
+        if not isinstance(manifest.rows, list) or not all(map(_is_row, manifest.rows)):
+            raise TypeError("curve")
+        if not all(type(n) is int and _is_number(n) for n in manifest.steps.values()):
+            raise TypeError("optimizer_steps")
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{_MANIFEST}: {type(error).__name__} {error}") from None
+    return manifest
 
 
-def _line(problem: BaseException) -> str:
-    lines = str(problem).splitlines()
-    return f"{type(problem).__name__}: {lines[0] if lines else 'no message'}"
+def _is_row(row: Any) -> bool:
+    """Return whether this is a row of a curve."""
+    names = zip(COLUMNS, row, strict=True)
+    return all(_is_number(x) or (x is None and name == "held_out") for name, x in names)
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) is float or (type(x) is int and 0 <= x < _LARGEST)
+
+
+def _read(files: list[TensorFile], expected: dict[str, Tensor]) -> dict[str, Array]:
+    """Read all tensors.
+
+    Raises
+    ------
+    InputError, OSError
+        They are not the expected ones, or cannot be read.
+    """
+    wanted = {name: (dtype_name(x), tuple(x.shape)) for name, x in expected.items()}
+    found = {name: (x.dtype, x.shape) for file in files for name, x in file.tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise InputError(f"{name!r}: expected {wanted.get(name)}, got {found.get(name)}")
+    return {
+        name: file.read(name, 0, slice(0, x.shape[0]))
+        for file in files
+        for name, x in file.tensors.items()
+    }
+
+
+def _instead(source: Path) -> str:
+    """Describe the checkpoint before, if it is intact."""
+    old = source.parent / OLD
+    try:
+        steps = len(_verify(old)[0].rows)
+    except (InputError, OSError):
+        return ""
+    more = f"; without that folder, {old} is resumed, after step {steps}"
+    return "" if old == source else more
+
+
+def _told(problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.filename:
+        return f"{Path(problem.filename).name}: {problem.strerror}"
+    return " ".join(str(problem).split())  # a file may hold names of several lines
+
+
+def _part(rank: int) -> str:
+    return f"part-{rank}.safetensors"
 
 
 def _check_equal(model: nn.Module, group: Group) -> None:

@@ -128,7 +128,7 @@ class Settings:
         """Return the first setting that differs in `others`, as text, or None."""
         for name, mine in asdict(self).items():
             if others.get(name) != mine:
-                return f"--{name.replace('_', '-')} {others.get(name)}, not {mine}"
+                return f"--{name.replace('_', '-')} {others.get(name)!r}, not {mine!r}"
         return None
 
 

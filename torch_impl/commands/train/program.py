@@ -19,7 +19,6 @@ import torch
 from lvxattn.cli import InputError
 from lvxattn.cli.run_ranks import check_room
 from lvxattn.common.meter import Meter
-from lvxattn.common.new_file import check_target
 from lvxattn.common.validation import raise_together
 from lvxattn.torch_impl.commands.processes import on_rank_0
 from lvxattn.torch_impl.commands.train import checkpoint
@@ -32,6 +31,7 @@ from lvxattn.torch_impl.commands.train.data import (
 )
 from lvxattn.torch_impl.commands.train.model import Finder, Needle, find_needles
 from lvxattn.torch_impl.commands.train.options import TARGET, Settings
+from lvxattn.torch_impl.commands.train.run_folder import run_folder
 from lvxattn.torch_impl.commands.train.training import Run, add_up, train
 from lvxattn.torch_impl.commands.train.training_report import Reporter, Test, Traffic, complain
 from lvxattn.torch_impl.group import AnyGroup, Group
@@ -70,16 +70,25 @@ def _run(options: Namespace, group: Group) -> bool:
     # 1. Images, a folder to write to, maybe a checkpoint to resume.
     began = time.perf_counter()
     settings, folder = Settings.of(options), Path(options.output)
-    parts, failure = _read_images(settings.model, group), f"--output: cannot write {folder}"
-    on_rank_0(lambda: _make(folder), failure, group)
+    parts = _read_images(settings.model, group)
     need = least_nbytes(settings.curriculum.final, group.size, settings.torch_dtype)
     memory = check_room(need, group, "give fewer --frames, a smaller --batch, or use more hosts")
-    run = Run.begin(settings, parts, group, options.schedule)
-    _check_schedule(run)
-    if options.resume:
-        run.curve = checkpoint.load(folder, run.model, run.optimizer, settings, group)
+    with run_folder(folder, group):
+        run = Run.begin(settings, parts, group, options.schedule)
+        _check_schedule(run)
+        if options.resume:
+            run.curve = checkpoint.load(folder, run.model, run.optimizer, settings, group)
+        return _finish(run, options, began, memory)
+
+
+def _finish(run: Run, options: Namespace, began: float, memory: str) -> bool:
+    """Train from where a run is, and test; return whether it was not interrupted, nor fell short.
+
+    Collective: every rank of the model's group calls this.
+    """
+    settings, group, folder = run.settings, run.model.group, Path(options.output)
     reporter = Reporter(group.rank == 0 and not options.quiet)
-    reporter.begin(settings, parts, run.model, len(run.curve), memory)
+    reporter.begin(settings, run.parts, run.model, len(run.curve), memory)
 
     # 2. Training.
     if train(run, options, reporter, began):
@@ -99,6 +108,7 @@ def _run(options: Namespace, group: Group) -> bool:
         clips = run.clips(TEST, _TESTS, (1, settings.frames, _DRAWN))
         layer, needles = find_needles(run.model, clips)
         files.append("needles.png")
+    failure = f"--output: cannot write {folder}"
     on_rank_0(lambda: _draw(run, options, layer, needles), failure, group)
     reporter.print(f"  wrote {', '.join(files)} in {folder}")
     reporter.print(f"  total time {time.perf_counter() - began:.1f} s")
@@ -130,12 +140,6 @@ def _check_schedule(run: Run) -> None:
             run.model.evaluate(clips)
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def _make(folder: Path) -> None:
-    """Make a folder, and check that files can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    check_target(folder / "curve.csv")
 
 
 @torch.no_grad()
