@@ -6,8 +6,8 @@ Opening a FIFO waits for its other end, which may never come, and opening a devi
 import os
 import stat
 from errno import EINVAL, EISDIR
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -17,7 +17,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> FileIO:
     """Open a file for reading, without buffering.
 
     Parameters
@@ -27,8 +27,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
     Returns
     -------
-    file
-        Binary.
+    io.FileIO
 
     Raises
     ------
