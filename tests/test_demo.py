@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from argparse import Namespace
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,24 @@ def test_default_video_on_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert_found(printed, tmp_path / "demo.png", 40)
     assert "4,800 visual tokens" in printed
+
+
+def test_full_disk_is_named_after_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path, _: bytes) -> None:
+        raise OSError(ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("lvxattn.draw.picture.write_file", fail)
+    output = tmp_path / "demo.png"
+    line = ["demo", "--frames", "16", "--queries", "40", "--output", str(output)]
+    assert main(line, MPI.COMM_SELF) == 2
+    said = capsys.readouterr()
+    assert "found" in said.out
+    assert re.fullmatch(
+        rf"lvxattn demo: error: --output: {output} cannot be written: No space left on device.*\n",
+        said.err,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Machines, simulated schedules, the choice among them, memory, and the command."""
 
 import json
+import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from lvxattn import reference
 from lvxattn.cli.plan import main
 from lvxattn.common.handshake import SCHEDULES
-from lvxattn.draw import rotation
+from lvxattn.draw import picture
 from lvxattn.plan.choose import Layout, candidates, explain, unlike_ranks
 from lvxattn.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.plan.memory import memory, most_frames
@@ -495,9 +496,11 @@ class TestCommand:
         [
             ("--machine h1000", "--machine: expected one of a100-16, "),
             ("--machine {bad}", "--machine: "),
-            ("--machine /", "--machine: /: Is a directory"),
+            ("--machine /", "--machine: /: expected a regular file, got a directory"),
             ("--ranks 513", "--ranks: expected at most 512, got 513"),
-            ("--plot {none}/x.png", "--plot: there is no folder "),
+            ("--plot {none}/x.png", "--plot: {none}/x.png cannot be written: there is no folder "),
+            ("--plot {fifo}", "--plot: {fifo} cannot be written: expected a regular"),
+            ("--frames 99999999999999999999", "--frames: expected a whole number from 1 up, below"),
             ("--plot x.xyz", "--plot: expected a name that ends in .png, .pdf, .svg, got x.xyz"),
             ("--frames 0", "--frames: "),
             ("--text-tokens 0", "--text-tokens: "),
@@ -508,17 +511,22 @@ class TestCommand:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
     ) -> None:
         (tmp_path / "bad.json").write_text("{}")
-        given = line.format(bad=tmp_path / "bad.json", none=tmp_path / "none").split()
+        os.mkfifo(tmp_path / "fifo.png")
+        places = {"bad": tmp_path / "bad.json", "none": tmp_path / "none"}
+        places["fifo"] = tmp_path / "fifo.png"
+        given = line.format(**places).split()
         assert main(given) == 2
         said = capsys.readouterr()
-        assert said.err.startswith(f"python -m lvxattn.plan: error: argument {words}")
+        assert said.err.startswith(
+            f"python -m lvxattn.plan: error: argument {words.format(**places)}"
+        )
         assert said.err.count("\n") == 1
         assert said.out == ""
 
     def test_picture_without_matplotlib_is_refused_before_work(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(rotation, "find_spec", lambda _: None)
+        monkeypatch.setattr(picture, "find_spec", lambda _: None)
         assert main(["--plot", "x.png"]) == 2
         said = capsys.readouterr()
         assert said.out == ""

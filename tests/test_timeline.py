@@ -16,7 +16,7 @@ from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import NAMES
-from lvxattn.draw import rotation
+from lvxattn.draw import picture
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.plan.steps import messages
 from lvxattn.plan.trace import Clock, Overlap, Trace, lanes
@@ -260,7 +260,7 @@ def bad(folder: Path) -> list[tuple[list[Any], str]]:
     return [
         (["--trace", folder / "nowhere" / "x"], f"{folder / 'nowhere'}"),
         (["--plot-trace", folder / "nowhere" / "x.png"], f"{folder / 'nowhere'}"),
-        (["--trace", folder], "--trace: expected a file, got the directory"),
+        (["--trace", folder], " cannot be written: expected a regular file, got a directory"),
         (["--trace", folder / "x", "--json", folder / "x"], "--json"),
         (["--trace", folder / "x.png", "--plot-trace", folder / "x.png"], "--plot-trace"),
         (["--schedule", "auto", "--machine", folder / "x", "--trace", folder / "x"],
@@ -308,7 +308,7 @@ def check_overlap(report: dict[str, Any], said: Said) -> None:
 def test_picture_without_matplotlib_is_refused_before_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rotation, "find_spec", lambda _: None)
+    monkeypatch.setattr(picture, "find_spec", lambda _: None)
     assert main([*SMALL, "--plot-trace", str(tmp_path / "x.png")]) == 2
     said = capsys.readouterr()
     assert said.out == ""

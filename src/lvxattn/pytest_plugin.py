@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lvxattn.common.regular_file import open_regular
-
 if TYPE_CHECKING:
     from lvxattn.check.pytest_cases import Choice, Chosen, JudgedCase, XattnCase
 
@@ -127,6 +125,8 @@ def _chosen(config: pytest.Config) -> "Chosen":
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Yield lines that are neither empty nor comments, with their numbers."""
+    from lvxattn.common.regular_file import open_regular
+
     try:
         with open_regular(path) as file:
             text = file.read().decode()

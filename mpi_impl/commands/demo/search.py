@@ -146,16 +146,23 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     progress.start("drawing")
     passed, wanted = cast(tuple[bool, list[int]], comm.bcast((passed, wanted)))
     held = comm.gather({n: frames[n - first] for n in wanted if first <= n < last})
+    error = None
     if held:
         # Here, on rank 0 alone, as matplotlib takes long to import.
         from lvxattn.mpi_impl.commands.demo.draw import draw
 
         pictures = {n: frame for part in held for n, frame in part.items()}
         starts = [share(source.frames, n, comm.size).start for n in range(comm.size + 1)]
-        draw(Path(options.output), answers, verdicts, examples, pictures, starts, source)
-        progress.finish()
-        print(f"  wrote {options.output}\n  {'all checks passed' if passed else 'a check FAILED'}")
+        try:
+            draw(Path(options.output), answers, verdicts, examples, pictures, starts, source)
+        except OSError as problem:
+            error = InputError(f"--output: {options.output} cannot be written: {problem.strerror}")
+        else:
+            progress.finish()
+            outcome = "all checks passed" if passed else "a check FAILED"
+            print(f"  wrote {options.output}\n  {outcome}")
     _wait_asleep(comm)
+    raise_together(error, comm)
     return passed
 
 

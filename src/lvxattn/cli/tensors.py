@@ -16,10 +16,10 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from io import BufferedWriter
+from io import BufferedWriter, FileIO
 from itertools import pairwise
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -240,9 +240,9 @@ def _runs(x: Array, tensor: Tensor, axis: int, part: slice) -> Iterator[tuple[in
         yield start, content[n * length : (n + 1) * length]
 
 
-def _fill(file: BinaryIO, run: memoryview, name: str, path: str) -> None:
+def _fill(file: FileIO, run: memoryview, name: str, path: str) -> None:
     while run:
-        got = file.readinto(run)  # type: ignore[attr-defined]
+        got = file.readinto(run)
         if not got:
             raise InputError(f"{path}: cut short while {name} was read")
         run = run[got:]

@@ -27,8 +27,7 @@ def open_regular(path: str | Path) -> FileIO:
 
     Returns
     -------
-    file
-        Binary.
+    io.FileIO
 
     Raises
     ------
