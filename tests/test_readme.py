@@ -206,3 +206,16 @@ def test_every_page_is_listed(page: Path) -> None:
 
 def test_the_readme_is_read_to_its_end() -> None:
     assert len(README.read_text().splitlines()) <= 200
+
+
+def test_promises_have_their_tests() -> None:
+    """Each row of the page names a module, and tests in it."""
+    rows = re.findall(
+        r"^\|.*\| (`test_\w+\.py::.*) \|$", (ROOT / "docs/faults.md").read_text(), re.M
+    )
+    assert len(rows) > 10
+    for row in rows:
+        module, *names = re.findall(r"test_\w+(?:\.py)?", row)
+        text = (ROOT / "tests" / module).read_text()
+        for name in names:
+            assert f"def {name}(" in text, row
