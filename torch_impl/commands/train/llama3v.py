@@ -147,7 +147,7 @@ def _make_mllama() -> MllamaForConditionalGeneration:
         initializer_range=0.1,
     )  # fmt: skip
     model = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
-    # No tokens are embedded: a weight that never has a gradient has no place in a checkpoint.
+    # No tokens are embedded: this weight never has a gradient.
     model.get_input_embeddings().requires_grad_(False)
     with torch.no_grad():
         for name, gate in model.named_parameters():
