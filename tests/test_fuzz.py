@@ -39,6 +39,8 @@ VALUES: list[Any] = [
     *(None, True, False, -1, 0, 1, 7, 2**31, 2**63, 10**30, 10**400, -0.5, 1e308),
     *(float("nan"), float("inf"), "", "x", "a\nb", "\x1b[31m", "\ud800", "²", "..", "../x", "/"),
     *([], {}, [1], [[]], {"a": 1}, [0, 2**40, 2**40], [2**62] * 3, [1] * 70, "F64", "I64", "BOOL"),
+    {"dtype": "F32", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]},
+    {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
 ]
 
 
@@ -76,12 +78,15 @@ def make_tensors(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> None:
-    """Read all tensors of a file, and one rank's share of its problem."""
+    """Read all tensors of a file."""
     file = open_tensors(str(path))
-    problem = describe(Namespace(input=str(path), backward=True, scale=None))
-    take_share(problem, 1, 2)
     for name, tensor in file.tensors.items():
         file.read(name, 0, slice(0, *tensor.shape[:1]))
+
+
+def read_problem(path: Path) -> None:
+    """Read one rank's share of the problem in a file."""
+    take_share(describe(Namespace(input=str(path), backward=True, scale=None)), 1, 2)
 
 
 def make_golden(folder: Path) -> list[Path]:
@@ -191,7 +196,8 @@ def read_environment(path: Path) -> None:
 
 
 READERS = {
-    "tensors": Reader(make_tensors, read_tensors, (InputError,), 400),
+    "tensors": Reader(make_tensors, read_tensors, (InputError,), 1000),
+    "problem": Reader(make_tensors, read_problem, (InputError,), 1000),
     "golden": Reader(make_golden, read_golden, (InputError,), 60),
     "machine": Reader(make_machines, Machine.load, (ValueError,), 2000),
     "machine option": Reader(make_machines, lambda p: machine_of(str(p)), (ValueError,), 2000),
