@@ -201,7 +201,7 @@ def test_leftover_thread_does_not_block_exit() -> None:
     )
     assert (done.returncode, done.stdout) == (0, "did not come back within 0.1 s\n")
     shown = "lvxattn check: one-key, float64, seed 0"  # and, in the end, nothing
-    assert done.stderr == f"\r{shown}\r{' ' * len(shown)}\r"
+    assert done.stderr == f"\n{shown}\n{' ' * len(shown)}\n"  # each was a carriage return
 
 
 def test_interrupt_reaches_only_its_call() -> None:

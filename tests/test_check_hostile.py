@@ -322,6 +322,14 @@ def test_case_is_shown_before_it_ends_this_process() -> None:
     assert ended.err.rstrip().endswith("lvxattn check: gaussian, float64, seed 0")
 
 
+def test_stack_is_shown_if_it_crashes_this_process() -> None:
+    ended = launch([*PYTHON, HERE.format("ctypes.string_at(0)")], timeout=120)
+    assert ended.status == -signal.SIGSEGV
+    shown, _, stack = ended.err.partition("Fatal Python error: Segmentation fault")
+    assert shown.rstrip().endswith("lvxattn check: gaussian, float64, seed 0")
+    assert 'File "<string>", line 6 in fn' in stack
+
+
 def test_stack_is_shown_if_this_process_is_stuck(tmp_path: Path) -> None:
     with Stuck(HERE.format("ctypes.PyDLL(None).pause()"), tmp_path / "err") as said:
         assert "lvxattn check: gaussian, float64, seed 0" in said

@@ -1,8 +1,8 @@
 """Call a function in this process: one that no other process can import.
 
 It can end the check, and one that never releases Python's lock stops its clock.  So each case is
-shown before it is called, in a line that the next one replaces, and the stack is written to stderr
-if a call takes longer than the clock allows.
+shown before it is called, in a line that the next one replaces, and the stacks are written to stderr
+if a call crashes, or takes longer than the clock allows.
 """
 
 import faulthandler
@@ -67,15 +67,20 @@ class ThisProcess:
 
 @contextmanager
 def _stack_after(seconds: float) -> Iterator[None]:
-    """Write all stacks to stderr after a time, by a thread that needs no lock of Python's."""
+    """Write stacks to stderr if this crashes or takes so long; neither needs Python's lock."""
     # In a notebook, that of the server: the kernel's own is read by the kernel.
     fd = getattr(sys.stderr, "_original_stdstream_copy", None) or sys.__stderr__
+    ours = not faulthandler.is_enabled()
     with suppress(ValueError, RuntimeError, AttributeError):  # it has none
+        if ours:
+            faulthandler.enable(fd)
         faulthandler.dump_traceback_later(min(seconds, LONGEST), file=fd)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+        if ours:
+            faulthandler.disable()
 
 
 def _line() -> Callable[[str], None]:
