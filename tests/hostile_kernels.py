@@ -26,6 +26,12 @@ def exits(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
     return right(q, k, v, scale=scale, mask=mask)
 
 
+def ends(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+    if k.shape[2] == HOSTILE:
+        ctypes.CDLL(None)._exit(0)
+    return right(q, k, v, scale=scale, mask=mask)
+
+
 def crashes(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
     if k.shape[2] == HOSTILE:
         ctypes.string_at(0)
@@ -117,7 +123,7 @@ def in_torch(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
     import torch
 
     if k.shape[2] == HOSTILE:
-        os._exit(3)
+        ctypes.CDLL(None)._exit(3)
     return plain(torch, q, k, v, scale, mask, torch.float64)
 
 
@@ -131,6 +137,14 @@ def on_ranks(q: Any, k: Any, v: Any, comm: Any, *, scale: float, mask: Any) -> A
     from lvxattn.reference import cross_attention
 
     if comm.size == 2 and comm.rank:
-        os._exit(4)
+        ctypes.CDLL(None)._exit(4)
     out, lse = cross_attention(q, k, v, comm, scale=scale, mask=mask)
     return out.astype(q.dtype), lse
+
+
+def exits_on_a_rank(q: Any, k: Any, v: Any, comm: Any, *, scale: float, mask: Any) -> Any:
+    from lvxattn.mpi_impl import cross_attention
+
+    if comm.rank == 1:
+        os._exit(0)
+    return cross_attention(q, k, v, comm, scale=scale, mask=mask)

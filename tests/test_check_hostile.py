@@ -27,7 +27,7 @@ from lvxattn.check.frameworks import framework_of
 from lvxattn.check.import_target import target_of
 from lvxattn.check.suite import Caller
 from tests import hostile_kernels as hostile
-from tests.launch import MARK, _marked, environment, launch, outlived
+from tests.launch import MARK, _marked, environment, launch, mpiexec, outlived
 from tests.oracle import GAUSSIAN, TWO, checked, right
 
 FILE = hostile.__file__
@@ -36,7 +36,8 @@ PYTHON = (sys.executable, "-c")
 
 # What each does to its process, and how the report says so.
 DEATHS = {
-    hostile.exits: "the function ended its process with status 0",
+    hostile.exits: f"ExitError: os._exit(0) would have ended the check ({FILE}:",
+    hostile.ends: "the function ended its process with status 0",
     hostile.is_killed: "ended its process by SIGKILL, as when memory runs out",
     hostile.crashes: f"ended its process by SIGSEGV ({FILE}:",
     hostile.closes_all_files: "ended its process with status ",
@@ -284,6 +285,16 @@ def test_virtual_ranks_survive_too() -> None:
     assert {row.status for row in report.rows if not row.where.startswith("P=2")} == {"ok"}
 
 
+@pytest.mark.mpi
+def test_exit_of_a_rank_is_reported() -> None:
+    line = ["-m", "lvxattn.check", "tests.hostile_kernels:exits_on_a_rank", "--distributed"]
+    ended = mpiexec(2, *line, "--dtypes", "float64", "--time-limit", "3", "--no-backward")
+    assert ended.status == 1
+    assert "rank 1 of 2: ExitError: os._exit(0) would have ended the check" in ended.out
+    assert "the rest was not run: ranks did not come back" in ended.out
+    assert not ended.left
+
+
 # Other libraries.
 
 
@@ -317,7 +328,7 @@ HERE = (
 
 
 def test_case_is_shown_before_it_ends_this_process() -> None:
-    ended = launch([*PYTHON, HERE.format("os._exit(3)")], timeout=120)
+    ended = launch([*PYTHON, HERE.format("ctypes.CDLL(None)._exit(3)")], timeout=120)
     assert (ended.status, ended.left) == (3, ())
     assert ended.err.rstrip().endswith("lvxattn check: gaussian, float64, seed 0")
 
@@ -342,7 +353,7 @@ def test_notebook_shows_the_case_before_its_kernel_ends() -> None:
     manager, client = start_new_kernel(kernel_name="python3", env=environment())
     shown = []
     try:
-        client.execute(HERE.format("os._exit(3)"))
+        client.execute(HERE.format("ctypes.CDLL(None)._exit(3)"))
         until = time.monotonic() + 120
         while manager.is_alive() and time.monotonic() < until:
             with suppress(Empty):

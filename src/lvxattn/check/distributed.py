@@ -122,11 +122,9 @@ def check_distributed(
 
     process = None
     if ranks is None:
-        fn, backward = (
-            load(x, name) if isinstance(x, str) else x
-            for name, x in (("fn", fn), ("backward", backward))
-        )
-        call = RanksCaller(fn, arrays, backward_of(fn, backward), gradients, team).call
+        here: Any = load(fn, "fn") if isinstance(fn, str) else fn
+        named = load(backward, "backward") if isinstance(backward, str) else backward
+        call = RanksCaller(here, arrays, backward_of(here, named), gradients, team).call
     else:
         process = process_of(fn, arrays, backward, time_limit, ranks)
         call = process.call

@@ -56,7 +56,7 @@ def target_of(fn: Callable[..., Any]) -> str | None:
     """Return the text by which `load` finds a function in another process, if there is one."""
     name = name_of(fn)
     module, _, path = name.partition(":")
-    found = None if module == "__main__" else sys.modules.get(module)
+    found: Any = None if module == "__main__" else sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, part, None)
     return name if found is fn else None

@@ -152,7 +152,11 @@ class Caller:
 
     def changed_results(self, rows: Sequence[Row]) -> list[Row]:
         """Return a failing row if results were changed after the last call."""
-        _, _, message = attempt(lambda: self._process.look_back() or {})
+        message = ""
+        try:
+            self._process.look_back()
+        except Exception as error:
+            _, message = failure_of(error)
         return [_contract_row("results", "memory", rows[-1].dtype, message)] if message else []
 
     def _missing_gradients(self, rows: Sequence[Row]) -> list[Row]:

@@ -85,5 +85,5 @@ def process_of(
         except RefusedError as error:
             if isinstance(fn, str):
                 raise ValueError(str(error)) from None
-    fn, backward = (load(x, name) if isinstance(x, str) else x for name, x in given.items())
-    return ThisProcess(Kernel(fn, framework, backward, seconds, ranks), seconds, ranks)
+    here: list[Any] = [load(x, name) if isinstance(x, str) else x for name, x in given.items()]
+    return ThisProcess(Kernel(here[0], framework, here[1], seconds, ranks), seconds, ranks)

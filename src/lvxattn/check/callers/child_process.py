@@ -62,7 +62,7 @@ class ChildProcess:
             "limit": seconds,
             "framework": framework.name,
             "device": framework.device,
-            "environment": environment | framework.environment,
+            "environment": environment | dict(framework.environment),
             "path": [str(folder) for folder in sys.path],
             "folder": os.getcwd(),
             "numpy_errors": np.geterr(),

@@ -1,8 +1,8 @@
 """Call a function in this process: one that no other process can import.
 
 It can end the check, and one that never releases Python's lock stops its clock.  So each case is
-shown before it is called, in a line that the next one replaces, and the stacks are written to stderr
-if a call crashes, or takes longer than the clock allows.
+shown before it is called, in a line that the next one replaces, and stacks are written to stderr if
+a call crashes, or takes longer than the clock allows.
 """
 
 import faulthandler
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from operator import call
 from typing import Any
 
@@ -69,7 +70,7 @@ class ThisProcess:
 def _stack_after(seconds: float) -> Iterator[None]:
     """Write stacks to stderr if this crashes or takes so long; neither needs Python's lock."""
     # In a notebook, that of the server: the kernel's own is read by the kernel.
-    fd = getattr(sys.stderr, "_original_stdstream_copy", None) or sys.__stderr__
+    fd: Any = getattr(sys.stderr, "_original_stdstream_copy", None) or sys.__stderr__
     ours = not faulthandler.is_enabled()
     with suppress(ValueError, RuntimeError, AttributeError):  # it has none
         if ours:
@@ -87,9 +88,9 @@ def _line() -> Callable[[str], None]:
     """Return a function that shows a line instead of the last that it has shown."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if hasattr(shell, "kernel"):
-        from IPython.display import display
-
-        handle = display({"text/plain": ""}, raw=True, display_id=True)
+        handle = import_module("IPython.display").display(
+            {"text/plain": ""}, raw=True, display_id=True
+        )
 
         def update(text: str) -> None:
             handle.update({"text/plain": text}, raw=True)
