@@ -3,6 +3,8 @@
 SOURCE = '''
 """Kernels."""
 
+import os
+
 import numpy as np
 
 from lvxattn.reference import full_attention, full_attention_backward
@@ -37,6 +39,11 @@ def nan(q, k, v, *, scale, mask):
 
 def refuses(q, k, v, *, scale, mask):
     raise NotImplementedError("not today")
+
+
+def exits(q, k, v, *, scale, mask):
+    """The process ends in the gaussian case."""
+    return os._exit(0) if k.shape[2] == 128 else right(q, k, v, scale=scale, mask=mask)
 
 
 class Kernels:

@@ -48,12 +48,9 @@ def of_queries(fn: Any) -> Any:
     return lambda q, k, v, *, scale, mask: fn(q)
 
 
-def in_torch(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
-    return plain(torch, q, k, v, scale, mask, torch.float64)
-
-
-def in_jax(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
-    return plain(jnp, q, k, v, scale, mask, jnp.float32)
+# No module has a partial under its name: they run in this process, where the libraries are loaded.
+in_torch = partial(plain, torch, double=torch.float64)
+in_jax = partial(plain, jnp, double=jnp.float32)
 
 
 def fail(*found: Any) -> Any:

@@ -80,6 +80,19 @@ def test_failure_is_short_and_shows_how_to_reproduce(run) -> None:
         assert inner not in str(done.stdout)
 
 
+def test_function_that_ends_its_process_fails_one_test(run) -> None:
+    line = [*CONFORMANCE, "--lvx-impl", "kernels:exits", *FLOAT32]
+    done = run(*line, "-k", "gaussian or ragged or one-key or judged")
+    done.assert_outcomes(failed=1, passed=3)
+    done.stdout.fnmatch_lines(
+        [
+            "gaussian-float32: a plain problem*",
+            "  ExitError: os._exit(0) would have ended the check (*kernels.py:*",
+            "  again: python -m lvxattn.check kernels:exits --case gaussian --seed 0 *",
+        ]
+    )
+
+
 def test_named_backward_is_checked(run) -> None:
     line = [*CONFORMANCE, "--lvx-impl", "kernels:Kernels.right", *FLOAT32, "-k", "gaussian"]
     run(*line, "--lvx-backward", "kernels:back").assert_outcomes(passed=1)

@@ -97,10 +97,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the thread of the function."""
+    """End the process of the function."""
     chosen = config.stash.get(_CHOSEN, None)
     if chosen is not None and chosen.caller is not None:
-        chosen.caller.timer.close()
+        chosen.caller.close()
 
 
 _CASES = {"xattn_case", "xattn_judged"}

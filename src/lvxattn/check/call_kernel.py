@@ -39,6 +39,7 @@ def call_kernel(
     notes: list[str] | None = None,
     part: Callable[[Problem], Problem] = lambda problem: problem,
     together: Together = call,
+    last: "LastResults | None" = None,
 ) -> dict[str, Array]:
     """Call fn on a problem, after the earlier calls that its case prescribes.
 
@@ -58,6 +59,8 @@ def call_kernel(
     together : callable
         Calls a function of no arguments, and raises on every rank if it raised on one: otherwise
         only some ranks would go on to the next call.
+    last : LastResults, optional
+        Those of the call before, which are compared with what they were, and replaced by these.
 
     Returns
     -------
@@ -67,7 +70,8 @@ def call_kernel(
     Raises
     ------
     ContractError
-        A result has the wrong kind, shape or dtype, or an argument was modified.
+        A result has the wrong kind, shape or dtype, or the function modified an argument or a
+        result that it had returned.
     NotImplementedError
         fn does not support this problem.
     Exception
@@ -96,7 +100,30 @@ def call_kernel(
         results = call_once(problem, gradients, notes)
         for kept in earlier:
             kept.assert_unchanged("was changed by the next call: its memory is used again")
+        if last is not None:
+            last.look_back()
+            last.keep(problem, results)
     return results.copies
+
+
+class LastResults:
+    """The results of a call, kept to see whether the function changes them later."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[str, _Kept] | None = None
+
+    def keep(self, problem: Problem, results: "_Kept") -> None:
+        """Keep results instead of earlier ones."""
+        self._kept = f"{problem.case.name}, {problem.dtype}, seed {problem.seed}", results
+
+    def look_back(self) -> None:
+        """Raise a ContractError if the results have changed, and forget them.
+
+        Called where the framework is active.
+        """
+        if self._kept is not None:
+            (where, kept), self._kept = self._kept, None
+            kept.assert_unchanged(f"that of {where} was changed after it was returned")
 
 
 @dataclass(frozen=True)
@@ -202,15 +229,7 @@ class _Call:
                 f"{name}: expected an array of {framework.name} on {framework.device}, "
                 f"got {_kind(x)}"
             )
-        rows = problem.q.shape[:3]
-        shape = {
-            "out": (*rows, problem.v.shape[3]),
-            "lse": rows,
-            "dq": problem.q.shape,
-            "dk": problem.k.shape,
-            "dv": problem.v.shape,
-        }[name]
-        wrong = mismatch(name, x, shape, problem.dtype)
+        wrong = mismatch(name, x, result_shapes(problem)[name], problem.dtype)
         if wrong:
             raise ContractError(wrong)
         try:
@@ -219,6 +238,34 @@ class _Call:
             raise ContractError(
                 f"{name}: cannot be read: {type(error).__name__}: {error}"
             ) from error
+
+
+def backward_of(fn: Any, backward: Any) -> Callable[..., Any] | None:
+    """Return the function's own backward, if any; `backward` as `check` takes it.
+
+    Raises
+    ------
+    TypeError
+        fn.backward is no function.
+    """
+    if backward is not True:
+        return backward if callable(backward) else None
+    own: Callable[..., Any] | None = getattr(fn, "backward", None)
+    if own is not None and not callable(own):
+        raise TypeError(f"fn.backward: expected a function, got {type(own).__name__} {own!r:.40}")
+    return own
+
+
+def result_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each result of a problem, by name."""
+    rows = problem.q.shape[:3]
+    return {
+        "out": (*rows, problem.v.shape[3]),
+        "lse": rows,
+        "dq": problem.q.shape,
+        "dk": problem.k.shape,
+        "dv": problem.v.shape,
+    }
 
 
 def mismatch(name: str, x: Any, shape: tuple[int, ...], dtype: str) -> str:

@@ -8,40 +8,32 @@ Truth and limit are those of the unsharded problem: neither depends on ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any
 
-import numpy.typing as npt
-
-from lvxattn.check.call_kernel import Together, call_kernel
-from lvxattn.check.case_arrays import Problem, draw
+from lvxattn.check.call_kernel import backward_of
+from lvxattn.check.callers import process_of
+from lvxattn.check.case_arrays import draw
 from lvxattn.check.cases import Case, suite_of
 from lvxattn.check.check_report import Report, Row
 from lvxattn.check.diagnosis import Suspects
-from lvxattn.check.frameworks import Framework, framework_of
+from lvxattn.check.frameworks import framework_of
 from lvxattn.check.growth import GROWTH, growth_cuts, judged_growth
-from lvxattn.check.ranks import Ranks, joined, launched_by_torchrun, ranks_of
+from lvxattn.check.import_target import load, name_of
+from lvxattn.check.ranks import RanksCaller, launched_by_torchrun, ranks_of
 from lvxattn.check.shards import Cut, sweep_of
-from lvxattn.check.suite import (
-    backward_of,
-    check_arguments,
-    judged,
-    name_of,
-    notes_of,
-    wanted_dtypes,
-)
-
-Array = npt.NDArray[Any]
+from lvxattn.check.suite import check_arguments, judged, notes_of, wanted_dtypes
 
 
 def check_distributed(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | str,
     *,
     suite: str = "quick",
     dtypes: Sequence[str] | None = None,
-    backward: bool | Callable[..., Any] = True,
+    backward: bool | Callable[..., Any] | str = True,
     framework: str | None = None,
     device: str | None = None,
     seeds: int = 1,
@@ -68,15 +60,16 @@ def check_distributed(
 
     Parameters
     ----------
-    fn : callable
+    fn : callable or str
         ``fn(q, k, v, comm, *, scale, mask) -> out`` or ``(out, lse)`` of this rank's queries:
         q (B, H, s_q, D), k (B, H_KV, s_kv, D), v (B, H_KV, s_kv, D_V), lengths of any size, 0
         included; comm an ``MPI.Intracomm``, a torch process group or a
         `lvxattn.reference.VirtualComm`; mask None, an array with all S_Q queries, or an axis of 1,
-        and this rank's keys, or a callable of global indices.  The rest is as in `check`.
+        and this rank's keys, or a callable of global indices.  The rest is as in `check`.  Virtual
+        ranks are threads of a process of their own, if `check` had one for the function.
     suite, dtypes, device, seeds
         As in `check`; ``"cuda"`` means a GPU for each rank.
-    backward : bool or callable
+    backward : bool, callable or str
         Whether to check gradients: by ``fn.backward(dout, q, k, v, out, lse, comm, *, scale, mask)
         -> (dq, dk, dv)``, or this function of the same arguments, or else by autograd.
     framework : str, optional
@@ -84,7 +77,7 @@ def check_distributed(
     time_limit : float
         Seconds per case.
     ranks : int, optional
-        Number of virtual ranks, threads of this process; default: the launcher's ranks.
+        Number of virtual ranks; default: the launcher's ranks.
     cases : sequence of Case, optional
         Cases to run instead of a suite.
     report_early : callable, optional
@@ -122,12 +115,19 @@ def check_distributed(
         arrays = framework_of(framework, team.device)
     wanted = wanted_dtypes(dtypes, suite, arrays)
     chosen = tuple(dtype for dtype in wanted if dtype in arrays.dtypes)
-    target = name_of(fn)
+    target = fn if isinstance(fn, str) else name_of(fn)
     names = [case.name for case in cases or ()]
     gradients = backward is not False
     team.agree((target, suite, chosen, gradients, seeds, time_limit, arrays.name, names))
 
-    call = _RanksCaller(fn, arrays, backward_of(fn, backward), gradients, team).call
+    process = None
+    if ranks is None:
+        here: Any = load(fn, "fn") if isinstance(fn, str) else fn
+        named = load(backward, "backward") if isinstance(backward, str) else backward
+        call = RanksCaller(here, arrays, backward_of(here, named), gradients, team).call
+    else:
+        process = process_of(fn, arrays, backward, time_limit, ranks)
+        call = process.call
     rows: list[Row] = []
     selected = suite_of(suite) if cases is None else cases
     by_name = {case.name: case for case in (GROWTH, *selected)}
@@ -142,15 +142,17 @@ def check_distributed(
         seconds = perf_counter() - start
         return Report(target, suite, arrays.name, found, seconds, notes=remarks, probably=probably)
 
-    for case, dtype, seed, cut in _trials(selected, suite, chosen, seeds, team.size):
-        if team.rank:
-            call(draw(case, dtype, seed), cut=cut)
-            continue
-        rows.append(judged(partial(call, cut=cut), case, dtype, seed, suspects, str(cut)))
-        if team.stuck:
-            # Without a diagnosis, which takes its time: the others are about to end.
-            report_early(report("the rest was not run: ranks did not come back", diagnosed=False))
-            team.end()
+    stuck = "the rest was not run: ranks did not come back"
+    with closing(process) if process else nullcontext():
+        for case, dtype, seed, cut in _trials(selected, suite, chosen, seeds, team.size):
+            if team.rank:
+                call(draw(case, dtype, seed), cut=cut)
+                continue
+            rows.append(judged(partial(call, cut=cut), case, dtype, seed, suspects, str(cut)))
+            if team.stuck:
+                # Without a diagnosis, which takes its time: the others are about to end.
+                report_early(report(stuck, diagnosed=False))
+                team.end()
     team.close()
     if team.rank:
         return None
@@ -171,45 +173,3 @@ def _trials(
     for dtype, seed in variants:
         for cut in growth_cuts(dtype, size):
             yield GROWTH, dtype, seed, cut
-
-
-@dataclass(frozen=True)
-class _RanksCaller:
-    """A function, and the ranks that call it."""
-
-    fn: Callable[..., Any]
-    framework: Framework
-    backward: Callable[..., Any] | None
-    gradients: bool
-    ranks: Ranks
-
-    def call(
-        self, problem: Problem, notes: list[str] | None = None, *, cut: Cut
-    ) -> dict[str, Array]:
-        """Call the function on the parts of a problem; return the joined results on rank 0.
-
-        Collective: every rank calls this.
-
-        Raises
-        ------
-        ContractError, NotImplementedError
-            On rank 0, for any failure on the ranks.
-        """
-
-        def task(comm: Any, rank: int, together: Together) -> dict[str, Array]:
-            def with_comm(fn: Callable[..., Any]) -> Callable[..., Any]:
-                return lambda *arrays, **options: fn(*arrays, comm, **options)
-
-            return call_kernel(
-                with_comm(self.fn),
-                problem,
-                self.framework,
-                backward=None if self.backward is None else with_comm(self.backward),
-                gradients=self.gradients,
-                notes=None if rank else notes,
-                part=lambda problem: cut.part(problem, rank),
-                together=together,
-            )
-
-        outcomes = self.ranks.run(cut.P, task)
-        return joined(outcomes, self.ranks.time_limit) if outcomes else {}

@@ -1,10 +1,26 @@
-"""Format an error of the checked function in one line, with its place in the user's code."""
+"""What an error of the checked function means, in one line, with its place in the user's code."""
 
 import sysconfig
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
+from lvxattn.check.call_kernel import ContractError
+from lvxattn.check.time_limit import EndedError, TimeIsUpError
+
 _LONGEST = 300  # characters of a message
+
+
+def failure_of(error: BaseException) -> tuple[str, str]:
+    """Return the status and the one-line message of an error; a KeyboardInterrupt is raised."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if isinstance(error, NotImplementedError):
+        return "unsupported", one_line(error) or "NotImplementedError"
+    if isinstance(error, ContractError | TimeIsUpError):
+        return "error", one_line(error)
+    cause = error.__cause__ if isinstance(error, EndedError) else None
+    return "error", describe_error(cause or error)
 
 
 def describe_error(error: BaseException) -> str:
@@ -14,20 +30,28 @@ def describe_error(error: BaseException) -> str:
     outside the check.
     """
     text = ": ".join(part for part in (type(error).__name__, one_line(error)) if part)
-    places = [
-        (frame.filename, frame.lineno)
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_OURS)
-    ]
-    if not places:  # the call itself failed
+    frames = traceback.extract_tb(error.__traceback__)
+    place = users_place([(frame.filename, frame.lineno) for frame in frames])
+    if not place:  # the call itself failed
         return (
             f"{text}; it was called as fn(q, k, v, *, scale, mask), or its backward as "
             "backward(dout, q, k, v, out, lse, *, scale, mask), distributed ones with comm after "
             "the arrays"
         )
+    return f"{text} ({place})"
+
+
+def users_place(frames: Iterable[tuple[str, int | None]]) -> str:
+    """Return the innermost place outside the check, of the user's code if there is one.
+
+    Parameters
+    ----------
+    frames : iterable of (str, int)
+        Files and lines; outermost first.
+    """
+    places = [place for place in frames if not place[0].startswith(_OURS)]
     own = [place for place in places if not place[0].startswith(_INSTALLED)]
-    filename, line = (own or places)[-1]
-    return f"{text} ({filename}:{line})"
+    return "{}:{}".format(*(own or places)[-1]) if places else ""
 
 
 def one_line(text: object) -> str:
@@ -48,7 +72,9 @@ _OURS = tuple(
         "suite.py",
         "distributed.py",
         "ranks",
+        "callers",
         "call_kernel.py",
+        "surroundings.py",
         "time_limit.py",
         "case_arrays.py",
         "frameworks",

@@ -1,4 +1,4 @@
-"""Import the function named by ``package.module:function``."""
+"""Functions and their names: ``package.module:function``."""
 
 import importlib
 import os
@@ -42,6 +42,24 @@ def load(text: str, argument: str) -> Callable[..., Any]:
         raise ValueError(f"{argument}: expected a function, and {at} is {found!r:.60}")
     function: Callable[..., Any] = found
     return function
+
+
+def name_of(fn: Any) -> str:
+    """Return a function's ``module:name``."""
+    while not hasattr(fn, "__qualname__") and callable(getattr(fn, "func", None)):
+        fn = fn.func  # functools.partial
+    name = getattr(fn, "__qualname__", type(fn).__qualname__)
+    return f"{getattr(fn, '__module__', None) or '?'}:{name}"
+
+
+def target_of(fn: Callable[..., Any]) -> str | None:
+    """Return the text by which `load` finds a function in another process, if there is one."""
+    name = name_of(fn)
+    module, _, path = name.partition(":")
+    found: Any = None if module == "__main__" else sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return name if found is fn else None
 
 
 def _misspelt(module: str, colon: str, path: str) -> str:

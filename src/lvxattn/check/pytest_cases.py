@@ -16,7 +16,6 @@ from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import DTYPES, Case, suite_of
 from lvxattn.check.check_report import Row
 from lvxattn.check.frameworks import Framework, framework_of
-from lvxattn.check.import_target import load
 from lvxattn.check.judge import Truth, Verdict, judge, truth_for
 from lvxattn.check.suite import Caller, diagnosed, wanted_dtypes
 
@@ -67,8 +66,8 @@ class Chosen:
             pytest.skip("no case was run")
         if all(row.status == "unsupported" for row in self.rows):
             pytest.fail(f"nothing was judged: {len(self.rows)} unsupported", pytrace=False)
-        for row in self.caller.missing_gradients(self.rows):
-            pytest.fail(f"gradients: {row.message}", pytrace=False)
+        for row in self.caller.afterwards(self.rows):
+            pytest.fail(f"{row.case}: {row.message}", pytrace=False)
 
 
 def chosen_by(options: dict[str, Any]) -> Chosen:
@@ -99,9 +98,11 @@ def chosen_by(options: dict[str, Any]) -> Chosen:
         raise ValueError(f"--lvx-seeds: expected a whole number from 1 up, got {seeds!r}")
     caller = None
     if options["impl"] is not None:
-        fn, named = load(options["impl"], "--lvx-impl"), options["backward"]
-        backward = True if named is None else load(named, "--lvx-backward")
-        caller = Caller(fn, framework, backward, 30.0)
+        try:
+            caller = Caller(options["impl"], framework, options["backward"] or True, 30.0)
+        except ValueError as error:
+            name, _, what = str(error).partition(":")
+            raise ValueError(f"--lvx-{'impl' if name == 'fn' else name}:{what}") from None
     elif options["backward"] is not None:
         raise ValueError("--lvx-backward: goes with --lvx-impl")
     available = [dtype for dtype in dtypes if dtype in framework.dtypes]

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy.typing as npt
 
-from lvxattn.check.call_kernel import ContractError, call_kernel
+from lvxattn.check.call_kernel import backward_of
+from lvxattn.check.callers import process_of
 from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import DTYPES, Case, suite_of
 from lvxattn.check.check_report import Report, Row
 from lvxattn.check.diagnosis import Suspects
-from lvxattn.check.error_location import describe_error, one_line
+from lvxattn.check.error_location import failure_of, one_line
 from lvxattn.check.frameworks import Framework, framework_of
+from lvxattn.check.import_target import name_of
 from lvxattn.check.judge import RESULTS, judge, truth_for
-from lvxattn.check.time_limit import EndedError, TimeIsUpError, TimeLimit
 
 Array = npt.NDArray[Any]
 # Calls the function on a problem and returns float64 arrays by name; appends to notes why there are
@@ -26,11 +27,11 @@ _SHOWN = 5  # reasons for no gradients
 
 
 def check(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | str,
     *,
     suite: str = "quick",
     dtypes: Sequence[str] | None = None,
-    backward: bool | Callable[..., Any] = True,
+    backward: bool | Callable[..., Any] | str = True,
     framework: str | None = None,
     device: str | int | None = None,
     seeds: int = 1,
@@ -39,23 +40,24 @@ def check(
 ) -> Report:
     """Check an attention function against the reference, on the cases that break such functions.
 
-    Not collective.
+    Not collective.  A function that its module has under its name is imported and called in a
+    process of its own; others, such as a notebook's, are called in this one.
 
     Parameters
     ----------
-    fn : callable
+    fn : callable or str
         ``fn(q, k, v, *, scale, mask) -> out`` or ``(out, lse)``: q (B, H, S_Q, D),
         k (B, H_KV, S_KV, D), v (B, H_KV, S_KV, D_V); scale a float; mask None, a bool array
         (True = may attend), an additive array of q's dtype, or a callable
         ``mask(b, h, q_index, kv_index) -> bool``; out (B, H, S_Q, D_V) of q's dtype; lse
         (B, H, S_Q), natural, of the accumulator dtype.  It raises NotImplementedError for
-        unsupported problems.
+        unsupported problems.  Or its name, ``"package.module:function"``.
     suite : str
         ``"quick"`` or ``"full"``.
     dtypes : sequence of str, optional
         Of ``"float64"``, ``"float32"``, ``"float16"`` and ``"bfloat16"``.  Default: the framework's
         usual ones in the quick suite, all available ones in the full suite.
-    backward : bool or callable
+    backward : bool, callable or str
         Whether to check gradients: by ``fn.backward(dout, q, k, v, out, lse, *, scale, mask) ->
         (dq, dk, dv)``, or this function of the same arguments, or else by autograd.
     framework : str, optional
@@ -105,13 +107,15 @@ def check(
             if dtype in arrays.dtypes
             for seed in range(seeds)
         ]
+        more = caller.afterwards(found)
     finally:
-        caller.timer.close()
+        caller.close()
     rows, probably = suspects.conclude(found, {case.name: case for case in chosen})
-    rows += tuple(caller.missing_gradients(found))
-    notes = tuple(notes_of(arrays, rows, wanted, caller.timer.abandoned))
+    rows += tuple(more)
+    notes = tuple(notes_of(arrays, rows, wanted, caller.abandoned))
     seconds = perf_counter() - start
-    return Report(name_of(fn), suite, arrays.name, rows, seconds, notes=notes, probably=probably)
+    target = fn if isinstance(fn, str) else name_of(fn)
+    return Report(target, suite, arrays.name, rows, seconds, notes=notes, probably=probably)
 
 
 class Caller:
@@ -119,38 +123,46 @@ class Caller:
 
     Parameters
     ----------
-    fn : callable
+    fn : callable or str
     framework : Framework
-    backward : bool or callable
+    backward : bool, callable or str
         As `check` takes it.
     time_limit : float
         Seconds per call.
+
+    Raises
+    ------
+    ValueError
+        A text names no function; begins with ``fn: `` or ``backward: ``.
     """
 
-    def __init__(
-        self, fn: Callable[..., Any], framework: Framework, backward: Any, time_limit: float
-    ) -> None:
-        self.fn, self.framework = fn, framework
-        self.backward, self.gradients = backward_of(fn, backward), backward is not False
-        self.timer = TimeLimit(time_limit)
+    def __init__(self, fn: Any, framework: Framework, backward: Any, time_limit: float) -> None:
+        self.framework, self.gradients = framework, backward is not False
+        self._process = process_of(fn, framework, backward, time_limit)
+        self.call, self.close = self._process.call, self._process.close
 
-    def call(self, problem: Problem, notes: list[str] | None = None) -> dict[str, Array]:
-        """Call the function; `call_kernel` documents results and errors."""
-        return self.timer.call(
-            lambda: call_kernel(
-                self.fn,
-                problem,
-                self.framework,
-                backward=self.backward,
-                gradients=self.gradients,
-                notes=notes,
-            )
-        )
+    @property
+    def abandoned(self) -> int:
+        """Number of calls that could not be ended."""
+        return self._process.abandoned
 
-    def missing_gradients(self, rows: Sequence[Row]) -> list[Row]:
+    def afterwards(self, rows: Sequence[Row]) -> list[Row]:
+        """Return failing rows of what shows only after all calls, given the rows of these."""
+        return self._missing_gradients(rows) + self.changed_results(rows)
+
+    def changed_results(self, rows: Sequence[Row]) -> list[Row]:
+        """Return a failing row if results were changed after the last call."""
+        message = ""
+        try:
+            self._process.look_back()
+        except Exception as error:
+            _, message = failure_of(error)
+        return [_contract_row("results", "memory", rows[-1].dtype, message)] if message else []
+
+    def _missing_gradients(self, rows: Sequence[Row]) -> list[Row]:
         """Return a failing row if autograd should have given gradients, and gave none at all."""
         judged = [row for row in rows if row.verdicts]
-        expected = self.gradients and self.backward is None and self.framework.autograd
+        expected = self.gradients and not self._process.own_backward and self.framework.autograd
         given = any(v.name == "dq" for row in judged for v in row.verdicts)
         refused = any("NotImplementedError" in row.note for row in judged)
         if not expected or given or refused or not judged:
@@ -158,7 +170,11 @@ class Caller:
         first = judged[0]
         hint = "backward=False, --no-backward, if there are to be none"
         message = f"none in any case: {first.note}; {hint}"
-        return [Row("gradients", "contract", "autograd", first.dtype, 0, "error", message=message)]
+        return [_contract_row("gradients", "autograd", first.dtype, message)]
+
+
+def _contract_row(name: str, reason: str, dtype: str, message: str) -> Row:
+    return Row(name, "contract", reason, dtype, 0, "error", message=message)
 
 
 def judged(
@@ -209,31 +225,6 @@ def attempt(work: Callable[[], dict[str, Array]]) -> tuple[dict[str, Array], str
         return {}, *failure_of(error)
 
 
-def failure_of(error: BaseException) -> tuple[str, str]:
-    """Return the status and the one-line message of an error; a KeyboardInterrupt is raised."""
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    if isinstance(error, NotImplementedError):
-        return "unsupported", one_line(error) or "NotImplementedError"
-    if isinstance(error, ContractError | TimeIsUpError):
-        return "error", one_line(error)
-    cause = error.__cause__ if isinstance(error, EndedError) else None
-    return "error", describe_error(cause or error)
-
-
-def backward_of(fn: Any, backward: Any) -> Callable[..., Any] | None:
-    """Return the function's own backward, if any; `backward` as `check` takes it."""
-    return backward if callable(backward) else getattr(fn, "backward", None)
-
-
-def name_of(fn: Any) -> str:
-    """Return a function's ``module:name``."""
-    while not hasattr(fn, "__qualname__") and callable(getattr(fn, "func", None)):
-        fn = fn.func  # functools.partial
-    name = getattr(fn, "__qualname__", type(fn).__qualname__)
-    return f"{getattr(fn, '__module__', None) or '?'}:{name}"
-
-
 def notes_of(
     framework: Framework, rows: Sequence[Row], wanted: Sequence[str], abandoned: int = 0
 ) -> list[str]:
@@ -277,14 +268,12 @@ def check_arguments(
     TypeError, ValueError
         Naming the argument, what was expected and what was given.
     """
-    if not callable(fn):
+    if not callable(fn) and not isinstance(fn, str):
         raise TypeError(f"fn: expected a function, got {type(fn).__name__} {fn!r:.40}")
     suite_of(suite)
-    if not isinstance(backward, bool) and not callable(backward):
+    if not isinstance(backward, bool | str) and not callable(backward):
         raise TypeError(f"backward: expected True, False or a function, got {backward!r:.40}")
-    own = getattr(fn, "backward", None)
-    if backward is True and own is not None and not callable(own):
-        raise TypeError(f"fn.backward: expected a function, got {type(own).__name__} {own!r:.40}")
+    backward_of(fn, backward)
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
         raise ValueError(f"seeds: expected a whole number, at least 1, got {seeds!r:.40}")
     if (

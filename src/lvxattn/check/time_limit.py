@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LONGEST = 1e6  # seconds: what the system's calls can wait
 _LATE = 3  # calls, after which the limit is shortened
 _JOIN = 0.5  # seconds that an interrupted call has to end
 
@@ -31,6 +32,11 @@ class EndedError(Exception):
 
 class _Interrupt(BaseException):
     """Raised inside a call to end it."""
+
+
+def shortened(seconds: float, late: int) -> float:
+    """Return the limit of the next call, after a number of calls that exceeded theirs."""
+    return seconds if late < _LATE else seconds / 10
 
 
 class TimeLimit:
@@ -50,6 +56,11 @@ class TimeLimit:
         self._waiting = False  # for an answer
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
+    @property
+    def limit(self) -> float:
+        """Seconds that the next call has."""
+        return shortened(self.seconds, self.late)
+
     def call(self, fn: Callable[[], T]) -> T:
         """Return what fn returns, or raise what it raises.
 
@@ -59,7 +70,7 @@ class TimeLimit:
         EndedError
             fn raised a BaseException that is no Exception.
         """
-        seconds = self.seconds if self.late < _LATE else self.seconds / 10
+        seconds = self.limit
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         context = contextvars.copy_context()
 
@@ -76,7 +87,7 @@ class TimeLimit:
         self._calls.put(work)
         self._waiting = True
         try:
-            succeeded, answer = answers.get(timeout=min(seconds, threading.TIMEOUT_MAX))
+            succeeded, answer = answers.get(timeout=min(seconds, LONGEST))
         except queue.Empty:
             self.late += 1
             self._give_up()

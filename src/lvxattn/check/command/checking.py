@@ -2,6 +2,8 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -41,17 +43,20 @@ def check_function(options: Namespace) -> int:
         The same on all ranks.
     """
     if not options.distributed:
-        return _output(check(**_arguments(options)), options)
+        arguments = _arguments(options)
+        with _named_as_options():
+            report = check(**arguments)
+        return _output(report, options)
     problem, arguments = None, {}
     try:
-        arguments = _arguments(options)
+        arguments = _arguments(options) | _functions(options)
     except UsageError as error:
         problem = str(error)
     problems = [text for text in allgather(problem, options.device) if text]
     if problems:
         raise UsageError(problems[0])
-    report = check_distributed(**arguments, report_early=lambda report: _output(report, options))
-    status = 0 if report is None else _output(report, options)
+    found = check_distributed(**arguments, report_early=lambda report: _output(report, options))
+    status = 0 if found is None else _output(found, options)
     return int(max(allgather(status, options.device)))
 
 
@@ -60,7 +65,7 @@ def _arguments(options: Namespace) -> dict[str, Any]:
     _framework(options)
     try_file(options.json, "--json")
     return {
-        **_functions(options),
+        **_names(options),
         "suite": options.suite or "quick",
         "dtypes": options.dtypes,
         "framework": options.framework,
@@ -80,8 +85,24 @@ def _framework(options: Namespace) -> Framework:
     return arrays
 
 
+def _names(options: Namespace) -> dict[str, Any]:
+    """Return the names of the function and of its backward: neither is imported here."""
+    return {"fn": options.function, "backward": options.backward or not options.no_backward}
+
+
+@contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Turn a ValueError that begins with an argument's name into a UsageError."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, what = str(error).partition(":")
+        option = {"fn": "function", "backward": "--backward"}.get(name, name)
+        raise UsageError(f"{option}:{what}") from None
+
+
 def _functions(options: Namespace) -> dict[str, Any]:
-    """Import the function and its backward; raise a UsageError if that fails."""
+    """Import the function and its backward on a rank; raise a UsageError if that fails."""
     try:
         fn, named = load(options.function, "function"), options.backward
         backward = not options.no_backward if named is None else load(named, "--backward")
@@ -142,8 +163,10 @@ def run_case(options: Namespace) -> int:
     try_file(options.json, "--json")
     caller, results = None, dict[str, Array]()
     if options.function is not None:
-        functions = _functions(options)
-        caller = Caller(framework=arrays, time_limit=options.time_limit or 30.0, **functions)
+        with _named_as_options():
+            caller = Caller(
+                framework=arrays, time_limit=options.time_limit or 30.0, **_names(options)
+            )
 
     def solve(problem: Problem, notes: list[str]) -> dict[str, Array]:
         assert caller is not None
@@ -152,18 +175,22 @@ def run_case(options: Namespace) -> int:
         return dict(results)
 
     seed = options.seed or 0
-    start, rows = perf_counter(), []
-    for dtype in dtypes:
-        row = diagnosed(solve, case, dtype, seed) if caller else None
-        rows += [row] if row else []
-        problem = draw(case, dtype, seed)
-        if not options.quiet and options.json != "-":
-            print(_details(case, problem, row), flush=True)
-        if options.save is not None:
-            _save(options.save, problem, results)
-    if caller is None:
-        return 0
-    caller.timer.close()
+    start, rows = perf_counter(), list[Row]()
+    with closing(caller) if caller else nullcontext():
+        for dtype in dtypes:
+            row = diagnosed(solve, case, dtype, seed) if caller else None
+            rows += [row] if row else []
+            problem = draw(case, dtype, seed)
+            if not options.quiet and options.json != "-":
+                print(_details(case, problem, row), flush=True)
+            if options.save is not None:
+                _save(options.save, problem, results)
+        if caller is None:
+            return 0
+        more = caller.changed_results(rows)
+    for row in more if not options.quiet and options.json != "-" else ():
+        print(f"{row.case}: {row.message}", flush=True)
+    rows += more
     report = Report(options.function, "one case", arrays.name, tuple(rows), perf_counter() - start)
     return _write_json(report, options)
 

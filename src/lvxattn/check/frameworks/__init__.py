@@ -1,7 +1,7 @@
 """Array libraries, for whose arrays the functions to be checked are written."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,6 +34,10 @@ class Framework(ABC):
     device : str
     missing : dict
         Why each other dtype is unavailable, by name.
+    environment : dict
+        Variables with which the library is the same in another process.
+    preload : str
+        The library, if it can be imported before a fork.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Framework(ABC):
     usual: tuple[str, ...] = ("float32", "bfloat16")
     device: str
     missing: dict[str, str]
+    environment: Mapping[str, str] = {}
+    preload: str = ""
 
     @property
     def dtypes(self) -> tuple[str, ...]:

@@ -33,6 +33,11 @@ class Jax(Framework):
         self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         off = {} if self._x64 else {"float64": "jax_enable_x64 is off"}
         self.missing = off | half_missing()
+        # Another process finds what this one has left of a GPU's memory.
+        self.environment = {
+            "JAX_ENABLE_X64": str(int(self._x64)),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ class Torch(Framework):
 
     name = "torch"
     autograd = True
+    preload = "torch"
 
     def __init__(self, device: str | int | None = None) -> None:
         try:

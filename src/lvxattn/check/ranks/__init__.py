@@ -2,7 +2,8 @@
 
 import os
 
-from lvxattn.check.ranks.tasks import Ranks, joined
+from lvxattn.check.ranks.caller import RanksCaller
+from lvxattn.check.ranks.tasks import Ranks
 from lvxattn.check.ranks.threads import VirtualRanks
 
 # The variables that torchrun sets.
@@ -50,4 +51,4 @@ def ranks_of(virtual: int | None, time_limit: float, device: str | None) -> Rank
     return MPIProcesses(time_limit)
 
 
-__all__ = ["Ranks", "joined", "launched_by_torchrun", "ranks_of"]
+__all__ = ["Ranks", "RanksCaller", "VirtualRanks", "launched_by_torchrun", "ranks_of"]

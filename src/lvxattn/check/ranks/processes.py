@@ -27,6 +27,7 @@ from lvxattn.check.ranks.tasks import (
     outcome_of,
     status_of,
 )
+from lvxattn.check.surroundings import call_watched
 from lvxattn.check.time_limit import TimeLimit
 
 START, OUTCOME, ORDER, MEET, MET = 7101, 7102, 7103, 7104, 7105
@@ -115,7 +116,7 @@ class Processes(ABC):
 
         def work() -> Any:
             with self._inside():
-                return task(comm, self.rank, together)
+                return call_watched(lambda: task(comm, self.rank, together))
 
         outcome = outcome_of(lambda: self._timer.call(work))
         error = self._error

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lvxattn.check.call_kernel import ContractError, Together
+from lvxattn.check.error_location import failure_of
 from lvxattn.check.shards import join_parts
-from lvxattn.check.suite import failure_of
 from lvxattn.check.time_limit import TimeIsUpError
 
 Array = npt.NDArray[np.float64]

@@ -1,0 +1,200 @@
+"""Call a function in a process of its own, and survive whatever it does to that."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lvxattn.check.call_kernel import ContractError, result_shapes
+from lvxattn.check.callers.fork_server import server_with
+from lvxattn.check.callers.messages import MessageError, receive, send
+from lvxattn.check.case_arrays import Problem
+from lvxattn.check.error_location import users_place
+from lvxattn.check.frameworks import Framework
+from lvxattn.check.shards import Cut
+from lvxattn.check.time_limit import TimeIsUpError, shortened
+
+Array = npt.NDArray[Any]
+
+_IMPORT = 600.0  # seconds that the function's module has
+_GRACE = 5.0  # seconds in which a process that has nothing more to do ends
+_LATE = 0.5  # seconds after the time limit, in which a child writes its stack
+_RANKS = 10.0  # seconds in which virtual ranks end one another
+# Variables that a launcher gives its ranks: in a child MPI is a world of its own.
+_LAUNCHER = re.compile(r"PMI|OMPI_|HYDRA_|HYDI_|MPI_LOCAL")
+
+
+class RefusedError(Exception):
+    """The function cannot be imported in another process."""
+
+
+class ChildProcess:
+    """A function in a process of its own, which is replaced when it ends or hangs.
+
+    Parameters
+    ----------
+    setup : dict
+        ``fn`` and ``backward``, texts for `import_target.load` (backward may also be a bool);
+        ``codes``, the compiled code that these must have; ``ranks``, their number, or 0.
+    framework : Framework
+    seconds : float
+        The limit of a call; after three that exceeded it, a tenth of that.
+
+    Raises
+    ------
+    RefusedError
+    """
+
+    abandoned = 0
+
+    def __init__(self, setup: dict[str, Any], framework: Framework, seconds: float) -> None:
+        environment = {k: x for k, x in os.environ.items() if not _LAUNCHER.match(k)}
+        self._setup = {
+            **setup,
+            "limit": seconds,
+            "framework": framework.name,
+            "device": framework.device,
+            "environment": environment | dict(framework.environment),
+            "path": [str(folder) for folder in sys.path],
+            "folder": os.getcwd(),
+            "numpy_errors": np.geterr(),
+        }
+        self._preload = framework.preload
+        self._seconds, self._late, self._busy = seconds, 0, False
+        # Virtual ranks have clocks of their own, and errors that name ranks.
+        self._slack = _LATE + (_RANKS if setup["ranks"] else 0)
+        self._channel: socket.socket | None = None
+        self._start()
+
+    def call(
+        self, problem: Problem, notes: list[str] | None = None, cut: Cut | None = None
+    ) -> dict[str, Array]:
+        """Call the function; `Kernel.call` documents results and errors.
+
+        Raises
+        ------
+        TimeIsUpError
+            It did not come back in time; its process was ended.
+        ContractError
+            Also if it ended its process, or did what the system ends a process for.
+        """
+        about = {
+            "case": asdict(problem.case), "dtype": problem.dtype, "seed": problem.seed,
+            "cut": (cut.P, cut.kind) if cut else None,
+        }  # fmt: skip
+        found, results = self._ask(about, result_shapes(problem))
+        if notes is not None:
+            notes += found
+        return results
+
+    def look_back(self) -> None:
+        """Raise a ContractError if the function has changed its last results."""
+        if self._channel is not None:
+            self._ask({"case": None}, {})
+
+    def close(self) -> None:
+        """End the process."""
+        if self._channel is not None:
+            self._end(0 if self._busy else _GRACE)
+
+    def _start(self) -> None:
+        self._server = server_with(self._preload)
+        self._dump: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _end
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._pid = self._server.fork(theirs, self._dump.fileno())
+            except OSError as error:
+                raise RefusedError(f"fn: no process can be started: {error}") from None
+        self._channel, self._busy = ours, True
+        try:
+            send(self._channel, self._setup)
+            answer, _ = receive(self._channel, time.monotonic() + _IMPORT)
+        except TimeoutError:
+            self._end(0)
+            raise RefusedError(f"fn: its import took more than {_IMPORT:g} s") from None
+        except (EOFError, MessageError):
+            raise RefusedError(f"fn: its import {self._death()}") from None
+        except KeyboardInterrupt:
+            self._end(0)
+            raise
+        if "refused" in answer:
+            self._end(_GRACE)
+            raise RefusedError(answer["refused"])
+        self.own_backward: bool = answer["own_backward"]
+        self._busy = False
+
+    def _ask(
+        self, about: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+    ) -> tuple[list[str], dict[str, Array]]:
+        """Return the notes and results of a request, or raise the error that it reports."""
+        if self._channel is None:
+            try:
+                self._start()
+            except RefusedError as error:
+                raise ContractError(f"in a new process, {error}") from None
+        assert self._channel is not None
+        seconds, self._busy = shortened(self._seconds, self._late), True
+        try:
+            send(self._channel, about | {"seconds": seconds})
+            until = time.monotonic() + seconds + self._slack
+            answer, results = receive(self._channel, until, shapes)
+            status, message = str(answer["status"]), str(answer["message"])
+            notes = list(map(str, answer["notes"]))
+        except TimeoutError:
+            self._late += 1
+            place = self._end(0)[1]
+            raise TimeIsUpError(f"did not come back within {seconds:g} s{place}") from None
+        except EOFError:
+            raise ContractError(f"the function {self._death()}") from None
+        except (MessageError, KeyError, TypeError) as error:
+            self._end(0)
+            raise ContractError(f"the function disturbed its process: {error}") from None
+        self._busy = False
+        if status == "unsupported":
+            raise NotImplementedError(message)
+        if status:
+            raise ContractError(message)
+        return notes, results
+
+    def _death(self) -> str:
+        """Reap a process that has ended, and describe its end."""
+        status, place = self._end(1.0)
+        if status is None:
+            return f"closed its process's channel{place}"
+        if status >= 0:
+            return f"ended its process with status {status}{place}"
+        names = {x.value: x.name for x in signal.Signals}
+        memory = ", as when memory runs out" if -status == signal.SIGKILL else ""
+        return f"ended its process by {names.get(-status, f'signal {-status}')}{memory}{place}"
+
+    def _end(self, grace: float) -> tuple[int | None, str]:
+        """End the process; return its status, and where the function was, if it says so."""
+        assert self._channel is not None
+        self._channel.close()
+        self._channel = None
+        status = self._server.end(self._pid, grace)
+        with self._dump:
+            self._dump.seek(0)
+            stack = self._dump.read().decode(errors="replace")
+        return status, _place(stack)
+
+
+def _place(stack: str) -> str:
+    """Return the user's line in a stack that faulthandler has written, in parentheses, if any."""
+    for thread in reversed(re.split(r"hread 0x", stack)):  # an earlier call may have left one
+        frames = re.findall(r'^  File "(.*)", line (\d+) in ', thread, re.MULTILINE)
+        ours = [n for n, (filename, _) in enumerate(frames) if filename.endswith("call_kernel.py")]
+        if ours:  # the innermost frames come first
+            inside = [(filename, int(line)) for filename, line in frames[: ours[0]]]
+            place = users_place(reversed(inside))
+            return f" ({place})" if place else ""
+    return ""
