@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lvxattn.common.processes import stopped
 from lvxattn.common.validation import instead_of
 
 T = TypeVar("T")
@@ -127,7 +128,9 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(f"{self.name} failed while waiting for {what()}: {error}") from error
+            cause = f"; {found}" if (found := stopped()) else ""
+            text = f"{self.name} failed while waiting for {what()}{cause}: {error}"
+            raise RuntimeError(text) from error
 
     @contextmanager
     def named(self) -> Iterator[None]:
