@@ -12,6 +12,7 @@ from lvxattn.cli.arguments import Parser, adder, natural, positive
 from lvxattn.cli.measure import add_measure, run_measure
 from lvxattn.cli.run_options import add_run
 from lvxattn.common.launcher import mismatch, speaks
+from lvxattn.common.shared_memory import unlink_own_file
 from lvxattn.common.validation import on_rank
 from lvxattn.mpi_impl import kernels
 from lvxattn.mpi_impl.commands.doctor import examine
@@ -150,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     announce_death(MPI.COMM_WORLD)
+    unlink_own_file()
     status = main()
     # `python -m mpi4py` calls MPI_Abort if the status is not 0, unless MPI has ended by then: abort
     # is for the rank that fails alone. Here all ranks leave together.

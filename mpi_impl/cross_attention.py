@@ -23,7 +23,7 @@ from .lv_xattn import lv_xattn, lv_xattn_backward
 from .merge import lse_of, lse_remainder_of
 from .replicated import replicated, replicated_backward
 from .ring_attention import ring_attention, ring_attention_backward
-from .transport.death_notice import named
+from .transport.death_notice import announce_under_hydra, named
 from .transport.device import check_arrays, computing
 from .transport.watchdog import watching
 from .ulysses import ulysses, ulysses_backward
@@ -101,6 +101,7 @@ def cross_attention(
     ((1, 2, 6, 8), dtype('float32'), (1, 2, 6))
     """
     check_comm(comm)
+    announce_under_hydra()
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
@@ -182,6 +183,7 @@ def cross_attention_backward(
     """
     results = dout, out, lse, dlse
     check_comm(comm)
+    announce_under_hydra()
     if layout is None:
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(

@@ -9,6 +9,8 @@ import numpy as np  # noqa: F401 - its BLAS must be there to be limited
 import pytest
 from hypothesis import settings
 
+from tests.launch import sweep
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch, which is not there yet
 
 with suppress(ImportError):  # on a machine with a GPU nobody has chosen the packages
@@ -29,6 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first."""
     rank = {f"{name}.py": n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_shared_memory_is_left() -> Iterator[None]:
+    """Remove, in the end, the shared memory of ranks that this run has killed."""
+    yield
+    sweep()
 
 
 @pytest.fixture

@@ -15,12 +15,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lvxattn.common.shared_memory import unmapped_files
+
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parent.parent
 # An environment variable that all processes of a run inherit: ranks have sessions of their own.
 MARK = "LVXATTN_TEST_RUN"
 # Seconds for processes to end after their launcher.
 GRACE = 2.0
+# When this process has begun: files that are older belong to others.
+BEGAN = time.time()
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,7 @@ def mpiexec(
     launcher = launcher or [str(Path(sys.executable).with_name("mpiexec"))]
     warnings = ["-W", "error"] if strict else []
     runner = [sys.executable, *warnings, *(["-m", "mpi4py"] if mpi4py else [])]
-    began = time.time()
-    ended = launch([*launcher, "-n", str(P), *runner, *map(str, args)], timeout=timeout, env=env)
-    if ended.status:
-        _sweep(began)
-    return ended
+    return launch([*launcher, "-n", str(P), *runner, *map(str, args)], timeout=timeout, env=env)
 
 
 def launch(
@@ -116,8 +116,10 @@ def launch(
         os.killpg(process.pid, signal.SIGKILL)
         _kill(_marked(mark))
         out, err = process.communicate()
-    seconds = time.monotonic() - start
-    return Ended(process.returncode, out, err, timed_out, seconds, outlived(mark))
+    seconds, left = time.monotonic() - start, outlived(mark)
+    if process.returncode:
+        sweep()
+    return Ended(process.returncode, out, err, timed_out, seconds, left)
 
 
 def environment(changes: dict[str, str | None] | None = None) -> dict[str, str]:
@@ -174,16 +176,12 @@ def _python_path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
-def _sweep(began: float) -> None:
-    """Remove shared memory that an aborted MPICH leaves, if no process maps it."""
-    forgotten = [f for f in Path("/dev/shm").glob("mpich_shm_*") if f.stat().st_mtime >= began]
-    maps = ""
-    for path in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            maps += path.read_text(errors="replace") if forgotten else ""
-    for file in forgotten:
-        if str(file) not in maps:
-            file.unlink(missing_ok=True)
+def sweep() -> None:
+    """Remove what programs that MPICH has not ended well have left in shared memory."""
+    for path in unmapped_files():
+        with suppress(FileNotFoundError):  # other tests sweep, too
+            if path.stat().st_mtime >= BEGAN:
+                path.unlink()
 
 
 def _marked(mark: str) -> dict[int, str]:

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 from mpi4py import MPI
 
+from lvxattn.common import shared_memory
 from lvxattn.common.launcher import claim, mismatch, speaks
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.mpi_impl.commands.doctor.examination import _print_ranks, examine, find_problems
@@ -200,6 +202,11 @@ def test_no_problem_found() -> None:
             "by SIGSEGV): messages go through pinned host memory; find out what the library lacks",
         ),
         (
+            [replace(SOUND, forgotten=("/dev/shm/mpich_shm_1_0", "/dev/shm/mpich_shm_2_0")), SOUND],
+            "a: MPI jobs that ended badly have left 2 files in shared memory, which no process "
+            "uses: rm /dev/shm/mpich_shm_1_0 /dev/shm/mpich_shm_2_0",
+        ),
+        (
             [replace(SOUND, cuda_aware=(True, "so"), denied="MPIX_Query_cuda_support")] * 2,
             "contradicts the library (MPIX_Query_cuda_support)",
         ),
@@ -210,6 +217,18 @@ def test_a_problem_comes_with_advice(ranks: list[RankInfo], advice: str) -> None
     assert advice in problem.text
     assert "\n" not in problem.text
     assert not problem.fatal
+
+
+def test_forgotten_shared_memory_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "mpich_shm_7_0").touch()
+    assert examine(MPI.COMM_SELF)
+    assert f"1 file in shared memory, which no process uses: rm {tmp_path}/mpich_shm_7_0\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_device_memory_decision_names_ranks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,9 @@
 """Errors are the same on all ranks, and no rank waits forever."""
 
+import os
 import re
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -278,9 +280,12 @@ PASSES = "forward", "backward"
 PLACES = "before", "in the first attend", "in the second attend", "in a wait", "in the last shift"
 
 
-def fail(P: int, rank: int, how: str, place: str, which: str, timeout: float = SOON) -> Ended:
+def fail(
+    P: int, rank: int, how: str, place: str, which: str, *more: str, timeout: float = SOON
+) -> Ended:
     """Run a program in which one rank fails."""
-    return mpiexec(P, PROGRAMS / "run_fault.py", str(rank), how, place, which, timeout=timeout)
+    arguments = str(rank), how, place, which, *more
+    return mpiexec(P, PROGRAMS / "run_fault.py", *arguments, timeout=timeout)
 
 
 def assert_ended(ended: Ended) -> None:
@@ -355,8 +360,29 @@ def test_rank_that_dies_ends_all_and_is_named(
 ) -> None:
     ended = fail(P, rank, how, place, which)
     assert_ended(ended)
-    announced = re.findall(rf"^rank (\d) of {P} \(process \d+ on \S+\) died$", ended.err, re.M)
-    assert announced == [str(rank)]
+    assert announced(ended, P) == [str(rank)]
+    assert "raised on" not in ended.err
+
+
+def announced(ended: Ended, P: int) -> list[str]:
+    """Return the ranks whose deaths were announced."""
+    return re.findall(rf"^rank (\d) of {P} \(process \d+ on \S+\) died$", ended.err, re.M)
+
+
+@pytest.mark.skipif("LVXATTN_MPIEXEC" in os.environ, reason="the launcher may be another one")
+@pytest.mark.parametrize("how", ["kill", "crash"])
+def test_program_names_its_dead_rank_by_itself(how: str) -> None:
+    ended = fail(3, 0, how, "hop 1 computes", "forward", "by itself")
+    assert_ended(ended)
+    assert announced(ended, 3) == ["0"]
+
+
+@pytest.mark.parametrize("how", ["kill", "raise"])
+def test_forked_child_changes_no_death_notice(how: str) -> None:
+    """Neither does its end count as the rank's, nor its life."""
+    ended = fail(2, 1, how, "before", "forward", "fork")
+    assert announced(ended, 2) == (["1"] if how == "kill" else [])
+    assert ("broken on purpose" in ended.err) == (how == "raise")
 
 
 def test_no_death_notice_when_all_end_well() -> None:
@@ -384,3 +410,11 @@ def test_process_outliving_its_rank_is_killed() -> None:
 def test_launcher_exits_with_signal_of_killed_rank() -> None:
     """So that a shell script sees it; MPICH does so, other launchers differ."""
     assert fail(2, 1, "kill", "before", "forward").status in (signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+@pytest.mark.skipif("LVXATTN_MPIEXEC" in os.environ, reason="the MPI may be another one")
+def test_killed_command_leaves_no_shared_memory() -> None:
+    ended = mpiexec(2, PROGRAMS / "kill_command.py", "1", "run", "--text-tokens", "64")
+    assert announced(ended, 2) == ["1"]
+    (file,) = re.findall(r"(/dev/shm/mpich_\S+)", ended.out)
+    assert not Path(file).exists()

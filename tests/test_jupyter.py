@@ -150,6 +150,16 @@ def test_dead_rank_is_named_with_its_status(line: str, told: str) -> None:
         run_cell(source, 2)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a signal at a parent's death")
+@pytest.mark.parametrize("line", ["comm.Barrier()", "while True: pass"])
+def test_killed_guard_ends_the_cell_and_is_named(line: str) -> None:
+    source = (
+        COMM
+        + f"import os\nif comm.rank == 1:\n    os.kill(os.getppid(), 9)\n    {line}\ncomm.recv()"
+    )
+    assert str(error_of(source, 2)) == "rank 1 of 2 has ended with its guard, which was killed"
+
+
 @pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -9 $$", 137), ("exit 0", 1)])
 def test_launcher_gets_status_of_dead_rank(script: str, status: int, tmp_path: Path) -> None:
     with open(tmp_path / "notebook", "w") as lock:

@@ -225,9 +225,6 @@ def test_clock_error_is_half_the_shortest_round_trip(
             self.passes("receive")
             return reading
 
-        def watching(self, what: str) -> Any:
-            return pytest.MonkeyPatch.context()
-
         def allgather(self, sendobj: Any) -> list[Any]:
             return [sendobj, []]
 

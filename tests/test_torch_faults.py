@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 import sys
+import time
 from functools import cache
 from typing import Any
 
@@ -12,8 +14,8 @@ pytest.importorskip("torch")
 
 from lvxattn.common.meter import Block
 from lvxattn.common.wire import NAMES
-from tests.launch import PROGRAMS, launch
-from tests.torchrun import torchrun
+from tests.launch import PROGRAMS, environment, gone, launch
+from tests.torchrun import OUTSIDE, TORCHRUN, torchrun
 
 # As programs/torch_fault.py has them: P, rank, how, where, schedule, pass.
 CASES = [
@@ -268,3 +270,32 @@ def test_torchrun_ends_all_ranks_when_one_raises() -> None:
     assert "raised on rank 1 of 2" in ended.err
     assert "terminate called" not in ended.err  # by a thread that runs while Python exits
     assert "exitcode  : 1 " in ended.err
+
+
+# Whether ranks of torchrun end is a matter of torchrun: these start it, in 10 s each.
+ENDLESS = PROGRAMS / "torch_endless.py"
+
+
+@pytest.mark.slow
+def test_stopped_rank_is_named_and_ended_under_torchrun() -> None:
+    ended = torchrun(2, ENDLESS, "stop", env={"LVXATTN_TIMEOUT": "3"})
+    assert not ended.timed_out
+    assert ended.left == ()
+    pid = int(dict(line.split() for line in ended.out.splitlines())["1"])
+    assert f"rank 1 of the world (process {pid}) is stopped" in ended.err
+    assert "Unable to shutdown process" not in ended.err  # torchrun did not have to wait for it
+
+
+@pytest.mark.slow
+def test_ranks_end_with_torchrun() -> None:
+    command = [*TORCHRUN, "--nproc-per-node", "2", str(ENDLESS)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment(OUTSIDE)
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+        process.kill()
+        limit = time.monotonic() + 60
+        while not all(map(gone, pids)):
+            assert time.monotonic() < limit
+            time.sleep(0.05)

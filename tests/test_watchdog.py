@@ -16,7 +16,7 @@ from lvxattn.common.meter import Block
 from lvxattn.common.wire import KEYS_VALUES, NAMES, PARTIALS
 from lvxattn.mpi_impl import Layout, cross_attention
 from lvxattn.mpi_impl.exchange import Exchange
-from lvxattn.mpi_impl.transport import watchdog
+from lvxattn.mpi_impl.transport import death_notice, watchdog
 from lvxattn.mpi_impl.transport.watchdog import Watchdog, timeout, watching
 from tests.commands import commands
 from tests.launch import PROGRAMS, gone, mpiexec
@@ -74,6 +74,9 @@ def test_stopped_rank_ends_the_run_and_waits_are_named(
     deadline = time.monotonic() + 60
     pids = [int(word) for word in ended.out.split("\n")[0].split()]
     assert len(pids) == 3
+    causes = re.findall(r"rank (\d) of the world \(process (\d+)\) is stopped$", ended.err, re.M)
+    assert set(causes) == {(str(rank), str(pids[rank]))}
+    assert "died" not in ended.err  # those that the watchdog ends
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline, f"still there: {[p for p in pids if not gone(p)]}"
         time.sleep(0.05)
@@ -195,6 +198,46 @@ def test_wait_yields_and_oversleeps_by_5_percent_at_most(
     assert slept[0] == pytest.approx(1 / 20)
     assert 0.1 <= now[0] <= 0.101  # and a millisecond at most
     assert len(slept) < 200
+
+
+@pytest.mark.parametrize(
+    ("what", "note"),
+    [
+        (
+            Block("the queries of rank {}", owner=0, hop=2, source=1),
+            "while waiting for the queries of rank 0 at hop 2, from rank 1: rank 1 may have ended",
+        ),
+        (
+            Block("the queries of rank {}", owner=0, hop=2, dest=3),
+            "while waiting for rank 3 to take the queries of rank 0 at hop 2: "
+            "rank 3 may have ended",
+        ),
+        (
+            Block("all ranks' rows"),
+            "while waiting for all ranks' rows: one of them may have ended",
+        ),
+    ],
+)
+def test_failing_wait_names_the_awaited_rank_and_not_its_own(
+    what: Block, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails:
+        def Test(self) -> bool:
+            raise MPI.Exception(MPI.ERR_OTHER)
+
+    slept = list[float]()
+    monkeypatch.setattr(death_notice.time, "sleep", slept.append)
+    with pytest.raises(MPI.Exception) as raised, death_notice.named(MPI.COMM_SELF):
+        watchdog.wait(Fails(), None, lambda: what)
+    assert raised.value.__notes__ == [
+        note,
+        "noticed on rank 0 of 1, which need not be the cause",
+    ]
+    assert slept == [death_notice.GRACE]  # in which the cause is reported
+    with pytest.raises(MPI.Exception) as raised, watching(MPI.COMM_SELF, "all ranks to agree"):
+        raise MPI.Exception(MPI.ERR_OTHER)
+    (said,) = raised.value.__notes__
+    assert said == "while waiting for all ranks to agree: one of them may have ended"
 
 
 def time_passes() -> None:

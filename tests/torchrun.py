@@ -7,6 +7,8 @@ from tests.launch import Ended, launch
 
 # What torchrun sets for its ranks: a launcher within a launcher must not inherit any of it.
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+OUTSIDE: dict[str, str | None] = dict.fromkeys(_OF_A_RANK)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def torchrun(
@@ -30,8 +32,5 @@ def torchrun(
     env : dict, optional
         Added to the environment; None takes a variable out of it.  OMP_NUM_THREADS is 1 otherwise.
     """
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    clean: dict[str, str | None] = {**dict.fromkeys(_OF_A_RANK), **(env or {})}
-    return launch(
-        [*runner, "--nproc-per-node", str(P), *map(str, args)], timeout=timeout, env=clean
-    )
+    command = [*TORCHRUN, "--nproc-per-node", str(P), *map(str, args)]
+    return launch(command, timeout=timeout, env={**OUTSIDE, **(env or {})})

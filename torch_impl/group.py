@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lvxattn.common.launcher import number_in
+from lvxattn.common.processes import stopped
 from lvxattn.common.validation import instead_of
 
 T = TypeVar("T")
@@ -128,7 +129,9 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(f"{self.name} failed while waiting for {what()}: {error}") from error
+            cause = f"; {found}" if (found := stopped()) else ""
+            text = f"{self.name} failed while waiting for {what()}{cause}: {error}"
+            raise RuntimeError(text) from error
 
     @contextmanager
     def named(self) -> Iterator[None]:

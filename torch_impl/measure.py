@@ -139,12 +139,14 @@ class Probe:
         def message() -> None:
             if self.staged:
                 there.copy_(home)
-            posted = dist.batch_isend_irecv([
-                dist.P2POp(dist.isend, there, group=group, group_peer=right, tag=_TAG),
-                dist.P2POp(dist.irecv, here, group=group, group_peer=left, tag=_TAG),
-            ])  # fmt: skip
-            for work in posted:
-                work.wait()
+            what = f"a probe from rank {left}, or rank {right} to take a probe"
+            with self.group.waiting(lambda: what):
+                posted = dist.batch_isend_irecv([
+                    dist.P2POp(dist.isend, there, group=group, group_peer=right, tag=_TAG),
+                    dist.P2POp(dist.irecv, here, group=group, group_peer=left, tag=_TAG),
+                ])  # fmt: skip
+                for work in posted:
+                    work.wait()
             if self.staged:
                 home.copy_(here)
             self._finish()
@@ -154,7 +156,8 @@ class Probe:
     def together(self) -> None:
         """Wait for all ranks."""
         if self.group.size > 1:
-            dist.barrier(self.group.group)
+            with self.group.waiting(lambda: "all ranks to measure"):
+                dist.barrier(self.group.group)
 
     def _finish(self) -> None:
         if self.device.type != "cpu":

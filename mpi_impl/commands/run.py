@@ -4,7 +4,6 @@ The rest is `lvxattn.cli`.
 """
 
 import os
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from lvxattn.common.validation import raise_together
 from lvxattn.mpi_impl.cross_attention import cross_attention, cross_attention_backward
 from lvxattn.mpi_impl.kernels import choose
 from lvxattn.mpi_impl.transport.device import limit_blas_threads, obstacle, use_device
-from lvxattn.mpi_impl.transport.watchdog import wait, watching
+from lvxattn.mpi_impl.transport.watchdog import Watchdog, wait, watching
 from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import Machine
 
@@ -70,15 +69,16 @@ class Backend:
     ) -> Layout:
         """Return the layout of these tensors.  Collective: every rank of comm calls this."""
         q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
-        layout = Layout.agree(
-            q, k, v, self.comm, schedule=schedule, scale=scale, mask=mask, machine=machine
-        )
+        with watching(self.comm, "all ranks to agree on a layout"):
+            layout = Layout.agree(
+                q, k, v, self.comm, schedule=schedule, scale=scale, mask=mask, machine=machine
+            )
         error = None
         try:
             self.kernel(tensors)  # compiles it, so that no pass is measured with that
         except (RuntimeError, ValueError) as problem:
             error = ValueError(str(problem))
-        raise_together(error, self.comm)
+        raise_together(error, MPIRanks(self.comm))
         return layout
 
     def kernel(self, tensors: dict[str, Any]) -> str:
@@ -122,11 +122,13 @@ class MPIRanks:
 
     def allgather(self, sendobj: T) -> list[T]:
         """Return the objects of all ranks.  Collective: every rank calls this."""
-        return self.comm.allgather(sendobj)
+        with watching(self.comm, "all ranks' objects to be gathered"):
+            return self.comm.allgather(sendobj)
 
     def limit_threads(self) -> int:
         """Divide each host's cores among its ranks.  Collective: every rank calls this."""
-        return limit_blas_threads(self.comm)
+        with watching(self.comm, "all ranks to count their threads"):
+            return limit_blas_threads(self.comm)
 
     def backend(self, wish: str, dtype: str) -> Backend:
         """Choose NumPy or CuPy: see `choose_backend`.  Collective: every rank calls this."""
@@ -134,7 +136,7 @@ class MPIRanks:
 
     def start_together(self) -> None:
         """Wait for all ranks.  Collective: every rank calls this."""
-        with self.watching("all ranks to start"):
+        with watching(self.comm, "all ranks to start"):
             self.comm.Barrier()
 
     def send(self, number: float, dest: int) -> None:
@@ -144,12 +146,9 @@ class MPIRanks:
     def receive(self, source: int) -> float:
         """Receive a number from a rank that calls `send`; a long wait sleeps."""
         room = np.empty(1)
-        wait(self.comm.Irecv(room, source, _NUMBERS), None, lambda: "a number")
+        request = self.comm.Irecv(room, source, _NUMBERS)
+        wait(request, Watchdog.armed(self.comm), lambda: f"a number from rank {source}")
         return float(room[0])
-
-    def watching(self, what: str) -> AbstractContextManager[None]:
-        """Watch one wait, if ``LVXATTN_TIMEOUT`` is set."""
-        return watching(self.comm, what)
 
 
 def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
@@ -170,18 +169,19 @@ def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:
     InputError
         GPUs are required and a rank has none, or cannot compute on it; the same on all ranks.
     """
+    ranks = MPIRanks(comm)
     host = Backend(np, f"CPU, {len(os.sched_getaffinity(0))} cores", comm)
     if wish == "cpu":
         return host
     problem = _obstacle(dtype)
     if wish == "gpu":
-        raise_together(InputError(problem) if problem else None, comm)
-    elif any(comm.allgather(problem)):
+        raise_together(InputError(problem) if problem else None, ranks)
+    elif any(ranks.allgather(problem)):
         return host
     xp = import_module("cupy")
     device = use_device(comm, xp)
     problem = obstacle(xp)
-    raise_together(InputError(f"{problem}; or take --device cpu") if problem else None, comm)
+    raise_together(InputError(f"{problem}; or take --device cpu") if problem else None, ranks)
     name = xp.cuda.runtime.getDeviceProperties(device)["name"].decode()
     return Backend(xp, f"GPU {device} {name}", comm)
 

@@ -134,7 +134,12 @@ def failed(folder: Path, source: str, ranks: int) -> str:
     """Return why ranks failed; empty if no rank and no guard has written it."""
     for path in _by_time(folder, "refused.*"):
         return path.read_text("utf-8")
-    return _raised(folder, ranks) or _died(folder, source, ranks) or _aborted(folder, ranks)
+    return (
+        _orphaned(folder, ranks)
+        or _raised(folder, ranks)
+        or _died(folder, source, ranks)
+        or _aborted(folder, ranks)
+    )
 
 
 class _LocalError(Exception):
@@ -171,6 +176,13 @@ def _settled(text: bytes) -> str:
     """Return text as a terminal shows it: only the last state of a progress bar."""
     lines = text.decode(errors="replace").split("\n")
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+
+
+def _orphaned(folder: Path, ranks: int) -> str:
+    """Return which rank's guard was the first to be killed."""
+    for path in _by_time(folder, "orphan.*"):
+        return f"rank {path.suffix[1:]} of {ranks} has ended with its guard, which was killed"
+    return ""
 
 
 def _raised(folder: Path, ranks: int) -> str:

@@ -7,8 +7,8 @@
 
 A killed rank cannot report that, and one that hangs cannot end itself.  The notebook ends it; but a
 notebook's kernel may be killed, too.  A guard that gets the notebook's lock ends every process of
-the cell, and removes DIR.  It imports nothing of the package: that would initialize MPI, which only
-the rank may do.
+the cell, and removes DIR.  If a guard itself is killed, its rank ends (see `rank`).  A guard
+imports nothing of the package: that would initialize MPI, which only the rank may do.
 """
 
 import fcntl
@@ -25,6 +25,8 @@ from typing import IO
 
 # An environment variable that all processes of a cell inherit: ranks may be in other sessions.
 MARK = "LVXATTN_CELL"
+# An environment variable that tells a rank the process id of its guard.
+GUARD = "LVXATTN_GUARD"
 # Seconds between attempts to get the lock.
 _OFTEN = 0.2
 # Seconds for killed processes to disappear.
@@ -44,7 +46,8 @@ def main(folder: Path, seconds: float, command: list[str]) -> int:
     with open(folder / "notebook", "r+") as lock:
         # The launcher communicates with the rank through inherited descriptors, and does not give
         # every rank an input that ends.
-        rank = subprocess.Popen(command, close_fds=False, stdin=subprocess.DEVNULL)
+        environment = {**os.environ, GUARD: str(os.getpid())}
+        rank = subprocess.Popen(command, close_fds=False, stdin=subprocess.DEVNULL, env=environment)
         waiting = threading.Thread(target=rank.wait, daemon=True)
         waiting.start()
         limit = time.monotonic() + seconds

@@ -30,6 +30,7 @@ from lvxattn.mpi_impl.jupyter.cell_files import (
     store,
     where,
 )
+from lvxattn.mpi_impl.transport import death_notice
 from lvxattn.mpi_impl.transport.device import BLAS_VARIABLES
 
 # Seconds after the time limit at which guards end ranks that the notebook should have ended.
@@ -197,6 +198,7 @@ def _started(command: list[str], folder: Path, ranks: int) -> Iterator["subproce
     """
     mark = uuid.uuid4().hex
     environment = {**os.environ, guard.MARK: mark, "PYTHONIOENCODING": "utf-8"}
+    environment[death_notice.VARIABLE] = "0"  # guards report deaths
     if not any(environment.get(name) for name in BLAS_VARIABLES):
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment |= dict.fromkeys(BLAS_VARIABLES, str(threads))

@@ -5,6 +5,7 @@ DIR/printed.R    output of rank R             DIR/give.pickle   variables of ran
 DIR/raised.R     the exception of rank R      DIR/refused.R     a variable that cannot be sent
 DIR/stack.R      process and main thread of rank R; the stacks of its threads, on request
 DIR/done.PID     the rank whose process is PID has run the whole cell
+DIR/orphan.R     where rank R was when its guard ended before it, which ends the rank
 """
 
 import ast
@@ -22,7 +23,10 @@ from typing import Any
 
 from mpi4py import MPI
 
+from lvxattn.common.processes import end_with_parent
+from lvxattn.common.shared_memory import unlink_own_file
 from lvxattn.mpi_impl.jupyter.cell_files import CELL, RefusedError, load, store
+from lvxattn.mpi_impl.jupyter.guard import GUARD
 
 
 def main(folder: Path, ranks: int, give: list[str]) -> None:
@@ -40,6 +44,8 @@ def main(folder: Path, ranks: int, give: list[str]) -> None:
     _close_on_exec()
     _print_to(folder / f"printed.{rank}")
     _write_stacks_to(folder / f"stack.{rank}")
+    _end_with_guard(folder / f"orphan.{rank}")
+    unlink_own_file()
     # pickle looks for the cell's functions and classes in __main__.
     space = sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -86,6 +92,14 @@ def _write_stacks_to(path: Path) -> None:
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file, all_threads=True)
     os.write(file, f"{os.getpid()} {threading.get_ident():x}\n".encode())
+
+
+def _end_with_guard(path: Path) -> None:
+    """If the guard ends before this process, write the stack to a file, and end."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)  # never closed
+    # A signal that cannot be caught could leave no word; this one is handled even in a loop in C.
+    faulthandler.register(signal.SIGUSR2, file, all_threads=False, chain=True)
+    end_with_parent(int(os.environ[GUARD]), signal.SIGUSR2)
 
 
 def _run(source: str, space: dict[str, Any]) -> None:

@@ -3,35 +3,54 @@
 An exception gets a note of its rank.  A rank that is killed, as when memory runs out, cannot report
 it, and launchers name a process at best.  So a shell runs beside each rank and reads a pipe: a rank
 that exits normally writes a word to it; if the pipe closes without one, the shell prints a message.
+
+A killed rank may also make MPI fail on a rank that exchanges messages with it.  That one is not the
+cause: its exception says what it was waiting for, and comes after the cause has been reported.
 """
 
 import atexit
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mpi4py import MPI
 
+VARIABLE = "LVXATTN_DEATH_NOTICE"
+"""The environment variable that, if 0, leaves all deaths unreported."""
+GRACE = 2.0
+"""Seconds from MPI's failure to its exception: a launcher ends all ranks sooner."""
 # The script of the shell; $1 is the message.
 WATCH = r'read -r word || printf "%s\n" "$1" >&2'
+# The shell that watches this process, if there is one.
+_shells: "list[subprocess.Popen[bytes]]" = []
 
 
 @contextmanager
 def named(comm: MPI.Intracomm) -> Iterator[None]:
-    """Add a note of this rank of `comm` to any exception."""
+    """Add a note of this rank of `comm` to any exception; delay those of MPI."""
+    rank = f"rank {comm.rank} of {comm.size}"
     try:
         yield
+    except MPI.Exception as error:
+        time.sleep(GRACE)
+        error.add_note(f"noticed on {rank}, which need not be the cause")
+        raise
     except BaseException as error:
-        error.add_note(f"raised on rank {comm.rank} of {comm.size}")
+        error.add_note(f"raised on {rank}")
         raise
 
 
 def announce_death(comm: MPI.Intracomm) -> None:
     """Report on stderr which rank of `comm` this was if it is killed or crashes.
 
-    Not collective; call it once in a program.  Where the launcher ends the other ranks but not
-    their shells, these report too: the first line names the cause.
+    Not collective.  Calls after the first have no effect.  Under Hydra, the launcher of MPICH, a
+    pass calls this with ``MPI.COMM_WORLD``; a program calls it at its beginning to have a rank
+    named that is killed before its first pass, or under another launcher.  Where that ends the
+    other ranks but not their shells, these report too: the first line names the cause.
+
+    With ``LVXATTN_DEATH_NOTICE=0`` in the environment nothing is reported.
 
     Parameters
     ----------
@@ -44,18 +63,34 @@ def announce_death(comm: MPI.Intracomm) -> None:
     >>> from lvxattn.mpi_impl import announce_death
     >>> announce_death(MPI.COMM_WORLD)  # doctest: +SKIP
     """
+    if _shells or os.environ.get(VARIABLE) == "0":
+        return
     name = MPI.Get_processor_name()
     text = f"rank {comm.rank} of {comm.size} (process {os.getpid()} on {name}) died"
     shell = subprocess.Popen(
         ["/bin/sh", "-c", WATCH, "sh", text],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        pass_fds=_launcher_socket(),
+        pass_fds=_hydra_socket(),
     )
-    atexit.register(shell.communicate, b"ends as it should\n")
+    _shells.append(shell)
+    atexit.register(end_unannounced)
+    os.register_at_fork(after_in_child=_forget)
 
 
-def _launcher_socket() -> list[int]:
+def announce_under_hydra() -> None:
+    """Call `announce_death` where no other rank's shell would report, too."""
+    if not _shells and _hydra_socket():
+        announce_death(MPI.COMM_WORLD)
+
+
+def end_unannounced() -> None:
+    """Let this process end without a report."""
+    while _shells:
+        _shells.pop().communicate(b"ends as it should\n")
+
+
+def _hydra_socket() -> list[int]:
     """Return the socket whose closing tells Hydra, MPICH's launcher, that a rank has ended, if any.
 
     Hydra kills all ranks at once and may not wait for their output.  As the shell holds this socket
@@ -67,3 +102,11 @@ def _launcher_socket() -> list[int]:
     except (KeyError, ValueError, OSError):
         return []
     return [socket]
+
+
+def _forget() -> None:
+    """Close a forked child's end of the pipe: the rank, not its child, is watched."""
+    for shell in _shells:
+        if shell.stdin is not None:
+            shell.stdin.close()
+    _shells.clear()

@@ -6,6 +6,8 @@ and its traceback, gives the other ranks a moment to print theirs, and ends the 
 prints nothing is the cause.
 
     waiting  |---- LVXATTN_TIMEOUT ----| prints -- GRACE -- aborts all ranks
+
+A stopped rank of the same host is named outright.
 """
 
 import os
@@ -22,7 +24,11 @@ from typing import Protocol
 
 from mpi4py import MPI
 
+from lvxattn.common.meter import Block
+from lvxattn.common.processes import stopped
 from lvxattn.common.validation import check_seconds, on_rank
+
+from .death_notice import end_unannounced
 
 STATUS = 124
 """The exit status of a run that the watchdog ends, as of timeout(1)."""
@@ -113,6 +119,8 @@ class Watchdog:
         stack = [line for line in traceback.format_stack(frame) if not _STARTERS.search(line)]
         where = f"rank {self.comm.rank} of {self.comm.size}"
         message = f"{where} has waited {self.seconds:g} s for {what}; it is at\n{''.join(stack)}"
+        if cause := stopped():
+            message += f"{cause}\n"
         os.write(2, message.encode())  # in one call, so that the lines of ranks do not mix
 
 
@@ -132,29 +140,31 @@ def wait(request: Pending, watchdog: Watchdog | None, what: Callable[[], object]
         Returns what is awaited, for the watchdog's message.
     """
     start = time.perf_counter()
-    while not request.Test():
-        waited = time.perf_counter() - start
-        if waited > 1e-3:
-            if watchdog is not None:
-                watchdog.check(waited, what)
-            time.sleep(min(1e-3, waited / 20))
-        else:
-            os.sched_yield()
+    with _noted(what):
+        while not request.Test():
+            waited = time.perf_counter() - start
+            if waited > 1e-3:
+                if watchdog is not None:
+                    watchdog.check(waited, what)
+                time.sleep(min(1e-3, waited / 20))
+            else:
+                os.sched_yield()
 
 
 @contextmanager
 def watching(comm: MPI.Intracomm, what: str, seconds: float | None = None) -> Iterator[None]:
     """Watch one wait, for at most ``LVXATTN_TIMEOUT`` or, if that is not set, `seconds`."""
     seconds = timeout(comm) or seconds
-    if seconds is None:
-        yield
-        return
-    watchdog = Watchdog(comm, seconds)
-    try:
-        with watchdog.over(lambda: what):
+    with _noted(lambda: what):
+        if seconds is None:
             yield
-    finally:
-        watchdog.stop()
+            return
+        watchdog = Watchdog(comm, seconds)
+        try:
+            with watchdog.over(lambda: what):
+                yield
+        finally:
+            watchdog.stop()
 
 
 def timeout(comm: MPI.Intracomm) -> float | None:
@@ -171,6 +181,19 @@ def timeout(comm: MPI.Intracomm) -> float | None:
         raise on_rank(error, comm.rank, comm.size) from None
 
 
+@contextmanager
+def _noted(what: Callable[[], object]) -> Iterator[None]:
+    """Add a note of what was awaited to an exception of MPI."""
+    try:
+        yield
+    except MPI.Exception as error:
+        awaited = what()
+        peer = awaited.peer if isinstance(awaited, Block) else None
+        who = "one of them" if peer is None else f"rank {peer}"
+        error.add_note(f"while waiting for {awaited}: {who} may have ended")
+        raise
+
+
 def _watch(watchdog: "weakref.ref[Watchdog]", ended: threading.Event, interval: float) -> None:
     while not ended.wait(interval):
         alive = watchdog()
@@ -182,6 +205,7 @@ def _watch(watchdog: "weakref.ref[Watchdog]", ended: threading.Event, interval: 
 
 def _end(comm: MPI.Intracomm) -> None:
     """End all ranks: by MPI where this thread may call it, else by ending this process."""
+    end_unannounced()  # this rank is not the cause
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
         killer = threading.Thread(target=comm.Abort, args=(STATUS,), daemon=True)
         killer.start()

@@ -1,10 +1,16 @@
-"""Make one rank fail: arguments are the rank, how, where, and in which pass."""
+"""Make one rank fail: arguments are the rank, how, where, and in which pass.
 
+With "by itself" after them the program does not ask for a death notice; with "fork" each rank has
+forked twice since: one child has ended, the other outlives it by a second.
+"""
+
+import atexit
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -14,11 +20,20 @@ from lvxattn import mpi_impl
 from lvxattn.mpi_impl import exchange, lv_xattn
 
 comm = MPI.COMM_WORLD
-rank, how, place, which = int(sys.argv[1]), *sys.argv[2:]
+rank, how, place, which = int(sys.argv[1]), *sys.argv[2:5]
 failing = comm.rank == rank
 P = comm.size
-mpi_impl.announce_death(comm)
+if "by itself" not in sys.argv:
+    mpi_impl.announce_death(comm)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+if "fork" in sys.argv:
+    if not (child := os.fork()):
+        atexit._run_exitfuncs()  # not all of an exit: MPI is the parent's to finalize
+        os._exit(0)
+    os.waitpid(child, 0)
+    if not os.fork():
+        time.sleep(1)
+        os._exit(0)
 
 
 def fail() -> None:

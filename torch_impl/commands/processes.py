@@ -8,16 +8,20 @@ torchrun describes the group in the environment.  Without it a program is one ra
     OMP_NUM_THREADS        1 where the user has not set it; `limit_threads` ignores that
     LVXATTN_TIMEOUT        the process group's timeout in seconds (default: PyTorch's own)
 
+torchrun ends its ranks if one fails, but a stopped one only after half a minute, and none if it is
+killed itself.  So the ranks end with torchrun, and one that fails ends the stopped ones first.
+
 Objects and host tensors go through gloo.  Blocks on GPUs go through NCCL where each rank has a GPU
 of its own, otherwise through host memory and gloo.
 """
 
 import atexit
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
@@ -28,6 +32,7 @@ import torch.distributed as dist
 from lvxattn.cli.arguments import UsageError
 from lvxattn.cli.tensors import InputError
 from lvxattn.common.launcher import bad_number, number_in
+from lvxattn.common.processes import end_with_parent, stopped_ranks
 from lvxattn.common.validation import check_seconds, raise_together
 from lvxattn.torch_impl.group import Group
 
@@ -39,6 +44,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # which is one process, has it too.
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _TIMEOUT = "LVXATTN_TIMEOUT"
+_RUN = "TORCHELASTIC_RUN_ID"  # set for all that torchrun starts
 
 
 @contextmanager
@@ -56,26 +62,36 @@ def world() -> Iterator[Group]:
     """
     ours = not dist.is_initialized() and launched(os.environ) and not bad_number(os.environ)
     if ours:
+        if _RUN in os.environ:
+            # Should torchrun have ended before this line, nobody answers in the next one.
+            end_with_parent(os.getppid())
         dist.init_process_group("gloo", timeout=_timeout())
     try:
         # No warning here if alone: `check_environment` reports lost processes.
-        yield Group.of(None) if dist.is_initialized() else Group(None)
+        group = Group.of(None) if dist.is_initialized() else Group(None)
+        yield group
+        if ours:
+            # torchrun ends all ranks as soon as one exits with a status other than 0: by then all
+            # must have printed.
+            with group.waiting(lambda: "all ranks to end"):
+                dist.barrier()
     except BaseException:
         if ours:  # by then Python has printed what was raised
             atexit.register(_end)
         raise
     if ours:
-        # torchrun ends all ranks as soon as one exits with a status other than 0: by then all must
-        # have printed.
-        dist.barrier()
         dist.destroy_process_group()
 
 
 def _end() -> None:
-    """End gloo's threads: one that runs while Python exits may abort the process.
+    """End the stopped ranks of this host, and gloo's threads.
 
-    They live as long as the group is referenced, as by the frames of a traceback.
+    A thread that runs while Python exits may abort the process.  They live as long as the group is
+    referenced, as by the frames of a traceback.
     """
+    for process in stopped_ranks().values():
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     for name in ("last_exc", "last_value", "last_traceback"):
         vars(sys).pop(name, None)
     dist.destroy_process_group()
@@ -169,7 +185,7 @@ def user_set_threads(environment: Mapping[str, str], before: Mapping[str, str] |
         torchrun's own environment, if known.  torchrun sets OMP_NUM_THREADS to 1 if it is unset and
         a host has several ranks, and warns of that.
     """
-    if "TORCHELASTIC_RUN_ID" in environment and environment.get("OMP_NUM_THREADS") == "1":
+    if _RUN in environment and environment.get("OMP_NUM_THREADS") == "1":
         environment = {**environment, "OMP_NUM_THREADS": (before or {}).get("OMP_NUM_THREADS", "")}
     return any(environment.get(name) for name in THREAD_VARIABLES)
 
@@ -181,7 +197,7 @@ def _environment_of_torchrun() -> dict[str, str] | None:
         while process > 1:
             lines = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
             found = dict(line.split("=", 1) for line in lines.split("\0") if "=" in line)
-            if "TORCHELASTIC_RUN_ID" not in found:  # set for all that torchrun starts
+            if _RUN not in found:
                 return found
             state = Path(f"/proc/{process}/stat").read_text()
             process = int(state.rpartition(")")[2].split()[1])  # a name may hold anything but )

@@ -4,7 +4,6 @@ The rest is `lvxattn.cli`.
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -152,7 +151,3 @@ class TorchRanks:
             x = torch.empty(1, dtype=torch.float64)
             dist.recv(x, group=self.group.group, group_src=source)
         return float(x)
-
-    def watching(self, what: str) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Do nothing: waits end by the group's timeout."""
-        return nullcontext()

@@ -153,6 +153,11 @@ def _advice_for(host: str, ranks: list[RankInfo]) -> list[str]:
             f"{host}: MPI does not take device memory ({why}): messages go through pinned host "
             f"memory; {advice}"
         )
+    if forgotten := [file for info in ranks for file in info.forgotten]:
+        problems.append(
+            f"{host}: MPI jobs that ended badly have left {_counted(len(forgotten), 'file')} in "
+            f"shared memory, which no process uses: rm {' '.join(forgotten)}"
+        )
     if first.denied:
         problems.append(
             f"{host}: LVXATTN_CUDA_AWARE=1 contradicts the library ({first.denied}): if "

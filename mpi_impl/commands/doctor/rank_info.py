@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from lvxattn.common.shared_memory import unmapped_files
 from lvxattn.mpi_impl.kernels import choose
 from lvxattn.mpi_impl.transport.buffers import buffer
 from lvxattn.mpi_impl.transport.cuda_aware import cuda_aware, library_says
@@ -58,6 +59,8 @@ class RankInfo:
         The kernel for blocks on this rank's GPU, and why; empty without one.
     obstacle : str
         Why this rank cannot compute on its GPU; empty if it can.
+    forgotten : tuple of str
+        Files of ended MPI jobs in this host's shared memory; on the first rank of a host.
     """
 
     host: str
@@ -74,6 +77,7 @@ class RankInfo:
     denied: str = ""
     kernel: str = ""
     obstacle: str = ""
+    forgotten: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def look(threads: int, number: int = 0) -> RankInfo:
         denied=how if aware[0] and not says else "",
         kernel=kernel,
         obstacle=obstacle,
+        forgotten=tuple(map(str, unmapped_files())) if number == 0 else (),
     )
 
 

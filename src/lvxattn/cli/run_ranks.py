@@ -1,7 +1,6 @@
 """The interface of an implementation to the commands: communication, and arrays on a device."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, cast
 
 from lvxattn.cli.tensors import Array, InputError
@@ -120,9 +119,6 @@ class Ranks(Communicator, Protocol):
     def receive(self, source: int) -> float:
         """Wait for a number from a rank that calls `send`."""
 
-    def watching(self, what: str) -> AbstractContextManager[None]:
-        """Report a wait for all ranks that takes too long; `what` names it."""
-
 
 def on_rank_0(work: Callable[[], T], ranks: Ranks) -> T:
     """Run a function on rank 0; return its result, or raise its error, on all ranks.
@@ -155,8 +151,7 @@ def together(work: Callable[[], T], ranks: Ranks) -> T:
         if isinstance(problem, OSError) and problem.filename:
             text = f"{problem.filename}: {problem.strerror}"  # without the number
         error = InputError(text)
-    with ranks.watching("all ranks to read or write their parts"):
-        raise_together(error, ranks)
+    raise_together(error, ranks)
     return cast(T, result)
 
 

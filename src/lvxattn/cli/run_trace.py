@@ -74,17 +74,16 @@ def compare_clocks(ranks: Ranks) -> list[Clock]:
         In rank order; the same on all ranks.
     """
     clocks = [Clock(at=perf_counter())]
-    with ranks.watching("all ranks to compare their clocks"):
-        if ranks.rank == 0:
-            clocks += [_compare_with(ranks, rank) for rank in range(1, ranks.size)]
-            for rank in range(1, ranks.size):
-                ranks.send(_ENOUGH, rank)
-        else:
-            # Until all are done: a rank that went on to a collective would spin, and take the core
-            # of a rank that answers.
-            while ranks.receive(0) == _ASK:
-                ranks.send(perf_counter(), 0)
-        return ranks.allgather(clocks)[0]
+    if ranks.rank == 0:
+        clocks += [_compare_with(ranks, rank) for rank in range(1, ranks.size)]
+        for rank in range(1, ranks.size):
+            ranks.send(_ENOUGH, rank)
+    else:
+        # Until all are done: a rank that went on to a collective would spin, and take the core of a
+        # rank that answers.
+        while ranks.receive(0) == _ASK:
+            ranks.send(perf_counter(), 0)
+    return ranks.allgather(clocks)[0]
 
 
 def _compare_with(ranks: Ranks, rank: int) -> Clock:

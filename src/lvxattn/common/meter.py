@@ -42,6 +42,11 @@ class Block(NamedTuple):
         """The owner, if its kind has one."""
         return self.owner if "{}" in self.kind else None
 
+    @property
+    def peer(self) -> int | None:
+        """The rank that is awaited, if there is one."""
+        return self.source if self.dest is None else self.dest
+
     def __str__(self) -> str:
         """Format as the object of a wait."""
         what = f"{self.name} at hop {self.hop}" if self.hop else self.name

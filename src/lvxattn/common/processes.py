@@ -1,0 +1,53 @@
+"""The processes beside a rank: which ranks of its host are stopped, and the one that started it.
+
+A stopped process (SIGSTOP) reports nothing, and its neighbours only know that they wait.  But the
+ranks of a host are children of one launcher, and ``/proc`` has the state and the environment of
+each.  Where there is no ``/proc``, or a shell between the launcher and its ranks, none is found.
+"""
+
+import ctypes
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+from lvxattn.common.launcher import claim
+
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def stopped_ranks() -> dict[int, int]:
+    """Return the process ids of the stopped ranks on this host, by their rank in the world."""
+    parent, found = str(os.getppid()), {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended, or belongs to another user
+            # The name, in brackets, may hold anything.
+            if path.read_text(errors="replace").rpartition(")")[2].split()[:2] != ["T", parent]:
+                continue
+            lines = path.with_name("environ").read_bytes().decode(errors="replace").split("\0")
+            said = claim(dict(line.split("=", 1) for line in lines if "=" in line))
+            if said is not None:
+                found[said.rank] = int(path.parent.name)
+    return found
+
+
+def stopped() -> str:
+    """Return a sentence about the stopped ranks on this host; empty if there is none."""
+    ranks = sorted(stopped_ranks().items())
+    return "; ".join(f"rank {n} of the world (process {pid}) is stopped" for n, pid in ranks)
+
+
+def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Send this process a signal when the process that started it ends; on Linux only.
+
+    Parameters
+    ----------
+    parent : int
+        That process.
+    number : int
+        The signal.
+    """
+    with suppress(AttributeError, OSError):  # another operating system
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if os.getppid() != parent:  # it ended before that
+            os.kill(os.getpid(), number)
