@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -416,5 +415,5 @@ def test_launcher_exits_with_signal_of_killed_rank() -> None:
 def test_killed_command_leaves_no_shared_memory() -> None:
     ended = mpiexec(2, PROGRAMS / "kill_command.py", "1", "run", "--text-tokens", "64")
     assert announced(ended, 2) == ["1"]
-    (file,) = re.findall(r"(/dev/shm/mpich_\S+)", ended.out)
-    assert not Path(file).exists()
+    # When the rank dies, the file has no name any more: nobody needs to remove it.
+    assert re.findall(r"/dev/shm/mpich_\w+( \(deleted\))?", ended.out) == [" (deleted)"]
