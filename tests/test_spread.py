@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - what follows needs torch
 
+import inspect
 import re
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 from torch.utils.checkpoint import CheckpointError
 
 from lvxattn.torch_impl.models import distribute
+from lvxattn.torch_impl.models.interception import attention
 from lvxattn.torch_impl.models.text import Text
 from tests.torch_ranks import torch_report
 from tests.zoo import BEFORE_5, HERE, MODELS, make_model
@@ -243,6 +245,15 @@ def test_distributed_model_is_refused() -> None:
 
 
 @pytest.mark.skipif("qformer" not in HERE, reason="needs transformers 5")
+def test_attention_takes_the_arguments_of_transformers() -> None:
+    """Models give the mask by position or by its name."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    names = [list(inspect.signature(f).parameters) for f in (attention, sdpa_attention_forward)]
+    assert names[0][4] == names[1][4] == "attention_mask"
+
+
+@pytest.mark.skipif("qformer" not in HERE, reason="needs transformers 5")
 def test_mask_that_is_not_padding_is_refused() -> None:
     model, batch, _ = make_model("qformer", torch.float32)
     local = distribute(model).inputs(**batch)
@@ -326,11 +337,14 @@ def test_text_that_was_not_cut_is_refused(name: str) -> None:
         model(**local | {"input_ids": twice})
 
 
-def test_mask_of_other_tiles_is_refused() -> None:
+@pytest.mark.parametrize("columns", [(4, 2), (5, 1), (1, 2)])
+def test_mask_of_other_images_is_refused(columns: tuple[int, int]) -> None:
     model, batch, _ = make_model("mllama", torch.float32)
     local = distribute(model).inputs(**batch)
-    mask = batch["cross_attention_mask"][:, :, :4]
-    with pytest.raises(ValueError, match=r"^mask: expected columns that divide 50 .* got 8 "):
+    images, tiles = columns  # the last two divide the keys
+    mask = batch["cross_attention_mask"][:, :, :images, :tiles]
+    expected = rf"^mask: expected columns for 5 images, .* got {images * tiles}, 2 for each"
+    with pytest.raises(ValueError, match=expected):
         model(**local | {"cross_attention_mask": mask})
 
 

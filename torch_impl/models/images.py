@@ -24,6 +24,7 @@ class Images(Adapter):
         self.images = 0  # of all ranks, in the batch that was cut last
         self.given = 0  # of this rank, to the forward that is under way
         self.S_KV = 0
+        self.tiles = 1  # columns of the table for each image
         # (B, S_Q, columns), bool: which of all ranks' keys, in columns of equal width, the text
         # may attend to
         self.table: Tensor | None = None
@@ -81,10 +82,10 @@ class Images(Adapter):
         if self.table is None:
             return None
         table, columns = self.table, self.table.shape[2]
-        if self.S_KV % columns:
+        if columns != self.images * self.tiles or self.S_KV % columns:
             raise ValueError(
-                f"mask: expected columns that divide {self.S_KV} keys of {self.images} images, "
-                f"got {columns}"
+                f"mask: expected columns for {self.images} images, which divide {self.S_KV} keys, "
+                f"got {columns}, {self.tiles} for each image"
             )
         width = self.S_KV // columns
 

@@ -117,7 +117,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -127,7 +127,7 @@ def attention(
     layer: Interception | Text | None = getattr(module, "lvxattn", None)
     if layer is None:
         return sdpa_attention_forward(
-            module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs
+            module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout:
         raise ValueError(

@@ -57,6 +57,7 @@ class Mllama(Images):
             self.features = None
             if batch.get("pixel_values") is None:  # text alone, which passes by the images' layers
                 return batch
+            self.tiles = batch["pixel_values"].shape[2]
             return self.cut_images(batch, ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
         self.S_KV, self.features = features.shape[1], self.spread.share(features.shape[1])
         return {**batch, FEATURES: features[:, self.features.start : self.features.stop]}
@@ -87,6 +88,8 @@ class Mllama(Images):
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             past = 0 if cache is None else int(cache.get_seq_length())
             mask = mask[:, past : past + length]
+        if self.features is not None:  # of images that nobody has counted
+            self.images, self.tiles = mask.shape[2:]
         table = mask.flatten(2).bool()  # (B, S_Q, images x tiles)
         seen = table.any(-1, keepdim=True)
         self.table = table | ~seen
