@@ -16,12 +16,17 @@ from tests.launch import PROGRAMS, mpiexec
 
 GB = 1e9
 HOST = "MemTotal: 32000 kB\nMemFree: 10 kB\nMemAvailable: 20000 kB\nSwapFree: 900 kB\n"
-BELOW = {  # 1,000 in use of 5,000, 300 of it pages of files that nobody uses
-    2: {"memory.max": "5000", "memory.current": "1000", "memory.stat": "file 7\ninactive_file 300"},
+BELOW = {  # 1,000 in use of 5,000, 300 of it pages of files and the like
+    2: {
+        "memory.max": "5000",
+        "memory.current": "1000",
+        "memory.stat": "file 7\ninactive_file 200\nactive_file 60\nslab_reclaimable 40",
+    },
     1: {
         "memory.limit_in_bytes": "5000",
         "memory.usage_in_bytes": "1000",
-        "memory.stat": "inactive_file 7\ntotal_inactive_file 300",
+        "memory.stat": "inactive_file 7\ntotal_inactive_file 200\ntotal_active_file 60\n"
+        "slab_reclaimable 40",
     },
 }
 NO_LIMIT = {2: {"memory.max": "max"}, 1: {"memory.limit_in_bytes": str(2**63 - 4096)}}
@@ -79,21 +84,24 @@ def test_free_memory_of_this_host_is_below_all() -> None:
 def test_ranks_of_one_host_share_its_memory() -> None:
     hosts, needs = ["a", "b", "a"], [2.0 * GB, 3.0 * GB, 1.5 * GB]
     assert judge(hosts, needs, [4.0 * GB, 9.0 * GB, 3.6 * GB], "") == (
-        "3.0 GB a rank, of 3.6 GB free for 2 ranks on a"
+        "3.0 GB a rank; 3.6 GB is free for 2 ranks on a"
     )
     with pytest.raises(
         MemoryError,
-        match=r"^memory: expected at most 3\.4 GB, free for 2 ranks on a, got 3\.5 GB, 2\.0 GB "
-        "of it for rank 0; use more hosts$",
+        match=r"^memory: expected at most 3\.4 GB, which is free, for 2 ranks on a, got 3\.5 GB, "
+        r"of which rank 0 needs 2\.0 GB; use more hosts, or set LVXATTN_IGNORE_MEMORY=1$",
     ):
         judge(hosts, needs, [4.0 * GB, 9.0 * GB, 3.4 * GB], "use more hosts")
 
 
-def test_check_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(IGNORE, "1")
-    assert "a rank, of 1.0 GB" in judge(["a"], [2.0 * GB], [1.0 * GB], "")
+    assert free_memory(system(tmp_path, {})) is None
+    # By one rank for all of its host: the others must not raise alone.
+    assert judge(["a", "a"], [2 * GB, 2 * GB], [1 * GB, None], "") == "2.0 GB a rank"
 
 
+@pytest.mark.skipif(free_memory() is None, reason="the system does not say what is free")
 def test_all_ranks_raise_together() -> None:
     def attempt(comm: object) -> str:
         with pytest.raises(MemoryError) as caught:
@@ -101,7 +109,7 @@ def test_all_ranks_raise_together() -> None:
         return str(caught.value)
 
     first, *others = run_ranks(3, attempt)
-    assert first.endswith(" of it for rank 0; give less")
+    assert "rank 0 needs 1,152,921,504.6 GB; give less" in first
     assert others == [first, first]
 
 
@@ -122,7 +130,7 @@ def test_layout_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, size:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("P", [1, 3])
+@pytest.mark.parametrize("P", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_pass_needs_at_least_what_is_said(P: int) -> None:
     ended = mpiexec(P, PROGRAMS / "run_memory.py", "lv-xattn", "ring", "gather", "ulysses")
     assert ended.status == 0, ended.err
@@ -147,6 +155,8 @@ TOO_LARGE = {
 }
 
 
+# Elsewhere nothing is refused.
+@pytest.mark.skipif(free_memory() is None, reason="the system does not say what is free")
 @pytest.mark.mpi
 @pytest.mark.parametrize("implementation", TOO_LARGE)
 def test_commands_refuse_what_does_not_fit(implementation: str, tmp_path: Path) -> None:
@@ -158,13 +168,14 @@ def test_commands_refuse_what_does_not_fit(implementation: str, tmp_path: Path) 
     for (line, change), each in zip(TOO_LARGE[implementation], said, strict=True):
         assert each.status == 2
         assert not each.out.strip(), line
-        expected = r"lvxattn \w+: error: memory: expected at most [\d.,]+ GB, free for 2 ranks on "
+        expected = r"lvxattn \w+: error: memory: expected at most [\d.,]+ GB, which is free, for 2 "
         assert re.match(expected, each.err), each.err
         assert change in each.err
         assert each.err.count("\n") == 1
 
 
+@pytest.mark.skipif(free_memory() is None, reason="the system does not say what is free")
 @pytest.mark.mpi
 def test_run_says_what_it_needs_before_it_works() -> None:
     (said,) = commands(2, ["run", "--visual-tokens", 4096, "--check"])
-    assert re.search(r"memory    at least 0\.\d+ GB a rank, of [\d.]+ GB free for 2 r", said.out)
+    assert re.search(r"memory    at least 0\.\d+ GB a rank; [\d.]+ GB is free for 2 r", said.out)

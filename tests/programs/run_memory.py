@@ -13,7 +13,11 @@ from lvxattn.plan import call_memory
 comm = MPI.COMM_WORLD
 rng = np.random.default_rng(comm.rank)
 # Much longer than the pieces that a pass works on.
-SIZES = {"short text": (64 + comm.rank, 4000), "long text": (4000, 64 + comm.rank)}
+SIZES = {
+    "short text": (64 + comm.rank, 4000),
+    "long text": (4000, 64 + comm.rank),
+    "keys of one rank": (64, 0 if comm.rank else 4000),
+}
 found = []
 for schedule in sys.argv[1:]:
     for name, (s_q, s_kv) in SIZES.items():
@@ -31,7 +35,7 @@ for schedule in sys.argv[1:]:
                 kept = mpi_impl.cross_attention(q, k, v, comm, **given)
             _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
-            need = call_memory(layout, comm.rank, backward=backward)
+            need = call_memory(layout, backward=backward)[comm.rank]
             found.append([f"{schedule}, {name}, backward: {backward}", need, peak])
 gathered = comm.gather(found)
 if comm.rank == 0:

@@ -88,7 +88,7 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     source = cast(Source, comm.bcast(opened))
     held_here = share(source.frames, comm.rank, comm.size)
     first, last = held_here.start, held_here.stop
-    need = _least_memory(source, last - first, comm.rank)
+    need = _least_nbytes(source, last - first, comm.rank)
     memory = check_room(need, comm, "give fewer --frames, or use more hosts")
     if comm.rank == 0:
         progress.clear()
@@ -166,7 +166,7 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
     return passed
 
 
-def _least_memory(source: Source, frames: int, rank: int) -> int:
+def _least_nbytes(source: Source, frames: int, rank: int) -> int:
     """Return how many bytes a rank needs at least: its frames and patches; rank 0 checks all."""
     patches, patch = source.rows * source.cols, PATCH * PATCH * 3
     key = 4 * (D + 3)  # and value, in float32

@@ -15,7 +15,7 @@ from typing import Any
 from lvxattn.cli.arguments import UsageError, check_output, refuse
 from lvxattn.cli.run_check import Check, check_results
 from lvxattn.cli.run_options import contradiction
-from lvxattn.cli.run_problem import Problem, Share, describe, least_memory, take_share
+from lvxattn.cli.run_problem import Problem, Share, describe, least_nbytes, take_share
 from lvxattn.cli.run_ranks import Backend, Ranks, check_room, on_rank_0, together
 from lvxattn.cli.run_report import Cost, print_problem, print_report, report_of, write_json
 from lvxattn.cli.run_trace import Recorder, check_picture, save_trace
@@ -70,11 +70,12 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
     backend = ranks.backend(options.device, problem.dtype)
     speaks = ranks.rank == 0 and not options.quiet and options.json != "-"
     memory = check_room(
-        least_memory(problem, options, ranks.rank, ranks.size), ranks,
+        least_nbytes(
+            problem, options, ranks.rank, ranks.size, on_host=backend.device.startswith("CPU")
+        ),
+        ranks,
         "give fewer --frames, --visual-tokens or --text-tokens, or use more hosts",
     )  # fmt: skip
-    if speaks:
-        print_problem(problem, memory)
     share = together(lambda: take_share(problem, ranks.rank, ranks.size), ranks)
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
     try:
@@ -85,6 +86,8 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
         raise InputError(str(error)) from None
     with ExitStack() as files:  # rank 0's new output, which becomes its own only when it is whole
         output = on_rank_0(lambda: _create(options, problem, layout, files), ranks)
+        if speaks:
+            print_problem(problem, memory)
         # 2. the attention, with its repetitions
         recorder = Recorder(options, ranks)
         results, costs = _measure(options, tensors, ranks, layout, backend, recorder)

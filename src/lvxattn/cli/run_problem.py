@@ -114,14 +114,21 @@ def describe(options: Namespace) -> Problem:
     return problem
 
 
-def least_memory(problem: Problem, options: Namespace, rank: int, size: int) -> int:
-    """Return how many bytes a rank needs at least: its share, results, and blocks of others."""
+def least_nbytes(
+    problem: Problem, options: Namespace, rank: int, size: int, *, on_host: bool
+) -> int:
+    """Return how many bytes of its host a rank needs at least.
+
+    Its share and, unless a device computes, results and blocks of others.
+    """
     tensors = 0
     for name, shape in problem.shapes.items():
         part = share(shape[AXES[name]], rank, size)
         others = prod(shape) // max(1, shape[AXES[name]])
         itemsize = dtype_of(_dtype(problem, name)).itemsize
         tensors += others * (part.stop - part.start) * itemsize
+    if not on_host:
+        return tensors
     (B, H, S_Q, D), (_, H_KV, S_KV, D_V) = problem.shapes["q"], problem.shapes["v"]
     q, k = (B, H, S_Q, D), (B, H_KV, S_KV, D)
     schedules = SCHEDULES if options.schedule == AUTO else (options.schedule,)
@@ -131,7 +138,7 @@ def least_memory(problem: Problem, options: Namespace, rank: int, size: int) -> 
     ]
     passes = (False, True) if options.backward else (False,)
     return tensors + max(
-        min(call_memory(layout, rank, backward=backward) for layout in layouts)
+        min(call_memory(layout, backward=backward)[rank] for layout in layouts)
         for backward in passes
     )
 

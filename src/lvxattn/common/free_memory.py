@@ -11,7 +11,7 @@ from pathlib import Path
 from lvxattn.common.validation import Communicator
 
 IGNORE = "LVXATTN_IGNORE_MEMORY"
-"""Environment variable: if it is set to anything, `check_memory` refuses nothing."""
+"""Environment variable: if it is set on any rank of a host, nothing is refused there."""
 
 
 def check_memory(need: float, comm: Communicator, change: str) -> str:
@@ -54,28 +54,27 @@ def judge(
     for host in dict.fromkeys(hosts):
         ranks = [rank for rank, other in enumerate(hosts) if other == host]
         known = [room for rank in ranks if (room := free[rank]) is not None]
-        if not known:  # the system does not say
+        if len(known) < len(ranks):  # the system does not say, or nobody is to ask
             continue
         room, needed = max(1.0, min(known)), sum(needs[rank] for rank in ranks)
-        there = f"free for {len(ranks)} rank{'s' * (len(ranks) > 1)} on {host}"
-        if needed > room and not os.environ.get(IGNORE):
+        those = f"{len(ranks)} rank{'s' * (len(ranks) > 1)} on {host:.24}"
+        if needed > room:
             most = max(ranks, key=lambda rank: needs[rank])
             raise MemoryError(
-                f"memory: expected at most {gigabytes(room)}, {there}, got {gigabytes(needed)}, "
-                f"{gigabytes(needs[most])} of it for rank {most}; {change}"
+                f"memory: expected at most {gigabytes(room)}, which is free, for {those}, got "
+                f"{gigabytes(needed)}, of which rank {most} needs {gigabytes(needs[most])}; "
+                f"{change}, or set {IGNORE}=1"
             )
         if needed / room >= tightest:
-            tightest, line = (
-                needed / room,
-                f"{gigabytes(max(needs))} a rank, of {gigabytes(room)} {there}",
-            )
+            tightest = needed / room
+            line = f"{gigabytes(max(needs))} a rank; {gigabytes(room)} is free for {those}"
     return line
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
     """Return how many bytes this process can still take, of its host and of its cgroups' limits.
 
-    Swap does not count.  None where the system does not say; Linux does.
+    Swap does not count.  None where the system does not say (Linux does), or nobody is to ask.
 
     Parameters
     ----------
@@ -83,7 +82,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
         Where ``proc`` and ``sys`` lie.
     """
     host = _table(root / "proc/meminfo")
-    if "MemAvailable" not in host:
+    if "MemAvailable" not in host or os.environ.get(IGNORE):
         return None
     return max(0, min([1024 * host["MemAvailable"], *_left_in_cgroups(root)]))
 
@@ -96,10 +95,10 @@ def _left_in_cgroups(root: Path) -> list[int]:
         if kinds and "memory" not in kinds.split(","):
             continue
         base = root / "sys/fs/cgroup" / ("memory" if kinds else "")
-        limit, used, idle = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        limit, used, total = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
             if kinds  # version 1
-            else ("memory.max", "memory.current", "inactive_file")
+            else ("memory.max", "memory.current", "")
         )
         # In a container the path may be the host's: then only the topmost is there.
         places = [base / path.strip("/"), *(base / path.strip("/")).parents]
@@ -107,9 +106,10 @@ def _left_in_cgroups(root: Path) -> list[int]:
             most, now = (_lines(place / name)[:1] for name in (limit, used))
             if not (most and now) or most == ["max"]:
                 continue
-            # Pages of files that nobody has used for long are given up when memory is needed.
-            given_up = _table(place / "memory.stat").get(idle, 0)
-            found.append(int(most[0]) - int(now[0]) + given_up)
+            # Pages of files are given up when memory is needed.
+            stat = _table(place / "memory.stat")
+            names = f"{total}inactive_file", f"{total}active_file", "slab_reclaimable"
+            found.append(int(most[0]) - int(now[0]) + sum(stat.get(name, 0) for name in names))
     return found
 
 
@@ -121,7 +121,7 @@ def _table(path: Path) -> dict[str, int]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(errors="replace").splitlines()
     except OSError:  # it is not there: no such limit
         return []
 

@@ -52,12 +52,7 @@ class Layout(common.Layout):
             layout = replace(layout, schedule=schedule)
         if any(r.free is not None for r in records):
             backward = records[0].call == "backward"
-            shares = list(zip(layout.s_q, layout.s_kv, strict=True))
-            of_share = {  # the same for all ranks that have as much
-                share: call_memory(layout, shares.index(share), backward=backward)
-                for share in dict.fromkeys(shares)
-            }
-            needs = [of_share[share] for share in shares]
+            needs = call_memory(layout, backward=backward)
             judge([r.host for r in records], needs, [r.free for r in records], CHANGE)
         return layout
 

@@ -120,55 +120,59 @@ def most_frames(
     return largest(lambda n: memory(model, text_tokens, n, P, **given).total <= room)
 
 
-def call_memory(layout: Layout, rank: int, *, backward: bool = False) -> int:
+def call_memory(layout: Layout, *, backward: bool = False) -> list[int]:
     """Return how many bytes a pass allocates at least: results, and blocks of other ranks.
 
     Parameters
     ----------
     layout : Layout
-    rank : int
-        The rank that allocates them.
     backward : bool
 
     Returns
     -------
-    int
-        A lower bound: tiles, and copies that an implementation makes, are not counted.
+    list of int
+        By rank.  Lower bounds: tiles, and copies that an implementation makes, are not counted.
 
     Examples
     --------
     >>> from lvxattn.plan import planned
     >>> layout = planned((1, 8, 64, 64), (1, 8, 65536, 64), P=4, dtype="float32")
-    >>> [call_memory(layout, 0), call_memory(layout, 0, backward=True)]
-    [167424, 8749056]
+    >>> call_memory(layout)[0], call_memory(layout, backward=True)[0]
+    (166400, 67340288)
     """
+    owners, narrow = range(layout.size), layout.dtype != layout.accumulator
 
-    def size(kind: Kind, owner: int = rank) -> int:
-        return kind.nbytes(layout, owner)
+    def sizes(kind: Kind) -> list[int]:
+        return [kind.nbytes(layout, owner) for owner in owners]
 
-    def keys(owner: int) -> int:  # without a mask, which may be the same for all heads
-        return sum(field.nbytes for field in KEYS_VALUES.fields(layout, owner)[:2])
-
-    owners = range(layout.size)
-    queries, results = (QUERY_BLOCKS, QUERY_GRADIENTS) if backward else (QUERIES, PARTIALS)
-    if backward:
-        mine = size(QUERIES) + keys(rank)  # dq, dk and dv are as large as q, k and v
-        if layout.dtype != layout.accumulator and layout.way != "ring":
-            mine += size(KEY_GRADIENTS)
+    # Without masks, which may be the same for all heads.
+    keys = [sum(f.nbytes for f in KEYS_VALUES.fields(layout, owner)[:2]) for owner in owners]
+    queries, results = map(
+        sizes, (QUERY_BLOCKS, QUERY_GRADIENTS) if backward else (QUERIES, PARTIALS)
+    )
+    if backward:  # dq, dk and dv are as large as q, k and v
+        sums = sizes(KEY_GRADIENTS) if narrow and layout.way != "ring" else [0] * layout.size
+        mine = [sum(parts) for parts in zip(sizes(QUERIES), keys, sums, strict=True)]
     else:
-        rows = layout.B * layout.H * layout.s_q[rank]
-        mine = rows * (layout.D_V * ITEMSIZE[layout.dtype] + ITEMSIZE[layout.accumulator])
+        row = layout.D_V * ITEMSIZE[layout.dtype] + ITEMSIZE[layout.accumulator]
+        mine = [layout.B * layout.H * s_q * row for s_q in layout.s_q]
     if layout.size == 1 or layout.way == "replicated":
         return mine
     if layout.way == "gather":
-        return mine + sum(size(queries, owner) + size(results, owner) for owner in owners)
+        return [n + sum(queries) + sum(results) for n in mine]
     if layout.way == "ulysses":
-        whole = sum(size(queries, n) + keys(n) + size(results, n) for n in owners)
-        return mine + whole // layout.size
-    of_keys = (KEYS_VALUES, KEY_GRADIENTS) if backward else (KEYS_VALUES,)
-    moving = of_keys if layout.way == "ring" else (queries, results)
-    blocks = min(2, layout.size - 1)  # of each kind: one comes, and one goes
-    return mine + blocks * sum(max(size(kind, owner) for owner in owners) for kind in moving)
+        return [n + (sum(queries) + sum(keys) + sum(results)) // layout.size for n in mine]
+    moving = [queries, results]
+    if layout.way == "ring":
+        moving = [keys, sizes(KEY_GRADIENTS)] if backward else [keys]
+    return [n + sum(_two_blocks(layout, rank, of) for of in moving) for rank, n in enumerate(mine)]
+
+
+def _two_blocks(layout: Layout, rank: int, sizes: list[int]) -> int:
+    """Return the most that one block of others and the next, which comes meanwhile, take."""
+    at = layout.order.index(rank)
+    others = [sizes[owner] for owner in (*layout.order[at + 1 :], *layout.order[:at])]
+    return max(map(sum, zip(others, others[1:], strict=False)), default=others[0])
 
 
 def largest(fits: Callable[[int], bool]) -> int:

@@ -32,6 +32,8 @@ from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.models import distribute
 
 _NAME = "lvxattn model"
+# The share of weights that have gradients, in the models that have fewest.
+REACHED = 0.9
 
 
 def run_model(options: Namespace, group: Group) -> int:
@@ -70,11 +72,9 @@ def _run(options: Namespace, ranks: TorchRanks) -> bool:
     backend = ranks.backend(options.device, options.dtype)
     device = backend.where
     memory = check_room(
-        together(lambda: _least_memory(options, device), ranks), ranks,
+        together(lambda: _least_nbytes(options, device), ranks), ranks,
         "give a smaller --size or fewer --frames, or use fewer ranks a host",
     )  # fmt: skip
-    if ranks.rank == 0 and options.json != "-":
-        print(f"memory: at least {memory}", flush=True)
     # 1. Rank 0 alone, if that is to be compared with.
     expected = on_rank_0(lambda: _alone(options, device), ranks) if options.check else None
     # 2. Every rank has the whole model and batch, and takes its share.
@@ -89,6 +89,8 @@ def _run(options: Namespace, ranks: TorchRanks) -> bool:
     except ValueError as error:  # the same on all ranks
         raise InputError(str(error)) from None
     work = Work(model, KINDS[options.model], batch, device, spread, backend.finish)
+    if ranks.rank == 0 and options.json != "-":
+        print(f"memory: at least {memory}", flush=True)
     # 3. Passes, training steps, or tokens.
     forget_peak(device)
     costs, losses, tokens, results = [], [], [], {}
@@ -145,14 +147,17 @@ def _check_json(options: Namespace) -> None:
         check_output("--json", options.json)
 
 
-def _least_memory(options: Namespace, device: torch.device) -> int:
+def _least_nbytes(options: Namespace, device: torch.device) -> int:
     """Return how many bytes of its host a rank needs at least: for the batch, and the weights."""
     dtype, sizes = getattr(torch, options.dtype), (options.frames, options.text_tokens)
     kind = KINDS[options.model]
     weights, batch = least_nbytes(kind, options.size, options.weights, dtype, sizes)
-    if not options.generate:
-        weights *= 4 if options.train_steps else 2  # gradients, and the two averages of AdamW
-    return batch + (weights if device.type == "cpu" else 0)
+    if device.type != "cpu":
+        return batch
+    # Gradients, and the two averages of AdamW.
+    copies = 0 if options.generate else 3 if options.train_steps else 1
+    own = 0 if options.weights else weights  # those of files are mapped, and shared
+    return batch + own + int(copies * REACHED * weights)
 
 
 def _build(options: Namespace, device: torch.device) -> tuple[nn.Module, dict[str, Tensor]]:
