@@ -373,9 +373,8 @@ def test_long_host_name_is_shortened(
 ) -> None:
     monkeypatch.setattr(run.socket, "gethostname", lambda: "n" * 40)
     assert main(["run", *SMALL]) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "nnn" in line)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "nnnn…" in line)
     assert len(line) == 100
-    assert "nnnn…" in line
 
 
 @EACH
@@ -506,7 +505,7 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (["--text-tokens", "-1"], "--text-tokens: "),
         (["--repeat", "0"], "--repeat: "),
         (["--scale", "nan"], "--scale: expected a finite number, got 'nan'"),
-        (["--visual-tokens", "1000000000000000"], "does not fit in memory"),
+        (["--visual-tokens", "1000000000000000"], "memory"),
         (
             ["--text-tokens", BEYOND],
             f"expected a whole number from 0 up, below 2**63, got '{BEYOND}'",

@@ -7,6 +7,7 @@ at a time (arXiv:2502.02406, section 4).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lvxattn.common.layout import Layout
@@ -172,7 +173,7 @@ def _two_blocks(layout: Layout, rank: int, sizes: list[int]) -> int:
     """Return the most that one block of others and the next, which comes meanwhile, take."""
     at = layout.order.index(rank)
     others = [sizes[owner] for owner in (*layout.order[at + 1 :], *layout.order[:at])]
-    return max(map(sum, zip(others, others[1:], strict=False)), default=others[0])
+    return max(map(sum, pairwise(others)), default=others[0])
 
 
 def largest(fits: Callable[[int], bool]) -> int:
