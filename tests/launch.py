@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ MARK = "LVXATTN_TEST_RUN"
 GRACE = 2.0
 # When this process has begun: files that are older belong to others.
 BEGAN = time.time()
+PATIENCE = 30.0  # seconds that a test waits for what takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,31 @@ def _python_path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
+def until(true: Callable[[], bool], patience: float = PATIENCE) -> bool:
+    """Wait until something is true; return whether it is."""
+    limit = time.monotonic() + patience
+    while not true() and time.monotonic() < limit:
+        time.sleep(0.01)
+    return true()
+
+
 def sweep() -> None:
     """Remove what programs that MPICH has not ended well have left in shared memory."""
-    for path in unmapped_files():
-        with suppress(FileNotFoundError):  # other tests sweep, too
-            if path.stat().st_mtime >= BEGAN:
-                path.unlink()
+    made = {path: _made(path) for path in unmapped_files()}
+    made = {path: when for path, when in made.items() if when >= BEGAN}
+    if made:
+        # A job's file is there for a moment before it is mapped.
+        time.sleep(min(1.0, max(0.0, max(made.values()) + 1.0 - time.time())))
+        for path in made.keys() & {*unmapped_files()}:
+            path.unlink(missing_ok=True)  # other tests sweep, too
+
+
+def _made(path: Path) -> float:
+    """Return when a file was made; 0 if it is no longer there."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _marked(mark: str) -> dict[int, str]:

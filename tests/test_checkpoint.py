@@ -1,6 +1,7 @@
 """Checkpoints that are damaged or planted, the folder's lock, and who reads pickles at all."""
 
 import ast
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 from lvxattn.cli import InputError
 from lvxattn.torch_impl.commands.train import checkpoint, run_training
+from lvxattn.torch_impl.commands.train import run_folder as module
 from lvxattn.torch_impl.commands.train.options import Settings
 from lvxattn.torch_impl.commands.train.run_folder import run_folder
 from lvxattn.torch_impl.commands.train.training_report import Curve
@@ -305,6 +307,23 @@ class TestFolder:
             f"process {os.getpid()} on {os.uname().nodename} (on rank 0 of 1)\n"
         )
         with run_folder(folder, ALONE):  # the first has ended
+            pass
+
+    def test_file_system_without_locks_is_warned_of(
+        self, tmp_path: Path, capsys: Any, monkeypatch: Any
+    ) -> None:
+        def refuse(*_: Any) -> None:
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(module.fcntl, "flock", refuse)
+        for error in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            with run_folder(tmp_path, ALONE):
+                assert capsys.readouterr().err == (
+                    f"lvxattn train: warning: --output: {tmp_path} cannot be locked "
+                    f"({os.strerror(error)}): start no other training in it\n"
+                )
+        error = errno.EIO
+        with pytest.raises(InputError, match="it cannot be locked"), run_folder(tmp_path, ALONE):
             pass
 
     def test_lock_ends_with_an_error(self, tmp_path: Path) -> None:

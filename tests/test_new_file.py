@@ -1,5 +1,6 @@
 """Files are written as a whole or not at all, and only regular files are read and written."""
 
+import errno
 import os
 import signal
 import socket
@@ -7,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +18,9 @@ from lvxattn.common.new_file import check_target, new_file, write_file
 from lvxattn.common.regular_file import open_regular
 from lvxattn.plan.machine import MACHINES, Machine
 from tests.full_disk import full_disk
-from tests.launch import PROGRAMS, environment, mpiexec
+from tests.launch import PROGRAMS, environment, mpiexec, until
 
 OLD = "what was there"
-PATIENCE = 30.0  # seconds that a test waits for what takes milliseconds
 
 
 @pytest.fixture
@@ -36,14 +35,6 @@ def target(tmp_path: Path) -> Path:
 def names(path: Path) -> list[str]:
     """Return the names of all files beside a file."""
     return sorted(file.name for file in path.parent.iterdir())
-
-
-def until(true: Callable[[], bool]) -> bool:
-    """Wait until something is true; return whether it is."""
-    limit = time.monotonic() + PATIENCE
-    while not true() and time.monotonic() < limit:
-        time.sleep(0.01)
-    return true()
 
 
 @pytest.mark.parametrize("content", ["text, é\n", b"\x00bytes"])
@@ -87,6 +78,21 @@ def test_owner_is_kept(target: Path) -> None:
     assert (target.stat().st_uid, target.stat().st_gid) == (12345, 54321)
 
 
+def test_group_is_kept_where_the_owner_may_not_be(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[int]()
+
+    def fchown(_: int, owner: int, group: int) -> None:
+        if owner != -1:
+            raise PermissionError
+        given.append(group)
+
+    monkeypatch.setattr(os, "fchown", fchown)
+    write_file(target, "new")
+    assert given == [target.stat().st_gid]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write every file")
 def test_read_only_file_is_refused(target: Path) -> None:
     target.chmod(0o400)
@@ -112,6 +118,22 @@ def test_full_disk_is_named_and_leaves_old_file(target: Path) -> None:
         write_file(target, "x" * 10_000)
     assert told.value.filename == str(target)
     assert (target.read_text(), names(target)) == (OLD, ["file"])
+
+
+def test_complete_file_that_cannot_be_renamed_stays(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*names: str) -> None:
+        raise OSError(errno.EBUSY, "busy", names[0], None, names[1])
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="busy; the complete file is ") as told:
+        write_file(target, "new")
+    assert told.value.filename == str(target)
+    assert target.read_text() == OLD
+    (left,) = {*names(target)} - {"file"}
+    assert told.value.strerror == f"busy; the complete file is {target.parent / left}"
+    assert (target.parent / left).read_text() == "new"
 
 
 KILLED = """
@@ -238,6 +260,17 @@ def test_irregular_file_is_refused_at_once(
     for path in (tmp_path / "loop", tmp_path / "fifo" / "below", tmp_path / ("x" * 300)):
         with pytest.raises(OSError, match=r"nowhere|symbolic links|a directory|name too long"):
             use(path)
+
+
+def test_file_that_becomes_a_fifo_before_it_is_opened_is_refused(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regular, fifo = target.stat(), target.with_name("fifo")
+    os.mkfifo(fifo)
+    with monkeypatch.context() as before:
+        before.setattr(os, "stat", lambda _: regular)
+        with pytest.raises(OSError, match="expected a regular file, got a FIFO"):
+            open_regular(fifo).close()
 
 
 def test_checking_leaves_everything_as_it_is(target: Path) -> None:

@@ -4,14 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from lvxattn.common.processes import stopped, stopped_ranks
-from tests.launch import environment, gone
+from tests.launch import environment, gone, until
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 
@@ -29,7 +28,7 @@ def child(env: dict[str, str], state: str) -> Iterator[int]:
         try:
             if state == "T":
                 process.send_signal(signal.SIGSTOP)
-            until(lambda: state_of(process.pid) == state)
+            assert until(lambda: state_of(process.pid) == state)
             yield process.pid
         finally:
             process.kill()
@@ -38,14 +37,6 @@ def child(env: dict[str, str], state: str) -> Iterator[int]:
 def state_of(pid: int) -> str:
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition, with room."""
-    limit = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -69,6 +60,14 @@ def test_stopped_rank_is_found(env: dict[str, str]) -> None:
 def test_stopped_process_that_is_no_rank_is_not_found() -> None:
     with child({}, "T") as pid:
         assert pid not in stopped_ranks().values()
+
+
+@pytest.mark.usefixtures("siblings")
+def test_rank_with_another_variable_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN", "this")
+    for run, found in ({"RUN": "this"}, True), ({"RUN": "other"}, False), ({}, False):
+        with child(LAUNCHERS[1] | run, "T") as pid:
+            assert (pid in stopped_ranks("RUN").values()) == found
 
 
 def test_ranks_of_other_launchers_are_not_found() -> None:
@@ -96,7 +95,7 @@ def test_process_ends_with_its_parent() -> None:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
-        until(lambda: gone(pid))
+        assert until(lambda: gone(pid))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")

@@ -4,8 +4,9 @@ import json
 import re
 import subprocess
 import sys
-import time
+import uuid
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("torch")
 
 from lvxattn.common.meter import Block
 from lvxattn.common.wire import NAMES
-from tests.launch import PROGRAMS, environment, gone, launch
+from tests.launch import MARK, PROGRAMS, environment, gone, launch, outlived, until
 from tests.torchrun import OUTSIDE, TORCHRUN, torchrun
 
 # As programs/torch_fault.py has them: P, rank, how, where, schedule, pass.
@@ -287,15 +288,18 @@ def test_stopped_rank_is_named_and_ended_under_torchrun() -> None:
 
 
 @pytest.mark.slow
-def test_ranks_end_with_torchrun() -> None:
+def test_ranks_end_with_torchrun(tmp_path: Path) -> None:
     command = [*TORCHRUN, "--nproc-per-node", "2", str(ENDLESS)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment(OUTSIDE)
-    ) as process:
-        assert process.stdout is not None
-        pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
-        process.kill()
-        limit = time.monotonic() + 60
-        while not all(map(gone, pids)):
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+    mark, out = uuid.uuid4().hex, tmp_path / "out"
+    with (
+        out.open("w") as file,
+        subprocess.Popen(command, stdout=file, env=environment({**OUTSIDE, MARK: mark})) as process,
+    ):
+        try:
+            assert until(lambda: out.read_text().count("\n") == 2, 120)
+            process.kill()
+            pids = [int(line.split()[1]) for line in out.read_text().splitlines()]
+            assert until(lambda: all(map(gone, pids)))
+        finally:
+            process.kill()
+            outlived(mark)

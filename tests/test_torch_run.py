@@ -32,6 +32,7 @@ from lvxattn.torch_impl.commands.run import Backend
 from lvxattn.torch_impl.group import Group, over_cpu
 from tests.errors import says
 from tests.launch import PROGRAMS
+from tests.test_processes import LAUNCHERS, child
 from tests.torchrun import torchrun
 
 SMALL = ["--text-tokens", "19", "--visual-tokens", "100", "--head-dim", "8", "--heads", "4"]
@@ -164,6 +165,23 @@ def test_single_process_is_accepted(environment: dict[str, str]) -> None:
 
 
 UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "some"}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+@pytest.mark.parametrize("mine", ["some", "other", None])
+def test_only_stopped_ranks_of_the_same_torchrun_are_ended(
+    mine: str | None, alone: pytest.MonkeyPatch
+) -> None:
+    alone.setattr(os, "getppid", os.getpid)
+    alone.setattr(processes.dist, "destroy_process_group", lambda: None)
+    alone.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if mine:
+        alone.setenv("TORCHELASTIC_RUN_ID", mine)
+    killed = list[int]()
+    with child(LAUNCHERS[1] | UNDER_TORCHRUN, "T") as pid, alone.context() as during:
+        during.setattr(os, "kill", lambda pid, _: killed.append(pid))
+        processes._end()
+    assert killed == ([pid] if mine == "some" else [])
 
 
 @pytest.mark.parametrize(

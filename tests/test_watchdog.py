@@ -240,6 +240,24 @@ def test_failing_wait_names_the_awaited_rank_and_not_its_own(
     assert said == "while waiting for all ranks to agree: one of them may have ended"
 
 
+def test_pass_goes_on_where_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = list[Any]()
+
+    def refuse(*command: Any, **_: Any) -> None:
+        tried.append(command)
+        raise BlockingIOError
+
+    monkeypatch.setattr(death_notice.subprocess, "Popen", refuse)
+    monkeypatch.setattr(death_notice, "_shells", [])
+    monkeypatch.setattr(death_notice, "_hydra_socket", lambda: [0])
+    monkeypatch.delenv(death_notice.VARIABLE, raising=False)
+    for _ in range(2):
+        death_notice.announce_under_hydra()
+    death_notice.announce_death(MPI.COMM_WORLD)
+    assert len(tried) == 1  # not in every pass
+    death_notice.end_unannounced()
+
+
 def time_passes() -> None:
     """Let the clock move on, however coarse it is."""
     start = time.monotonic()

@@ -13,7 +13,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from mpi4py import MPI
 
@@ -23,8 +23,8 @@ GRACE = 2.0
 """Seconds from MPI's failure to its exception: a launcher ends all ranks sooner."""
 # The script of the shell; $1 is the message.
 WATCH = r'read -r word || printf "%s\n" "$1" >&2'
-# The shell that watches this process, if there is one.
-_shells: "list[subprocess.Popen[bytes]]" = []
+# The shell that watches this process, if there is one; None where it could not be started.
+_shells: "list[subprocess.Popen[bytes] | None]" = []
 
 
 @contextmanager
@@ -50,7 +50,8 @@ def announce_death(comm: MPI.Intracomm) -> None:
     named that is killed before its first pass, or under another launcher.  Where that ends the
     other ranks but not their shells, these report too: the first line names the cause.
 
-    With ``LVXATTN_DEATH_NOTICE=0`` in the environment nothing is reported.
+    With ``LVXATTN_DEATH_NOTICE=0`` in the environment nothing is reported, nor where no process
+    can be started.
 
     Parameters
     ----------
@@ -67,13 +68,17 @@ def announce_death(comm: MPI.Intracomm) -> None:
         return
     name = MPI.Get_processor_name()
     text = f"rank {comm.rank} of {comm.size} (process {os.getpid()} on {name}) died"
-    shell = subprocess.Popen(
-        ["/bin/sh", "-c", WATCH, "sh", text],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        pass_fds=_hydra_socket(),
-    )
+    shell = None
+    with suppress(OSError):
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", WATCH, "sh", text],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=_hydra_socket(),
+        )
     _shells.append(shell)
+    if shell is None:
+        return
     atexit.register(end_unannounced)
     os.register_at_fork(after_in_child=_forget)
 
@@ -87,7 +92,9 @@ def announce_under_hydra() -> None:
 def end_unannounced() -> None:
     """Let this process end without a report."""
     while _shells:
-        _shells.pop().communicate(b"ends as it should\n")
+        shell = _shells.pop()
+        if shell is not None:
+            shell.communicate(b"ends as it should\n")
 
 
 def _hydra_socket() -> list[int]:
@@ -107,6 +114,6 @@ def _hydra_socket() -> list[int]:
 def _forget() -> None:
     """Close a forked child's end of the pipe: the rank, not its child, is watched."""
     for shell in _shells:
-        if shell.stdin is not None:
+        if shell is not None and shell.stdin is not None:
             shell.stdin.close()
     _shells.clear()

@@ -84,14 +84,15 @@ def world() -> Iterator[Group]:
 
 
 def _end() -> None:
-    """End the stopped ranks of this host, and gloo's threads.
+    """End torchrun's stopped ranks of this host, and gloo's threads.
 
     A thread that runs while Python exits may abort the process.  They live as long as the group is
     referenced, as by the frames of a traceback.
     """
-    for process in stopped_ranks().values():
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    if _RUN in os.environ:  # or what is stopped may be the user's, with RANK exported in a shell
+        for process in stopped_ranks(_RUN).values():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
     for name in ("last_exc", "last_value", "last_traceback"):
         vars(sys).pop(name, None)
     dist.destroy_process_group()

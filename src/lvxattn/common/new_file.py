@@ -4,9 +4,10 @@
                                    so that links and other files of that name are left alone
     TARGET                         replaced by it, in one rename, once it is on the disk
 
-A new file that is not completed is removed: by the writer after an error or an interrupt, and by a
+A new file that is not complete is removed: by the writer after an error or an interrupt, and by a
 guard if the writer is killed.  The guard is a shell that reads from a pipe of the writer: a line
-means that all is done, and an end without one that the writer is dead.
+means that all is done, and an end without one that the writer is dead.  A complete one stays if it
+cannot be renamed.
 """
 
 import os
@@ -36,7 +37,7 @@ def new_file(target: str | Path) -> Iterator[BufferedWriter]:
     target : str
         A regular file, or a name for one.  A link is followed when the block begins: the file that
         it then leads to is replaced.  An existing file's mode is kept and, where permitted, its
-        owner; a new one gets those of any new file.
+        owner and its group; a new one gets those of any new file.
 
     Yields
     ------
@@ -47,7 +48,7 @@ def new_file(target: str | Path) -> Iterator[BufferedWriter]:
     ------
     OSError
         The target is no regular file or may not be written, there is no space, or the like.  It
-        names the target, which is left as it was.
+        names the target, which is left as it was, and the new file if only renaming it failed.
 
     Examples
     --------
@@ -62,16 +63,23 @@ def new_file(target: str | Path) -> Iterator[BufferedWriter]:
         old = _status(path, target)
         with _guard(name):
             file = _create(name, 0o666 if old is None else 0o600)
+            keep = False
             try:
                 if old is not None:
                     _keep_mode(file, old)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(name, path)
+                try:
+                    os.replace(name, path)
+                except OSError as error:
+                    keep = True  # it may be hours of work
+                    text = f"{error.strerror}; the complete file is {name}"
+                    raise OSError(error.errno, text, name) from None
             finally:
                 with suppress(FileNotFoundError):  # it has its new name
-                    os.unlink(name)
+                    if not keep:
+                        os.unlink(name)
                 with suppress(OSError):  # it tries again to write what there is no space for
                     file.close()
         _sync_folder(os.path.dirname(path))
@@ -156,9 +164,10 @@ def _create(name: str, mode: int) -> BufferedWriter:
 
 
 def _keep_mode(file: BufferedWriter, old: os.stat_result) -> None:
-    """Give the new file the old one's mode and, if this user may, its owner."""
-    with suppress(PermissionError):
-        os.fchown(file.fileno(), old.st_uid, old.st_gid)
+    """Give the new file the old one's mode and, if this user may, its group and its owner."""
+    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):  # either may be refused
+        with suppress(PermissionError):
+            os.fchown(file.fileno(), owner, group)
     os.fchmod(file.fileno(), S_IMODE(old.st_mode) & 0o777)
 
 

@@ -16,8 +16,14 @@ from lvxattn.common.launcher import claim
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
-def stopped_ranks() -> dict[int, int]:
-    """Return the process ids of the stopped ranks on this host, by their rank in the world."""
+def stopped_ranks(*same: str) -> dict[int, int]:
+    """Return the process ids of the stopped ranks on this host, by their rank in the world.
+
+    Parameters
+    ----------
+    *same : str
+        Environment variables of this process: only ranks that have the same there are returned.
+    """
     parent, found = str(os.getppid()), {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended, or belongs to another user
@@ -25,8 +31,9 @@ def stopped_ranks() -> dict[int, int]:
             if path.read_text(errors="replace").rpartition(")")[2].split()[:2] != ["T", parent]:
                 continue
             lines = path.with_name("environ").read_bytes().decode(errors="replace").split("\0")
-            said = claim(dict(line.split("=", 1) for line in lines if "=" in line))
-            if said is not None:
+            theirs = dict(line.split("=", 1) for line in lines if "=" in line)
+            said = claim(theirs)
+            if said is not None and all(theirs.get(name) == os.environ[name] for name in same):
                 found[said.rank] = int(path.parent.name)
     return found
 

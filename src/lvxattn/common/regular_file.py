@@ -5,6 +5,7 @@ Opening a FIFO waits for its other end, which may never come, and opening a devi
 
 import os
 import stat
+from contextlib import ExitStack
 from errno import EINVAL, EISDIR
 from io import FileIO
 from pathlib import Path
@@ -35,8 +36,12 @@ def open_regular(path: str | Path) -> FileIO:
         It is no regular file, or cannot be opened.
     """
     check_regular(path, os.stat(path))
-    # Not to wait if it has become a FIFO by now.
-    return open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    # It may have become another by now: a FIFO is not waited for, nor taken.
+    with ExitStack() as opened:
+        file = opened.enter_context(open(path, "rb", 0, opener=_open_at_once))
+        check_regular(path, os.fstat(file.fileno()))
+        opened.pop_all()
+    return file
 
 
 def check_regular(path: str | Path, found: os.stat_result) -> None:
@@ -57,6 +62,10 @@ def check_regular(path: str | Path, found: os.stat_result) -> None:
     if kind != stat.S_IFREG:
         text = f"expected a regular file, got {_KINDS.get(kind, 'a device')}"
         raise OSError(EISDIR if kind == stat.S_IFDIR else EINVAL, text, str(path))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def printable(text: str) -> str:

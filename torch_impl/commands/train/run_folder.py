@@ -7,9 +7,10 @@ import fcntl
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from errno import EWOULDBLOCK
+from errno import ENOLCK, ENOSYS, EOPNOTSUPP, EWOULDBLOCK
 from pathlib import Path
 
 from lvxattn.common.new_file import check_target
@@ -18,13 +19,15 @@ from lvxattn.torch_impl.commands.train import checkpoint
 from lvxattn.torch_impl.group import Group
 
 _LOCK = "lock"
+_NO_LOCKS = (ENOLCK, ENOSYS, EOPNOTSUPP)  # of file systems that have none
 
 
 @contextmanager
 def run_folder(folder: Path, group: Group) -> Iterator[None]:
     """Make a folder if there is none, and keep other trainings out of it.
 
-    What killed trainings left of unfinished checkpoints is removed.
+    What killed trainings left of unfinished checkpoints is removed.  On a file system without locks
+    rank 0 warns, and no training is kept out.
 
     Collective: every rank of the group calls this.
 
@@ -56,7 +59,12 @@ def _locked(path: Path) -> Iterator[None]:
             holder = "".join(filter(str.isprintable, file.read(100).decode(errors="replace")))
             raise OSError(EWOULDBLOCK, f"another training is in there, {holder}") from None
         except OSError as error:
-            raise OSError(error.errno, f"it cannot be locked: {error.strerror}") from None
+            if error.errno not in _NO_LOCKS:
+                raise OSError(error.errno, f"it cannot be locked: {error.strerror}") from None
+            text = (
+                f"{path.parent} cannot be locked ({error.strerror}): start no other training in it"
+            )
+            print(f"lvxattn train: warning: --output: {text}", file=sys.stderr, flush=True)
         # The file stays: a lock on one that is removed excludes nobody.
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
