@@ -178,7 +178,7 @@ def _serve(control: socket.socket) -> tuple[socket.socket, int] | None:
     children: set[int] = set()
     server = os.getpid()
     while True:
-        request, fds = b"", []
+        request, fds = b"", list[int]()
         with suppress(ConnectionError):  # closed before an answer was read
             request, fds, *_ = socket.recv_fds(control, _REQUEST, 4, socket.MSG_WAITALL)
         word, *rest = request.decode().split() or ["close"]
