@@ -107,6 +107,10 @@ def says_so(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
     return right(q, k, v, scale=scale, mask=mask)
 
 
+def has_constants(q: Any) -> Any:
+    return (lambda: q in {"a", "b", "c", 1.5, (None, b"d")}), ("e", ("f",)), -0.0, ...
+
+
 def leaves_a_thread(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
     threading.Thread(target=time.sleep, args=(1000,)).start()
     return right(q, k, v, scale=scale, mask=mask)

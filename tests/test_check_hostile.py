@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,14 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.check import Case, case_of, check, check_distributed
+from lvxattn.check import Case, case_of, check, check_distributed, time_limit
 from lvxattn.check.call_kernel import ContractError, LastResults, call_kernel
 from lvxattn.check.callers.fork_server import ForkServer
 from lvxattn.check.callers.messages import MessageError, receive, send
 from lvxattn.check.case_arrays import draw
 from lvxattn.check.command import main
 from lvxattn.check.frameworks import framework_of
-from lvxattn.check.import_target import target_of
+from lvxattn.check.import_target import code_digest, target_of
 from lvxattn.check.suite import Caller
 from tests import hostile_kernels as hostile
 from tests.launch import MARK, _marked, environment, launch, mpiexec, outlived
@@ -47,7 +48,7 @@ DEATHS = {
 CHANGES = {
     hostile.changes_exp: "numpy.exp was replaced",
     hostile.changes_the_folder: "the working directory was changed to /",
-    hostile.changes_an_old_result: "out: that of one-key, float64, seed 0 was changed after it was",
+    hostile.changes_an_old_result: "out: the result for one-key, float64, seed 0 was changed ",
 }
 
 
@@ -85,6 +86,32 @@ def test_judge_is_out_of_reach() -> None:
     assert statuses(checked(hostile.changes_the_limits, THREE)) == ["ok", "wrong", "ok"]
 
 
+def test_abandoned_call_ends_later_without_harm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(time_limit, "_JOIN", 0.0)
+    leave, exp, folder = os._exit, np.exp, os.getcwd()
+    go_on, started = threading.Event(), []
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        if k.shape[2] == 128:
+            started.append(threading.current_thread())
+            vars(np)["exp"] = np.exp2
+            os.chdir("/")
+            while not go_on.is_set():
+                with suppress(BaseException):
+                    go_on.wait(60)
+        return right(q, k, v, scale=scale, mask=mask)
+
+    report = checked(fn, THREE, time_limit=0.5)
+    assert statuses(report) == ["ok", "error", "ok"]
+    assert (os._exit, np.exp, os.getcwd()) == (leave, exp, folder)
+    monkeypatch.chdir(tmp_path)
+    go_on.set()
+    started[0].join(60)
+    assert (os._exit, np.exp, os.getcwd()) == (leave, exp, str(tmp_path))
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_result_changed_after_the_last_call_is_reported(late: bool) -> None:
     kept = []
@@ -99,7 +126,7 @@ def test_result_changed_after_the_last_call_is_reported(late: bool) -> None:
         kept[-1][1][0, 0, :3] = np.nan
     rows = caller.changed_results(checked(right, [GAUSSIAN]).rows)
     caller.close()
-    said = "lse: that of gaussian, float64, seed 0 was changed after it was returned (3 of"
+    said = "lse: the result for gaussian, float64, seed 0 was changed after it was returned (3 of"
     assert [row.message.startswith(said) for row in rows] == [True] * late
 
 
@@ -172,6 +199,36 @@ def test_server_is_used_again_and_replaced_after_its_death() -> None:
     assert server_with("") is not server
 
 
+def test_interrupted_request_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lvxattn.check.callers import fork_server
+
+    server = fork_server.server_with("")
+    send_fds = fork_server.socket.send_fds
+
+    def interrupted(*args: Any) -> None:
+        send_fds(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fork_server.socket, "send_fds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checked(right, [GAUSSIAN])
+    assert not server.alive()
+    assert server._process.wait(60) == 0
+    assert checked(right, [GAUSSIAN]).passed
+    assert fork_server.server_with("") is not server
+
+
+def test_server_imports_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("import os; os._exit(7)")
+    monkeypatch.chdir(tmp_path)
+    server = ForkServer("")
+    server.close()
+    assert server._process.returncode == 0
+
+
 def test_server_closes_twice() -> None:
     server = ForkServer("")
     server.close()
@@ -203,6 +260,58 @@ def test_replaced_function_is_not_mistaken(monkeypatch: pytest.MonkeyPatch) -> N
     assert target_of(another) == f"{hostile.__name__}:says_so"
     (row,) = checked(another, [GAUSSIAN]).rows  # in its file, says_so is right
     assert row.status == "wrong"
+
+
+def test_digest_of_code_is_alike_in_all_processes() -> None:
+    program = (
+        "from lvxattn.check.import_target import code_digest; from tests import hostile_kernels as "
+        "hostile; print(code_digest(hostile.has_constants), code_digest(hostile.says_so))"
+    )
+    found = set()
+    for seed in "12":
+        env = environment({"PYTHONHASHSEED": seed})
+        ended = subprocess.run([*PYTHON, program], env=env, capture_output=True, text=True)
+        found.add(ended.stdout)
+    (line,) = found
+    assert len(set(line.split())) == 2
+    assert code_digest(len) == ""
+
+
+def test_digests_of_other_code_differ() -> None:
+    sources = ["def f(a, b): return 1", "def f(a, b): return 1.0", "def f(b, a): return 1"]
+    sources += ["def f(a, b): return a.x", "def f(a, b): return a.y", "\ndef f(a, b): return 1"]
+    sources += [
+        f"def f(a, b):\n    return lambda: {x}" for x in ("0.0", "-0.0", "'0'", "(0, (1,))")
+    ]
+    digests = set()
+    for source in sources:
+        names: dict[str, Any] = {}
+        exec(source, names)
+        digests.add(code_digest(names["f"]))
+    assert len(digests) == len(sources)
+
+
+CHECKS_ITSELF = (
+    "from lvxattn.check import case_of, check\nfrom tests.oracle import right\n"
+    "with open('imports', 'a') as f:\n    f.write('x')\n"
+    "def fn(q, k, v, *, scale, mask):\n"
+    "    return right(q, k, v, scale=scale, mask=mask)\n"
+    "passed = check(fn, cases=[case_of('one-key')], dtypes=['float64']).passed\n"
+)
+
+
+def test_module_that_checks_its_function_is_imported_once_in_a_child(tmp_path: Path) -> None:
+    (tmp_path / "own_check.py").write_text(CHECKS_ITSELF)
+    program = (
+        f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path.append('')\n"
+        "import own_check; print(own_check.passed)\n"
+        "from lvxattn.check import check\ncheck('own_check:fn')"
+    )
+    ended = launch([*PYTHON, program], timeout=120)
+    assert (ended.status, ended.out, ended.left) == (1, "True\n", ())
+    assert "ValueError: fn: own_check cannot be imported: RuntimeError: a checked" in ended.err
+    assert 'guard that by if __name__ == "__main__":' in ended.err
+    assert (tmp_path / "imports").read_text() == "xxx"
 
 
 def test_settings_of_this_process_apply(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -427,6 +536,7 @@ def test_messages_arrive_as_sent(pair: Any) -> None:
         (25).to_bytes(8, "big") + b'{"arrays":{"out":[1000]}}',
         (24).to_bytes(8, "big") + b'{"arrays":{"mask": [2]}}',
         (22).to_bytes(8, "big") + b'{"arrays":{"out": "a"}}',
+        (100_000).to_bytes(8, "big") + b"[" * 100_000,
     ],
 )
 def test_other_messages_are_refused(pair: Any, sent: bytes) -> None:

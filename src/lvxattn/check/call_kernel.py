@@ -123,7 +123,7 @@ class LastResults:
         """
         if self._kept is not None:
             (where, kept), self._kept = self._kept, None
-            kept.assert_unchanged(f"that of {where} was changed after it was returned")
+            kept.assert_unchanged(f"the result for {where} was changed after it was returned")
 
 
 @dataclass(frozen=True)

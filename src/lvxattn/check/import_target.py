@@ -1,12 +1,13 @@
 """Functions and their names: ``package.module:function``."""
 
+import hashlib
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 
@@ -60,6 +61,29 @@ def target_of(fn: Callable[..., Any]) -> str | None:
     for part in path.split("."):
         found = getattr(found, part, None)
     return name if found is fn else None
+
+
+def code_digest(fn: Callable[..., Any]) -> str:
+    """Return a digest of a function's compiled code, alike in all processes; empty if it has none.
+
+    It includes the first line's number, and thus also the code's place in its file.
+    """
+    code = getattr(fn, "__code__", None)
+    return _digest(code) if isinstance(code, CodeType) else ""
+
+
+def _digest(constant: Any) -> str:
+    """Return a digest of code or a constant of it."""
+    if isinstance(constant, CodeType):
+        plain = (constant.co_code, constant.co_names, constant.co_varnames, constant.co_firstlineno)
+        text = repr((plain, _digest(constant.co_consts)))
+    elif isinstance(constant, tuple):
+        text = repr([_digest(x) for x in constant])
+    elif isinstance(constant, frozenset):  # its order is another in each process
+        text = repr({"set": sorted(_digest(x) for x in constant)})
+    else:
+        text = repr(constant)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _misspelt(module: str, colon: str, path: str) -> str:

@@ -2,9 +2,7 @@
 
 import os
 import sys
-from base64 import b64encode
 from collections.abc import Callable
-from marshal import dumps
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -15,10 +13,12 @@ from lvxattn.check.callers.kernel import Kernel
 from lvxattn.check.callers.this_process import ThisProcess
 from lvxattn.check.case_arrays import Problem
 from lvxattn.check.frameworks import Framework
-from lvxattn.check.import_target import load, target_of
+from lvxattn.check.import_target import code_digest, load, target_of
 from lvxattn.check.shards import Cut
 
 Array = npt.NDArray[Any]
+
+inside_child = False  # whether this is a process of a function; such a one starts no other
 
 
 class Process(Protocol):
@@ -69,17 +69,19 @@ def process_of(
     ------
     ValueError
         A text names no function; begins with ``fn: `` or ``backward: ``.
+    RuntimeError
+        A function's process, as it imports the function's module, checks a function.
     """
+    if inside_child:
+        raise RuntimeError(
+            'a checked function\'s module calls check: guard that by if __name__ == "__main__":'
+        )
     given = {"fn": fn, "backward": backward}
     if not isinstance(fn, str):  # its attribute may be newer than its module
         given["backward"] = backward_of(fn, backward) or backward
     named = {name: target_of(x) if callable(x) else x for name, x in given.items()}
     if None not in named.values() and hasattr(os, "fork") and sys.executable:
-        codes = {
-            name: b64encode(dumps(x.__code__)).decode()
-            for name, x in given.items()
-            if hasattr(x, "__code__")
-        }
+        codes = {name: code_digest(x) for name, x in given.items() if callable(x)}
         try:
             return ChildProcess({**named, "codes": codes, "ranks": ranks}, framework, seconds)
         except RefusedError as error:

@@ -6,24 +6,23 @@ changes here ends with it.
 
 import contextvars
 import faulthandler
-import marshal
 import os
 import socket
 import sys
-from base64 import b64decode
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lvxattn.check import callers
 from lvxattn.check.callers.kernel import Kernel
 from lvxattn.check.callers.messages import receive, send
 from lvxattn.check.case_arrays import draw
 from lvxattn.check.cases import Case
 from lvxattn.check.error_location import describe_error, failure_of
 from lvxattn.check.frameworks import framework_of
-from lvxattn.check.import_target import load
+from lvxattn.check.import_target import code_digest, load
 from lvxattn.check.shards import Cut
 from lvxattn.check.time_limit import LONGEST
 
@@ -45,6 +44,7 @@ def run(channel: socket.socket, dump: int) -> None:
     EOFError
         The channel is closed.
     """
+    callers.inside_child = True
     faulthandler.enable(dump)
     setup, _ = receive(channel)
     os.environ.clear()
@@ -98,6 +98,6 @@ def _loaded(setup: dict[str, Any], argument: str) -> Any:
         return setup[argument]
     found = load(setup[argument], argument)
     code = setup["codes"].get(argument)
-    if code and marshal.loads(b64decode(code)) != getattr(found, "__code__", None):
+    if code and code != code_digest(found):
         raise ValueError(f"{argument}: {setup[argument]} is another function by now")
     return found

@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import IO, Any
 
@@ -20,13 +21,15 @@ from lvxattn.check.case_arrays import Problem
 from lvxattn.check.error_location import users_place
 from lvxattn.check.frameworks import Framework
 from lvxattn.check.shards import Cut
-from lvxattn.check.time_limit import TimeIsUpError, shortened
+from lvxattn.check.time_limit import LONGEST, TimeIsUpError, shortened
 
 Array = npt.NDArray[Any]
 
 _IMPORT = 600.0  # seconds that the function's module has
 _GRACE = 5.0  # seconds in which a process that has nothing more to do ends
-_LATE = 0.5  # seconds after the time limit, in which a child writes its stack
+_LATE = 5.0  # seconds after the time limit, in which a child writes its stack
+_POLL = 0.02  # seconds
+_OUTERMOST = b'  File "<string>", line 1 in <module>\n'  # the last line of a child's stack
 _RANKS = 10.0  # seconds in which virtual ranks end one another
 # Variables that a launcher gives its ranks: in a child MPI is a world of its own.
 _LAUNCHER = re.compile(r"PMI|OMPI_|HYDRA_|HYDI_|MPI_LOCAL")
@@ -43,7 +46,7 @@ class ChildProcess:
     ----------
     setup : dict
         ``fn`` and ``backward``, texts for `import_target.load` (backward may also be a bool);
-        ``codes``, the compiled code that these must have; ``ranks``, their number, or 0.
+        ``codes``, their `code_digest`, if any; ``ranks``, their number, or 0.
     framework : Framework
     seconds : float
         The limit of a call; after three that exceeded it, a tenth of that.
@@ -70,7 +73,7 @@ class ChildProcess:
         self._preload = framework.preload
         self._seconds, self._late, self._busy = seconds, 0, False
         # Virtual ranks have clocks of their own, and errors that name ranks.
-        self._slack = _LATE + (_RANKS if setup["ranks"] else 0)
+        self._slack = _RANKS if setup["ranks"] else 0
         self._channel: socket.socket | None = None
         self._start()
 
@@ -112,8 +115,12 @@ class ChildProcess:
         with theirs:
             try:
                 self._pid = self._server.fork(theirs, self._dump.fileno())
-            except OSError as error:
-                raise RefusedError(f"fn: no process can be started: {error}") from None
+            except BaseException as error:
+                ours.close()
+                self._dump.close()
+                if isinstance(error, OSError):
+                    raise RefusedError(f"fn: no process can be started: {error}") from None
+                raise
         self._channel, self._busy = ours, True
         try:
             send(self._channel, self._setup)
@@ -146,7 +153,8 @@ class ChildProcess:
         try:
             send(self._channel, about | {"seconds": seconds})
             until = time.monotonic() + seconds + self._slack
-            answer, results = receive(self._channel, until, shapes)
+            self._wait(self._channel, until)
+            answer, results = receive(self._channel, until + _LATE, shapes)
             status, message = str(answer["status"]), str(answer["message"])
             notes = list(map(str, answer["notes"]))
         except TimeoutError:
@@ -164,6 +172,26 @@ class ChildProcess:
         if status:
             raise ContractError(message)
         return notes, results
+
+    def _wait(self, channel: socket.socket, until: float) -> None:
+        """Wait for an answer; when its time is up, until the child has written its stack.
+
+        Raises
+        ------
+        TimeoutError
+        """
+        dump = self._dump.fileno()  # shared with the child, and so is its position
+        while True:
+            now = time.monotonic()
+            channel.settimeout(min(max(until - now, _POLL), LONGEST))
+            with suppress(TimeoutError):
+                with suppress(ConnectionError):  # which `receive` reports
+                    channel.recv(1, socket.MSG_PEEK)
+                return
+            size = os.fstat(dump).st_size
+            last = os.pread(dump, len(_OUTERMOST), max(size - len(_OUTERMOST), 0))
+            if now >= until and (last == _OUTERMOST or now >= until + _LATE):
+                raise TimeoutError
 
     def _death(self) -> str:
         """Reap a process that has ended, and describe its end."""

@@ -11,7 +11,6 @@ It ends with the check's process, however that ends, and takes the children with
 """
 
 import atexit
-import ctypes
 import json
 import os
 import signal
@@ -24,6 +23,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+
+from lvxattn.common.processes import end_with_parent
 
 _REQUEST = 32  # bytes of a request and of an answer
 _PROGRAM = (
@@ -47,7 +48,7 @@ class ForkServer:
         given = {"path": sys.path, "preload": preload, "control": theirs.fileno()}
         flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         self._process = subprocess.Popen(
-            [sys.executable, *flags, "-c", _PROGRAM, json.dumps(given)],
+            [sys.executable, *flags, "-P", "-c", _PROGRAM, json.dumps(given)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
@@ -57,8 +58,9 @@ class ForkServer:
         atexit.register(self.close)
 
     def alive(self) -> bool:
-        """Whether this process has started the server, and it has not ended."""
-        return os.getpid() == self._owner and self._process.poll() is None
+        """Whether this process has started the server, and it still answers."""
+        ours, closed = os.getpid() == self._owner, self._control.fileno() < 0
+        return ours and not closed and self._process.poll() is None
 
     def fork(self, channel: socket.socket, dump: int) -> int:
         """Fork a child, and return its process id.
@@ -109,8 +111,12 @@ class ForkServer:
 
     def _ask(self, request: str, fds: list[int] | None = None) -> str:
         with self._lock:
-            socket.send_fds(self._control, [request.encode().ljust(_REQUEST)], fds or [])
-            answer = self._control.recv(_REQUEST, socket.MSG_WAITALL)
+            try:
+                socket.send_fds(self._control, [request.encode().ljust(_REQUEST)], fds or [])
+                answer = self._control.recv(_REQUEST, socket.MSG_WAITALL)
+            except BaseException:  # Ctrl-C: the answer would be taken for the next request's
+                self._control.close()
+                raise
         if not answer:
             raise ConnectionError("the server has ended")
         return answer.decode().strip()
@@ -170,8 +176,11 @@ def main(given: dict[str, str]) -> None:
 def _serve(control: socket.socket) -> tuple[socket.socket, int] | None:
     """Answer requests; return None in the end, and in a child its channel and file for stacks."""
     children: set[int] = set()
+    server = os.getpid()
     while True:
-        request, fds, *_ = socket.recv_fds(control, _REQUEST, 4, socket.MSG_WAITALL)
+        request, fds = b"", list[int]()
+        with suppress(ConnectionError):  # closed before an answer was read
+            request, fds, *_ = socket.recv_fds(control, _REQUEST, 4, socket.MSG_WAITALL)
         word, *rest = request.decode().split() or ["close"]
         if word == "close":
             for pid in children:
@@ -184,7 +193,7 @@ def _serve(control: socket.socket) -> tuple[socket.socket, int] | None:
                 pid = os.fork()
             if pid == 0:
                 control.close()
-                return _prepared(*fds)
+                return _prepared(server, *fds)
             for fd in fds:
                 os.close(fd)
             with suppress(OSError):  # the child does it, too: one of both is first
@@ -195,14 +204,16 @@ def _serve(control: socket.socket) -> tuple[socket.socket, int] | None:
             pid = int(rest[0])
             children.remove(pid)
             answer = _ended(pid, float(rest[1]))
-        control.sendall(answer.encode().ljust(_REQUEST))
+        with suppress(ConnectionError):
+            control.sendall(answer.encode().ljust(_REQUEST))
 
 
-def _prepared(channel: int, dump: int, out: int, err: int) -> tuple[socket.socket, int]:
+def _prepared(
+    server: int, channel: int, dump: int, out: int, err: int
+) -> tuple[socket.socket, int]:
     """Give a child its output, and a process group of its own."""
     os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server
+    end_with_parent(server)
     for fd, number in ((out, 1), (err, 2)):
         os.dup2(fd, number)
         os.close(fd)

@@ -78,7 +78,7 @@ def receive(
     try:
         header = json.loads(text)
         named = {name: tuple(shape) for name, shape in header.pop("arrays").items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MessageError(f"expected a header, got {bytes(text[:40])!r}") from error
     known = shapes or {}
     for name, shape in named.items():

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from lvxattn.check.callers.kernel import Kernel
 from lvxattn.check.case_arrays import Problem
 from lvxattn.check.shards import Cut
+from lvxattn.check.surroundings import restore
 from lvxattn.check.time_limit import LONGEST, TimeLimit
 
 Array = npt.NDArray[Any]
@@ -60,9 +61,10 @@ class ThisProcess:
             return self._run(partial(self._kernel.call, problem, notes, cut))
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and restore what an abandoned call has changed."""
         self._timer.close()
         self._kernel.close()
+        restore()
         self._show("")
 
 
