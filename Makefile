@@ -54,7 +54,7 @@ demo: check-mpiexec $(STAMP) ## Search a long video on 4 MPI ranks (RANKS=8, ARG
 	@if [ -t 1 ]; then export LVXATTN_PROGRESS=line; fi; \
 	exec $(MPIEXEC) -n $(RANKS) $(VENV_PYTHON) -m mpi4py -m lvxattn.mpi_impl demo $(ARGS)
 
-train: $(STAMP) ## Train a small PyTorch model on 4 ranks to find digits in long clips, 1 to 3 minutes (ARGS="--model llama3v", longer)
+train: $(STAMP) ## Train a small PyTorch model on 4 ranks to find digits in long clips, 1 to 3 minutes (ARGS="--model llama3v", 7 minutes)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV_PYTHON) -m torch.distributed.run --standalone \
 	  --nproc-per-node $(RANKS) -m lvxattn.torch_impl train $(ARGS)
 
