@@ -7,6 +7,7 @@ a call crashes, or takes longer than the clock allows.
 
 import faulthandler
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -25,6 +26,7 @@ from lvxattn.check.time_limit import LONGEST, TimeLimit
 Array = npt.NDArray[Any]
 
 _LATE = 2.0  # seconds after the time limit, in which Python interrupts a call
+_SEND = 0.02  # seconds in which ZeroMQ's thread sends a line; nothing tells when it has
 
 
 class ThisProcess:
@@ -96,8 +98,9 @@ def _line() -> Callable[[str], None]:
 
         def update(text: str) -> None:
             handle.update({"text/plain": text}, raw=True)
-            for stream in (sys.stdout, sys.stderr):  # which waits until it is sent
+            for stream in (sys.stdout, sys.stderr):  # waits until ZeroMQ has it
                 stream.flush()
+            time.sleep(_SEND)
 
         return update
     width = 0
