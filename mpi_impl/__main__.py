@@ -81,7 +81,7 @@ def _check_environment(command: str, comm: MPI.Intracomm) -> None:
     wrong = mismatch(os.environ, MPI.COMM_WORLD.size)
     if wrong and command != "doctor":
         raise UsageError(f"lvxattn: error: {wrong}")
-    errors = [error for error in comm.allgather(_bad_variable(comm)) if error is not None]
+    errors = [error for error in MPIRanks(comm).allgather(_bad_variable(comm)) if error is not None]
     if errors:
         raise UsageError(f"lvxattn: error: {errors[0]}")
 

@@ -14,7 +14,7 @@ from lvxattn.reference import Layout, run_ranks
 from tests.commands import commands
 from tests.launch import PROGRAMS, mpiexec
 
-GB = 1e9
+GB = 10**9
 HOST = "MemTotal: 32000 kB\nMemFree: 10 kB\nMemAvailable: 20000 kB\nSwapFree: 900 kB\n"
 BELOW = {  # 1,000 in use of 5,000, 300 of it pages of files and the like
     2: {
@@ -43,7 +43,7 @@ def system(root: Path, files: dict[str, dict[str, str]], cgroup: str = "3:cpuset
 
 
 def test_free_memory_of_a_host_without_limits(tmp_path: Path) -> None:
-    assert free_memory(system(tmp_path, {})) == 20000 * 1024
+    assert free_memory(system(tmp_path, {})) == {"": 20000 * 1024}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,9 @@ def test_free_memory_of_a_host_without_limits(tmp_path: Path) -> None:
 )
 def test_limit_of_a_cgroup_counts(tmp_path: Path, version: int, line: str, folder: str) -> None:
     root = system(tmp_path, {folder: BELOW[version]}, f"3:cpuset:/elsewhere\n{line}")
-    assert free_memory(root) == 4300
+    free = free_memory(root)
+    assert free is not None
+    assert sorted(free.values()) == [4300, 20000 * 1024]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -66,7 +68,9 @@ def test_cgroup_without_a_limit_is_passed_by(tmp_path: Path, version: int) -> No
     base = {1: "sys/fs/cgroup/memory", 2: "sys/fs/cgroup"}[version]
     full = NO_LIMIT[version] | {"memory.current": "1000", "memory.usage_in_bytes": "1000"}
     root = system(tmp_path, {base: full}, {1: "4:memory:/", 2: "0::/"}[version])
-    assert free_memory(root) == 20000 * 1024
+    free = free_memory(root)
+    assert free is not None
+    assert min(free.values()) == 20000 * 1024
 
 
 def test_system_that_does_not_say_refuses_nothing(tmp_path: Path) -> None:
@@ -78,12 +82,17 @@ def test_system_that_does_not_say_refuses_nothing(tmp_path: Path) -> None:
 def test_free_memory_of_this_host_is_below_all() -> None:
     free, pages = free_memory(), os.sysconf("SC_PHYS_PAGES")
     assert free is not None
-    assert 0 < free < pages * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < min(free.values()) < pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def host_rooms(*sizes: float) -> list[dict[str, int]]:
+    """Return what is free on hosts without cgroups, given in GB."""
+    return [{"": int(size * GB)} for size in sizes]
 
 
 def test_ranks_of_one_host_share_its_memory() -> None:
     hosts, needs = ["a", "b", "a"], [2.0 * GB, 3.0 * GB, 1.5 * GB]
-    assert judge(hosts, needs, [4.0 * GB, 9.0 * GB, 3.6 * GB], "") == (
+    assert judge(hosts, needs, host_rooms(4.0, 9.0, 3.6), "") == (
         "3.0 GB a rank; 3.6 GB is free for 2 ranks on a"
     )
     with pytest.raises(
@@ -91,14 +100,26 @@ def test_ranks_of_one_host_share_its_memory() -> None:
         match=r"^memory: expected at most 3\.4 GB, which is free, for 2 ranks on a, got 3\.5 GB, "
         r"of which rank 0 needs 2\.0 GB; use more hosts, or set LVXATTN_IGNORE_MEMORY=1$",
     ):
-        judge(hosts, needs, [4.0 * GB, 9.0 * GB, 3.4 * GB], "use more hosts")
+        judge(hosts, needs, host_rooms(4.0, 9.0, 3.4), "use more hosts")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ranks_of_one_cgroup_share_its_limit(shared: bool) -> None:
+    # Two containers of one host, with a limit each or together.
+    rooms = [{"": 9 * GB, "cgroup 1": 2 * GB}, {"": 9 * GB, f"cgroup {2 - shared}": 2 * GB}]
+    if not shared:
+        line = judge(["a", "a"], [int(1.5 * GB), GB], rooms, "")
+        assert line == "1.5 GB a rank; 2.0 GB is free for 1 rank on a"
+        return
+    with pytest.raises(MemoryError, match=r"at most 2\.0 GB, .* for 2 ranks on a, got 2\.5 GB"):
+        judge(["a", "a"], [int(1.5 * GB), GB], rooms, "")
 
 
 def test_check_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(IGNORE, "1")
     assert free_memory(system(tmp_path, {})) is None
     # By one rank for all of its host: the others must not raise alone.
-    assert judge(["a", "a"], [2 * GB, 2 * GB], [1 * GB, None], "") == "2.0 GB a rank"
+    assert judge(["a", "a"], [2 * GB, 2 * GB], [{"": GB}, None], "") == "2.0 GB a rank"
 
 
 @pytest.mark.skipif(free_memory() is None, reason="the system does not say what is free")
@@ -115,7 +136,7 @@ def test_all_ranks_raise_together() -> None:
 
 @pytest.mark.parametrize("size", ["large", "small"])
 def test_layout_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    monkeypatch.setattr(handshake, "free_memory", lambda: 1000)
+    monkeypatch.setattr(handshake, "free_memory", lambda: {"": 1000})
 
     def agree(comm: object) -> object:
         rows = handshake.LARGE // 64 if size == "large" else 8

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_stopped_rank_ends_the_run_and_waits_are_named(
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline, f"still there: {[p for p in pids if not gone(p)]}"
         time.sleep(0.05)
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_stopped_rank_ends_the_demo(tmp_path: Path) -> None:
+    program, picture = PROGRAMS / "stop_demo.py", tmp_path / "demo.png"
+    ended = mpiexec(3, program, picture, env={"LVXATTN_TIMEOUT": "3"})
+    assert not ended.timed_out
+    assert ended.status != 0
+    for rank in (0, 2):
+        said = f"rank {rank} of 3 has waited 3 s for all ranks' objects to be gathered; it is at"
+        assert said in ended.err
+    assert re.search(r"^rank 1 of the world \(process \d+\) is stopped$", ended.err, re.M)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wait_names_kind_owner_hop_and_neighbour() -> None:

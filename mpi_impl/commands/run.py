@@ -125,6 +125,17 @@ class MPIRanks:
         with watching(self.comm, "all ranks' objects to be gathered"):
             return self.comm.allgather(sendobj)
 
+    def bcast(self, obj: T) -> T:
+        """Return rank 0's object.  Collective: every rank calls this."""
+        with watching(self.comm, "rank 0's object"):
+            shared: T = self.comm.bcast(obj)
+            return shared
+
+    def gather(self, sendobj: T) -> list[T] | None:
+        """Return the objects of all ranks on rank 0.  Collective: every rank calls this."""
+        with watching(self.comm, "all ranks' objects to be gathered"):
+            return self.comm.gather(sendobj)
+
     def limit_threads(self) -> int:
         """Divide each host's cores among its ranks.  Collective: every rank calls this."""
         with watching(self.comm, "all ranks to count their threads"):

@@ -22,8 +22,9 @@ are therefore known, so that answers can be checked::
 from dataclasses import dataclass, fields
 
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
+
+from lvxattn.common.validation import Communicator
 
 PATCH = 16
 """Side of a patch, in pixels."""
@@ -120,7 +121,7 @@ def choose_queries(
     frames: NDArray[np.uint8],
     first: int,
     wanted: int,
-    comm: MPI.Intracomm,
+    comm: Communicator,
     rng: np.random.Generator,
 ) -> tuple[Patches, NDArray[np.uint8]]:
     """Choose this rank's queries. Collective: every rank of comm calls this.
@@ -133,7 +134,7 @@ def choose_queries(
         Number of the first of them.
     wanted : int
         Number of queries of all ranks together.
-    comm : mpi4py.MPI.Intracomm
+    comm : Communicator
     rng : numpy.random.Generator
         This rank's.
 

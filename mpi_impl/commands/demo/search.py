@@ -43,7 +43,7 @@ from lvxattn.mpi_impl.commands.demo.search_report import (
     print_result,
 )
 from lvxattn.mpi_impl.commands.demo.sources import Source, open_source
-from lvxattn.mpi_impl.transport.device import limit_blas_threads
+from lvxattn.mpi_impl.commands.run import MPIRanks
 from lvxattn.reference import full_attention
 
 SCALE = 1000.0
@@ -73,7 +73,7 @@ def search_video(options: Namespace, comm: MPI.Intracomm) -> bool:
     InputError
         There is nothing to search, or it cannot be read; the same on all ranks.
     """
-    limit_blas_threads(comm)
+    MPIRanks(comm).limit_threads()
     progress = Progress(comm)
     try:
         return _search(options, comm, progress)
@@ -82,14 +82,17 @@ def search_video(options: Namespace, comm: MPI.Intracomm) -> bool:
 
 
 def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool:
+    # Limits the time of all waits but those for what a rank reads or draws.
+    ranks = MPIRanks(comm)
+
     # 1. rank 0 opens the source; every rank reads its own frames
     progress.start("opening the source")
     opened = _together(lambda: _open(options) if comm.rank == 0 else None, comm)
-    source = cast(Source, comm.bcast(opened))
+    source = cast(Source, ranks.bcast(opened))
     held_here = share(source.frames, comm.rank, comm.size)
     first, last = held_here.start, held_here.stop
     need = _least_nbytes(source, last - first, comm.rank)
-    memory = check_room(need, comm, "give fewer --frames, or use more hosts")
+    memory = check_room(need, ranks, "give fewer --frames, or use more hosts")
     if comm.rank == 0:
         progress.clear()
         print(f"memory: at least {memory}", flush=True)
@@ -105,9 +108,9 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
 
     # 2. every rank searches for patches of other ranks
     rng = np.random.default_rng([options.seed, comm.rank])
-    truth, seen = choose_queries(frames, first, options.queries, comm, rng)
+    truth, seen = choose_queries(frames, first, options.queries, ranks, rng)
     q = _describe_patches(seen)
-    layout = Layout.agree(q, k, v, comm, scale=SCALE)
+    layout = Layout.agree(q, k, v, ranks, scale=SCALE)
     if layout.S_Q == 0:
         raise InputError(
             f"the source: expected patches with some texture to search for; {source.title}: "
@@ -129,7 +132,8 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
 
     # 4. rank 0 checks and reports what all ranks found
     progress.start("checking against the reference")
-    gathered, costs, keys, values = (comm.gather(x) for x in (mine, cost, k, v))
+    gathered, costs = ranks.gather(mine), ranks.gather(cost)
+    keys, values = ranks.gather(k), ranks.gather(v)
     passed, verdicts, examples, wanted = True, [""], [0], [0]
     if gathered and costs and keys and values:
         answers = Answers.join(gathered)
@@ -144,8 +148,8 @@ def _search(options: Namespace, comm: MPI.Intracomm, progress: Progress) -> bool
 
     # 5. the ranks that hold the frames to be drawn send them to rank 0
     progress.start("drawing")
-    passed, wanted = cast(tuple[bool, list[int]], comm.bcast((passed, wanted)))
-    held = comm.gather({n: frames[n - first] for n in wanted if first <= n < last})
+    passed, wanted = ranks.bcast((passed, wanted))
+    held = ranks.gather({n: frames[n - first] for n in wanted if first <= n < last})
     error = None
     if held:
         # Here, on rank 0 alone, as matplotlib takes long to import.

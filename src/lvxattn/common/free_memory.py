@@ -5,13 +5,16 @@ Without it, a rank that allocates too much is ended by the system, without a wor
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvxattn.common.validation import Communicator
 
 IGNORE = "LVXATTN_IGNORE_MEMORY"
 """Environment variable: if it is set on any rank of a host, nothing is refused there."""
+
+Room = Mapping[str, int]
+"""Bytes that a process can still take below each limit on it; a limit's name is its cgroup's."""
 
 
 def check_memory(need: float, comm: Communicator, change: str) -> str:
@@ -44,35 +47,37 @@ def check_memory(need: float, comm: Communicator, change: str) -> str:
 
 
 def judge(
-    hosts: Sequence[str], needs: Sequence[float], free: Sequence[float | None], change: str
+    hosts: Sequence[str], needs: Sequence[float], free: Sequence[Room | None], change: str
 ) -> str:
     """Return, or raise, what `check_memory` does, given the figures of all ranks.  Not collective.
 
-    Ranks of one host share its memory; the least that one of them sees free counts.
+    Ranks of one host share its memory, and those of one cgroup what is left below its limit; the
+    least that one of them sees counts.
     """
     tightest, line = 0.0, f"{gigabytes(max(needs))} a rank"
-    for host in dict.fromkeys(hosts):
-        ranks = [rank for rank, other in enumerate(hosts) if other == host]
-        known = [room for rank in ranks if (room := free[rank]) is not None]
-        if len(known) < len(ranks):  # the system does not say, or nobody is to ask
-            continue
-        room, needed = max(1.0, min(known)), sum(needs[rank] for rank in ranks)
+    silent = {host for host, room in zip(hosts, free, strict=True) if room is None}
+    shared: dict[tuple[str, str], dict[int, int]] = {}  # by host and limit: rank to bytes
+    for rank, (host, room) in enumerate(zip(hosts, free, strict=True)):
+        for limit, left in () if host in silent or room is None else room.items():
+            shared.setdefault((host, limit), {})[rank] = left
+    for (host, _), ranks in shared.items():
+        available, needed = max(1, min(ranks.values())), sum(needs[rank] for rank in ranks)
         those = f"{len(ranks)} rank{'s' * (len(ranks) > 1)} on {host:.24}"
-        if needed > room:
+        if needed > available:
             most = max(ranks, key=lambda rank: needs[rank])
             raise MemoryError(
-                f"memory: expected at most {gigabytes(room)}, which is free, for {those}, got "
+                f"memory: expected at most {gigabytes(available)}, which is free, for {those}, got "
                 f"{gigabytes(needed)}, of which rank {most} needs {gigabytes(needs[most])}; "
                 f"{change}, or set {IGNORE}=1"
             )
-        if needed / room >= tightest:
-            tightest = needed / room
-            line = f"{gigabytes(max(needs))} a rank; {gigabytes(room)} is free for {those}"
+        if needed / available >= tightest:
+            tightest = needed / available
+            line = f"{gigabytes(max(needs))} a rank; {gigabytes(available)} is free for {those}"
     return line
 
 
-def free_memory(root: Path = Path("/")) -> int | None:
-    """Return how many bytes this process can still take, of its host and of its cgroups' limits.
+def free_memory(root: Path = Path("/")) -> Room | None:
+    """Return how many bytes this process can still take, of its host (``""``) and of each cgroup.
 
     Swap does not count.  None where the system does not say (Linux does), or nobody is to ask.
 
@@ -84,12 +89,15 @@ def free_memory(root: Path = Path("/")) -> int | None:
     host = _table(root / "proc/meminfo")
     if "MemAvailable" not in host or os.environ.get(IGNORE):
         return None
-    return max(0, min([1024 * host["MemAvailable"], *_left_in_cgroups(root)]))
+    return {"": 1024 * host["MemAvailable"], **_left_in_cgroups(root)}
 
 
-def _left_in_cgroups(root: Path) -> list[int]:
-    """Return what is left below each limit on this process: of its cgroups and those above."""
-    found = []
+def _left_in_cgroups(root: Path) -> dict[str, int]:
+    """Return what is left below each limit on this process: of its cgroups and those above.
+
+    Their names are the same in all containers of a host.
+    """
+    found = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, kinds, path = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
@@ -109,7 +117,8 @@ def _left_in_cgroups(root: Path) -> list[int]:
             # Pages of files are given up when memory is needed.
             stat = _table(place / "memory.stat")
             names = f"{total}inactive_file", f"{total}active_file", "slab_reclaimable"
-            found.append(int(most[0]) - int(now[0]) + sum(stat.get(name, 0) for name in names))
+            left = int(most[0]) - int(now[0]) + sum(stat.get(name, 0) for name in names)
+            found["cgroup {0.st_dev}:{0.st_ino}".format(place.stat())] = max(0, left)
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isclose, prod, sqrt
 from typing import Any
 
-from lvxattn.common.free_memory import free_memory
+from lvxattn.common.free_memory import Room, free_memory
 from lvxattn.common.masks import MaskView
 from lvxattn.common.validation import (
     Communicator,
@@ -85,7 +85,7 @@ class Record:
     call: str
     machine: Any
     clock: int
-    free: int | None
+    free: Room | None
 
 
 def agree_on(
@@ -168,8 +168,8 @@ def agree_on(
     return records
 
 
-def _free(q: Array, k: Array, v: Array) -> int | None:
-    """Return the bytes that are free on this host; None for a call that hardly needs any."""
+def _free(q: Array, k: Array, v: Array) -> Room | None:
+    """Return `free_memory`; None for a call that hardly needs any."""
     # A device raises an error of its own; and to ask takes as long as a small call.
     large = sum(prod(x.shape) for x in (q, k, v)) >= LARGE
     return free_memory() if large and device_kind(q) == "cpu" else None
