@@ -44,6 +44,19 @@ def is_killed(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
     return right(q, k, v, scale=scale, mask=mask)
 
 
+def stops_its_parent(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+    if k.shape[2] == HOSTILE:
+        os.kill(os.getppid(), signal.SIGSTOP)
+    return right(q, k, v, scale=scale, mask=mask)
+
+
+def leaves_a_daemon(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(600)
+    return right(q, k, v, scale=scale, mask=mask)
+
+
 def keeps_the_lock(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
     if k.shape[2] == HOSTILE:
         ctypes.PyDLL(None).pause()  # unlike CDLL, it does not release Python's lock

@@ -20,6 +20,7 @@ import pytest
 
 from lvxattn.check import Case, case_of, check, check_distributed, time_limit
 from lvxattn.check.call_kernel import ContractError, LastResults, call_kernel
+from lvxattn.check.callers import fork_server
 from lvxattn.check.callers.fork_server import ForkServer
 from lvxattn.check.callers.messages import MessageError, receive, send
 from lvxattn.check.case_arrays import draw
@@ -70,6 +71,25 @@ def test_hanging_process_is_ended_and_other_cases_run(fn: Any) -> None:
     assert statuses(report) == ["ok", "error", "ok"]
     assert report.rows[1].message.startswith(f"did not come back within 3 s ({FILE}:")
     assert report.notes == ("forward only: NumPy has no autograd, and the function no backward",)
+
+
+@pytest.mark.slow
+def test_stopped_server_is_ended_and_replaced() -> None:
+    report = checked(hostile.stops_its_parent, THREE, time_limit=3)
+    assert statuses(report) == ["ok"] * 3
+    server = fork_server._SERVERS[""]
+    assert server._process.wait(10) == -signal.SIGKILL
+    assert statuses(checked(right, THREE)) == ["ok"] * 3
+
+
+def test_daemons_of_a_function_end_with_it() -> None:
+    ended = launch([*PYTHON, "import sys; from tests import hostile_kernels as hostile\n"
+                    "from tests.oracle import TWO, checked\n"
+                    "print([row.status for row in checked(hostile.leaves_a_daemon, TWO).rows])"],
+                   timeout=120)  # fmt: skip
+    assert ended.out == "['ok', 'ok']\n", ended.err
+    assert not ended.timed_out  # a daemon has its stdout
+    assert (ended.status, ended.left) == (0, ())
 
 
 @pytest.mark.parametrize("here", [False, True], ids=["own process", "this process"])

@@ -4,6 +4,7 @@ import ast
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -20,7 +21,7 @@ from lvxattn.torch_impl.commands.train import checkpoint, run_training
 from lvxattn.torch_impl.commands.train import run_folder as module
 from lvxattn.torch_impl.commands.train.options import Settings
 from lvxattn.torch_impl.commands.train.run_folder import run_folder
-from lvxattn.torch_impl.commands.train.training_report import Curve
+from lvxattn.torch_impl.commands.train.training_report import Curve, Row
 from lvxattn.torch_impl.group import Group
 from tests.launch import PROGRAMS, ROOT
 from tests.test_train import options
@@ -39,6 +40,11 @@ def begun() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
+def rows(steps: int) -> list[Row]:
+    """Return the rows of a curve."""
+    return [[n, 2, 1.5, 0.5, None, 0.25] for n in range(1, steps + 1)]
+
+
 def taken(folder: Path, steps: int) -> list[torch.Tensor]:
     """Write a checkpoint after some steps; return the weights."""
     model, optimizer = begun()
@@ -46,8 +52,7 @@ def taken(folder: Path, steps: int) -> list[torch.Tensor]:
         optimizer.zero_grad()
         (model(torch.ones(2)).sum() - 1).square().backward()
         optimizer.step()
-    rows = [[n, 2, 1.5, 0.5, None, 0.25] for n in range(1, steps + 1)]
-    checkpoint.save(folder, model, optimizer, Curve(rows), SETTINGS, ALONE)
+    checkpoint.save(folder, model, optimizer, Curve(rows(steps)), SETTINGS, ALONE)
     return [x.detach() for x in model.parameters()]
 
 
@@ -119,7 +124,7 @@ class TestFiles:
         (model(torch.ones(2)).sum() * 0 + model.weight.sum()).backward()
         model.bias.grad = None
         optimizer.step()
-        checkpoint.save(tmp_path, model, optimizer, Curve(), SETTINGS, ALONE)
+        checkpoint.save(tmp_path, model, optimizer, Curve(rows(1)), SETTINGS, ALONE)
         _, weights, state = resumed(tmp_path)
         assert weights[0].all()
         assert len(state.state) == 1
@@ -202,6 +207,9 @@ class TestPlanted:
             ("settings", {"frames": "4\n5"}), ("curve", None), ("curve", {}), ("curve", "ab"),
             ("curve", [1]), ("curve", [[1, 2, 3]]), ("curve", [["1", 2, 1.5, 0.5, None, 0.25]]),
             ("curve", [[1, 2, None, 0.5, None, 0.25]]), ("curve", [[1 << 60, 2, 1.5, 0, 0, 0]]),
+            ("curve", [[1, 2, 1.5, math.nan, None, 0.25], [2, 2, 1.5, 0.5, None, 0.25]]),
+            ("curve", [[2, 2, 1.5, 0.5, None, 0.25], [3, 2, 1.5, 0.5, None, 0.25]]),
+            ("curve", []), ("optimizer_steps", {"weight": 3, "bias": 3}),
             ("optimizer_steps", None), ("optimizer_steps", []), ("optimizer_steps", {"weight": 2}),
             ("optimizer_steps", {"weight": 2, "bias": "2"}), ("optimizer_steps", {"other": 2}),
             ("optimizer_steps", {"weight": 2, "bias": -1}),
@@ -214,6 +222,23 @@ class TestPlanted:
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
         seal(folder / "checkpoint")
         refused(folder)
+
+    def test_loss_may_have_diverged(self, folder: Path) -> None:
+        file = folder / "checkpoint" / MANIFEST
+        text = json.loads(file.read_text())
+        text["curve"][1][2] = math.nan
+        file.write_text(json.dumps(text))
+        seal(folder / "checkpoint")
+        assert len(resumed(folder)[0]) == 2
+
+    def test_endless_sums_are_one_line(self, folder: Path) -> None:
+        os.truncate(folder / "checkpoint" / SUMS, 1 << 40)  # it takes no room on the disk
+        assert "more than 134217728 bytes" in refused(folder)
+
+    def test_tensor_in_two_files_is_refused(self, folder: Path) -> None:
+        shutil.copy(folder / "checkpoint" / PART, folder / "checkpoint" / "part-1.safetensors")
+        seal(folder / "checkpoint")
+        assert "a tensor is in two files" in refused(folder)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "9" * 5000, "\udcff"])
     def test_manifest_that_is_none_is_one_line(self, text: str, folder: Path) -> None:
@@ -300,13 +325,13 @@ def changed(content: bytes, rng: random.Random) -> bytes:
 class TestFolder:
     def test_second_training_is_refused(self, folder: Path, capsys: Any, monkeypatch: Any) -> None:
         monkeypatch.setattr(checkpoint, "load", None)
-        with run_folder(folder, ALONE):
+        with run_folder(folder, ALONE, resume=True):
             assert run_training(options(folder, "--resume")) == 2
         assert capsys.readouterr().err == (
             f"lvxattn train: error: --output: cannot write {folder}: another training is in there, "
             f"process {os.getpid()} on {os.uname().nodename} (on rank 0 of 1)\n"
         )
-        with run_folder(folder, ALONE):  # the first has ended
+        with run_folder(folder, ALONE, resume=True):  # the first has ended
             pass
 
     def test_file_system_without_locks_is_warned_of(
@@ -317,23 +342,32 @@ class TestFolder:
 
         monkeypatch.setattr(module.fcntl, "flock", refuse)
         for error in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            with run_folder(tmp_path, ALONE):
+            with run_folder(tmp_path, ALONE, resume=False):
                 assert capsys.readouterr().err == (
                     f"lvxattn train: warning: --output: {tmp_path} cannot be locked "
                     f"({os.strerror(error)}): start no other training in it\n"
                 )
         error = errno.EIO
-        with pytest.raises(InputError, match="it cannot be locked"), run_folder(tmp_path, ALONE):
+        with (
+            pytest.raises(InputError, match="it cannot be locked"),
+            run_folder(tmp_path, ALONE, resume=False),
+        ):
             pass
 
     def test_lock_ends_with_an_error(self, tmp_path: Path) -> None:
         for _ in range(2):
-            with pytest.raises(KeyError), run_folder(tmp_path / "run", ALONE):
+            with pytest.raises(KeyError), run_folder(tmp_path / "run", ALONE, resume=False):
                 raise KeyError
 
     @pytest.mark.parametrize(
         ("name", "what"),
-        [("lock", "link"), ("lock", "FIFO"), ("lock", "folder"), ("curve.csv", "FIFO")],
+        [
+            ("lock", "link"),
+            ("lock", "FIFO"),
+            ("lock", "folder"),
+            ("lock", "text"),
+            ("curve.csv", "FIFO"),
+        ],
     )
     def test_planted_file_is_refused(self, name: str, what: str, tmp_path: Path) -> None:
         other, path = tmp_path / "other", tmp_path / "run" / name
@@ -343,18 +377,45 @@ class TestFolder:
             path.symlink_to(other)
         elif what == "FIFO":
             os.mkfifo(path)
+        elif what == "text":
+            path.write_text("mine")
         else:
             path.mkdir()
-        with pytest.raises(InputError), run_folder(path.parent, ALONE):
+        with (
+            pytest.raises(InputError, match="run: lock: " if name == "lock" else "FIFO"),
+            run_folder(path.parent, ALONE, resume=False),
+        ):
             pass
         assert other.read_text() == "not yours"
+        assert what != "text" or path.read_text() == "mine"
+
+    @pytest.mark.parametrize("name", ["checkpoint", "checkpoint.old"])
+    def test_training_is_not_begun_over_another(self, name: str, folder: Path, capsys: Any) -> None:
+        for other in {"checkpoint", "checkpoint.old"} - {name}:
+            shutil.rmtree(folder / other)
+        assert run_training(options(folder)) == 2
+        assert capsys.readouterr().err == (
+            f"lvxattn train: error: --output: {folder} holds a training: continue it with "
+            "--resume, or give another folder (on rank 0 of 1)\n"
+        )
+        assert len(resumed(folder)[0]) in (1, 2)
+
+    def test_checkpoint_may_be_a_link(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "checkpoint").rename(tmp_path / "elsewhere")
+        (folder / "checkpoint").symlink_to(tmp_path / "elsewhere")
+        for steps in (3, 4, 5):
+            taken(folder, steps)
+            assert len(resumed(folder)[0]) == steps
+        assert (tmp_path / "elsewhere" / PART).exists()
 
     def test_leftovers_are_removed(self, folder: Path) -> None:
-        left = folder / "checkpoint.new-0123"
+        left, other = folder / "checkpoint.new-0123456789abcdef", folder / "checkpoint.newest"
         left.mkdir()
+        other.mkdir()
         (left / PART).write_bytes(b"cut sh")
-        with run_folder(folder, ALONE):
+        with run_folder(folder, ALONE, resume=True):
             assert not left.exists()
+        assert other.exists()
 
     @pytest.mark.slow
     def test_kill_at_any_moment(self, tmp_path: Path) -> None:

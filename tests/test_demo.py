@@ -331,6 +331,12 @@ def huge_image(folder: Path) -> list[str]:
     return ["--images", str(folder / "images")]
 
 
+def output_that_is_searched(folder: Path) -> list[str]:
+    images = write_images(folder / "images", [(320, 240)] * 4)
+    (folder / "demo.png").symlink_to(images / "003.png")
+    return ["--images", str(images)]
+
+
 def flat_images(folder: Path) -> list[str]:
     (folder / "images").mkdir()
     Image.new("RGB", (320, 240), "grey").save(folder / "images" / "grey.png")
@@ -354,6 +360,7 @@ BAD = {
     no_images: r"--images: expected a folder with images \(.*\); .*images \(on rank 0 of 2\)",
     damaged_image: r"--images: expected images .*003.png gives: .* \(on rank 1 of 2\)",
     huge_image: r"--images: expected pictures of at most 89,478,485 pixels; those of .*huge.png",
+    output_that_is_searched: r"--output: expected another file than those searched, got .*demo.png",
     flat_images: r"expected patches with some texture .* 1 frame.* flat \(on all ranks\)",
     zero_frames: r"argument --frames: .*'0' \(on all ranks\)",
     negative_queries: r"--queries: .*'-3' \(on all ranks\)",
@@ -385,7 +392,11 @@ def test_bad_input_prints_one_line_and_exits_2(make, told) -> None:
     said, picture = told[make]
     assert said.status == 2, said
     assert re.fullmatch(f"lvxattn demo: error: .*{BAD[make]}.*\n", said.err)
-    assert not picture.exists()
+    if make is output_that_is_searched:
+        with Image.open(picture) as image:
+            assert image.size == (320, 240)
+    else:
+        assert not picture.exists()
 
 
 @pytest.mark.mpi

@@ -27,10 +27,11 @@ from lvxattn.torch_impl.commands.train.data import (
     load_images,
     make_clips,
 )
+from lvxattn.torch_impl.commands.train.draw import draw_curve
 from lvxattn.torch_impl.commands.train.model import find_needles
 from lvxattn.torch_impl.commands.train.options import GROW, Curriculum, InputError, Settings
 from lvxattn.torch_impl.commands.train.training import Run, make_model
-from lvxattn.torch_impl.commands.train.training_report import Reporter
+from lvxattn.torch_impl.commands.train.training_report import Curve, Reporter
 from lvxattn.torch_impl.commands.train.training_report import Test as Answers
 from lvxattn.torch_impl.group import Group
 from tests.errors import says
@@ -282,15 +283,12 @@ class TestCheckpoint:
             weights.append([*run.model.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
-    def test_new_run_ignores_old_checkpoint(self, half_way, straight, tmp_path):
-        folder = shutil.copytree(half_way, tmp_path / "run")
-        assert run_training(options(folder)) == 0
-        assert losses(folder) == losses(straight)
-
     @pytest.mark.parametrize("moment", ["while writing", "between the renames"])
     def test_checkpoint_survives_kill(self, moment, half_way, straight, tmp_path):
         folder = shutil.copytree(half_way, tmp_path / "run")
-        last, new, old = (folder / f"checkpoint{end}" for end in ("", ".new-0123", ".old"))
+        last, new, old = (
+            folder / f"checkpoint{end}" for end in ("", ".new-0123456789abcdef", ".old")
+        )
         if moment == "while writing":
             new.mkdir()
             (new / "part-0.safetensors").write_bytes(b"cut sh")
@@ -446,7 +444,7 @@ class TestCommand:
     def test_missed_target_fails_only_if_given(self, tmp_path, capsys):
         assert run_training(options(tmp_path, "--steps", "1")) == 0
         assert not capsys.readouterr().err
-        assert run_training(options(tmp_path, "--steps", "1", "--target", "0.9")) == 1
+        assert run_training(options(tmp_path / "again", "--steps", "1", "--target", "0.9")) == 1
         assert "of the answers are right" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -494,3 +492,9 @@ class TestCommand:
             assert needle.weights.sum() == pytest.approx(1)
             assert np.array_equal(batch.markers[0, needle.frame].numpy(), needle.marker)
             assert np.array_equal(batch.pictures[0, needle.frame].numpy(), needle.picture)
+
+    @pytest.mark.parametrize("wrong", [np.nan, np.inf])
+    def test_curve_that_diverges_is_drawn(self, wrong, tmp_path):
+        curve = Curve([[1, 2, 2.5, 0.1, 0.2, 1.0], [2, 2, wrong, 0.1, None, 2.0]])
+        draw_curve(tmp_path / "curve.png", curve, 0.9, "a title")
+        assert (tmp_path / "curve.png").stat().st_size > 1000

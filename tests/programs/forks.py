@@ -28,6 +28,7 @@ import torch.fx.experimental.symbolic_shapes
 import torch.profiler
 
 import lvxattn.torch_impl.commands.run  # noqa: F401
+from lvxattn.common.processes import end_with_parent
 
 # Seconds that the others have when one has failed.
 GRACE = 3.0
@@ -38,8 +39,10 @@ def serve() -> dict[str, Any] | None:
     for line in sys.stdin:
         request = json.loads(line)
         pids = []
+        parent = os.getpid()
         for rank, env in enumerate(request["ranks"]):
             if not (pid := os.fork()):
+                end_with_parent(parent)
                 return {**request, "rank": rank, "env": env}
             pids.append(pid)
         print(json.dumps(ends(pids, request["timeout"], request["together"])), flush=True)
@@ -86,6 +89,7 @@ def run(what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent(os.getppid())
     gc.freeze()  # else every rank, as it ends, would take a second to collect PyTorch's modules
     # At top level, with nothing to be caught: what is raised ends a rank as it would any process.
     if mine := serve():

@@ -35,6 +35,7 @@ from lvxattn.mpi_impl.commands.demo.answers import (
     judge_answers,
     rounding,
 )
+from lvxattn.mpi_impl.commands.demo.files import list_images
 from lvxattn.mpi_impl.commands.demo.patches import PATCH, D, choose_queries, describe, places
 from lvxattn.mpi_impl.commands.demo.search_report import (
     Costs,
@@ -179,8 +180,14 @@ def _least_nbytes(source: Source, frames: int, rank: int) -> int:
 
 
 def _open(options: Namespace) -> Source:
-    check_output(Path(options.output))
-    return open_source(options)
+    output = Path(options.output)
+    check_output(output)
+    source = open_source(options)
+    read = [Path(options.video)] if options.video is not None else []
+    read += list_images(Path(options.images)) if options.images is not None else []
+    if output.exists() and any(output.samefile(path) for path in read):
+        raise ValueError(f"--output: expected another file than those searched, got {output}")
+    return source
 
 
 def _together(read: Callable[[], T], comm: MPI.Intracomm) -> T:

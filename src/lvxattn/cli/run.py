@@ -21,6 +21,7 @@ from lvxattn.cli.run_report import Cost, print_problem, print_report, report_of,
 from lvxattn.cli.run_trace import Recorder, check_picture, save_trace
 from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, create
 from lvxattn.common.new_file import naming, new_file
+from lvxattn.common.regular_file import printable
 from lvxattn.common.validation import accumulator
 from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
@@ -122,7 +123,7 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
         on_rank_0(lambda: save_trace(options, trace, layout, hosts), ranks)
     written = [x for x in (options.output, options.json, options.trace, options.plot_trace) if x]
     if speaks and written:
-        print("\n  written   " + "\n            ".join(written))
+        print("\n  written   " + "\n            ".join(map(printable, written)))
     return all(check.passed for check in checks)
 
 

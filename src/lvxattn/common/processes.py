@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lvxattn.common.launcher import claim
 
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <sys/prctl.h>
 
 
 def stopped_ranks(*same: str) -> dict[int, int]:
@@ -58,3 +58,19 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
         if os.getppid() != parent:  # it ended before that
             os.kill(os.getpid(), number)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what this process's children leave behind; on Linux only."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def children() -> set[int]:
+    """Return the process ids of this process's children, ended ones too."""
+    parent, found = str(os.getpid()), set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if path.read_text(errors="replace").rpartition(")")[2].split()[1] == parent:
+                found.add(int(path.parent.name))
+    return found

@@ -39,13 +39,16 @@ from lvxattn.torch_impl.commands.train.training_report import COLUMNS, Curve, Ro
 from lvxattn.torch_impl.group import Group
 
 NAME, NEW, OLD = "checkpoint", "checkpoint.new", "checkpoint.old"
+UNFINISHED = re.compile(re.escape(NEW) + "-[0-9a-f]{16}")
+"""Names of folders that were being written."""
 
 _MANIFEST, _SUMS, _FORMAT = "manifest.json", "SHA256SUMS", 1
-_LINE = re.compile(rb"([0-9a-f]{64})  (manifest\.json|part-[0-9]+\.safetensors)")
+_LINE = re.compile(rb"([0-9a-f]{64})  (manifest\.json|part-[0-9]{1,9}\.safetensors)")
 # What AdamW keeps of every weight, besides the number of its steps.
 _MOMENTS = "exp_avg", "exp_avg_sq"
 # All whole numbers below are floats, too.
 _LARGEST = 1 << 53
+_LONGEST = 1 << 27  # bytes of JSON or of checksums
 
 
 def save(
@@ -86,7 +89,7 @@ def save(
         sums |= {_part(rank): digest for rank, digest in enumerate(digests)}
         write_file(new / _SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
         if (folder / NAME).exists():
-            shutil.rmtree(folder / OLD, ignore_errors=True)
+            _remove(folder / OLD)
             os.rename(folder / NAME, folder / OLD)
         os.rename(new, folder / NAME)
 
@@ -182,7 +185,7 @@ def _expected(model: nn.Module, manifest: _Manifest) -> dict[str, Tensor]:
     tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
     weights = dict(model.named_parameters())
     if unknown := manifest.steps.keys() - weights.keys():
-        raise InputError(f"{_MANIFEST}: the model has no weight {min(unknown)!r}")
+        raise InputError(f"{_MANIFEST}: the model has no weight {min(unknown)!r:.80}")
     of_each = {f"{m}.{name}": weights[name] for m in _MOMENTS for name in manifest.steps}
     return tensors | of_each
 
@@ -204,7 +207,18 @@ def _sha256(path: Path) -> str:
 
 def _content(path: Path) -> bytes:
     with open_regular(path) as file:
-        return file.read()
+        content = file.read(_LONGEST + 1)
+    if len(content) > _LONGEST:
+        raise InputError(f"{path.name} is damaged: more than {_LONGEST} bytes")
+    return content
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verify(source: Path) -> tuple[_Manifest, list[TensorFile]]:
@@ -234,9 +248,11 @@ def _parse(text: bytes) -> _Manifest:
         manifest = _Manifest(found["settings"], found["optimizer_steps"], found["curve"])
         if not isinstance(manifest.settings, dict):
             raise TypeError("settings")
-        if not isinstance(manifest.rows, list) or not all(map(_is_row, manifest.rows)):
+        if not isinstance(manifest.rows, list) or not all(
+            _is_row(row, step) for step, row in enumerate(manifest.rows, 1)
+        ):
             raise TypeError("curve")
-        if not all(type(n) is int and _is_number(n) for n in manifest.steps.values()):
+        if not all(type(n) is int and 0 < n <= len(manifest.rows) for n in manifest.steps.values()):
             raise TypeError("optimizer_steps")
     except InputError:
         raise
@@ -245,14 +261,17 @@ def _parse(text: bytes) -> _Manifest:
     return manifest
 
 
-def _is_row(row: Any) -> bool:
-    """Return whether this is a row of a curve."""
-    names = zip(COLUMNS, row, strict=True)
-    return all(_is_number(x) or (x is None and name == "held_out") for name, x in names)
+def _is_row(row: Any, step: int) -> bool:
+    """Return whether this is a curve's row after a step."""
+    found = dict(zip(COLUMNS, row, strict=True))
+    loss, held_out = found.pop("loss"), found.pop("held_out")
+    numbers = [*found.values(), *([] if held_out is None else [held_out])]
+    # A training that diverges has a loss that is not finite.
+    return found["step"] == step and type(loss) is float and all(map(_is_number, numbers))
 
 
 def _is_number(x: Any) -> bool:
-    return type(x) is float or (type(x) is int and 0 <= x < _LARGEST)
+    return type(x) in (int, float) and 0 <= x < _LARGEST
 
 
 def _read(files: list[TensorFile], expected: dict[str, Tensor]) -> dict[str, Array]:
@@ -265,9 +284,11 @@ def _read(files: list[TensorFile], expected: dict[str, Tensor]) -> dict[str, Arr
     """
     wanted = {name: (dtype_name(x), tuple(x.shape)) for name, x in expected.items()}
     found = {name: (x.dtype, x.shape) for file in files for name, x in file.tensors.items()}
+    if len(found) < sum(len(file.tensors) for file in files):
+        raise InputError("a tensor is in two files")
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            raise InputError(f"{name!r}: expected {wanted.get(name)}, got {found.get(name)}")
+            raise InputError(f"{name!r:.80}: expected {wanted.get(name)}, got {found.get(name)}")
     return {
         name: file.read(name, 0, slice(0, x.shape[0]))
         for file in files

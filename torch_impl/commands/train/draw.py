@@ -43,7 +43,7 @@ def draw_curve(path: Path, curve: Curve, target: float, title: str) -> None:
     above.plot(steps, loss, color=_BLUE, alpha=0.3, lw=0.8)
     above.plot(steps, _smooth(loss), color=_BLUE, lw=2, label=f"mean of {_WINDOW} steps")
     above.set_ylabel("loss (nats a question)")
-    above.set_ylim(0, 1.05 * max(loss.max(), np.log(10)))
+    above.set_ylim(0, 1.05 * max(np.log(10), *loss[np.isfinite(loss)]))
     above.axhline(np.log(10), color=_GREY, ls=":", lw=1.2)
     above.text(steps[-1], np.log(10), "guessing ", ha="right", va="bottom", color=INK, size=9)
     above.set_title(title, loc="left", color=INK, size=12, pad=22)

@@ -73,7 +73,7 @@ def _run(options: Namespace, group: Group) -> bool:
     parts = _read_images(settings.model, group)
     need = least_nbytes(settings.curriculum.final, group.size, settings.torch_dtype)
     memory = check_room(need, group, "give fewer --frames, a smaller --batch, or use more hosts")
-    with run_folder(folder, group):
+    with run_folder(folder, group, resume=options.resume):
         run = Run.begin(settings, parts, group, options.schedule)
         _check_schedule(run)
         if options.resume:

@@ -24,9 +24,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
-from lvxattn.common.processes import end_with_parent
+from lvxattn.common.processes import adopt_orphans, children, end_with_parent
 
 _REQUEST = 32  # bytes of a request and of an answer
+_LATE = 10.0  # seconds after which a server that does not answer has been stopped
+_IMPORT = 300.0  # seconds that it may take to import a library, before its first answer
 _PROGRAM = (
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given['path']; "
     "from lvxattn.check.callers.fork_server import main; main(given)"
@@ -78,7 +80,7 @@ class ForkServer:
             The server has ended.
         """
         with _output() as (out, err):
-            return int(self._ask("fork", [channel.fileno(), dump, out, err]))
+            return int(self._ask("fork", _IMPORT, [channel.fileno(), dump, out, err]))
 
     def end(self, pid: int, grace: float) -> int | None:
         """End a child and what it has started.
@@ -95,7 +97,7 @@ class ForkServer:
             Its exit status, or minus its signal's number; None if it had to be killed.
         """
         try:
-            answer = self._ask(f"end {pid} {grace}")
+            answer = self._ask(f"end {pid} {grace}", grace + _LATE)
         except OSError:  # the server has ended, and its children with it
             return None
         return None if answer == "killed" else int(answer)
@@ -109,11 +111,16 @@ class ForkServer:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, request: str, fds: list[int] | None = None) -> str:
+    def _ask(self, request: str, seconds: float, fds: list[int] | None = None) -> str:
         with self._lock:
+            self._control.settimeout(seconds)
             try:
                 socket.send_fds(self._control, [request.encode().ljust(_REQUEST)], fds or [])
                 answer = self._control.recv(_REQUEST, socket.MSG_WAITALL)
+            except TimeoutError:  # its children end with it
+                self._control.close()
+                self._process.kill()
+                raise
             except BaseException:  # Ctrl-C: the answer would be taken for the next request's
                 self._control.close()
                 raise
@@ -167,6 +174,7 @@ def main(given: dict[str, str]) -> None:
     del sys.argv[1:]
     if given["preload"]:
         import_module(given["preload"])
+    adopt_orphans()
     forked = _serve(socket.socket(fileno=int(given["control"])))
     if forked is not None:
         with suppress(EOFError):
@@ -175,7 +183,7 @@ def main(given: dict[str, str]) -> None:
 
 def _serve(control: socket.socket) -> tuple[socket.socket, int] | None:
     """Answer requests; return None in the end, and in a child its channel and file for stacks."""
-    children: set[int] = set()
+    forked: set[int] = set()
     server = os.getpid()
     while True:
         request, fds = b"", list[int]()
@@ -183,8 +191,9 @@ def _serve(control: socket.socket) -> tuple[socket.socket, int] | None:
             request, fds, *_ = socket.recv_fds(control, _REQUEST, 4, socket.MSG_WAITALL)
         word, *rest = request.decode().split() or ["close"]
         if word == "close":
-            for pid in children:
+            for pid in forked:
                 _kill(pid)
+            _end_orphans(set())
             return None
         if word == "fork":
             with warnings.catch_warnings():
@@ -198,12 +207,13 @@ def _serve(control: socket.socket) -> tuple[socket.socket, int] | None:
                 os.close(fd)
             with suppress(OSError):  # the child does it, too: one of both is first
                 os.setpgid(pid, pid)
-            children.add(pid)
+            forked.add(pid)
             answer = str(pid)
         else:
             pid = int(rest[0])
-            children.remove(pid)
+            forked.remove(pid)
             answer = _ended(pid, float(rest[1]))
+            _end_orphans(forked)
         with suppress(ConnectionError):
             control.sendall(answer.encode().ljust(_REQUEST))
 
@@ -234,6 +244,16 @@ def _ended(pid: int, grace: float) -> str:
     os.kill(pid, signal.SIGKILL)  # in case that it has left its group
     os.waitpid(pid, 0)
     return "killed"
+
+
+def _end_orphans(forked: set[int]) -> None:
+    """End what ended children have started in groups of their own, and what those have."""
+    while orphans := children() - forked:
+        for pid in orphans:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def _kill(pid: int) -> None:
