@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from mpi4py import MPI
 
 from lvxattn.cli import InputError, UsageError, refuse, run_command
-from lvxattn.cli.arguments import Parser, adder, natural, positive
+from lvxattn.cli.arguments import Parser, adder, check_same_line, natural, positive
 from lvxattn.cli.measure import add_measure, run_measure
 from lvxattn.cli.run_options import add_run
 from lvxattn.common.launcher import mismatch, speaks
@@ -19,7 +20,7 @@ from lvxattn.mpi_impl.commands.doctor import examine
 from lvxattn.mpi_impl.commands.run import Backend, MPIRanks
 from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.transport import cuda_aware
-from lvxattn.mpi_impl.transport.death_notice import announce_death
+from lvxattn.mpi_impl.transport.death_notice import announce_death, end_unannounced
 from lvxattn.mpi_impl.transport.watchdog import timeout
 
 _DEMO = "lvxattn demo"
@@ -49,8 +50,14 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
         0, or 1 if a check failed, or 2 if the input is bad; the same on all ranks.
     """
     try:
-        options = _parser().parse_args(argv)
-        _check_environment(options.command, comm)
+        line = sys.argv[1:] if argv is None else list(argv)
+        wrong = _bad_variable(comm)
+        # Waits are limited by a variable that must be right.
+        gather = MPIRanks(comm).allgather if wrong is None else comm.allgather
+        lines, errors = zip(*gather((line, wrong)), strict=True)
+        check_same_line(lines)
+        options = _parser().parse_args(line)
+        _check_environment(options.command, errors)
         return int(options.run(options, comm))
     except UsageError as error:
         return refuse(str(error), 0 if speaks(os.environ, comm.rank) else 1)
@@ -76,14 +83,14 @@ def _measure(options: argparse.Namespace, comm: MPI.Intracomm) -> int:
     return run_measure(options, MPIRanks(comm), probe)
 
 
-def _check_environment(command: str, comm: MPI.Intracomm) -> None:
+def _check_environment(command: str, errors: Sequence[Exception | None]) -> None:
     """Reject a bad variable of any rank and, except for the doctor, a wrong launcher."""
     wrong = mismatch(os.environ, MPI.COMM_WORLD.size)
     if wrong and command != "doctor":
         raise UsageError(f"lvxattn: error: {wrong}")
-    errors = [error for error in MPIRanks(comm).allgather(_bad_variable(comm)) if error is not None]
-    if errors:
-        raise UsageError(f"lvxattn: error: {errors[0]}")
+    for error in errors:
+        if error is not None:
+            raise UsageError(f"lvxattn: error: {error}")
 
 
 def _bad_variable(comm: MPI.Intracomm) -> Exception | None:
@@ -152,7 +159,12 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     announce_death(MPI.COMM_WORLD)
     unlink_own_file()
-    status = main()
+    try:
+        status = main()
+    except KeyboardInterrupt:  # of all ranks, as launchers pass it on, or of one
+        end_unannounced()
+        os.write(2, f"lvxattn: interrupted on rank {MPI.COMM_WORLD.rank}\n".encode())
+        MPI.COMM_WORLD.Abort(128 + signal.SIGINT)
     # `python -m mpi4py` calls MPI_Abort if the status is not 0, unless MPI has ended by then: abort
     # is for the rank that fails alone. Here all ranks leave together.
     sys.stdout.flush()

@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -382,6 +385,36 @@ def test_forked_child_changes_no_death_notice(how: str) -> None:
     ended = fail(2, 1, how, "before", "forward", "fork")
     assert announced(ended, 2) == (["1"] if how == "kill" else [])
     assert ("broken on purpose" in ended.err) == (how == "raise")
+
+
+def test_exit_asks_hydra_to_abort() -> None:
+    """It may have taken the end of the process for its proper end."""
+    ours, theirs = socket.socketpair()
+    program = (
+        "import os, sys; from mpi4py import MPI; from lvxattn.mpi_impl import announce_death\n"
+        "os.environ['PMI_FD'] = sys.argv[1]; announce_death(MPI.COMM_WORLD); os._exit(3)"
+    )
+    env = {name: x for name, x in os.environ.items() if not name.startswith("PMI_")}
+    command = [sys.executable, "-c", program, str(theirs.fileno())]
+    with ours, theirs:
+        done = subprocess.run(
+            command, env=env, pass_fds=[theirs.fileno()], capture_output=True, timeout=60
+        )
+        ours.settimeout(60)
+        assert ours.recv(100) == b"cmd=abort exitcode=1\n"
+    assert done.returncode == 3
+    assert b" died\n" in done.stderr
+
+
+@pytest.mark.parametrize("one", [False, True], ids=["all", "one"])
+def test_interrupt_is_a_line(one: bool) -> None:
+    program = PROGRAMS / "interrupt_run.py"
+    ended = mpiexec(3, program, "1" if one else "all", strict=False)
+    assert ended.status not in (0, None)
+    assert not ended.timed_out
+    assert "lvxattn: interrupted on rank " in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.left == ()
 
 
 def test_no_death_notice_when_all_end_well() -> None:

@@ -549,6 +549,19 @@ def test_bad_input_prints_one_line(implementation: str, P: int, runs: Runs, tmp_
     assert not list(ran.folder.glob("**/.*"))
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("implementation", ["mpi_impl", "torch_impl"])
+def test_other_command_line_is_refused(implementation: str) -> None:
+    lines = [["run", "--seed", "{rank}"], ["run", "--{rank}"]]
+    others, wrong = commands(3, *lines, implementation=implementation)
+    for said, word in ((others, "--seed "), (wrong, "--")):
+        assert (said.status, said.out) == (2, "")
+        assert said.err == (
+            f"lvxattn: error: command line: expected rank 0's, run {word}0, got run {word}1 "
+            "(on rank 1 of 3)\n"
+        )
+
+
 @pytest.mark.parametrize("command", ["run --json", "run --trace", "measure --output"])
 def test_unwritable_file_is_refused_before_work(
     command: str,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from lvxattn.cli import UsageError, refuse, run_command
-from lvxattn.cli.arguments import Parser, adder
+from lvxattn.cli.arguments import Parser, adder, check_same_line
 from lvxattn.cli.measure import add_measure, run_measure
 from lvxattn.cli.run_options import add_run
 from lvxattn.torch_impl.commands import model as whole_model
@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with world() as group:
         try:
             check_environment(group)
-            options = _parser().parse_args(argv)
+            line = sys.argv[1:] if argv is None else list(argv)
+            check_same_line(group.allgather(line))
+            options = _parser().parse_args(line)
             return int(options.run(options, group))
         except UsageError as error:
             return refuse(str(error), group.rank)

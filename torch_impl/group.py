@@ -22,6 +22,7 @@ from lvxattn.common.validation import instead_of
 T = TypeVar("T")
 
 # The type of the `group` argument of public functions.
+_NOTICED = "noticed on"  # how the note begins of an error that another rank may have caused
 AnyGroup = Any  # dist.ProcessGroup | DeviceMesh | Group | None; mypy sees ProcessGroup as Any
 
 
@@ -131,7 +132,9 @@ class Group:
         except RuntimeError as error:
             cause = f"; {found}" if (found := stopped()) else ""
             text = f"{self.name} failed while waiting for {what()}{cause}: {error}"
-            raise RuntimeError(text) from error
+            noticed = RuntimeError(text)
+            noticed.add_note(f"{_NOTICED} {self.name}, which need not be the cause")
+            raise noticed from error
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -139,7 +142,8 @@ class Group:
         try:
             yield
         except BaseException as error:
-            error.add_note(f"raised on {self.name}")
+            if not any(note.startswith(_NOTICED) for note in getattr(error, "__notes__", ())):
+                error.add_note(f"raised on {self.name}")
             raise
 
 

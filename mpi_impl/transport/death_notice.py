@@ -21,8 +21,8 @@ VARIABLE = "LVXATTN_DEATH_NOTICE"
 """The environment variable that, if 0, leaves all deaths unreported."""
 GRACE = 2.0
 """Seconds from MPI's failure to its exception: a launcher ends all ranks sooner."""
-# The script of the shell; $1 is the message.
-WATCH = r'read -r word || printf "%s\n" "$1" >&2'
+# The script of the shell; $1 is the message, stdout is Hydra's socket, if any.
+WATCH = r'read -r word || { printf "%s\n" "$1" >&2; sleep 1; echo cmd=abort exitcode=1; }'
 # The shell that watches this process, if there is one; None where it could not be started.
 _shells: "list[subprocess.Popen[bytes] | None]" = []
 
@@ -73,8 +73,7 @@ def announce_death(comm: MPI.Intracomm) -> None:
         shell = subprocess.Popen(
             ["/bin/sh", "-c", WATCH, "sh", text],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=_hydra_socket(),
+            stdout=_hydra_socket() or subprocess.DEVNULL,
         )
     _shells.append(shell)
     if shell is None:
@@ -97,18 +96,20 @@ def end_unannounced() -> None:
             shell.communicate(b"ends as it should\n")
 
 
-def _hydra_socket() -> list[int]:
-    """Return the socket whose closing tells Hydra, MPICH's launcher, that a rank has ended, if any.
+def _hydra_socket() -> int:
+    """Return the socket over which a rank talks to Hydra, MPICH's launcher, or 0.
 
-    Hydra kills all ranks at once and may not wait for their output.  As the shell holds this socket
-    too, Hydra notices a death only after the shell has printed its message.
+    When it closes Hydra kills all ranks, and may not wait for their output.  As the shell holds it
+    too, Hydra notices an exit only after the shell has printed its message.  Should it have seen
+    the process end before that, it sometimes leaves the others alone: so the shell asks it, in the
+    protocol of ranks (PMI), to abort.  A rank that a signal ends never comes to that.
     """
     try:
-        socket = int(os.environ["PMI_FD"])
+        socket = 0 if "PMI_JOBID" in os.environ else int(os.environ["PMI_FD"])  # Slurm's
         os.fstat(socket)
     except (KeyError, ValueError, OSError):
-        return []
-    return [socket]
+        return 0
+    return socket
 
 
 def _forget() -> None:

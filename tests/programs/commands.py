@@ -2,7 +2,8 @@
 
 usage: commands.py mpi_impl|torch_impl JSON
 
-JSON is a list of pairs: what shall come out wrong, or "", and a list of arguments.
+JSON is a list of pairs: what shall come out wrong, or "", and a list of arguments, in which {rank}
+is the rank's number.
 """
 
 import json
@@ -71,7 +72,7 @@ for breakage, argv in json.loads(lines):
     setattr(module, name, broken)
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = main(argv)
+        status = main([word.replace("{rank}", str(rank)) for word in argv])
     setattr(module, name, original)
     said.append({"status": status, "out": out.getvalue(), "err": err.getvalue()})
 gathered: list[Any] | None

@@ -1,8 +1,9 @@
 """Parts shared by the parsers of all commands: errors, output on one rank, types of arguments."""
 
 import argparse
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -56,6 +57,17 @@ def adder(parser: Parser) -> AddCommand:
         return command
 
     return add
+
+
+def check_same_line(lines: Sequence[Sequence[str]]) -> None:
+    """Raise UsageError if ranks have other command lines than rank 0.  Not collective."""
+    for rank, line in enumerate(lines):
+        if line != lines[0]:
+            expected, got = (shlex.join(words) or "nothing" for words in (lines[0], line))
+            raise UsageError(
+                f"lvxattn: error: command line: expected rank 0's, {expected}, got {got} "
+                f"(on rank {rank} of {len(lines)})"
+            )
 
 
 def refuse(message: str, rank: int) -> int:
