@@ -100,7 +100,7 @@ def work(model: str, text_tokens: int, *, quick: bool) -> Results:
 
 def on_hosts(link: str, works: list[Results]) -> list[Results]:
     """Return the works' results from a cluster of shaped links."""
-    with tempfile.TemporaryDirectory() as folder, Lab(P, link) as lab:
+    with tempfile.TemporaryDirectory() as folder, Lab(P, link, shared=[folder]) as lab:
         command = [*PROGRAM, f"{folder}/store", json.dumps(works)]
         done = lab.mpiexec(command, timeout=1200, env={"GLOO_SOCKET_IFNAME": "e0"})
     return read(done, {"hosts": P, "bits_per_second": bits_per_second(link)})

@@ -100,6 +100,36 @@ def test_two_labs_are_isolated() -> None:
 
 
 @needs_lab
+def test_hosts_have_their_own_files_and_processes_and_know_their_names() -> None:
+    leave = "touch /tmp/$0 /dev/shm/$0; sleep 60 >/dev/null 2>&1 & ls /tmp /dev/shm; ps ax"
+    with Lab(hosts=2, rate="1gbit") as lab:
+        seen = [lab.run(i, ["sh", "-c", leave, f"of-{i}"], timeout=30).stdout for i in (0, 1)]
+        named = lab.run(0, ["getent", "hosts", "host1"], timeout=30).stdout.split()
+    for i, text in enumerate(seen):
+        files, _, processes = text.partition("PID")
+        assert files.split()[:4] == ["/dev/shm:", f"of-{i}", "/tmp:", f"of-{i}"]
+        assert sum(line.endswith(" sleep 60") for line in processes.splitlines()) == 1
+        assert processes.count("holder.py") == 1
+    assert named == ["10.77.0.2", "host1"]
+    assert not Path("/tmp/of-0").exists()
+
+
+@needs_lab
+def test_command_on_a_host_keeps_folder_status_and_environment(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("of this machine\n")
+    with Lab(hosts=1, rate="1gbit", shared=[tmp_path]) as lab:
+        command = ["sh", "-c", f"pwd; echo $WORD; cat {text}; echo written >> {text}; exit 3"]
+        done = lab.run(0, command, timeout=30, env={"WORD": "given"})
+        assert done.returncode == 3
+        assert done.stdout.splitlines() == [os.getcwd(), "given", "of this machine"]
+        with pytest.raises(subprocess.TimeoutExpired):
+            lab.run(0, ["sleep", "60"], timeout=0.5)
+        assert not lab.pids  # it was closed
+    assert text.read_text() == "of this machine\nwritten\n"
+
+
+@needs_lab
 def test_unprivileged_user_namespace_is_enough() -> None:
     drop = ["setpriv", "--bounding-set", "-sys_admin,-net_admin", "--inh-caps", "-all"]
     as_user: list[str | Path] = list(drop) if os.geteuid() == 0 else []

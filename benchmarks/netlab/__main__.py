@@ -18,6 +18,13 @@ def main() -> int:
     parser.add_argument("--rate", default="1gbit", help="of each host's link: 50mbit, 1gbit")
     parser.add_argument("--ranks-per-host", type=int, default=1)
     parser.add_argument("--placement", choices=["block", "cyclic"], default="block")
+    parser.add_argument(
+        "--shared",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="below /tmp or /dev/shm, of which each host has its own: all hosts see this machine's",
+    )
     parser.add_argument("command", nargs="+", help="put -- before it")
     options = vars(parser.parse_args())
     command = options.pop("command")

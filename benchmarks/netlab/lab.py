@@ -1,7 +1,8 @@
 r"""A cluster on one machine: hosts with links of a chosen rate, and MPI ranks on them.
 
-A host is a network namespace with a name of its own (a UTS namespace).  Its link leads to a switch
-in one more namespace, and what it sends is held to the rate by a token bucket:
+A host has a network, a host name, processes, /tmp and /dev/shm of its own (namespaces: net, uts,
+pid, mount); the rest of the file system is shared, as on a cluster.  Its link leads to a switch in
+one more network, and what it sends is held to the rate by a token bucket:
 
     host0 --| rate |--+            +--| rate |-- host2        | rate |  e0, 10.77.0.(i + 1)
                       +-- switch --+
@@ -11,9 +12,9 @@ Links carry frames of 9,000 bytes.  The bucket holds 1 ms of the rate, at least 
 above that are held to the rate, smaller ones pass on credit.  Latency is not shaped.
 
 Nothing has a name outside the lab: its namespaces live in processes that read from a pipe and end
-with it, and the programs that run on the hosts live in a PID namespace that ends with the switch.
-When the lab is closed, or the process that made it ends, by SIGKILL too, the kernel removes all of
-it; any number of labs can be open at once.
+with it, and the hosts' PID namespaces lie in the switch's.  When the lab is closed, or the process
+that made it ends, by SIGKILL too, the kernel removes all of it; any number of labs can be open at
+once.
 
 It needs Linux with `ip`, `tc`, `unshare` and `nsenter`, MPICH's mpiexec, and root or unprivileged
 user namespaces.
@@ -30,15 +31,15 @@ from pathlib import Path
 from typing import Any
 
 AGENT = Path(__file__).with_name("agent.sh")
+HOLDER = Path(__file__).with_name("holder.py")
+ROOT = Path(__file__).parents[2]
+# MPICH's default, UCX, was seen not to connect the hosts: "Endpoint timeout".
+MPICH_OVER_TCP = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_IFACE": "e0"}
+# Those of the switch; a host has a mount namespace, too.
+NAMESPACES = "--net", "--uts", "--pid", "--fork"
+# Entering a mount namespace leaves the folder.
+IN_FOLDER = "sh", "-c", 'cd "$0" && exec "$@"'
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
-
-# Names a host in namespaces of its own, reports that, and keeps them until its input ends.
-HOLDER = """
-import socket, sys
-socket.sethostname(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.read()
-"""
 
 
 class LabError(RuntimeError):
@@ -56,6 +57,9 @@ class Lab:
     ranks_per_host : int
     placement : str
         ``"block"``: ranks 0 1 on host 0, 2 3 on host 1.  ``"cyclic"``: 0 2 and 1 3.
+    shared : sequence of path
+        Folders below /tmp or /dev/shm that all hosts share with this machine, besides the current
+        folder, this checkout, and those of this Python.
 
     Raises
     ------
@@ -64,7 +68,12 @@ class Lab:
     """
 
     def __init__(
-        self, hosts: int, rate: str, ranks_per_host: int = 1, placement: str = "block"
+        self,
+        hosts: int,
+        rate: str,
+        ranks_per_host: int = 1,
+        placement: str = "block",
+        shared: Sequence[str | Path] = (),
     ) -> None:
         if placement not in ("block", "cyclic"):
             raise ValueError(f"placement: expected 'block' or 'cyclic', got {placement!r}")
@@ -75,8 +84,10 @@ class Lab:
             )
         self.hosts, self.rate, self.ranks_per_host = hosts, rate, ranks_per_host
         self.placement, self.bits_per_second = placement, bits_per_second(rate)
+        self.shared = shared
         #: Processes that hold the namespaces: the switch's, then every host's.
-        self.holders: list[subprocess.Popen[str]] = []
+        self.pids: list[int] = []
+        self._started: list[subprocess.Popen[str]] = []
         self._lifeline: int | None = None
         # Options of nsenter besides the process whose namespaces it enters.
         self._user: list[str] = []
@@ -103,9 +114,36 @@ class Lab:
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
-        for holder in self.holders:
-            holder.wait()
-        self.holders = []
+        for process in self._started:
+            process.wait()
+        self._started, self.pids = [], []
+
+    def start(
+        self, host: int, command: Sequence[str | Path], **options: Any
+    ) -> "subprocess.Popen[str]":
+        """Start a command on a host, in the current folder; the options are those of Popen.
+
+        The process returned waits for the command and has its exit status.  A signal sent to it
+        does not reach the command, which ends with the lab at the latest.
+        """
+        return subprocess.Popen(
+            [*self._enter(host), "--", *IN_FOLDER, os.getcwd(), *map(str, command)],
+            **{"stdin": subprocess.DEVNULL, "text": True, **options},
+        )
+
+    def run(
+        self,
+        host: int,
+        command: Sequence[str | Path],
+        *,
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command on a host, and return its output; parameters as of `mpiexec`."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return self._finish(
+            self.start(host, command, env={**os.environ, **(env or {})}, **pipes), timeout
+        )
 
     def mpiexec(
         self,
@@ -138,13 +176,13 @@ class Lab:
             The time was up; the lab is closed.
         """
         addresses = [address(i) for i in range(self.hosts)]
-        pids = [holder.pid for holder in self.holders[1:]]
         side_by_side = self.ranks_per_host if self.placement == "block" else 1
         process = subprocess.Popen(
             [
-                *self._enter(0),
-                f"--pid=/proc/{self.holders[0].pid}/ns/pid_for_children",
-                "--",
+                *self._enter_user(self.pids[1]),
+                *("--net", "--uts"),
+                # The processes of all hosts are below the switch's.
+                *(f"--pid=/proc/{self.pids[0]}/ns/pid", "--"),
                 *self._mpiexec,
                 *("-launcher", "ssh", "-launcher-exec", str(AGENT), "-iface", "e0"),
                 *("-hosts", ",".join(addresses), "-ppn", str(side_by_side)),
@@ -157,41 +195,47 @@ class Lab:
             text=True,
             env={
                 **os.environ,
-                "MPIR_CVAR_CH4_NETMOD": "ofi",
-                "FI_PROVIDER": "tcp",
-                "FI_TCP_IFACE": "e0",
+                **MPICH_OVER_TCP,
                 **(env or {}),
+                "HYDRA_LAUNCHER_AUTOFORK": "0",  # the first host, too, is entered by the agent
                 "NETLAB_HOSTS": " ".join(
-                    f"{a}={pid}" for a, pid in zip(addresses, pids, strict=True)
+                    f"{a}={pid}" for a, pid in zip(addresses, self.pids[1:], strict=True)
                 ),
             },
         )
+        return self._finish(process, timeout)
+
+    def _finish(
+        self, process: "subprocess.Popen[str]", timeout: float | None
+    ) -> "subprocess.CompletedProcess[str]":
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            self.close()  # ends the ranks, which a signal to the launcher might not
+            self.close()  # ends the processes on the hosts, which a signal might not reach
             process.communicate()
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def bytes_sent(self) -> list[int]:
         """Return the number of bytes each host has sent over its link since the lab was built."""
-        return [sent_by(holder.pid) for holder in self.holders[1:]]
+        return [sent_by(pid) for pid in self.pids[1:]]
 
     def _build(self) -> None:
         ends, self._lifeline = os.pipe()
         try:
             switch = self._hold_switch(ends)
-            in_lab = [*self._enter_user(switch), "unshare"] if self._user else ["unshare"]
+            in_lab = [*self._enter_user(switch), "--pid", "--", "unshare", *NAMESPACES, "--mount"]
+            names = "".join(f"{address(i)} host{i}\n" for i in range(self.hosts))
             for i in range(self.hosts):
-                self._hold(ends, f"host{i}", *in_lab, "--net", "--uts")
+                machine = f"host{i}", f"127.0.0.1 localhost\n{names}", *self._folders()
+                self._hold(ends, in_lab, *machine)
         finally:
             os.close(ends)
         self._inside(switch, "ip link add br0 mtu 9000 type bridge", "ip link set br0 up")
         burst = max(16000, self.bits_per_second // 8000)
-        for i, holder in enumerate(self.holders[1:]):
+        for i, pid in enumerate(self.pids[1:]):
             self._inside(
-                holder.pid,
+                pid,
                 f"ip link add e0 mtu 9000 type veth peer name p{i} mtu 9000 netns {switch}",
                 "ip link set e0 addrgenmode none",  # no neighbour discovery of IPv6 in the counters
                 f"ip addr add {address(i)}/24 dev e0",
@@ -203,23 +247,23 @@ class Lab:
 
     def _hold_switch(self, ends: int) -> int:
         """Make the switch's namespaces as root or, if refused, as root of a user namespace."""
-        namespaces = "--net", "--uts", "--pid", "--fork"
         try:
-            self._hold(ends, "switch", "unshare", *namespaces)
+            self._hold(ends, ["unshare", *NAMESPACES], "switch")
         except LabError as as_root:
             self._user = ["--user", "--preserve-credentials"]
             try:
-                self._hold(ends, "switch", "unshare", "--user", "--map-root-user", *namespaces)
+                as_root_of = "--user", "--map-root-user"
+                self._hold(ends, ["unshare", *as_root_of, *NAMESPACES], "switch")
             except LabError as as_user:
                 raise LabError(
                     "network namespaces need root or unprivileged user namespaces, and both were "
                     f"refused ({as_root}; {as_user})"
                 ) from None
-        return self.holders[0].pid
+        return self.pids[0]
 
-    def _hold(self, ends: int, name: str, *command: str) -> None:
+    def _hold(self, ends: int, command: Sequence[str], *machine: str) -> None:
         holder = subprocess.Popen(
-            [*command, sys.executable, "-I", "-S", "-c", HOLDER, name],
+            [*command, sys.executable, "-I", "-S", str(HOLDER), *machine],
             stdin=ends,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -229,8 +273,9 @@ class Lab:
         assert holder.stdout is not None
         assert holder.stderr is not None
         with holder.stdout, holder.stderr:
-            if holder.stdout.readline() == "ready\n":
-                self.holders.append(holder)
+            if pid := holder.stdout.readline():
+                self.pids.append(int(pid))
+                self._started.append(holder)
                 return
             reason = holder.stderr.read().strip()
         holder.wait()
@@ -248,7 +293,13 @@ class Lab:
             raise LabError(f"{commands[0]} ...: {done.stderr.strip()}")
 
     def _enter(self, host: int) -> list[str]:
-        return [*self._enter_user(self.holders[1 + host].pid), "--net", "--uts"]
+        return [*self._enter_user(self.pids[1 + host]), "--mount", "--net", "--uts", "--pid"]
+
+    def _folders(self) -> list[str]:
+        """Return the folders that hosts share with this machine if they lie below /tmp."""
+        python = [sys.prefix, sys.base_prefix, *filter(os.path.isdir, sys.path)]
+        folders = {os.path.realpath(folder) for folder in (".", ROOT, *python, *self.shared)}
+        return sorted(folders)
 
     def _enter_user(self, pid: int) -> list[str]:
         return ["nsenter", "--target", str(pid), *self._user]

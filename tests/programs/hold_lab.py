@@ -15,7 +15,7 @@ SLEEP = [sys.executable, "-c", "import os, time; os.write(1, b'awake\\n'); time.
 
 how = sys.argv[1]
 with Lab(hosts=2, rate="1gbit") as lab:
-    holders = [f"/proc/{holder.pid}/ns/net" for holder in lab.holders]
+    holders = [f"/proc/{pid}/ns/net" for pid in lab.pids]
     print(*map(os.readlink, holders), flush=True)
     if how == "when-killed":
         lab.mpiexec(SLEEP, capture=False)

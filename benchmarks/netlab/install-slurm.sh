@@ -1,0 +1,16 @@
+#!/bin/sh
+# Install Slurm and MUNGE on Debian or Ubuntu, for benchmarks/netlab/slurm.py; needs root.
+#
+#     sh benchmarks/netlab/install-slurm.sh
+#
+# No service of the packages is started: the lab starts its own.
+set -eu
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+  echo "install-slurm.sh: needs root, and apt-get; elsewhere install Slurm (slurmctld, slurmd," \
+    "srun) and MUNGE with the system's package manager" >&2
+  exit 2
+fi
+apt-get update -q
+# Run level 1 (single user), in which invoke-rc.d starts no service.
+RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+  apt-get install -q --yes --no-install-recommends slurm-wlm munge libpmix-dev
