@@ -401,7 +401,7 @@ def test_exit_asks_hydra_to_abort() -> None:
             command, env=env, pass_fds=[theirs.fileno()], capture_output=True, timeout=60
         )
         ours.settimeout(60)
-        assert ours.recv(100) == b"cmd=abort exitcode=1\n"
+        assert ours.recv(100) == b"cmd=abort exitcode=3\n"
     assert done.returncode == 3
     assert b" died\n" in done.stderr
 

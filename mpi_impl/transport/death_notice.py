@@ -21,8 +21,15 @@ VARIABLE = "LVXATTN_DEATH_NOTICE"
 """The environment variable that, if 0, leaves all deaths unreported."""
 GRACE = 2.0
 """Seconds from MPI's failure to its exception: a launcher ends all ranks sooner."""
-# The script of the shell; $1 is the message, stdout is Hydra's socket, if any.
-WATCH = r'read -r word || { printf "%s\n" "$1" >&2; sleep 1; echo cmd=abort exitcode=1; }'
+# The script of the shell; $1 is the message, $2 the process, stdout is Hydra's socket, if any.
+WATCH = r"""
+read -r word && exit
+{ read -r stat </proc/"$2"/stat; } 2>/dev/null
+printf '%s\n' "$1" >&2
+status=${stat##* }  # as waitpid(2) has it: 256 times that of an exit, or a signal
+[ -n "$status" ] || status=$((256 * 9))  # Hydra has been faster
+[ "$status" -lt 256 ] || echo "cmd=abort exitcode=$((status / 256))"
+"""
 # The shell that watches this process, if there is one; None where it could not be started.
 _shells: "list[subprocess.Popen[bytes] | None]" = []
 
@@ -71,7 +78,7 @@ def announce_death(comm: MPI.Intracomm) -> None:
     shell = None
     with suppress(OSError):
         shell = subprocess.Popen(
-            ["/bin/sh", "-c", WATCH, "sh", text],
+            ["/bin/sh", "-c", WATCH, "sh", text, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=_hydra_socket() or subprocess.DEVNULL,
         )
@@ -100,9 +107,9 @@ def _hydra_socket() -> int:
     """Return the socket over which a rank talks to Hydra, MPICH's launcher, or 0.
 
     When it closes Hydra kills all ranks, and may not wait for their output.  As the shell holds it
-    too, Hydra notices an exit only after the shell has printed its message.  Should it have seen
-    the process end before that, it sometimes leaves the others alone: so the shell asks it, in the
-    protocol of ranks (PMI), to abort.  A rank that a signal ends never comes to that.
+    too, Hydra notices a death only after the shell has printed its message.  If the process has
+    exited by itself, Hydra sometimes takes that for its proper end: so the shell asks it, in the
+    protocol of ranks (PMI), to abort.
     """
     try:
         socket = 0 if "PMI_JOBID" in os.environ else int(os.environ["PMI_FD"])  # Slurm's
