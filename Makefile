@@ -42,7 +42,7 @@ define NEEDS_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train tutorials lab notebooks docs test test-all test-rest test-core
+.PHONY: help setup demo train tutorials lab notebooks slides docs test test-all test-rest test-core
 .PHONY: test-models lint soak bench gpu bench-quick clean check-mpiexec
 
 help: ## Show this list
@@ -67,10 +67,13 @@ tutorials: check-mpiexec $(STAMP) ## Prepare the environment for the notebooks i
 # Started here, not in tutorials/: JupyterLab follows links only below its root directory.
 lab: check-mpiexec $(STAMP) ## Open the tutorials in JupyterLab
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[lab]'
-	$(TEST_ENV) $(VENV_PYTHON) -m jupyterlab --notebook-dir . tutorials/01_merging_softmax.ipynb $(ARGS)
+	$(TEST_ENV) $(VENV_PYTHON) -m jupyterlab --notebook-dir . tutorials/00_in_ten_minutes.ipynb $(ARGS)
 
 notebooks: check-mpiexec $(STAMP) ## Run the tutorials' sources and write the notebooks (ARGS="NN_name --fresh")
 	$(TEST_ENV) $(VENV_PYTHON) tutorials/build.py $(ARGS)
+
+slides: $(STAMP) ## Make slides.pdf in tutorials/ from the notebooks' pictures
+	$(TEST_ENV) $(VENV_PYTHON) tutorials/slides.py $(ARGS)
 
 docs: $(STAMP) ## Build the site in docs/_build/html: README, docs/, tutorials, API
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'

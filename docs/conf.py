@@ -10,7 +10,8 @@ from pathlib import Path
 
 import lvxattn
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 project = "LV-XAttn"
 author = "The LV-XAttn developers"

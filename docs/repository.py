@@ -3,6 +3,9 @@
 README, notebooks and the pages in docs/ name files as they lie in the repository, so that links
 work where it is hosted.  On the site such a link leads to the page that is made of the file, if
 there is one, or else to a page that shows its text.
+
+Where a page has the comment ``<!-- buttons -->``, the site has the buttons that open the notebooks
+in a browser, if the repository has an address.
 """
 
 from collections.abc import Iterator
@@ -17,11 +20,13 @@ from pygments.util import ClassNotFound
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
+from tutorials.course import buttons, repository
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Files elsewhere that pages are made of, beside notebooks, and folders that have a page.
 PAGES = {
-    "README.md": "index",
+    "README.md": "readme",
     "CONTRIBUTING.md": "contributing",
     "CHANGELOG.md": "changelog",
     "reference": "api/reference",
@@ -38,10 +43,16 @@ FOLDERS = {"tutorials/": "tutorials", "api/check": "src/lvxattn/check"}
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension; Sphinx calls this."""
+    app.connect("source-read", _put_buttons)
     app.connect("doctree-read", _point_to_pages)
     app.connect("html-collect-pages", _pages)
     app.connect("env-purge-doc", _forget)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
+
+
+def _put_buttons(_: Sphinx, __: str, source: list[str]) -> None:
+    """Put the buttons where the page has their comment."""
+    source[0] = source[0].replace("<!-- buttons -->", buttons(repository()))
 
 
 def _point_to_pages(app: Sphinx, doctree: nodes.document) -> None:

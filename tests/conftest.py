@@ -23,7 +23,7 @@ settings.register_profile("fixed", derandomize=True, deadline=None, database=Non
 settings.load_profile("fixed")
 
 # What takes longest begins first, or one process would be left alone with it in the end.
-LONGEST = ["test_tutorials", "test_ranks", "test_torch_run", "test_torch_faults", "test_train"]
+LONGEST = ["test_exercises", "test_ranks", "test_torch_run", "test_torch_faults", "test_train"]
 LONGEST += ["test_faults", "test_torch", "test_check_distributed", "test_check_wrong"]
 
 

@@ -23,7 +23,7 @@ from lvxattn.common.meter import Block
 from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import PARTIALS, QUERIES
 from lvxattn.draw.bars import byte_bars, format_bytes
-from lvxattn.draw.film import animation, film_strip, scenes
+from lvxattn.draw.film import animation, film_strip, scenes, step
 from lvxattn.draw.picture import save_picture
 from lvxattn.draw.rotation import COLOURS, sheet
 from lvxattn.draw.trace import draw_trace
@@ -124,6 +124,19 @@ def patches(axes: Any, kind: type, most: float = 1.0) -> list[tuple[float, float
 
 def blocks(axes: Any, kind: type) -> dict[tuple[int, int], int]:
     return {(round(x), round(y)): n for x, y, width, n in patches(axes, kind) if width > 0.5}
+
+
+@pytest.mark.parametrize("hops", [1, 4])
+@pytest.mark.parametrize("schedule", RINGS)
+def test_animation_counts_its_steps(schedule: str, hops: int) -> None:
+    found = [
+        step(schedule, hops, hop, results=results)
+        for hop in range(1, hops + 1)
+        for results in (False, True)
+    ]
+    numbers = [text.partition(":")[0] for text in found]
+    assert numbers == [f"step {n} of {2 * hops}" for n in range(1, 2 * hops + 1)]
+    assert step(schedule, hops, 0, results=False) == f"step 0 of {2 * hops}: at home"
 
 
 def test_animation_is_a_small_png() -> None:

@@ -1,4 +1,7 @@
-"""The tutorials: cells run and show what is stored, stubs fail their checks, answers pass them."""
+"""The tutorials: notebooks are their sources executed, and have the parts that readers rely on.
+
+`test_exercises` runs them.
+"""
 
 import re
 from pathlib import Path
@@ -8,69 +11,17 @@ import nbformat
 import pytest
 
 from tests.launch import ROOT
+from tests.test_exercises import printed
 from tutorials.build import keep, read, run, sources, tagged
+from tutorials.slides import SLIDES, picture
 
 SOURCES = sources()
-ANSWER = re.compile(r"```python\n(.*?)```", re.DOTALL)
-
-
-def exercises(cells: list[Any]) -> list[tuple[int, int, int]]:
-    """Return where each exercise's stub, check and answer are."""
-    places = [
-        (n, tag)
-        for n, cell in enumerate(cells)
-        for tag in ("exercise", "check", "answer")
-        if tagged(cell, tag)
-    ]
-    assert [tag for _, tag in places] == ["exercise", "check", "answer"] * (len(places) // 3)
-    numbers = [n for n, _ in places]
-    return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
-
-
-def answered(notebook: Any) -> Any:
-    """Return a notebook in which every check comes twice: after the stub, and after the answer."""
-    cells = notebook.cells
-    follows: dict[int, list[Any]] = {}
-    for stub, check, answer in exercises(cells):
-        (code,) = ANSWER.findall(cells[answer].source)
-        again = nbformat.from_dict(cells[check])
-        again.id, again.metadata = f"again-{check}", {"tags": ["again"]}
-        solved = nbformat.v4.new_code_cell(code, id=f"answer-{stub}")
-        follows[check] = [solved, again]
-    notebook.cells = [x for n, cell in enumerate(cells) for x in (cell, *follows.get(n, []))]
-    return notebook
-
-
-def printed(cell: Any) -> str:
-    """Return what a cell has printed and, if it has raised, the error."""
-    return "".join(out.get("text", "") + out.get("evalue", "") for out in cell.outputs)
+BOX = re.compile(r'<div class="alert alert-info">\n\n\*\*Takeaways?\.\*\* .+?\n\n</div>', re.DOTALL)
+VISIBLE = 12  # lines of a cell that is not what the notebook is about
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 class TestTutorial:
-    @pytest.mark.timeout(900)
-    def test_cells_and_exercises_run(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        # Figures are made and not rendered, which nobody looks at and takes half of the time.
-        monkeypatch.setenv("MPLBACKEND", "template")
-        # Two threads on a busy machine wait for one another.
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        # Nor do ranks of MPI that wait take their neighbours' core, or compile the package anew.
-        monkeypatch.setenv("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
-        monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-        notebook = run(answered(read(source)))
-        checks = [cell for cell in notebook.cells if tagged(cell, "check")]
-        again = [cell for cell in notebook.cells if tagged(cell, "again")]
-        assert 2 <= len(checks) == len(again) <= 4
-        for cell in checks:
-            assert printed(cell).startswith("not yet: "), cell.source
-        for cell in again:
-            assert printed(cell).startswith("right: "), cell.source + printed(cell)
-        found = {cell.id: cell for cell in notebook.cells}
-        for stored in nbformat.read(source.with_suffix(".ipynb"), as_version=4).cells:
-            cell = found[stored.id]
-            if cell.cell_type == "code" and not tagged(cell, "varies"):
-                assert printed(cell) == printed(stored), cell.source
-
     def test_notebook_is_its_source_executed(self, source: Path) -> None:
         notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
         nbformat.validate(notebook)
@@ -87,6 +38,38 @@ class TestTutorial:
     def test_claims_are_asserted(self, source: Path) -> None:
         code = [cell.source for cell in read(source).cells if cell.cell_type == "code"]
         assert sum("assert " in cell for cell in code) >= 5
+
+    def test_cells_that_assert_print_what_they_prove(self, source: Path) -> None:
+        for cell in nbformat.read(source.with_suffix(".ipynb"), as_version=4).cells:
+            if cell.cell_type == "code" and "assert " in cell.source:
+                assert printed(cell), cell.source
+
+    def test_begins_with_why_what_and_how_long(self, source: Path) -> None:
+        first = read(source).cells[0].source
+        title, why, *_ = first.split("\n\n")
+        assert title.startswith("# ")
+        assert re.search(r"[.?]$", why)
+        assert "**You will be able to**" in first
+        assert re.search(r"\*\*Time\.\*\* About \d+ minutes", first)
+
+    def test_takeaways_are_boxed(self, source: Path) -> None:
+        cells = [cell.source for cell in read(source).cells]
+        boxes = [n for n, cell in enumerate(cells) if BOX.search(cell)]
+        assert len(boxes) >= 2
+        assert min(boxes) < len(cells) * 2 // 3
+        assert max(boxes) >= len(cells) - 4
+
+    def test_cells_are_short(self, source: Path) -> None:
+        for cell in read(source).cells:
+            if cell.cell_type == "code" and not {"hide-input", "subject"} & set(
+                cell.metadata.get("tags", [])
+            ):
+                lines = [line for line in cell.source.splitlines() if line.strip()]
+                assert len(lines) <= VISIBLE, cell.source
+
+    def test_checks_are_folded(self, source: Path) -> None:
+        for cell in read(source).cells:
+            assert tagged(cell, "hide-input") or not tagged(cell, "check"), cell.source
 
     def test_folds_are_rendered(self, source: Path) -> None:
         cells = read(source).cells
@@ -109,11 +92,21 @@ class TestTutorial:
             assert word not in text, word
 
 
-def test_eight_paired_notebooks() -> None:
-    assert [path.stem[:2] for path in SOURCES] == [f"{n:02}" for n in range(1, 9)]
+def test_ten_paired_notebooks() -> None:
+    assert [path.stem[:2] for path in SOURCES] == [f"{n:02}" for n in range(10)]
     assert sorted(path.stem for path in SOURCES) == sorted(
         path.stem for path in SOURCES[0].parent.glob("*.ipynb")
     )
+
+
+def test_slides_are_pictures_of_the_notebooks() -> None:
+    assert len(SLIDES) == 20
+    assert [slide.notebook for slide in SLIDES] == sorted(slide.notebook for slide in SLIDES)
+    for slide in SLIDES:
+        with picture(slide) as image:
+            assert min(image.size) > 100
+    with pytest.raises(LookupError, match=r"01_merging_softmax\.ipynb has no picture of a cell"):
+        picture(SLIDES[1]._replace(cell="no such cell"))
 
 
 def test_printed_text_is_one_output() -> None:
@@ -121,6 +114,16 @@ def test_printed_text_is_one_output() -> None:
     cell = nbformat.v4.new_code_cell(code, id="prints")
     (found,) = run(nbformat.v4.new_notebook(cells=[cell])).cells
     assert [out.text for out in found.outputs] == ["0\n1\n2\n"]
+
+
+def test_cleared_display_is_not_stored() -> None:
+    code = """from IPython.display import display
+handle = display({"text/plain": "half done"}, raw=True, display_id=True)
+handle.update({"text/plain": ""}, raw=True)
+print("done")"""
+    cell = nbformat.v4.new_code_cell(code, id="clears")
+    (found,) = run(nbformat.v4.new_notebook(cells=[cell])).cells
+    assert [out.output_type for out in found.outputs] == ["stream"]
 
 
 def test_varying_output_is_kept_for_unchanged_code() -> None:

@@ -1,31 +1,34 @@
 # %% [markdown]
 # # 4. Real ranks with MPI
 #
-# You will learn to write an MPI program that passes blocks round a ring, to find the cause of a
-# deadlock, and to measure how much of the communication overlaps with computing.
+# A ring that sends before it receives passes every test on small blocks. On real ones it hangs, on
+# every rank, without an error message; you will see both, from the same few lines. On a cluster
+# such a program occupies its nodes until the time limit, and its log is empty.
 #
-# Prerequisites: [notebook 3](03_the_ring_in_one_process.ipynb) for the ring. Time: about 30
-# minutes.
+# **You will be able to**
+#
+# - write an MPI program that passes blocks round a ring and computes meanwhile,
+# - find the cause of a deadlock, and reveal one that small blocks conceal,
+# - measure on your machine how much of the communication is hidden, and what blocking costs.
+#
+# **Prerequisites.** [Notebook 3](03_the_ring_in_one_process.ipynb) for the ring. No knowledge of
+# MPI.
+#
+# **Time.** About 45 minutes, with three exercises.
 
 # %%
 # %load_ext lvxattn.mpi_impl.jupyter
 import sys
 
-import matplotlib.pyplot as plt
 import numpy as np
 from exercise import check
-from matplotlib.patches import Rectangle
+from exercise_ranks import hops, reductions
+from figures import ranks
 
-from lvxattn.common.meter import Block
 from lvxattn.common.timeline import Post, Span, Timeline
-from lvxattn.common.wire import QUERIES
-from lvxattn.draw.rotation import COLOURS, INK
 from lvxattn.draw.trace import draw_trace
-from lvxattn.mpi_impl.commands.demo.patches import PATCH
-from lvxattn.mpi_impl.commands.demo.sources import default_video
 from lvxattn.plan import messages, planned
 from lvxattn.plan.trace import Trace
-from lvxattn.reference import full_attention
 
 # %% [markdown]
 # ## Ranks are processes
@@ -66,11 +69,15 @@ lists, processes = comm.gather(numbers), comm.gather(os.getpid())
 
 # %%
 assert lists == [[0], [1], [2], [3]]
-assert len(set(processes)) == 4  # four different processes
-assert numbers == []
+assert len(set(processes)) == 4 and numbers == []
+print("4 different processes; the notebook's own list is still", numbers)
 
 # %% [markdown]
-# Data of another rank has to be received in a message.
+# <div class="alert alert-info">
+#
+# **Takeaway.** Ranks share no memory. Data of another rank has to be received in a message.
+#
+# </div>
 #
 # ## One hop: send to the right, receive from the left
 #
@@ -106,21 +113,8 @@ holds = comm.gather(owners)
 
 # %%
 assert holds == [[(r - h) % 4 for h in range(4)] for r in range(4)]
-
-# %% tags=["hide-input"]
-figure, axes = plt.subplots(figsize=(8, 3), dpi=100, layout="constrained")
-for r, owners in enumerate(holds):
-    for h, owner in enumerate(owners):
-        axes.add_patch(Rectangle((h - 0.45, r - 0.4), 0.9, 0.8, color=COLOURS[owner]))
-        text = f"block of {owner}"
-        axes.text(h, r, text, ha="center", va="center", color="white", weight="bold")
-axes.set(xlim=(-0.5, 3.5), ylim=(3.5, -0.5), xlabel="hops")
-axes.set_xticks(range(4))
-axes.set_yticks(range(4), [f"rank {r}" for r in range(4)])
-axes.spines[:].set_visible(False)
-axes.tick_params(length=0)
-axes.set_title("Each block moves down one rank per hop", size=11, color=INK)
-plt.show()
+print("after h hops rank r holds the block of rank (r - h) mod 4")
+ranks.blocks_by_hop(holds)
 
 # %% [markdown]
 # After $P - 1$ hops every block has been on every rank. `layout.owner(hop)` in
@@ -154,10 +148,7 @@ if comm.rank == 0:
     request = comm.Isend(block, 1)
     block[:] = 7  # too early
 comm.Barrier()
-if comm.rank == 0:
-    request.Wait()
-else:
-    comm.Recv(block, 0)
+request.Wait() if comm.rank == 0 else comm.Recv(block, 0)
 means = comm.gather(float(block.mean()))
 
 # %% tags=["varies"]
@@ -195,6 +186,7 @@ sums = comm.gather(total + int(block.sum()))
 
 # %%
 assert sums == [6000, 6000, 6000, 6000]
+print("every rank has summed up all blocks:", *sums)
 
 # %% [markdown]
 # `Rotation` in [mpi_impl/exchange.py](../mpi_impl/exchange.py) is essentially the body of this
@@ -231,6 +223,7 @@ received = comm.gather(int(room[0]))
 
 # %%
 assert received == [3, 0, 1, 2]
+print("with Send and one number it ends: the ranks have received", *received)
 
 # %% [markdown]
 # The next cell is the same with `Ssend`, and a time limit of 4 seconds, after which `%%mpi` reports
@@ -250,23 +243,13 @@ comm.Recv(room, left)
 # %%
 told = str(sys.last_value)  # what the cell above raised
 assert told.count("is at line 7: comm.Ssend(block, right)") == 4
+print("all 4 ranks are in Ssend, none has reached Recv")
 
 # %% [markdown]
-# All four ranks are at the same line, each waiting for its right neighbour to receive:
+# Each waits for its right neighbour to receive:
 
-# %% tags=["hide-input"]
-figure, axes = plt.subplots(figsize=(8, 1.6), dpi=100, layout="constrained")
-for r in range(4):
-    axes.text(r, 0, f"rank {r}\nin Ssend", ha="center", va="center", color="white", weight="bold",
-              bbox={"boxstyle": "round", "fc": COLOURS[r], "ec": "none"})  # fmt: skip
-    bend = "arc3,rad=-0.18" if r == 3 else "arc3"
-    start, end = ((3, -0.35), (0, -0.35)) if r == 3 else ((r + 0.28, 0), (r + 0.72, 0))
-    arrow = {"arrowstyle": "-|>", "color": INK, "connectionstyle": bend, "lw": 1.5}
-    axes.annotate("", end, start, arrowprops=arrow)
-    axes.text((start[0] + end[0]) / 2, -0.8 if r == 3 else 0.12, "waits for", ha="center", size=9)
-axes.set(xlim=(-0.5, 3.5), ylim=(-1.1, 0.6))
-axes.axis("off")
-plt.show()
+# %%
+ranks.waiting_in_a_circle("Ssend")
 
 # %% [markdown]
 # A cycle of waiting ranks is a *deadlock*. Now `Send` with a million numbers:
@@ -285,53 +268,61 @@ comm.Recv(room, left)
 # %%
 told = str(sys.last_value)
 assert told.count("is at line 7: comm.Send(block, right)") == 4
+print("all 4 ranks are in Send, with a million numbers each")
 
 # %% [markdown]
-# So a program that sends before it receives may pass every test on small blocks, and deadlock on
-# real ones. Replacing `Send` by `Ssend` reveals this on small blocks, too. `Sendrecv`, or `Irecv`
-# before any call that waits, cannot form the cycle: the receive is posted before any rank waits.
+# <div class="alert alert-info">
+#
+# **Takeaway.** A program that sends before it receives may pass every test on small blocks, and
+# deadlock on real ones. Replacing `Send` by `Ssend` reveals this on small blocks, too. `Sendrecv`,
+# or `Irecv` before any call that waits, cannot form the cycle: the receive is posted before any
+# rank waits.
+#
+# </div>
 #
 # ### Exercise 1: fix the deadlock
 #
-# Move `block` one place to the right with one call of `Ssend` and one of `Recv` on each rank, so
-# that the program ends on any number of ranks from 2 up.
+# Write `hop`, which moves `block` one place to the right, into the right neighbour's `room`, with
+# one call of `comm.Ssend` and one of `comm.Recv` on each rank. It has to work on any number of
+# ranks from 2 up. The check runs it on 2, 3, 4 and 5 ranks, with random blocks, and records what
+# each rank calls. It says so if a rank waits for more than 3 seconds.
+
 
 # %% tags=["exercise"]
-# %%mpi 4 --timeout 5 --give shifted
-import numpy as np
-from mpi4py import MPI
+def hop(comm, block, room):
+    """Send block to the right; receive the left neighbour's block in room."""
+    raise NotImplementedError("hop is not implemented")
 
-comm = MPI.COMM_WORLD
-right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-block, room = np.full(1, comm.rank), np.full(1, -1)
-# Insert here: Ssend and Recv, in an order without a deadlock.
-shifted = comm.gather(int(room[0]))
 
-# %% tags=["check"]
-with check("every block has moved one place, without a deadlock"):
-    assert shifted == [3, 0, 1, 2], f"expected [3, 0, 1, 2] on ranks 0 to 3, got {shifted}"
+# %% tags=["check", "hide-input"]
+with check("every block moves one place, by one Ssend and one Recv on each of 2 to 5 ranks"):
+    for count, moved in hops(hop, (2, 3, 4, 5)).items():
+        for rank, (_, room, calls) in enumerate(moved):
+            right, left = (rank + 1) % count, (rank - 1) % count
+            did = f"on {count} ranks: rank {rank} called {', then '.join(calls) or 'nothing'}"
+            expected = f"{did}; expected one Ssend to rank {right} and one Recv from rank {left}"
+            assert sorted(call.split()[0] for call in calls) == ["Recv", "Ssend"], expected
+            assert f"Ssend to rank {right}" in calls, expected
+            assert np.array_equal(room, moved[left].block), (
+                f"on {count} ranks: rank {rank} has not the block of rank {left} in room"
+            )
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
 # One rank that receives first breaks the cycle. If every second rank receives first, the hop takes
-# two rounds instead of $P$, because pairs of ranks communicate at the same time.
+# two rounds instead of $P$, because pairs of ranks communicate at the same time. (With an odd
+# number of ranks, the last and the first both send first, which takes a third round.)
 #
 # ```python
-# %%mpi 4 --timeout 5 --give shifted
-# import numpy as np
-# from mpi4py import MPI
-#
-# comm = MPI.COMM_WORLD
-# right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-# block, room = np.full(1, comm.rank), np.full(1, -1)
-# if comm.rank % 2:
-#     comm.Recv(room, left)
-#     comm.Ssend(block, right)
-# else:
-#     comm.Ssend(block, right)
-#     comm.Recv(room, left)
-# shifted = comm.gather(int(room[0]))
+# def hop(comm, block, room):
+#     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+#     if comm.rank % 2:
+#         comm.Recv(room, left)
+#         comm.Ssend(block, right)
+#     else:
+#         comm.Ssend(block, right)
+#         comm.Recv(room, left)
 # ```
 #
 # </details>
@@ -367,11 +358,10 @@ from mpi4py import MPI
 from lvxattn.common.timeline import Timeline
 from lvxattn.mpi_impl import cross_attention, shard
 
-comm, rng = MPI.COMM_WORLD, np.random.default_rng(0)
+comm, rng, timeline = MPI.COMM_WORLD, np.random.default_rng(0), Timeline()
 Q, K, V = (rng.standard_normal((1, H, s, D), dtype=np.float32) for s in (S_Q, S_KV, S_KV))
 q, k, v = (shard(x, comm) for x in (Q, K, V))
 cross_attention(q, k, v, comm)
-timeline = Timeline()
 comm.Barrier()
 cross_attention(q, k, v, comm, meter=timeline)
 timelines = comm.gather(timeline)
@@ -383,6 +373,7 @@ assert all(trip.taken for trip in trace.trips)  # every block that was sent was 
 layout = planned((1, H, S_Q, D), (1, H, S_KV, D), 4, dtype="float32")
 for rank, timeline in enumerate(timelines):
     assert timeline.bytes == sum(message.nbytes for message in messages(layout, rank))
+print(f"{len(trace.trips)} blocks, all received; each rank sent {timeline.bytes:,} bytes")
 
 # %% [markdown]
 # The bytes are those that the plan predicts. The trace shows when they were sent:
@@ -411,19 +402,10 @@ draw_trace(trace, "LV-XAttn")
 for x in trace.overlap():
     assert x.hidden > 0
     assert x.hidden + x.exposed <= x.on_the_way * (1 + 1e-9)
+print("on every rank a part of the communication was hidden")
 
-# %% tags=["hide-input", "varies"]
-figure, axes = plt.subplots(figsize=(8, 2.4), dpi=100, layout="constrained")
-for rank, x in enumerate(trace.overlap()):
-    parts = (x.hidden, x.exposed, x.on_the_way - x.hidden - x.exposed)
-    for part, start, colour in zip(parts, np.cumsum((0, *parts)), COLOURS, strict=False):
-        axes.barh(rank, 1e3 * part, left=1e3 * start, color=colour, height=0.7)
-for n, name in enumerate(("hidden", "exposed", "the rest")):
-    axes.text(0.4 * n, 1.04, name, color=COLOURS[n], weight="bold", transform=axes.transAxes)
-axes.set(xlabel="milliseconds on the way", ylim=(3.5, -0.5))
-axes.set_yticks(range(4), [f"rank {rank}" for rank in range(4)])
-axes.spines[["top", "right"]].set_visible(False)
-plt.show()
+# %% tags=["varies"]
+ranks.hidden_and_exposed(trace.overlap())
 
 # %% [markdown]
 # Orange is the time that a better schedule or a faster link could still save. With few queries and
@@ -434,7 +416,10 @@ plt.show()
 # This is a constructed trace of two ranks. Rank 0 posts its queries at 0 ms and computes for 3 ms.
 # Rank 1 computes for 2 ms, and then waits for those queries until 3.5 ms.
 
-# %%
+# %% tags=["hide-input"]
+from lvxattn.common.meter import Block
+from lvxattn.common.wire import QUERIES
+
 queries = Block(QUERIES.name, owner=0, hop=1)
 ms = 1e-3
 trace = Trace.of(
@@ -456,13 +441,17 @@ draw_trace(trace, "A constructed pass")
 rank_0 = None, None, None  # on the way, hidden, exposed, in milliseconds
 rank_1 = None, None, None
 
-# %% tags=["check"]
+# %% tags=["check", "hide-input"]
+hints = {
+    "on the way": "a block is on the way for both ranks, from when it is posted until it is taken",
+    "hidden": "it is the part of the time on the way during which this rank's track is blue",
+    "exposed": "it is the part during which this rank waits for a block, that is, orange",
+}
 with check("hidden and exposed time on both ranks"):
     for rank, told in enumerate((rank_0, rank_1)):
-        assert None not in told, f"rank {rank}: expected three numbers, got {told}"
-        right = [1e3 * x for x in trace.overlap()[rank]]
-        for name, x, y in zip(("on the way", "hidden", "exposed"), told, right, strict=True):
-            assert abs(x - y) < 1e-6, f"rank {rank}, {name}: {x} ms is not what the tracks show"
+        assert len(told) == 3 and None not in told, f"rank {rank}: expected 3 numbers, got {told}"
+        for (name, hint), x, y in zip(hints.items(), told, trace.overlap()[rank], strict=True):
+            assert abs(x - 1e3 * y) < 1e-6, f"rank {rank}: {name} is not {x} ms; {hint}"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -479,6 +468,137 @@ with check("hidden and exposed time on both ranks"):
 # </details>
 
 # %% [markdown]
+# ## Three programs on one time axis
+#
+# How much does it matter what travels, and that it travels during the computation? The next cell
+# measures three programs on your machine, which compute the same:
+#
+# - `lv-xattn`: queries travel, while ranks compute;
+# - `ring`, Ring Attention: keys and values travel, while ranks compute;
+# - `blocking`: queries and results travel, but with `Sendrecv` after each computation. This is the
+#   simple solution of [notebook 3](03_the_ring_in_one_process.ipynb), exercise 2.
+#
+# Each runs eight times, and the fastest run is drawn.
+#
+# **Predict.** How many times as many bytes as `lv-xattn` does `ring` send? Which of the three takes
+# longest on your machine? And which one waits at every hop?
+#
+# <details><summary>Reasoning</summary>
+#
+# A block of queries and its result are 64 rows of 64 and of 66 numbers, for each head. A block of
+# keys and values is 4,096 rows of 128: 63 times as many. On one machine, the link is memory, and
+# the cores themselves copy the blocks: `ring` takes longest, although most of its communication is
+# hidden. `blocking` waits at every hop, until its left neighbour has finished computing, too. The
+# copying itself costs next to nothing here, as its blocks are short.
+#
+# </details>
+
+# %% tags=["subject"]
+# %%mpi 4 --take S_Q,S_KV,H,D --give tries,outs
+from functools import partial
+
+import numpy as np
+from mpi4py import MPI
+
+from lvxattn.common.meter import Block
+from lvxattn.common.timeline import Timeline
+from lvxattn.mpi_impl import block_attention, cross_attention, merge, shard
+
+comm, rng = MPI.COMM_WORLD, np.random.default_rng(0)
+P, right, left = comm.size, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+Q, K, V = (rng.standard_normal((1, H, s, D), dtype=np.float32) for s in (S_Q, S_KV, S_KV))
+q, k, v = (shard(x, comm) for x in (Q, K, V))
+
+
+def blocking(meter):
+    """Attend, then send the block with its result, which nothing hides; P times."""
+    block = np.zeros((1, H, q.shape[2], 2 * D + 1), np.float32)  # of each row q, out and lse
+    block[..., :D], block[..., -1], room = q, -np.inf, np.empty_like(block)
+    for hop in range(P):
+        what = partial(Block, "the queries of rank {}", (comm.rank - hop) % P, hop)
+        with meter.computes(what):
+            part = block_attention(block[..., :D], k, v, scale=D**-0.5)
+            block[..., D:-1], block[..., -1] = merge(block[..., D:-1], block[..., -1], *part)
+        meter.sent(block.nbytes, right, what)
+        with meter.waits(what):
+            comm.Sendrecv(block, right, recvbuf=room, source=left)
+        block, room = room, block
+    return block[..., D:-1], block[..., -1]
+
+
+def overlapping(meter, schedule):
+    return cross_attention(q, k, v, comm, schedule=schedule, meter=meter)
+
+
+programs = {schedule: partial(overlapping, schedule=schedule) for schedule in ("lv-xattn", "ring")}
+programs["blocking"] = blocking
+tries, outs = {name: [] for name in programs}, {}
+for _ in range(8):  # in turn, as your machine may have other work at times
+    for name, program in programs.items():
+        timeline = Timeline()
+        comm.Barrier()
+        out, _ = program(timeline)
+        tries[name].append(comm.gather(timeline))
+        outs[name] = comm.gather(out)
+
+# %%
+sent = {name: runs[0][0].bytes for name, runs in tries.items()}
+for name, out in outs.items():
+    assert np.allclose(out, outs["lv-xattn"], rtol=0, atol=1e-5)
+    print(f"{name:9} a rank sends {sent[name]:10,} bytes; the results are the same")
+assert 62 < sent["ring"] / sent["lv-xattn"] < 64
+
+
+# %% tags=["varies"]
+def seconds(trace):
+    return max(span.end for spans in (*trace.computed, *trace.waited) for span in spans)
+
+
+traces = {name: min(map(Trace.of, runs), key=seconds) for name, runs in tries.items()}
+titles = {}
+for name, x in traces.items():
+    waits = sum(span.end - span.start for spans in x.waited for span in spans) / 4 / seconds(x)
+    titles[name] = f"{name}: {1e3 * seconds(x):.0f} ms; ranks wait {waits:.0%} of the time"
+ranks.on_one_axis(traces, titles)
+
+# %% [markdown]
+# The arithmetic of all three is the same. In `ring` the blue is longer because MPI copies blocks
+# between pieces of the attention, on the same cores and through the same memory; this is the price
+# of hiding where the link is the processor itself. White is other work: merging, copying blocks
+# into buffers, and times at which a rank has no core, if your machine has fewer than four.
+#
+# On one machine `blocking` may take as long as `lv-xattn`, or even less: the way through memory is
+# so short that there is little to hide, and one message per hop costs less than two ([notebook
+# 3](03_the_ring_in_one_process.ipynb), when sending early beats sending together). Between machines
+# the link is slower than memory:
+#
+# **Predict.** On a link of 1 Gb/s, 125 million bytes per second, how long is the block of a hop on
+# the way, in each of the three programs? Say that a rank computes for 20 ms per hop. Which of these
+# times can be hidden, and which are?
+#
+# <details><summary>Reasoning</summary>
+#
+# `lv-xattn` and `blocking` 2 ms, with the result; `ring` 134 ms. The 2 ms can be hidden, and
+# `lv-xattn` hides them; `blocking` pays them at every hop. Most of the 134 ms cannot be hidden,
+# in whatever order they are sent: there is not enough work to hide them behind.
+#
+# </details>
+
+# %%
+on_the_way = {name: 1e3 * nbytes / (4 if name == "blocking" else 3) / 125e6
+              for name, nbytes in sent.items()}  # fmt: skip
+for name, ms in on_the_way.items():
+    print(f"{name:9} {ms:6.1f} ms for each hop at 1 Gb/s")
+assert on_the_way["lv-xattn"] < 2.2 < 134 < on_the_way["ring"]
+
+# %% [markdown]
+# <div class="alert alert-info">
+#
+# **Takeaway.** Overlap hides at most as much time as there is work. First send little, then send it
+# early.
+#
+# </div>
+#
 # ## The merge as an MPI.Op
 #
 # There are few queries. If every rank holds all of them, each attends to its own keys, and the $P$
@@ -497,6 +617,8 @@ with check("hidden and exposed time on both ranks"):
 # </details>
 
 # %%
+from lvxattn.reference import full_attention
+
 rng = np.random.default_rng(1)
 Q, K, V = (2 * rng.standard_normal((1, 1, s, 8)) for s in (6, 40, 40))
 truth_out, truth_lse = full_attention(Q, K, V)
@@ -513,6 +635,7 @@ mean = comm.allreduce(out) / comm.size
 
 # %%
 assert abs(mean - truth_out).max() > 0.1
+print(f"the mean of the four is off by up to {abs(mean - truth_out).max():.1f}")
 
 # %% [markdown]
 # The correct operator is the merge (arXiv:2502.02406, section 3):
@@ -525,16 +648,10 @@ assert abs(mean - truth_out).max() > 0.1
 # grouping. It calls `join(a, b, datatype)` with two buffers and expects the result in `b`. It may
 # also split a message between any two elements. To keep a query's `out` and `lse` together, an
 # element is a whole row, 8 numbers of `out` and one of `lse`; `Create_contiguous` defines this
-# datatype.
-#
-# ### Exercise 3: write the operator
-#
-# `a` and `b` below are arrays of rows: `a[:, :8]` is `out`, `a[:, 8]` is `lse`. Leave the merged
-# rows in `b`. `merge(out_a, lse_a, out_b, lse_b)`, also in `lvxattn.mpi_impl`, returns `out` and
-# `lse`.
+# datatype. Here is an operator of our own, which only adds:
 
-# %% tags=["exercise"]
-# %%mpi 4 --take Q,K,V --give joined
+# %% tags=["subject"]
+# %%mpi 4 --take Q,K,V --give added
 import numpy as np
 from mpi4py import MPI
 
@@ -542,46 +659,92 @@ from lvxattn.mpi_impl import block_attention, shard
 
 
 def join(a, b, datatype):
-    """Merge the rows in a into those in b."""
+    """Add the rows in a to those in b."""
     a, b = (np.frombuffer(x).reshape(-1, 9) for x in (a, b))
-    b[:] += a  # a sum, not the merge
+    b += a
 
 
 comm = MPI.COMM_WORLD
 out, lse = block_attention(Q, shard(K, comm), shard(V, comm), scale=8**-0.5)
 rows = np.concatenate([out[0, 0], lse[0, 0, :, None]], axis=1)  # (6, 9)
-joined, row = np.empty_like(rows), MPI.DOUBLE.Create_contiguous(9).Commit()
-comm.Allreduce([rows, 6, row], [joined, 6, row], MPI.Op.Create(join, commute=True))
+added, row = np.empty_like(rows), MPI.DOUBLE.Create_contiguous(9).Commit()
+comm.Allreduce([rows, 6, row], [added, 6, row], MPI.Op.Create(join, commute=True))
 
-# %% tags=["check"]
-with check("MPI merges the partial results of all ranks"):
-    error = abs(joined[:, 8] - truth_lse[0, 0]).max()
-    assert error < 1e-12, f"lse: expected an error below 1e-12, got {error:.2g}"
-    error = abs(joined[:, :8] - truth_out[0, 0]).max()
-    assert error < 1e-12, f"lse is correct; out: expected an error below 1e-12, got {error:.2g}"
+# %%
+assert np.allclose(added[:, :8] / 4, mean, rtol=0, atol=1e-12)
+print("our operator adds: its sum is that of allreduce, and no better as attention")
+
+# %% [markdown]
+# ### Exercise 3: write the operator
+#
+# `a` and `b` below are arrays of rows of any width: `a[:, :-1]` is `out`, `a[:, -1]` is `lse`.
+# Leave the merged rows in `b`, as MPI will read them from there. The check runs `join` as an
+# `MPI.Op` on four ranks, with scores near 0, near 2,000 and near -2,000, with levels that differ
+# between rows or between ranks, and with ranks that have no keys, whose rows are 0 and `lse` is
+# -inf. The formula above overflows then; [notebook 1](01_merging_softmax.ipynb) shows one that does
+# not. (`from lvxattn.mpi_impl import merge` is that one.) Only this cell is sent to the ranks:
+# import in it what you use.
+
+
+# %% tags=["exercise"]
+import numpy as np
+
+
+def join(a, b):
+    """Merge the rows in a into those in b."""
+    raise NotImplementedError("join is not implemented")
+
+
+# %% tags=["check", "hide-input"]
+def rows_of(scores, values):
+    """Return the rows of attention with these scores: out, and lse in the last column."""
+    top = np.nan_to_num(scores.max(axis=1, initial=-np.inf, keepdims=True), neginf=0)
+    weights = np.exp(scores - top)
+    total = weights.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = top + np.log(total)
+    return np.concatenate([weights @ values / np.where(total, total, 1), lse], axis=1)
+
+
+draw, cases, truths = np.random.default_rng(2), {}, {}
+for name, middle, width, lengths in (
+    ("scores near 0", 0, 8, (10, 10, 10, 10)), ("scores near 2,000", 2000, 3, (7, 9, 5, 8)),
+    ("scores near -2,000", -2000, 5, (7, 9, 5, 8)), ("a rank without keys", 0, 4, (6, 0, 3, 2)),
+    ("no keys at all", 0, 4, (0, 0, 0, 0)),
+    ("scores from -2,000 to 2,000 over rows", np.linspace(-2000, 2000, 6), 3, (7, 9, 5, 8)),
+    ("scores from -2,000 to 2,000 over ranks", np.c_[[0, 2000, -2000, 1000]], 5, (7, 9, 5, 8)),
+):  # fmt: skip
+    levels = np.broadcast_to(middle, (4, 6))[..., None]  # of each rank's rows
+    scores = [level + 3 * draw.standard_normal((6, n))
+              for level, n in zip(levels, lengths, strict=True)]  # fmt: skip
+    values = [draw.standard_normal((n, width)) for n in lengths]
+    cases[name] = [rows_of(*pair) for pair in zip(scores, values, strict=True)]
+    truths[name] = rows_of(np.concatenate(scores, axis=1), np.concatenate(values))
+what = "MPI merges the partial results of all ranks, whatever their scores"
+with check(what), np.errstate(invalid="ignore"):
+    for name, found in reductions(join, cases).items():
+        off = np.where(found == truths[name], 0, np.abs(found - truths[name]))
+        lse, out = off[:, -1].max(), off[:, :-1].max()
+        assert lse < 1e-9, f"{name}: lse is off by {lse:.2g}"
+        assert out < 1e-9, f"{name}: lse is right, out is off by {out:.2g}"
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
+# The library's `merge` can be used, too; this is what it does. Everything is computed before `b` is
+# written: the new `lse` must not be used as the old one.
+#
 # ```python
-# %%mpi 4 --take Q,K,V --give joined
 # import numpy as np
-# from mpi4py import MPI
-#
-# from lvxattn.mpi_impl import block_attention, merge, shard
 #
 #
-# def join(a, b, datatype):
-#     """Merge the rows in a into those in b."""
-#     a, b = (np.frombuffer(x).reshape(-1, 9) for x in (a, b))
-#     b[:, :8], b[:, 8] = merge(a[:, :8], a[:, 8], b[:, :8], b[:, 8])
-#
-#
-# comm = MPI.COMM_WORLD
-# out, lse = block_attention(Q, shard(K, comm), shard(V, comm), scale=8**-0.5)
-# rows = np.concatenate([out[0, 0], lse[0, 0, :, None]], axis=1)  # (6, 9)
-# joined, row = np.empty_like(rows), MPI.DOUBLE.Create_contiguous(9).Commit()
-# comm.Allreduce([rows, 6, row], [joined, 6, row], MPI.Op.Create(join, commute=True))
+# def join(a, b):
+#     top = np.maximum(a[:, -1:], b[:, -1:])
+#     top = np.where(np.isfinite(top), top, 0)  # no keys on either side
+#     of_a, of_b = np.exp(a[:, -1:] - top), np.exp(b[:, -1:] - top)
+#     total = of_a + of_b
+#     out = (of_a * a[:, :-1] + of_b * b[:, :-1]) / np.where(total, total, 1)
+#     b[:, :-1], b[:, -1:] = out, top + np.log(total)
 # ```
 #
 # </details>
@@ -603,6 +766,7 @@ out, lse = cross_attention(Q, shard(K, comm), shard(V, comm), comm, queries="rep
 # %%
 assert abs(out - truth_out).max() < 1e-12
 assert abs(lse - truth_lse).max() < 1e-12
+print("one reduction, and exact to 1e-12")
 
 # %% [markdown]
 # ## A search in a long video
@@ -630,9 +794,12 @@ assert abs(lse - truth_lse).max() < 1e-12
 # </details>
 
 # %%
+from lvxattn.mpi_impl.commands.demo.patches import PATCH
+from lvxattn.mpi_impl.commands.demo.sources import default_video
+
 video = default_video(frames=48, seed=0)
 
-# %%
+# %% tags=["subject"]
 # %%mpi 4 --take video --give found,meters
 import numpy as np
 from mpi4py import MPI
@@ -665,38 +832,30 @@ print(f"a rank sent {meters[0].bytes:,} bytes; keys and values: {3 * per_rank * 
 # that the attention returned.
 
 # %% tags=["hide-input"]
-figure, rows = plt.subplots(
-    2, 4, figsize=(8, 3.4), dpi=100, layout="constrained", height_ratios=(1, 1.6)
-)
-for rank, ((truth, seen, out), n) in enumerate(zip(found, (1, 3, 3, 2), strict=True)):
-    frame, row, col = np.rint(out[n]).astype(int)
-    rows[0, rank].imshow(seen[n])
-    rows[0, rank].set_title(f"query of rank {rank}", size=10, color=INK)
-    rows[1, rank].imshow(video.read(frame, frame + 1, lambda _: None)[0])
-    for colour, width in (("black", 4), ("#F0E442", 2)):
-        corner = PATCH * col - 3, PATCH * row - 3
-        box = Rectangle(corner, PATCH + 5, PATCH + 5, fill=False, ec=colour, lw=width)
-        rows[1, rank].add_patch(box)
-    rows[1, rank].set_title(f"found on rank {truth.holder[n]}", size=10, color=INK)
-    rows[1, rank].set_xlabel(f"frame {frame}, row {row}, col {col}", size=9)
-for axes in rows.flat:
-    axes.set(xticks=[], yticks=[])
-plt.show()
+chosen = [(truth, seen, out, n) for (truth, seen, out), n in zip(found, (1, 3, 3, 2), strict=True)]
+places = [np.rint(out[n]).astype(int) for _, _, out, n in chosen]
+frames = [video.read(frame, frame + 1, lambda _: None)[0] for frame, _, _ in places]
+seen_by_ranks = [seen[n] for _, seen, _, n in chosen]
+holders = [truth.holder[n] for truth, _, _, n in chosen]
+ranks.found_patches(seen_by_ranks, frames, places, holders, PATCH)
 
 # %% [markdown]
 # Every query was compared with every patch of every rank, and no key and no value was sent. The
 # whole demo ([demo/search.py](../mpi_impl/commands/demo/search.py)) does the same with 360 frames
 # and 256 queries, checks each answer, and accepts your own video: `make demo ARGS="--video FILE"`.
 #
-# ## Summary
+# <div class="alert alert-info">
 #
-# - Ranks are processes that share no memory. `Sendrecv` moves blocks one place round a ring; after
-#   $P - 1$ hops every rank has had every block.
-# - A cycle of ranks that wait for one another is a deadlock. `Irecv` and `Isend` post receives
-#   first and return at once, so that a rank can compute; two buffers separate what is sent from
-#   what is received.
-# - A timeline shows how much of the communication was hidden. Because the merge is associative, MPI
-#   can use it as the operator of a reduction.
+# **Takeaways.** What an MPI program for a ring has to do:
+#
+# - `Sendrecv` moves blocks one place; after $P - 1$ hops every rank has had every block. A cycle of
+#   ranks that wait for one another is a deadlock, which `Ssend` reveals.
+# - `Irecv` and `Isend` return at once, so that a rank can compute; two buffers separate what is
+#   sent from what is received.
+# - Overlap hides at most as much as there is work; a timeline shows how much. Because the merge is
+#   associative, MPI can use it as the operator of a reduction.
+#
+# </div>
 #
 # Files: [mpi_impl/exchange.py](../mpi_impl/exchange.py),
 # [mpi_impl/collectives.py](../mpi_impl/collectives.py),

@@ -17,6 +17,11 @@ import jupytext
 import nbclient
 import nbformat
 
+try:
+    from tutorials.course import filled
+except ModuleNotFoundError:  # started as a program, from its own folder
+    from course import filled
+
 HERE = Path(__file__).parent
 SECONDS = 300  # time limit of a cell
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -50,6 +55,8 @@ def read(path: Path) -> nbformat.NotebookNode:
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # jupytext's ids are random
+        if tagged(cell, "filled"):
+            cell.source = filled(cell.source)
         if tagged(cell, "hide-input"):  # the tag folds code on the site, the metadata in JupyterLab
             cell.metadata["jupyter"] = {"source_hidden": True}
     return notebook
@@ -77,7 +84,15 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         record_timing=False,
         coalesce_streams=True,  # the kernel splits printed output arbitrarily
     ).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not cleared(output)]
     return notebook
+
+
+def cleared(output: nbformat.NotebookNode) -> bool:
+    """Return whether an output is a display of empty text, as a line of progress in the end."""
+    return output.output_type == "display_data" and dict(output.data) == {"text/plain": ""}
 
 
 def keep(notebook: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> int:

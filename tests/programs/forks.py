@@ -13,11 +13,10 @@ together  whether all end when one has failed, as torchrun has it
 
 import gc
 import json
+import math
 import os
 import runpy
-import signal
 import sys
-import time
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - what follows is imported for the ranks
@@ -29,6 +28,7 @@ import torch.profiler
 
 import lvxattn.torch_impl.commands.run  # noqa: F401
 from lvxattn.common.processes import end_with_parent
+from tutorials.torch_cell import ends
 
 # Seconds that the others have when one has failed.
 GRACE = 3.0
@@ -45,28 +45,9 @@ def serve() -> dict[str, Any] | None:
                 end_with_parent(parent)
                 return {**request, "rank": rank, "env": env}
             pids.append(pid)
-        print(json.dumps(ends(pids, request["timeout"], request["together"])), flush=True)
+        grace = GRACE if request["together"] else math.inf
+        print(json.dumps(ends(pids, request["timeout"], grace)), flush=True)
     return None
-
-
-def ends(pids: list[int], timeout: float, together: bool) -> list[int | None]:
-    """Wait for ranks; return their exit statuses."""
-    statuses: dict[int, int | None] = {}
-    limit, late = time.monotonic() + timeout, False
-    while len(statuses) < len(pids):
-        running = [pid for pid in pids if pid not in statuses]
-        if together and any(statuses.values()):
-            limit, together = min(limit, time.monotonic() + GRACE), False
-        if time.monotonic() > limit:
-            late = not any(statuses.values())
-            for pid in running:
-                os.kill(pid, signal.SIGKILL)
-        for pid in running:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                statuses[pid] = None if late else os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return [statuses[pid] for pid in pids]
 
 
 def run(what: dict[str, Any]) -> None:

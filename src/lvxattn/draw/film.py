@@ -144,7 +144,8 @@ def animation(logs: Mapping[str, list[Message]]) -> bytes:
     from PIL import Image
 
     films = _films(logs)
-    figure = Figure(figsize=(4 * len(films), 4.3), dpi=90, facecolor="white")
+    figure = Figure(figsize=(4 * len(films), 4.6), dpi=90, facecolor="white")
+    figure.set_layout_engine("none")  # whatever the style asks for
     panels = figure.subplots(1, len(films), squeeze=False)[0]
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.93, 0.02)
     pictures, times = [], []
@@ -164,6 +165,34 @@ def animation(logs: Mapping[str, list[Message]]) -> bytes:
     first, *others = (x.quantize(palette=palette, dither=Image.Dither.NONE) for x in pictures)
     first.save(file, "PNG", save_all=True, append_images=others, duration=times, loop=0)
     return file.getvalue()
+
+
+def step(schedule: str, hops: int, hop: int, *, results: bool) -> str:
+    """Return a frame's caption: which step of the pass it shows, and what happens in it.
+
+    Parameters
+    ----------
+    schedule : str
+        ``"lv-xattn"`` or ``"ring"``.
+    hops, hop : int
+        Of the pass, which has two steps for each, and of the frame.
+    results : bool
+        Whether blocks have arrived, and the frame shows the results.
+
+    Examples
+    --------
+    >>> step("lv-xattn", hops=4, hop=2, results=True)
+    'step 4 of 8: results follow'
+    """
+    if hop == 0:
+        return f"step 0 of {2 * hops}: at home"
+    if schedule == "ring":
+        happens = "attend and merge" if results else "keys and values move"
+    elif hop == hops:  # nothing but results is left on the way
+        happens = "results come home" if results else "the last results leave"
+    else:
+        happens = "queries move" if not results else "attend" if hop == 1 else "results follow"
+    return f"step {2 * hop - 1 + results} of {2 * hops}: {happens}"
 
 
 def _films(logs: Mapping[str, list[Message]]) -> dict[str, list[list[Scene]]]:
@@ -246,10 +275,12 @@ def _ring(
     came_from = {scene.owner: rank for rank, scene in enumerate(before)}
     over = hop == len(columns) - 1 and results == 1
     state = "home" if hop == 0 else "done" if over else "home\nagain" if hop == P else f"hop {hop}"
-    axes.set(xlim=(-3, 3), ylim=(-2.9, 3.1), aspect="equal")
+    axes.set(xlim=(-3, 3), ylim=(-3.4, 3.1), aspect="equal")
     axes.axis("off")
     axes.set_title(_TITLES[schedule], size=_SIZE + 2, color=INK)
     axes.text(0, 0, state, ha="center", va="center", size=_SIZE, color=INK)
+    says = step(schedule, len(columns) - 1, hop, results=results > 0)
+    axes.text(0, -3.25, says, ha="center", va="center", size=_SIZE, color=INK)
     for rank, (owner, joined) in enumerate(now):
         x, y = _place(rank, P, 2.35)
         axes.text(x, y + 0.44, f"rank {rank}", ha="center", va="center", size=9, color=INK)

@@ -92,7 +92,8 @@ def _gain(axes: "Axes", gain: np.ndarray) -> None:
     from matplotlib.colors import LogNorm
 
     norm = LogNorm(max(0.5, gain.min()), max(1.0, gain.max()), clip=True)
-    axes.pcolormesh(_edges(TEXT), _edges(FRAMES), gain.T, norm=norm, cmap="cividis")
+    mesh = axes.pcolormesh(_edges(TEXT), _edges(FRAMES), gain.T, norm=norm, cmap="cividis")
+    axes.figure.colorbar(mesh, ax=axes, format="{x:,g}", aspect=30, pad=0.02)
     for n in range(1, len(TEXT), 3):
         for m in range(0, len(FRAMES), 2):
             value = gain[n, m]
