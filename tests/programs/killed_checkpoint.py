@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # of fork: PyTorch may have threads
     found, status = list[int](), -signal.SIGKILL
     while status:
-        with run_folder(folder, ALONE):  # unlocked, though its holder was killed
+        with run_folder(folder, ALONE, resume=True):  # unlocked, though its holder was killed
             taken(folder, 1)
             taken(folder, 1)
         status = attempt(folder, killed_at=len(found) + 1)
@@ -48,7 +48,7 @@ def attempt(folder: Path, killed_at: int) -> int:
 
     try:
         sys.addaudithook(kill)
-        with run_folder(folder, ALONE):
+        with run_folder(folder, ALONE, resume=True):
             taken(folder, 2)
         os._exit(0)
     except BaseException:
