@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from mpi4py import MPI
@@ -162,8 +163,10 @@ if __name__ == "__main__":
     try:
         status = main()
     except KeyboardInterrupt:  # of all ranks, as launchers pass it on, or of one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         end_unannounced()
         os.write(2, f"lvxattn: interrupted on rank {MPI.COMM_WORLD.rank}\n".encode())
+        time.sleep(1)  # launchers may not wait for the output of ranks that they end
         MPI.COMM_WORLD.Abort(128 + signal.SIGINT)
     # `python -m mpi4py` calls MPI_Abort if the status is not 0, unless MPI has ended by then: abort
     # is for the rank that fails alone. Here all ranks leave together.
