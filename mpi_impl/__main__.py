@@ -168,6 +168,7 @@ if __name__ == "__main__":
         os.write(2, f"lvxattn: interrupted on rank {MPI.COMM_WORLD.rank}\n".encode())
         time.sleep(1)  # launchers may not wait for the output of ranks that they end
         MPI.COMM_WORLD.Abort(128 + signal.SIGINT)
+        os._exit(128 + signal.SIGINT)  # Abort may return before the launcher ends this rank
     # `python -m mpi4py` calls MPI_Abort if the status is not 0, unless MPI has ended by then: abort
     # is for the rank that fails alone. Here all ranks leave together.
     sys.stdout.flush()
