@@ -102,7 +102,7 @@ def left_on(slurm: Slurm) -> list[str]:
 def test_missing_slurm_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.netlab.slurm.PATH", "")
     with (
-        pytest.raises(LabError, match=r"munged, .*not installed.*install-slurm\.sh"),
+        pytest.raises(LabError, match=r"munged, .*not installed.*install\.sh"),
         Slurm(Lab(1, "1gbit")),
     ):
         pass

@@ -10,7 +10,7 @@ neither read nor changed.
 Nodes have as many cores and GPUs as they are told to have, so that scripts for larger clusters are
 scheduled.  Ranks are bound to no core, and no GPU is behind what Slurm gives out as one.
 
-It needs root, Slurm and MUNGE: `sh benchmarks/netlab/install-slurm.sh` installs them on Debian.
+It needs root, Slurm and MUNGE: `sh benchmarks/netlab/install.sh` installs them on Debian.
 """
 
 import os
@@ -218,6 +218,6 @@ def why_no_slurm() -> str | None:
     if missing := [daemon for daemon in (*DAEMONS, "srun") if not shutil.which(daemon, path=PATH)]:
         return (
             f"{', '.join(missing)}: not installed; on Debian or Ubuntu, "
-            "`sh benchmarks/netlab/install-slurm.sh` installs Slurm and MUNGE"
+            "`sh benchmarks/netlab/install.sh` installs Slurm and MUNGE"
         )
     return None if os.geteuid() == 0 else "Slurm in a lab needs root"
