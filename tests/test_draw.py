@@ -15,6 +15,7 @@ from lvxattn.reference import Layout, Message
 
 pytest.importorskip("matplotlib")
 
+from matplotlib import rc_context
 from matplotlib.colors import to_hex
 from matplotlib.patches import Ellipse, Rectangle
 from matplotlib.text import Annotation
@@ -139,9 +140,11 @@ def test_animation_counts_its_steps(schedule: str, hops: int) -> None:
     assert step(schedule, hops, 0, results=False) == f"step 0 of {2 * hops}: at home"
 
 
-def test_animation_is_a_small_png() -> None:
+@pytest.mark.parametrize("engine", [False, True], ids=["plain", "constrained"])
+def test_animation_is_a_small_png(engine: bool) -> None:
     image = pytest.importorskip("PIL.Image")
-    data = animation({schedule: forward(schedule, 3)[0] for schedule in RINGS})
+    with rc_context({"figure.constrained_layout.use": engine}):  # the notebooks' style
+        data = animation({schedule: forward(schedule, 3)[0] for schedule in RINGS})
     assert len(data) < 300_000
     film = image.open(BytesIO(data))
     assert film.format == "PNG"
