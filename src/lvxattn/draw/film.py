@@ -144,8 +144,9 @@ def animation(logs: Mapping[str, list[Message]]) -> bytes:
     from PIL import Image
 
     films = _films(logs)
-    # Without an engine, whatever the style asks for.
-    figure = Figure(figsize=(4 * len(films), 4.6), dpi=90, facecolor="white", layout="none")
+    # Without an engine, whatever the style asks for; matplotlib's types lack it.
+    none: Any = "none"
+    figure = Figure(figsize=(4 * len(films), 4.6), dpi=90, facecolor="white", layout=none)
     panels = figure.subplots(1, len(films), squeeze=False)[0]
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.93, 0.02)
     pictures, times = [], []
