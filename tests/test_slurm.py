@@ -1,6 +1,8 @@
-"""Slurm on two hosts of a lab: the scripts of docs/clusters.md, and jobs that end badly."""
+"""Slurm on the hosts of a lab: the scripts of examples/cluster, and jobs that end badly."""
 
 import csv
+import ctypes
+import json
 import os
 import re
 import subprocess
@@ -13,13 +15,15 @@ import pytest
 
 from benchmarks.netlab.lab import Lab, LabError, why_not
 from benchmarks.netlab.slurm import Slurm, why_no_slurm
-from tests.launch import ROOT, environment, until
+from tests.launch import PROGRAMS, ROOT, environment, until
 
 HOSTS = 2
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 # Ranks that compute until they are ended.
 FOREVER = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl", "run", "--quiet", "--repeat", "1000000"]
 ON_ALL = ["--nodes=2", "--ntasks-per-node=2", "--mpi=pmi2"]
+# Debian's Open MPI, which mpi4py finds by this name; its ranks that wait leave cores to others.
+OPEN_MPI = {"MPI4PY_LIBMPI": "libmpi.so.40", "OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (Path(sys.prefix) / "bin" / "activate").exists():
         pytest.skip("Python is not that of a virtual environment")
     (path / ".venv").symlink_to(sys.prefix)
+    (path / "examples").symlink_to(ROOT / "examples")
     return path
 
 
@@ -46,6 +51,22 @@ def slurm(cluster: Slurm) -> Iterator[Slurm]:
     if cluster.lab.pids:
         run(cluster, "scancel", "--user=root")
         assert until(lambda: not left_on(cluster)), left_on(cluster)
+
+
+@pytest.fixture(params=["pmi2", "pmix"])
+def mpi(request: pytest.FixtureRequest, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let jobs use MPICH (pmi2), then Open MPI (pmix)."""
+    if request.param == "pmix":
+        try:
+            ctypes.CDLL(OPEN_MPI["MPI4PY_LIBMPI"])
+        except OSError:
+            pytest.skip("there is no Open MPI; benchmarks/netlab/install.sh installs it")
+        listed = slurm.run(["srun", "--mpi=list"])
+        if "pmix" not in listed.stdout + listed.stderr:
+            pytest.skip("this Slurm has no PMIx")
+        for name, value in OPEN_MPI.items():
+            monkeypatch.setenv(name, value)
+    return str(request.param)
 
 
 def run(slurm: Slurm, *command: str | Path, timeout: float = 200) -> str:
@@ -67,12 +88,21 @@ def output(folder: Path, number: str) -> str:
     return (folder / f"{number}.out").read_text()
 
 
-def documented(name: str) -> str:
-    """Return a script of docs/clusters.md by the name of its job."""
-    scripts = re.findall(
-        r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / "docs/clusters.md").read_text(), re.S
-    )
-    return next(text for text in scripts if f"--job-name={name}\n" in text)
+def example(name: str) -> str:
+    """Return a script of examples/cluster."""
+    return (ROOT / "examples" / "cluster" / name).read_text()
+
+
+def outline(text: str) -> list[str]:
+    """Return the lines of an output without numbers, which vary, and spaces."""
+    text = re.sub(r"[\d.,]+(e-\d+)?", "N", text).replace(" core ", " cores ")
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def shown(command: str) -> str:
+    """Return what docs/first-job.md shows after a command."""
+    page = (ROOT / "docs" / "first-job.md").read_text()
+    return page.split(f"$ {command}\n")[1].split("```")[0].split("$ ")[0]
 
 
 def ranks_on(slurm: Slurm, host: int) -> list[str]:
@@ -85,16 +115,17 @@ def ranks_on(slurm: Slurm, host: int) -> list[str]:
     ]
 
 
-def computing(slurm: Slurm) -> bool:
-    """Return whether all ranks have been started, and watch one another."""
+def computing(slurm: Slurm, ranks: int = 2) -> bool:
+    """Return whether all ranks have been started, so many on each host, and are watched."""
     return all(
-        sum(") died" in line for line in slurm.processes(host)) == 2 for host in range(HOSTS)
+        sum(") died" in line for line in slurm.processes(host)) == ranks
+        for host in range(slurm.lab.hosts)
     )
 
 
 def left_on(slurm: Slurm) -> list[str]:
     """Return what jobs have left on the nodes: processes, and files in /dev/shm."""
-    hosts = range(HOSTS)
+    hosts = range(slurm.lab.hosts)
     files = [name for i in hosts for name in slurm.lab.run(i, ["ls", "/dev/shm"]).stdout.split()]
     return [*files, *(line for i in hosts for line in slurm.processes(i))]
 
@@ -144,24 +175,67 @@ def commands_in(namespaces: set[str], name: str = "") -> list[str]:
     return found
 
 
-def test_check_over_two_nodes(slurm: Slurm) -> None:
-    program = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl", "run", "--check"]
-    out = run(slurm, "srun", *ON_ALL, sys.executable, *program)
-    assert re.findall(r"^ +\d  (host\d)", out, re.M) == ["host0", "host0", "host1", "host1"]
-    assert "all checks passed" in out
-
-
-def test_documented_script(slurm: Slurm, folder: Path) -> None:
-    number = submit(slurm, folder, documented("lvxattn-check"))
+def test_script_for_mpi(slurm: Slurm, folder: Path, mpi: str) -> None:
+    script = example("mpi.sbatch")
+    assert "--mpi=pmi2 " in script
+    number = submit(slurm, folder, script.replace("--mpi=pmi2 ", f"--mpi={mpi} "))
     job, out = slurm.wait(number), output(folder, number)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), out
+    assert ("Open MPI" if mpi == "pmix" else "MPICH") in out
     assert "4 on 2 hosts" in out
     assert "no problems found" in out
+    assert re.findall(r"^ +\d  (host\d)", out, re.M) == ["host0", "host0", "host1", "host1"]
     assert "all checks passed" in out
+    begins = "LV-XAttn run\n"  # what doctor prints depends on the machine
+    assert outline(shown("cat slurm-1.out").split(begins)[1]) == outline(out.split(begins)[1])
 
 
-def test_documented_gpu_script_can_be_scheduled(slurm: Slurm, folder: Path) -> None:
-    script = documented("lvxattn-gpu")
+def test_four_nodes(folder: Path, slurm: Slurm) -> None:
+    with Lab(4, "1gbit", shared=[folder]) as lab, Slurm(lab) as four:
+        over = ["srun", "--nodes=4", "--ntasks-per-node=1", "--mpi=pmi2", sys.executable]
+        out = run(four, *over, "-m", "mpi4py", "-m", "lvxattn.mpi_impl", "run", "--check")
+        assert re.findall(r"^ +\d  (host\d)", out, re.M) == [f"host{i}" for i in range(4)]
+        assert "all checks passed" in out
+        script = f"#!/bin/bash\nsrun --mpi=pmi2 {' '.join([sys.executable, *FOREVER])}\n"
+        options = f"--nodes=4 --ntasks-per-node=1 --job-name=four --error={folder}/four.err"
+        number = submit(four, folder, script, options=options)
+        assert until(lambda: computing(four, 1), 60), output(folder, number)
+        lab.run(3, ["kill", "-KILL", *ranks_on(four, 3)])
+        assert four.wait(number, patience=60)["JobState"] == "FAILED"
+        said = (folder / "four.err").read_text()
+        assert re.search(r"rank 3 of 4 \(process \d+ on host3\) died", said), said
+        assert until(lambda: not left_on(four)), left_on(four)
+
+
+TABLE = "#!/bin/sh\npython3 examples/cluster/table.py\n"
+
+
+def after(number: str) -> str:
+    return f"--dependency=afterok:{number} --kill-on-invalid-dep=yes"
+
+
+def test_array_makes_a_table(slurm: Slurm, folder: Path) -> None:
+    small = "--text-tokens", "64"
+    array = submit(slurm, folder, example("array.sbatch"), *small)
+    number = submit(slurm, folder, TABLE, options=after(array))
+    assert slurm.wait(number, patience=200)["JobState"] == "COMPLETED", output(folder, number)
+    written = [json.loads(file.read_text()) for file in (folder / "sizes").iterdir()]
+    sent = {run["totals"]["keys"]: run["totals"]["bytes"] / 1e6 for run in written}
+    assert sorted(sent) == [4096, 8192, 16384, 32768]
+    rows = re.findall(r"^\| ([\d,]+) \| 4 \| 2 \| [\d.]+ \| ([\d.]+) \| passed \|$",
+                      output(folder, number), re.M)  # fmt: skip
+    assert rows == [(f"{keys:,}", f"{sent[keys]:.2f}") for keys in sorted(sent)]
+    assert outline(shown("cat slurm-3.out")) == outline(output(folder, number))
+
+
+def test_table_is_not_made_of_failed_tasks(slurm: Slurm, folder: Path) -> None:
+    array = submit(slurm, folder, example("array.sbatch"), "--heads", "none")
+    number = submit(slurm, folder, TABLE, options=after(array))
+    assert slurm.wait(number)["JobState"] == "CANCELLED"
+
+
+def test_script_for_gpus_can_be_scheduled(slurm: Slurm, folder: Path) -> None:
+    script = example("gpu.sbatch")
     (folder / "gpu.sh").write_text(script)
     assert slurm.run(["sbatch", "--test-only", folder / "gpu.sh"]).returncode == 0
     (folder / "gpu.sh").write_text(script.replace("gpus-per-node=4", "gpus-per-node=5"))
@@ -176,20 +250,104 @@ def test_ranks_of_a_host_are_given_different_gpus(slurm: Slurm) -> None:
         assert sorted(map(str.split, out.splitlines())) == expected
 
 
-@pytest.mark.parametrize("start", ["srun --kill-on-bad-exit", "LVXATTN_TIMEOUT=8 srun"])
-def test_killed_rank_ends_the_job(slurm: Slurm, folder: Path, start: str) -> None:
+BY_HAND = ["sh", "-c", 'CUDA_VISIBLE_DEVICES=$SLURM_LOCALID exec "$0" "$@"']
+
+
+@pytest.mark.parametrize(
+    ("options", "by_hand", "taken"),
+    [
+        (["--gpus-per-task=1"], [], "01"),
+        (["--gpus-per-node=2"], [], "01"),  # each rank sees both
+        (["--gpus-per-node=1"], [], "00"),
+        ([], BY_HAND, "01"),
+    ],
+    ids=["task", "node", "shared", "by hand"],
+)
+def test_gpu_that_a_rank_takes(
+    slurm: Slurm, options: list[str], by_hand: list[str], taken: str
+) -> None:
+    program = sys.executable, "-m", "mpi4py", PROGRAMS / "slurm_device.py"
+    out = run(slurm, "srun", *ON_ALL, *options, *by_hand, *program)
+    assert sorted(out.split("\n")[:-1]) == [f"host{i} {gpu}" for i in range(HOSTS) for gpu in taken]
+
+
+@pytest.mark.parametrize("option", ["", "--kill-on-bad-exit"], ids=["plain", "kill-on-bad-exit"])
+def test_killed_rank_ends_the_job(slurm: Slurm, folder: Path, mpi: str, option: str) -> None:
     python = " ".join([sys.executable, *FOREVER])
-    command = f"{start} --mpi=pmi2 {python}"
-    number = submit(
-        slurm, folder, f"#!/bin/bash\n{command}\n", options="--nodes=2 --ntasks-per-node=2"
-    )
+    script = f"#!/bin/bash\nsrun --mpi={mpi} {option} {python}\n"
+    number = submit(slurm, folder, script, options="--nodes=2 --ntasks-per-node=2")
     assert until(lambda: computing(slurm), 60), output(folder, number)
     slurm.lab.run(1, ["kill", "-KILL", ranks_on(slurm, 1)[0]])
-    job = slurm.wait(number, patience=30)
+    job = slurm.wait(number, patience=60)
     assert job["JobState"] == "FAILED"
     assert job["ExitCode"] != "0:0"
     out = output(folder, number)
-    assert re.search(r"rank [23] of 4 \(process \d+ on host1\) died", out)
+    assert re.search(r"rank [23] of 4 \(process \d+ on host1\) died", out), out
+    assert until(lambda: not left_on(slurm)), left_on(slurm)
+
+
+def eat(slurm: Slurm, folder: Path, options: str) -> str:
+    """Submit a job whose last rank needs more and more memory once there is a file `hungry`."""
+    program = PROGRAMS / "eat_memory.py", folder / "hungry"
+    command = " ".join(map(str, ("srun --mpi=pmi2", sys.executable, "-m mpi4py", *program)))
+    options = f"--nodes=2 --ntasks-per-node=2 {options}"
+    return submit(slurm, folder, f"#!/bin/bash\n{command}\n", options=options)
+
+
+def test_job_ends_at_its_memory_limit(slurm: Slurm, folder: Path) -> None:
+    """Slurm ends all of the step at once, and names the host."""
+    number = eat(slurm, folder, "--mem=1000")
+    assert until(lambda: computing(slurm), 60), output(folder, number)
+    (folder / "hungry").touch()
+    job, out = slurm.wait(number), output(folder, number)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "137:0"), out
+    assert re.search(r"slurmstepd-host1: error: StepId=\S+ exceeded memory limit", out), out
+    assert until(lambda: not left_on(slurm)), left_on(slurm)
+
+
+def make_limited() -> Path | None:
+    """Make a cgroup, of version 1 or 2, that may use 300 MB; return None where one cannot."""
+    for folder, name in ("memory", "memory.limit_in_bytes"), ("", "memory.max"):
+        group = Path("/sys/fs/cgroup", folder, f"lvxattn-test-{os.getpid()}")
+        with suppress(OSError):
+            group.mkdir()
+            if (group / name).exists():
+                (group / name).write_text(str(300 * 10**6))
+                for swap in ("memory.swappiness", "memory.swap.max"):
+                    if (group / swap).exists():
+                        (group / swap).write_text("0")
+                return group
+            group.rmdir()
+    return None
+
+
+@pytest.fixture
+def limited() -> Iterator[Path]:
+    group = make_limited()
+    if group is None:
+        pytest.skip("no cgroup that limits memory can be made here")
+    yield group
+    assert until(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
+
+
+def test_rank_that_the_kernel_kills_for_memory_is_named(
+    slurm: Slurm, folder: Path, limited: Path
+) -> None:
+    """As where Slurm limits memory by cgroups; those of the lab's hosts would be the machine's."""
+    (folder / "hungry").unlink(missing_ok=True)
+    number = eat(slurm, folder, "--mem=16000")
+    assert until(lambda: computing(slurm), 60), output(folder, number)
+    (watch,) = [line for line in slurm.processes(1) if "rank 3 of 4" in line]
+    found = re.search(r"process (\d+) on host1", watch)
+    assert found is not None
+    # On the host, whose processes have their own numbers.
+    slurm.lab.run(1, ["sh", "-c", f"echo {found[1]} > {limited}/cgroup.procs"])
+    assert (limited / "cgroup.procs").read_text()
+    (folder / "hungry").touch()
+    job, out = slurm.wait(number), output(folder, number)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "137:0"), out
+    assert re.search(rf"rank 3 of 4 \(process {found[1]} on host1\) died", out), out
     assert until(lambda: not left_on(slurm)), left_on(slurm)
 
 
@@ -224,7 +382,7 @@ def test_drained_node_is_not_used(slurm: Slurm, folder: Path) -> None:
 def test_requeued_training_resumes(slurm: Slurm, folder: Path) -> None:
     pytest.importorskip("torch")
     small = ["--frames=9", "--first-frames=3", "--batch=2", "--checkpoint-every=10", "--steps=30"]
-    number = submit(slurm, folder, documented("lvxattn-train"), *small)
+    number = submit(slurm, folder, example("torchrun.sbatch"), *small)
     checkpoint = folder / "train-run" / "checkpoint"
     assert until(checkpoint.exists, 120), output(folder, number)
     run(slurm, "scontrol", "requeue", number)

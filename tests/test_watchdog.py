@@ -264,7 +264,7 @@ def test_pass_goes_on_where_no_process_can_be_started(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(death_notice.subprocess, "Popen", refuse)
     monkeypatch.setattr(death_notice, "_shells", [])
-    monkeypatch.setattr(death_notice, "_hydra_socket", lambda: 1)
+    monkeypatch.setattr(death_notice, "_pmi_socket", lambda: 1)
     monkeypatch.delenv(death_notice.VARIABLE, raising=False)
     for _ in range(2):
         death_notice.announce_under_hydra()

@@ -8,7 +8,8 @@ of the hosts: all of it ends with the lab, however that ends.  A Slurm of the ma
 neither read nor changed.
 
 Nodes have as many cores and GPUs as they are told to have, so that scripts for larger clusters are
-scheduled.  Ranks are bound to no core, and no GPU is behind what Slurm gives out as one.
+scheduled.  Ranks are bound to no core, and no GPU is behind what Slurm gives out as one.  A step
+that uses more memory than its job has asked for is ended, within seconds.
 
 It needs root, Slurm and MUNGE: `sh benchmarks/netlab/install.sh` installs them on Debian.
 """
@@ -32,6 +33,7 @@ MUNGE = (
     f"--socket={SOCKET} --key-file={NODE}/munge/key --pid-file={NODE}/munge/pid "
     f"--seed-file={NODE}/munge/seed --log-file={NODE}/munge/log"
 )
+MEMORY = 8000  # MB that a node has for each core, and a job that asks for no other amount
 PATIENCE = 60.0  # seconds for what takes two
 
 CONF = """
@@ -51,9 +53,12 @@ SlurmdLogFile={node}/slurmd-%n.log
 PlugStackConfig={node}/plugstack.conf
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU={memory}
 SchedulerParameters=sched_interval=1,sched_min_interval=0
 MpiDefault=none
 GresTypes=gpu
@@ -62,7 +67,7 @@ ReturnToService=2
 KillWait=2
 MessageTimeout=10
 SlurmdTimeout=20
-NodeName={names} NodeAddr={addresses} CPUs={cores} RealMemory=1000 Gres=gpu:{gpus}
+NodeName={names} NodeAddr={addresses} CPUs={cores} RealMemory={all_memory} Gres=gpu:{gpus}
 PartitionName=lab Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
@@ -174,6 +179,8 @@ class Slurm:
             addresses=f"10.77.0.[1-{last + 1}]",
             cores=self.cores,
             gpus=self.gpus,
+            memory=MEMORY,
+            all_memory=self.cores * MEMORY,
         )
         files = {
             "slurm.conf": conf,

@@ -21,14 +21,17 @@ VARIABLE = "LVXATTN_DEATH_NOTICE"
 """The environment variable that, if 0, leaves all deaths unreported."""
 GRACE = 2.0
 """Seconds from MPI's failure to its exception: a launcher ends all ranks sooner."""
-# The script of the shell; $1 is the message, $2 the process, stdout is Hydra's socket, if any.
+# The script of the shell; $1 is the message, $2 the process, $3 the least status to abort at;
+# stdout is the launcher's socket, if any.
 WATCH = r"""
 read -r word && exit
 { read -r stat </proc/"$2"/stat; } 2>/dev/null
 printf '%s\n' "$1" >&2
 status=${stat##* }  # as waitpid(2) has it: 256 times that of an exit, or a signal
-[ -n "$status" ] || status=$((256 * 9))  # Hydra has been faster
-[ "$status" -lt 256 ] || echo "cmd=abort exitcode=$((status / 256))"
+[ -n "$status" ] || status=$((256 * 9))  # the launcher has been faster
+[ "$status" -lt "$3" ] && exit
+[ "$status" -lt 256 ] && code=$((128 + status % 128)) || code=$((status / 256))
+echo "cmd=abort exitcode=$code"
 """
 # The shell that watches this process, if there is one; None where it could not be started.
 _shells: "list[subprocess.Popen[bytes] | None]" = []
@@ -76,11 +79,13 @@ def announce_death(comm: MPI.Intracomm) -> None:
     name = MPI.Get_processor_name()
     text = f"rank {comm.rank} of {comm.size} (process {os.getpid()} on {name}) died"
     shell = None
+    # Hydra ends all ranks by itself when a signal has ended one, and Slurm does not.
+    least = "1" if _of_slurm() else "256"
     with suppress(OSError):
         shell = subprocess.Popen(
-            ["/bin/sh", "-c", WATCH, "sh", text, str(os.getpid())],
+            ["/bin/sh", "-c", WATCH, "sh", text, str(os.getpid()), least],
             stdin=subprocess.PIPE,
-            stdout=_hydra_socket() or subprocess.DEVNULL,
+            stdout=_pmi_socket() or subprocess.DEVNULL,
         )
     _shells.append(shell)
     if shell is None:
@@ -91,7 +96,7 @@ def announce_death(comm: MPI.Intracomm) -> None:
 
 def announce_under_hydra() -> None:
     """Call `announce_death` where no other rank's shell would report, too."""
-    if not _shells and _hydra_socket():
+    if not _shells and not _of_slurm() and _pmi_socket():
         announce_death(MPI.COMM_WORLD)
 
 
@@ -103,20 +108,28 @@ def end_unannounced() -> None:
             shell.communicate(b"ends as it should\n")
 
 
-def _hydra_socket() -> int:
-    """Return the socket over which a rank talks to Hydra, MPICH's launcher, or 0.
+def _pmi_socket() -> int:
+    """Return the socket over which a rank of MPICH talks to its launcher, or 0.
 
-    When it closes Hydra kills all ranks, and may not wait for their output.  As the shell holds it
-    too, Hydra notices a death only after the shell has printed its message.  If the process has
-    exited by itself, Hydra sometimes takes that for its proper end: so the shell asks it, in the
-    protocol of ranks (PMI), to abort.
+    Of Hydra, MPICH's own: when it closes Hydra kills all ranks, and may not wait for their output.
+    As the shell holds it too, Hydra notices a death only after the shell has printed its message.
+    If the process has exited by itself, Hydra sometimes takes that for its proper end: so the shell
+    asks it, in the protocol of ranks (PMI-1), to abort.
+
+    Of Slurm (``srun --mpi=pmi2``), which understands PMI-1 too: it lets the other ranks wait for a
+    dead one, unless the shell asks it to abort.
     """
     try:
-        socket = 0 if "PMI_JOBID" in os.environ else int(os.environ["PMI_FD"])  # Slurm's
+        socket = int(os.environ["PMI_FD"])
         os.fstat(socket)
     except (KeyError, ValueError, OSError):
         return 0
     return socket
+
+
+def _of_slurm() -> bool:
+    """Return whether the launcher of an MPICH is Slurm."""
+    return "PMI_JOBID" in os.environ
 
 
 def _forget() -> None:
