@@ -60,7 +60,7 @@ class Exchange(ExchangeBase):
         self.comm = comm
         self.xp, self.dtype, self.wide = array_module(q), q.dtype, np.dtype(layout.accumulator)
         self.rotations: list[Rotation] = []
-        self.watchdog = Watchdog.armed(comm)
+        self.watchdog = Watchdog.armed(comm, layout.hosts)
 
     def rotation(self, kind: Kind, start: int = 0) -> "Rotation":
         """Return the rotation of one kind of block, which begins at hop `start`."""

@@ -116,6 +116,29 @@ def test_hosts_have_their_own_files_and_processes_and_know_their_names() -> None
 
 
 @needs_lab
+def test_hosts_have_their_own_links_and_rates() -> None:
+    show = "hostname; readlink /proc/self/ns/ipc; tc qdisc show dev e0"
+    with Lab(hosts=2, rate=["1gbit", "50mbit"]) as lab:
+        seen = [lab.run(i, ["sh", "-c", show], timeout=30).stdout.splitlines() for i in (0, 1)]
+        assert lab.bits_per_second == 5e7
+    assert [lines[0] for lines in seen] == ["host0", "host1"]
+    assert len({os.readlink("/proc/self/ns/ipc"), *(lines[1] for lines in seen)}) == 3
+    assert ["rate 1Gbit" in seen[0][2], "rate 50Mbit" in seen[1][2]] == [True, True]
+    with pytest.raises(ValueError, match="rate: expected one, or one for each of 3 hosts"):
+        Lab(hosts=3, rate=["1gbit", "50mbit"])
+
+
+@needs_lab
+def test_command_line_runs_one_command_on_a_host() -> None:
+    netlab = [sys.executable, NETLAB, "--hosts", "2"]
+    done = run([*netlab, "--on", "1", "--", "sh", "-c", "hostname; exit 3"])
+    assert (done.returncode, done.stdout) == (3, "host1\n")
+    done = run([*netlab, "--on", "2", "--", "hostname"])
+    assert done.returncode == 2
+    assert done.stderr == "netlab: --on: expected 0 to 1, got 2\n"
+
+
+@needs_lab
 def test_command_on_a_host_keeps_folder_status_and_environment(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("of this machine\n")

@@ -61,6 +61,7 @@ class Exchange(ExchangeBase):
     ) -> None:
         super().__init__(layout, mask, meter)
         self.group = group
+        group.hosts = layout.hosts or group.hosts
         self.device, self.wide = q.device, getattr(torch, layout.accumulator)
         # gloo takes host memory only: blocks of a GPU are copied there and back.
         over_host = over_cpu(group, q.device)

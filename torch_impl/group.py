@@ -7,7 +7,7 @@ this process alone where torch.distributed is not initialised.
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lvxattn.common.launcher import number_in
+from lvxattn.common.meter import with_hosts
 from lvxattn.common.processes import stopped
 from lvxattn.common.validation import instead_of
 
@@ -36,12 +37,15 @@ class Group:
     ----------
     rank, size : int
         The number of this rank within the group, and the number of ranks.
+    hosts : sequence of str
+        By rank, once known, for error messages.
     """
 
     def __init__(self, group: Any) -> None:
         self._group = None if group is None else weakref.ref(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.hosts: Sequence[str] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
         """Return the same object: a copy of a module uses the same ranks."""
@@ -131,7 +135,8 @@ class Group:
             yield
         except RuntimeError as error:
             cause = f"; {found}" if (found := stopped()) else ""
-            text = f"{self.name} failed while waiting for {what()}{cause}: {error}"
+            awaited = with_hosts(what(), self.hosts)
+            text = f"{self.name} failed while waiting for {awaited}{cause}: {error}"
             noticed = RuntimeError(text)
             noticed.add_note(f"{_NOTICED} {self.name}, which need not be the cause")
             raise noticed from error

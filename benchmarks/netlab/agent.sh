@@ -7,7 +7,7 @@ shift
 for host in $NETLAB_HOSTS; do
   if [ "${host%=*}" = "$address" ]; then
     pid=${host#*=}
-    exec nsenter --target "$pid" --mount --net --uts --pid -- sh -c "$*"
+    exec nsenter --target "$pid" --mount --net --uts --ipc --pid -- sh -c "$*"
   fi
 done
 echo "agent.sh: no host $address in this lab" >&2

@@ -13,10 +13,12 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 PRIVATE = "/tmp", "/dev/shm"
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC = 2, 4, 0x1000, 0x4000
+MNT_DETACH = 2
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -29,6 +31,7 @@ def main(name: str, hosts: str = "", *folders: str) -> None:
         make_private(folders)
         replace_hosts(hosts)
         mount("proc", "/proc", "proc")
+        show_network()
     print(pid, flush=True)
     sys.stdin.read()
 
@@ -54,6 +57,18 @@ def replace_hosts(text: str) -> None:
     file.write_text(text)
     mount(str(file), "/etc/hosts", flags=MS_BIND)
     file.unlink()
+
+
+def show_network() -> None:
+    """Have /sys list the host's interfaces, by which UCX finds them, where that is allowed."""
+    own = Path("/tmp/sys")
+    own.mkdir()
+    with suppress(OSError):
+        mount("sysfs", str(own), "sysfs")
+        for folder in "class/net", "devices/virtual/net":
+            mount(str(own / folder), f"/sys/{folder}", flags=MS_BIND)
+    libc.umount2(bytes(own), MNT_DETACH)
+    own.rmdir()
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:

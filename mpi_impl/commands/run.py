@@ -4,6 +4,7 @@ The rest is `lvxattn.cli`.
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
@@ -114,15 +115,18 @@ class MPIRanks:
     comm : mpi4py.MPI.Intracomm
     rank, size : int
     launched : bool
+    hosts : list of str
+        By rank, once `limit_threads` has asked.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.hosts: list[str] = []
         self.launched = claim(os.environ) is not None
 
     def allgather(self, sendobj: T) -> list[T]:
         """Return the objects of all ranks.  Collective: every rank calls this."""
-        with watching(self.comm, "all ranks' objects to be gathered"):
+        with watching(self.comm, "all ranks' objects to be gathered", hosts=self.hosts):
             return self.comm.allgather(sendobj)
 
     def bcast(self, obj: T) -> T:
@@ -133,12 +137,13 @@ class MPIRanks:
 
     def gather(self, sendobj: T) -> list[T] | None:
         """Return the objects of all ranks on rank 0.  Collective: every rank calls this."""
-        with watching(self.comm, "all ranks' objects to be gathered"):
+        with watching(self.comm, "all ranks' objects to be gathered", hosts=self.hosts):
             return self.comm.gather(sendobj)
 
     def limit_threads(self) -> int:
         """Divide each host's cores among its ranks.  Collective: every rank calls this."""
         with watching(self.comm, "all ranks to count their threads"):
+            self.hosts = self.comm.allgather(socket.gethostname())
             return limit_blas_threads(self.comm)
 
     def backend(self, wish: str, dtype: str) -> Backend:
@@ -147,7 +152,7 @@ class MPIRanks:
 
     def start_together(self) -> None:
         """Wait for all ranks.  Collective: every rank calls this."""
-        with watching(self.comm, "all ranks to start"):
+        with watching(self.comm, "all ranks to start", hosts=self.hosts):
             self.comm.Barrier()
 
     def send(self, number: float, dest: int) -> None:

@@ -7,7 +7,8 @@ prints nothing is the cause.
 
     waiting  |---- LVXATTN_TIMEOUT ----| prints -- GRACE -- aborts all ranks
 
-A stopped rank of the same host is named outright.
+A stopped rank of the same host is named outright.  Between hosts each rank that has printed tells
+all others so, by an empty message: those from which none has come are named at the end.
 """
 
 import os
@@ -17,14 +18,14 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
 from mpi4py import MPI
 
-from lvxattn.common.meter import Block
+from lvxattn.common.meter import Block, with_hosts
 from lvxattn.common.processes import stopped
 from lvxattn.common.validation import check_seconds, on_rank
 
@@ -34,6 +35,8 @@ STATUS = 124
 """The exit status of a run that the watchdog ends, as of timeout(1)."""
 GRACE = 2.0
 """Seconds between a rank's message and the end, as the other ranks began to wait later."""
+_WAITS_TOO = 7004
+"""Tag of the empty messages by which ranks of several hosts learn which of them do not answer."""
 # Frames of a traceback that only start the program.
 _STARTERS = re.compile(r'File "(<frozen |.*/mpi4py/)')
 
@@ -53,17 +56,19 @@ class Watchdog:
     comm : MPI.Intracomm
     seconds : float
         The longest time that a rank may wait.
+    hosts : sequence of str
+        The host of each rank, as far as known.
     """
 
-    def __init__(self, comm: MPI.Intracomm, seconds: float) -> None:
-        self.comm, self.seconds = comm, seconds
+    def __init__(self, comm: MPI.Intracomm, seconds: float, hosts: Sequence[str] = ()) -> None:
+        self.comm, self.seconds, self.hosts = comm, seconds, hosts
         self._spoken = False
         self._waiting: tuple[float, Callable[[], object], int] | None = None
         self._thread: threading.Thread | None = None
         self._ended: threading.Event | None = None
 
     @staticmethod
-    def armed(comm: MPI.Intracomm) -> "Watchdog | None":
+    def armed(comm: MPI.Intracomm, hosts: Sequence[str] = ()) -> "Watchdog | None":
         """Return a watchdog if ``LVXATTN_TIMEOUT`` is set.
 
         Raises
@@ -72,7 +77,7 @@ class Watchdog:
             The variable is not a number of seconds.
         """
         seconds = timeout(comm)
-        return None if seconds is None else Watchdog(comm, seconds)
+        return None if seconds is None else Watchdog(comm, seconds, hosts)
 
     def check(self, waited: float, what: Callable[[], object]) -> None:
         """Check a wait of this thread, again and again; `what` returns what is awaited."""
@@ -82,6 +87,7 @@ class Watchdog:
             self._speak(what(), sys._getframe(1))
             self._spoken = True
         elif waited > self.seconds + GRACE:
+            self._blame()
             _end(self.comm)
 
     @contextmanager
@@ -113,15 +119,52 @@ class Watchdog:
         self._speak(what(), sys._current_frames()[thread])
         time.sleep(GRACE)
         if self._waiting is waiting:  # else the wait has ended
+            self._blame()
             _end(self.comm)
 
     def _speak(self, what: object, frame: FrameType) -> None:
         stack = [line for line in traceback.format_stack(frame) if not _STARTERS.search(line)]
         where = f"rank {self.comm.rank} of {self.comm.size}"
-        message = f"{where} has waited {self.seconds:g} s for {what}; it is at\n{''.join(stack)}"
+        awaited = with_hosts(what, self.hosts)
+        message = f"{where} has waited {self.seconds:g} s for {awaited}; it is at\n{''.join(stack)}"
         if cause := stopped():
             message += f"{cause}\n"
         os.write(2, message.encode())  # in one call, so that the lines of ranks do not mix
+        self._others(self._tell)
+
+    def _tell(self, rank: int) -> None:
+        self.comm.Isend([b"", MPI.BYTE], rank, _WAITS_TOO).Free()
+
+    def _blame(self) -> None:
+        """Name the ranks that have not told that they wait, too."""
+        silent = {*range(self.comm.size)} - {self.comm.rank}
+
+        def listen(rank: int) -> None:
+            if rank in silent and self.comm.Iprobe(rank, _WAITS_TOO):
+                self.comm.Recv([bytearray(), MPI.BYTE], rank, _WAITS_TOO)
+                silent.discard(rank)
+
+        for _ in range(20):  # a look may only let MPI take in what the next one finds
+            self._others(listen)
+            time.sleep(0.01)
+        if self.hosts and silent:
+            names = ", ".join(f"rank {r} on {self.hosts[r]}" for r in sorted(silent))
+            os.write(
+                2, f"rank {self.comm.rank} of {self.comm.size}: no answer from {names}\n".encode()
+            )
+
+    def _others(self, call: Callable[[int], None]) -> None:
+        """Call with the number of every other rank where there are several hosts."""
+        if len({*self.hosts}) < 2 or MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+            return
+
+        def call_all() -> None:
+            with suppress(MPI.Exception):  # from a lost rank
+                for rank in range(self.comm.size):
+                    if rank != self.comm.rank:
+                        call(rank)
+
+        _in_time(call_all)
 
 
 def wait(request: Pending, watchdog: Watchdog | None, what: Callable[[], object]) -> None:
@@ -152,14 +195,16 @@ def wait(request: Pending, watchdog: Watchdog | None, what: Callable[[], object]
 
 
 @contextmanager
-def watching(comm: MPI.Intracomm, what: str, seconds: float | None = None) -> Iterator[None]:
+def watching(
+    comm: MPI.Intracomm, what: str, seconds: float | None = None, hosts: Sequence[str] = ()
+) -> Iterator[None]:
     """Watch one wait, for at most ``LVXATTN_TIMEOUT`` or, if that is not set, `seconds`."""
     seconds = timeout(comm) or seconds
     with _noted(lambda: what):
         if seconds is None:
             yield
             return
-        watchdog = Watchdog(comm, seconds)
+        watchdog = Watchdog(comm, seconds, hosts)
         try:
             with watchdog.over(lambda: what):
                 yield
@@ -207,7 +252,12 @@ def _end(comm: MPI.Intracomm) -> None:
     """End all ranks: by MPI where this thread may call it, else by ending this process."""
     end_unannounced()  # this rank is not the cause
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-        killer = threading.Thread(target=comm.Abort, args=(STATUS,), daemon=True)
-        killer.start()
-        killer.join(GRACE)  # in case the abort hangs or returns
+        _in_time(lambda: comm.Abort(STATUS))
     os._exit(STATUS)
+
+
+def _in_time(call: Callable[[], object]) -> None:
+    """Call MPI, which may hang or return, from a thread; wait for at most `GRACE`."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(GRACE)

@@ -65,7 +65,7 @@ def world() -> Iterator[Group]:
         if _RUN in os.environ:
             # Should torchrun have ended before this line, nobody answers in the next one.
             end_with_parent(os.getppid())
-        dist.init_process_group("gloo", timeout=_timeout())
+        dist.init_process_group("gloo", timeout=group_timeout())
     try:
         # No warning here if alone: `check_environment` reports lost processes.
         group = Group.of(None) if dist.is_initialized() else Group(None)
@@ -121,7 +121,7 @@ def check_environment(group: Group) -> None:
     raise_together(error, group)
 
 
-def _timeout() -> timedelta | None:
+def group_timeout() -> timedelta | None:
     """Return ``LVXATTN_TIMEOUT``, if valid; `check_environment` reports others."""
     try:
         seconds = check_seconds(_TIMEOUT, os.environ.get(_TIMEOUT))
@@ -167,6 +167,7 @@ def limit_threads(group: Group) -> int:
     """
     mine = socket.gethostname()
     by_rank = group.allgather((mine, os.sched_getaffinity(0)))
+    group.hosts = [host for host, _ in by_rank]
     on_host = [cores for host, cores in by_rank if host == mine]
     # A launcher may have bound ranks to different cores, or all of them to all.
     cores = frozenset[int]().union(*on_host)
@@ -246,7 +247,7 @@ def choose_device(wish: str, group: Group) -> tuple[torch.device, Group]:
     alone = len(set(group.allgather(gpu))) == group.size
     if group.size == 1 or not alone or not dist.is_nccl_available():
         return device, group
-    return device, Group(dist.new_group(backend="cpu:gloo,cuda:nccl", timeout=_timeout()))
+    return device, Group(dist.new_group(backend="cpu:gloo,cuda:nccl", timeout=group_timeout()))
 
 
 def _obstacle() -> str | None:

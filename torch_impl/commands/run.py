@@ -15,7 +15,7 @@ from torch import Tensor
 from lvxattn.cli.tensors import Array, dtype_of
 from lvxattn.common.meter import Meter
 from lvxattn.plan.machine import Machine
-from lvxattn.torch_impl.commands.processes import choose_device, limit_threads
+from lvxattn.torch_impl.commands.processes import choose_device, group_timeout, limit_threads
 from lvxattn.torch_impl.cross_attention import cross_attention
 from lvxattn.torch_impl.group import Group
 from lvxattn.torch_impl.layout import Layout
@@ -137,7 +137,10 @@ class TorchRanks:
         """Wait for all ranks.  Collective: every rank calls this."""
         if self.size > 1:
             with self.group.waiting(lambda: "all ranks to start"):
-                dist.barrier(self.group.group)
+                if dist.get_backend(self.group.group) == "gloo":  # rank 0 names those that miss it
+                    dist.monitored_barrier(self.group.group, group_timeout(), wait_all_ranks=True)
+                else:
+                    dist.barrier(self.group.group)
 
     def send(self, number: float, dest: int) -> None:
         """Send a number to a rank that calls `receive`."""

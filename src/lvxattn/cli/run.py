@@ -66,6 +66,8 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
     threads = ranks.limit_threads()
     # 1. rank 0 reads the arguments; every rank takes its share of the problem
     on_rank_0(lambda: _check_paths(options), ranks)
+    if options.input:
+        _check_seen("--input", options.input, options.input, ranks)
     problem = on_rank_0(lambda: describe(options), ranks)
     machine = on_rank_0(lambda: _read_machine(options), ranks)
     backend = ranks.backend(options.device, problem.dtype)
@@ -87,6 +89,8 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
         raise InputError(str(error)) from None
     with ExitStack() as files:  # rank 0's new output, which becomes its own only when it is whole
         output = on_rank_0(lambda: _create(options, problem, layout, files), ranks)
+        if output is not None:
+            _check_seen("--output", options.output, output.path, ranks)
         if speaks:
             print_problem(problem, memory)
         # 2. the attention, with its repetitions
@@ -148,6 +152,34 @@ def _check_paths(options: Namespace) -> None:
         if option not in ("--input", "--machine"):
             check_output(option, text)
     check_picture(options)
+
+
+def _check_seen(option: str, given: str, path: str, ranks: Ranks) -> None:
+    """Refuse a file that only some hosts see or, of an input, that is not the same on all.
+
+    Collective: every rank calls this.
+    """
+    try:
+        size = Path(path).stat().st_size
+    except OSError:
+        size = -1
+    if option == "--output":  # a network's file system may be late with the size
+        size = min(size, 0)
+    seen = ranks.allgather((socket.gethostname(), size))
+    by_size: dict[int, list[str]] = {}
+    for host, size in sorted({*seen}):
+        by_size.setdefault(size, []).append(host)
+    if len(by_size) == 1:
+        return  # perhaps none sees it: what reads it says why
+    hosts = {size: ", ".join(names) for size, names in by_size.items()}
+    if lacking := hosts.pop(-1, ""):
+        found = f"but {lacking} does not see what {'; '.join(hosts.values())} sees"
+    else:
+        found = "got " + ", ".join(f"{size:,} bytes on {names}" for size, names in hosts.items())
+    raise InputError(
+        f"{option}: {given}: expected one file that all hosts see, {found}: put it on a file "
+        "system that they share (on all ranks)"
+    )
 
 
 def _read_machine(options: Namespace) -> Machine | None:

@@ -8,7 +8,7 @@ numbers, so that its P - 1 hops cross slow links between hosts as rarely as poss
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from math import isclose
 from typing import Any, Self
@@ -67,6 +67,8 @@ class Layout:
         The machine for which a schedule was chosen.
     stamp_nbytes : int
         Bytes by which every message of a backward is longer, for a stamp that identifies it.
+    hosts : tuple of str
+        By rank, the name of its host; empty if it was not agreed on by ranks.
 
     Examples
     --------
@@ -99,6 +101,7 @@ class Layout:
     queries: str = "sharded"
     machine: Any = None
     stamp_nbytes: int = 0
+    hosts: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def agree(
@@ -172,6 +175,7 @@ class Layout:
         return cls(
             rank=rank,
             order=tuple(sorted(range(len(hosts)), key=lambda r: hosts.index(hosts[r]))),
+            hosts=tuple(hosts),
             s_q=tuple(r.s_q for r in records),
             s_kv=tuple(r.s_kv for r in records),
             masks=tuple(r.mask for r in records),

@@ -1,6 +1,6 @@
 """Count the messages, bytes and seconds of one rank."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -53,6 +53,32 @@ class Block(NamedTuple):
         if self.dest is not None:
             return f"rank {self.dest} to take {what}"
         return what if self.source is None else f"{what}, from rank {self.source}"
+
+
+def with_hosts(what: object, hosts: Sequence[str]) -> str:
+    """Format what is awaited, with the host of the awaited rank, or of all, if there are several.
+
+    Parameters
+    ----------
+    what : Block or object
+    hosts : sequence of str
+        By rank; may be empty.
+
+    Examples
+    --------
+    >>> print(with_hosts(Block("the queries of rank {}", owner=2, source=3), ["a", "a", "b", "b"]))
+    the queries of rank 2, from rank 3 (rank 3 is on b)
+    >>> print(with_hosts("all ranks to start", ["a", "b", "a", "b"]))
+    all ranks to start (ranks 0, 2 are on a; 1, 3 on b)
+    """
+    names = list(dict.fromkeys(hosts))
+    if len(names) < 2:
+        return str(what)
+    if isinstance(what, Block) and what.peer is not None:
+        return f"{what} (rank {what.peer} is on {hosts[what.peer]})"
+    ranks = [", ".join(str(r) for r, host in enumerate(hosts) if host == name) for name in names]
+    others = "".join(f"; {r} on {name}" for r, name in zip(ranks[1:], names[1:], strict=True))
+    return f"{what} (ranks {ranks[0]} are on {names[0]}{others})"
 
 
 @dataclass
