@@ -1,5 +1,9 @@
 """Distributed cross-attention over MPI: one rank per process, NumPy or CuPy arrays."""
 
+from .transport.start import start as _start
+
+_start(limited="doctor")  # before the imports that start MPI
+
 from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter
 from lvxattn.plan.choose import Layout

@@ -17,7 +17,7 @@ from lvxattn.common.launcher import mismatch, speaks
 from lvxattn.common.shared_memory import unlink_own_file
 from lvxattn.common.validation import on_rank
 from lvxattn.mpi_impl import kernels
-from lvxattn.mpi_impl.commands.doctor import examine
+from lvxattn.mpi_impl.commands.doctor import DoctorRanks, run_doctor
 from lvxattn.mpi_impl.commands.run import Backend, MPIRanks
 from lvxattn.mpi_impl.measure import Probe
 from lvxattn.mpi_impl.transport import cuda_aware
@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None, comm: MPI.Intracomm = MPI.COMM_WORLD
         wrong = _bad_variable(comm)
         # Waits are limited by a variable that must be right.
         gather = MPIRanks(comm).allgather if wrong is None else comm.allgather
+        if line[:1] == ["doctor"]:  # which is to find out whether messages arrive at all
+            doctor = DoctorRanks(comm)
+            doctor.meet(limited=wrong is None)
+            gather = doctor.allgather if wrong is None else gather
         lines, errors = zip(*gather((line, wrong)), strict=True)
         check_same_line(lines)
         options = _parser().parse_args(line)
@@ -148,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add_measure(add, _measure, "machine-mpi.json")
     add(
         "doctor",
-        lambda _, comm: 0 if examine(comm) else 1,
+        lambda _, comm: run_doctor(comm),
         help="check that these ranks are fit for a run",
         description="Examine every rank, send messages around the ring, and give advice.",
         epilog=_ENVIRONMENT + "exit status: 0; 1 if ranks cannot communicate, or cannot compute on "

@@ -188,6 +188,8 @@ cuda = SimpleNamespace(
     runtime=SimpleNamespace(
         eventQuery=_event_query,
         getDeviceCount=lambda: Device.count,
+        runtimeGetVersion=lambda: 13000,
+        driverGetVersion=lambda: 13010,
         CUDARuntimeError=CUDARuntimeError,
     ),
 )

@@ -15,6 +15,7 @@ from lvxattn.cli import UsageError, refuse, run_command
 from lvxattn.cli.arguments import Parser, adder, check_same_line
 from lvxattn.cli.measure import add_measure, run_measure
 from lvxattn.cli.run_options import add_run
+from lvxattn.torch_impl.commands import doctor
 from lvxattn.torch_impl.commands import model as whole_model
 from lvxattn.torch_impl.commands.processes import check_environment, world
 from lvxattn.torch_impl.commands.run import Backend, TorchRanks
@@ -40,15 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0, or 1 if a check failed, or 2 if the input is bad; the same on all ranks.
     """
-    with world() as group:
-        try:
-            check_environment(group)
-            line = sys.argv[1:] if argv is None else list(argv)
-            check_same_line(group.allgather(line))
-            options = _parser().parse_args(line)
-            return int(options.run(options, group))
-        except UsageError as error:
-            return refuse(str(error), group.rank)
+    line = sys.argv[1:] if argv is None else list(argv)
+    # It is to find out whether ranks reach one another, before a group of them is made.
+    before = (doctor.meet, doctor.WAIT) if line[:1] == ["doctor"] else ()
+    try:
+        with world(*before) as group:
+            try:
+                check_environment(group)
+                check_same_line(group.allgather(line))
+                options = _parser().parse_args(line)
+                return int(options.run(options, group))
+            except UsageError as error:
+                return refuse(str(error), group.rank)
+    except doctor.UnreachableError:
+        return 1
 
 
 def _measure(options: argparse.Namespace, group: Group) -> int:
@@ -81,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a multimodal model whose visual input is spread over the ranks.",
     )
     whole_model.add_options(model)
+    add(
+        "doctor",
+        lambda _, group: doctor.run_doctor(group),
+        help="check that these ranks are fit for a run",
+        description="Examine every rank, send messages around the ring, and give advice.",
+        epilog="environment: LVXATTN_TIMEOUT=SECONDS limits each wait (default: 30). exit status: "
+        "0; 1 if ranks cannot communicate, or cannot compute on their GPUs",
+    )
     return parser
 
 

@@ -5,6 +5,7 @@ The rest is `lvxattn.cli`.
 
 import os
 import socket
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
@@ -117,32 +118,35 @@ class MPIRanks:
     launched : bool
     hosts : list of str
         By rank, once `limit_threads` has asked.
+    patience : float or None
+        Seconds that a wait may take, unless ``LVXATTN_TIMEOUT`` says otherwise; None: any.
     """
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, patience: float | None = None) -> None:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.hosts: list[str] = []
+        self.patience = patience
         self.launched = claim(os.environ) is not None
 
     def allgather(self, sendobj: T) -> list[T]:
         """Return the objects of all ranks.  Collective: every rank calls this."""
-        with watching(self.comm, "all ranks' objects to be gathered", hosts=self.hosts):
+        with self.watching("all ranks' objects to be gathered"):
             return self.comm.allgather(sendobj)
 
     def bcast(self, obj: T) -> T:
         """Return rank 0's object.  Collective: every rank calls this."""
-        with watching(self.comm, "rank 0's object"):
+        with self.watching("rank 0's object"):
             shared: T = self.comm.bcast(obj)
             return shared
 
     def gather(self, sendobj: T) -> list[T] | None:
         """Return the objects of all ranks on rank 0.  Collective: every rank calls this."""
-        with watching(self.comm, "all ranks' objects to be gathered", hosts=self.hosts):
+        with self.watching("all ranks' objects to be gathered"):
             return self.comm.gather(sendobj)
 
     def limit_threads(self) -> int:
         """Divide each host's cores among its ranks.  Collective: every rank calls this."""
-        with watching(self.comm, "all ranks to count their threads"):
+        with self.watching("all ranks to count their threads"):
             self.hosts = self.comm.allgather(socket.gethostname())
             return limit_blas_threads(self.comm)
 
@@ -152,7 +156,7 @@ class MPIRanks:
 
     def start_together(self) -> None:
         """Wait for all ranks.  Collective: every rank calls this."""
-        with watching(self.comm, "all ranks to start", hosts=self.hosts):
+        with self.watching("all ranks to start"):
             self.comm.Barrier()
 
     def send(self, number: float, dest: int) -> None:
@@ -165,6 +169,10 @@ class MPIRanks:
         request = self.comm.Irecv(room, source, _NUMBERS)
         wait(request, Watchdog.armed(self.comm), lambda: f"a number from rank {source}")
         return float(room[0])
+
+    def watching(self, what: str) -> AbstractContextManager[None]:
+        """Limit a wait, and name what is awaited."""
+        return watching(self.comm, what, self.patience, self.hosts)
 
 
 def choose_backend(wish: str, dtype: str, comm: MPI.Intracomm) -> Backend:

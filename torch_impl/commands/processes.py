@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -48,12 +48,22 @@ _RUN = "TORCHELASTIC_RUN_ID"  # set for all that torchrun starts
 
 
 @contextmanager
-def world() -> Iterator[Group]:
+def world(
+    meet: Callable[[], tuple[Any, int, int]] | None = None, patience: float | None = None
+) -> Iterator[Group]:
     """Initialize the process group that the environment describes, and destroy it at the end.
 
     Collective: every rank of the program calls this.  An existing group is used and kept.  After an
     exception the group lives until the process ends, when the exception has been printed: other
     ranks may be waiting in it, and end with it.
+
+    Parameters
+    ----------
+    meet : callable, optional
+        Returns the store by which ranks meet, this rank and the number of ranks (default:
+        PyTorch's, as the environment describes it).
+    patience : float, optional
+        The group's timeout in seconds, unless ``LVXATTN_TIMEOUT`` says otherwise.
 
     Yields
     ------
@@ -65,7 +75,12 @@ def world() -> Iterator[Group]:
         if _RUN in os.environ:
             # Should torchrun have ended before this line, nobody answers in the next one.
             end_with_parent(os.getppid())
-        dist.init_process_group("gloo", timeout=group_timeout())
+        timeout = group_timeout() or (timedelta(seconds=patience) if patience else None)
+        where: dict[str, Any] = {}
+        if meet is not None:
+            store, rank, size = meet()
+            where = {"store": store, "rank": rank, "world_size": size}
+        dist.init_process_group("gloo", timeout=timeout, **where)
     try:
         # No warning here if alone: `check_environment` reports lost processes.
         group = Group.of(None) if dist.is_initialized() else Group(None)
@@ -171,7 +186,7 @@ def limit_threads(group: Group) -> int:
     on_host = [cores for host, cores in by_rank if host == mine]
     # A launcher may have bound ranks to different cores, or all of them to all.
     cores = frozenset[int]().union(*on_host)
-    if not user_set_threads(os.environ, _environment_of_torchrun()):
+    if not user_set_threads(os.environ, environment_of_torchrun()):
         torch.set_num_threads(max(1, len(cores) // len(on_host)))
     return torch.get_num_threads()
 
@@ -192,7 +207,7 @@ def user_set_threads(environment: Mapping[str, str], before: Mapping[str, str] |
     return any(environment.get(name) for name in THREAD_VARIABLES)
 
 
-def _environment_of_torchrun() -> dict[str, str] | None:
+def environment_of_torchrun() -> dict[str, str] | None:
     """Return torchrun's own environment, or None without ``/proc``."""
     process = os.getppid()
     try:

@@ -10,6 +10,7 @@
 `run_report`        the table and the JSON document
 `run_trace`         timelines and clocks of all ranks
 `measure`, `plan`   the other commands
+`doctor`            what ranks, hosts and the network between them are, and what is wrong
 `arguments`         parsers of all commands
 `tensors`           safetensors files, read and written slice by slice
 ==================  ============================================================================

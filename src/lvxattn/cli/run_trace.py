@@ -8,6 +8,7 @@ offsets between two comparisons are interpolated (`plan.trace.Clock`).
 """
 
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -61,40 +62,48 @@ class Recorder:
         return Trace.of(self.ranks.allgather(self.last), clocks)
 
 
-def compare_clocks(ranks: Ranks) -> list[Clock]:
-    """Compare all ranks' `perf_counter` with rank 0's.  Collective: every rank calls this.
+def compare_clocks(
+    ranks: Ranks, read: Callable[[], float] | None = None, others: Sequence[int] | None = None
+) -> list[Clock]:
+    """Compare ranks' clocks with rank 0's.  Collective: every rank calls this.
 
     Parameters
     ----------
     ranks : Ranks
+    read : callable, optional
+        Returns the time (default: `perf_counter`).
+    others : sequence of int, optional
+        The ranks to compare with rank 0 (default: all).
 
     Returns
     -------
     list of Clock
-        In rank order; the same on all ranks.
+        Of rank 0 and the others, in their order; the same on all ranks.
     """
-    clocks = [Clock(at=perf_counter())]
+    read = read or perf_counter
+    others = range(1, ranks.size) if others is None else others
+    clocks = [Clock(at=read())]
     if ranks.rank == 0:
-        clocks += [_compare_with(ranks, rank) for rank in range(1, ranks.size)]
-        for rank in range(1, ranks.size):
+        clocks += [_compare_with(ranks, rank, read) for rank in others]
+        for rank in others:
             ranks.send(_ENOUGH, rank)
-    else:
+    elif ranks.rank in others:
         # Until all are done: a rank that went on to a collective would spin, and take the core of a
         # rank that answers.
         while ranks.receive(0) == _ASK:
-            ranks.send(perf_counter(), 0)
+            ranks.send(read(), 0)
     return ranks.allgather(clocks)[0]
 
 
-def _compare_with(ranks: Ranks, rank: int) -> Clock:
+def _compare_with(ranks: Ranks, rank: int, read: Callable[[], float]) -> Clock:
     """Return another rank's clock, from the shortest of many round trips."""
     found: list[Clock] = []
-    began = perf_counter()
-    while len(found) < FEWEST or (len(found) < MOST and perf_counter() - began < SECONDS):
-        start = perf_counter()
+    began = read()
+    while len(found) < FEWEST or (len(found) < MOST and read() - began < SECONDS):
+        start = read()
         ranks.send(_ASK, rank)
         reading = ranks.receive(rank)
-        end = perf_counter()
+        end = read()
         found.append(Clock(reading - (start + end) / 2, (end - start) / 2, reading))
     return min(found, key=lambda clock: clock.accuracy)
 

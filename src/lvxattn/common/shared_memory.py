@@ -12,12 +12,17 @@ from pathlib import Path
 FOLDER = Path("/dev/shm")
 
 
-def unlink_own_file() -> None:
+def unlink_own_file(process: int | None = None) -> None:
     """Remove the name of this job's file: its memory then lasts as long as the ranks that map it.
 
     Not collective.  To be called once MPI is initialized: all ranks have opened the file by then.
+
+    Parameters
+    ----------
+    process : int, optional
+        A rank's (default: this one).
     """
-    for path in _mapped("self"):
+    for path in _mapped(str(process or "self")):
         path.unlink(missing_ok=True)
 
 
