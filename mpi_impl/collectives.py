@@ -30,7 +30,7 @@ from .transport.watchdog import Pending, wait
 Join = Callable[..., tuple[Array, ...]]
 
 _RESULTS = partial(Block, "all ranks' results to be joined")
-_ALL_TO_ALL = 7004  # a tag; a command uses 7003
+_ALL_TO_ALL = 7004  # a tag; commands use 7003 and 7006, the watchdog 7005
 
 
 def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:

@@ -14,8 +14,9 @@ import pytest
 from mpi4py import MPI
 
 from lvxattn.common.meter import Block
-from lvxattn.common.wire import KEYS_VALUES, NAMES, PARTIALS
-from lvxattn.mpi_impl import Layout, cross_attention
+from lvxattn.common.wire import BLOCKS, KEYS_VALUES, NAMES, PARTIALS, RESULTS
+from lvxattn.mpi_impl import Layout, collectives, cross_attention
+from lvxattn.mpi_impl.commands import doctor, run
 from lvxattn.mpi_impl.exchange import Exchange
 from lvxattn.mpi_impl.transport import death_notice, watchdog
 from lvxattn.mpi_impl.transport.watchdog import Watchdog, timeout, watching
@@ -81,6 +82,37 @@ def test_stopped_rank_ends_the_run_and_waits_are_named(
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline, f"still there: {[p for p in pids if not gone(p)]}"
         time.sleep(0.05)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_late_rank_changes_nothing(hosts: int) -> None:
+    """Ranks that report a wait go on if it ends: nothing is left of it."""
+    ended = mpiexec(
+        3, PROGRAMS / "late_rank.py", str(hosts), "1", "3", "60", env={"LVXATTN_TIMEOUT": "1"}
+    )
+    assert "has waited 1 s for" in ended.err
+    assert (ended.status, ended.out.count("as before")) == (0, 3), ended.err
+    assert "no answer" not in ended.err
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_missing_rank_is_named_between_hosts_alone(hosts: int) -> None:
+    ended = mpiexec(
+        3, PROGRAMS / "late_rank.py", str(hosts), "0", "600", "2", env={"LVXATTN_TIMEOUT": "1"}
+    )
+    assert not ended.timed_out
+    assert ended.status != 0
+    # On one host a rank that is stopped is named, and others may be busy.
+    assert bool(re.search("no answer from rank 0 on host0.*: lost, busy, or", ended.err)) == (
+        hosts == 2
+    ), ended.err
+
+
+def test_tags_differ() -> None:
+    tags = [BLOCKS, RESULTS, collectives._ALL_TO_ALL, watchdog._ENDS_TOO, run._NUMBERS, doctor._TAG]
+    assert len({*tags}) == len(tags)
 
 
 @pytest.mark.mpi

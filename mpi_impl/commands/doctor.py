@@ -34,7 +34,7 @@ from lvxattn.mpi_impl.transport.start import INTERFACES, PATIENCE, network_hint
 from lvxattn.mpi_impl.transport.transfers import Transfer, Transfers
 from lvxattn.mpi_impl.transport.watchdog import wait, watching
 
-_TAG = 7004
+_TAG = 7006
 _BLOCKS = 1, 2**22  # bytes
 
 

@@ -7,8 +7,8 @@ prints nothing is the cause.
 
     waiting  |---- LVXATTN_TIMEOUT ----| prints -- GRACE -- aborts all ranks
 
-A stopped rank of the same host is named outright.  Between hosts each rank that has printed tells
-all others so, by an empty message: those from which none has come are named at the end.
+A stopped rank of the same host is named outright.  Between hosts each rank that is about to end the
+run tells all others so, by an empty message, and names those from which none comes.
 """
 
 import os
@@ -35,7 +35,7 @@ STATUS = 124
 """The exit status of a run that the watchdog ends, as of timeout(1)."""
 GRACE = 2.0
 """Seconds between a rank's message and the end, as the other ranks began to wait later."""
-_WAITS_TOO = 7004
+_ENDS_TOO = 7005
 """Tag of the empty messages by which ranks of several hosts learn which of them do not answer."""
 # Frames of a traceback that only start the program.
 _STARTERS = re.compile(r'File "(<frozen |.*/mpi4py/)')
@@ -130,41 +130,33 @@ class Watchdog:
         if cause := stopped():
             message += f"{cause}\n"
         os.write(2, message.encode())  # in one call, so that the lines of ranks do not mix
-        self._others(self._tell)
-
-    def _tell(self, rank: int) -> None:
-        self.comm.Isend([b"", MPI.BYTE], rank, _WAITS_TOO).Free()
 
     def _blame(self) -> None:
-        """Name the ranks that have not told that they wait, too."""
-        silent = {*range(self.comm.size)} - {self.comm.rank}
+        """Name the ranks that do not end the run, too, where there are several hosts.
 
-        def listen(rank: int) -> None:
-            if rank in silent and self.comm.Iprobe(rank, _WAITS_TOO):
-                self.comm.Recv([bytearray(), MPI.BYTE], rank, _WAITS_TOO)
-                silent.discard(rank)
-
-        for _ in range(20):  # a look may only let MPI take in what the next one finds
-            self._others(listen)
-            time.sleep(0.01)
-        if self.hosts and silent:
-            names = ", ".join(f"rank {r} on {self.hosts[r]}" for r in sorted(silent))
-            os.write(
-                2, f"rank {self.comm.rank} of {self.comm.size}: no answer from {names}\n".encode()
-            )
-
-    def _others(self, call: Callable[[int], None]) -> None:
-        """Call with the number of every other rank where there are several hosts."""
+        Not before the end is certain: to a run that goes on, nobody would receive the messages.
+        """
         if len({*self.hosts}) < 2 or MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             return
+        silent = {*range(self.comm.size)} - {self.comm.rank}
 
-        def call_all() -> None:
-            with suppress(MPI.Exception):  # from a lost rank
-                for rank in range(self.comm.size):
-                    if rank != self.comm.rank:
-                        call(rank)
+        def exchange() -> None:
+            for rank in sorted(silent):
+                with suppress(MPI.Exception):  # from a lost rank
+                    self.comm.Isend([b"", MPI.BYTE], rank, _ENDS_TOO).Free()
+            limit = time.monotonic() + GRACE
+            while silent and time.monotonic() < limit:
+                for rank in sorted(silent):
+                    with suppress(MPI.Exception):
+                        if self.comm.Iprobe(rank, _ENDS_TOO):
+                            silent.discard(rank)
+                time.sleep(0.01)
 
-        _in_time(call_all)
+        if _in_time(exchange, 2 * GRACE) and silent:
+            names = ", ".join(f"rank {r} on {self.hosts[r]}" for r in sorted(silent))
+            why = f"lost, busy, or waiting for less than {self.seconds:g} s"
+            line = f"rank {self.comm.rank} of {self.comm.size}: no answer from {names}: {why}\n"
+            os.write(2, line.encode())
 
 
 def wait(request: Pending, watchdog: Watchdog | None, what: Callable[[], object]) -> None:
@@ -252,12 +244,13 @@ def _end(comm: MPI.Intracomm) -> None:
     """End all ranks: by MPI where this thread may call it, else by ending this process."""
     end_unannounced()  # this rank is not the cause
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-        _in_time(lambda: comm.Abort(STATUS))
+        _in_time(lambda: comm.Abort(STATUS), GRACE)
     os._exit(STATUS)
 
 
-def _in_time(call: Callable[[], object]) -> None:
-    """Call MPI, which may hang or return, from a thread; wait for at most `GRACE`."""
+def _in_time(call: Callable[[], object], seconds: float) -> bool:
+    """Call MPI, which may hang or return, from a thread; return whether it has returned in time."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(GRACE)
+    thread.join(seconds)
+    return not thread.is_alive()

@@ -155,7 +155,7 @@ def _check_paths(options: Namespace) -> None:
 
 
 def _check_seen(option: str, given: str, path: str, ranks: Ranks) -> None:
-    """Refuse a file that only some hosts see or, of an input, that is not the same on all.
+    """Refuse a file that only some hosts see or, of an input, that has another size on some.
 
     Collective: every rank calls this.
     """
@@ -169,7 +169,7 @@ def _check_seen(option: str, given: str, path: str, ranks: Ranks) -> None:
     by_size: dict[int, list[str]] = {}
     for host, size in sorted({*seen}):
         by_size.setdefault(size, []).append(host)
-    if len(by_size) == 1:
+    if len(by_size) == 1 or len({host for host, _ in seen}) == 1:
         return  # perhaps none sees it: what reads it says why
     hosts = {size: ", ".join(names) for size, names in by_size.items()}
     if lacking := hosts.pop(-1, ""):
