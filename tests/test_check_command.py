@@ -16,6 +16,7 @@ import pytest
 from safetensors import safe_open
 
 from lvxattn.check import case_of, check, draw, suite_of
+from lvxattn.check.cases import CASES
 from lvxattn.check.command import main
 from lvxattn.check.golden_data import read_tensors
 from lvxattn.pytest_plugin import OPTIONS
@@ -221,8 +222,7 @@ def test_readme_lists_all_cases() -> None:
     page = (ROOT / "src" / "lvxattn" / "check" / "README.md").read_text()
     table = page.partition("| case | group |")[2].partition("\n\n")[0].splitlines()[2:]
     only = {True: "", False: " (full suite)"}
-    cases = [case for case in suite_of("full") if not case.name.endswith(".large")]
-    rows = [f"| {case.name} | {case.group} | {case.reason}{only[case.quick]} |" for case in cases]
+    rows = [f"| {case.name} | {case.group} | {case.reason}{only[case.quick]} |" for case in CASES]
     assert table == rows, "\n".join(rows)
 
 

@@ -18,6 +18,7 @@ from lvxattn.check import (
     suite_of,
 )
 from lvxattn.check.call_kernel import ContractError
+from lvxattn.check.covering import covering
 from lvxattn.check.growth import GROWTH, LIMIT, judged_growth
 from lvxattn.check.judge import RESULTS, Verdict
 from lvxattn.check.ranks.tasks import (
@@ -112,7 +113,7 @@ class TestSweep:
     @pytest.mark.parametrize("suite", ["quick", "full"])
     @pytest.mark.parametrize("size", [2, 3, 4, 64])
     def test_cases_cover_all_ranks_and_cuts(self, suite: str, size: int) -> None:
-        cases = suite_of(suite)
+        cases = [case for case in suite_of(suite) if case.group != "combinations"]
         sweep = sweep_of(cases, size, suite)
         kinds: dict[str, set[str]] = {}
         for case in cases:
@@ -127,6 +128,14 @@ class TestSweep:
         assert {P for kind, P in numbers if kind != "even"} == smaller - {1}
         for kind in CUTS[1:]:
             assert {P for other, P in numbers if other == kind} == smaller - {1}
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 4])
+    def test_combinations_take_turns(self, size: int) -> None:
+        sweep = sweep_of(covering(), size, "full")
+        assert all(len(cuts) == 1 for cuts in sweep.values())
+        smaller = range(1, size + 1)
+        every = {Cut(P, kind) for P in smaller for kind in CUTS if P > 1 or kind == "even"}
+        assert {cut for cuts in sweep.values() for cut in cuts} == every
 
     def test_one_rank_runs_every_case_once(self) -> None:
         assert set(map(tuple, sweep_of(suite_of("quick"), 1, "quick").values())) == {

@@ -276,7 +276,7 @@ def test_own_test_gets_the_framework(run, pytester) -> None:
         """
     )
     line = ["test_torch.py", "--lvx-framework", "torch", "--lvx-dtypes", "bfloat16"]
-    done = run(*line, "-k", "gaussian or grouped or padding or minus")
+    done = run(*line, "-k", "gaussian or one-kv or padding or minus")
     done.assert_outcomes(passed=4)
 
 

@@ -19,8 +19,8 @@ from lvxattn.common.masks import MaskRule
 Array = npt.NDArray[Any]
 Mask = Array | MaskRule | None
 
-MEMORY = ("contiguous", "transposed", "broadcast", "read-only")
-CALLS = ("", "other dtype", "other data")
+MEMORY = ("contiguous", "transposed", "sequence-major", "broadcast", "read-only")
+CALLS = ("", "other dtype", "other data", "repeated")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def draw(case: Case, dtype: str, seed: int = 0) -> Problem:
     >>> from lvxattn.check import case_of, draw
     >>> problem = draw(case_of("one-query"), "float32", seed=1)
     >>> problem.q.shape, problem.k.shape, problem.q.dtype.name
-    ((2, 8, 1, 8), (2, 2, 64, 8), 'float32')
+    ((2, 8, 1, 8), (2, 2, 61, 8), 'float32')
     """
     _validate(case, dtype)
     with np.errstate(all="ignore"):  # half precision may underflow
@@ -207,6 +207,13 @@ def _scores(drawn: _Drawn) -> None:
     _add_to_scores(drawn, 600**0.5, drawn.rng.permutation(sign) * 600**0.5)
 
 
+def _raw(drawn: _Drawn) -> None:
+    """Make q k^T at least 65,504, float16's largest number, which the scale brings down to 70."""
+    for name in ("q", "k"):
+        drawn.x[name] *= 16
+        drawn.x[name][..., 0] = 270
+
+
 def _gaps(drawn: _Drawn) -> None:
     quarter = 4 * np.arange(drawn.case.S_KV) // drawn.case.S_KV
     _add_to_scores(drawn, 8**0.5, -quarter * 8**0.5)
@@ -219,6 +226,12 @@ def _needle(drawn: _Drawn) -> None:
     last = np.arange(drawn.case.S_KV) == drawn.case.S_KV - 1
     _add_to_scores(drawn, looks * 120**0.5, last * 120**0.5)
     drawn.q_kinds[:] = looks
+
+
+def _late(drawn: _Drawn) -> None:
+    """Let the last hundredth of the keys have nearly all the weight."""
+    late = np.arange(drawn.case.S_KV) >= 0.99 * drawn.case.S_KV
+    _add_to_scores(drawn, 14**0.5, late * 14**0.5)
 
 
 def _uniform(drawn: _Drawn) -> None:
@@ -267,10 +280,12 @@ def _aligned(drawn: _Drawn) -> None:
 DATA: dict[str, Callable[[_Drawn], None]] = {
     "gaussian": lambda _drawn: None,
     "scores": _scores,
+    "raw": _raw,
     "low": lambda drawn: _add_to_scores(drawn, 800**0.5, -(800**0.5)),
     "high": lambda drawn: _add_to_scores(drawn, 800**0.5, 800**0.5),
     "gaps": _gaps,
     "needle": _needle,
+    "late": _late,
     # Over a few of bfloat16's steps: on one of them out would be exact.
     "offset": lambda drawn: drawn.x.update(v=1000 + 16 * drawn.x["v"]),
     "uniform": _uniform,
@@ -291,6 +306,10 @@ def _random(case: Case, rng: np.random.Generator, *broadcast: int) -> Array:
     visible = rng.random(shape) < 0.6
     visible[..., 0] = True  # every row sees something
     return visible
+
+
+def _expanded(case: Case, rng: np.random.Generator) -> Array:
+    return np.broadcast_to(_random(case, rng, 1), (case.B, case.H, case.S_Q, case.S_KV))
 
 
 def _padding(case: Case, rng: np.random.Generator) -> Array:
@@ -350,6 +369,9 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], Mask]] = {
     "random": _random,
     "over heads": lambda case, rng: _random(case, rng, 1),
     "over batches": lambda case, rng: _random(case, rng, 0),
+    "over queries": lambda case, rng: _random(case, rng, 2),
+    "two-dimensional": lambda case, rng: _random(case, rng)[0, 0],
+    "expanded": _expanded,
     "padding": _padding,
     "finite minimum": _finite_minimum,
     "minus infinity": _minus_infinity,
@@ -365,8 +387,8 @@ def _alive(mask: Mask, case: Case) -> Array:
     array = mask_array(mask, (case.B, case.H, case.S_Q, case.S_KV))
     if array is None:
         return np.ones(case.S_Q, bool)
-    visible = array if array.dtype == bool else array > -np.inf
-    return np.broadcast_to(visible.any(axis=(0, 1, 3)), case.S_Q)
+    seen = (array if array.dtype == bool else array > -np.inf).any(axis=-1)  # (..., S_Q or 1)
+    return np.broadcast_to(seen.reshape(-1, seen.shape[-1]).any(axis=0), case.S_Q)
 
 
 def _least(dtype: str) -> float:

@@ -33,8 +33,9 @@ class Case:
     scale : float, optional
         ``1 / sqrt(D)`` unless given.
     calls : str
-        Calls before those that are judged: none, ``"other dtype"``, or ``"other data"``, a forward
-        and a backward.
+        Calls beside those that are judged: none; before them ``"other dtype"``, or a forward and a
+        backward on ``"other data"``; after them ``"repeated"``, the same forward over and over, of
+        which the result that is farthest from the others is judged.
     quick : bool
         Whether the quick suite contains it.
     grows : bool
@@ -66,8 +67,9 @@ def suite_of(suite: str) -> list[Case]:
     Parameters
     ----------
     suite : str
-        ``"quick"``, or ``"full"``: those, slower ones, and nearly all again with tens of queries
-        and hundreds of keys, so that kernels need several tiles.
+        ``"quick"``, or ``"full"``: those, slower ones, nearly all again with tens of queries and
+        hundreds of keys, so that kernels need several tiles, and combinations of sizes, masks,
+        memory layouts and scales.
 
     Returns
     -------
@@ -88,7 +90,7 @@ def suite_of(suite: str) -> list[Case]:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     if suite == "quick":
         return [case for case in CASES if case.quick]
-    return [*CASES, *(large(case) for case in CASES if case.grows)]
+    return [*_alone(), *_combined()]
 
 
 def case_of(name: str) -> Case:
@@ -97,7 +99,7 @@ def case_of(name: str) -> Case:
     Parameters
     ----------
     name : str
-        ``"NAME"`` or ``"NAME.large"``.
+        ``"NAME"``, ``"NAME.large"`` or ``"combination-NUMBER"``.
 
     Returns
     -------
@@ -114,10 +116,22 @@ def case_of(name: str) -> Case:
     >>> case_of("one-query").reason
     'a decode step; many kernels split the keys there'
     """
-    for case in suite_of("full"):
+    for case in _combined() if name.startswith("combination-") else _alone():
         if case.name == name:
             return case
     raise ValueError(f"case: expected one that --list shows, got {name!r}")
+
+
+def _alone() -> list[Case]:
+    """Return the cases that vary one thing."""
+    return [*CASES, *(large(case) for case in CASES if case.grows)]
+
+
+def _combined() -> tuple[Case, ...]:
+    # Here, as choosing them takes a second.
+    from lvxattn.check.covering import covering
+
+    return covering()
 
 
 def large(case: Case) -> Case:
@@ -133,11 +147,19 @@ CASES: list[Case] = [
     Case("ragged-lengths", "lengths", "97 keys, 31 queries: no tile divides them", S_Q=31,
          S_KV=97, grows=False),
     Case("one-query", "lengths", "a decode step; many kernels split the keys there", B=2, H=8,
-         S_Q=1, S_KV=64, H_KV=2, grows=False),
+         S_Q=1, S_KV=61, H_KV=2, grows=False),
+    Case("square", "lengths", "as many queries as keys: nothing is causal unasked", H=1, H_KV=1,
+         S_Q=24, S_KV=24, grows=False),
+    Case("more-queries-than-keys", "lengths", "136 queries, 20 keys: tiles of queries", H=1, H_KV=1,
+         S_Q=136, S_KV=20, grows=False),
+    Case("tail-of-one", "lengths", "1,153 keys: one more than whole tiles of 128", H=1, H_KV=1,
+         S_Q=4, S_KV=1153, D=4, D_V=4, grows=False),
     Case("one-key", "lengths", "out is that value, dq and dk are 0, lse is its score", S_Q=64,
          S_KV=1, grows=False),
     Case("long-keys", "lengths", "16,000 keys: sums in half precision, capacities, indices",
          H=1, H_KV=1, S_Q=16, S_KV=16000, quick=False, grows=False),
+    Case("past-16-bits", "lengths", "33,000 keys: an index of 16 bits", H=1, H_KV=1, S_Q=16,
+         S_KV=33000, data="late", quick=False, grows=False),
     # Shards.
     Case("fewer-keys-than-shards", "shards", "some shards are empty: (0, -inf), not lse 0",
          S_Q=32, S_KV=3, grows=False),
@@ -153,6 +175,10 @@ CASES: list[Case] = [
     Case("lse-low", "scores", "lse near -800: a maximum that starts at 0, an lse that starts at 0",
          data="low"),
     Case("lse-high", "scores", "lse near 800: exp overflows even in fp64", data="high"),
+    Case("negative-scale", "scores", "the scale is -0.3", H=1, H_KV=1, S_KV=33,
+         scale=-0.3),
+    Case("raw-scores", "scores", "q k^T above 65,504, which the scale brings down to 70",
+         H=1, H_KV=1, S_KV=33, scale=2**-10, data="raw"),
     Case("offset-values", "scores", "values near 1,000: dp and delta cancel", data="offset",
          S_Q=64),
     # Masks, by kind.
@@ -171,6 +197,16 @@ CASES: list[Case] = [
          mask="over batches", B=2, S_Q=9),
     Case("padding-mask", "mask shapes", "(B, 1, 1, S_KV): every batch entry has its own length",
          mask="padding", B=2, S_Q=9),
+    Case("mask-over-queries", "mask shapes", "(B, H, 1, S_KV): one for all queries of a head",
+         mask="over queries", B=2, S_Q=5, S_KV=33),
+    Case("two-dimensional-mask", "mask shapes", "(S_Q, S_KV): one for all", mask="two-dimensional",
+         B=2, S_Q=5, S_KV=33),
+    Case("expanded-mask", "mask shapes", "(B, H, S_Q, S_KV), stride 0 over the heads",
+         mask="expanded", B=2, S_Q=5, S_KV=33),
+    Case("decode-mask", "mask shapes", "a decode step with padding", mask="padding", B=3,
+         S_Q=1, S_KV=21, grows=False),
+    Case("mask-of-grouped-heads", "mask shapes", "every query head has its own mask, pairs of them"
+         " share keys; one batch entry", mask="random", H=4, S_Q=5, S_KV=33),
     # Rows that see nothing.
     Case("dead-rows", "dead", "some rows see nothing: out 0, lse -inf, no gradient",
          mask="dead rows", B=2, S_Q=9),
@@ -182,14 +218,21 @@ CASES: list[Case] = [
     # Heads.
     Case("grouped-heads", "heads", "four query heads read each key-value head", H=8),
     Case("one-kv-head", "heads", "all query heads read one key-value head", H=6, H_KV=1),
+    Case("many-heads", "heads", "18 query heads, 9 key-value heads, 5 batch entries", B=5, H=18,
+         H_KV=9, S_Q=3, S_KV=6, D=4, D_V=4, grows=False),
     # Head sizes.
     Case("head-size-1", "head sizes", "D = 1, and a scale that is not 1 / sqrt(D)", D=1, D_V=1,
          S_Q=64, scale=0.5),
     Case("odd-head-size", "head sizes", "D = 17", D=17, D_V=17),
-    Case("value-size", "head sizes", "D_V is not D", D_V=5),
+    Case("value-size", "head sizes", "D_V is less than D", D_V=5),
+    Case("wide-values", "head sizes", "D_V is more than D", D_V=24, H=1, H_KV=1, S_Q=5, S_KV=33),
+    Case("wide-heads", "head sizes", "D = 96", D=96, D_V=96, H=1, H_KV=1, S_Q=5, S_KV=12,
+         grows=False),
     # Memory.
     Case("non-contiguous", "memory", "the last axis has another stride than 1",
          memory="transposed"),
+    Case("sequence-major", "memory", "views of (B, S, H, D), as projections give them",
+         memory="sequence-major"),
     Case("stride-0", "memory", "k, v and dout are broadcast over the heads: stride 0",
          memory="broadcast"),
     Case("read-only", "memory", "nothing may be written into the arguments", memory="read-only"),
@@ -203,4 +246,6 @@ CASES: list[Case] = [
          calls="other dtype", grows=False),
     Case("backward-before", "calls", "forward and backward on other data, then forward and backward"
          " again", calls="other data", grows=False),
+    Case("repeated", "calls", "the same forward up to 1,500 times: races, and state", H=1, H_KV=1,
+         calls="repeated", grows=False),
 ]  # fmt: skip

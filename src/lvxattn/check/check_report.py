@@ -166,7 +166,10 @@ class Report:
         dtypes = list(dict.fromkeys(row.dtype for row in self.rows))
         rows: dict[str, dict[str, list[Row]]] = {}
         for row in self.rows:
-            rows.setdefault(row.case, {}).setdefault(row.dtype, []).append(row)
+            many = row.group == "combinations" and row.status not in ("wrong", "error")
+            rows.setdefault("combinations" if many else row.case, {}).setdefault(
+                row.dtype, []
+            ).append(row)
         table = [["error / limit", *dtypes]]
         table += [
             [case, *(_cell(by.get(dtype, [])) for dtype in dtypes)] for case, by in rows.items()

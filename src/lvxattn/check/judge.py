@@ -257,6 +257,7 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
 
     wide = problem.astype(np.float64)
     q, k, v, dout, scale = wide.q, wide.k, wide.v, wide.dout, wide.scale
+    scale_size = abs(scale)
     out, lse = full_attention(q, k, v, scale=scale, mask=wide.mask)
     out, lse = problem.known.get("out", out), problem.known.get("lse", lse)
     gradients = full_attention_backward(dout, q, k, v, out, lse, scale=scale, mask=wide.mask)
@@ -271,7 +272,7 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
     p = np.exp(s - np.where(top == -np.inf, 0.0, top))
     total = p.sum(axis=-1, keepdims=True)
     p /= np.where(total == 0, 1.0, total)
-    score = scale * abs(q) @ abs(k_all).swapaxes(-1, -2)
+    score = scale_size * abs(q) @ abs(k_all).swapaxes(-1, -2)
     bias: Any = 0.0
     if mask is not None and mask.dtype != bool:
         # A score of 0 is exact beside any mask.
@@ -289,8 +290,8 @@ def _exactly(problem: Problem) -> tuple[dict[str, Array], dict[str, Array]]:
     sizes = {
         "out": out_size,
         "lse": lse_size,
-        "dq": scale * ds @ abs(k_all),
-        "dk": scale * sum_groups(ds.swapaxes(-1, -2) @ abs(q), problem.case.H_KV),
+        "dq": scale_size * ds @ abs(k_all),
+        "dk": scale_size * sum_groups(ds.swapaxes(-1, -2) @ abs(q), problem.case.H_KV),
         "dv": sum_groups(larger.swapaxes(-1, -2) @ abs(dout), problem.case.H_KV),
     }
     return results, sizes

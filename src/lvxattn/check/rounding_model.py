@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.case_arrays import Problem, masked
+from lvxattn.check.case_arrays import Problem, masked, sum_groups
 from lvxattn.cli.tensors import dtype_of
 from lvxattn.common.masks import tiles
 
@@ -32,17 +32,20 @@ class Way:
     ----------
     pieces : int
         Number of pieces of the keys; the pieces' results are merged.
+    by_log : bool
+        Whether pieces are merged by the logarithms of their sums.
     one_by_one : bool
         Whether sums are taken term by term, in order, as in a plain loop.
     round_products : bool
-        Whether matrix products are rounded to the dtype before they are divided, scaled or summed,
-        as by a library whose products have their factors' dtype.
+        Whether matrix products are rounded to the dtype before they are divided, scaled or summed
+        over the heads of a group, as by a library whose products have their factors' dtype.
     round_scores : bool
         Whether scores and probabilities are rounded as well: not correct, but what
         ``softmax(q @ k.T) @ v`` does in half precision.
     """
 
     pieces: int = 1
+    by_log: bool = False
     one_by_one: bool = False
     round_products: bool = False
     round_scores: bool = False
@@ -50,7 +53,7 @@ class Way:
 
 WAYS = (
     Way(),
-    Way(pieces=64),
+    Way(pieces=64, by_log=True),
     Way(pieces=8, one_by_one=True),
     Way(round_products=True),
 )
@@ -92,6 +95,11 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
     def grouped(x: Array) -> Array:  # the rows of all heads that share keys: (B, H_KV, rows, ...)
         return x.reshape(x.shape[0], x.shape[1] // group, group * x.shape[2], *x.shape[3:])
 
+    def over_queries(x: Array, y: Array) -> Array:  # summed over the heads that share keys
+        if way.round_products:
+            return sum_groups(product(x.swapaxes(-1, -2), y), k.shape[1])
+        return matmul(grouped(x).swapaxes(-1, -2), grouped(y))
+
     def ungrouped(x: Array) -> Array:
         return x.reshape(*q.shape[:3], *x.shape[3:])
 
@@ -103,10 +111,11 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
     for keys in tiles(k.shape[2], max(1, -(-k.shape[2] // way.pieces))):
         top = s[..., keys].max(axis=-1)
         p = np.exp(s[..., keys] - _base(top)[..., None])
-        part_total = _total(p, way)
+        part_total = _stored(_total(p, way), way)
         part = ungrouped(product(grouped(rounded(p)), v[:, :, keys]))
         part /= _divisor(part_total)[..., None]
         out, highest, total = _merge(out, highest, total, part, top, part_total)
+        total = _stored(total, way)
     out = rounded(out)
     lse = highest + np.log(total)
     delta = (dout * out).sum(axis=-1)
@@ -119,9 +128,14 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
         "out": out,
         "lse": lse,
         "dq": rounded(scale * ungrouped(product(grouped(ds), k))),
-        "dk": rounded(scale * product(grouped(ds).swapaxes(-1, -2), grouped(q))),
-        "dv": rounded(matmul(grouped(rounded(p)).swapaxes(-1, -2), grouped(dout))),
+        "dk": rounded(scale * over_queries(ds, q)),
+        "dv": rounded(over_queries(rounded(p), dout)),
     }
+
+
+def _stored(total: Array, way: Way) -> Array:
+    """Return a sum as it is read again."""
+    return np.exp(np.log(total)) if way.by_log else total
 
 
 def _total(p: Array, way: Way) -> Array:

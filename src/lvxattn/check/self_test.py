@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from string import ascii_letters
+from string import ascii_letters, digits
 from textwrap import wrap
 from typing import Any
 
@@ -264,7 +264,7 @@ def _verdict(found: SelfTest) -> Iterator[str]:
 
 
 def _letters() -> dict[str, str]:
-    return dict(zip((case.name for case in CASES), ascii_letters, strict=False))
+    return dict(zip((case.name for case in CASES), ascii_letters + digits, strict=False))
 
 
 def _groups() -> list[list[str]]:

@@ -94,7 +94,11 @@ def sweep_of(cases: Sequence[Case], size: int, suite: str, turn: int = 0) -> dic
     fewer, several, uneven = numbers[:-1], numbers[1:], CUTS[1:]
     found: dict[str, list[Cut]] = {}
     groups: dict[str, list[str]] = {}
+    every = [Cut(P, kind) for P in numbers for kind in CUTS if P > 1 or kind == "even"]
     for n, case in enumerate(cases, turn):
+        if case.group == "combinations":  # many: each takes one of all cuts
+            found[case.name] = [every[n % len(every)]]
+            continue
         groups.setdefault(case.group, []).append(case.name)
         chosen = fewer if suite == "full" else [fewer[n % len(fewer)]] if fewer else []
         found[case.name] = [Cut(size, "even"), *(Cut(P, "even") for P in chosen)]

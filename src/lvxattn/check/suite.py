@@ -1,7 +1,7 @@
 """Run a suite of cases on a function: the entry point of the oracle."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +12,7 @@ from lvxattn.check.callers import process_of
 from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import DTYPES, Case, suite_of
 from lvxattn.check.check_report import Report, Row
+from lvxattn.check.dependence import condition, described, smallest
 from lvxattn.check.diagnosis import Suspects
 from lvxattn.check.error_location import failure_of, one_line
 from lvxattn.check.frameworks import Framework, framework_of
@@ -108,11 +109,13 @@ def check(
             for seed in range(seeds)
         ]
         more = caller.afterwards(found)
+        by_name = {case.name: case for case in chosen}
+        depends = _depends(caller.call, found, by_name)
     finally:
         caller.close()
-    rows, probably = suspects.conclude(found, {case.name: case for case in chosen})
+    rows, probably = suspects.conclude(found, by_name)
     rows += tuple(more)
-    notes = tuple(notes_of(arrays, rows, wanted, caller.abandoned))
+    notes = (*depends, *notes_of(arrays, rows, wanted, caller.abandoned))
     seconds = perf_counter() - start
     target = fn if isinstance(fn, str) else name_of(fn)
     return Report(target, suite, arrays.name, rows, seconds, notes=notes, probably=probably)
@@ -207,6 +210,31 @@ def judged(
     if suspects and status == "wrong":
         suspects.examine(row, problem, results, truth)
     return row
+
+
+def _depends(solve: Solve, rows: Sequence[Row], cases: Mapping[str, Case]) -> list[str]:
+    """Return what wrong results depend on, and the smallest problem that has one."""
+    wrong = [row for row in rows if row.status == "wrong"]
+    if not wrong:
+        return []
+    first = min(wrong, key=lambda row: _size(cases[row.case]))
+
+    def fails(case: Case) -> bool:
+        try:
+            draw(case, first.dtype, first.seed)
+        except ValueError:  # its mask needs more queries
+            return False
+        return judged(solve, case, first.dtype, first.seed).status == "wrong"
+
+    found, more = smallest(cases[first.case], fails)
+    tried = [(cases[r.case], r.dtype, r.status == "wrong") for r in rows if r.verdicts]
+    tried += [(case, first.dtype, failed) for case, failed in more.items()]
+    least = f"smallest that fails, from {first.case} in {first.dtype}: {described(found)}"
+    return [text for text in (condition(tried), least) if text]
+
+
+def _size(case: Case) -> int:
+    return case.B * case.H * case.S_Q * case.S_KV * (case.D + case.D_V)
 
 
 def diagnosed(solve: Solve, case: Case, dtype: str, seed: int) -> Row:

@@ -14,6 +14,7 @@ from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import Case, case_of, suite_of
 from lvxattn.check.check_report import Report, Row
 from lvxattn.check.command.launched import allgather
+from lvxattn.check.covering import coverage
 from lvxattn.check.distributed import check_distributed
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.golden_data import inputs_of, mask_text, write_tensors
@@ -246,9 +247,14 @@ def list_cases() -> int:
     """Print name, group, shapes and reason of the cases of both suites."""
     quick = suite_of("quick")
     more = [case for case in suite_of("full") if case not in quick]
+    combined = [case for case in more if case.group == "combinations"]
     for title, cases in (
         ("quick suite, and full", quick),
-        ("full suite only; NAME.large is that case with more queries and keys", more),
+        (
+            "full suite only; NAME.large is that case with more queries and keys",
+            [case for case in more if case not in combined],
+        ),
+        (f"full suite only; {coverage()}", combined),
     ):
         print(f"{title}: {len(cases)} cases")
         rows = [(case.name, case.group, _shapes(case), case.reason) for case in cases]

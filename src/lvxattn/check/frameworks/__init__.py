@@ -66,11 +66,14 @@ class Framework(ABC):
             bfloat16 is ml_dtypes'.
         memory : str
             The copy's layout, as far as the library allows: ``"contiguous"``; ``"transposed"``, its
-            last two axes swapped in memory; ``"broadcast"``, stride 0 along its second axis, if x
-            is constant there; ``"read-only"``.
+            last two axes swapped in memory; ``"sequence-major"``, its second and third;
+            ``"broadcast"``, stride 0 along its second axis, if x is constant there;
+            ``"read-only"``.
         """
         if memory == "transposed" and x.ndim == 4:
             return self._dense(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+        if memory == "sequence-major" and x.ndim == 4:
+            return self._dense(x.swapaxes(1, 2)).swapaxes(1, 2)
         if memory == "broadcast" and x.ndim == 4 and x.shape[1] > 1 and (x == x[:, :1]).all():
             return self._repeat(self._dense(x[:, :1]), x.shape)
         return self._dense(x)

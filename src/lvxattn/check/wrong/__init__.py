@@ -4,13 +4,13 @@ They prove that the cases catch such defects, and a failing kernel is diagnosed 
 them.
 """
 
-from lvxattn.check.wrong import backward, heads, masks, memory, precision, scores, sums
+from lvxattn.check.wrong import backward, heads, masks, memory, precision, scores, sizes, sums
 from lvxattn.check.wrong.kernel_base import KernelBase
 
 # In the order in which the modules define them: by name.
 WRONG: dict[str, type[KernelBase]] = {
     kernel.name: kernel
-    for module in (scores, sums, heads, masks, backward, precision, memory)
+    for module in (scores, sums, heads, sizes, masks, backward, precision, memory)
     for kernel in vars(module).values()
     if isinstance(kernel, type) and issubclass(kernel, KernelBase) and kernel.name
 }

@@ -74,7 +74,7 @@ class KernelBase:
         """Return out and lse."""
         self._begin(q, k, scale)
         wide_q, wide_k, wide_v = self._arguments(q, k, v)
-        parts = self._parts(wide_q, wide_k, wide_v, self._mask(mask))
+        parts = self._parts(wide_q, wide_k, wide_v, self._mask(self._lift(mask)))
         out, lse = self._join(parts, np.zeros((*self.shape[:3], v.shape[3]), wide_v.dtype))
         return self._results(q, out.astype(self.dtype), lse)
 
@@ -95,7 +95,7 @@ class KernelBase:
         self._begin(q, k, scale)
         kv_heads = k.shape[1]
         q, k, v = self._arguments(q, k, v)
-        dout, mask = self._wide(self._read(dout)), self._backward_mask(mask)
+        dout, mask = self._wide(self._read(dout)), self._backward_mask(self._lift(mask))
         delta = self._delta(dout, self._wide(out))
         low = self._low(q, k, v, lse, mask)
         dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
@@ -134,6 +134,12 @@ class KernelBase:
 
     def _scale(self, _D: int) -> Any:
         return self.scale
+
+    def _lift(self, mask: Mask) -> Mask:
+        """Return an array with all four axes."""
+        if isinstance(mask, np.ndarray):
+            return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        return mask
 
     def _mask(self, mask: Mask) -> Mask:
         return mask

@@ -50,6 +50,86 @@ class Flattened(KernelBase, name="mask for all heads flattened"):
         return np.asarray(mask[np.arange(B * H).reshape(B, H) % mask.shape[0], 0])
 
 
+class KeyHeads(KernelBase, name="mask read by key-value head"):
+    """Query heads that share keys are masked with the mask of their key-value head's number."""
+
+    def _begin(self, q: Array, k: Array, scale: float) -> None:
+        super()._begin(q, k, scale)
+        self.of_head = self._kv_head(q.shape[1], k.shape[1])
+
+    def _mask(self, mask: Mask) -> Mask:
+        if callable(mask):
+            of_head = self.of_head
+            return lambda b, h, q_index, kv_index: mask(b, of_head[h], q_index, kv_index)
+        if mask is None or mask.shape[1] == 1:
+            return mask
+        return mask[:, self.of_head]
+
+
+class HeadStrideLost(KernelBase, name="mask of the first head for all where B is 1"):
+    """Axes of length 1 are dropped, and with the batch's the stride of the next one."""
+
+    def _mask(self, mask: Mask) -> Mask:
+        return mask[:, :1] if isinstance(mask, np.ndarray) and self.shape[0] == 1 else mask
+
+
+class FirstQueryOnly(KernelBase, name="mask for all queries read for the first alone"):
+    """A mask with one row hides keys from the first query alone."""
+
+    def _mask(self, mask: Mask) -> Mask:
+        if not isinstance(mask, np.ndarray) or mask.shape[2] > 1 or mask.dtype != bool:
+            return mask
+        first = np.arange(self.shape[2])[:, None] == 0
+        return np.asarray(mask | ~first)
+
+
+class RowOfHeadZero(KernelBase, name="mask with one row read by batch entry alone"):
+    """Of a mask (B, H, 1, S_KV), as of a padding mask, head 0's row is read."""
+
+    def _mask(self, mask: Mask) -> Mask:
+        return mask[:, :1] if isinstance(mask, np.ndarray) and mask.shape[2] == 1 else mask
+
+
+class NextHead(KernelBase, name="mask for all batch entries read on"):
+    """Of a mask (1, H, S_Q, S_KV), batch entry b begins b heads behind the first."""
+
+    def _mask(self, mask: Mask) -> Mask:
+        B, H = self.shape[:2]
+        if not isinstance(mask, np.ndarray) or mask.shape[:2] != (1, H) or H == 1:
+            return mask
+        return np.asarray(mask[0, (np.arange(B)[:, None] + np.arange(H)) % H])
+
+
+class NextPadding(KernelBase, name="padding of the next batch entry for the next query"):
+    """Of a padding mask (B, 1, 1, S_KV), every query reads a row of its own."""
+
+    def _mask(self, mask: Mask) -> Mask:
+        B, _, S_Q, _ = self.shape
+        if not isinstance(mask, np.ndarray) or mask.shape[:3] != (B, 1, 1):
+            return mask
+        rows = (np.arange(B)[:, None] + np.arange(S_Q)) % B
+        return np.asarray(mask[rows, 0, 0][:, None])
+
+
+class TwoDimensional(KernelBase, name="two-dimensional mask ignored"):
+    """A mask without batch and heads is taken for none."""
+
+    def _lift(self, mask: Mask) -> Mask:
+        return None if isinstance(mask, np.ndarray) and mask.ndim == 2 else super()._lift(mask)
+
+
+class Expanded(KernelBase, name="expanded mask read as dense"):
+    """Heads of a mask are read one after another, even where all share the memory of the first."""
+
+    def _lift(self, mask: Mask) -> Mask:
+        expanded = isinstance(mask, np.ndarray) and mask.ndim == 4 and mask.strides[1] == 0
+        if not isinstance(mask, np.ndarray) or not expanded or mask.shape[1] == 1:
+            return super()._lift(mask)
+        behind = np.zeros(mask.shape, mask.dtype)  # what lies there is undefined
+        behind.reshape(-1)[: mask[:, 0].size] = mask[:, 0].reshape(-1)
+        return behind
+
+
 class LongestPadding(KernelBase, name="longest padding for all"):
     """Keys are cut off behind the longest batch entry, and the padding of the others is seen."""
 

@@ -27,6 +27,16 @@ class Dense(KernelBase, name="stride 0 read as dense"):
         return behind
 
 
+class RowStride(KernelBase, name="row stride taken as D"):
+    """Rows of a head are read one behind the other, as in (B, H, S, D)."""
+
+    def _read(self, x: Array) -> Array:
+        if x.strides[3] != x.itemsize or x.strides[2] == x.shape[3] * x.itemsize:
+            return x
+        strides = (*x.strides[:2], x.shape[3] * x.itemsize, x.itemsize)
+        return np.lib.stride_tricks.as_strided(x, x.shape, strides, writeable=False)
+
+
 class ScalesInPlace(KernelBase, name="q scaled in place and restored"):
     """The scale is multiplied into q itself, and q is restored afterwards."""
 
@@ -77,6 +87,18 @@ class BufferOfOtherDtype(_KeepsState, name="out's buffer has the last call's dty
         kept: Array = self.kept.setdefault(q.shape, np.empty_like(out))
         kept[...] = out
         return kept.copy(), lse
+
+
+class Race(_KeepsState, name="a race, once in 500 calls"):
+    """Once in 500 calls a tile of keys is not there yet."""
+
+    def _cut(self, S_KV: int) -> list[slice]:
+        cut = super()._cut(S_KV)
+        return cut[:-1] if self.kept["calls"] % 500 == 400 else cut
+
+    def _begin(self, q: Array, k: Array, scale: float) -> None:
+        super()._begin(q, k, scale)
+        self.kept["calls"] = self.kept.get("calls", 0) + 1
 
 
 class GradientsNotZeroed(_KeepsState, name="gradients not zeroed between calls"):
