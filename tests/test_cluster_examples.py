@@ -69,12 +69,22 @@ def test_table_is_sorted_and_says_what_failed(tmp_path: Path) -> None:
     sizes = 1024, 65536, 4096, 512
     for keys in sizes:
         totals = {"keys": keys, "ranks": 4, "hosts": 2, "forward": 0.0015, "bytes": 2_000_000}
-        run = {"totals": totals, "checks": [{"passed": True}, {"passed": keys != 512}]}
+        checks = [{"passed": True}, {"passed": keys != 512}] if keys != 4096 else []
+        run = {"totals": totals, "checks": checks}
         (tmp_path / "sizes" / f"{keys}.json").write_text(json.dumps(run))
+    said = {512: "FAILED", 4096: "not checked"}
     assert make_table(tmp_path).stdout.splitlines()[2:] == [
-        f"| {keys:,} | 4 | 2 | 1.5 | 2.00 | {'FAILED' if keys == 512 else 'passed'} |"
-        for keys in sorted(sizes)
+        f"| {keys:,} | 4 | 2 | 1.5 | 2.00 | {said.get(keys, 'passed')} |" for keys in sorted(sizes)
     ]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"totals": {}}', '{"totals": 1, "checks": []}'])
+def test_damaged_result_is_named_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "sizes" / "64.json").write_text(text)
+    done = make_table(tmp_path)
+    assert done.returncode == 1
+    assert re.fullmatch(r"table\.py: sizes/64\.json: expected what run .*\n", done.stderr)
 
 
 def test_table_of_nothing_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -52,6 +52,10 @@ printf '%s' "$4" > key.pub
 printf 'host*,10.77.0.* %s' "$4" > known_hosts
 mount --bind {FOLDER} /etc/ssh
 if [ -d "$5/.ssh" ]; then mount -t tmpfs tmpfs "$5/.ssh"; fi
+# A login runs no profile of the user: what one began would outlive the lab.
+for file in .bashrc .bash_profile .bash_login .profile .zshenv; do
+  if [ -f "$5/$file" ]; then mount --bind /dev/null "$5/$file"; fi
+done
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 """
@@ -118,7 +122,14 @@ class SSH:
     def _wait_for(self, host: int) -> None:
         limit = time.monotonic() + PATIENCE
         command = ["ssh", "-o", "ConnectTimeout=5", f"host{host}", "true"]
-        while (done := self.lab.run(0, command, timeout=PATIENCE)).returncode:
+        while True:
+            try:
+                done = self.lab.run(0, command, timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                message = f"SSH: a login on host{host} takes longer than {PATIENCE:.0f} s"
+                raise LabError(message) from None
+            if not done.returncode:
+                return
             if time.monotonic() > limit or self._servers[host].poll() is not None:
                 log = self.lab.run(host, ["tail", "-n", "3", f"{FOLDER}/log"]).stdout
                 raise LabError(f"SSH: host{host} does not answer: {done.stderr.strip()}; {log}")

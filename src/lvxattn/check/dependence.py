@@ -81,8 +81,9 @@ def _conditions(
         others = {traits[name] for traits in passed} - values
         if name in (*_KINDS, "scale"):
             if others and len(values) <= len(others):
-                these = " or ".join(sorted(str(x) or "none" for x in values))
-                yield counted(f"{name} is {these}", _one_of(name, values))
+                these = ", ".join(sorted(str(x) or "none" for x in values))
+                text = f"{name} is {these}" if len(values) == 1 else f"{name} is one of ({these})"
+                yield counted(text, _one_of(name, values))
             continue
         below, above = (
             [x for x in others if x < min(values)],
