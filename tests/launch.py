@@ -25,6 +25,8 @@ MARK = "LVXATTN_TEST_RUN"
 GRACE = 2.0
 # When this process has begun: files that are older belong to others.
 BEGAN = time.time()
+# BLAS threads of each of two ranks on a host: `doctor` advises against fewer.
+THREADS = str(max(1, len(os.sched_getaffinity(0)) // 2))
 PATIENCE = 30.0  # seconds that a test waits for what takes milliseconds
 
 

@@ -18,12 +18,12 @@ import pytest
 from benchmarks.netlab.lab import MPICH_OVER_TCP, Lab, LabError, find_mpiexec, why_not
 from benchmarks.netlab.ssh import SSH, why_no_ssh
 from lvxattn.plan import messages, planned
-from tests.launch import ROOT, environment, until
+from tests.launch import ROOT, THREADS, environment, until
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 HOSTS = 2
 TIME_LIMIT = 6
-# Seconds to start, and to end after the time limit, where the machine is busy.
+# Seconds to start, and to end, on a busy machine; how soon after the time limit is not tested.
 START, END = 150.0, 90.0
 OPEN_MPI = "mpirun.openmpi"  # Debian's name beside another MPI's mpirun
 RUN = "-m lvxattn.mpi_impl run"
@@ -41,7 +41,7 @@ def lab(folder: Path, request: pytest.FixtureRequest) -> Iterator[Lab]:
     if reason := why_no_ssh() or why_not():
         pytest.skip(reason)
     # What an installed environment, and a profile that loads Open MPI, would have.
-    login = {name: environment()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    login = {"PYTHONPATH": environment()["PYTHONPATH"], "OMP_NUM_THREADS": THREADS}
     libraries = sorted(Path("/usr/lib").glob("*/libmpi.so.40"))
     if "open mpi" in request.node.name.replace("_", " ") and libraries:
         login["MPI4PY_LIBMPI"] = str(libraries[0])
@@ -76,7 +76,8 @@ def variables(lab: Lab) -> dict[str, str]:
     """Return the environment of a launcher."""
     seen = lab.run(0, ["ls", "/sys/class/net"]).stdout.split()
     # Where /sys cannot be that of the host, UCX does not find its interface.
-    return environment({"PATH": path(), **({} if "e0" in seen else MPICH_OVER_TCP)})
+    network = {} if "e0" in seen else MPICH_OVER_TCP
+    return environment({"PATH": path(), "OMP_NUM_THREADS": THREADS, **network})
 
 
 def documented(launcher: str) -> list[str]:
@@ -121,8 +122,8 @@ def test_documented_lines_of_torchrun(lab: Lab, folder: Path) -> None:
     pytest.importorskip("torch")
     (script,) = documented("torchrun")
     export, static, c10d = re.split(r"(?=^torchrun )", script, flags=re.M)
-    before = lab.bytes_sent()
     for line in static, c10d:
+        before = lab.bytes_sent()
         other = line.replace("--node-rank 0", "--node-rank 1")
         both = export + line, export + other
         ended = [
@@ -138,7 +139,10 @@ def test_documented_lines_of_torchrun(lab: Lab, folder: Path) -> None:
         outputs = [process.communicate(timeout=START + END) for process in ended]
         assert [process.returncode for process in ended] == [0, 0], outputs
         check_run(outputs[0][0] + outputs[1][0])
-    assert min(lab.bytes_sent()) - max(before) > 2e6
+        ratios = np.subtract(lab.bytes_sent(), before) / crossing([0, 0, 1, 1])
+        # The check and torchrun send something, too.
+        assert ratios.min() >= 1, ratios
+        assert ratios.max() < 1.5, ratios
 
 
 @pytest.mark.parametrize("placement", ["block", "cyclic"])
@@ -157,21 +161,28 @@ def test_bytes_between_hosts_are_those_of_the_plan(lab: Lab, folder: Path, place
     assert [f"host{host}" for host in hosts] == [
         rank["host"] for rank in json.loads(report.read_text())["ranks"]
     ]
+    # Three times with the warm-up.
+    assert sent == pytest.approx(3 * crossing(hosts), rel=0.05)
+
+
+def crossing(hosts: list[int]) -> np.ndarray:
+    """Return the bytes that each host's ranks send to the other host, forward and backward."""
     order = tuple(sorted(range(4), key=hosts.__getitem__))
     layout = planned((1, 8, 1024, 64), (1, 8, 16384, 64), 4, dtype="float32")
-    expected = [0, 0]
+    sent = np.zeros(HOSTS)
     for rank in range(4):
         mine = replace(layout, rank=rank, order=order)
         for backward in (False, True):
             for message in messages(mine, rank, backward=backward):
                 if hosts[message.dest] != hosts[rank]:
-                    expected[hosts[rank]] += 3 * message.nbytes  # with the warm-up
-    assert sent == pytest.approx(expected, rel=0.05)
+                    sent[hosts[rank]] += message.nbytes
+    return sent
 
 
 def endless(launcher: str) -> tuple[str, ...]:
     """Return the lines that start ranks which compute until they are ended, by host."""
-    run = "run --repeat 1000000"
+    # Small, so that all ranks of a host begin to wait at nearly the same time.
+    run = "run --repeat 1000000 --text-tokens 64 --visual-tokens 256"
     torch = f"-m lvxattn.torch_impl {run}"
     return {
         "mpich": (f"mpiexec -n 4 -ppn 2 -hosts host0,host1 {RANKS} -m lvxattn.mpi_impl {run}",),
@@ -233,13 +244,15 @@ def lose_host_1(lab: Lab, launcher: str, how: str, said: Path) -> None:
     text = said.read_text(errors="replace")
     waits = "failed while waiting for" if launcher == "torchrun" else "has waited .* s for"
     assert re.search(rf"rank [01] of 4 {waits} .*on host1\)", text), text
-    assert not re.search("no answer from .*rank [01] on", text), text
+    assert not re.search(r"no answer from [^:\n]*rank [01] on", text), text
     if launcher == "mpich":  # Open MPI's mpirun may be faster
-        assert "no answer from rank 2 on host1, rank 3 on host1" in text, text
+        silent = r"no answer from rank 2 on host1, rank 3 on host1($|\n|: lost, busy, or )"
+        assert re.search(silent, text), text
     # Once it is to end all ranks, Open MPI's mpirun waits for those of the lost host.
     own = "mpirun" if launcher == "open mpi" else None
     assert until(lambda: not processes(lab, 0, own), END), processes(lab, 0, own)
-    assert not lab.run(0, ["ls", "/dev/shm"]).stdout
+    # Open MPI's daemon may still remove its own.
+    assert until(lambda: not lab.run(0, ["ls", "/dev/shm"]).stdout), lab.run(0, ["ls", "/dev/shm"])
 
 
 @pytest.mark.parametrize("implementation", ["mpi", "torch"])

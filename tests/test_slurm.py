@@ -15,9 +15,10 @@ import pytest
 
 from benchmarks.netlab.lab import Lab, LabError, why_not
 from benchmarks.netlab.slurm import Slurm, why_no_slurm
-from tests.launch import PROGRAMS, ROOT, environment, until
+from tests.launch import PROGRAMS, ROOT, THREADS, environment, until
 
 HOSTS = 2
+START = 150.0  # seconds for ranks to start, or a job to end, on a busy machine
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 # Ranks that compute until they are ended.
 FOREVER = ["-m", "mpi4py", "-m", "lvxattn.mpi_impl", "run", "--quiet", "--repeat", "1000000"]
@@ -71,7 +72,8 @@ def mpi(request: pytest.FixtureRequest, slurm: Slurm, monkeypatch: pytest.Monkey
 
 def run(slurm: Slurm, *command: str | Path, timeout: float = 200) -> str:
     """Run a command that ends well, and return its output."""
-    done = slurm.run(command, timeout=timeout, env={**environment(), **slurm.environment})
+    env = environment({"OMP_NUM_THREADS": THREADS, **slurm.environment})
+    done = slurm.run(command, timeout=timeout, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -97,6 +99,11 @@ def outline(text: str) -> list[str]:
     """Return the lines of an output without numbers, which vary, and spaces."""
     text = re.sub(r"[\d.,]+(e-\d+)?", "N", text).replace(" core ", " cores ")
     return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def labels(text: str) -> list[str]:
+    """Return the labels of doctor's lines."""
+    return re.findall(r"^  (\S+) ", text, re.M)
 
 
 def shown(command: str) -> str:
@@ -186,8 +193,12 @@ def test_script_for_mpi(slurm: Slurm, folder: Path, mpi: str) -> None:
     assert "no problems found" in out
     assert re.findall(r"^ +\d  (host\d)", out, re.M) == ["host0", "host0", "host1", "host1"]
     assert "all checks passed" in out
-    begins = "LV-XAttn run\n"  # what doctor prints depends on the machine
-    assert outline(shown("cat slurm-1.out").split(begins)[1]) == outline(out.split(begins)[1])
+    # What stands behind doctor's labels depends on the machine; `run` prints the same on all.
+    (doctor, report), (said, reported) = (
+        text.split("LV-XAttn run\n") for text in (shown("cat slurm-1.out"), out)
+    )
+    assert labels(doctor) == labels(said)
+    assert outline(report) == outline(reported)
 
 
 def test_four_nodes(folder: Path, slurm: Slurm) -> None:
@@ -199,9 +210,9 @@ def test_four_nodes(folder: Path, slurm: Slurm) -> None:
         script = f"#!/bin/bash\nsrun --mpi=pmi2 {' '.join([sys.executable, *FOREVER])}\n"
         options = f"--nodes=4 --ntasks-per-node=1 --job-name=four --error={folder}/four.err"
         number = submit(four, folder, script, options=options)
-        assert until(lambda: computing(four, 1), 60), output(folder, number)
+        assert until(lambda: computing(four, 1), START), output(folder, number)
         lab.run(3, ["kill", "-KILL", *ranks_on(four, 3)])
-        assert four.wait(number, patience=60)["JobState"] == "FAILED"
+        assert four.wait(number, START)["JobState"] == "FAILED"
         said = (folder / "four.err").read_text()
         assert re.search(r"rank 3 of 4 \(process \d+ on host3\) died", said), said
         assert until(lambda: not left_on(four)), left_on(four)
@@ -276,9 +287,9 @@ def test_killed_rank_ends_the_job(slurm: Slurm, folder: Path, mpi: str, option: 
     python = " ".join([sys.executable, *FOREVER])
     script = f"#!/bin/bash\nsrun --mpi={mpi} {option} {python}\n"
     number = submit(slurm, folder, script, options="--nodes=2 --ntasks-per-node=2")
-    assert until(lambda: computing(slurm), 60), output(folder, number)
+    assert until(lambda: computing(slurm), START), output(folder, number)
     slurm.lab.run(1, ["kill", "-KILL", ranks_on(slurm, 1)[0]])
-    job = slurm.wait(number, patience=60)
+    job = slurm.wait(number, START)
     assert job["JobState"] == "FAILED"
     assert job["ExitCode"] != "0:0"
     out = output(folder, number)
@@ -288,6 +299,7 @@ def test_killed_rank_ends_the_job(slurm: Slurm, folder: Path, mpi: str, option: 
 
 def eat(slurm: Slurm, folder: Path, options: str) -> str:
     """Submit a job whose last rank needs more and more memory once there is a file `hungry`."""
+    (folder / "hungry").unlink(missing_ok=True)
     program = PROGRAMS / "eat_memory.py", folder / "hungry"
     command = " ".join(map(str, ("srun --mpi=pmi2", sys.executable, "-m mpi4py", *program)))
     options = f"--nodes=2 --ntasks-per-node=2 {options}"
@@ -297,10 +309,12 @@ def eat(slurm: Slurm, folder: Path, options: str) -> str:
 def test_job_ends_at_its_memory_limit(slurm: Slurm, folder: Path) -> None:
     """Slurm ends all of the step at once, and names the host."""
     number = eat(slurm, folder, "--mem=1000")
-    assert until(lambda: computing(slurm), 60), output(folder, number)
+    assert until(lambda: computing(slurm), START), output(folder, number)
     (folder / "hungry").touch()
     job, out = slurm.wait(number), output(folder, number)
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "137:0"), out
+    # 22.05 says that it failed; others may say why.
+    assert job["JobState"] in ("FAILED", "OUT_OF_MEMORY"), out
+    assert job["ExitCode"] != "0:0", out
     assert re.search(r"slurmstepd-host1: error: StepId=\S+ exceeded memory limit", out), out
     assert until(lambda: not left_on(slurm)), left_on(slurm)
 
@@ -335,9 +349,8 @@ def test_rank_that_the_kernel_kills_for_memory_is_named(
     slurm: Slurm, folder: Path, limited: Path
 ) -> None:
     """As where Slurm limits memory by cgroups; those of the lab's hosts would be the machine's."""
-    (folder / "hungry").unlink(missing_ok=True)
     number = eat(slurm, folder, "--mem=16000")
-    assert until(lambda: computing(slurm), 60), output(folder, number)
+    assert until(lambda: computing(slurm), START), output(folder, number)
     (watch,) = [line for line in slurm.processes(1) if "rank 3 of 4" in line]
     found = re.search(r"process (\d+) on host1", watch)
     assert found is not None
@@ -353,10 +366,11 @@ def test_rank_that_the_kernel_kills_for_memory_is_named(
 
 def test_job_ends_at_its_time_limit(slurm: Slurm, folder: Path) -> None:
     python = " ".join([sys.executable, *FOREVER])
-    limits = "--nodes=2 --ntasks-per-node=2 --time=00:01:00"
+    limits = "--nodes=2 --ntasks-per-node=2 --time=00:10:00"
     number = submit(slurm, folder, f"#!/bin/bash\nsrun --mpi=pmi2 {python}\n", options=limits)
-    assert until(lambda: computing(slurm), 50), output(folder, number)
-    job = slurm.wait(number, patience=150)
+    assert until(lambda: computing(slurm), START), output(folder, number)
+    run(slurm, "scontrol", "update", f"JobId={number}", "TimeLimit=1")  # minute
+    job = slurm.wait(number, 2 * START)
     assert job["JobState"] == "TIMEOUT"
     assert "DUE TO TIME LIMIT" in output(folder, number)
     assert until(lambda: not left_on(slurm)), left_on(slurm)
@@ -366,7 +380,8 @@ def test_drained_node_is_not_used(slurm: Slurm, folder: Path) -> None:
     script = "#!/bin/bash\nsrun hostname\n"
     run(slurm, "scontrol", "update", "NodeName=host0", "State=DRAIN", "Reason=test")
     try:
-        assert slurm.states() == ["drained", "idle"]
+        # What an earlier job has not quite left is "draining" first.
+        assert until(lambda: slurm.states() == ["drained", "idle"]), slurm.states()
         small = [submit(slurm, folder, script, options="--ntasks=1") for _ in range(2)]
         large = submit(slurm, folder, script, options="--nodes=2")
         for number in small:

@@ -4,7 +4,8 @@
 #
 #     sh benchmarks/netlab/install.sh
 #
-# No service of the packages is started: the lab starts its own.
+# No service of the packages is started now, as the lab starts its own; but systemd may start them at
+# the next boot (`systemctl disable --now slurmctld slurmd munge ssh`).
 set -eu
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   echo "install.sh: needs root, and apt-get; elsewhere install Slurm (slurmctld, slurmd, srun)," \
@@ -12,6 +13,14 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   exit 2
 fi
 apt-get update -q
-# Run level 1 (single user), in which invoke-rc.d starts no service.
-RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -q --yes --no-install-recommends \
+# Packages start no service while this forbids it, under systemd too. A policy of the machine's own
+# stays as it is.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ] && [ ! -L "$policy" ]; then
+  trap 'rm -f "$policy"' EXIT
+  trap 'exit 1' HUP INT TERM
+  printf '#!/bin/sh\nexit 101\n' > "$policy"
+  chmod 755 "$policy"
+fi
+DEBIAN_FRONTEND=noninteractive apt-get install -q --yes --no-install-recommends \
   slurm-wlm munge libpmix-dev openssh-server openssh-client openmpi-bin iptables iproute2

@@ -4,8 +4,9 @@
         print(lab.run(0, ["ssh", "host1", "hostname"]).stdout)
 
 Keys, made anew for each lab, and configuration are in each host's own /tmp/ssh, which it sees as
-/etc/ssh; a `~/.ssh` that this machine has is hidden from the hosts.  Like any user's, a command
-that is started over SSH has the home as its folder, and not the environment of the caller.
+/etc/ssh; a `~/.ssh` that this machine has is hidden from the hosts, and so is a `~/.bashrc`, which
+may take locks that a killed login leaves.  Like any user's, a command that is started over SSH has
+the home as its folder, and not the environment of the caller.
 
 It needs root and OpenSSH: `sh benchmarks/netlab/install.sh` installs it on Debian.
 """
