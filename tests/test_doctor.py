@@ -4,18 +4,24 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mpi4py import MPI
 
 from lvxattn.cli.doctor import RankInfo
-from lvxattn.cli.doctor.links import Link
+from lvxattn.cli.doctor import links as doctor_links
+from lvxattn.cli.doctor.links import Link, clocks_of_hosts, sees_folder
 from lvxattn.cli.doctor.network import Attempt, Place, unreachable
 from lvxattn.cli.doctor.problems import Findings, find_problems
 from lvxattn.cli.doctor.report import print_ranks
@@ -23,6 +29,7 @@ from lvxattn.common import shared_memory
 from lvxattn.common.launcher import claim, mismatch, speaks
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.mpi_impl.commands.doctor import remarks, run_doctor
+from lvxattn.mpi_impl.transport import start
 from lvxattn.plan.trace import Clock
 from tests import fake_cupy
 from tests.commands import commands
@@ -382,7 +389,8 @@ def place(rank: int, own: str, **interfaces: str) -> Place:
         (
             "10.0.0.1",
             {"10.0.0.1": "Connection refused", "10.1.0.1": ""},
-            "Connection refused; e0 leads nowhere, or a firewall closes it: set A=ib0 and B=ib0",
+            "Connection refused; e0 is not connected to the other hosts, or a firewall closes it: "
+            "set A=ib0 and B=ib0",
         ),
         (
             "127.0.1.1",
@@ -405,6 +413,89 @@ def test_unreachable_host_comes_with_advice(own: str, failures: dict[str, str], 
     assert line.startswith("rank 0 on host0 (e0 10.0.0.9) cannot connect to rank 1 on host1 at ")
     assert cure in line
     assert unreachable([attempt._replace(failure="") for attempt in tried], "A, B") == []
+
+
+class Answered:
+    """A rank whose collectives and messages are answered at once."""
+
+    def __init__(self, rank: int, *others: Any, then: Callable[[], object] = int) -> None:
+        self.rank, self.size, self.others, self.then = rank, 2, [*others], then
+        self.gathered, self.watched = 0, False
+
+    def allgather(self, mine: Any) -> list[Any]:
+        self.gathered += 1
+        if self.gathered == 2:
+            self.then()
+        other = self.others.pop(0) if self.others else mine
+        return [other, mine] if self.rank else [mine, other]
+
+    @contextmanager
+    def watching(self, _: str) -> Iterator[None]:
+        self.watched = True
+        yield
+        self.watched = False
+
+    def send(self, *_: object) -> None:
+        assert self.watched
+
+    def receive(self, _: int) -> float:
+        assert self.watched
+        return 0.0
+
+
+@pytest.fixture
+def gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which a test may remove."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(doctor_links, "_APPEARS", 0.2)
+    return folder
+
+
+def test_folder_that_is_removed_is_not_seen(gone: Path) -> None:
+    removed = Answered(0, then=lambda: shutil.rmtree(gone))
+    assert sees_folder(removed) == [True, True]  # type: ignore[arg-type]
+    assert removed.gathered == 2
+    alone = Answered(0)
+    assert sees_folder(alone) == []  # type: ignore[arg-type]
+    assert alone.gathered == 1
+    other = Answered(1, "file", True)
+    assert sees_folder(other) == [True, False]  # type: ignore[arg-type]
+
+
+def test_waits_for_clocks_are_limited() -> None:
+    clocks = clocks_of_hosts(Answered(0), ["a", "a", "b"])  # type: ignore[arg-type]
+    assert list(clocks) == ["b"]
+
+
+def test_waits_of_pytorch_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist = pytest.importorskip("torch").distributed
+    from lvxattn.torch_impl.commands import doctor
+
+    given: list[timedelta] = []
+    monkeypatch.setattr(dist, "get_backend", lambda _: "gloo")
+    monkeypatch.setattr(dist, "monitored_barrier", lambda _, timeout, **__: given.append(timeout))
+    waiting = Answered(0).watching
+    group: Any = SimpleNamespace(rank=0, size=2, group=None, waiting=lambda text: waiting(text()))
+    monkeypatch.delenv("LVXATTN_TIMEOUT", raising=False)
+    doctor.DoctorRanks(group).start_together()
+    monkeypatch.setenv("LVXATTN_TIMEOUT", "7")
+    doctor.DoctorRanks(group).start_together()
+    assert given == [timedelta(seconds=doctor.WAIT), timedelta(seconds=7)]
+
+
+def test_rank_of_another_parent_is_not_ended(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "end_with_parent", lambda _: None)  # as on other systems
+    monkeypatch.setattr(start, "_GRACE", 0.0)
+    monkeypatch.setenv("LVXATTN_TIMEOUT", "0.01")
+    with subprocess.Popen(["sleep", "100"]) as another:
+        start._watch(another.pid)
+        another.terminate()
+    assert another.returncode == -signal.SIGTERM
+    assert capfd.readouterr().err == ""
 
 
 def test_forgotten_shared_memory_is_found(

@@ -22,6 +22,11 @@ IPTABLES = shutil.which("iptables", path=os.pathsep.join([os.environ.get("PATH",
 CORES = str(len(os.sched_getaffinity(0)))
 # What a firewall lets through: MPICH's launcher, and the store of PyTorch.
 OPEN = {"MPIEXEC_PORT_RANGE": "20000:20100", "MASTER_PORT": "20000"}
+# Advice on the machine that the lab is on, which has nothing to do with what is planted.
+MACHINE = re.compile(
+    r"host\d: (/dev/shm has|at most .* locked memory|there are GPUs|CuPy finds|PyTorch finds|MPI "
+    r"does not take device memory)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,21 @@ def advice(done: "subprocess.CompletedProcess[str]") -> list[str]:
     return found
 
 
+def examined(lab: Lab, implementation: str, on_host1: str = "") -> tuple[str, list[str]]:
+    """Return a report and its advice; of a second run, if a busy machine makes a link slow."""
+    for _ in range(2):
+        done = doctor(lab, implementation, on_host1)
+        found = advice(done)
+        if not any(text.startswith("the link from") for text in found):
+            break
+    return done.stdout, found
+
+
+def others(found: list[str]) -> list[str]:
+    """Return advice that is not about the machine that the lab is on."""
+    return [text for text in found if not MACHINE.match(text)]
+
+
 @contextmanager
 def planted(lab: Lab, command: str, undo: str) -> Iterator[None]:
     """Run a command on host 1, and in the end what undoes it."""
@@ -109,18 +129,15 @@ def firewall(lab: Lab, action: str) -> Iterator[None]:
 
 @BOTH
 def test_sound_hosts(lab: Lab, implementation: str) -> None:
-    done = doctor(lab, implementation)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ranks       2 on 2 hosts" in done.stdout
-    assert "host1: 1 rank, " in done.stdout
-    assert "e0 10.77.0.2" in done.stdout
-    assert "between hosts, 2 links" in done.stdout
-    clocks = re.search(
-        r"clocks +at most (\S+) ms from host0's, measured to (\S+)$", done.stdout, re.M
-    )
-    assert clocks, done.stdout
+    report, found = examined(lab, implementation)
+    assert "ranks       2 on 2 hosts" in report
+    assert "host1: 1 rank, " in report
+    assert "e0 10.77.0.2" in report
+    assert "between hosts, 2 links" in report
+    clocks = re.search(r"clocks +at most (\S+) ms from host0's, measured to (\S+)$", report, re.M)
+    assert clocks, report
     assert float(clocks[1]) <= float(clocks[2]) + 0.02  # they are one clock
-    assert "no problems found" in done.stdout
+    assert others(found) == []
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -134,8 +151,8 @@ def test_torchrun_over_two_hosts(lab: Lab, closed: bool) -> None:
     if closed:
         assert done.returncode == 1
         assert re.search(
-            r"ERROR: ranks \[1\] have not come within 10 s: were they started, .* can their hosts "
-            r"connect to host0:\d+ \(MASTER_ADDR, MASTER_PORT\)\?",
+            r"ERROR: ranks \[1\] did not connect within 10 s: were they started, .* can their "
+            r"hosts connect to host0:\d+ \(MASTER_ADDR, MASTER_PORT\)\?",
             done.stdout,
         ), done.stdout + done.stderr
     else:
@@ -160,7 +177,7 @@ def test_host_that_differs_is_named(lab: Lab, folder: Path, implementation: str)
         f'taskset -c {core} "$0" "$@"; exit'
     )
     with planted(lab, "mount -t tmpfs -o size=64m tmpfs /dev/shm", "umount /dev/shm"):
-        found = advice(doctor(lab, implementation, differ))
+        _, found = examined(lab, implementation, differ)
     expected = [
         r"ranks use different versions of Python: 3\.\S+ on host0; 3\.0\.7 on host1: use one",
         r"ranks use different versions of NumPy: \S+ on host0; 1\.0\.7 on host1: use one",
@@ -171,12 +188,13 @@ def test_host_that_differs_is_named(lab: Lab, folder: Path, implementation: str)
     ]
     if int(CORES) > 1:
         expected += [
-            rf"a rank has 1 cores on host1, {CORES} on host0: all wait for the slowest",
+            rf"a rank has 1 core on host1, {CORES} on host0: all wait for the slowest",
             rf"host1: 1 rank bound to 1 of {CORES} cores, most are idle: give each",
         ]
     for pattern in expected:
         assert sum(re.match(pattern, text) is not None for text in found) == 1, (pattern, found)
-    assert len(found) == len(expected), found
+    rest = [text for text in found if not any(re.match(pattern, text) for pattern in expected)]
+    assert others(rest) == []
 
 
 @BOTH
@@ -184,7 +202,7 @@ def test_slow_link_is_named(lab: Lab, implementation: str) -> None:
     slow, fast = (f"tc qdisc change dev e0 root tbf rate {rate} burst {burst} latency 50ms"
                   for rate, burst in (("40mbit", 16000), ("1gbit", 125000)))  # fmt: skip
     with planted(lab, slow, fast):
-        (found,) = advice(doctor(lab, implementation))
+        (found,) = others(advice(doctor(lab, implementation)))
     match = re.match(
         r"the link from rank 1 on host1 to rank 0 on host0 is (\d+) times slower than the median "
         r"of its kind: (0\.00\d+) GB/s",
@@ -207,6 +225,23 @@ def test_firewall_is_named_before_a_group_is_made(lab: Lab) -> None:
         )
         assert re.search(line, done.stdout), done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_ranks_of_a_host_wait_for_its_first(lab: Lab) -> None:
+    pytest.importorskip("torch")
+    # Less than connections are tried for; only the first rank of each host tries.
+    variables = environment({**OPEN, "LVXATTN_TIMEOUT": "4"})
+    torchrun = (
+        'exec "$0" -m torch.distributed.run --nnodes=2 --node-rank=$RANK --nproc-per-node=2 '
+        "--master-addr=host0 --master-port=20000 -m lvxattn.torch_impl doctor"
+    )
+    with firewall(lab, "DROP"):
+        done = on_both(lab, ["sh", "-c", torchrun, sys.executable], variables)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for a, b in ((0, 1), (1, 0)):
+        line = rf"ERROR: rank {2 * a} on host{a} .* cannot connect to rank {2 * b} on host{b} at "
+        assert re.search(line, done.stdout), done.stdout + done.stderr
+    assert "init_process_group" not in done.stderr
 
 
 def test_firewall_ends_ranks_of_mpi_and_names_the_network(lab: Lab) -> None:
@@ -243,7 +278,7 @@ DOCKER = (
 
 @pytest.fixture
 def docker0(lab: Lab) -> Iterator[str]:
-    """Give both hosts an interface that leads nowhere; return how host 1's name leads to it."""
+    """Give both hosts an interface that is not connected; return how host 1's name leads to it."""
     for host in range(2):
         assert lab.run(host, ["sh", "-c", DOCKER], timeout=30).returncode == 0
     yield "172.17.0.1"
@@ -251,8 +286,8 @@ def docker0(lab: Lab) -> Iterator[str]:
         lab.run(host, ["ip", "link", "del", "docker0"], timeout=30)
 
 
-def test_interface_that_leads_nowhere_is_named(lab: Lab, docker0: str) -> None:
-    (found,) = advice(doctor(lab, "torch_impl"))
+def test_interface_that_is_not_connected_is_named(lab: Lab, docker0: str) -> None:
+    (found,) = others(examined(lab, "torch_impl")[1])
     assert "docker0 has the address 172.17.0.1 on host0, host1" in found
     assert "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in found
     wrong = doctor(lab, "torch_impl", GLOO_SOCKET_IFNAME="docker0")
@@ -291,7 +326,7 @@ def test_rank_that_does_not_come_is_named(lab: Lab) -> None:
     assert done.returncode == 1
     assert re.search(
         r"lvxattn: error: rank 0 on host0 \(e0 10\.77\.0\.1\) has not met the others at "
-        r"host0:20000 \(MASTER_ADDR, MASTER_PORT\) within 4 s: .*1/2 clients joined\. Was each",
+        r"host0:20000 \(MASTER_ADDR, MASTER_PORT\) within 4 s: .*\. Was each",
         done.stderr,
     ), done.stderr
     assert "Traceback" not in done.stderr

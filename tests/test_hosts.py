@@ -142,7 +142,7 @@ def test_documented_lines_of_torchrun(lab: Lab, folder: Path) -> None:
         ratios = np.subtract(lab.bytes_sent(), before) / crossing([0, 0, 1, 1])
         # The check and torchrun send something, too.
         assert ratios.min() >= 1, ratios
-        assert ratios.max() < 1.5, ratios
+        assert ratios.max() < 2, ratios
 
 
 @pytest.mark.parametrize("placement", ["block", "cyclic"])

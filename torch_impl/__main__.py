@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         lambda _, group: doctor.run_doctor(group),
         help="check that these ranks are fit for a run",
         description="Examine every rank, send messages around the ring, and give advice.",
-        epilog="environment: LVXATTN_TIMEOUT=SECONDS limits each wait (default: 30). exit status: "
+        epilog="environment: LVXATTN_TIMEOUT=SECONDS limits each wait for other ranks (default: "
+        "30); a connection between hosts is tried for 6 seconds. exit status: "
         "0; 1 if ranks cannot communicate, or cannot compute on their GPUs",
     )
     return parser

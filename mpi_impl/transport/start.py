@@ -54,10 +54,11 @@ def start(limited: str) -> None:
             _watch(rank)
         finally:
             os._exit(0)
-    from mpi4py import MPI  # noqa: F401 - which starts it
-
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        from mpi4py import MPI  # noqa: F401 - which starts it
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def network_hint() -> str:
@@ -80,10 +81,14 @@ def _watch(rank: int) -> None:
     with suppress(ValueError):  # reported once MPI has started
         seconds = check_seconds("LVXATTN_TIMEOUT", os.environ.get("LVXATTN_TIMEOUT")) or PATIENCE
     time.sleep(seconds)
+    if os.getppid() != rank:  # it has ended
+        return
     said = claim(os.environ)
     who = "a rank" if said is None else f"rank {said.rank} of {said.size or 'several'}"
     text = f"{who} has waited {seconds:g} s for the other ranks, for MPI to start. {network_hint()}"
+    text += "; or they start slowly: set LVXATTN_TIMEOUT to more"
     os.write(2, f"{text}\n".encode())
     unlink_own_file(rank)
     time.sleep(_GRACE)
-    os.kill(rank, signal.SIGKILL)
+    if os.getppid() == rank:  # else its number may be another's
+        os.kill(rank, signal.SIGKILL)

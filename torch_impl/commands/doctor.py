@@ -26,6 +26,7 @@ from lvxattn.cli.doctor.network import (
     Place,
     addresses,
     listed,
+    longest,
     try_connections,
     unreachable,
 )
@@ -65,6 +66,7 @@ class DoctorRanks(TorchRanks):
     """
 
     start = "torchrun --nproc-per-node 4"
+    patience = timedelta(seconds=WAIT)
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
@@ -197,7 +199,7 @@ def meet() -> tuple[Any, int, int]:
     Raises
     ------
     UnreachableError
-        Ranks that gloo is to connect do not reach one another, or have not come; on all ranks.
+        Ranks that gloo is to connect do not reach one another, or did not connect; on all ranks.
     """
     try:
         made = rendezvous("env://", timeout=timedelta(seconds=_patience()))
@@ -220,22 +222,28 @@ def _try_hosts(store: Any, rank: int, size: int) -> None:
     listener = Listener(rank, own)
     try:
         came = _gather(store, "place", (listener.place, error), rank, range(size))
-        places, errors = [Place(*place) for place, _ in came], [text for _, text in came if text]
-        there = [place.rank for place in places]
-        if missing := sorted({*range(size)} - {*there}):
+        places = [Place(*place) for place, _ in came.values()]
+        errors = [text for _, text in came.values() if text]
+        if missing := sorted({*range(size)} - {*came}):
             errors.append(
-                f"ranks {missing} have not come within {_patience():g} s: were they started, with "
-                f"this command, and can their hosts connect to {_master()}?"
+                f"ranks {missing} did not connect within {_patience():g} s: were they started, "
+                f"with this command, and can their hosts connect to {_master()}?"
             )
         attempts = [] if errors else try_connections(listener.place, places)
-        tried = _gather(store, "attempts", attempts, rank, there)
+        # The first rank of each host is late by as long as its attempts take.
+        tried = _gather(store, "attempts", attempts, rank, [*came], more=longest(places))
     finally:
         listener.close()
     all_attempts = [
         Attempt(Place(*source), Place(*target), address, failure)
-        for some in tried
+        for some in tried.values()
         for source, target, address, failure in some
     ]
+    if silent := sorted({*came} - {*tried}):
+        errors.append(
+            f"ranks {silent} did not say within {_patience() + longest(places):g} s which hosts "
+            "they reach: have they ended?"
+        )
     errors += unreachable(all_attempts, f"{_GLOO}, {_NCCL}")
     if not errors:
         return
@@ -243,8 +251,12 @@ def _try_hosts(store: Any, rank: int, size: int) -> None:
         print_places(places, size)
         print_problems([Problem(text, fatal=True) for text in errors])
         sys.stdout.flush()
+    elif 0 not in tried:  # it prints nothing
+        sys.stderr.write(
+            f"lvxattn: error: rank {rank} on {socket.gethostname()}: {'; '.join(errors)}\n"
+        )
     # torchrun ends all ranks as soon as one has ended, and one of them may hold the store.
-    _gather(store, "printed", None, rank, there)
+    _gather(store, "printed", None, rank, [*tried], more=longest(places))
     raise UnreachableError
 
 
@@ -259,17 +271,19 @@ def _patience() -> float:
     return WAIT
 
 
-def _gather(store: Any, name: str, mine: Any, rank: int, ranks: Sequence[int]) -> list[Any]:
-    """Return the objects of those of `ranks` that have come in time, over the store."""
-    found: list[Any] = []
-    limit = perf_counter() + _patience()
+def _gather(
+    store: Any, name: str, mine: Any, rank: int, ranks: Sequence[int], more: float = 0.0
+) -> dict[int, Any]:
+    """Return the objects of those of `ranks` that answer in time, `more` s later at most."""
+    found: dict[int, Any] = {}
+    limit = perf_counter() + _patience() + more
     with suppress(RuntimeError):  # the store has ended, with the rank that holds it
         store.set(f"doctor/{name}/{rank}", json.dumps(mine))
         for other in ranks:
             key = f"doctor/{name}/{other}"
             with suppress(dist.DistStoreError):
                 store.wait([key], timedelta(seconds=max(0.1, limit - perf_counter())))
-                found.append(json.loads(store.get(key)))
+                found[other] = json.loads(store.get(key))
     return found
 
 

@@ -5,6 +5,7 @@ The rest is `lvxattn.cli`.
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -114,9 +115,12 @@ class TorchRanks:
     rank, size : int
     launched : bool
         False: torchrun passes its own stdout on, so that a terminal is seen as one.
+    patience : timedelta or None
+        Of `start_together`, unless ``LVXATTN_TIMEOUT`` says otherwise; None: PyTorch's own.
     """
 
     launched = False
+    patience: timedelta | None = None
 
     def __init__(self, group: Group) -> None:
         self.group, self.rank, self.size = group, group.rank, group.size
@@ -138,7 +142,8 @@ class TorchRanks:
         if self.size > 1:
             with self.group.waiting(lambda: "all ranks to start"):
                 if dist.get_backend(self.group.group) == "gloo":  # rank 0 names those that miss it
-                    dist.monitored_barrier(self.group.group, group_timeout(), wait_all_ranks=True)
+                    timeout = group_timeout() or self.patience
+                    dist.monitored_barrier(self.group.group, timeout, wait_all_ranks=True)
                 else:
                     dist.barrier(self.group.group)
 

@@ -119,6 +119,6 @@ def some_of(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def counted(number: int, what: str) -> str:
+def counted(number: float, what: str) -> str:
     """Return ``"1 rank"``, ``"2 ranks"``."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    return f"{number:.10g} {what}{'s' * (number != 1)}"

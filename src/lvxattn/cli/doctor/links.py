@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -111,21 +111,24 @@ def faster(first: Sequence[Link], second: Sequence[Link]) -> list[Link]:
     ]
 
 
-def clocks_of_hosts(ranks: Ranks, hosts: Sequence[str]) -> dict[str, Clock]:
+def clocks_of_hosts(ranks: Exchanging, hosts: Sequence[str]) -> dict[str, Clock]:
     """Return each host's clock beside that of rank 0's.
 
     Collective: every rank calls this.
 
     Parameters
     ----------
-    ranks : Ranks
+    ranks : Exchanging
     hosts : sequence of str
         Of all ranks.
     """
-    first = {host: hosts.index(host) for host in dict.fromkeys(hosts)}
-    others = [rank for host, rank in first.items() if host != hosts[0]]
-    clocks = compare_clocks(ranks, lambda: time.time(), others)
-    return {host: clocks[1 + others.index(first[host])] for host in first if host != hosts[0]}
+    clocks = {}
+    # One after another, so that no wait grows with the number of hosts.
+    for host in dict.fromkeys(hosts):
+        if host != hosts[0]:
+            with ranks.watching(f"{host}'s clock to be compared"):
+                _, clocks[host] = compare_clocks(ranks, lambda: time.time(), [hosts.index(host)])
+    return clocks
 
 
 def sees_folder(ranks: Ranks) -> list[bool]:
@@ -138,23 +141,25 @@ def sees_folder(ranks: Ranks) -> list[bool]:
     list of bool
         Empty if rank 0 may not write there.
     """
-    if ranks.rank:
-        name = ranks.allgather("")[0]
-        return ranks.allgather(_appears(Path(name))) if name else []
+    file = None
+    if ranks.rank == 0:
+        with suppress(OSError):
+            file = NamedTemporaryFile(dir=".", prefix=".lvxattn-doctor-")  # noqa: SIM115
     try:
-        with NamedTemporaryFile(dir=".", prefix=".lvxattn-doctor-") as file:
-            ranks.allgather(Path(file.name).name)
-            return ranks.allgather(True)
-    except OSError:
-        ranks.allgather("")
-        return []
+        name = ranks.allgather(Path(file.name).name if file else "")[0]
+        return ranks.allgather(_appears(name)) if name else []
+    finally:
+        if file:
+            with suppress(OSError):  # its folder may be gone
+                file.close()
 
 
-def _appears(path: Path) -> bool:
+def _appears(name: str) -> bool:
     limit = time.monotonic() + _APPEARS
-    while not path.exists():
+    while not os.path.exists(name):  # Path.exists raises where a folder is closed
         if time.monotonic() > limit:
             return False
-        os.listdir()  # a network file system may remember what was not there
+        with suppress(OSError):
+            os.listdir()  # a network file system may remember what was not there
         time.sleep(0.05)
     return True

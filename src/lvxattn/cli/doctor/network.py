@@ -16,6 +16,7 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -26,6 +27,7 @@ PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 ANOTHER = "another process answers"
 _SIOCGIFADDR = 0x8915
 _TOKEN = 32
+_AT_ONCE = 32
 
 
 class Place(NamedTuple):
@@ -125,7 +127,7 @@ def try_connections(source: Place, places: list[Place]) -> list[Attempt]:
     if first[source.host] != source:
         return []
     others = [place for place in first.values() if place != source]
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
 
         def attempt(wanted: list[tuple[Place, str]]) -> list[Attempt]:
             failures = pool.map(lambda pair: _connect(*pair), wanted)
@@ -138,6 +140,14 @@ def try_connections(source: Place, places: list[Place]) -> list[Attempt]:
         return tried + attempt(
             [(p, address) for p in missed for address in p.addresses.values() if address != p.own]
         )
+
+
+def longest(places: list[Place]) -> float:
+    """Return the seconds that `try_connections` may take."""
+    hosts = {place.host: place for place in places}
+    rounds = ceil(len(hosts) / _AT_ONCE)
+    rounds += ceil(sum(len(place.addresses) for place in hosts.values()) / _AT_ONCE)
+    return 2 * PATIENCE * rounds  # to connect, and to be answered
 
 
 def _connect(target: Place, address: str) -> str:
@@ -192,7 +202,7 @@ def _cure(failed: Attempt, attempts: list[Attempt], variables: str) -> str:
     elif failed.failure == ANOTHER:
         start = f"another host has the address {aim.own}, too"
     elif whole:
-        start = f"{_interface(aim)} leads nowhere, or a firewall closes it"
+        start = f"{_interface(aim)} is not connected to the other hosts, or a firewall closes it"
     else:
         return (
             f"a firewall? Let the hosts connect to one another on ports {aim.ports}, or select "

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median_high
 from typing import NamedTuple
 
-from lvxattn.cli.doctor.hosts import numbered, problems_of_host, some_of, union
+from lvxattn.cli.doctor.hosts import counted, numbered, problems_of_host, some_of, union
 from lvxattn.cli.doctor.links import Link
 from lvxattn.cli.doctor.rank_info import RankInfo
 from lvxattn.plan.trace import Clock
@@ -217,6 +217,6 @@ def _shares(ranks: Sequence[RankInfo]) -> list[str]:
     if share[most] < 1.5 * share[least]:
         return []
     return [
-        f"a rank has {share[least]:.3g} cores on {least}, {share[most]:.3g} on {most}: all wait "
-        "for the slowest; start ranks in proportion to cores, and bind them alike"
+        f"a rank has {counted(round(share[least], 2), 'core')} on {least}, {share[most]:.3g} on "
+        f"{most}: all wait for the slowest; start ranks in proportion to cores, and bind them alike"
     ]

@@ -72,7 +72,7 @@ def print_places(places: Sequence[Place], size: int) -> None:
     hosts = {place.host: place for place in reversed(places)}
     _line("ranks", f"{len(places)} of {size}, on {counted(len(hosts), 'host')}")
     for host, place in sorted(hosts.items()):
-        _line("", f"{host}: {listed(place.addresses)}; to be reached at {place.own}")
+        _line("", f"{host}: {listed(place.addresses)}; reachable at {place.own}")
 
 
 def print_problems(problems: Sequence[Problem]) -> None:
