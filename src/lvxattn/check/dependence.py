@@ -6,6 +6,7 @@ smallest that fails, ...: B 1, H 9, H_KV 9, S_Q 1, S_KV 1, D 1, D_V 1
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 from lvxattn.check.cases import Case
@@ -14,7 +15,7 @@ _SIZES = ("B", "H", "H_KV", "S_Q", "S_KV", "D", "D_V")
 _KINDS = ("dtype", "mask", "memory", "data", "calls")
 _LEAST = 3  # problems that fail: fewer have too much in common
 _MOST = 2  # parts of a condition
-_CALLS = 60  # of the function, to find the smallest problem
+_CALLS, _SECONDS = 60, 30.0  # of the function, to find the smallest problem
 
 # What a problem has, by name: sizes, kinds, and relations between sizes.
 Traits = dict[str, Any]
@@ -126,11 +127,12 @@ def smallest(case: Case, fails: Callable[[Case], bool]) -> tuple[Case, dict[Case
         By case that was tried, whether it failed.
     """
     tried: dict[Case, bool] = {}
+    start = perf_counter()
     failing: Case | None = case
     while failing:
         case, failing = failing, None
         for smaller in _smaller(case):
-            if len(tried) == _CALLS:
+            if len(tried) == _CALLS or perf_counter() - start > _SECONDS:
                 break
             if smaller not in tried:
                 tried[smaller] = fails(smaller)
