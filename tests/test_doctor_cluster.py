@@ -266,7 +266,7 @@ def left(lab: Lab) -> list[str]:
     """Return what a run has left on the hosts: processes, and files of MPI."""
     hosts = range(lab.hosts)
     files = [name for i in hosts for name in lab.run(i, ["ls", "/dev/shm"]).stdout.split()]
-    ps = [line for i in hosts for line in lab.run(i, ["ps", "-eo", "args="]).stdout.splitlines()]
+    ps = [line for i in hosts for line in lab.run(i, ["ps", "-wweo", "args="]).stdout.splitlines()]
     return files + [line for line in ps if "doctor" in line.split()]
 
 

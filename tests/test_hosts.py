@@ -200,8 +200,8 @@ def endless(launcher: str) -> tuple[str, ...]:
 
 def processes(lab: Lab, host: int, besides: str | None = None) -> list[str]:
     """Return the commands of a host's processes besides the lab's own."""
-    lines = lab.run(host, ["ps", "-eo", "args="]).stdout.splitlines()
-    ours = ["holder.py", "sshd", "ps -eo", *filter(None, [besides])]
+    lines = lab.run(host, ["ps", "-wweo", "args="]).stdout.splitlines()
+    ours = ["holder.py", "sshd", "ps -wweo", *filter(None, [besides])]
     return [line for line in lines if not any(own in line for own in ours)]
 
 

@@ -114,7 +114,7 @@ def shown(command: str) -> str:
 
 def ranks_on(slurm: Slurm, host: int) -> list[str]:
     """Return the process ids of the ranks on a host, as the host counts them."""
-    listed = slurm.lab.run(host, ["ps", "-eo", "pid=,args="]).stdout.splitlines()
+    listed = slurm.lab.run(host, ["ps", "-wweo", "pid=,args="]).stdout.splitlines()
     return [
         line.split()[0]
         for line in listed

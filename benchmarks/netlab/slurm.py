@@ -159,7 +159,7 @@ class Slurm:
 
     def processes(self, host: int) -> list[str]:
         """Return the commands of a host's processes besides the daemons."""
-        done = self.lab.run(host, ["ps", "-eo", "comm=,args="])
+        done = self.lab.run(host, ["ps", "-wweo", "comm=,args="])  # whole, whatever COLUMNS is
         ours = (*DAEMONS, "slurmscriptd", "ps ")
         lines = done.stdout.splitlines()
         return [line for line in lines if not line.startswith(ours) and "holder.py" not in line]
