@@ -101,4 +101,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     # An exception on one rank becomes part of torchrun's report.
-    sys.exit(record(main)())
+    status = record(main)()
+    print(end="", flush=True)
+    # Not by Python's own end: a thread of PyTorch's that still runs then may abort the process, and
+    # torchrun would report a rank whose work is done.
+    os._exit(status or 0)
