@@ -107,14 +107,15 @@ def call_kernel(
         results = call_once(problem, gradients, notes)
         for kept in earlier:
             kept.assert_unchanged("was changed by the next call: its memory is used again")
+        judged = results.copies
         # Our own kernels say whether their calls can differ.
         if calls == "repeated" and getattr(fn, "keeps_state", True):
             again = _repeats(lambda: call_once(problem, False, None).copies, together is not call)
-            results.copies.update(_farthest([results.copies, *again]))
+            judged = {**judged, **_farthest([judged, *again])}
         if last is not None:
             last.look_back()
             last.keep(problem, results)
-    return results.copies
+    return judged
 
 
 def _repeats(work: Callable[[], dict[str, Array]], on_ranks: bool) -> list[dict[str, Array]]:

@@ -52,7 +52,8 @@ def check_distributed(
     (`shards.Cut` has the kinds), each group of cases every kind of cut, and the next dtype or seed
     continues where the last one stopped.  The full suite takes every number of ranks with even cuts
     and every kind of cut with some number of ranks.  Numbers of ranks are 1 to 8, then powers of
-    two and P.  Last comes the case that shows whether errors grow with P (`growth`).
+    two and P.  Combinations of sizes each take one of all of these in turn.  Last comes the case
+    that shows whether errors grow with P (`growth`).
 
     If a function raises on one rank, other ranks may wait for it.  They are abandoned after the
     time limit, and so is the rest of the check: rank 0 prints the report so far and every process
