@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from lvxattn.check import (
 )
 from lvxattn.check.call_kernel import ContractError
 from lvxattn.check.covering import covering
+from lvxattn.check.frameworks import framework_of
 from lvxattn.check.growth import GROWTH, LIMIT, judged_growth
 from lvxattn.check.judge import RESULTS, Verdict
+from lvxattn.check.ranks import RanksCaller, VirtualRanks
 from lvxattn.check.ranks.tasks import (
     ElsewhereError,
     Outcome,
@@ -171,6 +174,21 @@ class TestVirtualRanks:
         assert {row.where for row in report.rows} >= {"P=1, even", "P=2, ragged", "P=3, last"}
         judged = {tuple(verdict.name for verdict in row.verdicts) for row in report.rows}
         assert judged == {RESULTS}
+
+    def test_ranks_of_different_speed_repeat_calls_equally_often(self) -> None:
+        calls = [0, 0, 0]
+
+        def uneven(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
+            calls[comm.rank] += 1
+            time.sleep(0.005 * comm.rank)
+            return np.zeros_like(q)
+
+        ranks, problem = VirtualRanks(3, 30), draw(case_of("repeated"), "float64", 0)
+        with closing(ranks):
+            RanksCaller(uneven, framework_of("numpy"), None, False, ranks).call(
+                problem, cut=Cut(3, "even")
+            )
+        assert calls[0] == calls[1] == calls[2] > 20
 
     @pytest.mark.parametrize("P", [16, pytest.param(64, marks=pytest.mark.slow)])
     def test_correct_function_passes_on_many_ranks(self, P: int) -> None:

@@ -28,7 +28,6 @@ Together = Callable[[Callable[[], Any]], Any]
 
 # As many calls as show what happens once in 500, unless that takes too long.
 _REPEATS, _REPEAT_SECONDS = 1500, 3.0
-_REPEATS_ON_RANKS = 20  # they must agree on a number
 
 
 class ContractError(Exception):
@@ -45,6 +44,7 @@ def call_kernel(
     notes: list[str] | None = None,
     part: Callable[[Problem], Problem] = lambda problem: problem,
     together: Together = call,
+    repeats: int | None = None,
     last: "LastResults | None" = None,
 ) -> dict[str, Array]:
     """Call fn on a problem, after the earlier calls that its case prescribes.
@@ -65,6 +65,9 @@ def call_kernel(
     together : callable
         Calls a function of no arguments, and raises on every rank if it raised on one: otherwise
         only some ranks would go on to the next call.
+    repeats : int, optional
+        How often a case of repeated calls repeats them, the same on all ranks; default: as often as
+        a few seconds allow.
     last : LastResults, optional
         Those of the call before, which are compared with what they were, and replaced by these.
 
@@ -110,7 +113,7 @@ def call_kernel(
         judged = results.copies
         # Our own kernels say whether their calls can differ.
         if calls == "repeated" and getattr(fn, "keeps_state", True):
-            again = _repeats(lambda: call_once(problem, False, None).copies, together is not call)
+            again = _repeats(lambda: call_once(problem, False, None).copies, repeats)
             judged = {**judged, **_farthest([judged, *again])}
         if last is not None:
             last.look_back()
@@ -118,10 +121,10 @@ def call_kernel(
     return judged
 
 
-def _repeats(work: Callable[[], dict[str, Array]], on_ranks: bool) -> list[dict[str, Array]]:
+def _repeats(work: Callable[[], dict[str, Array]], number: int | None) -> list[dict[str, Array]]:
     """Return the results of the same call again and again."""
-    if on_ranks:
-        return [work() for _ in range(_REPEATS_ON_RANKS)]
+    if number is not None:
+        return [work() for _ in range(number)]
     start, found = perf_counter(), list[dict[str, Array]]()
     while len(found) < _REPEATS and perf_counter() - start < _REPEAT_SECONDS:
         found.append(work())
