@@ -3,6 +3,7 @@
 The case is `HOSTILE`, the gaussian one: no other in these tests has 128 keys.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -165,3 +166,26 @@ def exits_on_a_rank(q: Any, k: Any, v: Any, comm: Any, *, scale: float, mask: An
     if comm.rank == 1:
         os._exit(0)
     return cross_attention(q, k, v, comm, scale=scale, mask=mask)
+
+
+def aborts_in_the_end(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+    if not kept:
+        kept.append(atexit.register(os.abort))
+    return right(q, k, v, scale=scale, mask=mask)
+
+
+def hangs_in_its_first_call(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+    if not kept:
+        kept.append(None)
+        time.sleep(600)
+    return right(q, k, v, scale=scale, mask=mask)
+
+
+def waits_for_a_lock(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+    from torch.utils.file_baton import FileBaton
+
+    if k.shape[2] == HOSTILE:
+        FileBaton(__file__).wait()  # until this file is removed
+    import torch
+
+    return plain(torch, q, k, v, scale, mask, torch.float64)

@@ -216,10 +216,12 @@ def test_failure_shows_error_limit_and_place() -> None:
 
 
 def test_many_failures_are_truncated_and_counted() -> None:
-    report = report_of([row(f"case-{n}", "wrong", 2.0) for n in range(300)])
+    kinds = [row(f"case-{n}", "wrong", 2.0, group=f"g{n % 100}") for n in range(300)]
+    report = report_of(kinds)
     text = str(report)
     assert text.count("relative error") == 12
-    assert "  and 288 more failures\n" in text
+    assert "    and 2 more alike: case-100, case-200\n" in text
+    assert "  and 264 more failures\n" in text
     assert "0 of 300 passed, 300 wrong; largest error 2.00 of its limit (case-0, float32)" in text
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lvxattn.check import Case, case_of, check
 from lvxattn.check.time_limit import TimeIsUpError, TimeLimit
@@ -295,7 +296,10 @@ BACKWARDS: dict[str, tuple[Any, ...]] = {
     "two": (lambda *a, **o: a[1:3], "backward: ", "a tuple of 2"),
     "None for k": (lambda dout, q, *a, **o: (q, None, q), "dk: ", "numpy", "None"),
     "one shape": (lambda dout, q, *a, **o: (q, q, q), "dk: ", "(1, 2, 128, 8)"),
-    "raises": (raiser(ZeroDivisionError("in it")), f"ZeroDivisionError: in it ({HERE}:"),
+    "raises": (
+        raiser(ZeroDivisionError("in it")),
+        f"the backward: ZeroDivisionError: in it ({HERE}:",
+    ),
 }
 
 
@@ -388,3 +392,78 @@ def test_floating_point_errors_are_attributed_to_the_function() -> None:
 
 def test_partial_keeps_its_name() -> None:
     assert check(partial(right), cases=[GAUSSIAN]).target == "tests.oracle:right"
+
+
+# A right forward whose backward fails, and what is refused in the function's own words.
+
+
+class Raises:
+    """Attention in PyTorch whose gradients fail; `when` inputs require them, or later."""
+
+    def __init__(self, when: str, error: type[Exception]) -> None:
+        self.when, self.error = when, error
+
+    def __call__(self, q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        if q.requires_grad and self.when == "forward":
+            raise self.error("no gradients on CPUs")
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        if q.requires_grad:
+            out.register_hook(self._raise)
+        return out
+
+    def _raise(self, dout: Any) -> Any:
+        raise self.error("no gradients on CPUs")
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_right_forward_is_judged_where_the_backward_raises(when: str) -> None:
+    report = checked(Raises(when, RuntimeError), [GAUSSIAN], framework="torch")
+    (found,) = report.rows
+    assert found.status == "error"
+    assert [(v.name, v.passed) for v in found.verdicts] == [("out", True)]
+    assert found.message.startswith("the backward: RuntimeError: no gradients on CPUs (")
+    assert "the backward raised in 1; the forward alone is right in 1 of 1" in report.notes
+    assert not report.passed
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_refused_gradients_leave_a_forward_that_passes(when: str) -> None:
+    report = checked(Raises(when, NotImplementedError), [GAUSSIAN], framework="torch")
+    assert report.passed
+    assert "NotImplementedError: no gradients on CPUs" in report.notes[0]
+
+
+def test_a_forward_that_raises_in_any_case_is_an_error_of_the_forward() -> None:
+    report = checked(raiser(RuntimeError("broken")), [GAUSSIAN], framework="torch")
+    (found,) = report.rows
+    assert (found.status, found.verdicts) == ("error", ())
+    assert found.message.startswith("RuntimeError: broken")
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("Q/K/V should have the same head size", "unsupported"),
+        ("expected the value dimension of v to be that of q", "unsupported"),
+        ("operands could not be broadcast together with shapes (2,9) (2,17)", "error"),
+    ],
+)
+def test_other_values_refused_by_own_words_are_unsupported(text: str, status: str) -> None:
+    (other,) = checked(raiser(ValueError(text)), [case_of("value-size")]).rows
+    assert other.status == status
+    (equal,) = checked(raiser(ValueError(text)), [GAUSSIAN]).rows
+    assert equal.status == "error"
+
+
+def test_no_other_dtype_is_called_than_those_of_the_check() -> None:
+    called = []
+
+    def fn(q: Any, k: Any, v: Any, *, scale: float, mask: Any) -> Any:
+        called.append(q.dtype.name)
+        return right(q, k, v, scale=scale, mask=mask)
+
+    case = case_of("other-dtype-before")
+    assert check(fn, dtypes=["float32"], cases=[case]).passed
+    assert called == ["float32"]
+    assert check(fn, dtypes=["float32", "float16"], cases=[case]).passed
+    assert called[1:] == ["float16", "float32", "float32", "float16"]

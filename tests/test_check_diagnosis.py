@@ -127,6 +127,26 @@ def test_rounding_defect_is_named_by_size_of_error() -> None:
     assert {row.diagnosis for row in report.rows} == {"error as large as that of *TF32 products*"}
 
 
+class SingleAndDead(WRONG["fp64 computed in fp32"]):  # type: ignore[misc]
+    """Rounds to fp32, and returns NaN for queries that see nothing."""
+
+    def _join(self, parts: list[Partial], out: Array) -> Partial:
+        out, lse = super()._join(parts, out)
+        return np.where(lse[..., None] == -np.inf, np.nan, out).astype(out.dtype), lse
+
+
+def test_what_explains_one_dtype_is_told_beside_other_causes() -> None:
+    names = ("random-mask", "minus-infinity", "dead-rows", "everything-dead", "dead-shard")
+    few = [CASES[0], *map(case_of, names)]
+    report = check(SingleAndDead(), cases=few, dtypes=("float32", "float64"), backward=False)
+    most = "*fp64 computed in fp32*: explains 3 of 6 failures in float64"
+    assert most in report.probably
+    assert "*dead rows NaN*" in report.probably
+    text = str(report)
+    assert "  fp64 computed in fp32: 3 cases in float64, as gaussian\n" in text
+    assert text.count("relative error") <= 6  # of the kinds that are shown
+
+
 def test_values_near_dtype_maximum_are_judged() -> None:
     report = check(WRONG["neighbour's block returned"](), cases=[case_of("finite-minimum")])
     assert {row.status for row in report.rows} == {"wrong"}

@@ -20,7 +20,7 @@ import pytest
 
 from lvxattn.check import Case, case_of, check, check_distributed, time_limit
 from lvxattn.check.call_kernel import ContractError, LastResults, call_kernel
-from lvxattn.check.callers import fork_server
+from lvxattn.check.callers import child_process, fork_server
 from lvxattn.check.callers.fork_server import ForkServer
 from lvxattn.check.callers.messages import MessageError, receive, send
 from lvxattn.check.case_arrays import draw
@@ -71,6 +71,41 @@ def test_hanging_process_is_ended_and_other_cases_run(fn: Any) -> None:
     assert statuses(report) == ["ok", "error", "ok"]
     assert report.rows[1].message.startswith(f"did not come back within 3 s ({FILE}:")
     assert report.notes == ("forward only: NumPy has no autograd, and the function no backward",)
+
+
+def test_a_first_call_that_hangs_is_told_as_such() -> None:
+    report = checked(hostile.hangs_in_its_first_call, [GAUSSIAN], time_limit=3)
+    (row,) = report.rows
+    assert "in its first call: if that compiles, allow more by time_limit" in row.message
+    late = checked(hostile.keeps_the_lock, THREE, time_limit=3).rows[1].message
+    assert "first call" not in late
+
+
+def test_a_wait_for_the_file_of_a_lock_is_told_as_such() -> None:
+    report = checked(hostile.waits_for_a_lock, THREE, framework="torch", time_limit=3)
+    assert statuses(report) == ["ok", "error", "ok"]
+    assert report.rows[1].message.startswith(f"did not come back within 3 s ({FILE}:")
+    assert "it waits for a lock's file, which a run that was killed" in report.rows[1].message
+
+
+def test_an_import_that_waits_for_a_lock_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(child_process, "_IMPORT", 5.0)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lock").touch()
+    lock = str(tmp_path / "lock")
+    program = f"from torch.utils.file_baton import FileBaton\nFileBaton({lock!r}).wait()"
+    (tmp_path / "locked_kernel.py").write_text(program)
+    with pytest.raises(ValueError, match=r"import took more than 5 s \(.*locked_kernel.py:2\): it "
+                                         "waits for a lock's file"):  # fmt: skip
+        check("locked_kernel:attention", cases=TWO, framework="torch")
+
+
+def test_an_abort_after_all_calls_is_told() -> None:
+    report = checked(hostile.aborts_in_the_end, TWO)
+    assert report.passed
+    assert report.notes[-1] == "when all calls were done, the function ended its process by SIGABRT"
 
 
 @pytest.mark.slow
@@ -440,7 +475,8 @@ def test_jax_has_the_settings_of_this_process() -> None:
     import jax
 
     with jax.enable_x64(True):
-        report = checked(hostile.in_jax, TWO, framework="jax")
+        # It compiles in its first call.
+        report = checked(hostile.in_jax, TWO, framework="jax", time_limit=120)
     report.raise_if_failed()
     assert {len(row.verdicts) for row in report.rows} == {5}
 

@@ -307,3 +307,16 @@ def test_rounding_models_are_within_half_the_limit(way: Any, dtype: str) -> None
     problem, truth = problem_and_truth("gaussian", dtype)
     for key, got in rounded_attention(problem, way).items():
         assert 0 < judge(key, got.astype(np.float64), problem, truth).ratio <= 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["gaussian", "tail-of-one", "many-heads", "head-size-1"])
+def test_lse_of_rounded_scores_passes_whether_or_not_the_scale_rounds(
+    name: str, dtype: str
+) -> None:
+    problem, truth = problem_and_truth(name, dtype)
+    assert (np.log2(problem.scale) % 1 == 0) == (
+        name in ("many-heads", "head-size-1", "tail-of-one")
+    )
+    lse = rounded_attention(problem, PLAIN)["lse"].astype(np.float64)
+    assert judge("lse", lse, problem, truth).passed

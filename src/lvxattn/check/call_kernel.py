@@ -8,7 +8,7 @@ backward's lse is None if the function returns none.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import call
 from time import perf_counter
 from typing import Any
@@ -28,10 +28,35 @@ Together = Callable[[Callable[[], Any]], Any]
 
 # As many calls as show what happens once in 500, unless that takes too long.
 _REPEATS, _REPEAT_SECONDS = 1500, 3.0
+_REPEATS_ON_RANKS = 20  # a number: a limit of time would end the calls on some ranks only
 
 
 class ContractError(Exception):
-    """The function broke its contract."""
+    """The function broke its contract.
+
+    Attributes
+    ----------
+    results : dict
+        Those of the forward, float64 by name, if only the backward failed.
+    """
+
+    def __init__(self, message: str, results: dict[str, Array] | None = None) -> None:
+        super().__init__(message)
+        self.results = results or {}
+
+
+class BackwardError(Exception):
+    """The backward failed, by the error that is this one's cause; the forward can be judged.
+
+    Attributes
+    ----------
+    results : dict
+        Those of the forward, float64 by name.
+    """
+
+    def __init__(self, error: Exception, results: dict[str, Array]) -> None:
+        super().__init__(str(error))
+        self.results = results
 
 
 def call_kernel(
@@ -44,7 +69,7 @@ def call_kernel(
     notes: list[str] | None = None,
     part: Callable[[Problem], Problem] = lambda problem: problem,
     together: Together = call,
-    repeats: int | None = None,
+    on_ranks: bool = False,
     last: "LastResults | None" = None,
 ) -> dict[str, Array]:
     """Call fn on a problem, after the earlier calls that its case prescribes.
@@ -65,9 +90,8 @@ def call_kernel(
     together : callable
         Calls a function of no arguments, and raises on every rank if it raised on one: otherwise
         only some ranks would go on to the next call.
-    repeats : int, optional
-        How often a case of repeated calls repeats them, the same on all ranks; default: as often as
-        a few seconds allow.
+    on_ranks : bool
+        Whether other ranks call fn too, and must be called equally often.
     last : LastResults, optional
         Those of the call before, which are compared with what they were, and replaced by these.
 
@@ -83,21 +107,23 @@ def call_kernel(
         result that it had returned.
     NotImplementedError
         fn does not support this problem.
+    BackwardError
+        Only the backward failed.
     Exception
         Any error of fn.
     """
     calls = problem.case.calls
     before: list[Problem] = []
     if calls == "other dtype":
-        others = [dtype for dtype in framework.dtypes if dtype != problem.dtype]
+        dtypes = framework.chosen or framework.dtypes
+        others = [dtype for dtype in dtypes if dtype != problem.dtype]
         before = [draw(problem.case, dtype, problem.seed + 1) for dtype in others[:1]]
     elif calls == "other data":
         before = [draw(problem.case, problem.dtype, problem.seed + 1)]
 
     def call_once(problem: Problem, gradients: bool, notes: list[str] | None) -> _Kept:
-        each = _Call(part(problem), fn, backward, gradients, framework)
-        kept: _Kept = together(lambda: each.forward_and_backward(together, notes))
-        return kept
+        each = _Call(part(problem), fn, backward, gradients, framework, on_ranks)
+        return each.forward_and_backward(together, notes)
 
     with framework.active():
         earlier = []
@@ -113,7 +139,7 @@ def call_kernel(
         judged = results.copies
         # Our own kernels say whether their calls can differ.
         if calls == "repeated" and getattr(fn, "keeps_state", True):
-            again = _repeats(lambda: call_once(problem, False, None).copies, repeats)
+            again = _repeats(lambda: call_once(problem, False, None).copies, on_ranks)
             judged = {**judged, **_farthest([judged, *again])}
         if last is not None:
             last.look_back()
@@ -121,10 +147,10 @@ def call_kernel(
     return judged
 
 
-def _repeats(work: Callable[[], dict[str, Array]], number: int | None) -> list[dict[str, Array]]:
+def _repeats(work: Callable[[], dict[str, Array]], on_ranks: bool) -> list[dict[str, Array]]:
     """Return the results of the same call again and again."""
-    if number is not None:
-        return [work() for _ in range(number)]
+    if on_ranks:
+        return [work() for _ in range(_REPEATS_ON_RANKS)]
     start, found = perf_counter(), list[dict[str, Array]]()
     while len(found) < _REPEATS and perf_counter() - start < _REPEAT_SECONDS:
         found.append(work())
@@ -198,31 +224,77 @@ class _Call:
     backward: Callable[..., Any] | None
     gradients: bool
     framework: Framework
+    on_ranks: bool
 
     def forward_and_backward(self, together: Together, notes: list[str] | None) -> _Kept:
         """Call forward and backward; return validated results."""
         given, kept = _Kept(self.framework), _Kept(self.framework)
         options: dict[str, Any] = {"scale": self.problem.scale}
-        out, lse, why = together(lambda: self._forward(given, options, kept))
-        if self.gradients:
-            q, k, v, dout = (given.arrays[name] for name in ("q", "k", "v", "dout"))
-            found = None
-            try:
-                if self.backward is not None:
-                    found = self.backward(dout, q, k, v, out, lse, **options)
-                    if not isinstance(found, tuple | list) or len(found) != 3:
-                        raise ContractError(f"backward: expected (dq, dk, dv), got {_kind(found)}")
-                elif callable(why):
-                    found = why(dout)
-            except NotImplementedError as error:
-                why = f"the backward raised NotImplementedError: {error}".removesuffix(": ")
-            if found is None and notes is not None:
-                notes.append(str(why))
+        try:
+            out, lse, why = together(lambda: self._forward(given, options, kept))
+        except ContractError:
+            raise
+        except Exception as error:
+            if self.on_ranks or not self._by_autograd():
+                raise
+            return self._forward_alone(error, together, notes)
+        forward = dict(kept.copies)
+
+        def backward() -> None:
+            found = self._backward(given, out, lse, options, why, notes)
             for name, x in zip(("dq", "dk", "dv"), found or (), strict=False):
                 self._keep(kept, name, x)
-        given.assert_unchanged("was written into")
-        kept.assert_unchanged("was written into by the backward")
+            given.assert_unchanged("was written into")
+            kept.assert_unchanged("was written into by the backward")
+
+        if self.gradients:
+            try:
+                together(backward)
+            except Exception as error:
+                raise BackwardError(error, forward) from error
         return kept
+
+    def _by_autograd(self) -> bool:
+        return self.gradients and self.backward is None and self.framework.autograd
+
+    def _forward_alone(
+        self, error: Exception, together: Together, notes: list[str] | None
+    ) -> _Kept:
+        """Call forward for no gradients, after it has raised an error: perhaps about them."""
+        try:
+            kept = replace(self, gradients=False).forward_and_backward(together, None)
+        except Exception:
+            raise error from None
+        if not isinstance(error, NotImplementedError):
+            raise BackwardError(error, kept.copies) from error
+        if notes is not None:
+            notes.append(f"for gradients it raised NotImplementedError: {error}".removesuffix(": "))
+        return kept
+
+    def _backward(
+        self,
+        given: _Kept,
+        out: Any,
+        lse: Any,
+        options: dict[str, Any],
+        why: Any,
+        notes: list[str] | None,
+    ) -> Any:
+        """Return (dq, dk, dv), or None if there are none: then the notes say why."""
+        q, k, v, dout = (given.arrays[name] for name in ("q", "k", "v", "dout"))
+        found = None
+        try:
+            if self.backward is not None:
+                found = self.backward(dout, q, k, v, out, lse, **options)
+                if not isinstance(found, tuple | list) or len(found) != 3:
+                    raise ContractError(f"backward: expected (dq, dk, dv), got {_kind(found)}")
+            elif callable(why):
+                found = why(dout)
+        except NotImplementedError as error:
+            why = f"the backward raised NotImplementedError: {error}".removesuffix(": ")
+        if found is None and notes is not None:
+            notes.append(str(why))
+        return found
 
     def _forward(self, given: _Kept, options: dict[str, Any], kept: _Kept) -> tuple[Any, Any, Any]:
         """Fill in given, options and kept; return out, lse, and a pullback or why there is none."""
@@ -245,6 +317,7 @@ class _Call:
         self._keep(kept, "out", out)
         if lse is not None:
             self._keep(kept, "lse", lse)
+        given.assert_unchanged("was written into")
         return out, lse, why
 
     def _arguments(self) -> dict[str, Any]:

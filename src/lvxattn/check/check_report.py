@@ -18,7 +18,8 @@ from lvxattn.common.new_file import write_file
 
 SCHEMA = 1
 _FEW = 1e5  # ulps; larger numbers are not shown
-_SHOWN = 12  # failures shown in full
+_SHOWN = 12  # kinds of failures of which one is shown in full
+_NAMED = 4  # others of a kind
 
 
 @dataclass(frozen=True)
@@ -183,23 +184,32 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def _failures(self) -> Iterable[str]:
-        """Yield the lines of the failures; those with the same message are shown once."""
+        """Yield the lines of the failures; of those of a kind, one is shown."""
         alike: dict[Any, list[Row]] = {}
-        for n, row in enumerate(self.failed):
-            alike.setdefault(row.message or n, []).append(row)
+        for row in self.failed:
+            alike.setdefault(_kind(row), []).append(row)
         groups = list(alike.values())
-        for first, *others in groups[:_SHOWN]:
+        for rows in groups[:_SHOWN]:
+            first = max(rows, key=lambda row: sum(not v.passed for v in row.verdicts))
+            others = [row for row in rows if row is not first]
+            if others and _rounds(first):
+                count = f"{len(others) + 1} cases in {first.dtype}"
+                yield f"  {_names(first)}: {count}, as {first.case}"
+                continue
             yield f"  {_name(first)}: {first.reason}"
             if first.message:
                 yield f"    {first.message}"
+            if first.verdicts and first.status == "error":
+                yield "    the forward alone is right"
             for verdict in first.verdicts:
                 if not verdict.passed:
                     yield from (f"    {line}" for line in _wrong_lines(verdict, first.dtype))
             if first.diagnosis:
                 yield f"    {first.diagnosis}"
             if others:
-                names = ", ".join(dict.fromkeys(row.case for row in others[:_SHOWN]))
-                yield f"    and {len(others)} more alike: {names}{', ...' * (len(others) > _SHOWN)}"
+                cases = list(dict.fromkeys(row.case for row in others))
+                names = ", ".join(cases[:_NAMED]) + ", ..." * (len(cases) > _NAMED)
+                yield f"    and {len(others)} more alike: {names}"
         if len(groups) > _SHOWN:
             yield f"  and {sum(map(len, groups[_SHOWN:]))} more failures"
         if self.failed:
@@ -230,6 +240,26 @@ class Report:
         if not self.failed and not self.passed:
             lines.append("  nothing was judged")
         return "\n".join(lines)
+
+
+def _kind(row: Row) -> Any:
+    """Return what failures of one kind have in common."""
+    if row.diagnosis:
+        return _names(row), row.dtype if _rounds(row) else ""
+    if row.message:
+        return row.message
+    return row.group, row.dtype, *(verdict.name for verdict in row.verdicts if not verdict.passed)
+
+
+def _names(row: Row) -> str:
+    """Return the names in a row's diagnosis."""
+    return " or ".join(row.diagnosis.split("*")[1::2])
+
+
+def _rounds(row: Row) -> bool:
+    """Whether a failure is one of a function that rounds too much: others of it tell no more."""
+    names = row.diagnosis.split("*")[1::2]
+    return bool(names) and all(WRONG[name].compare == "size" for name in names)
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -108,8 +108,9 @@ class Suspects:
         failed = [_key(row) for row in rows if row.status in ("wrong", "error")]
         against = self._against(rows, cases)
         left = {key: {match.name: match for match in found} for key, found in self.matches.items()}
+        by_dtype = Counter(dtype for _, dtype, _, _ in failed)
         diagnoses: dict[Key, str] = {}
-        parts: list[str] = []
+        parts: list[tuple[bool, str]] = []
         while left:
             covers = {name: {key for key in left if name in left[key]} for name in against}
             worth = {
@@ -121,14 +122,19 @@ class Suspects:
             if worth[best] <= 0:
                 break
             alike = [n for n in against if (covers[n], worth[n]) == (covers[best], worth[best])]
-            if len(alike) <= _ALIKE and not (rounds and 2 * len(covers[best]) < len(failed)):
+            explained = Counter(dtype for _, dtype, _, _ in covers[best])
+            most = any(2 * explained[dtype] >= by_dtype[dtype] for dtype in explained)
+            if len(alike) <= _ALIKE and (most or not rounds):
                 names = [f"*{name}*" for name in dict.fromkeys([best, *alike])]
-                count = f"{len(covers[best])} of {len(failed)} failures"
-                parts.append(f"{' or '.join(names)}: explains {count}")
+                count = f"{len(covers[best])} of {sum(by_dtype[x] for x in explained)} failures"
+                where = f" in {', '.join(explained)}" if len(explained) < len(by_dtype) else ""
+                parts.append((most, f"{' or '.join(names)}: explains {count}{where}"))
                 for key in covers[best]:
                     diagnoses[key] = " or ".join([str(left[key][best]), *names[1:]])
             left = {key: found for key, found in left.items() if key not in covers[best]}
-        probably = f"probably {'; '.join(parts)}" if 2 * len(diagnoses) >= len(failed) > 0 else ""
+        enough = 2 * len(diagnoses) >= len(failed)
+        told = "; ".join(text for most, text in parts if most or enough)
+        probably = f"probably {told}" if told else ""
         return tuple(replace(row, diagnosis=diagnoses.get(_key(row), "")) for row in rows), probably
 
     def _replay(self, rows: Sequence[Row], cases: Mapping[str, Case]) -> None:

@@ -115,7 +115,7 @@ def check_distributed(
     if team.device != device and team.device is not None:
         arrays = framework_of(framework, team.device)
     wanted = wanted_dtypes(dtypes, suite, arrays)
-    chosen = tuple(dtype for dtype in wanted if dtype in arrays.dtypes)
+    chosen = arrays.chosen = tuple(dtype for dtype in wanted if dtype in arrays.dtypes)
     target = fn if isinstance(fn, str) else name_of(fn)
     names = [case.name for case in cases or ()]
     gradients = backward is not False
@@ -158,6 +158,8 @@ def check_distributed(
     if team.rank:
         return None
     found, notes = judged_growth(rows, chosen, team.size)
+    if process and process.ending:
+        notes = [*notes, process.ending]
     finished = report(*notes)
     return replace(finished, rows=(*finished.rows, *found))
 

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from lvxattn.check.call_kernel import ContractError
+from lvxattn.check.call_kernel import BackwardError, ContractError
 from lvxattn.check.time_limit import EndedError, TimeIsUpError
 
 _LONGEST = 300  # characters of a message
@@ -15,6 +15,10 @@ def failure_of(error: BaseException) -> tuple[str, str]:
     """Return the status and the one-line message of an error; a KeyboardInterrupt is raised."""
     if isinstance(error, KeyboardInterrupt):
         raise error
+    if isinstance(error, BackwardError) and error.__cause__ is not None:
+        status, message = failure_of(error.__cause__)
+        own = isinstance(error.__cause__, ContractError)  # which names the result
+        return status, message if own else f"the backward: {message}"
     if isinstance(error, NotImplementedError):
         return "unsupported", one_line(error) or "NotImplementedError"
     if isinstance(error, ContractError | TimeIsUpError):

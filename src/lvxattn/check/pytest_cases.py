@@ -96,6 +96,7 @@ def chosen_by(options: dict[str, Any]) -> Chosen:
     seeds = options["seeds"] or "1"
     if not seeds.isdecimal() or int(seeds) < 1:
         raise ValueError(f"--lvx-seeds: expected a whole number from 1 up, got {seeds!r}")
+    framework.chosen = tuple(dtype for dtype in dtypes if dtype in framework.dtypes)
     caller = None
     if options["impl"] is not None:
         try:
@@ -105,8 +106,7 @@ def chosen_by(options: dict[str, Any]) -> Chosen:
             raise ValueError(f"--lvx-{'impl' if name == 'fn' else name}:{what}") from None
     elif options["backward"] is not None:
         raise ValueError("--lvx-backward: goes with --lvx-impl")
-    available = [dtype for dtype in dtypes if dtype in framework.dtypes]
-    choices = (Choice(c, d, s) for c in cases for d in available for s in range(int(seeds)))
+    choices = (Choice(c, d, s) for c in cases for d in framework.chosen for s in range(int(seeds)))
     return Chosen(options["impl"] or "", framework, caller, tuple(choices))
 
 

@@ -33,7 +33,9 @@ class Way:
     pieces : int
         Number of pieces of the keys; the pieces' results are merged.
     by_log : bool
-        Whether pieces are merged by the logarithms of their sums.
+        Whether pieces are merged by the logarithms of their sums, to base 2, for which queries are
+        scaled by ``log2(e)`` more: thus rounding ``scale q`` costs a bit even if scale is a power
+        of 2.
     one_by_one : bool
         Whether sums are taken term by term, in order, as in a plain loop.
     round_products : bool
@@ -103,7 +105,8 @@ def _attend(problem: Problem, way: Way) -> dict[str, Array]:
     def ungrouped(x: Array) -> Array:
         return x.reshape(*q.shape[:3], *x.shape[3:])
 
-    s = ungrouped(matmul(grouped(rounded(scale * q)), k.swapaxes(-1, -2)))
+    base = np.float32(np.log2(np.e)) if way.by_log else np.float32(1)
+    s = ungrouped(matmul(grouped(rounded(base * scale * q)), k.swapaxes(-1, -2))) / base
     s = masked(rounded(s) if way.round_scores else s, problem.dense_mask())
     out = np.zeros(dout.shape, np.float32)
     highest = np.full(out.shape[:3], -np.inf, np.float32)

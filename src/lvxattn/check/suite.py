@@ -1,5 +1,6 @@
 """Run a suite of cases on a function: the entry point of the oracle."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
@@ -17,7 +18,7 @@ from lvxattn.check.diagnosis import Suspects
 from lvxattn.check.error_location import failure_of, one_line
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.import_target import name_of
-from lvxattn.check.judge import RESULTS, judge, truth_for
+from lvxattn.check.judge import RESULTS, Verdict, judge, truth_for
 
 Array = npt.NDArray[Any]
 # Calls the function on a problem and returns float64 arrays by name; appends to notes why there are
@@ -25,6 +26,13 @@ Array = npt.NDArray[Any]
 Solve = Callable[[Problem, list[str]], dict[str, Array]]
 
 _SHOWN = 5  # reasons for no gradients
+# In errors by which functions refuse values of another size than keys in their own words, unlike
+# those of a library in which shapes turn out not to fit.
+_REFUSED = re.compile(
+    r"Error: .*\b(head[ _]?(dim|size)|heads?_dim|value[ _]?(dim|size|head)|d_?v\b|embed|same head"
+    r"|last dim|q/k/v|qk?, ?k,? ?(and )?v)",
+    re.IGNORECASE,
+)
 
 
 def check(
@@ -97,6 +105,7 @@ def check(
     arrays = framework_of(framework, device)
     check_arguments(fn, suite, backward, seeds, time_limit, cases)
     wanted = wanted_dtypes(dtypes, suite, arrays)
+    arrays.chosen = tuple(dtype for dtype in wanted if dtype in arrays.dtypes)
     caller = Caller(fn, arrays, backward, time_limit)
     start, suspects = perf_counter(), Suspects()
     chosen = suite_of(suite) if cases is None else cases
@@ -104,8 +113,7 @@ def check(
         found = [
             judged(caller.call, case, dtype, seed, suspects)
             for case in chosen
-            for dtype in wanted
-            if dtype in arrays.dtypes
+            for dtype in arrays.chosen
             for seed in range(seeds)
         ]
         more = caller.afterwards(found)
@@ -115,7 +123,7 @@ def check(
         caller.close()
     rows, probably = suspects.conclude(found, by_name)
     rows += tuple(more)
-    notes = (*depends, *notes_of(arrays, rows, wanted, caller.abandoned))
+    notes = (*depends, *notes_of(arrays, rows, wanted, caller.abandoned, caller.ending))
     seconds = perf_counter() - start
     target = fn if isinstance(fn, str) else name_of(fn)
     return Report(target, suite, arrays.name, rows, seconds, notes=notes, probably=probably)
@@ -149,6 +157,11 @@ class Caller:
         """Number of calls that could not be ended."""
         return self._process.abandoned
 
+    @property
+    def ending(self) -> str:
+        """How the function's process has ended, once closed, if not as it should."""
+        return self._process.ending
+
     def afterwards(self, rows: Sequence[Row]) -> list[Row]:
         """Return failing rows of what shows only after all calls, given the rows of these."""
         return self._missing_gradients(rows) + self.changed_results(rows)
@@ -167,8 +180,9 @@ class Caller:
         judged = [row for row in rows if row.verdicts]
         expected = self.gradients and not self._process.own_backward and self.framework.autograd
         given = any(v.name == "dq" for row in judged for v in row.verdicts)
-        refused = any("NotImplementedError" in row.note for row in judged)
-        if not expected or given or refused or not judged:
+        # Refused, or the backward raised.
+        told = any("NotImplementedError" in row.note or row.message for row in judged)
+        if not expected or given or told or not judged:
             return []
         first = judged[0]
         hint = "backward=False, --no-backward, if there are to be none"
@@ -197,17 +211,19 @@ def judged(
     problem = draw(case, dtype, seed)
     notes: list[str] = []
     results, status, message = attempt(lambda: solve(problem, notes))
-    about["note"] = one_line("; ".join(notes))
-    if status:
-        row = Row(**about, status=status, message=message, seconds=perf_counter() - start)
-        if suspects and status == "error":
-            suspects.examine(row, problem)
-        return row
-    truth = truth_for(case, dtype, seed)
-    verdicts = tuple(judge(x, results[x], problem, truth) for x in RESULTS if x in results)
-    status = "ok" if all(verdict.passed for verdict in verdicts) else "wrong"
+    if status == "error" and case.D_V != case.D and _REFUSED.search(message):
+        status = "unsupported"
+    about |= {"note": one_line("; ".join(notes)), "message": message}
+    verdicts: tuple[Verdict, ...] = ()
+    if results:  # also of the forward alone, if the backward failed
+        truth = truth_for(case, dtype, seed)
+        verdicts = tuple(judge(x, results[x], problem, truth) for x in RESULTS if x in results)
+        right = all(verdict.passed for verdict in verdicts)
+        status = (status or "ok") if right else "wrong"
     row = Row(**about, status=status, verdicts=verdicts, seconds=perf_counter() - start)
-    if suspects and status == "wrong":
+    if suspects and status == "error":
+        suspects.examine(row, problem)
+    elif suspects and status == "wrong":
         suspects.examine(row, problem, results, truth)
     return row
 
@@ -250,11 +266,15 @@ def attempt(work: Callable[[], dict[str, Array]]) -> tuple[dict[str, Array], str
     try:
         return work(), "", ""
     except BaseException as error:
-        return {}, *failure_of(error)
+        return getattr(error, "results", {}), *failure_of(error)
 
 
 def notes_of(
-    framework: Framework, rows: Sequence[Row], wanted: Sequence[str], abandoned: int = 0
+    framework: Framework,
+    rows: Sequence[Row],
+    wanted: Sequence[str],
+    abandoned: int = 0,
+    ending: str = "",
 ) -> list[str]:
     """Return remarks on the check as a whole.
 
@@ -266,6 +286,8 @@ def notes_of(
         The requested dtypes.
     abandoned : int
         Number of calls that could not be ended.
+    ending : str
+        How the function's process has ended, if not as it should.
     """
     missing = framework.missing
     notes = [f"{dtype} was left out: {missing[dtype]}" for dtype in wanted if dtype in missing]
@@ -276,6 +298,10 @@ def notes_of(
         notes.append(f"{'forward only' if n == len(judged) else part}: {why}")
     if len(count) > _SHOWN:
         notes.append(f"and {len(count) - _SHOWN} more reasons for no gradients")
+    if raised := sum(row.status == "error" for row in judged):
+        forward = [[v.passed for v in row.verdicts if v.name in ("out", "lse")] for row in judged]
+        right = f"right in {sum(map(all, forward))} of {len(judged)}"
+        notes.append(f"the backward raised in {raised}; the forward alone is {right}")
     if judged and not any(v.name == "lse" for row in judged for v in row.verdicts):
         notes.append("no lse was returned, and none judged")
     if abandoned:
@@ -283,7 +309,7 @@ def notes_of(
             f"calls that did not come back and could not be ended: {abandoned}, "
             "which may have slowed down what followed"
         )
-    return notes
+    return [*notes, ending] if ending else notes
 
 
 def check_arguments(

@@ -32,6 +32,10 @@ class Process(Protocol):
     def abandoned(self) -> int:
         """The number of calls that could not be ended."""
 
+    @property
+    def ending(self) -> str:
+        """How its process has ended, once closed, if not as it should."""
+
     def call(
         self, problem: Problem, notes: list[str] | None = None, cut: Cut | None = None
     ) -> dict[str, Array]:

@@ -51,14 +51,18 @@ def run(channel: socket.socket, dump: int) -> None:
     os.environ.update(setup["environment"])
     sys.path[:] = setup["path"]
     np.seterr(**setup["numpy_errors"])
+    faulthandler.dump_traceback_later(setup["import"], file=dump)
     try:
         os.chdir(setup["folder"])
         framework = framework_of(setup["framework"], setup["device"])
+        framework.chosen = setup["dtypes"]
         fn, backward = _loaded(setup, "fn"), _loaded(setup, "backward")
         kernel = Kernel(fn, framework, backward, setup["limit"], setup["ranks"])
     except Exception as error:
         send(channel, {"refused": str(error)})
         return
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     send(channel, {"own_backward": kernel.own_backward})
     while True:
         request, _ = receive(channel)
@@ -82,11 +86,12 @@ def _answer(kernel: Kernel, request: dict[str, Any]) -> tuple[dict[str, Any], di
         problem = draw(Case(**request["case"]), request["dtype"], request["seed"])
         return kernel.call(problem, notes, Cut(*request["cut"]) if request["cut"] else None)
 
-    status, message, results = "", "", {}
+    status, message, results = "", "", dict[str, Array]()
     try:
         results = contextvars.copy_context().run(work)
     except Exception as error:
         status, message = failure_of(error)
+        results = getattr(error, "results", {})
     except BaseException as error:  # also the function's own KeyboardInterrupt
         status, message = "error", describe_error(error)
     return {"status": status, "message": message, "notes": notes}, results

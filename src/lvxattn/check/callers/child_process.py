@@ -31,6 +31,11 @@ _LATE = 5.0  # seconds after the time limit, in which a child writes its stack
 _POLL = 0.02  # seconds
 _OUTERMOST = b'  File "<string>", line 1 in <module>\n'  # the last line of a child's stack
 _RANKS = 10.0  # seconds in which virtual ranks end one another
+# The check's files that call what is the user's, and files of packages that wait for a lock's file.
+_CALLERS = ("call_kernel.py", "import_target.py")
+_LOCKS, _NEAR = r"\b(file_baton|filelock|_soft|_unix)\b", 4
+_LOCKED = ": it waits for a lock's file, which a run that was killed may have left"
+_FIRST = ", in its first call: if that compiles, allow more by time_limit, --time-limit"
 # Variables that a launcher gives its ranks: in a child MPI is a world of its own.
 _LAUNCHER = re.compile(r"PMI|OMPI_|HYDRA_|HYDI_|MPI_LOCAL")
 
@@ -57,6 +62,7 @@ class ChildProcess:
     """
 
     abandoned = 0
+    ending = ""
 
     def __init__(self, setup: dict[str, Any], framework: Framework, seconds: float) -> None:
         environment = {k: x for k, x in os.environ.items() if not _LAUNCHER.match(k)}
@@ -65,13 +71,15 @@ class ChildProcess:
             "limit": seconds,
             "framework": framework.name,
             "device": framework.device,
+            "dtypes": framework.chosen,
+            "import": _IMPORT,
             "environment": environment | dict(framework.environment),
             "path": [str(folder) for folder in sys.path],
             "folder": os.getcwd(),
             "numpy_errors": np.geterr(),
         }
         self._preload = framework.preload
-        self._seconds, self._late, self._busy = seconds, 0, False
+        self._seconds, self._late, self._busy, self._first = seconds, 0, False, True
         # Virtual ranks have clocks of their own, and errors that name ranks.
         self._slack = _RANKS if setup["ranks"] else 0
         self._channel: socket.socket | None = None
@@ -105,8 +113,11 @@ class ChildProcess:
 
     def close(self) -> None:
         """End the process."""
-        if self._channel is not None:
-            self._end(0 if self._busy else _GRACE)
+        if self._channel is None:
+            return
+        status, _ = self._end(0 if self._busy else _GRACE)
+        if status and not self._busy:
+            self.ending = f"when all calls were done, the function {_described(status)}"
 
     def _start(self) -> None:
         self._server = server_with(self._preload)
@@ -121,13 +132,15 @@ class ChildProcess:
                 if isinstance(error, OSError):
                     raise RefusedError(f"fn: no process can be started: {error}") from None
                 raise
-        self._channel, self._busy = ours, True
+        self._channel, self._busy, self._first = ours, True, True
         try:
             send(self._channel, self._setup)
-            answer, _ = receive(self._channel, time.monotonic() + _IMPORT)
+            until = time.monotonic() + _IMPORT
+            self._wait(self._channel, until)
+            answer, _ = receive(self._channel, until + _LATE)
         except TimeoutError:
-            self._end(0)
-            raise RefusedError(f"fn: its import took more than {_IMPORT:g} s") from None
+            place = self._end(0)[1]
+            raise RefusedError(f"fn: its import took more than {_IMPORT:g} s{place}") from None
         except (EOFError, MessageError):
             raise RefusedError(f"fn: its import {self._death()}") from None
         except KeyboardInterrupt:
@@ -160,17 +173,19 @@ class ChildProcess:
         except TimeoutError:
             self._late += 1
             place = self._end(0)[1]
-            raise TimeIsUpError(f"did not come back within {seconds:g} s{place}") from None
+            first = _FIRST if self._first and _LOCKED not in place else ""
+            text = f"did not come back within {seconds:g} s{place}{first}"
+            raise TimeIsUpError(text) from None
         except EOFError:
             raise ContractError(f"the function {self._death()}") from None
         except (MessageError, KeyError, TypeError) as error:
             self._end(0)
             raise ContractError(f"the function disturbed its process: {error}") from None
-        self._busy = False
+        self._busy = self._first = False
         if status == "unsupported":
             raise NotImplementedError(message)
         if status:
-            raise ContractError(message)
+            raise ContractError(message, results)
         return notes, results
 
     def _wait(self, channel: socket.socket, until: float) -> None:
@@ -196,13 +211,7 @@ class ChildProcess:
     def _death(self) -> str:
         """Reap a process that has ended, and describe its end."""
         status, place = self._end(1.0)
-        if status is None:
-            return f"closed its process's channel{place}"
-        if status >= 0:
-            return f"ended its process with status {status}{place}"
-        names = {x.value: x.name for x in signal.Signals}
-        memory = ", as when memory runs out" if -status == signal.SIGKILL else ""
-        return f"ended its process by {names.get(-status, f'signal {-status}')}{memory}{place}"
+        return f"{_described(status)}{place}"
 
     def _end(self, grace: float) -> tuple[int | None, str]:
         """End the process; return its status, and where the function was, if it says so."""
@@ -216,13 +225,28 @@ class ChildProcess:
         return status, _place(stack)
 
 
+def _described(status: int | None) -> str:
+    """Describe how a process has ended, by what `ForkServer.end` returns."""
+    if status is None:
+        return "closed its process's channel"
+    if status >= 0:
+        return f"ended its process with status {status}"
+    names = {x.value: x.name for x in signal.Signals}
+    memory = ", as when memory runs out" if -status == signal.SIGKILL else ""
+    return f"ended its process by {names.get(-status, f'signal {-status}')}{memory}"
+
+
 def _place(stack: str) -> str:
-    """Return the user's line in a stack that faulthandler has written, in parentheses, if any."""
+    """Return the user's line in a stack that faulthandler has written, in parentheses, if any.
+
+    And whether it waits for a lock.
+    """
     for thread in reversed(re.split(r"hread 0x", stack)):  # an earlier call may have left one
         frames = re.findall(r'^  File "(.*)", line (\d+) in ', thread, re.MULTILINE)
-        ours = [n for n, (filename, _) in enumerate(frames) if filename.endswith("call_kernel.py")]
+        ours = [n for n, (filename, _) in enumerate(frames) if filename.endswith(_CALLERS)]
         if ours:  # the innermost frames come first
             inside = [(filename, int(line)) for filename, line in frames[: ours[0]]]
             place = users_place(reversed(inside))
-            return f" ({place})" if place else ""
+            lock = any(re.search(_LOCKS, filename) for filename, _ in inside[:_NEAR])
+            return (f" ({place})" if place else "") + (_LOCKED if lock else "")
     return ""

@@ -46,6 +46,8 @@ class ThisProcess:
         self._run: Callable[..., dict[str, Array]] = call if ranks else self._timer.call
         self.own_backward, self.look_back = kernel.own_backward, kernel.look_back
 
+    ending = ""
+
     @property
     def abandoned(self) -> int:
         """The number of calls that could not be ended."""

@@ -32,6 +32,8 @@ class Framework(ABC):
     usual : tuple of str
         The quick suite's dtypes, as far as they are available.
     device : str
+    chosen : tuple of str, optional
+        The dtypes of a check, which calls functions with no others; default: all available ones.
     missing : dict
         Why each other dtype is unavailable, by name.
     environment : dict
@@ -45,6 +47,7 @@ class Framework(ABC):
     usual: tuple[str, ...] = ("float32", "bfloat16")
     device: str
     missing: dict[str, str]
+    chosen: tuple[str, ...] | None = None
     environment: Mapping[str, str] = {}
     preload: str = ""
 

@@ -13,7 +13,6 @@ from lvxattn.check.ranks.tasks import Ranks, joined
 from lvxattn.check.shards import Cut
 
 Array = npt.NDArray[Any]
-_REPEATS = 20  # of repeated calls: a number, as a limit of time would end them on some ranks only
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class RanksCaller:
                 notes=None if rank else notes,
                 part=lambda problem: cut.part(problem, rank),
                 together=together,
-                repeats=_REPEATS,
+                on_ranks=True,
             )
 
         outcomes = self.ranks.run(cut.P, task)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.call_kernel import ContractError, Together
+from lvxattn.check.call_kernel import BackwardError, ContractError, Together
 from lvxattn.check.error_location import failure_of
 from lvxattn.check.shards import join_parts
 from lvxattn.check.time_limit import TimeIsUpError
@@ -29,7 +29,7 @@ class Outcome:
         it exceeded the time limit; ``"silent"``: the rank sent nothing, either.
     message : str
     results : dict
-        float64 arrays by name: this rank's part.
+        float64 arrays by name: this rank's part; those of the forward if only the backward failed.
     """
 
     status: str
@@ -109,11 +109,12 @@ def outcome_of(work: Callable[[], dict[str, Array]]) -> Outcome:
 def failed(error: BaseException) -> Outcome:
     """Return the outcome of a task that raised; a KeyboardInterrupt is raised again."""
     status, message = failure_of(error)
-    if isinstance(error, TimeIsUpError):
+    cause = error.__cause__ if isinstance(error, BackwardError) else error
+    if isinstance(cause, TimeIsUpError):
         status = "late"
-    elif isinstance(error, ElsewhereError | UnsupportedElsewhereError):
+    elif isinstance(cause, ElsewhereError | UnsupportedElsewhereError):
         status = "elsewhere"
-    return Outcome(status, message)
+    return Outcome(status, message, getattr(error, "results", {}))
 
 
 def joined(outcomes: Sequence[Outcome], time_limit: float) -> dict[str, Array]:
@@ -137,7 +138,10 @@ def joined(outcomes: Sequence[Outcome], time_limit: float) -> dict[str, Array]:
     if statuses == {"unsupported"}:
         raise NotImplementedError(outcomes[0].message)
     if statuses != {"ok"}:
-        raise ContractError("; ".join(_failures(outcomes, time_limit)))
+        parts = [outcome.results for outcome in outcomes]
+        everywhere = [name for name in parts[0] if all(name in part for part in parts)]
+        forward = join_parts([{name: part[name] for name in everywhere} for part in parts])
+        raise ContractError("; ".join(_failures(outcomes, time_limit)), forward)
     for name in dict.fromkeys(name for outcome in outcomes for name in outcome.results):
         missing = [r for r, outcome in enumerate(outcomes) if name not in outcome.results]
         if missing:
