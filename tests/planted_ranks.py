@@ -4,6 +4,8 @@ It gathers all queries, attends from them to this rank's keys, gathers the parts
 its own queries.  Its communicator needs only ``rank``, ``size`` and ``allgather``.
 """
 
+import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,8 @@ class Planted:
     ----------
     fault : str
         ``"merge in half"``, ``"dq in half"`` and ``"dkv in half"`` round partial sums after every
-        merge; see the code for the others.
+        merge; ``"world rank"`` and ``"offset of the world rank"`` take the rank among all that the
+        launcher started for that in the group; see the code for the others.
     blocks_in_half : bool
         Whether the parts have the dtype of the inputs, as from a fast kernel: not a fault.
     round_p : bool
@@ -42,7 +45,7 @@ class Planted:
         blocks = comm.allgather(q)
         dropped = self.fault == "last rank dropped" and 0 < comm.rank == comm.size - 1
         columns = self._columns(k, mask, comm)
-        first_key = sum(comm.allgather(k.shape[2])[: comm.rank])
+        first_key = self._first_key(k, comm)
         start = np.cumsum([0, *(block.shape[2] for block in blocks)])
         parts = []
         for owner, q_block in enumerate(blocks):
@@ -57,6 +60,8 @@ class Planted:
         owner = comm.rank
         if self.fault == "neighbour at odd P" and comm.size % 2 and comm.size > 1:
             owner = (owner + 1) % comm.size
+        if self.fault == "world rank":
+            owner = _world_rank(comm) % comm.size
         mine = [gathered[owner] for gathered in comm.allgather(parts)]
         out, top, total = mine[0][0].astype(wide), *mine[0][1:]
         for part, part_top, part_total in mine[1:]:
@@ -93,7 +98,7 @@ class Planted:
         delta = (dout.astype(wide) * out.astype(wide)).sum(axis=-1)
         blocks = comm.allgather((q, dout, delta))
         columns = self._columns(k, mask, comm)
-        first_key = sum(comm.allgather(k.shape[2])[: comm.rank])
+        first_key = self._first_key(k, comm)
         start = np.cumsum([0, *(block[0].shape[2] for block in blocks)])
         dq_parts: list[Array] = []
         dkv_parts: list[tuple[Array, Array]] = []
@@ -129,15 +134,21 @@ class Planted:
         return dq, dk, dv
 
     def _fail(self, comm: Any) -> None:
+        if self.fault == "raises away from rank 0" and 0 in comm.allgather(_world_rank(comm)):
+            return
         if comm.rank != 1:
             return
-        if self.fault == "raises":
+        if self.fault in ("raises", "raises away from rank 0"):
             raise ValueError("no such thing")
         if self.fault == "unsupported on one rank":
             raise NotImplementedError("not here")
         if self.fault == "hangs":
             while True:
                 time.sleep(0.01)
+
+    def _first_key(self, k: Array, comm: Any) -> int:
+        rank = _world_rank(comm) if self.fault == "offset of the world rank" else comm.rank
+        return sum(comm.allgather(k.shape[2])[:rank])
 
     def _columns(self, k: Array, mask: Any, comm: Any) -> Any:
         """Return this rank's mask; with the fault, rank 0's, if it has as many columns."""
@@ -171,6 +182,13 @@ class Planted:
             if in_half:
                 total = total.astype(dtype).astype(wide)
         return total.astype(dtype)
+
+
+def _world_rank(comm: Any) -> int:
+    """Return this process's number among all that the launcher started."""
+    if os.environ.get("RANK"):  # torchrun's
+        return int(os.environ["RANK"])
+    return int(sys.modules["mpi4py.MPI"].COMM_WORLD.rank) if hasattr(comm, "Split") else comm.rank
 
 
 def _repeated(x: Array, q: Array, wide: Any) -> Array:

@@ -137,6 +137,8 @@ BAD = {
     "no time": ([f"{NAME}:right", "--time-limit", "0"], "--time-limit"),
     "a seed for all": ([f"{NAME}:right", "--seed", "1"], "--seed: goes with --case"),
     "a file for all": ([f"{NAME}:right", "--save", "x"], "--save: goes with --case"),
+    "no such cut": ([f"{NAME}:right", "--cuts", "even,odd"], "--cuts: expected some of even, "),
+    "cuts for one": ([f"{NAME}:right", "--cuts", "even"], "--cuts: goes with --distributed"),
     "seeds for one": (["--case", "gaussian", "--seeds", "2"], "--seeds: does not go with --case"),
     "several dtypes in one file": (["--case", "gaussian", "--save", "x"], "with one dtype"),
     "backward and none": (
@@ -216,6 +218,7 @@ def test_all_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         assert case.group in shown[case.name]
         assert shown[case.name].endswith(case.reason)
     assert "q 1x2x17x8 k 1x2x40x8 v 1x2x40x5" in shown["value-size"]
+    assert lines[-1].startswith("--distributed: every pair of a number of ranks (1 to 8,")
 
 
 def test_readme_lists_all_cases() -> None:

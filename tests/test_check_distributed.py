@@ -1,9 +1,11 @@
 """Distributed functions: correct ones pass on all kinds of ranks, wrong ones fail."""
 
 import json
+import re
 import sys
 import time
 from contextlib import closing
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,9 @@ from lvxattn.check import (
     suite_of,
 )
 from lvxattn.check.call_kernel import ContractError
-from lvxattn.check.covering import covering
+from lvxattn.check.covering import covering, rows
 from lvxattn.check.frameworks import framework_of
-from lvxattn.check.growth import GROWTH, LIMIT, judged_growth
+from lvxattn.check.growth import GROWTH, LIMIT, growth_case, judged_growth
 from lvxattn.check.judge import RESULTS, Verdict
 from lvxattn.check.ranks import RanksCaller, VirtualRanks
 from lvxattn.check.ranks.tasks import (
@@ -31,7 +33,8 @@ from lvxattn.check.ranks.tasks import (
     error_to_raise,
     joined,
 )
-from lvxattn.check.shards import CUTS, Cut, join_parts, sweep_of
+from lvxattn.check.shards import CUTS, Cut, join_parts
+from lvxattn.check.sweep import ASCENDING, sweep_of, ways
 from lvxattn.reference import cross_attention, cross_attention_backward
 from tests.kernel_cache import cached_kernels  # noqa: F401
 from tests.launch import PROGRAMS, Ended, mpiexec
@@ -112,33 +115,142 @@ def reported(ended: Ended) -> Any:
     return report
 
 
+def group_of(cut: Cut, size: int) -> str:
+    """Return the kind of a cut's group of ranks."""
+    ranks = cut.ranks or tuple(range(cut.P))
+    assert len(ranks) == len({*ranks}) == cut.P
+    assert {*ranks} <= {*range(size)}
+    if ranks == tuple(range(cut.P)):
+        assert not cut.ranks
+        return "first"
+    if ranks == tuple(range(size - cut.P, size)):
+        return "last"
+    return "strided" if ranks == tuple(sorted(ranks)) else "reversed"
+
+
+def features(cuts: Any, size: int) -> dict[str, set[Any]]:
+    """Return the numbers of ranks, cuts and groups that occur, and their pairs."""
+    every = [(cut.P, cut.kind, group_of(cut, size)) for cut in cuts]
+    axes = {"P": (0,), "cut": (1,), "group": (2,)}
+    pairs = {f"{x} {y}": axes[x] + axes[y] for x, y in combinations(axes, 2)}
+    return {
+        name: {tuple(values[n] for n in which) for values in every}
+        for name, which in (axes | pairs).items()
+    }
+
+
 class TestSweep:
     @pytest.mark.parametrize("suite", ["quick", "full"])
     @pytest.mark.parametrize("size", [2, 3, 4, 64])
-    def test_cases_cover_all_ranks_and_cuts(self, suite: str, size: int) -> None:
+    def test_pairs_of_ranks_cuts_and_groups_are_covered(self, suite: str, size: int) -> None:
+        cases = suite_of(suite)
+        sweep = sweep_of(cases, size, suite, turn=1)
+        found = features({cut for cuts in sweep.values() for cut in cuts}, size)
+        numbers = [P for P in range(1, size + 1) if P <= 8 or P in (16, 32, 64)]
+        groups = ("first", "last", "strided", "reversed")
+        assert found["P"] == {(P,) for P in numbers}
+        # One rank is cut evenly; it is the first or the last.
+        assert found["P cut"] == {(1, "even"), *product(numbers[1:], CUTS)}
+        assert found["P group"] >= {*product(numbers[2:-1], groups)}
+        assert found["P group"] >= {(1, "first"), (1, "last"), (size, "first"), (size, "reversed")}
+        assert found["cut group"] == {(c, g) for c in CUTS for g in groups
+                                      if size > 2 or g in ("first", "reversed")} | (
+            {("even", "last")} if size == 2 else set()
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("suite", ["quick", "full"])
+    @pytest.mark.parametrize("size", [2, 3, 4, 64])
+    def test_cases_are_covered(self, suite: str, size: int) -> None:
         cases = [case for case in suite_of(suite) if case.group != "combinations"]
         sweep = sweep_of(cases, size, suite)
-        kinds: dict[str, set[str]] = {}
+        every = features(ways(size), size)
+        of_group: dict[str, list[Cut]] = {}
         for case in cases:
             cuts = sweep[case.name]
-            assert Cut(size, "even") in cuts
-            assert {cut.kind for cut in cuts} > {"even"}
-            kinds.setdefault(case.group, set()).update(cut.kind for cut in cuts)
-        assert all(found == set(CUTS) for found in kinds.values())
-        numbers = {(cut.kind, cut.P) for cuts in sweep.values() for cut in cuts}
-        smaller = {P for P in range(1, size + 1) if P <= 8 or P in (16, 32, 64)}
-        assert {P for kind, P in numbers if kind == "even"} == smaller
-        assert {P for kind, P in numbers if kind != "even"} == smaller - {1}
-        for kind in CUTS[1:]:
-            assert {P for other, P in numbers if other == kind} == smaller - {1}
+            assert len({*cuts}) == len(cuts)
+            assert cuts[0] == Cut(size, "even")
+            assert {cut.P for cut in cuts} > {size}
+            assert any(cut.kind != "even" or group_of(cut, size) == "reversed" for cut in cuts)
+            of_group.setdefault(case.group, []).extend(cuts)
+            if suite == "full":
+                found = features(cuts, size)
+                assert all(found[name] == every[name] for name in ("P", "cut", "group"))
+        for group, cuts in of_group.items():
+            found = features(cuts, size)
+            names = every if suite == "full" else ("cut", "group")
+            if group.startswith("mask"):
+                names = (*names, "cut group")
+            assert all(found[name] == every[name] for name in names)
 
-    @pytest.mark.parametrize("size", [1, 2, 3, 4])
-    def test_combinations_take_turns(self, size: int) -> None:
+    @pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
+    def test_combinations_are_covered(self, size: int) -> None:
         sweep = sweep_of(covering(), size, "full")
-        assert all(len(cuts) == 1 for cuts in sweep.values())
-        smaller = range(1, size + 1)
-        every = {Cut(P, kind) for P in smaller for kind in CUTS if P > 1 or kind == "even"}
-        assert {cut for cuts in sweep.values() for cut in cuts} == every
+        every = features(ways(size), size)
+        found: dict[Any, list[Cut]] = {}
+        for case, row in zip(covering(), rows(), strict=True):
+            assert sweep[case.name]
+            for factor in row.items():
+                found.setdefault(factor, []).extend(sweep[case.name])
+        for cuts in found.values():
+            of_factor = features(cuts, size)
+            assert all(of_factor[name] == every[name] for name in ("P", "cut", "group"))
+        assert sum(map(len, sweep.values())) < 1.3 * len(covering())
+
+    def test_quick_suite_stays_quick(self) -> None:
+        for size in (2, 3, 4, 64):
+            sweep = sweep_of(suite_of("quick"), size, "quick")
+            assert sum(map(len, sweep.values())) < 3.3 * len(sweep)
+
+    def test_few_cases_get_few_cuts(self) -> None:
+        sweep = sweep_of([case_of("gaussian")], 64, "quick")
+        assert len(sweep["gaussian"]) < 8
+
+    @pytest.mark.parametrize("turn", range(4))
+    def test_four_ranks_are_cut_in_every_way(self, turn: int) -> None:
+        sweep = sweep_of(suite_of("quick"), 4, "quick", turn)
+        assert {cut for cuts in sweep.values() for cut in cuts} == {*ways(4)}
+        assert turn == 0 or sweep != sweep_of(suite_of("quick"), 4, "quick")
+
+    def test_sorted_groups(self) -> None:
+        sweep = sweep_of(suite_of("quick"), 4, "quick", groups=ASCENDING)
+        found = {group_of(cut, 4) for cuts in sweep.values() for cut in cuts}
+        assert found == {"first", "last", "strided"}
+
+    def test_virtual_ranks_have_one_group(self) -> None:
+        sweep = sweep_of(suite_of("quick"), 3, "quick", groups=VirtualRanks.groups)
+        assert not any(cut.ranks for cuts in sweep.values() for cut in cuts)
+
+    @pytest.mark.parametrize(
+        ("cuts", "usual"),
+        [
+            (("divisible",), "divisible"),
+            (("ragged", "divisible"), "divisible"),
+            (("last", "even"), "even"),
+            (("ragged",), "ragged"),
+        ],
+    )
+    def test_only_chosen_cuts(self, cuts: tuple[str, ...], usual: str) -> None:
+        sweep = sweep_of(suite_of("full"), 3, "full", cuts=cuts)
+        found = {cut for of_case in sweep.values() for cut in of_case}
+        assert {cut.kind for cut in found} == {*cuts}
+        assert {cut.kind for cut in found if cut.P == 1} == {usual}
+        assert {cut.P for cut in found} == {1, 2, 3}
+
+    @pytest.mark.parametrize("P", [1, 2, 3, 4, 7])
+    def test_divisible_cuts_are_equal(self, P: int) -> None:
+        cut = Cut(P, "divisible")
+        for case in suite_of("full"):
+            fitted = cut.fitted(case)
+            lengths = fitted.S_Q, fitted.S_KV
+            assert all(n % P == 0 and n > 0 for n in lengths)
+            assert all(
+                abs(n - given) < P for n, given in zip(lengths, (case.S_Q, case.S_KV), strict=True)
+            )
+            assert (fitted.name == case.name) == (lengths == (case.S_Q, case.S_KV))
+            assert {(q.stop - q.start) * P for q, _ in cut.slices(fitted, 0)} == {fitted.S_Q}
+            assert {(k.stop - k.start) * P for _, k in cut.slices(fitted, 0)} == {fitted.S_KV}
+            if fitted.data == "one-hot":
+                assert fitted.S_KV <= 64
 
     def test_one_rank_runs_every_case_once(self) -> None:
         assert set(map(tuple, sweep_of(suite_of("quick"), 1, "quick").values())) == {
@@ -230,7 +342,7 @@ class TestVirtualRanks:
         assert {row.status for row in on_3} == {"error"}
         assert message in str(report)
         if fault != "another rank's shape":
-            assert [row.status for row in report.rows if row.where == "P=1, even"] == ["ok"] * 2
+            assert {row.status for row in report.rows if row.where == "P=1, even"} == {"ok"}
 
     def test_a_deadlock_is_an_error(self) -> None:
         def fn(q: Any, k: Any, v: Any, comm: Any, **_: Any) -> Any:
@@ -260,6 +372,45 @@ class TestVirtualRanks:
         report = checked(fn, 3, dtypes=["float64"], backward=Planted().backward)
         assert report.passed
         assert {row.case for row in report.rows if row.status == "unsupported"} == {"random-mask"}
+
+
+class EqualShards(Ours):
+    """Takes nothing but shards of equal length."""
+
+    def __call__(self, q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
+        lengths = comm.allgather((q.shape[2], k.shape[2]))
+        if len({*lengths}) > 1:
+            raise ValueError(f"shards must be equal, got {lengths}")
+        return super().__call__(q, k, v, comm, **options)
+
+
+class TestCuts:
+    CASES = ("gaussian", "ragged-lengths", "one-query", "one-key", "one-hot-table", "hidden-rows")
+
+    @pytest.mark.parametrize("ranks", [3, 4])
+    def test_function_of_equal_shards_passes_where_lengths_divide(self, ranks: int) -> None:
+        options: dict[str, Any] = {"dtypes": ["float64"], "cuts": ["divisible"]}
+        report = checked(EqualShards(), ranks, self.CASES, **options)
+        assert report.passed, str(report)
+        assert {row.where for row in report.rows} >= {f"P={ranks}, divisible", "P=1, divisible"}
+        assert f"ragged-lengths.by-{ranks}" in {row.case for row in report.rows}
+        assert {row.case.partition(".")[0] for row in report.rows} == {*self.CASES}
+        assert not checked(EqualShards(), ranks, self.CASES, dtypes=["float64"]).passed
+
+    def test_wrong_function_of_equal_shards_fails(self) -> None:
+        report = checked(
+            Planted("unweighted merge"), 3, dtypes=["float32"], cuts=("divisible", "last")
+        )
+        cuts = {row.where.partition(", ")[2] for row in report.failed}
+        assert cuts == {"divisible", "last"}
+        assert "fails only where P > 1: " in str(report)
+
+    @pytest.mark.parametrize("size", [4, 5, 6, 7])
+    def test_growth_is_judged_on_equal_shards(self, size: int) -> None:
+        case = growth_case(size)
+        assert case.name == GROWTH.name
+        assert (case.S_Q % size, case.S_KV % size) == (0, 0)
+        assert 0 <= case.S_Q - GROWTH.S_Q < size
 
 
 class TestGrowth:
@@ -349,6 +500,21 @@ class TestArguments:
         with pytest.raises(TypeError, match="ranks: expected a number of virtual ranks"):
             check_distributed(Planted(), ranks=ranks)
 
+    @pytest.mark.parametrize(
+        ("cuts", "error", "got"),
+        [
+            ("even", TypeError, "'even'"),
+            (3, TypeError, "3"),
+            ([], ValueError, "none"),
+            (["even", "uneven"], ValueError, "'uneven'"),
+            ([["even"]], ValueError, "['even']"),
+        ],
+    )
+    def test_unknown_cuts_raise(self, cuts: Any, error: type[Exception], got: str) -> None:
+        expected = "cuts: expected a sequence of even, ragged, first, last, divisible, got "
+        with pytest.raises(error, match=re.escape(expected + got)):
+            check_distributed(Planted(), ranks=2, cuts=cuts)
+
 
 @pytest.mark.mpi
 class TestRealRanks:
@@ -367,7 +533,8 @@ class TestRealRanks:
         report = reported(ended)
         assert not ended.err
         assert report["statuses"] == ["ok"]
-        assert (f"P={P}, ragged" in report["where"]) == (P > 1)
+        assert any(where.startswith(f"P={P}, ragged") for where in report["where"]) == (P > 1)
+        assert any(" ranks " in where for where in report["where"]) == (P > 1)
         assert ("growth of the error from P=1 to P=4, bfloat16" in report["text"]) == (P == 4)
 
     @pytest.mark.parametrize(("heads", "statuses"), [(3, ["ok"]), (1, ["ok", "unsupported"])])
@@ -380,7 +547,13 @@ class TestRealRanks:
     def test_torch_impl_passes(self) -> None:
         report = reported(launched(forked, 3, schedule="lv-xattn", dtypes=["bfloat16"]))
         assert report["statuses"] == ["ok"]
-        assert "P=3, ragged" in report["where"]
+        assert {"P=3, ragged", "P=2, even, ranks 1 2"} <= {*report["where"]}
+
+    def test_long_results_reach_the_judge(self) -> None:
+        # The first rank's dk and dv have more than 8 MiB, which a store of PyTorch refuses.
+        long = [x.name for x in covering() if x.B * x.H_KV * x.S_KV * (x.D + x.D_V) > 2**20]
+        wishes = {"cases": long[:1], "dtypes": ["float32"], "cuts": ["first"]}
+        assert reported(launched(forked, 2, schedule="gather", **wishes))["rows"] > 0
 
     def test_error_on_one_rank_is_reported_and_other_cases_run(self) -> None:
         fault = {"fault": "another rank's shape"}
@@ -389,6 +562,32 @@ class TestRealRanks:
         report = json.loads(ended.out)
         assert report["statuses"] == ["error", "ok"]
         assert "of 3: out: " in report["text"]
+
+    @pytest.mark.parametrize("start", [mpiexec, forked])
+    def test_rank_of_the_world_is_wrong_in_other_groups(self, start: Any) -> None:
+        ended = launched(start, 4, planted={"fault": "world rank"}, cases=FEW, dtypes=["float32"])
+        assert ended.status == 0, ended.err
+        report = json.loads(ended.out)
+        assert report["failed"] == sorted(FEW)
+        assert all(" rank" in where for where in report["failed_where"])
+        assert "fails only where group of ranks is not 0 to P-1: " in report["text"]
+
+    def test_offset_of_the_rank_of_the_world(self) -> None:
+        fault, cases = {"fault": "offset of the world rank"}, (*FEW, "callable-mask")
+        ended = launched(mpiexec, 3, planted=fault, cases=cases, dtypes=["float32"])
+        assert ended.status == 0, ended.err
+        report = json.loads(ended.out)
+        assert report["failed"] == ["callable-mask"]
+        assert all(" rank" in where for where in report["failed_where"])
+
+    @pytest.mark.parametrize("start", [mpiexec, forked])
+    def test_group_without_rank_0_that_hangs_is_ended(self, start: Any) -> None:
+        fault = {"fault": "raises away from rank 0"}
+        ended = launched(start, 3, planted=fault, cases=FEW, time_limit=5, dtypes=["float64"])
+        assert ended.status == 1
+        assert "rank 1 of 2: ValueError: no such thing" in ended.out
+        assert "rank 0 of 2 did not come back within 5 s" in ended.out
+        assert "the rest was not run" in ended.out
 
     def test_hanging_ranks_are_ended_after_the_report(self) -> None:
         ended = launched(mpiexec, 3, planted={"fault": "raises"}, cases=FEW, time_limit=0.5)

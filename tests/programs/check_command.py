@@ -30,12 +30,13 @@ def check_distributed(fn: Any, **options: Any) -> Report | None:
     """Return a report on rank 0."""
     assert callable(fn)
     assert (options["suite"], options["framework"]) == ("quick", None)
+    assert options["cuts"] == ("divisible", "last")
     return Report(passed=what == "passed") if rank == 0 else None
 
 
 checking.check_distributed = check_distributed  # type: ignore[assignment]
 lost = rank == size - 1 and what.startswith("no module")
-status = main(["nowhere:f" if lost else "numpy:dot", "--distributed"])
+status = main(["nowhere:f" if lost else "numpy:dot", "--distributed", "--cuts", "divisible,last"])
 sys.stdout.write(f"status {status}\n")
 leave()
 sys.exit(status)

@@ -3,7 +3,8 @@
 usage: check_distributed.py '{"schedule": ..., ...}', options of `check_distributed` by name, for
 our own function with a schedule, or "replicated" queries: that of mpi_impl, or under torchrun of
 torch_impl.  "heads" gives every case so many times its heads, "cases" are instead of the suite's.
-Or {"planted": {"fault": ...}, ...}, or {"waits": true, ...}.  Rank 0 prints a summary.
+Or {"planted": {"fault": ...}, ...}, in PyTorch without gradients, or {"waits": true, ...}.  Rank 0
+prints a summary.
 """
 
 import json
@@ -14,7 +15,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from lvxattn.check import case_of, distributed, suite_of
+from lvxattn.check import case_of, distributed, growth, suite_of
 from lvxattn.check.growth import GROWTH
 from tests.errors import says
 from tests.planted_ranks import Planted
@@ -91,6 +92,20 @@ def attend(*given: Any, **options: Any) -> Any:
     return ours.cross_attention(*given, queries="replicated", **options)
 
 
+def in_torch(planted: Any) -> Any:
+    """Return a planted function for tensors and process groups."""
+    import torch
+
+    from lvxattn.torch_impl.group import Group
+
+    def function(*given: Any, scale: float, mask: Any) -> Any:
+        *arrays, mask = (x.numpy() if torch.is_tensor(x) else x for x in (*given[:3], mask))
+        found = planted(*arrays, Group.of(given[3]), scale=scale, mask=mask)
+        return tuple(map(torch.from_numpy, found))
+
+    return function
+
+
 def fail_on_rank_1(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
     """Fail in PyTorch: rank 1 raises while the others wait for it."""
     import torch.distributed as dist
@@ -105,9 +120,11 @@ wishes = json.loads(sys.argv[1])
 names, heads = wishes.pop("cases", None), wishes.pop("heads", 1)
 cases = suite_of("quick") if names is None else [case_of(name) for name in names]
 wishes["cases"] = [replace(case, H=heads * case.H, H_KV=heads * case.H_KV) for case in cases]
-distributed.GROWTH = replace(GROWTH, H=heads * GROWTH.H, H_KV=heads * GROWTH.H_KV)
+growth.GROWTH = replace(GROWTH, H=heads * GROWTH.H, H_KV=heads * GROWTH.H_KV)
 if "planted" in wishes:
     function: Any = Planted(**wishes.pop("planted"))
+    if TORCH:
+        function, wishes["backward"] = in_torch(function), False
 elif wishes.pop("waits", False):
     function = fail_on_rank_1
 else:
@@ -119,6 +136,7 @@ if report is not None:
     summary = {
         "passed": report.passed,
         "failed": sorted({row.case for row in report.failed}),
+        "failed_where": sorted({row.where for row in report.failed}),
         "statuses": sorted({row.status for row in report.rows}),
         "where": sorted({row.where for row in report.rows}),
         "results": sorted({verdict.name for row in report.rows for verdict in row.verdicts}),

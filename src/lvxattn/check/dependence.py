@@ -4,7 +4,7 @@ fails only where H_KV > 8: 39 of 40 problems there, and none of 227 others
 smallest that fails, ...: B 1, H 9, H_KV 9, S_Q 1, S_KV 1, D 1, D_V 1
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -13,6 +13,7 @@ from lvxattn.check.cases import Case
 
 _SIZES = ("B", "H", "H_KV", "S_Q", "S_KV", "D", "D_V")
 _KINDS = ("dtype", "mask", "memory", "data", "calls")
+_OTHERS = ("scale", "cut", "group", "group of ranks")  # of few values, too
 _LEAST = 3  # problems that fail: fewer have too much in common
 _MOST = 2  # parts of a condition
 _CALLS, _SECONDS = 60, 30.0  # of the function, to find the smallest problem
@@ -22,13 +23,17 @@ Traits = dict[str, Any]
 Holds = Callable[[Traits], bool]
 
 
-def condition(tried: Sequence[tuple[Case, str, bool]]) -> str:
+def condition(
+    tried: Sequence[tuple[Case, str, bool]], where: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """Return the condition under which problems fail.
 
     Parameters
     ----------
     tried : sequence of (Case, str, bool)
         Problems: their case and dtype, and whether they failed.
+    where : sequence of mapping, optional
+        How each was cut for ranks: `sweep.described`.
 
     Returns
     -------
@@ -37,7 +42,11 @@ def condition(tried: Sequence[tuple[Case, str, bool]]) -> str:
         what passed, or there are few failures.
     """
     failed, passed = (
-        [_traits(case, dtype) for case, dtype, fails in tried if fails is which]
+        [
+            _traits(case, dtype) | dict(more)
+            for (case, dtype, fails), more in zip(tried, where or [{}] * len(tried), strict=True)
+            if fails is which
+        ]
         for which in (True, False)
     )
     if len(failed) < _LEAST or not passed:
@@ -80,7 +89,7 @@ def _conditions(
     for name in failed[0]:
         values = {traits[name] for traits in failed}
         others = {traits[name] for traits in passed} - values
-        if name in (*_KINDS, "scale"):
+        if name in (*_KINDS, *_OTHERS):
             if others and len(values) <= len(others):
                 these = ", ".join(sorted(str(x) or "none" for x in values))
                 text = f"{name} is {these}" if len(values) == 1 else f"{name} is one of ({these})"

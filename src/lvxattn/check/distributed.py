@@ -7,7 +7,7 @@
 Truth and limit are those of the unsharded problem: neither depends on ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,13 +19,15 @@ from lvxattn.check.callers import process_of
 from lvxattn.check.case_arrays import draw
 from lvxattn.check.cases import Case, suite_of
 from lvxattn.check.check_report import Report, Row
+from lvxattn.check.dependence import condition
 from lvxattn.check.diagnosis import Suspects
 from lvxattn.check.frameworks import framework_of
-from lvxattn.check.growth import GROWTH, growth_cuts, judged_growth
+from lvxattn.check.growth import growth_case, growth_cuts, judged_growth
 from lvxattn.check.import_target import load, name_of
-from lvxattn.check.ranks import RanksCaller, launched_by_torchrun, ranks_of
-from lvxattn.check.shards import Cut, sweep_of
+from lvxattn.check.ranks import Ranks, RanksCaller, launched_by_torchrun, ranks_of
+from lvxattn.check.shards import CUTS, KINDS, Cut
 from lvxattn.check.suite import check_arguments, judged, notes_of, wanted_dtypes
+from lvxattn.check.sweep import described, sweep_of
 
 
 def check_distributed(
@@ -40,6 +42,7 @@ def check_distributed(
     time_limit: float = 30.0,
     ranks: int | None = None,
     cases: Sequence[Case] | None = None,
+    cuts: Sequence[str] = CUTS,
     report_early: Callable[[Report], Any] = print,
 ) -> Report | None:
     """Check a distributed attention function against the reference.
@@ -47,13 +50,16 @@ def check_distributed(
     Collective: every rank calls this, with the same arguments, under mpiexec or torchrun; or one
     process, with a number of virtual ranks.
 
-    Every case is run with even cuts on all P ranks, with even cuts on fewer ranks, and with uneven
-    cuts.  The quick suite takes turns: each case gets one smaller number of ranks and an uneven cut
-    (`shards.Cut` has the kinds), each group of cases every kind of cut, and the next dtype or seed
-    continues where the last one stopped.  The full suite takes every number of ranks with even cuts
-    and every kind of cut with some number of ranks.  Numbers of ranks are 1 to 8, then powers of
-    two and P.  Combinations of sizes each take one of all of these in turn.  Last comes the case
-    that shows whether errors grow with P (`growth`).
+    Every case is run with even cuts on all P ranks, on fewer ranks, and with uneven cuts.  The
+    groups that the function gets are also others than the launcher's first ranks: its last ones,
+    every other one, or ranks in reverse order, unless an older PyTorch sorts them; virtual ranks
+    have no others.  Numbers of ranks are 1 to 8, then powers of two and P.
+
+    Pairs of these are covered.  In the quick suite each group of cases gets every kind of cut and
+    of group, and masks their pairs; in the full suite each case also every number of ranks, and
+    each size, mask, memory layout and scale of the combinations every one of these (`sweep`).  The
+    next dtype or seed takes others that are equally good.  Last comes the case that shows whether
+    errors grow with P (`growth`).
 
     If a function raises on one rank, other ranks may wait for it.  They are abandoned after the
     time limit, and so is the rest of the check: rank 0 prints the report so far and every process
@@ -81,6 +87,11 @@ def check_distributed(
         Number of virtual ranks; default: the launcher's ranks.
     cases : sequence of Case, optional
         Cases to run instead of a suite.
+    cuts : sequence of str
+        Of ``"even"`` (as far as lengths divide), ``"ragged"``, ``"first"``, ``"last"``
+        (`shards.Cut` has their meaning) and ``"divisible"``: parts of equal length, in cases whose
+        lengths are raised to multiples of the number of ranks; ``cuts=["divisible"]`` is for
+        functions that take nothing else.  Default: all others.
     report_early : callable, optional
         Called on rank 0 with the report so far if all processes are about to end because ranks did
         not return; default: print it.
@@ -104,6 +115,9 @@ def check_distributed(
     >>> report = check_distributed(cross_attention, **options)
     >>> report.passed, [row.where for row in report.rows]
     (True, ['P=2, even', 'P=1, even', 'P=2, ragged', 'P=2, first', 'P=2, last'])
+    >>> report = check_distributed(cross_attention, **options, cuts=["divisible"])
+    >>> [(row.case, row.where) for row in report.rows]
+    [('gaussian', 'P=2, divisible'), ('gaussian', 'P=1, divisible')]
     """
     if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int)):
         raise TypeError(f"ranks: expected a number of virtual ranks or None, got {ranks!r:.40}")
@@ -111,6 +125,7 @@ def check_distributed(
         framework = "torch"
     arrays = framework_of(framework, device)
     check_arguments(fn, suite, backward, seeds, time_limit, cases)
+    cuts = _kinds(cuts)
     team = ranks_of(ranks, time_limit, device)
     if team.device != device and team.device is not None:
         arrays = framework_of(framework, team.device)
@@ -119,7 +134,8 @@ def check_distributed(
     target = fn if isinstance(fn, str) else name_of(fn)
     names = [case.name for case in cases or ()]
     gradients = backward is not False
-    team.agree((target, suite, chosen, gradients, seeds, time_limit, arrays.name, names))
+    options = (target, suite, chosen, gradients, seeds, time_limit, arrays.name, names)
+    team.agree((*options, cuts, team.groups))
 
     process = None
     if ranks is None:
@@ -131,13 +147,19 @@ def check_distributed(
         call = process.call
     rows: list[Row] = []
     selected = suite_of(suite) if cases is None else cases
-    by_name = {case.name: case for case in (GROWTH, *selected)}
+    trials = list(_trials(selected, suite, chosen, seeds, cuts, team))
+    by_name = {case.name: case for case, *_ in trials}
+    where = {str(cut): described(cut, team.size) for cut in {cut for *_, cut in trials}}
     start, suspects = perf_counter(), Suspects()
 
     def report(*notes: str, diagnosed: bool = True) -> Report:
         found, probably = tuple(rows), ""
         if diagnosed:
             found, probably = suspects.conclude(rows, by_name)
+            tried = [row for row in rows if row.status != "unsupported"]
+            failed = [(by_name[r.case], r.dtype, r.status != "ok") for r in tried]
+            depends = condition(failed, [where[row.where] for row in tried])
+            notes = (*([depends] if depends else []), *notes)
         ranked = f"{team.size} {'rank' if team.size == 1 else 'ranks'}"
         remarks = (ranked, *notes_of(arrays, rows, wanted), *notes)
         seconds = perf_counter() - start
@@ -145,7 +167,7 @@ def check_distributed(
 
     stuck = "the rest was not run: ranks did not come back"
     with closing(process) if process else nullcontext():
-        for case, dtype, seed, cut in _trials(selected, suite, chosen, seeds, team.size):
+        for case, dtype, seed, cut in trials:
             if team.rank:
                 call(draw(case, dtype, seed), cut=cut)
                 continue
@@ -164,15 +186,34 @@ def check_distributed(
     return replace(finished, rows=(*finished.rows, *found))
 
 
+def _kinds(cuts: Any) -> tuple[str, ...]:
+    """Return the kinds of cuts, each once; raise unless there are some, and all are known."""
+    expected = f"cuts: expected a sequence of {', '.join(KINDS)}"
+    if isinstance(cuts, str) or not isinstance(cuts, Iterable):
+        raise TypeError(f"{expected}, got {cuts!r:.40}")
+    given = tuple(cuts)
+    wrong = [kind for kind in given if kind not in KINDS]
+    if wrong or not given:
+        raise ValueError(f"{expected}, got {f'{wrong[0]!r:.40}' if wrong else 'none'}")
+    return tuple(dict.fromkeys(given))
+
+
 def _trials(
-    cases: Sequence[Case], suite: str, dtypes: Sequence[str], seeds: int, size: int
+    cases: Sequence[Case],
+    suite: str,
+    dtypes: Sequence[str],
+    seeds: int,
+    cuts: Sequence[str],
+    team: Ranks,
 ) -> Iterator[tuple[Case, str, int, Cut]]:
     variants = [(dtype, seed) for dtype in dtypes for seed in range(seeds)]
-    sweeps = [sweep_of(cases, size, suite, turn) for turn in range(len(variants))]
+    sweeps = [
+        sweep_of(cases, team.size, suite, turn, cuts, team.groups) for turn in range(len(variants))
+    ]
     for case in cases:
         for (dtype, seed), sweep in zip(variants, sweeps, strict=True):
             for cut in sweep[case.name]:
-                yield case, dtype, seed, cut
+                yield cut.fitted(case), dtype, seed, cut
     for dtype, seed in variants:
-        for cut in growth_cuts(dtype, size):
-            yield GROWTH, dtype, seed, cut
+        for cut in growth_cuts(dtype, team.size):
+            yield growth_case(team.size), dtype, seed, cut

@@ -24,6 +24,7 @@ A root mean square of N independent errors is known to 1 / sqrt(2 N), the quotie
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import sqrt
 
 from lvxattn.check.cases import Case
@@ -38,6 +39,11 @@ GROWTH = Case(
 LIMIT = 1.24
 _HALF = ("float16", "bfloat16")
 _LEAST = 4
+
+
+def growth_case(size: int) -> Case:
+    """Return the case with lengths that the number of ranks divides."""
+    return replace(Cut(size, "divisible").fitted(GROWTH), name=GROWTH.name)
 
 
 def growth_cuts(dtype: str, size: int) -> list[Cut]:

@@ -13,6 +13,7 @@ from lvxattn.check.cases import Case
 Array = npt.NDArray[Any]
 
 CUTS = ("even", "ragged", "first", "last")
+KINDS = (*CUTS, "divisible")
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,33 @@ class Cut:
     kind : str
         ``"even"``; ``"ragged"``: random lengths, at least one of them 0 for queries and for keys;
         ``"first"``: the first rank holds all keys; ``"last"``: the last rank holds all queries.
-        The other axis is cut evenly.
+        The other axis is cut evenly.  ``"divisible"``: even, of lengths that P divides.
+    ranks : tuple of int
+        The launcher's ranks that make up the group, in its order; empty for the first P.
     """
 
     P: int
     kind: str
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """Format as in reports."""
-        return f"P={self.P}, {self.kind}"
+        ranks = f", {'ranks' if self.P > 1 else 'rank'} {' '.join(map(str, self.ranks))}"
+        return f"P={self.P}, {self.kind}{ranks if self.ranks else ''}"
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """The launcher's ranks that make up the group, in its order."""
+        return self.ranks or tuple(range(self.P))
+
+    def fitted(self, case: Case) -> Case:
+        """Return the case with lengths that can be cut so, and a name of its own if they differ."""
+        if self.kind != "divisible":
+            return case
+        # One-hot keys are distinct up to their own number alone.
+        S_KV = case.S_KV + (-case.S_KV % self.P if case.data != "one-hot" else 0)
+        fitted = replace(case, S_Q=case.S_Q + -case.S_Q % self.P, S_KV=S_KV - S_KV % self.P)
+        return case if fitted == case else replace(fitted, name=f"{case.name}.by-{self.P}")
 
     def part(self, problem: Problem, rank: int) -> Problem:
         """Return a rank's part: its queries, its keys, and its keys' columns of the mask."""
@@ -75,40 +94,3 @@ def _bounds(kind: str, length: int, P: int, rng: np.random.Generator) -> list[in
 def join_parts(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
     """Concatenate the ranks' results, given in rank order; all have the same names."""
     return {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
-
-
-def sweep_of(cases: Sequence[Case], size: int, suite: str, turn: int = 0) -> dict[str, list[Cut]]:
-    """Return the cuts in which each case is run, as described in `check_distributed`.
-
-    Parameters
-    ----------
-    cases : sequence of Case
-    size : int
-        Number of ranks.
-    suite : str
-        ``"quick"`` or ``"full"``.
-    turn : int
-        Starting point of the rotation through kinds and numbers of ranks.
-    """
-    numbers = [P for P in range(1, size + 1) if P <= 8 or P & (P - 1) == 0 or size == P]
-    fewer, several, uneven = numbers[:-1], numbers[1:], CUTS[1:]
-    found: dict[str, list[Cut]] = {}
-    groups: dict[str, list[str]] = {}
-    every = [Cut(P, kind) for P in numbers for kind in CUTS if P > 1 or kind == "even"]
-    for n, case in enumerate(cases, turn):
-        if case.group == "combinations":  # many: each takes one of all cuts
-            found[case.name] = [every[n % len(every)]]
-            continue
-        groups.setdefault(case.group, []).append(case.name)
-        chosen = fewer if suite == "full" else [fewer[n % len(fewer)]] if fewer else []
-        found[case.name] = [Cut(size, "even"), *(Cut(P, "even") for P in chosen)]
-    n = turn
-    for names in groups.values() if several else ():
-        kinds_of_each = len(uneven) if suite == "full" else -(-len(uneven) // len(names))
-        for name in names:
-            for _ in range(kinds_of_each):
-                turns, kind = divmod(n, len(uneven))
-                P = several[(turns + kind) % len(several)]
-                found[name].append(Cut(P, uneven[kind]))
-                n += 1
-    return found

@@ -20,7 +20,9 @@ from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.golden_data import inputs_of, mask_text, write_tensors
 from lvxattn.check.import_target import load
 from lvxattn.check.judge import truth_for
+from lvxattn.check.shards import CUTS
 from lvxattn.check.suite import Caller, check, diagnosed, wanted_dtypes
+from lvxattn.check.sweep import coverage as coverage_of_cuts
 from lvxattn.cli.arguments import UsageError, cannot_write
 
 Array = npt.NDArray[Any]
@@ -56,7 +58,11 @@ def check_function(options: Namespace) -> int:
     problems = [text for text in allgather(problem, options.device) if text]
     if problems:
         raise UsageError(problems[0])
-    found = check_distributed(**arguments, report_early=lambda report: _output(report, options))
+    found = check_distributed(
+        **arguments,
+        cuts=options.cuts or CUTS,
+        report_early=lambda report: _output(report, options),
+    )
     status = 0 if found is None else _output(found, options)
     return int(max(allgather(status, options.device)))
 
@@ -262,6 +268,7 @@ def list_cases() -> int:
         for *columns, reason in rows:
             cells = (cell.ljust(width) for cell, width in zip(columns, widths, strict=True))
             print("  " + "  ".join(cells) + f"  {reason}")
+    print(coverage_of_cuts())
     return 0
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from math import inf
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ from lvxattn.check.command.launched import check_launcher, rank_of
 from lvxattn.check.frameworks import NAMES
 from lvxattn.check.golden_data import SHIPPED, golden_names, verify_golden, write_golden
 from lvxattn.check.self_test import self_test
+from lvxattn.check.shards import CUTS, KINDS
 from lvxattn.cli import arguments
 from lvxattn.cli.arguments import UsageError, between, natural, positive
 from lvxattn.cli.tensors import InputError
@@ -85,7 +87,7 @@ def _parser(argv: Sequence[str], rank: int) -> _Parser:
     what.add_argument("--suite", choices=SUITES, help="(default: quick)")
     what.add_argument(
         "--dtypes",
-        type=_dtypes,
+        type=partial(_names, known=DTYPES),
         metavar="NAME,...",
         help="of float64, float32, float16, bfloat16 (default: the framework's usual ones)",
     )
@@ -113,6 +115,13 @@ def _parser(argv: Sequence[str], rank: int) -> _Parser:
         help="fn(q, k, v, comm, *, scale, mask) gets the rank's shard; start it under mpiexec -n P "
         "python -m mpi4py, or torchrun",
     )
+    what.add_argument(
+        "--cuts",
+        type=partial(_names, known=KINDS),
+        metavar="KIND,...",
+        help=f"how --distributed cuts problems: of {', '.join(KINDS)} (default: "
+        f"{', '.join(CUTS)}); divisible is for functions that take nothing but equal shards",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write the full report as JSON")
     output.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -131,13 +140,13 @@ def _parser(argv: Sequence[str], rank: int) -> _Parser:
     return parser
 
 
-def _dtypes(text: str) -> tuple[str, ...]:
-    """Parse names of dtypes, separated by commas."""
+def _names(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Parse names, separated by commas."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in DTYPES:
+        if name not in known:
             raise argparse.ArgumentTypeError(
-                f"expected some of {', '.join(DTYPES)}, separated by commas, got {name!r}"
+                f"expected some of {', '.join(known)}, separated by commas, got {name!r}"
             )
     return names
 
@@ -161,6 +170,8 @@ def _validate(options: Namespace) -> None:
         for name in ("suite", "seeds", "distributed"):
             if getattr(options, name):
                 raise UsageError(f"--{name}: does not go with --case")
+    if options.cuts and not options.distributed:
+        raise UsageError("--cuts: goes with --distributed")
     if options.no_backward and options.backward:
         raise UsageError("--backward: does not go with --no-backward")
     if options.function is None and not options.list:

@@ -1,6 +1,6 @@
 """Call a distributed function on ranks, with the parts of a problem."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +38,31 @@ class RanksCaller:
             On rank 0, for any failure on the ranks.
         """
 
-        def task(comm: Any, rank: int, together: Together) -> dict[str, Array]:
+        def task(
+            comm: Any, rank: int, together: Together
+        ) -> tuple[dict[str, Array], Sequence[str]]:
+            reasons: list[str] = []
+
             def with_comm(fn: Callable[..., Any]) -> Callable[..., Any]:
                 return lambda *arrays, **options: fn(*arrays, comm, **options)
 
-            return call_kernel(
+            results = call_kernel(
                 with_comm(self.fn),
                 problem,
                 self.framework,
                 backward=None if self.backward is None else with_comm(self.backward),
                 gradients=self.gradients,
-                notes=None if rank else notes,
+                notes=reasons,
                 part=lambda problem: cut.part(problem, rank),
                 together=together,
                 on_ranks=True,
             )
+            return results, reasons
 
-        outcomes = self.ranks.run(cut.P, task)
-        return joined(outcomes, self.ranks.time_limit) if outcomes else {}
+        outcomes = self.ranks.run(cut.group, task)
+        if not outcomes:
+            return {}
+        results = joined(outcomes, self.ranks.time_limit)
+        if notes is not None:
+            notes += outcomes[0].notes
+        return results

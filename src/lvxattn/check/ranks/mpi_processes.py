@@ -38,8 +38,10 @@ class MPIProcesses(Processes):
     def _take(self, source: int, tag: int) -> Any:
         return self._channel.recv(source=source, tag=tag)
 
-    def _split(self, P: int) -> Any:
-        return self._channel.Split(0 if self.rank < P else MPI.UNDEFINED, self.rank)
+    def _split(self, group: tuple[int, ...]) -> Any:
+        if self.rank not in group:
+            return self._channel.Split(MPI.UNDEFINED)
+        return self._channel.Split(0, group.index(self.rank))
 
     def _free(self, comm: Any) -> None:
         if comm != MPI.COMM_NULL:

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,6 +28,7 @@ from lvxattn.check.ranks.tasks import (
     status_of,
 )
 from lvxattn.check.surroundings import call_watched
+from lvxattn.check.sweep import GROUPS
 from lvxattn.check.time_limit import TimeLimit
 
 START, OUTCOME, ORDER, MEET, MET = 7101, 7102, 7103, 7104, 7105
@@ -48,12 +49,13 @@ class Processes(ABC):
     """
 
     device: str | None = None
+    groups: tuple[str, ...] = GROUPS
 
     def __init__(self, rank: int, size: int, time_limit: float) -> None:
         self.rank, self.size, self.time_limit = rank, size, time_limit
         self.stuck = False
         self._timer = TimeLimit(time_limit)
-        self._comms: dict[int, Any] = {}
+        self._comms: dict[tuple[int, ...], Any] = {}
         self._error: BaseException | None = None
 
     def agree(self, what: tuple[Any, ...]) -> None:
@@ -68,19 +70,20 @@ class Processes(ABC):
         if text := self._receive(0, MET, JUDGING + SLACK):
             raise ValueError(text)
 
-    def run(self, P: int, task: Task) -> list[Outcome]:
-        """Run a task on the first P ranks.  Collective: every rank calls this."""
+    def run(self, group: Sequence[int], task: Task) -> list[Outcome]:
+        """Run a task on a group of ranks.  Collective: every rank calls this."""
+        group = tuple(group)
         if self.rank == 0:
             self._send_all(None, START)
         self._listen(START, self.time_limit + JUDGING)
-        if P not in self._comms:
-            self._comms[P] = self._split(P)
+        if group not in self._comms:
+            self._comms[group] = self._split(group)
         start = time.monotonic()
-        if self.rank < P:
-            self._send(self._attempt(P, task), 0, OUTCOME)
+        if self.rank in group:
+            self._send(self._attempt(group, task), 0, OUTCOME)
         outcomes: list[Outcome] = []
         if self.rank == 0:
-            outcomes = [self._outcome(rank, start) for rank in range(P)]
+            outcomes = [self._outcome(rank, start) for rank in group]
             statuses = {outcome.status for outcome in outcomes}
             self.stuck = not statuses.isdisjoint(("late", "silent")) or self._timer.abandoned > 0
             self._send_all((self.stuck, statuses != {"ok"}), ORDER)
@@ -90,7 +93,7 @@ class Processes(ABC):
             time.sleep(SLACK)  # rank 0 reports first, and ends this process too
             self.end()
         if renew and not self.stuck:  # messages may still be under way
-            self._free(self._comms.pop(P))
+            self._free(self._comms.pop(group))
         return outcomes
 
     def close(self) -> None:
@@ -107,16 +110,17 @@ class Processes(ABC):
         self._abort()
         os._exit(1)
 
-    def _attempt(self, P: int, task: Task) -> Outcome:
+    def _attempt(self, group: tuple[int, ...], task: Task) -> Outcome:
         """Run the task here; an error has precedence over a later wait for other ranks."""
-        comm, self._error = self._comms[P], None
+        comm, self._error = self._comms[group], None
+        rank = group.index(self.rank)
 
         def together(work: Callable[[], Any]) -> Any:
-            return self._together(work, P)
+            return self._together(work, group)
 
         def work() -> Any:
             with self._inside():
-                return call_watched(lambda: task(comm, self.rank, together))
+                return call_watched(lambda: task(comm, rank, together))
 
         outcome = outcome_of(lambda: self._timer.call(work))
         error = self._error
@@ -124,19 +128,20 @@ class Processes(ABC):
             return failed(error)
         return outcome
 
-    def _together(self, work: Callable[[], Any], P: int) -> Any:
+    def _together(self, work: Callable[[], Any], group: tuple[int, ...]) -> Any:
         """Do the work, then exchange its status; runs within the task's time limit."""
         self._error, result = None, None
         try:
             result = work()
         except Exception as error:
             self._error = error
-        self._send(status_of(self._error), 0, MEET)
-        if self.rank == 0:
-            met = [self._receive(rank, MEET, None) for rank in range(P)]
-            for rank in range(P):
+        first = group[0]
+        self._send(status_of(self._error), first, MEET)
+        if self.rank == first:
+            met = [self._receive(rank, MEET, None) for rank in group]
+            for rank in group:
                 self._send(met, rank, MET)
-        raised = error_to_raise(self._error, self._receive(0, MET, None))
+        raised = error_to_raise(self._error, self._receive(first, MET, None))
         if raised is not None:
             raise raised
         return result
@@ -188,8 +193,11 @@ class Processes(ABC):
         """Return the message that has arrived."""
 
     @abstractmethod
-    def _split(self, P: int) -> Any:
-        """Return a new communicator of the first P ranks.  Collective: every rank calls this."""
+    def _split(self, group: tuple[int, ...]) -> Any:
+        """Return a new communicator of these ranks, in this order.
+
+        Collective: every rank calls this.
+        """
 
     @abstractmethod
     def _free(self, comm: Any) -> None:

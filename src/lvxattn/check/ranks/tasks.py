@@ -14,8 +14,9 @@ from lvxattn.check.time_limit import TimeIsUpError
 
 Array = npt.NDArray[np.float64]
 
-# task(comm, rank, together): the work of one rank, with a communicator of the ranks that do it.
-Task = Callable[[Any, int, Together], dict[str, Array]]
+# task(comm, rank, together): the work of one rank, with a communicator of the ranks that do it;
+# returns results and notes.
+Task = Callable[[Any, int, Together], tuple[dict[str, Array], Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,14 @@ class Outcome:
     message : str
     results : dict
         float64 arrays by name: this rank's part; those of the forward if only the backward failed.
+    notes : sequence of str
+        Why there are no gradients.
     """
 
     status: str
     message: str = ""
     results: dict[str, Array] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Ranks(Protocol):
@@ -50,6 +54,8 @@ class Ranks(Protocol):
         Of this rank's arrays, if ranks differ in it.
     stuck : bool
         Whether a task did not return on some rank: nothing else can run.
+    groups : tuple of str
+        The kinds of groups that tasks can run on: some of `sweep.GROUPS`.
     """
 
     rank: int
@@ -57,6 +63,7 @@ class Ranks(Protocol):
     time_limit: float
     device: str | None
     stuck: bool
+    groups: tuple[str, ...]
 
     def agree(self, what: tuple[Any, ...]) -> None:
         """Validate that all ranks were called with the same arguments.
@@ -69,15 +76,16 @@ class Ranks(Protocol):
             They differ; the same on all ranks.
         """
 
-    def run(self, P: int, task: Task) -> list[Outcome]:
-        """Run a task on the first P ranks, each within the time limit.
+    def run(self, group: Sequence[int], task: Task) -> list[Outcome]:
+        """Run a task on a group of ranks, given in its order, each within the time limit.
 
         Collective: every rank calls this, also those that do not take part.
 
         Returns
         -------
         list of Outcome
-            On rank 0, one for each of the P ranks; elsewhere empty.
+            On rank 0, also if it does not take part, one for each rank of the group; elsewhere
+            empty.
         """
 
     def end(self) -> None:
@@ -98,10 +106,10 @@ class UnsupportedElsewhereError(NotImplementedError):
     """The problem is unsupported on another rank, so this one stops."""
 
 
-def outcome_of(work: Callable[[], dict[str, Array]]) -> Outcome:
+def outcome_of(work: Callable[[], tuple[dict[str, Array], Sequence[str]]]) -> Outcome:
     """Do the work; return its outcome."""
     try:
-        return Outcome("ok", results=work())
+        return Outcome("ok", "", *work())
     except BaseException as error:
         return failed(error)
 

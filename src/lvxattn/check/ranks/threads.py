@@ -4,6 +4,7 @@ An error on one rank ends the others at their next call of the communicator, and
 detected, so that no function can end the check.
 """
 
+from collections.abc import Sequence
 from operator import call
 from typing import Any
 
@@ -17,6 +18,8 @@ class VirtualRanks:
     rank = 0
     device: str | None = None
     stuck = False
+    # A rank of a thread is its rank in the group: there is no other one that could be mistaken.
+    groups: tuple[str, ...] = ("first",)
 
     def __init__(self, P: int, time_limit: float) -> None:
         if P < 1:
@@ -27,19 +30,20 @@ class VirtualRanks:
     def agree(self, what: tuple[Any, ...]) -> None:
         """Do nothing: there is only one caller."""
 
-    def run(self, P: int, task: Task) -> list[Outcome]:
-        """Run a task on P threads."""
+    def run(self, group: Sequence[int], task: Task) -> list[Outcome]:
+        """Run a task on as many threads."""
         # Imported now: the oracle itself depends on no implementation.
         from lvxattn.reference.virtual_ranks import run_ranks
 
+        P = len(group)
         failures: list[BaseException | None] = [None] * P
         ended = Outcome("elsewhere", "another rank failed")
         outcomes = [ended] * P
 
         def body(comm: Any) -> None:
             try:
-                results = self._timers[comm.rank].call(lambda: task(comm, comm.rank, call))
-                outcomes[comm.rank] = Outcome("ok", results=results)
+                found = self._timers[comm.rank].call(lambda: task(comm, comm.rank, call))
+                outcomes[comm.rank] = Outcome("ok", "", *found)
             except NotImplementedError as error:  # the others may be about to raise it, too
                 outcomes[comm.rank] = Outcome("unsupported", str(error))
             except EndedError as error:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,11 +17,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from lvxattn.check.ranks.processes import JUDGING, Processes, SilentError
+from lvxattn.check.sweep import ASCENDING, GROUPS
 from lvxattn.common.launcher import number_in
+
+# Older versions always sort the ranks of a group.
+_ORDERED = "sort_ranks" in signature(dist.new_group).parameters
+_PIECE = 2**22  # bytes of a message that are stored at once: a store takes at most 8 MiB
 
 
 class TorchProcesses(Processes):
     """The ranks of torch.distributed's world; the function gets groups of them."""
+
+    groups: tuple[str, ...] = GROUPS if _ORDERED else ASCENDING
 
     def __init__(self, time_limit: float, device: str | None) -> None:
         self._ours = not dist.is_initialized()
@@ -54,9 +62,13 @@ class TorchProcesses(Processes):
         return torch.cuda.device(torch.device(self.device))  # a thread starts on device 0
 
     def _send(self, message: Any, dest: int, tag: int) -> None:
-        number = self._sent[dest, tag]
+        key = f"{self.rank}>{dest}/{tag}/{self._sent[dest, tag]}"
         self._sent[dest, tag] += 1
-        self._store.set(f"{self.rank}>{dest}/{tag}/{number}", pickle.dumps(message))  # type: ignore[arg-type]
+        data = pickle.dumps(message)
+        starts = range(0, len(data), _PIECE)
+        for number, start in enumerate(starts):
+            self._store.set(f"{key}/{number}", data[start : start + _PIECE])  # type: ignore[arg-type]
+        self._store.set(key, str(len(starts)))  # the last: it is what `_arrived` looks for
 
     def _arrived(self, source: int, tag: int) -> bool:
         try:
@@ -67,15 +79,18 @@ class TorchProcesses(Processes):
     def _take(self, source: int, tag: int) -> Any:
         key = self._next(source, tag)
         self._taken[source, tag] += 1
-        message = pickle.loads(self._store.get(key))  # from a rank of ours
-        self._store.delete_key(key)
-        return message
+        pieces = [f"{key}/{number}" for number in range(int(self._store.get(key)))]
+        data = b"".join(map(self._store.get, pieces))
+        for name in (key, *pieces):
+            self._store.delete_key(name)
+        return pickle.loads(data)  # from a rank of ours
 
     def _next(self, source: int, tag: int) -> str:
         return f"{source}>{self.rank}/{tag}/{self._taken[source, tag]}"
 
-    def _split(self, P: int) -> Any:
-        return dist.new_group(list(range(P)))
+    def _split(self, group: tuple[int, ...]) -> Any:
+        options: dict[str, Any] = {"sort_ranks": False} if _ORDERED else {}
+        return dist.new_group(list(group), **options)
 
     def _free(self, comm: Any) -> None:
         if comm != dist.GroupMember.NON_GROUP_MEMBER:
