@@ -329,7 +329,7 @@ class TestVirtualRanks:
         ("fault", "message"),
         [
             ("raises", "rank 1 of 3: ValueError: no such thing"),
-            ("hangs", "did not come back within 0.2 s"),
+            ("hangs", "did not come back within 1 s"),
             ("another rank's shape", "out: "),
             ("unsupported on one rank", "rank 1 of 3: unsupported there, not everywhere: not here"),
         ],
@@ -337,7 +337,9 @@ class TestVirtualRanks:
     def test_error_on_one_rank_is_reported_and_other_cases_run(
         self, fault: str, message: str
     ) -> None:
-        report = checked(Planted(fault), 3, dtypes=["float64"], time_limit=0.2)
+        # One rank has all of a second for what takes a hundredth.
+        limit = 1 if fault == "hangs" else 30
+        report = checked(Planted(fault), 3, dtypes=["float64"], time_limit=limit)
         on_3 = [row for row in report.rows if row.where.startswith("P=3")]
         assert {row.status for row in on_3} == {"error"}
         assert message in str(report)
