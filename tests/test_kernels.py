@@ -105,6 +105,48 @@ def test_dead_rows_give_zero(mask: str, kernel: str) -> None:
         assert not found["dv"].any()
 
 
+@pytest.mark.parametrize("mask", ["none", "full", "padding", "dead rows", "all dead", "additive"])
+@pytest.mark.parametrize("keys", [16, 96])
+def test_cpu_flash_takes_keys_in_tiles(
+    mask: str, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_flash, "KEYS", keys)
+    monkeypatch.setattr(cpu_flash, "LEAST_PAIRS", 0)
+    lengths: list[int] = []
+
+    def spy(function: Any, index: int) -> Any:
+        return lambda *args, **options: (
+            lengths.append(args[index].shape[2]) or function(*args, **options)
+        )
+
+    monkeypatch.setattr(cpu_flash, "_forward", spy(cpu_flash._forward, 1))
+    monkeypatch.setattr(cpu_flash, "_backward", spy(cpu_flash._backward, 2))
+    problem = Case("tiles", B=2, H=4, H_KV=2, mask=mask, dtype="float32").make()
+    assert max(worst_ratios(problem, solve(problem, "cpu_flash")).values()) <= 1
+    assert max(lengths) == keys
+    assert sum(lengths) == 2 * 97
+
+
+@HERE
+@pytest.mark.parametrize("queries", [5, 0])
+def test_gradients_are_added_in_place(queries: int, kernel: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(2, 4, queries, 8, generator=rng) for _ in range(2))
+    k, v = (torch.randn(2, 2, 700, 8, generator=rng) for _ in range(2))
+    lse, delta = torch.full((2, 4, queries), 7.0), torch.ones(2, 4, queries)
+    given: Any = (dout, q, k, v, lse, delta)
+    dq, dk, dv = block_attention_backward(*given, scale=0.3, kernel=kernel)
+    whole = torch.randn(2, 2, 2, 800, 8, generator=rng)
+    sums, before = whole[:, :, :, 50:750].unbind(), whole.clone()
+    found = block_attention_backward(*given, *sums, scale=0.3, kernel=kernel)
+    assert torch.equal(found[0], dq)
+    assert all(x is y for x, y in zip(found[1:], sums, strict=True))
+    before[:, :, :, 50:750] += torch.stack([dk, dv])
+    assert torch.allclose(whole, before, rtol=1e-5, atol=1e-6)
+    assert torch.equal(whole[:, :, :, :50], before[:, :, :, :50])
+    assert torch.equal(whole[:, :, :, 750:], before[:, :, :, 750:])
+
+
 @HERE
 @pytest.mark.parametrize("empty", ["S_Q", "S_KV"])
 def test_empty_queries_or_keys(empty: str, kernel: str) -> None:

@@ -47,7 +47,6 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
             "Exchange.dtype_of": "blocks lie in buffers of bytes",
             "span": "names hop and block for the profiler",
         },
-        "lv_xattn": {"lengthen": "kernels return dk and dv new"},
         "cross_attention": {
             "attend": "a layer that recomputes keys and values attends too",
             "autocast_dtype": "autocast is PyTorch's",
@@ -61,6 +60,7 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
 _PROGRESS = {"progress": "lets MPI work between tiles"}
 _FIELDS = {"fields": _AWAITED}
 _KERNEL = {"kernel": "there are several"}
+_NEW = dict.fromkeys(("dk", "dv"), "may be left out: kernels return new ones")
 EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "block_attention": _PROGRESS | _KERNEL,
@@ -73,7 +73,7 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     "torch_impl": {
         "block_attention": _KERNEL,
         "partial_attention": _KERNEL,
-        "block_attention_backward": _KERNEL | {"dtype": "kernels return dk and dv new"},
+        "block_attention_backward": _KERNEL | _NEW | {"dtype": "of new dk and dv"},
         "Exchange.__init__": {"q": "its device is where the buffers are"},
         "all_to_all": _FIELDS,
         "joined": {"device": "where the mask is made"},
@@ -88,9 +88,7 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
 # Parameters of the reference that its functions do not have, and why.
 FEWER_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {},
-    "torch_impl": {
-        "block_attention_backward": dict.fromkeys(("dk", "dv"), "kernels return dk and dv new"),
-    },
+    "torch_impl": {"block_attention_backward": _NEW},
 }
 # Names that the reference has and an implementation lacks, and why.
 _FP64 = {"AnyArray": "the reference turns any dtype into fp64"}
@@ -102,7 +100,6 @@ ONLY_IN_REFERENCE: dict[str, dict[str, dict[str, str]]] = {
     },
     "torch_impl": {
         "block_attention": {"TILE_SCORES": "tiles are the kernels'"},
-        "exchange": {"Exchange.accumulators": "kernels return dk and dv new"},
         "cross_attention": {
             **_FP64,
             **dict.fromkeys(("cross_attention_backward", "Schedule"), _AUTOGRAD),

@@ -119,6 +119,8 @@ def block_attention_backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
     *,
     scale: float,
     mask: MaskView | Tensor | MaskRule | None = None,
@@ -139,17 +141,18 @@ def block_attention_backward(
         Over all keys.
     delta : (B, H, s_q), accumulator dtype
         ``rowsum(dout * out) - dlse``, out over all keys.
+    dk, dv : shaped as k, v, accumulator dtype, optional
+        Sums, possibly views: this block's share is added to them in place.  Default: new tensors.
     dtype : torch.dtype, optional
-        Of dk and dv.  Default: the accumulator dtype.  k's, where nothing will be added to them,
-        saves memory if the kernel rounds its own sums.
+        Of new dk and dv.  Default: the accumulator dtype.  k's, where nothing will be added to
+        them, saves memory if the kernel rounds its own sums.
 
     Returns
     -------
     dq : (B, H, s_q, D), accumulator dtype
         The share of these keys.
-    dk, dv : shaped as k, v, `dtype`
-        The share of this block.  The other implementations add it in place, but fused kernels
-        return new tensors, and with one rank adding these to zeros would cost 5 % of the time.
+    dk, dv : shaped as k, v
+        The given ones, or new ones with the share of this block.
 
     Examples
     --------
@@ -163,14 +166,15 @@ def block_attention_backward(
     >>> torch.allclose(dv, torch.tensor(6 / 50))  # 6 queries give 50 keys equal weights
     True
     """
-    view = MaskView.of(mask)
+    view, wide = MaskView.of(mask), accumulator_of(q)
+    sums = None if dk is None or dv is None else (dk, dv)
     work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=True))
     if 0 in (q.shape[2], k.shape[2]):
-        dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator_of(q)) for x in (q, k, v))
-    else:
-        dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
-        dq, dk, dv = work.backward(dout, q, k, v, lse, delta, scale=float(scale), mask=view)
-    return dq, dk.to(dtype or accumulator_of(q)), dv.to(dtype or accumulator_of(q))
+        dk, dv = sums or [x.new_zeros(x.shape, dtype=dtype or wide) for x in (k, v)]
+        return q.new_zeros(q.shape, dtype=wide), dk, dv
+    dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
+    dq, dk, dv = work.backward(dout, q, k, v, lse, delta, sums, scale=float(scale), mask=view)
+    return (dq, dk, dv) if sums else (dq, dk.to(dtype or wide), dv.to(dtype or wide))
 
 
 def delta_of(

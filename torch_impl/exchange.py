@@ -78,6 +78,10 @@ class Exchange(ExchangeBase):
         self.rotations.append(rotation)
         return rotation
 
+    def accumulators(self, *arrays: Array) -> list[Array]:
+        """Return zeros in the shapes of these arrays, to which their gradients are added."""
+        return [torch.zeros(x.shape, dtype=self.wide, device=x.device) for x in arrays]
+
     @contextmanager
     def computing(self, hop: int = 0, what: str = "") -> Iterator[None]:
         """Measure and profile work on the block that is here at a hop, or on `what`."""

@@ -24,8 +24,6 @@ where the keys are.
 Source: arXiv:2502.02406, algorithm 1.  The hop order and the key cut are not in the paper.
 """
 
-import torch
-
 from lvxattn.common.wire import PARTIALS, QUERIES, QUERY_BLOCKS, QUERY_GRADIENTS
 
 from .block_attention import block_attention_backward, partial_attention
@@ -86,18 +84,25 @@ def lv_xattn_backward(
     and dk and dv of this rank's keys, summed over all queries.
     """
     blocks, gradients = exchange.rotation(QUERY_BLOCKS), exchange.rotation(QUERY_GRADIENTS, start=1)
-    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_keys(k_shard, v_shard)
     P, scale = exchange.P, exchange.scale
+    if P == 1:  # nothing is added to dk and dv: no zeros, and a kernel may round its own sums
+        with exchange.computing(hop=0):
+            return block_attention_backward(
+                dout, q, k_shard, v_shard, lse, delta,
+                scale=scale, mask=exchange.mask_view(hop=0), dtype=k_shard.dtype,
+            )  # fmt: skip
+    dk, dv = exchange.accumulators(k_shard, v_shard)
+    # dk1, dv1, dk2 and dv2 are views: adding to them adds to dk and dv.
+    (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_keys(
+        k_shard, v_shard, dk, dv
+    )
 
     # 1. Send my block; work on the first half of my keys overlaps with the transfer.
     blocks.send(q, dout, lse, delta)
     with exchange.computing(hop=0):
-        dq, dk, dv = block_attention_backward(
-            dout, q, k1, v1, lse, delta, scale=scale, mask=mask1,
-            dtype=k_shard.dtype if P == 1 else exchange.wide,  # one rank: nothing is added
-        )  # fmt: skip
-    if P > 1:
-        dk, dv = lengthen(dk, k_shard), lengthen(dv, v_shard)
+        dq, *_ = block_attention_backward(
+            dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1
+        )
 
     for hop in range(1, P):
         # 2. Receive a visiting block, and pass it on before computing with it.
@@ -106,31 +111,21 @@ def lv_xattn_backward(
             blocks.pass_on()
         # 3. Differentiate the visiting queries' attention to my keys, adding to dk and dv.
         with exchange.computing(hop):
-            dq_block, dk_block, dv_block = block_attention_backward(
-                dout_block, q_block, k_shard, v_shard, lse_block, delta_block,
+            dq_block, *_ = block_attention_backward(
+                dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv,
                 scale=scale, mask=exchange.mask_view(hop),
             )  # fmt: skip
-        dk += dk_block
-        dv += dv_block
         # 4. Add the gradient from the ranks before, and send it after the block.
         if hop > 1:
             dq_block += gradients.receive()[0]
         gradients.send(dq_block)
 
-    if P > 1:
-        # 5. Work on the second half of my keys while the gradient of my queries comes home.
-        with exchange.computing(hop=0):
-            rest, dk2, dv2 = block_attention_backward(
-                dout, q, k2, v2, lse, delta, scale=scale, mask=mask2
-            )
-        dq += rest
-        dk[:, :, exchange.layout.home_cut :] += dk2
-        dv[:, :, exchange.layout.home_cut :] += dv2
-        # 6. Add the other ranks' gradient of my queries.
-        dq += gradients.receive()[0]
+    # 5. Work on the second half of my keys while the gradient of my queries comes home.
+    with exchange.computing(hop=0):
+        rest, *_ = block_attention_backward(
+            dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2
+        )
+    dq += rest
+    # 6. Add the other ranks' gradient of my queries.
+    dq += gradients.receive()[0]
     return dq, dk, dv
-
-
-def lengthen(first: Array, like: Array) -> Array:
-    """Return the gradient of the first keys, padded with zeros to the length of all keys."""
-    return torch.nn.functional.pad(first, (0, 0, 0, like.shape[2] - first.shape[2]))

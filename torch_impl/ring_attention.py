@@ -26,7 +26,6 @@ from lvxattn.common.wire import KEY_GRADIENTS, KEYS_VALUES
 
 from .block_attention import block_attention_backward, partial_attention
 from .exchange import Exchange
-from .lv_xattn import lengthen
 from .merge import Array, merge_partials
 
 
@@ -76,18 +75,25 @@ def ring_attention_backward(
     and dk and dv of this rank's keys, summed over all queries.
     """
     blocks, gradients = exchange.rotation(KEYS_VALUES), exchange.rotation(KEY_GRADIENTS, start=1)
-    (k1, v1, mask1), (k2, v2, mask2) = exchange.split_keys(k_shard, v_shard)
     P, scale = exchange.P, exchange.scale
+    if P == 1:  # nothing is added to dk and dv: no zeros, and a kernel may round its own sums
+        with exchange.computing(hop=0):
+            return block_attention_backward(
+                dout, q, k_shard, v_shard, lse, delta,
+                scale=scale, mask=exchange.mask_view(hop=0), dtype=k_shard.dtype,
+            )  # fmt: skip
+    dk, dv = exchange.accumulators(k_shard, v_shard)
+    # dk1, dv1, dk2 and dv2 are views: adding to them adds to dk and dv.
+    (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_keys(
+        k_shard, v_shard, dk, dv
+    )
 
     # 1. Send my keys and values; work on their first half overlaps with the transfer.
     blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask))
     with exchange.computing(hop=0):
-        dq, dk, dv = block_attention_backward(
-            dout, q, k1, v1, lse, delta, scale=scale, mask=mask1,
-            dtype=k_shard.dtype if P == 1 else exchange.wide,  # one rank: nothing is added
-        )  # fmt: skip
-    if P > 1:
-        dk, dv = lengthen(dk, k_shard), lengthen(dv, v_shard)
+        dq, *_ = block_attention_backward(
+            dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1
+        )
 
     for hop in range(1, P):
         # 2. Receive a visiting block, and pass it on before computing with it.
@@ -108,19 +114,16 @@ def ring_attention_backward(
             dv_block += dv_before
         gradients.send(dk_block, dv_block)
 
-    if P > 1:
-        # 5. Work on the second half of my keys while their gradients come home.
-        with exchange.computing(hop=0):
-            rest, dk2, dv2 = block_attention_backward(
-                dout, q, k2, v2, lse, delta, scale=scale, mask=mask2
-            )
-        dq += rest
-        dk[:, :, exchange.layout.home_cut :] += dk2
-        dv[:, :, exchange.layout.home_cut :] += dv2
-        # 6. Add the other ranks' gradients of my keys.
-        dk_others, dv_others = gradients.receive()
-        dk += dk_others
-        dv += dv_others
+    # 5. Work on the second half of my keys while their gradients come home.
+    with exchange.computing(hop=0):
+        rest, *_ = block_attention_backward(
+            dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2
+        )
+    dq += rest
+    # 6. Add the other ranks' gradients of my keys.
+    dk_others, dv_others = gradients.receive()
+    dk += dk_others
+    dv += dv_others
     return dq, dk, dv
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lvxattn.common.masks import MaskView, tiles
-from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, accumulator_of
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, Sums, accumulator_of
 from lvxattn.torch_impl.merge import merge_partials
 
 NAME = "blocked"
@@ -73,6 +73,7 @@ def backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
+    sums: Sums = None,
     *,
     scale: float,
     mask: MaskView,
@@ -80,7 +81,7 @@ def backward(
     """Compute `block_attention_backward`."""
     work = Tiles(q, k, mask)
     dq = work.new_rows(q.shape[3])
-    dk, dv = (torch.zeros(x.shape, dtype=work.dtype, device=q.device) for x in (k, v))
+    dk, dv = sums or [torch.zeros(x.shape, dtype=work.dtype, device=q.device) for x in (k, v)]
     for at in work.row_tiles():
         q_tile, dout_tile = work.load_queries(q, at, scale), work.load(dout, at, work.narrow)
         q_bare = work.load(q, at, work.factor)  # q times scale would be rounded once more

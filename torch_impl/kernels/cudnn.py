@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels.fused import Bias, fold, surrogate_out
-from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, accumulator_of
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, Sums, accumulator_of, added
 
 NAME = "cudnn"
 
@@ -46,6 +46,7 @@ def backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
+    sums: Sums = None,
     *,
     scale: float,
     mask: MaskView,
@@ -60,7 +61,8 @@ def backward(
         dout, rows, k, v, out, lse, seed, seed, bias.bias, None,
         None, rows.shape[2], k.shape[2], 0.0, False, scale=scale,
     )  # fmt: skip
-    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv  # (B, H, s_q, D)
+    dq = dq.reshape(q.shape).to(accumulator_of(q))  # (B, H, s_q, D)
+    return dq, *added(sums, dk, dv)
 
 
 def _fold(x: Tensor, k: Tensor, bias: Bias) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels.fused import Bias, fold, surrogate_out
-from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, accumulator_of
+from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec, Sums, accumulator_of, added
 
 NAME = "efficient"
 
@@ -47,6 +47,7 @@ def backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
+    sums: Sums = None,
     *,
     scale: float,
     mask: MaskView,
@@ -61,7 +62,8 @@ def backward(
         fold(dout, k), fold(q, k), k, v, _aligned(bias.bias, q, k), fold(out, k), lse, seed,
         seed, 0.0, [True, True, True, False], False, scale=scale,
     )  # fmt: skip
-    return dq.reshape(q.shape).to(accumulator_of(q)), dk, dv  # (B, H, s_q, D)
+    dq = dq.reshape(q.shape).to(accumulator_of(q))  # (B, H, s_q, D)
+    return dq, *added(sums, dk, dv)
 
 
 def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -124,11 +124,28 @@ class Kernel(Protocol):
         v: Tensor,
         lse: Tensor,
         delta: Tensor,
+        sums: "Sums" = None,
         *,
         scale: float,
         mask: MaskView,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq in the accumulator dtype, and dk and dv in it or, rounded, in k's."""
+        """Return dq in the accumulator dtype, and dk and dv in it or, rounded, in k's.
+
+        If `sums` of dk and dv are given, add to them in place, and return them instead.
+        """
+
+
+# dk and dv in the accumulator dtype, to be added to.
+Sums = tuple[Tensor, Tensor] | None
+
+
+def added(sums: Sums, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums, after adding dk and dv in place; without sums, return dk and dv."""
+    if sums is None:
+        return dk, dv
+    for total, x in zip(sums, (dk, dv), strict=True):
+        total += x
+    return sums
 
 
 def accumulator_of(x: Tensor) -> torch.dtype:

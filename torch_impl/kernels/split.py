@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lvxattn.common.masks import MaskView
 from lvxattn.torch_impl.kernels import blocked, cpu_flash, cuda_flash, cudnn, efficient
-from lvxattn.torch_impl.kernels.kernel_spec import Kernel, KernelSpec, accumulator_of
+from lvxattn.torch_impl.kernels.kernel_spec import Kernel, KernelSpec, Sums, accumulator_of, added
 from lvxattn.torch_impl.merge import merge_partials
 
 NAME = "split"
@@ -78,6 +78,7 @@ def backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
+    sums: Sums = None,
     *,
     scale: float,
     mask: MaskView,
@@ -97,7 +98,7 @@ def backward(
             dq[b] += dq_parts.sum(dim=0)
             for whole, shares in ((dk, dk_parts), (dv, dv_parts)):
                 _parts(whole[b, :, keys], parts).copy_(shares)
-    return dq, dk, dv
+    return dq, *added(sums, dk, dv)
 
 
 def _within(
