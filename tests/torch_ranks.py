@@ -11,6 +11,7 @@ other.  `tests.torchrun` starts ranks as a user does.
 import atexit
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,10 +56,7 @@ def forked(P: int, *program: str | Path, timeout: float = 250.0) -> Ended:
     One that fails ends the others.  The status is 0 or 1, and what ranks have printed is put
     together in their order.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": P}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "WORLD_SIZE": P}
     where["LOCAL_WORLD_SIZE"] = P
     envs = [where | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(P)]
     ends = _fork(list(map(str, program)), envs, timeout, together=True)
@@ -69,6 +68,15 @@ def forked(P: int, *program: str | Path, timeout: float = 250.0) -> Ended:
         max(end.seconds for end in ends),
         ends[0].left,
     )
+
+
+def _free_port() -> int:
+    """Return a port below those of which the system gives one to any connection meanwhile."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def torch_report(P: int, program: str, *args: str, timeout: float = 250.0) -> Any:
