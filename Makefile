@@ -43,7 +43,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo train tutorials lab notebooks slides docs test test-all test-rest test-core
-.PHONY: test-models lint soak bench gpu bench-quick clean check-mpiexec
+.PHONY: test-models lint soak bench gpu bench-quick scoreboard clean check-mpiexec
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -132,6 +132,9 @@ bench: check-mpiexec $(STAMP) ## Run all benchmarks, also on shaped links, 90 mi
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --store benchmarks/results --plot docs/schedules.png
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/models.py --store benchmarks/results --plot docs/models.png
+
+scoreboard: $(STAMP) ## Install published packages, hold them against the oracle, write docs/scoreboard.md, 1 hour, 10 GB, needs a network (ARGS="sdpa --fresh")
+	$(VENV_PYTHON) -m benchmarks.scoreboard $(ARGS)
 
 bench-quick: check-mpiexec $(STAMP) ## Run the benchmarks on small problems, some minutes; only printed
 	@echo "Small problems, to see that all of it runs: the goals hold for make bench on an idle machine."
