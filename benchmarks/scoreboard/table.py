@@ -22,7 +22,9 @@ says, and refuse what that documents as a limit: *unsupported*, in the words bel
   expects 0. NaN or the mean of the values is another meaning of such a row, and not a mistake
   unless the package says otherwise.
 - **wrong**: numbers beyond the rounding of the dtype. What was confirmed by a plain softmax apart
-  from the oracle is in [found](found.md), with a script each.
+  from the oracle is in [found](found.md), with a script each, and what is a difference in meaning;
+  any other row is the oracle's word alone. Failures in float16 or bfloat16 only, such as
+  *half-precision scores*, are of functions that round where the oracle's limit has no room for it.
 - **raises**: errors that do not say that something is unsupported.
 """
 
