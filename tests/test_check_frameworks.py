@@ -339,7 +339,8 @@ def test_missing_gradient_counts_as_zero() -> None:
 
 
 def test_error_in_autograd_backward_is_reported() -> None:
-    assert torch_message(own(fail)).startswith(f"ZeroDivisionError: in it ({__file__}:")
+    text = torch_message(own(fail))
+    assert text.startswith(f"the backward: ZeroDivisionError: in it ({__file__}:")
     assert "invalid gradient" in torch_message(own(lambda dq, dk, dv: (dq[..., :1], dk, dv)))
     why = "the backward raised NotImplementedError: no backward yet"
     assert torch_notes(own(refuse)) == (
@@ -529,7 +530,7 @@ def test_gradients_of_a_custom_vjp_are_judged() -> None:
     (row,) = jax_checked(with_vjp(lambda dq, dk, dv: (dq, 2 * dk, dv))).rows
     assert [v.name for v in row.verdicts if not v.passed] == ["dk"]
     (row,) = jax_checked(with_vjp(fail)).rows
-    assert row.message.startswith(f"ZeroDivisionError: in it ({__file__}:")
+    assert row.message.startswith(f"the backward: ZeroDivisionError: in it ({__file__}:")
     report = jax_checked(with_vjp(refuse))
     assert report.passed
     assert report.notes[0].endswith("NotImplementedError: no backward yet")
