@@ -41,12 +41,12 @@ class ThisProcess:
         Number of virtual ranks, or 0.
     """
 
+    ending = ""  # it does not end
+
     def __init__(self, kernel: Kernel, seconds: float, ranks: int) -> None:
         self._kernel, self._timer, self._show = kernel, TimeLimit(seconds), _line()
         self._run: Callable[..., dict[str, Array]] = call if ranks else self._timer.call
         self.own_backward, self.look_back = kernel.own_backward, kernel.look_back
-
-    ending = ""
 
     @property
     def abandoned(self) -> int:
