@@ -9,7 +9,8 @@ import pytest
 from lvxattn.check import matching
 from lvxattn.check.case_arrays import Problem
 from lvxattn.check.matching import Array
-from lvxattn.check.wrong import KernelBase
+from lvxattn.check.shards import Cut
+from lvxattn.check.wrong import KernelBase, OnRanks
 
 _results: dict[Any, dict[str, Array] | str] = {}
 
@@ -20,11 +21,16 @@ def cached_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_once(
-    kernel: KernelBase, problem: Problem, names: Collection[str]
+    kernel: KernelBase | OnRanks,
+    problem: Problem,
+    names: Collection[str],
+    cut: Cut | None = None,
 ) -> dict[str, Array] | str:
     """Replace `matching.run_kernel`, which always gets fresh kernels."""
-    if kernel.keeps_state or problem.case.S_KV > 128:  # large results, seldom reused
-        return _run(kernel, problem, names)
+    if (
+        isinstance(kernel, OnRanks) or kernel.keeps_state or problem.case.S_KV > 128
+    ):  # large results, seldom reused
+        return _run(kernel, problem, names, cut)
     given = [getattr(problem, name) for name in ("q", "k", "v", "dout", "mask")]
     contents = [x.tobytes() for x in given if isinstance(x, np.ndarray)]
     gradients = bool({"dq", "dk", "dv"} & set(names))

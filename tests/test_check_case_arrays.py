@@ -277,7 +277,7 @@ def test_lengths_match_the_reasons() -> None:
     assert case_of("one-query").S_Q == case_of("one-key").S_KV == 1
     assert case_of("fewer-keys-than-shards").S_KV < 4
     assert case_of("long-keys").S_KV == 16000
-    assert case_of("grouped-heads").H // case_of("grouped-heads").H_KV == 4
+    assert case_of("grouped-heads").H // case_of("grouped-heads").H_KV == 3
     assert case_of("one-kv-head").H_KV == 1 < case_of("one-kv-head").H
     assert case_of("head-size-1").D == 1
     assert case_of("head-size-1").scale != 1
@@ -311,7 +311,8 @@ def test_case_names_are_unique() -> None:
 
 def test_sizes_of_quick_and_large_cases() -> None:
     for case in suite_of("quick"):
-        assert case.B * case.H * case.S_Q * case.S_KV <= 10_000
+        number = case.B * case.H * case.S_Q * case.S_KV
+        assert number <= (2**17 if case.group == "combinations" else 10_000)
         if case.grows:
             assert large(case).S_KV > 256
             assert large(case).S_KV % 2

@@ -9,8 +9,19 @@ import pytest
 from lvxattn.check import Case, case_of, check
 from lvxattn.check.cases import CASES, suite_of
 from lvxattn.check.correct_kernels import Naive
-from lvxattn.check.covering import _MOST, FACTORS, SIZES, covering, rows
-from lvxattn.check.dependence import condition, described, smallest
+from lvxattn.check.covering import (
+    _MOST,
+    _MOST_QUICK,
+    FACTORS,
+    QUICK,
+    SIZES,
+    covering,
+    pairs,
+    quick_rows,
+    rows,
+)
+from lvxattn.check.dependence import condition, described, simpler_cases, smallest
+from lvxattn.check.frameworks import framework_of
 from lvxattn.check.wrong import WRONG, KernelBase
 from lvxattn.check.wrong.kernel_base import Array, Partial
 
@@ -37,8 +48,20 @@ def test_every_combination_occurs(names: tuple[str, ...]) -> None:
     assert wanted <= {tuple(row[name] for name in names) for row in rows()}
 
 
+@pytest.mark.parametrize("names", [*combinations(QUICK, 2)], ids="-".join)
+def test_every_pair_of_the_quick_suite_occurs(names: tuple[str, ...]) -> None:
+    wanted = {
+        values
+        for values in product(*(QUICK[name] for name in names))
+        if scores(dict(zip(names, values, strict=True))) <= _MOST_QUICK
+    }
+    assert wanted
+    assert wanted <= {tuple(row[name] for name in names) for row in quick_rows()}
+
+
 def test_cases_are_those_of_the_rows() -> None:
-    for case, row in zip(covering(), rows(), strict=True):
+    every = zip((*covering(), *pairs()), (*rows(), *quick_rows()), strict=True)
+    for case, row in every:
         assert (row["heads"], row["B"], row["D"]) == ((case.H, case.H_KV), case.B, case.D)
         assert np.sign(case.D_V - case.D) == {"as D": 0, "less": -1, "more": 1}[row["D_V"]]
         assert (case.mask, case.memory, case.scale) == (row["mask"], row["memory"], row["scale"])
@@ -66,7 +89,7 @@ class Rare(KernelBase):
         return out, lse
 
 
-@pytest.mark.parametrize(("B", "S_Q", "D"), [(5, 64, 96), (1, 130, 17), (3, 1, 128)])
+@pytest.mark.parametrize(("B", "S_Q", "D"), [(5, 64, 96), (1, 129, 17), (3, 1, 128)])
 def test_defect_of_three_sizes_is_caught(B: int, S_Q: int, D: int) -> None:
     kernel = Rare(B, S_Q, D)
     assert check(kernel, cases=[c for c in CASES if c.quick], dtypes=["float32"]).passed
@@ -157,9 +180,38 @@ def test_dtype_is_a_condition() -> None:
 
 def test_search_for_the_smallest_ends() -> None:
     case = Case("x", "", "", B=5, H=18, H_KV=9, S_Q=130, S_KV=1153, D=96, D_V=40, mask="random")
-    found, tried = smallest(case, lambda case: case.S_Q >= 3 and case.mask == "random")
+    found, tried = smallest(
+        case, lambda case: case.S_Q >= 3 and case.mask == "random", simpler_cases
+    )
     assert described(found) == "B 1, H 1, H_KV 1, S_Q 3, S_KV 1, D 1, D_V 1, mask random"
     assert len(tried) <= 60
     assert not any(fails for small, fails in tried.items() if small.S_Q < 3)
-    same, _ = smallest(case, lambda _: False)
+    same, _ = smallest(case, lambda _: False, simpler_cases)
     assert same == case
+
+
+def test_cache_is_a_part_of_longer_arrays() -> None:
+    x = np.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    view = framework_of("numpy").put(x, "cache")
+    assert np.array_equal(view, x)
+    assert view.strides[1] > view.shape[2] * view.strides[2]
+    assert np.isnan(view.base).sum() == 2 * 3 * 8 * 5  # what lies around it
+
+
+def test_another_problem_is_called_between_forward_and_backward() -> None:
+    called = []
+
+    class Recorded(KernelBase):
+        def __call__(self, q: Array, *arguments: Any, **options: Any) -> Partial:
+            called.append(("forward", q.sum()))
+            return super().__call__(q, *arguments, **options)
+
+        def backward(self, dout: Array, q: Array, *arguments: Any, **options: Any) -> Any:
+            called.append(("backward", q.sum()))
+            return super().backward(dout, q, *arguments, **options)
+
+    assert check(Recorded(), cases=[case_of("backward-between")], dtypes=["float64"]).passed
+    (first, judged), (second, other), *_ = called
+    assert (first, second) == ("forward", "forward")
+    assert [x for _, x in called] == [judged, other, other, judged]
+    assert [name for name, _ in called[2:]] == ["backward", "backward"]

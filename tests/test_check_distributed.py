@@ -20,11 +20,11 @@ from lvxattn.check import (
     draw,
     suite_of,
 )
-from lvxattn.check.call_kernel import ContractError
 from lvxattn.check.covering import covering, rows
 from lvxattn.check.frameworks import framework_of
 from lvxattn.check.growth import GROWTH, LIMIT, growth_case, judged_growth
 from lvxattn.check.judge import RESULTS, Verdict
+from lvxattn.check.one_call import ContractError
 from lvxattn.check.ranks import RanksCaller, VirtualRanks
 from lvxattn.check.ranks.tasks import (
     ElsewhereError,

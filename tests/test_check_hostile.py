@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from lvxattn.check import Case, case_of, check, check_distributed, time_limit
-from lvxattn.check.call_kernel import ContractError, LastResults, call_kernel
+from lvxattn.check.call_kernel import LastResults, call_kernel
 from lvxattn.check.callers import child_process, fork_server
 from lvxattn.check.callers.fork_server import ForkServer
 from lvxattn.check.callers.messages import MessageError, receive, send
@@ -27,6 +27,7 @@ from lvxattn.check.case_arrays import draw
 from lvxattn.check.command import main
 from lvxattn.check.frameworks import framework_of
 from lvxattn.check.import_target import code_digest, target_of
+from lvxattn.check.one_call import ContractError
 from lvxattn.check.suite import Caller
 from tests import hostile_kernels as hostile
 from tests.launch import MARK, _marked, environment, launch, mpiexec, outlived

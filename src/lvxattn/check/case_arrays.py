@@ -19,8 +19,10 @@ from lvxattn.common.masks import MaskRule
 Array = npt.NDArray[Any]
 Mask = Array | MaskRule | None
 
-MEMORY = ("contiguous", "transposed", "sequence-major", "broadcast", "read-only")
-CALLS = ("", "other dtype", "other data", "repeated")
+MEMORY = (
+    *("contiguous", "transposed", "sequence-major", "broadcast", "read-only", "cache", "mixed"),
+)
+CALLS = ("", "other dtype", "other data", "in between", "repeated")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def masked(s: Array, mask: Array | None) -> Array:
 
 def sum_groups(x: Array, H_KV: int) -> Array:
     """Sum over the query heads that share a key-value head: (B, H, ...) -> (B, H_KV, ...)."""
-    return np.asarray(x.reshape(x.shape[0], H_KV, -1, *x.shape[2:]).sum(axis=2))
+    return np.asarray(x.reshape(x.shape[0], H_KV, x.shape[1] // H_KV, *x.shape[2:]).sum(axis=2))
 
 
 def draw(case: Case, dtype: str, seed: int = 0) -> Problem:
@@ -308,6 +310,13 @@ def _random(case: Case, rng: np.random.Generator, *broadcast: int) -> Array:
     return visible
 
 
+def _sparse(case: Case, rng: np.random.Generator) -> Array:
+    """Show every query two neighbouring keys."""
+    first = rng.integers(0, max(1, case.S_KV - 1), (case.B, case.H, case.S_Q, 1))
+    keys = np.arange(case.S_KV)
+    return np.asarray((keys == first) | (keys == first + 1))
+
+
 def _expanded(case: Case, rng: np.random.Generator) -> Array:
     return np.broadcast_to(_random(case, rng, 1), (case.B, case.H, case.S_Q, case.S_KV))
 
@@ -378,6 +387,7 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], Mask]] = {
     "callable": _callable,
     "dead rows": _dead_rows,
     "dead shard": _dead_shard,
+    "sparse": _sparse,
     "all dead": lambda case, _rng: np.zeros((case.B, 1, case.S_Q, case.S_KV), bool),
 }
 

@@ -34,8 +34,9 @@ class Case:
         ``1 / sqrt(D)`` unless given.
     calls : str
         Calls beside those that are judged: none; before them ``"other dtype"``, or a forward and a
-        backward on ``"other data"``; after them ``"repeated"``, the same forward over and over, of
-        which the result that is farthest from the others is judged.
+        backward on ``"other data"``; ``"in between"``, these between the judged forward and its
+        backward; after them ``"repeated"``, the same over and over, of which the results that are
+        farthest from the others are judged.
     quick : bool
         Whether the quick suite contains it.
     grows : bool
@@ -88,9 +89,11 @@ def suite_of(suite: str) -> list[Case]:
     """
     if suite not in SUITES:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+    from lvxattn.check.covering import covering, pairs  # here, as choosing them takes a second
+
     if suite == "quick":
-        return [case for case in CASES if case.quick]
-    return [*_alone(), *_combined()]
+        return [*(case for case in CASES if case.quick), *pairs()]
+    return [*_alone(), *pairs(), *covering()]
 
 
 def case_of(name: str) -> Case:
@@ -99,7 +102,7 @@ def case_of(name: str) -> Case:
     Parameters
     ----------
     name : str
-        ``"NAME"``, ``"NAME.large"`` or ``"combination-NUMBER"``.
+        ``"NAME"``, ``"NAME.large"``, ``"pairs-NUMBER"`` or ``"combination-NUMBER"``.
 
     Returns
     -------
@@ -116,7 +119,8 @@ def case_of(name: str) -> Case:
     >>> case_of("one-query").reason
     'a decode step; many kernels split the keys there'
     """
-    for case in _combined() if name.startswith("combination-") else _alone():
+    combined = name.partition("-")[0] in ("pairs", "combination")
+    for case in suite_of("full") if combined else _alone():
         if case.name == name:
             return case
     raise ValueError(f"case: expected one that --list shows, got {name!r}")
@@ -125,13 +129,6 @@ def case_of(name: str) -> Case:
 def _alone() -> list[Case]:
     """Return the cases that vary one thing."""
     return [*CASES, *(large(case) for case in CASES if case.grows)]
-
-
-def _combined() -> tuple[Case, ...]:
-    # Here, as choosing them takes a second.
-    from lvxattn.check.covering import covering
-
-    return covering()
 
 
 def large(case: Case) -> Case:
@@ -207,6 +204,8 @@ CASES: list[Case] = [
          S_Q=1, S_KV=21, grows=False),
     Case("mask-of-grouped-heads", "mask shapes", "every query head has its own mask, pairs of them"
          " share keys; one batch entry", mask="random", H=4, S_Q=5, S_KV=33),
+    Case("sparse-mask", "hidden tiles", "bool, two keys for every query: most tiles are hidden",
+         mask="sparse", H=1, H_KV=1, S_Q=24, S_KV=128),
     # Rows that see nothing.
     Case("dead-rows", "dead", "some rows see nothing: out 0, lse -inf, no gradient",
          mask="dead rows", B=2, S_Q=9),
@@ -216,7 +215,7 @@ CASES: list[Case] = [
          " has lost how many keys there are", mask="finite minimum", H=4, S_Q=12, S_KV=37,
          data="hidden rows"),
     # Heads.
-    Case("grouped-heads", "heads", "four query heads read each key-value head", H=8),
+    Case("grouped-heads", "heads", "three query heads read each key-value head", H=6),
     Case("one-kv-head", "heads", "all query heads read one key-value head", H=6, H_KV=1),
     Case("many-heads", "heads", "18 query heads, 9 key-value heads, 5 batch entries", B=5, H=18,
          H_KV=9, S_Q=3, S_KV=6, D=4, D_V=4, grows=False),
@@ -235,7 +234,10 @@ CASES: list[Case] = [
          memory="sequence-major"),
     Case("stride-0", "memory", "k, v and dout are broadcast over the heads: stride 0",
          memory="broadcast"),
+    Case("cache", "memory", "views of longer arrays, as of a cache; the rest is NaN",
+         memory="cache"),
     Case("read-only", "memory", "nothing may be written into the arguments", memory="read-only"),
+    Case("mixed-memory", "mixed memory", "every array has another layout", memory="mixed"),
     # Tables.
     Case("uniform-table", "tables", "equal scores: out is the mean of the values, lse log S_KV",
          data="uniform", S_KV=64, grows=False),
@@ -246,6 +248,8 @@ CASES: list[Case] = [
          calls="other dtype", grows=False),
     Case("backward-before", "calls", "forward and backward on other data, then forward and backward"
          " again", calls="other data", grows=False),
-    Case("repeated", "calls", "the same forward up to 1,500 times: races, and state", H=1, H_KV=1,
-         calls="repeated", grows=False),
+    Case("repeated", "repeated calls", "the same up to 1,500 times: races, and state",
+         S_Q=5, S_KV=33, D=4, D_V=4, calls="repeated", grows=False),
+    Case("backward-between", "calls between", "forward and backward on other data, between"
+         " a forward and its backward", H=1, H_KV=1, S_KV=33, calls="in between", grows=False),
 ]  # fmt: skip

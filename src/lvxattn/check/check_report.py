@@ -13,7 +13,7 @@ from typing import Any
 
 import lvxattn
 from lvxattn.check.judge import Verdict
-from lvxattn.check.wrong import WRONG
+from lvxattn.check.wrong import KERNELS
 from lvxattn.common.new_file import write_file
 
 SCHEMA = 1
@@ -236,7 +236,7 @@ class Report:
         if self.probably:
             lines.append(f"  {self.probably}")
             names = dict.fromkeys(self.probably.split("*")[1::2])
-            lines += [f"    {name}: {inspect.getdoc(WRONG[name])}" for name in names]
+            lines += [f"    {name}: {inspect.getdoc(KERNELS[name])}" for name in names]
         if not self.failed and not self.passed:
             lines.append("  nothing was judged")
         return "\n".join(lines)
@@ -259,7 +259,7 @@ def _names(row: Row) -> str:
 def _rounds(row: Row) -> bool:
     """Whether a failure is one of a function that rounds too much: others of it tell no more."""
     names = row.diagnosis.split("*")[1::2]
-    return bool(names) and all(WRONG[name].compare == "size" for name in names)
+    return bool(names) and all(KERNELS[name].compare == "size" for name in names)
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -7,9 +7,12 @@ smallest that fails, ...: B 1, H 9, H_KV 9, S_Q 1, S_KV 1, D 1, D_V 1
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from lvxattn.check.cases import Case
+from lvxattn.check.shards import Cut
+
+Trial = TypeVar("Trial", Case, tuple[Case, Cut])
 
 _SIZES = ("B", "H", "H_KV", "S_Q", "S_KV", "D", "D_V")
 _KINDS = ("dtype", "mask", "memory", "data", "calls")
@@ -119,28 +122,32 @@ def _below(name: str, size: int) -> Holds:
     return lambda traits: bool(traits[name] < size)
 
 
-def smallest(case: Case, fails: Callable[[Case], bool]) -> tuple[Case, dict[Case, bool]]:
-    """Return the smallest case that still fails, as far as a few calls find it.
+def smallest(
+    trial: Trial, fails: Callable[[Trial], bool], simpler: Callable[[Trial], Iterator[Trial]]
+) -> tuple[Trial, dict[Trial, bool]]:
+    """Return the smallest trial that still fails, as far as a few calls find it.
 
     Parameters
     ----------
-    case : Case
+    trial : Case, or a pair of it and a Cut
         Fails.
     fails : callable
-        Whether a case fails; it calls the function.
+        Whether a trial fails; it calls the function.
+    simpler : callable
+        Yields simpler trials: `simpler_cases`, or `simpler_on_ranks`.
 
     Returns
     -------
-    smallest : Case
+    smallest : as trial
     tried : dict
-        By case that was tried, whether it failed.
+        By trial, whether it failed.
     """
-    tried: dict[Case, bool] = {}
+    tried: dict[Trial, bool] = {}
     start = perf_counter()
-    failing: Case | None = case
+    failing: Trial | None = trial
     while failing:
-        case, failing = failing, None
-        for smaller in _smaller(case):
+        trial, failing = failing, None
+        for smaller in simpler(trial):
             if len(tried) == _CALLS or perf_counter() - start > _SECONDS:
                 break
             if smaller not in tried:
@@ -148,7 +155,7 @@ def smallest(case: Case, fails: Callable[[Case], bool]) -> tuple[Case, dict[Case
             if tried[smaller]:
                 failing = smaller
                 break
-    return case, tried
+    return trial, tried
 
 
 def described(case: Case) -> str:
@@ -160,7 +167,19 @@ def described(case: Case) -> str:
     return ", ".join(parts)
 
 
-def _smaller(case: Case) -> Iterator[Case]:
+def simpler_on_ranks(trial: tuple[Case, Cut]) -> Iterator[tuple[Case, Cut]]:
+    """Yield fewer ranks, then simpler cuts and groups, then simpler cases."""
+    case, cut = trial
+    for P in range(1, cut.P):
+        yield case, replace(cut, P=P, ranks=cut.ranks[:P])
+    if cut.ranks:
+        yield case, replace(cut, ranks=())
+    if cut.kind not in ("even", "divisible"):
+        yield case, replace(cut, kind="even")
+    yield from ((smaller, cut) for smaller in simpler_cases(case) if cut.fitted(smaller) == smaller)
+
+
+def simpler_cases(case: Case) -> Iterator[Case]:
     """Yield simpler cases, the boldest steps first."""
     usual: dict[str, Any] = {
         "calls": "",

@@ -27,7 +27,8 @@ from lvxattn.check.matching import (
     run_kernel,
     same_message,
 )
-from lvxattn.check.wrong import WRONG
+from lvxattn.check.shards import Cut
+from lvxattn.check.wrong import KERNELS, WRONG
 
 Array = npt.NDArray[Any]
 Key = tuple[str, str, int, str]
@@ -44,6 +45,8 @@ class Suspects:
 
     Attributes
     ----------
+    cuts : mapping
+        By a row's `where`, the cut of its problem, if the function is distributed.
     matches : dict
         By failing row, those about equally near.
     unexplained : dict
@@ -52,6 +55,7 @@ class Suspects:
         Number of searches of the whole library.
     """
 
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
     matches: dict[Key, list[Match]] = field(default_factory=dict)
     unexplained: dict[Key, Failure | str] = field(default_factory=dict)
     searches: int = 0
@@ -74,7 +78,11 @@ class Suspects:
         truth : Truth, optional
             Of the problem, if there are results.
         """
-        failure = row.message if truth is None else Failure(problem, results or {}, truth)
+        failure = (
+            row.message
+            if truth is None
+            else Failure(problem, results or {}, truth, self.cuts.get(row.where))
+        )
 
         def search(names: set[str]) -> list[Match]:
             if isinstance(failure, str):
@@ -85,7 +93,7 @@ class Suspects:
         found = search(known)
         if not found and self.searches < _SEARCHES:
             self.searches += 1
-            found = search(WRONG.keys() - known)
+            found = search(KERNELS.keys() - known)
         if found:
             self.matches[_key(row)] = found
         elif len(self.unexplained) < _REPLAYED:
@@ -118,7 +126,7 @@ class Suspects:
             }
             distance = {n: sum(left[key][n].limits for key in covers[n]) for n in against}
             best = max(worth, key=lambda name: (worth[name], -distance[name]))
-            rounds = WRONG[best].compare == "size"
+            rounds = KERNELS[best].compare == "size"
             if worth[best] <= 0:
                 break
             alike = [n for n in against if (covers[n], worth[n]) == (covers[best], worth[best])]
@@ -171,7 +179,8 @@ class Suspects:
             truth = truth_for(problem.case, row.dtype, row.seed)
             judged = [verdict.name for verdict in row.verdicts]
             for name in names:
-                results = run_kernel(WRONG[name](**arguments[name]), problem, judged)
+                kernel = KERNELS[name](**arguments[name])
+                results = run_kernel(kernel, problem, judged, self.cuts.get(row.where))
                 against[name] += isinstance(results, str) or not all(
                     ratio_of(x, results[x], problem, truth) <= 1 for x in judged
                 )

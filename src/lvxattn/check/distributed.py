@@ -7,7 +7,7 @@
 Truth and limit are those of the unsharded problem: neither depends on ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,15 +18,18 @@ from lvxattn.check.call_kernel import backward_of
 from lvxattn.check.callers import process_of
 from lvxattn.check.case_arrays import draw
 from lvxattn.check.cases import Case, suite_of
+from lvxattn.check.check_arguments import check_arguments, wanted_dtypes
+from lvxattn.check.check_notes import notes_of
 from lvxattn.check.check_report import Report, Row
-from lvxattn.check.dependence import condition
+from lvxattn.check.dependence import condition, simpler_on_ranks, smallest
+from lvxattn.check.dependence import described as size_text
 from lvxattn.check.diagnosis import Suspects
 from lvxattn.check.frameworks import framework_of
 from lvxattn.check.growth import growth_case, growth_cuts, judged_growth
 from lvxattn.check.import_target import load, name_of
 from lvxattn.check.ranks import Ranks, RanksCaller, launched_by_torchrun, ranks_of
 from lvxattn.check.shards import CUTS, KINDS, Cut
-from lvxattn.check.suite import check_arguments, judged, notes_of, wanted_dtypes
+from lvxattn.check.suite import judged, size_of
 from lvxattn.check.sweep import described, sweep_of
 
 
@@ -150,7 +153,7 @@ def check_distributed(
     trials = list(_trials(selected, suite, chosen, seeds, cuts, team))
     by_name = {case.name: case for case, *_ in trials}
     where = {str(cut): described(cut, team.size) for cut in {cut for *_, cut in trials}}
-    start, suspects = perf_counter(), Suspects()
+    start, suspects = perf_counter(), Suspects({str(cut): cut for *_, cut in trials})
 
     def report(*notes: str, diagnosed: bool = True) -> Report:
         found, probably = tuple(rows), ""
@@ -176,14 +179,57 @@ def check_distributed(
                 # Without a diagnosis, which takes its time: the others are about to end.
                 report_early(report(stuck, diagnosed=False))
                 team.end()
+        if team.rank:
+            while trial := team.share(None):
+                case, dtype, seed, cut = trial
+                call(draw(case, dtype, seed), cut=cut)
+        else:
+            found, notes = judged_growth(rows, chosen, team.size)
+            finished = report(*notes)
+            finished = replace(finished, rows=(*finished.rows, *found))
+
+            def end() -> None:
+                report_early(finished)
+                team.end()
+
+            cuts_of = {str(cut): cut for *_, cut in trials}
+            least = _smallest(call, team, rows, by_name, cuts_of, end)
+            team.share(None)
     team.close()
     if team.rank:
         return None
-    found, notes = judged_growth(rows, chosen, team.size)
-    if process and process.ending:
-        notes = [*notes, process.ending]
-    finished = report(*notes)
-    return replace(finished, rows=(*finished.rows, *found))
+    more = [text for text in (least, process.ending if process else "") if text]
+    return replace(finished, notes=(*finished.notes, *more))
+
+
+def _smallest(
+    call: Callable[..., Any],
+    team: Ranks,
+    rows: Sequence[Row],
+    cases: Mapping[str, Case],
+    cuts: Mapping[str, Cut],
+    end: Callable[[], None],
+) -> str:
+    """Return the smallest problem with a wrong result; call end if ranks do not come back."""
+    wrong = [row for row in rows if row.status == "wrong"]
+    if not wrong:
+        return ""
+    first = min(wrong, key=lambda row: (cuts[row.where].P, size_of(cases[row.case])))
+
+    def fails(trial: tuple[Case, Cut]) -> bool:
+        case, cut = trial
+        try:
+            draw(case, first.dtype, first.seed)
+        except ValueError:  # its mask needs more queries
+            return False
+        team.share((case, first.dtype, first.seed, cut))
+        row = judged(partial(call, cut=cut), case, first.dtype, first.seed)
+        if team.stuck:
+            end()
+        return row.status == "wrong"
+
+    (case, cut), _ = smallest((cases[first.case], cuts[first.where]), fails, simpler_on_ranks)
+    return f"smallest that fails, from {first.case} in {first.dtype}: {cut}: {size_text(case)}"
 
 
 def _kinds(cuts: Any) -> tuple[str, ...]:

@@ -1,14 +1,22 @@
 """What an error of the checked function means, in one line, with its place in the user's code."""
 
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from lvxattn.check.call_kernel import BackwardError, ContractError
+from lvxattn.check.one_call import BackwardError, ContractError
 from lvxattn.check.time_limit import EndedError, TimeIsUpError
 
 _LONGEST = 300  # characters of a message
+# In errors by which functions refuse values of another size than keys in their own words, unlike
+# those of a library in which shapes turn out not to fit.
+_REFUSED = re.compile(
+    r"Error: .*\b(head[ _]?(dim|size)|heads?_dim|value[ _]?(dim|size|head)|d_?v\b|embed|same head"
+    r"|last dim|q/k/v|qk?, ?k,? ?(and )?v)",
+    re.IGNORECASE,
+)
 
 
 def failure_of(error: BaseException) -> tuple[str, str]:
@@ -25,6 +33,11 @@ def failure_of(error: BaseException) -> tuple[str, str]:
         return "error", one_line(error)
     cause = error.__cause__ if isinstance(error, EndedError) else None
     return "error", describe_error(cause or error)
+
+
+def refuses_value_size(message: str) -> bool:
+    """Whether an error is about the size of values: the function's own way to refuse it."""
+    return bool(_REFUSED.search(message))
 
 
 def describe_error(error: BaseException) -> str:
@@ -78,6 +91,7 @@ _OURS = tuple(
         "ranks",
         "callers",
         "call_kernel.py",
+        "one_call.py",
         "surroundings.py",
         "time_limit.py",
         "case_arrays.py",

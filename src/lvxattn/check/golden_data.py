@@ -206,7 +206,9 @@ def _needless(case: Case) -> str:
     if case.memory != "contiguous":
         return "its point is how the arrays lie in memory, which a file does not keep"
     if case.calls:
-        return "its point is what is called before"
+        return "its point is what is called beside it"
+    if case.quick and case.group == "combinations":
+        return "it combines what others have alone"
     if case.group == "tables" or case.mask == "all dead":
         return "what is right can be written down without a file"
     return ""

@@ -20,7 +20,8 @@ from lvxattn.check.call_kernel import call_kernel
 from lvxattn.check.case_arrays import Problem
 from lvxattn.check.frameworks.numpy_arrays import NumPy
 from lvxattn.check.judge import RESULTS, Truth, difference, disagree, norms
-from lvxattn.check.wrong import WRONG, KernelBase
+from lvxattn.check.shards import Cut
+from lvxattn.check.wrong import KERNELS, WRONG, KernelBase, OnRanks
 
 Array = npt.NDArray[Any]
 
@@ -52,7 +53,7 @@ class Match:
         shown = {name: x for name, x in self.arguments.items() if (name, x) != ("shards", 1)}
         options = ", ".join(f"{name} = {x}" for name, x in shown.items())
         name = f"*{self.name}*" + (f" ({options})" if options else "")
-        compare = WRONG[self.name].compare
+        compare = KERNELS[self.name].compare
         if compare == "size":
             return f"error as large as that of {name}"
         if compare == "message":
@@ -71,11 +72,14 @@ class Failure:
         The function's, float64 by name.
     truth : Truth
         Of the problem.
+    cut : Cut, optional
+        Of the problem, for a distributed function.
     """
 
     problem: Problem
     results: dict[str, Array]
     truth: Truth
+    cut: Cut | None = None
 
     @cached_property  # used for every kernel that is compared
     def errors(self) -> dict[str, Array]:
@@ -113,7 +117,7 @@ def matches(names: Collection[str], failure: Failure) -> list[Match]:
     Parameters
     ----------
     names : collection of str
-        Keys of `WRONG`, in whose order they are tried.
+        Keys of `KERNELS`, in whose order they are tried.
     failure : Failure
     """
     given = failure.problem
@@ -124,7 +128,7 @@ def matches(names: Collection[str], failure: Failure) -> list[Match]:
     ):
         found = [
             match
-            for name, kernel in WRONG.items()
+            for name, kernel in KERNELS.items()
             if name in names and kernel.compare == compare
             for match in _nearest(name, failure, problems, among)
         ]
@@ -159,19 +163,23 @@ def same_message(results: dict[str, Array] | str, message: str) -> bool:
 
 
 def run_kernel(
-    kernel: KernelBase, problem: Problem, names: Collection[str]
+    kernel: KernelBase | OnRanks, problem: Problem, names: Collection[str], cut: Cut | None = None
 ) -> dict[str, Array] | str:
     """Return a wrong kernel's results, or its error message.
 
     Parameters
     ----------
-    kernel : KernelBase
+    kernel : KernelBase or OnRanks
     problem : Problem
     names : collection of str
         Results that are needed.
+    cut : Cut, optional
+        Of the problem, for a distributed function.
     """
     gradients = bool({"dq", "dk", "dv"} & set(names))
     try:
+        if isinstance(kernel, OnRanks):
+            return kernel.results(problem, cut) if cut else "there are no ranks"
         return call_kernel(kernel, problem, _NUMPY, backward=kernel.backward, gradients=gradients)
     except Exception as error:  # a ContractError, or NumPy's, such as that q is read-only
         return str(error)
@@ -181,7 +189,7 @@ def compare_results(
     name: str, arguments: dict[str, Any], failure: Failure, results: dict[str, Array]
 ) -> list[Match]:
     """Return a match if the results of a wrong kernel are near those of the function."""
-    compare = _sizes if WRONG[name].compare == "size" else _values
+    compare = _sizes if KERNELS[name].compare == "size" else _values
     near = compare(failure, results)
     return [] if near is None else [Match(name, arguments, *near)]
 
@@ -192,8 +200,8 @@ def _nearest(
     """Return the nearest match of one kernel's variants, if any."""
     for problem in problems:
         found = []
-        for arguments in WRONG[name].variants:
-            results = run_kernel(WRONG[name](**arguments), problem, among)
+        for arguments in KERNELS[name].variants:
+            results = run_kernel(KERNELS[name](**arguments), problem, among, failure.cut)
             if not isinstance(results, str):
                 found += compare_results(name, arguments, failure, {x: results[x] for x in among})
         if found:

@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lvxattn.check.call_kernel import call_kernel, mismatch
+from lvxattn.check.call_kernel import call_kernel
 from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import DTYPES, Case, suite_of
+from lvxattn.check.check_arguments import wanted_dtypes
 from lvxattn.check.check_report import Row
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.judge import Truth, Verdict, judge, truth_for
-from lvxattn.check.suite import Caller, diagnosed, wanted_dtypes
+from lvxattn.check.one_call import mismatch
+from lvxattn.check.suite import Caller, diagnosed
 
 Array = npt.NDArray[Any]
 

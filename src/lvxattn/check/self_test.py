@@ -16,6 +16,7 @@ from lvxattn.check.call_kernel import call_kernel
 from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import CASES, suite_of
 from lvxattn.check.correct_kernels import correct_kernels
+from lvxattn.check.covering import covering, pairs
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.judge import RESULTS, Truth, ratio_of, truth_for
 from lvxattn.check.suite import attempt
@@ -153,10 +154,18 @@ def check_wrong_kernels(
     """
     numpy = framework_of("numpy")
     caught: dict[str, dict[str, list[str]]] = {name: {} for name in names}
-    for case in CASES:
+    for case in [*CASES, *pairs(), *covering()]:
         for dtype in dtypes or numpy.dtypes:
+            # In combinations only what is caught by no other case.
+            left = {
+                name: cases
+                for name, cases in caught.items()
+                if case.group != "combinations" or not cases.keys() - {case.name}
+            }
+            if not left:
+                continue
             problem, truth = draw(case, dtype), truth_for(case, dtype, 0)
-            for name, cases in caught.items():
+            for name, cases in left.items():
                 if not _worst(WRONG[name](), numpy, problem, truth) <= 1:
                     cases.setdefault(case.name, []).append(dtype)
     return caught

@@ -1,21 +1,20 @@
 """Run a suite of cases on a function: the entry point of the oracle."""
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 import numpy.typing as npt
 
-from lvxattn.check.call_kernel import backward_of
 from lvxattn.check.callers import process_of
 from lvxattn.check.case_arrays import Problem, draw
-from lvxattn.check.cases import DTYPES, Case, suite_of
+from lvxattn.check.cases import Case, suite_of
+from lvxattn.check.check_arguments import check_arguments, wanted_dtypes
+from lvxattn.check.check_notes import notes_of
 from lvxattn.check.check_report import Report, Row
-from lvxattn.check.dependence import condition, described, smallest
+from lvxattn.check.dependence import condition, described, simpler_cases, smallest
 from lvxattn.check.diagnosis import Suspects
-from lvxattn.check.error_location import failure_of, one_line
+from lvxattn.check.error_location import failure_of, one_line, refuses_value_size
 from lvxattn.check.frameworks import Framework, framework_of
 from lvxattn.check.import_target import name_of
 from lvxattn.check.judge import RESULTS, Verdict, judge, truth_for
@@ -24,15 +23,6 @@ Array = npt.NDArray[Any]
 # Calls the function on a problem and returns float64 arrays by name; appends to notes why there are
 # no gradients.
 Solve = Callable[[Problem, list[str]], dict[str, Array]]
-
-_SHOWN = 5  # reasons for no gradients
-# In errors by which functions refuse values of another size than keys in their own words, unlike
-# those of a library in which shapes turn out not to fit.
-_REFUSED = re.compile(
-    r"Error: .*\b(head[ _]?(dim|size)|heads?_dim|value[ _]?(dim|size|head)|d_?v\b|embed|same head"
-    r"|last dim|q/k/v|qk?, ?k,? ?(and )?v)",
-    re.IGNORECASE,
-)
 
 
 def check(
@@ -211,7 +201,7 @@ def judged(
     problem = draw(case, dtype, seed)
     notes: list[str] = []
     results, status, message = attempt(lambda: solve(problem, notes))
-    if status == "error" and case.D_V != case.D and _REFUSED.search(message):
+    if status == "error" and case.D_V != case.D and refuses_value_size(message):
         status = "unsupported"
     about |= {"note": one_line("; ".join(notes)), "message": message}
     verdicts: tuple[Verdict, ...] = ()
@@ -233,7 +223,7 @@ def _depends(solve: Solve, rows: Sequence[Row], cases: Mapping[str, Case]) -> li
     wrong = [row for row in rows if row.status == "wrong"]
     if not wrong:
         return []
-    first = min(wrong, key=lambda row: _size(cases[row.case]))
+    first = min(wrong, key=lambda row: size_of(cases[row.case]))
 
     def fails(case: Case) -> bool:
         try:
@@ -242,14 +232,15 @@ def _depends(solve: Solve, rows: Sequence[Row], cases: Mapping[str, Case]) -> li
             return False
         return judged(solve, case, first.dtype, first.seed).status == "wrong"
 
-    found, more = smallest(cases[first.case], fails)
+    found, more = smallest(cases[first.case], fails, simpler_cases)
     tried = [(cases[r.case], r.dtype, r.status == "wrong") for r in rows if r.verdicts]
     tried += [(case, first.dtype, failed) for case, failed in more.items()]
     least = f"smallest that fails, from {first.case} in {first.dtype}: {described(found)}"
     return [text for text in (condition(tried), least) if text]
 
 
-def _size(case: Case) -> int:
+def size_of(case: Case) -> int:
+    """Return a measure of a case's size."""
     return case.B * case.H * case.S_Q * case.S_KV * (case.D + case.D_V)
 
 
@@ -267,102 +258,3 @@ def attempt(work: Callable[[], dict[str, Array]]) -> tuple[dict[str, Array], str
         return work(), "", ""
     except BaseException as error:
         return getattr(error, "results", {}), *failure_of(error)
-
-
-def notes_of(
-    framework: Framework,
-    rows: Sequence[Row],
-    wanted: Sequence[str],
-    abandoned: int = 0,
-    ending: str = "",
-) -> list[str]:
-    """Return remarks on the check as a whole.
-
-    Parameters
-    ----------
-    framework : Framework
-    rows : sequence of Row
-    wanted : sequence of str
-        The requested dtypes.
-    abandoned : int
-        Number of calls that could not be ended.
-    ending : str
-        How the function's process has ended, if not as it should.
-    """
-    missing = framework.missing
-    notes = [f"{dtype} was left out: {missing[dtype]}" for dtype in wanted if dtype in missing]
-    judged = [row for row in rows if row.verdicts]
-    count = Counter(row.note for row in judged if row.note)
-    for why, n in count.most_common(_SHOWN):
-        part = f"no gradients in {n} of {len(judged)}"
-        notes.append(f"{'forward only' if n == len(judged) else part}: {why}")
-    if len(count) > _SHOWN:
-        notes.append(f"and {len(count) - _SHOWN} more reasons for no gradients")
-    if raised := sum(row.status == "error" for row in judged):
-        forward = [[v.passed for v in row.verdicts if v.name in ("out", "lse")] for row in judged]
-        right = f"right in {sum(map(all, forward))} of {len(judged)}"
-        notes.append(f"the backward raised in {raised}; the forward alone is {right}")
-    if judged and not any(v.name == "lse" for row in judged for v in row.verdicts):
-        notes.append("no lse was returned, and none judged")
-    if abandoned:
-        notes.append(
-            f"calls that did not come back and could not be ended: {abandoned}, "
-            "which may have slowed down what followed"
-        )
-    return [*notes, ending] if ending else notes
-
-
-def check_arguments(
-    fn: Any, suite: str, backward: Any, seeds: Any, time_limit: Any, cases: Any = None
-) -> None:
-    """Validate arguments of `check`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, what was expected and what was given.
-    """
-    if not callable(fn) and not isinstance(fn, str):
-        raise TypeError(f"fn: expected a function, got {type(fn).__name__} {fn!r:.40}")
-    suite_of(suite)
-    if not isinstance(backward, bool | str) and not callable(backward):
-        raise TypeError(f"backward: expected True, False or a function, got {backward!r:.40}")
-    backward_of(fn, backward)
-    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
-        raise ValueError(f"seeds: expected a whole number, at least 1, got {seeds!r:.40}")
-    if (
-        isinstance(time_limit, bool)
-        or not isinstance(time_limit, int | float)
-        or not (time_limit > 0)
-    ):
-        raise ValueError(f"time_limit: expected seconds, more than 0, got {time_limit!r:.40}")
-    if isinstance(cases, Case):
-        raise TypeError(f"cases: expected a sequence of Case objects, got {cases.name} alone")
-    for case in cases or ():
-        if not isinstance(case, Case):
-            raise TypeError(f"cases: expected Case objects, as of case_of(name), got {case!r:.40}")
-
-
-def wanted_dtypes(dtypes: Any, suite: str, framework: Framework) -> tuple[str, ...]:
-    """Return the dtypes to check; by default also ones that are unavailable, which are noted.
-
-    Raises
-    ------
-    TypeError, ValueError
-        dtypes is not a sequence of available dtypes.
-    """
-    if dtypes is None:
-        return tuple(framework.usual if suite == "quick" else DTYPES)
-    if isinstance(dtypes, str) or not isinstance(dtypes, Iterable):
-        raise TypeError(f"dtypes: expected a sequence of names, got {dtypes!r:.40}")
-    known, found = ", ".join(framework.dtypes), tuple(dtypes)
-    if not found:
-        raise ValueError(f"dtypes: expected at least one of {known}, got none")
-    for dtype in found:
-        if dtype not in framework.dtypes:
-            why = framework.missing.get(str(dtype))
-            raise ValueError(
-                f"dtypes: expected some of {known} with {framework.name}, got {dtype!r:.40}"
-                + (f", which was left out: {why}" if why else "")
-            )
-    return found

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lvxattn.check.call_kernel import ContractError
+from lvxattn.check.one_call import ContractError
 
 T = TypeVar("T")
 

@@ -14,12 +14,12 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.call_kernel import ContractError, result_shapes
 from lvxattn.check.callers.fork_server import server_with
 from lvxattn.check.callers.messages import MessageError, receive, send
 from lvxattn.check.case_arrays import Problem
 from lvxattn.check.error_location import users_place
 from lvxattn.check.frameworks import Framework
+from lvxattn.check.one_call import ContractError, result_shapes
 from lvxattn.check.shards import Cut
 from lvxattn.check.time_limit import LONGEST, TimeIsUpError, shortened
 
@@ -32,7 +32,7 @@ _POLL = 0.02  # seconds
 _OUTERMOST = b'  File "<string>", line 1 in <module>\n'  # the last line of a child's stack
 _RANKS = 10.0  # seconds in which virtual ranks end one another
 # The check's files that call what is the user's, and files of packages that wait for a lock's file.
-_CALLERS = ("call_kernel.py", "import_target.py")
+_CALLERS = ("one_call.py", "import_target.py")
 _LOCKS, _NEAR = r"\b(file_baton|filelock|_soft|_unix)\b", 4
 _LOCKED = ": it waits for a lock's file, which a run that was killed may have left"
 _FIRST = ", in its first call: if that compiles, allow more by time_limit, --time-limit"

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lvxattn.check.case_arrays import Problem, draw
 from lvxattn.check.cases import Case, case_of, suite_of
+from lvxattn.check.check_arguments import wanted_dtypes
 from lvxattn.check.check_report import Report, Row
 from lvxattn.check.command.launched import allgather
 from lvxattn.check.covering import coverage
@@ -21,7 +22,7 @@ from lvxattn.check.golden_data import inputs_of, mask_text, write_tensors
 from lvxattn.check.import_target import load
 from lvxattn.check.judge import truth_for
 from lvxattn.check.shards import CUTS
-from lvxattn.check.suite import Caller, check, diagnosed, wanted_dtypes
+from lvxattn.check.suite import Caller, check, diagnosed
 from lvxattn.check.sweep import coverage as coverage_of_cuts
 from lvxattn.cli.arguments import UsageError, cannot_write
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from lvxattn.check.cases import DTYPES
@@ -70,8 +71,8 @@ class Framework(ABC):
         memory : str
             The copy's layout, as far as the library allows: ``"contiguous"``; ``"transposed"``, its
             last two axes swapped in memory; ``"sequence-major"``, its second and third;
-            ``"broadcast"``, stride 0 along its second axis, if x is constant there;
-            ``"read-only"``.
+            ``"broadcast"``, stride 0 along its second axis, if x is constant there; ``"cache"``, a
+            part of a longer array along its third axis; ``"read-only"``.
         """
         if memory == "transposed" and x.ndim == 4:
             return self._dense(x.swapaxes(-1, -2)).swapaxes(-1, -2)
@@ -79,6 +80,10 @@ class Framework(ABC):
             return self._dense(x.swapaxes(1, 2)).swapaxes(1, 2)
         if memory == "broadcast" and x.ndim == 4 and x.shape[1] > 1 and (x == x[:, :1]).all():
             return self._repeat(self._dense(x[:, :1]), x.shape)
+        if memory == "cache" and x.ndim == 4:
+            longer = np.full((*x.shape[:2], x.shape[2] + 8, x.shape[3]), np.nan).astype(x.dtype)
+            longer[:, :, 3:-5] = x
+            return self._dense(longer)[:, :, 3:-5]
         return self._dense(x)
 
     @abstractmethod

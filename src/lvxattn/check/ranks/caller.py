@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from lvxattn.check.call_kernel import Together, call_kernel
+from lvxattn.check.call_kernel import call_kernel
 from lvxattn.check.case_arrays import Problem
 from lvxattn.check.frameworks import Framework
+from lvxattn.check.one_call import Together
 from lvxattn.check.ranks.tasks import Ranks, joined
 from lvxattn.check.shards import Cut
 

@@ -31,7 +31,7 @@ from lvxattn.check.surroundings import call_watched
 from lvxattn.check.sweep import GROUPS
 from lvxattn.check.time_limit import TimeLimit
 
-START, OUTCOME, ORDER, MEET, MET = 7101, 7102, 7103, 7104, 7105
+START, OUTCOME, ORDER, MEET, MET, SHARE = 7101, 7102, 7103, 7104, 7105, 7106
 # Seconds between two messages of a rank, besides its task.
 SLACK = 10.0
 # Seconds in which rank 0 judges a case.
@@ -69,6 +69,12 @@ class Processes(ABC):
             self._send_all(text, MET)
         if text := self._receive(0, MET, JUDGING + SLACK):
             raise ValueError(text)
+
+    def share(self, what: Any) -> Any:
+        """Return rank 0's object.  Collective: every rank calls this."""
+        if self.rank == 0:
+            self._send_all(what, SHARE)
+        return self._listen(SHARE, self.time_limit + JUDGING)
 
     def run(self, group: Sequence[int], task: Task) -> list[Outcome]:
         """Run a task on a group of ranks.  Collective: every rank calls this."""

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lvxattn.check.call_kernel import BackwardError, ContractError, Together
 from lvxattn.check.error_location import failure_of
+from lvxattn.check.one_call import BackwardError, ContractError, Together
 from lvxattn.check.shards import join_parts
 from lvxattn.check.time_limit import TimeIsUpError
 
@@ -74,6 +74,12 @@ class Ranks(Protocol):
         ------
         ValueError
             They differ; the same on all ranks.
+        """
+
+    def share(self, what: Any) -> Any:
+        """Return rank 0's object on every rank.
+
+        Collective: every rank calls this.
         """
 
     def run(self, group: Sequence[int], task: Task) -> list[Outcome]:

@@ -12,6 +12,14 @@ class TiledHeads(KernelBase, name="heads tiled"):
         return np.arange(H) % H_KV
 
 
+class ShiftedHeads(KernelBase, name="key-value head by a shift"):
+    """Query head h reads key-value head h >> n, as if groups had 2^n heads."""
+
+    def _kv_head(self, H: int, H_KV: int) -> Array:
+        shift = (H // H_KV).bit_length() - 1
+        return np.asarray(np.minimum(np.arange(H) >> shift, H_KV - 1))
+
+
 class LastHead(KernelBase, name="dk and dv of a group's last head"):
     """Query heads that share keys overwrite one another's dk and dv instead of adding them."""
 

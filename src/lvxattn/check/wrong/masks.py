@@ -185,6 +185,41 @@ class ScaledBias(KernelBase, name="additive mask scaled"):
         return super()._hide(s, mask)
 
 
+class CornersDecide(KernelBase, name="tile skipped by its first and last row"):
+    """A tile is skipped if a mask hides it from its first and its last query."""
+
+    variants = SHARDS
+
+    def _hide(self, s: Array, mask: Array | None) -> Array:
+        s = super()._hide(s, mask)
+        if mask is None or mask.dtype != bool:
+            return s
+        seen = (s > -np.inf)[:, :, [0, -1]].any(axis=(2, 3), keepdims=True)
+        return np.where(seen, s, -np.inf).astype(s.dtype)
+
+
+class FewMasks(KernelBase, name="batch 0's mask where B H is 32 or more"):
+    """Another path for many heads reads the first batch entry's mask."""
+
+    def _tile(self, mask: Mask, keys: slice) -> Array | None:
+        tile = super()._tile(mask, keys)
+        return tile[:1] if tile is not None and self.shape[0] * self.shape[1] >= 32 else tile
+
+
+class FoldedIndices(KernelBase, name="callable asked with indices of grouped queries"):
+    """Queries of heads that share keys are rows of one head, and a callable gets the row."""
+
+    def _begin(self, q: Array, k: Array, scale: float) -> None:
+        super()._begin(q, k, scale)
+        self.group = q.shape[1] // k.shape[1]
+
+    def _mask(self, mask: Mask) -> Mask:
+        if not callable(mask):
+            return mask
+        group, S_Q = self.group, self.shape[2]
+        return lambda b, h, q_index, kv_index: mask(b, h, q_index * group % S_Q, kv_index)
+
+
 class OwnIndices(KernelBase, name="callable asked with a shard's own indices"):
     """A callable mask gets key indices that begin at 0 in every shard."""
 

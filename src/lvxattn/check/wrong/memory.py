@@ -37,6 +37,28 @@ class RowStride(KernelBase, name="row stride taken as D"):
         return np.lib.stride_tricks.as_strided(x, x.shape, strides, writeable=False)
 
 
+class HeadStride(KernelBase, name="head stride taken as S D"):
+    """Heads are read one behind the other, even where they are parts of longer arrays."""
+
+    def _read(self, x: Array) -> Array:
+        row = x.shape[3] * x.itemsize
+        dense = x.shape[2] * row
+        if x.strides[2:] != (row, x.itemsize) or x.strides[1] in (0, dense):
+            return x
+        strides = (x.shape[1] * dense, dense, row, x.itemsize)
+        return np.lib.stride_tricks.as_strided(x, x.shape, strides, writeable=False)
+
+
+class LayoutOfQ(KernelBase, name="keys read in the layout of q"):
+    """Keys and values are read as (B, S, H, D) if q is, and otherwise as (B, H, S, D)."""
+
+    def _arguments(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        by_rows = [x.shape[1] > 1 and 0 < x.strides[1] < x.strides[2] for x in (q, k)]
+        if by_rows[0] != by_rows[1]:
+            k = k.swapaxes(1, 2).reshape(k.shape)
+        return super()._arguments(q, k, v)
+
+
 class ScalesInPlace(KernelBase, name="q scaled in place and restored"):
     """The scale is multiplied into q itself, and q is restored afterwards."""
 
@@ -99,6 +121,36 @@ class Race(_KeepsState, name="a race, once in 500 calls"):
     def _begin(self, q: Array, k: Array, scale: float) -> None:
         super()._begin(q, k, scale)
         self.kept["calls"] = self.kept.get("calls", 0) + 1
+
+
+class RaceOfHeads(_KeepsState, name="a race between heads, once in 500 calls"):
+    """Once in 500 calls two heads share the memory for their results."""
+
+    def _results(self, _q: Array, out: Array, lse: Array) -> Partial:
+        self.kept["calls"] = self.kept.get("calls", 0) + 1
+        if self.kept["calls"] % 500 == 400:
+            out[:, -1] = out[:, 0]
+        return out, lse
+
+
+class RaceInBackward(_KeepsState, name="a race in the backward, once in 200 calls"):
+    """Once in 200 calls a sum of gradients is overwritten."""
+
+    def _gradients(self, dq: Array, dk: Array, dv: Array) -> Gradients:
+        self.kept["calls"] = self.kept.get("calls", 0) + 1
+        return (dq / 2 if self.kept["calls"] % 200 == 150 else dq), dk, dv
+
+
+class LatestLse(_KeepsState, name="backward by the latest forward's lse"):
+    """The backward takes lse from memory of all forwards instead of its own."""
+
+    def _results(self, _q: Array, out: Array, lse: Array) -> Partial:
+        self.kept["lse"] = lse.copy()
+        return out, lse
+
+    def _probabilities(self, s: Array, lse: Array) -> Array:
+        latest: Array = self.kept.get("lse", lse)
+        return super()._probabilities(s, latest if latest.shape == lse.shape else lse)
 
 
 class GradientsNotZeroed(_KeepsState, name="gradients not zeroed between calls"):

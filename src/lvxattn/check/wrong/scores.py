@@ -55,6 +55,13 @@ class MeanForMaximum(KernelBase, name="mean subtracted for the maximum"):
         return np.asarray(total / max(1, s.shape[3]), s.dtype)
 
 
+class ZeroIsNone(KernelBase, name="scale of 0 taken for none"):
+    """A scale of 0 is replaced by 1 / sqrt(D)."""
+
+    def _scale(self, D: int) -> Any:
+        return super()._scale(D) or D**-0.5
+
+
 class MaximumFromZero(KernelBase, name="maximum starts at 0"):
     """The running maximum starts at 0 instead of -inf: exp underflows where all scores are low."""
 

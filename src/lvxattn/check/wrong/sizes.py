@@ -208,3 +208,33 @@ class RawScores(KernelBase, name="raw scores overflow in half precision"):
         if self.dtype != np.float16:
             return s
         return np.where(abs(s) > 65504, np.copysign(np.inf, s), s).astype(s.dtype)
+
+
+class WholeLargeTiles(KernelBase, name="last key lost where keys are whole tiles of 256"):
+    """The last tile of 256 is taken for a partial one of 0 keys but one."""
+
+    def _tile(self, mask: Mask, keys: slice) -> Array | None:
+        tile = super()._tile(mask, keys)
+        if self.shape[3] % 256:
+            return tile
+        seen = np.arange(self.shape[3])[keys] < self.shape[3] - 1
+        if tile is None:
+            return seen[None, None, None]
+        return np.asarray(tile & seen if tile.dtype == bool else np.where(seen, tile, -np.inf))
+
+
+class LastRowOfDq(KernelBase, name="dq of the last query lost behind whole tiles"):
+    """The last tile of queries, of 64, is left out of dq if it has one row."""
+
+    def _gradients(self, dq: Array, dk: Array, dv: Array) -> Gradients:
+        if dq.shape[2] > 64 and dq.shape[2] % 64 == 1:
+            dq[:, :, -1] = 0
+        return dq, dk, dv
+
+
+class WideSingleQuery(KernelBase, name="components beyond the 64th dropped for a single query"):
+    """A single query has a kernel of its own, for at most 64 components."""
+
+    def _scores(self, q: Array, k: Array) -> Array:
+        most = 64 if self.shape[2] == 1 else None
+        return super()._scores(q[..., :most], k[..., :most])
