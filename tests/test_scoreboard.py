@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from benchmarks.scoreboard.outcome import (
     without_report,
 )
 from benchmarks.scoreboard.processes import run
+from benchmarks.scoreboard.seconds import measured
 from benchmarks.scoreboard.table import page
 from tests.launch import ROOT
 
@@ -130,29 +132,40 @@ def test_the_page_says_what_was_found():
     outcomes = [
         of_report(ENTRY, 2, wrong).as_json(),
         of_report(ENTRY, 3, right).as_json(),
-        without_report(ENTRY, 0, "quick", ABSENT, "ERROR: No matching distribution").as_json(),
+        without_report(ENTRY, 0, "full", ABSENT, "ERROR: No matching distribution").as_json(),
     ]
     lines = page(outcomes).splitlines()
+    start = "| [attention](#numpy), `mine` | numpy 2.0.0 |"
     assert [
         re.sub(r"\d{4}-\d\d-\d\d", "DATE", line) for line in lines if "[attention]" in line
     ] == [
-        "| [attention](#mine) | numpy 2.0.0 |  | **cannot be installed** |  |  |  |  |  | DATE |",
-        "| [attention](#mine) | numpy 2.0.0 | 2 | **wrong** | 0 of 3 | 2 | float32 | no scale | 1 "
-        "| DATE |",
-        "| [attention](#mine) | numpy 2.0.0 | 3 | right | 1 of 1 | 0 |  |  | 0 | DATE |",
+        f"{start}  | full | **cannot be installed** |  |  |  |  |  | DATE |",
+        f"{start} 2 | quick | **wrong** | 0 of 3 | 2 | float32 | no scale | 1 | DATE |",
+        f"{start} 3 | quick | right | 1 of 1 | 0 |  |  | 0 | DATE |",
     ]
-    said = lines[lines.index("### mine") :]
-    assert "`python -m benchmarks.scoreboard mine`" in said
+    said = lines[lines.index("### numpy") :]
     for words in (
-        r"- 2 ranks: probably \*no scale\*: explains 1 of 1 failures",
-        "- 2 ranks: fails only where B \\> 1: x",
-        r"- 2 ranks: 1: RuntimeError: a \| b",
-        "- 2 ranks: wrong out in 1 cases: gaussian",
-        r"- 2 ranks: unsupported, 1: takes no \<mask\>",
-        "- 2 ranks: no lse was returned, and none judged",
-        "- one process: ERROR: No matching distribution",
+        r"- `mine` on 2: probably \*no scale\*: explains 1 of 1 failures",
+        "- `mine` on 2: fails only where B \\> 1: x",
+        r"- `mine` on 2: 1: RuntimeError: a \| b",
+        "- `mine` on 2: wrong out in 1 cases: gaussian",
+        r"- unsupported: takes no \<mask\>",
+        "- `mine` on 0: ERROR: No matching distribution",
     ):
         assert words in said
+    assert "no lse was returned" not in " ".join(said)  # the head says it once
+
+
+def test_lines_that_rows_have_in_common_stand_once():
+    entries = [replace(ENTRY, name=name) for name in "abcd"]
+    rows = [row("square", "error", f"shape {n} is invalid") for n in range(4)]
+    notes = [("x", "everywhere"), ("x", "everywhere"), ("x", "everywhere"), ("everywhere",)]
+    outcomes = [
+        of_report(entry, 0, report(each, notes=some)).as_json()
+        for entry, each, some in zip(entries, rows, notes, strict=True)
+    ]
+    said = page(outcomes).partition("### numpy\n\n")[2].splitlines()
+    assert said == ["- all but `d`: x", "- 1: shape 0 is invalid", "- everywhere"]
 
 
 def test_no_folder_of_the_machine_is_written_down():
@@ -172,7 +185,7 @@ def test_the_machinery(tmp_path, capsys):
     assert {name: x["result"] for name, x in found.items()} == {"nan 0": DIFFERS, "gone 0": SILENT}
     assert found["nan 0"]["counts"]["ok"] > 40
     assert "gone" in found["gone 0"]["findings"][0]
-    assert "[attention \\| in NumPy](#nan)" in written.read_text()
+    assert "[attention \\| in NumPy](#numpy), `nan`" in written.read_text()
     # A run of some keeps the rows of the others, and says where the command is wrong.
     results.write_text(
         json.dumps({"outcomes": found | {"old 0": found["nan 0"] | {"name": "old"}}})
@@ -197,6 +210,7 @@ def test_what_cannot_be_installed_is_said_so(tmp_path, monkeypatch):
 
 def test_the_words_of_a_process_that_ended():
     assert last_words("a\nValueError: x\nb\n") == "ValueError: x"
+    assert last_words("ValueError: x\ntorch.ChildFailedError: \nb\n") == "ValueError: x"
     assert last_words("a\nb\n\n") == "b"
     assert last_words("") == "it said nothing"
 
@@ -223,6 +237,18 @@ def _runs(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
+
+
+def test_functions_are_timed_in_turns():
+    pytest.importorskip("torch")
+    sizes = {"B": 1, "H": 2, "S_Q": 4, "S_KV": 8, "D": 4}
+    functions = {"lv-xattn": ("ours:lv_xattn", (2,)), "gather": ("ours:gather", (4,))}
+    work = {"rounds": 2, "functions": functions, "sizes": sizes}
+    forward, both = measured(Path(sys.executable), 2, None, work, 300)
+    assert (forward["pass"], [*forward["ratios"]]) == ("forward", ["gather"])
+    assert (both["pass"], both["ratios"]) == ("forward and backward", {})  # none on 2 ranks
+    assert (both["ranks"], both["network"], both["rounds"]) == (2, "shared memory", 2)
+    assert forward["seconds"] > 0
 
 
 def test_the_committed_page_is_that_of_the_committed_results():

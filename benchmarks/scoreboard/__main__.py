@@ -74,8 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.fresh and not options.here:
         for name in {entry.environment for entry in wanted}:
             shutil.rmtree(options.cache / "environments" / name, ignore_errors=True)
-    kept = _stored(options.results)
-    stored: dict[str, Json] = kept.get("outcomes", {})
     status = 0
     for n, entry in enumerate(wanted):
         for ranks in entry.ranks or (0,):
@@ -93,28 +91,24 @@ def main(argv: list[str] | None = None) -> int:
                 print(output)
             print(f"{entry.name} {ranks or ''}: {outcome.result} {outcome.counts}", flush=True)
             status |= outcome.result in (ABSENT, SILENT)
-            stored[f"{entry.name} {ranks}"] = outcome.as_json()
-            _write(options, stored, [entry.name for entry in every], kept.get("seconds"))
+            _store(options, f"{entry.name} {ranks}", outcome.as_json(), [x.name for x in every])
         later = {entry.environment for entry in wanted[n + 1 :]}
         if options.remove and not options.here and entry.environment not in later:
             shutil.rmtree(options.cache / "environments" / entry.environment, ignore_errors=True)
     return status
 
 
-def _stored(path: Path) -> dict[str, Json]:
-    found: dict[str, Json] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+def _store(options: argparse.Namespace, key: str, outcome: Json, order: list[str]) -> None:
+    """Add an outcome to the stored ones, which another run may have changed; write the page.
 
-
-def _write(
-    options: argparse.Namespace, stored: dict[str, Json], order: list[str], seconds: Json | None
-) -> None:
-    """Write results and page, in the order of the entries; what is no entry any more is dropped."""
-    kept = {name: x for name, x in stored.items() if x["name"] in order}
+    Outcomes are in the order of the entries; what is no entry any more is dropped.
+    """
+    found: Json = json.loads(options.results.read_text()) if options.results.exists() else {}
+    kept = found.get("outcomes", {}) | {key: outcome}
+    kept = {name: x for name, x in kept.items() if x["name"] in order}
     kept = dict(sorted(kept.items(), key=lambda item: (order.index(item[1]["name"]), item[0])))
-    results = {"outcomes": kept} | ({"seconds": seconds} if seconds else {})
-    write_file(options.results, json.dumps(results, indent=1) + "\n")
-    write_file(options.page, page([*kept.values()], seconds))
+    write_file(options.results, json.dumps(found | {"outcomes": kept}, indent=1) + "\n")
+    write_file(options.page, page([*kept.values()], found.get("seconds")))
 
 
 if __name__ == "__main__":

@@ -72,28 +72,33 @@ def entries(path: Path = PINNED) -> list[Entry]:
     ValueError
         Naming the entry, what was expected and what was given.
     """
-    found = tomllib.loads(path.read_text())
-    environments = found.get("environment", {})
-    for name, requires in environments.items():
+    known = environments(path)
+    found = tomllib.loads(path.read_text()).get("entry", {})
+    return [_entry(name, fields, known, path) for name, fields in found.items()]
+
+
+def environments(path: Path = PINNED) -> dict[str, tuple[str, ...]]:
+    """Return what each environment of a file requires; raises as `entries`."""
+    found = tomllib.loads(path.read_text()).get("environment", {})
+    for name, requires in found.items():
         for pin in requires:
             if pin.count("==") != 1:
                 raise ValueError(
                     f"{path.name}: environment {name}: expected NAME==VERSION, got {pin!r}"
                 )
-    return [
-        _entry(name, fields, environments, path) for name, fields in found.get("entry", {}).items()
-    ]
+    return {name: tuple(requires) for name, requires in found.items()}
 
 
-def _entry(name: str, fields: dict[str, Any], environments: dict[str, Any], path: Path) -> Entry:
+def _entry(
+    name: str, fields: dict[str, Any], known: dict[str, tuple[str, ...]], path: Path
+) -> Entry:
     for needed in ("what", "environment", "adapter", "framework"):
         if needed not in fields:
             raise ValueError(f"{path.name}: {name}: expected {needed!r}, got {sorted(fields)}")
     where = fields["environment"]
-    if where not in environments:
+    if where not in known:
         raise ValueError(
-            f"{path.name}: {name}: expected an environment of {', '.join(environments)}, "
-            f"got {where!r}"
+            f"{path.name}: {name}: expected an environment of {', '.join(known)}, got {where!r}"
         )
     lists = {key: tuple(fields.get(key, ())) for key in ("ranks", "cuts", "options")}
     variables = tuple(fields.get("variables", {}).items())
@@ -102,7 +107,7 @@ def _entry(name: str, fields: dict[str, Any], environments: dict[str, Any], path
         name,
         fields.get("package", ""),
         environment=where,
-        requires=tuple(environments[where]),
+        requires=known[where],
         variables=variables,
         **rest,
         **lists,

@@ -57,4 +57,5 @@ def last_words(output: str) -> str:
     """Return the line of a process's output that says why it ended."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or line.startswith("ERROR")]
+    errors = [line for line in errors if "ChildFailedError" not in line]  # torchrun's, of a rank
     return (errors or lines or ["it said nothing"])[-1][:300]

@@ -71,6 +71,6 @@ def _scores(q, k, bias, scale):
 
 
 def _rest(q, k):
-    """Return the other results, which only the backward reads: cumulative lengths, and so on."""
-    none = torch.empty(0, dtype=torch.int64)
-    return none, none, q.shape[2], k.shape[2], none, none, none
+    """Return the other results: no cumulative lengths, and a state of random numbers, unused."""
+    state = torch.empty((), dtype=torch.int64)
+    return None, None, q.shape[2], k.shape[2], state, state, torch.empty(0, dtype=q.dtype)

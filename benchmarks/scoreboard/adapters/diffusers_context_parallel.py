@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.scoreboard.adapters import cuda_ops_on_cpus
 from benchmarks.scoreboard.adapters.limits import (
+    needs_all_ranks,
     needs_divisible_heads,
     needs_equal_heads,
     needs_equal_shards,
@@ -63,8 +64,7 @@ def _attend(q, k, v, group, scale, mask, backend, degree, **anything):
     ranks = dist.get_world_size(group)
     if ranks == 1:
         raise NotImplementedError(f"{PACKAGE}: a degree 'must be greater than 1'")
-    if ranks != dist.get_world_size():
-        raise NotImplementedError(f"{PACKAGE}: tried here with all ranks, which make its mesh")
+    needs_all_ranks(group, PACKAGE)
     needs_equal_heads(q, k, f"'GQA is not yet supported for templated attention': {PACKAGE}")
     needs_equal_sizes(k, v, f"{PACKAGE} ('model layout (B, S, H, D)')")
     if mask is not None:  # of keys: models pass (B, s_kv), split like the keys

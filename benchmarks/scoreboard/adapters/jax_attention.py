@@ -31,6 +31,7 @@ def flax_nnx(q, k, v, *, scale, mask):
     from flax import nnx
 
     needs_default_scale(q, scale, "flax.nnx.dot_product_attention")
+    needs_equal_sizes(k, v, "flax.nnx.dot_product_attention ('value shape should be')")
     return _swapped(nnx.dot_product_attention(*map(_swapped, (q, k, v)), **_masks(mask)))
 
 

@@ -33,6 +33,14 @@ def needs_default_scale(q, scale, package):
         raise NotImplementedError(f"{package} has no scale argument")
 
 
+def needs_all_ranks(group, package):
+    """Raise NotImplementedError for a group of some of the ranks."""
+    import torch.distributed as dist
+
+    if dist.get_world_size(group) != dist.get_world_size():
+        raise NotImplementedError(f"{package}: tried here with all ranks, which make its mesh")
+
+
 def needs_equal_shards(q, k, group, package):
     """Raise NotImplementedError on all ranks where shards differ in length.  Collective."""
     import torch.distributed as dist
