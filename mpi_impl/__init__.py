@@ -6,6 +6,7 @@ _start(limited="doctor")  # before the imports that start MPI
 
 from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter
+from lvxattn.common.rules import Causal, Rule, Segments
 from lvxattn.plan.choose import Layout
 
 from .block_attention import block_attention, block_attention_backward
@@ -21,9 +22,12 @@ from .transport.death_notice import announce_death
 from .transport.device import limit_blas_threads, use_device
 
 __all__ = [
+    "Causal",
     "Layout",
     "Meter",
+    "Rule",
     "Saved",
+    "Segments",
     "announce_death",
     "block_attention",
     "block_attention_backward",

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from lvxattn.common.masks import MaskRule, MaskView
+from lvxattn.common.rules import Rule
 from lvxattn.common.validation import accumulator, dtype_name
 
 from . import kernels
@@ -115,13 +116,24 @@ def partial_attention(
         The largest score, and the sum of exponentiated scores divided by exp(top); (0, -inf, 0)
         where a query may attend to no key.  Of `kernels`: lse and 1.
     """
-    if kernels.choose(q, k, v, MaskView.of(mask).mask, kernel).kernel == "cuda":
-        xp = array_module(q)
+    view, xp = MaskView.of(mask), array_module(q)
+    if isinstance(view.mask, Rule):
+        out = xp.zeros((*q.shape[:3], v.shape[3]), accumulator(dtype_name(q)))
+        top, total = xp.full(q.shape[:3], -xp.inf, out.dtype), xp.zeros(q.shape[:3], out.dtype)
+        for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
+            found = partial_attention(
+                q[:, :, rows], k[:, :, keys], v[:, :, keys],
+                scale=scale, mask=part, progress=progress, kernel=kernel,
+            )  # fmt: skip
+            out[:, :, rows], top[:, :, rows], total[:, :, rows] = merge_partials(
+                out[:, :, rows], top[:, :, rows], total[:, :, rows], *found
+            )
+        return out, top, total
+    if kernels.choose(q, k, v, view.mask, kernel).kernel == "cuda":
         out, lse = kernels.forward(xp, q, k, v, scale=float(scale))
         progress()
         return out, lse, xp.ones_like(lse)
-    work = Tiles(q, k, MaskView.of(mask))
-    xp = work.xp
+    work = Tiles(q, k, view)
     out, top, total = work.new_rows(v.shape[3]), work.new_rows(), work.new_rows()
     for at in work.row_tiles():
         q_tile = work.load(q, at) * float(scale)
@@ -198,13 +210,21 @@ def block_attention_backward(
     >>> np.allclose(dv, 6 / 50)  # each of 6 queries gives each of 50 keys an equal weight
     True
     """
-    if kernels.choose(q, k, v, MaskView.of(mask).mask, kernel).kernel == "cuda":
-        xp = array_module(q)
+    view, xp = MaskView.of(mask), array_module(q)
+    if isinstance(view.mask, Rule):
+        dq = xp.zeros(q.shape, accumulator(dtype_name(q)))
+        for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
+            dq[:, :, rows] += block_attention_backward(
+                dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
+                lse[:, :, rows], delta[:, :, rows], dk[:, :, keys], dv[:, :, keys],
+                scale=scale, mask=part, progress=progress, kernel=kernel,
+            )  # fmt: skip
+        return dq
+    if kernels.choose(q, k, v, view.mask, kernel).kernel == "cuda":
         dq = kernels.backward(xp, dout, q, k, v, lse, delta, dk, dv, scale=float(scale))
         progress()
         return dq
-    work = Tiles(q, k, MaskView.of(mask))
-    xp = work.xp
+    work = Tiles(q, k, view)
     dq = work.new_rows(q.shape[3])
     sums = [x if x.dtype == work.dtype else xp.zeros(x.shape, work.dtype) for x in (dk, dv)]
     dk_sum, dv_sum = sums

@@ -10,20 +10,21 @@ kernels and copies have finished with its buffer (see `transport.buffers`); this
 the rank waits or calls `progress`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.common.exchange_base import ExchangeBase, RotationBase
+from lvxattn.common.exchange_base import ExchangeBase, Leg, RotationBase
 from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.wire import NAMES, Kind, cut
 
 from .merge import Array
-from .transport.buffers import buffer
+from .transport.buffers import Buffer, buffer
 from .transport.device import array_module
 from .transport.transfers import Transfer, Waited
 from .transport.watchdog import Watchdog, wait
@@ -59,12 +60,12 @@ class Exchange(ExchangeBase):
         super().__init__(layout, mask, meter)
         self.comm = comm
         self.xp, self.dtype, self.wide = array_module(q), q.dtype, np.dtype(layout.accumulator)
-        self.rotations: list[Rotation] = []
+        self.rotations: list[Rotation]
         self.watchdog = Watchdog.armed(comm, layout.hosts)
 
-    def rotation(self, kind: Kind, start: int = 0) -> "Rotation":
-        """Return the rotation of one kind of block, which begins at hop `start`."""
-        rotation = Rotation(self, kind, start)
+    def rotation(self, kind: Kind) -> "Rotation":
+        """Return the rotation of one kind of block."""
+        rotation = Rotation(self, kind)
         self.rotations.append(rotation)
         return rotation
 
@@ -92,20 +93,20 @@ class Exchange(ExchangeBase):
     def progress(self) -> None:
         """Let MPI continue its transfers; without such calls large messages do not progress."""
         self.begin()
-        MPI.Request.Testall([r for rotation in self.rotations for r in rotation.requests])
+        MPI.Request.Testall([t.request for rotation in self.rotations for t in rotation.transfers])
 
     def finish(self) -> None:
         """Wait for pending sends, so that no request is left."""
         for rotation in self.rotations:
-            rotation.wait_sent()
             for held in rotation.buffers:
+                rotation.wait_sent(held)
                 held.settle()
 
     def begin(self) -> None:
         """Start the requests whose buffers have become ready."""
         for rotation in self.rotations:
-            rotation.sending.begin()
-            rotation.receiving.begin()
+            for transfer in rotation.transfers:
+                transfer.begin()
 
 
 class Rotation(RotationBase):
@@ -113,81 +114,124 @@ class Rotation(RotationBase):
 
     Attributes
     ----------
-    nbytes : int
-        The size of the largest block.
+    largest : int
+        The size of the largest block, in bytes.
+    buffers : list of Buffer
+        The current block's and the next one's; more only where blocks that skip ranks wait for
+        their turn to leave, and none on a rank that no block comes to or leaves.
+    here : Buffer or None
+        The buffer of the block received last.
     """
 
-    def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
-        super().__init__(exchange.layout, kind, hop)
+    def __init__(self, exchange: Exchange, kind: Kind) -> None:
+        super().__init__(exchange.layout, kind)
         self.exchange = exchange
         sizes = [kind.nbytes(self.layout, owner) for owner in range(exchange.P)]
-        self.nbytes = max(sizes)
-        # The current block's, and the next block's; one rank needs neither.
-        count = 2 if exchange.P > 1 else 0
-        try:
-            self.buffers = [buffer(exchange.xp, self.nbytes) for _ in range(count)]
-        except Exception as error:
-            largest = kind.name.format(sizes.index(self.nbytes))
-            error.add_note(f"for {largest}, the largest block")
-            raise
-        self.sending, self.receiving = Transfer.nothing(), Transfer.nothing()
+        self.largest = max(sizes)
+        self.largest_owner = sizes.index(self.largest)
+        self.buffers: list[Buffer] = []
+        self.here: Buffer | None = None
+        self.arrays: list[Array] = []
+        self.sending: dict[Buffer, tuple[Leg, Transfer]] = {}
+        self.receiving: dict[Buffer, tuple[Leg, Transfer]] = {}
+        for _ in range(2 if self.due else 0):
+            self._allocate()
 
     @property
-    def requests(self) -> tuple[MPI.Request, MPI.Request]:
-        """The pending send and receive."""
-        return self.sending.request, self.receiving.request
+    def transfers(self) -> list[Transfer]:
+        """The pending sends and receives."""
+        return [transfer for _, transfer in (*self.sending.values(), *self.receiving.values())]
 
-    def send(self, *arrays: Array) -> None:
-        """Send arrays to the right, and start to receive from the left; nothing with one rank."""
-        if self.exchange.P > 1:
-            for view, x in zip(self._views(), arrays, strict=True):
-                view[...] = x  # over the block received before, which has been used
-            self.buffers[0].filled()
-            self.pass_on()
+    def send(self, *arrays: Array, hop: int) -> None:
+        """Send the block that is here at a hop to its next stop, if it has one."""
+        if (leg := self.leaves.get(hop)) is not None:
+            # Over the block received, which has been used; a first stop has received none.
+            held = self.here if hop in self.comes and self.here else self._free()
+            self.here = None
+            self._load(held, leg, arrays)
+        self.exchange.post()
 
-    def pass_on(self) -> None:
-        """Send the current block to the right, and start to receive the next one.
+    def pass_on(self, hop: int) -> None:
+        """Send the block received at a hop to its next stop, if it has one."""
+        if (leg := self.leaves.get(hop)) is not None:
+            if leg.rows == self.comes[hop].rows:
+                self.loaded[hop] = self.here
+            else:
+                self._load(self._free(), leg, self.arrays)
+        self.exchange.post()
 
-        The next one overwrites the block before the current one.
+    def _load(self, held: Buffer, leg: Leg, arrays: Sequence[Array]) -> None:
+        for view, x in zip(self._views(held, leg), arrays, strict=True):
+            view[...] = x if leg.whole else x[:, :, leg.rows]
+        held.filled()
+        self.loaded[leg.start] = held
+
+    def receive(self, hop: int) -> list[Array]:
+        """Wait for the block that comes at a hop, and return its arrays.
+
+        They are views of a buffer, valid until the next block is received and sent on; copies where
+        rows did not travel, as they see nothing here, which are filled in.
         """
-        comm, layout, meter = self.exchange.comm, self.layout, self.exchange.meter
-        current, free = self.buffers
-        outgoing, incoming = self._nbytes(self.hop), self._nbytes(self.hop + 1)
-        # The block before was sent from `free`: nothing may be received there until it has left.
-        self.wait_sent()
-        self.hop += 1
-        meter.sent(outgoing, layout.right, self.leaving)
-        room, empty = free.receivable(incoming)
-        block, whole = current.sendable(outgoing)
-        self.receiving = Transfer(
-            lambda: comm.Irecv([room, MPI.BYTE], layout.left, self.kind.tag), empty
-        )
-        self.sending = Transfer(
-            lambda: comm.Isend([block, MPI.BYTE], layout.right, self.kind.tag), whole
-        )
-        self.buffers = [free, current]
+        leg = self.comes[hop]
+        held = next(buffer for buffer, (its, _) in self.receiving.items() if its is leg)
+        self._wait_for(self.receiving, held, lambda: self.awaited(leg))
+        held.deliver(self.nbytes(leg))
+        self.here, self.arrays = held, self._views(held, leg)
+        if not leg.whole:
+            rows, self.arrays = self.arrays, []
+            fields = self.kind.fields(self.layout, leg.owner)
+            for x, field, fill in zip(rows, fields, self.kind.fill, strict=False):
+                self.arrays.append(self.exchange.xp.full(field.shape, fill, x.dtype))
+                self.arrays[-1][:, :, leg.rows] = x
+        return self.arrays
 
-    def receive(self) -> list[Array]:
-        """Wait for the next block from the left, and return its arrays.
+    def start(self, stop: int, legs: list[Leg]) -> None:
+        """Start the transfers that end at a stop: of one block that comes, and of those leaving."""
+        comm, tag = self.exchange.comm, self.kind.tag
+        if (coming := self.comes.get(stop)) is not None:
+            free, source = self._free(), self.source(coming)
+            room, empty = free.receivable(self.nbytes(coming))
+            receive = Transfer(lambda: comm.Irecv([room, MPI.BYTE], source, tag), empty)
+            self.receiving[free] = coming, receive
+        for leg in legs:
+            held = self.loaded.pop(leg.start)
+            block, whole = held.sendable(self.nbytes(leg))
+            self.exchange.meter.sent(self.nbytes(leg), self.dest(leg), partial(self.leaving, leg))
+            begin = partial(comm.Isend, [block, MPI.BYTE], self.dest(leg), tag)
+            self.sending[held] = leg, Transfer(begin, whole)
 
-        They are views of a buffer, valid until the next but one block is sent.
-        """
-        self._wait_for(self.receiving, self.awaited)
-        self.buffers[0].deliver(self._nbytes(self.hop))
-        return self._views()
+    def wait_sent(self, held: Buffer) -> None:
+        """Wait until the last send from a buffer is complete."""
+        if held in self.sending:
+            leg, _ = self.sending[held]
+            self._wait_for(self.sending, held, lambda: self.leaving(leg))
 
-    def wait_sent(self) -> None:
-        """Wait until the last send is complete."""
-        self._wait_for(self.sending, self.leaving)
+    def _free(self) -> Buffer:
+        """Return a buffer that may be written to; the one whose block has left first."""
+        busy = {self.here, *self.loaded.values(), *self.receiving}
+        idle = [held for held in self.buffers if held not in busy] or [self._allocate()]
+        held = min(idle, key=lambda held: self.sending[held][0].stop if held in self.sending else 0)
+        self.wait_sent(held)
+        return held
 
-    def _wait_for(self, transfer: Transfer, what: Callable[[], Block]) -> None:
-        waited = Waited(transfer, self.exchange.begin)
+    def _allocate(self) -> Buffer:
+        try:
+            self.buffers.append(buffer(self.exchange.xp, self.largest))
+        except Exception as error:
+            error.add_note(f"for {self.kind.name.format(self.largest_owner)}, the largest block")
+            raise
+        return self.buffers[-1]
+
+    def _wait_for(
+        self,
+        pending: dict[Buffer, tuple[Leg, Transfer]],
+        held: Buffer,
+        what: Callable[[], Block],
+    ) -> None:
+        waited = Waited(pending[held][1], self.exchange.begin)
         with self.exchange.meter.waits(what):
             wait(waited, self.exchange.watchdog, what)
+        del pending[held]
 
-    def _views(self) -> list[Array]:
-        fields = self.kind.fields(self.layout, self.layout.owner(self.hop))
-        return cut(self.buffers[0].array, fields, self.exchange.dtype_of)
-
-    def _nbytes(self, hop: int) -> int:
-        return self.kind.nbytes(self.layout, self.layout.owner(hop))
+    def _views(self, held: Buffer, leg: Leg) -> list[Array]:
+        return cut(held.array, self.fields(leg), self.exchange.dtype_of)

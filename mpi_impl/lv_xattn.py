@@ -39,21 +39,19 @@ def lv_xattn(
     Collective: every rank calls this.  Arguments come from `cross_attention`.  Returns (out, top,
     total), merged over all ranks' keys.
     """
-    # The first result to leave is that of hop 1's block.
-    queries, partials = exchange.rotation(QUERIES), exchange.rotation(PARTIALS, start=1)
+    queries, partials = exchange.rotation(QUERIES), exchange.rotation(PARTIALS)
     (k1, v1, mask1), (k2, v2, mask2) = exchange.split_keys(k_shard, v_shard)
     P, scale, progress = exchange.P, exchange.scale, exchange.progress
 
     # 1. Send my queries; attention to the first half of my keys overlaps with the transfer.
-    queries.send(q)
+    queries.send(q, hop=0)
     with exchange.computing(hop=0):
         mine = partial_attention(q, k1, v1, scale=scale, mask=mask1, progress=progress)
 
-    for hop in range(1, P):
+    for hop in queries.comes:
         # 2. Receive a visiting block, and pass it on before computing with it.
-        (q_block,) = queries.receive()
-        if hop < P - 1:
-            queries.pass_on()
+        (q_block,) = queries.receive(hop)
+        queries.pass_on(hop)
         # 3. Attend from the visiting queries to my keys.
         with exchange.computing(hop):
             partial = partial_attention(
@@ -61,17 +59,18 @@ def lv_xattn(
                 progress=progress,
             )  # fmt: skip
         # 4. Merge with the result of the ranks before, and send it after the block.
-        if hop > 1:
-            partial = merge_partials(*partial, *partials.receive())
-        partials.send(*partial)
+        if hop in partials.comes:
+            partial = merge_partials(*partial, *partials.receive(hop))
+        partials.send(*partial, hop=hop)
 
     if P > 1:
         # 5. Attend to the second half of my keys while the result for my queries comes home.
         with exchange.computing(hop=0):
             rest = partial_attention(q, k2, v2, scale=scale, mask=mask2, progress=progress)
         mine = merge_partials(*mine, *rest)
-        # 6. Merge with the other ranks' result for my queries.
-        mine = merge_partials(*mine, *partials.receive())
+    # 6. Merge with the other ranks' result for my queries.
+    if P in partials.comes:
+        mine = merge_partials(*mine, *partials.receive(P))
     return mine
 
 
@@ -84,7 +83,7 @@ def lv_xattn_backward(
     Collective: every rank calls this.  delta (from `delta_of`) replaces out and dlse.  Returns dq,
     and dk and dv of this rank's keys, summed over all queries.
     """
-    blocks, gradients = exchange.rotation(QUERY_BLOCKS), exchange.rotation(QUERY_GRADIENTS, start=1)
+    blocks, gradients = exchange.rotation(QUERY_BLOCKS), exchange.rotation(QUERY_GRADIENTS)
     dk, dv = exchange.accumulators(k_shard, v_shard)
     # dk1, dv1, dk2 and dv2 are views: adding to them adds to dk and dv.
     (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_keys(
@@ -93,17 +92,16 @@ def lv_xattn_backward(
     P, scale, progress = exchange.P, exchange.scale, exchange.progress
 
     # 1. Send my block; work on the first half of my keys overlaps with the transfer.
-    blocks.send(q, dout, lse, delta)
+    blocks.send(q, dout, lse, delta, hop=0)
     with exchange.computing(hop=0):
         dq = block_attention_backward(
             dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1, progress=progress
         )
 
-    for hop in range(1, P):
+    for hop in blocks.comes:
         # 2. Receive a visiting block, and pass it on before computing with it.
-        q_block, dout_block, lse_block, delta_block = blocks.receive()
-        if hop < P - 1:
-            blocks.pass_on()
+        q_block, dout_block, lse_block, delta_block = blocks.receive(hop)
+        blocks.pass_on(hop)
         # 3. Differentiate the visiting queries' attention to my keys, adding to dk and dv.
         with exchange.computing(hop):
             dq_block = block_attention_backward(
@@ -111,9 +109,9 @@ def lv_xattn_backward(
                 scale=scale, mask=exchange.mask_view(hop), progress=progress,
             )  # fmt: skip
         # 4. Add the gradient from the ranks before, and send it after the block.
-        if hop > 1:
-            dq_block += gradients.receive()[0]
-        gradients.send(dq_block)
+        if hop in gradients.comes:
+            dq_block += gradients.receive(hop)[0]
+        gradients.send(dq_block, hop=hop)
 
     if P > 1:
         # 5. Work on the second half of my keys while the gradient of my queries comes home.
@@ -121,6 +119,7 @@ def lv_xattn_backward(
             dq += block_attention_backward(
                 dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2, progress=progress
             )
-        # 6. Add the other ranks' gradient of my queries.
-        dq += gradients.receive()[0]
+    # 6. Add the other ranks' gradient of my queries.
+    if P in gradients.comes:
+        dq += gradients.receive(P)[0]
     return dq, dk, dv

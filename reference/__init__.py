@@ -6,6 +6,7 @@ To be read in the order of `merge`, `block_attention`, `exchange`, `lv_xattn`, `
 
 from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter
+from lvxattn.common.rules import Causal, Rule, Segments
 from lvxattn.plan.choose import Layout
 
 from .block_attention import block_attention, block_attention_backward
@@ -16,10 +17,13 @@ from .recompute import Saved, cross_attention_layer, cross_attention_layer_backw
 from .virtual_ranks import Message, VirtualComm, run_ranks
 
 __all__ = [
+    "Causal",
     "Layout",
     "Message",
     "Meter",
+    "Rule",
     "Saved",
+    "Segments",
     "VirtualComm",
     "block_attention",
     "block_attention_backward",

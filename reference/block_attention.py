@@ -21,7 +21,7 @@ dout and delta, so that `delta_of` applies the factor to those, and nothing more
 Equations: arXiv:2307.08691, algorithms 1 and 2.
 """
 
-from math import prod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -94,18 +94,20 @@ def partial_attention(
     """
     out = np.zeros((*q.shape[:3], v.shape[3]))
     top, total = np.full(q.shape[:3], -np.inf), np.zeros(q.shape[:3])
-    for keys in tiles(k.shape[2], _tile_keys(q)):
+    for rows, keys, mask_view in _tiles(q, k, mask):
         # 1. Compute scores, with -inf where a query may not attend.
-        scores = _scores(q, k, keys, scale, MaskView.of(mask))
+        scores = _scores(q[:, :, rows], k[:, :, keys], scale, mask_view)  # (B, H, rows, keys)
         # 2. Softmax over this tile alone.  Where a row sees no key, 0 avoids -inf - -inf.
         row_max = scores.max(axis=-1)
         base = np.where(row_max == -np.inf, 0.0, row_max)
         p = np.exp(scores - base[..., None])
         row_sum = p.sum(axis=-1)
-        row_out = _ungroup(_group(p, k) @ v[:, :, None, keys])  # (B, H, s_q, D_V)
+        row_out = _ungroup(_group(p, k) @ v[:, :, None, keys])  # (B, H, rows, D_V)
         row_out /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
         # 3. Join it with the tiles before.
-        out, top, total = merge_partials(out, top, total, row_out, row_max, row_sum)
+        out[:, :, rows], top[:, :, rows], total[:, :, rows] = merge_partials(
+            out[:, :, rows], top[:, :, rows], total[:, :, rows], row_out, row_max, row_sum
+        )
     return out, top, total
 
 
@@ -157,16 +159,18 @@ def block_attention_backward(
     """
     dq = np.zeros(q.shape)
     base = np.where(lse == -np.inf, 0.0, lse)
-    for keys in tiles(k.shape[2], _tile_keys(q)):
+    for rows, keys, mask_view in _tiles(q, k, mask):
+        q_tile, dout_tile = q[:, :, rows], dout[:, :, rows]
         # 1. Compute the probabilities of these keys among all keys.
-        p = np.exp(_scores(q, k, keys, scale, MaskView.of(mask)) - base[..., None])
+        scores = _scores(q_tile, k[:, :, keys], scale, mask_view)  # (B, H, rows, keys)
+        p = np.exp(scores - base[:, :, rows, None])
         # 2. Compute their gradients, and those of the scores.
-        dp = _ungroup(_group(dout, k) @ v[:, :, None, keys].swapaxes(-1, -2))  # (B, H, s_q, keys)
-        ds = scale * p * (dp - delta[..., None])
+        dp = _ungroup(_group(dout_tile, k) @ v[:, :, None, keys].swapaxes(-1, -2))
+        ds = scale * p * (dp - delta[:, :, rows, None])  # (B, H, rows, keys)
         # 3. Add to plain sums; the heads of a group share their key-value head.
-        dv[:, :, keys] += _over_rows(p, dout, k)
-        dk[:, :, keys] += _over_rows(ds, q, k)
-        dq += _ungroup(_group(ds, k) @ k[:, :, None, keys])  # (B, H, s_q, D)
+        dv[:, :, keys] += _over_rows(p, dout_tile, k)
+        dk[:, :, keys] += _over_rows(ds, q_tile, k)
+        dq[:, :, rows] += _ungroup(_group(ds, k) @ k[:, :, None, keys])  # (B, H, rows, D)
     return dq
 
 
@@ -201,16 +205,23 @@ def delta_of(
     return dout, np.where(seen, delta, 0.0)
 
 
-def _tile_keys(q: Array) -> int:
-    return max(1, TILE_SCORES // max(1, prod(q.shape[:3])))
-
-
-def _scores(q: Array, k: Array, keys: slice, scale: float, mask: MaskView) -> Array:
+def _tiles(
+    q: Array, k: Array, mask: MaskView | npt.NDArray[Any] | MaskRule | None
+) -> Iterator[tuple[slice, slice, MaskView]]:
+    """Yield the rows and keys of every tile, and its mask; nothing of what a `Rule` hides."""
     B, H, s_q, _ = q.shape
-    # (B, H, s_q, keys)
-    scores = scale * _ungroup(_group(q, k) @ k[:, :, None, keys].swapaxes(-1, -2))
+    for rows, keys, view in MaskView.of(mask).parts(s_q, k.shape[2]):
+        lines = B * H * (rows.stop - rows.start)
+        for tile in tiles(keys.stop - keys.start, max(1, TILE_SCORES // max(1, lines))):
+            start, stop = keys.start + tile.start, keys.start + tile.stop
+            yield rows, slice(start, stop), view.from_key(tile.start)
+
+
+def _scores(q: Array, k: Array, scale: float, mask: MaskView) -> Array:
+    B, H, s_q, _ = q.shape
+    scores = scale * _ungroup(_group(q, k) @ k[:, :, None].swapaxes(-1, -2))  # (B, H, s_q, s_kv)
     # The view calls a callable mask on global indices, and makes them with np.arange.
-    mask_tile = mask.tile(slice(0, B), slice(0, H), slice(0, s_q), keys, np.arange)
+    mask_tile = mask.tile(slice(0, B), slice(0, H), slice(0, s_q), slice(0, k.shape[2]), np.arange)
     if mask_tile is None:
         return scores
     return np.where(mask_tile, scores, -np.inf) if mask_tile.dtype == bool else scores + mask_tile

@@ -47,9 +47,9 @@ class Exchange(ExchangeBase):
         super().__init__(layout, mask, meter)
         self.comm = comm
 
-    def rotation(self, kind: Kind, start: int = 0) -> "Rotation":
-        """Return the rotation of one kind of block, which begins at hop `start`."""
-        return Rotation(self, kind, start)
+    def rotation(self, kind: Kind) -> "Rotation":
+        """Return the rotation of one kind of block."""
+        return Rotation(self, kind)
 
     def accumulators(self, *arrays: Array) -> list[Array]:
         """Return zeros in the shapes of these arrays, to which their gradients are added."""
@@ -69,26 +69,37 @@ class Exchange(ExchangeBase):
 class Rotation(RotationBase):
     """One kind of block travelling round the ring."""
 
-    def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
-        super().__init__(exchange.layout, kind, hop)
+    def __init__(self, exchange: Exchange, kind: Kind) -> None:
+        super().__init__(exchange.layout, kind)
         self.exchange = exchange
         self.block: list[Array] = []
 
-    def send(self, *arrays: Array) -> None:
-        """Send arrays to the right; with one rank, do nothing."""
-        if self.exchange.P > 1:
-            self.block = list(arrays)
-            self.pass_on()
+    def send(self, *arrays: Array, hop: int) -> None:
+        """Send the block that is here at a hop to its next stop, if it has one."""
+        self.block = list(arrays)
+        self.pass_on(hop)
 
-    def pass_on(self) -> None:
-        """Send the current block to the right: the one received last, or given to `send`."""
-        exchange, right = self.exchange, self.layout.right
-        self.hop += 1
-        exchange.meter.sent(sum(x.nbytes for x in self.block), right, self.leaving)
-        exchange.comm.send(self.block, right, self.kind.tag)
+    def pass_on(self, hop: int) -> None:
+        """Send the block received at a hop to its next stop, if it has one."""
+        if hop in self.leaves:
+            exchange, leg = self.exchange, self.leaves[hop]
+            rows = [x[:, :, leg.rows] for x in self.block] if not leg.whole else self.block
+            nbytes = sum(x.nbytes for x in rows)
+            exchange.meter.sent(nbytes, self.dest(leg), lambda: self.leaving(leg))
+            exchange.comm.send(rows, self.dest(leg), self.kind.tag)
 
-    def receive(self) -> list[Array]:
-        """Wait for the next block from the left, and return its arrays."""
-        with self.exchange.meter.waits(self.awaited):
-            self.block = self.exchange.comm.recv(self.layout.left, self.kind.tag)
+    def receive(self, hop: int) -> list[Array]:
+        """Wait for the block that comes at a hop, and return its arrays.
+
+        Rows that did not travel, as they see nothing here, are filled in.
+        """
+        leg = self.comes[hop]
+        with self.exchange.meter.waits(lambda: self.awaited(leg)):
+            self.block = self.exchange.comm.recv(self.source(leg), self.kind.tag)
+        if not leg.whole:
+            rows, self.block = self.block, []
+            fields = self.kind.fields(self.layout, leg.owner)
+            for x, field, fill in zip(rows, fields, self.kind.fill, strict=False):
+                self.block.append(np.full(field.shape, fill))
+                self.block[-1][:, :, leg.rows] = x
         return self.block

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lvxattn.common.rules import Causal, Segments
 from tests.naive import Array, Truth, naive_attention
 
 LENGTHS = (1, 31, 63, 97, 257)
@@ -147,6 +148,13 @@ def _frames(case: Case, rng: np.random.Generator) -> Callable[..., Array]:
     return mask
 
 
+def _documents(case: Case, rng: np.random.Generator, *, earlier: bool = False) -> Segments:
+    """Up to 6 documents of any lengths, zero among them."""
+    cuts = (np.sort(rng.integers(0, s + 1, 5)) for s in (case.S_Q, case.S_KV))
+    bounds = ([0, *cut, s] for cut, s in zip(cuts, (case.S_Q, case.S_KV), strict=True))
+    return Segments(*(tuple(np.diff(b)) for b in bounds), earlier=earlier)
+
+
 MASKS: dict[str, Callable[[Case, np.random.Generator], Any]] = {
     "none": lambda case, rng: None,
     "full": _random_bool,
@@ -160,6 +168,10 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], Any]] = {
     "dead rows": _dead_rows,
     "dead shard": _dead_shard,
     "all dead": lambda case, rng: np.zeros((1, 1, 1, case.S_KV), bool),
+    "documents": _documents,
+    "earlier documents": lambda case, rng: _documents(case, rng, earlier=True),
+    "causal": lambda case, rng: Causal(case.S_KV - case.S_Q),
+    "causal documents": lambda case, rng: _documents(case, rng) & Causal(case.S_KV // 3),
 }
 
 
@@ -239,7 +251,10 @@ BF16: list[Case] = [
     for case in (
         Case("plain"),
         Case("grouped", B=2, H=4, H_KV=2, D_V=5),
-        *(Case(f"mask {m}", B=2, mask=m) for m in ("full", "additive", "callable", "dead rows")),
+        *(
+            Case(f"mask {m}", B=2, mask=m)
+            for m in ("full", "additive", "callable", "dead rows", "documents")
+        ),
         Case("257 keys", S_KV=257),
     )
 ]

@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from lvxattn import mpi_impl
 from lvxattn.cli.tensors import InputError
+from lvxattn.common.exchange_base import Leg
 from lvxattn.common.wire import QUERIES
 from lvxattn.mpi_impl import exchange
 from lvxattn.mpi_impl.commands.run import choose_backend
@@ -273,9 +274,12 @@ def test_progress_starts_ready_requests() -> None:
     hop = exchange.Exchange(MPI.COMM_SELF, layout, q)
     blocks = hop.rotation(QUERIES)
     room, is_ready = np.zeros(1, int), [False]
-    blocks.receiving = transfers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
-    blocks.sending = transfers.Transfer(
-        lambda: MPI.COMM_SELF.Isend(np.array([5]), 0), lambda: is_ready[0]
+    leg = Leg(0, 0, 1, slice(0, 3), whole=True)
+    there, back = (buffers.HostBuffer(0) for _ in range(2))
+    blocks.receiving[there] = leg, transfers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
+    blocks.sending[back] = (
+        leg,
+        transfers.Transfer(lambda: MPI.COMM_SELF.Isend(np.array([5]), 0), lambda: is_ready[0]),
     )
     hop.progress()
     assert room == 0

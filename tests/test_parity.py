@@ -32,7 +32,8 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
         "exchange": {
             "Exchange.progress": "MPI progresses large messages only while it is called",
             "Exchange.begin": "a request starts when its buffers are ready",
-            "Rotation.requests": "what `progress` tests",
+            "Rotation.transfers": "what `progress` tests",
+            "Rotation.start": "transfers run beside the work, begun in an order of all ranks",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
             "Exchange.dtype_of": "blocks lie in buffers of bytes",
         },
@@ -43,6 +44,7 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
         "exchange": {
             **dict.fromkeys(("Exchange.layout", "Rotation.layout"), "a layout with buffers"),
             "Exchange.check_stamp": "autograd's backwards may come in another order on some ranks",
+            "Rotation.start": "transfers run beside the work, begun in an order of all ranks",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
             "Exchange.dtype_of": "blocks lie in buffers of bytes",
             "span": "names hop and block for the profiler",

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from lvxattn.torch_impl.examples import packed_documents
 from lvxattn.torch_impl.examples import two_dimensional_mesh as mesh
 from tests.launch import Ended
 from tests.tolerances import UNIT, summed
@@ -59,3 +60,16 @@ def test_impossible_mesh_prints_one_line() -> None:
 
 def test_documented_command_runs() -> None:
     assert f"torchrun --standalone --nproc-per-node 4 -m {mesh.__name__}\n" in (mesh.__doc__ or "")
+
+
+def test_packed_documents_equal_one_process_and_send_a_third() -> None:
+    end = forked(4, "-m", packed_documents.__name__)
+    assert (end.status, end.err, end.left) == (0, "", ())
+    assert "8 documents on 4 ranks" in end.out
+    with_rule, without = (
+        int(n.replace(",", "")) for n in re.search(r": (\S+) of (\S+)\n", end.out).groups()
+    )
+    assert 0 < with_rule <= without / 3
+    worst = float(re.search(r"from one process: (\S+)\n", end.out)[1])
+    # Sums over at most all keys of terms below 10 in 10 products.
+    assert worst <= 100 * summed(UNIT["float64"], sum(packed_documents.IMAGES))

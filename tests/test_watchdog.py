@@ -136,12 +136,12 @@ def test_wait_names_kind_owner_hop_and_neighbour() -> None:
         B=1, H=1, H_KV=1, D=1, D_V=1, dtype="float32", scale=1.0, schedule="lv-xattn",
     )  # fmt: skip
     exchange = Exchange(MPI.COMM_SELF, layout, np.zeros(1, np.float32))
-    rotation = exchange.rotation(PARTIALS, start=2)
-    assert rotation.awaited() == Block(RESULTS_HOME, 0, 2, source=2)
-    assert rotation.leaving() == Block(RESULTS_HOME, 2, 2, dest=3)
-    rotation = exchange.rotation(KEYS_VALUES, start=1)
-    assert rotation.awaited() == Block(KEYS, 2, 1, source=2)
-    assert rotation.leaving() == Block(KEYS, 1, 1, dest=3)
+    rotation = exchange.rotation(PARTIALS)
+    assert rotation.awaited(rotation.comes[2]) == Block(RESULTS_HOME, 0, 2, source=2)
+    assert rotation.leaving(rotation.leaves[1]) == Block(RESULTS_HOME, 2, 2, dest=3)
+    rotation = exchange.rotation(KEYS_VALUES)
+    assert rotation.awaited(rotation.comes[1]) == Block(KEYS, 2, 1, source=2)
+    assert rotation.leaving(rotation.leaves[0]) == Block(KEYS, 1, 1, dest=3)
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "inf", "nan"])

@@ -1,6 +1,7 @@
 """Distributed cross-attention in PyTorch, differentiable, over a process group."""
 
 from lvxattn.common.meter import Meter
+from lvxattn.common.rules import Causal, Rule, Segments
 
 from .block_attention import block_attention, block_attention_backward
 from .cross_attention import cross_attention
@@ -11,9 +12,12 @@ from .module import CrossAttention, sum_gradients
 from .recompute import cross_attention_layer
 
 __all__ = [
+    "Causal",
     "CrossAttention",
     "Layout",
     "Meter",
+    "Rule",
+    "Segments",
     "block_attention",
     "block_attention_backward",
     "cross_attention",

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from lvxattn.common.masks import MaskRule, MaskView
+from lvxattn.common.rules import Rule
 
 from .kernels import KERNELS
 from .kernels.choose import choose
 from .kernels.kernel_spec import Kernel, KernelSpec, accumulator_of
-from .merge import lse_of
+from .merge import lse_of, merge_partials
 
 
 @torch.no_grad()
@@ -102,11 +103,19 @@ def partial_attention(
         (0, -inf, any) where a query may attend to no key.
     """
     view = MaskView.of(mask)
+    if isinstance(view.mask, Rule):
+        out, top, total = _nothing(q, v)
+        for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
+            found = partial_attention(
+                q[:, :, rows], k[:, :, keys], v[:, :, keys], scale=scale, mask=part, kernel=kernel
+            )
+            out[:, :, rows], top[:, :, rows], total[:, :, rows] = merge_partials(
+                out[:, :, rows], top[:, :, rows], total[:, :, rows], *found
+            )
+        return out, top, total
     work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=False))
     if 0 in (q.shape[2], k.shape[2]):  # fused kernels would end the process
-        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=accumulator_of(q))
-        top = out.new_full(q.shape[:3], -torch.inf)
-        return out, top, torch.zeros_like(top)
+        return _nothing(q, v)
     q, k, v = (_rows(x) for x in (q, k, v))
     return work.forward(q, k, v, scale=float(scale), mask=view)
 
@@ -168,6 +177,17 @@ def block_attention_backward(
     """
     view, wide = MaskView.of(mask), accumulator_of(q)
     sums = None if dk is None or dv is None else (dk, dv)
+    if isinstance(view.mask, Rule):
+        dq = q.new_zeros(q.shape, dtype=wide)
+        dk, dv = sums or [x.new_zeros(x.shape, dtype=wide) for x in (k, v)]
+        for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
+            dq_part, *_ = block_attention_backward(
+                dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
+                lse[:, :, rows], delta[:, :, rows], dk[:, :, keys], dv[:, :, keys],
+                scale=scale, mask=part, kernel=kernel,
+            )  # fmt: skip
+            dq[:, :, rows] += dq_part
+        return (dq, dk, dv) if sums else (dq, dk.to(dtype or wide), dv.to(dtype or wide))
     work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=True))
     if 0 in (q.shape[2], k.shape[2]):
         dk, dv = sums or [x.new_zeros(x.shape, dtype=dtype or wide) for x in (k, v)]
@@ -209,6 +229,13 @@ def delta_of(
         dout, dlse = (dout.to(wide) * factor[..., None]).to(dout.dtype), dlse * factor
     delta = (dout.to(wide) * out).sum(dim=-1) - dlse
     return dout, delta.masked_fill(dead, 0.0)
+
+
+def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out, top and total of no keys."""
+    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=accumulator_of(q))
+    top = out.new_full(q.shape[:3], -torch.inf)
+    return out, top, torch.zeros_like(top)
 
 
 def _kernel(name: str, spec: KernelSpec) -> Kernel:

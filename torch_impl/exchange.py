@@ -14,14 +14,15 @@ another's blocks, of the same shape, and return wrong gradients.  With NCCL ther
 reading them would mean waiting for the device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lvxattn.common.exchange_base import ExchangeBase, RotationBase
+from lvxattn.common.exchange_base import ExchangeBase, Leg, RotationBase
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.wire import NAMES, Kind, cut
 
@@ -70,11 +71,11 @@ class Exchange(ExchangeBase):
         if layout.forward is not None and layout.stamp_nbytes and over_host:
             number = layout.forward.to_bytes(layout.stamp_nbytes, "little")
             self.stamp = torch.tensor(list(number), dtype=torch.uint8, device="cpu")
-        self.rotations: list[Rotation] = []
+        self.rotations: list[Rotation]
 
-    def rotation(self, kind: Kind, start: int = 0) -> "Rotation":
-        """Return the rotation of one kind of block, which begins at hop `start`."""
-        rotation = Rotation(self, kind, start)
+    def rotation(self, kind: Kind) -> "Rotation":
+        """Return the rotation of one kind of block."""
+        rotation = Rotation(self, kind)
         self.rotations.append(rotation)
         return rotation
 
@@ -117,11 +118,19 @@ class Exchange(ExchangeBase):
     def finish(self) -> None:
         """Wait for pending sends, so that their buffers are free again."""
         for rotation in self.rotations:
-            rotation.wait_sent()
-            for buffer in rotation.buffers:
-                self.layout.pool.give(buffer)
+            for held in rotation.buffers:
+                rotation.wait_sent(held)
+                self.layout.pool.give(held.bytes)
         # They refer to this exchange: a cycle would keep all buffers until garbage collection.
         self.rotations.clear()
+
+
+class _Held:
+    """A buffer for one block, and the requests that send from it or receive into it."""
+
+    def __init__(self, buffer: Array) -> None:
+        self.bytes = buffer
+        self.works: list[dist.Work] = []
 
 
 class Rotation(RotationBase):
@@ -129,107 +138,150 @@ class Rotation(RotationBase):
 
     Attributes
     ----------
-    nbytes : int
-        The size of the largest block, without its stamp.
+    room : int
+        The size of the largest block, with its stamp.
+    buffers : list of _Held
+        The current block's and the next one's; more only where blocks that skip ranks wait for
+        their turn to leave, and none on a rank that no block comes to or leaves.
+    here : _Held or None
+        The buffer of the block received last.
     """
 
     layout: Layout
 
-    def __init__(self, exchange: Exchange, kind: Kind, hop: int) -> None:
-        super().__init__(exchange.layout, kind, hop)
+    def __init__(self, exchange: Exchange, kind: Kind) -> None:
+        super().__init__(exchange.layout, kind)
         self.exchange = exchange
-        layout, staged = exchange.layout, exchange.staged
-        self.nbytes = max(kind.nbytes(layout, owner) for owner in range(exchange.P))
-        device = torch.device("cpu") if staged else exchange.device
-        # The current block's, and the next block's; one rank needs neither.
-        count = 2 if exchange.P > 1 else 0
         self.stamp_nbytes = 0 if exchange.stamp is None else exchange.stamp.numel()
-        room = self.nbytes + self.stamp_nbytes
-        self.buffers = [layout.pool.take(room, device, pinned=staged) for _ in range(count)]
-        self.sending: list[dist.Work] = []
-        self.receiving: list[dist.Work] = []
+        largest = max(kind.nbytes(exchange.layout, owner) for owner in range(exchange.P))
+        self.room = largest + self.stamp_nbytes
+        self.buffers: list[_Held] = []
+        self.here: _Held | None = None
+        self.arrays: list[Array] = []
+        self.sending: dict[_Held, Leg] = {}
+        self.receiving: dict[int, _Held] = {}
+        for _ in range(2 if self.due else 0):
+            self._allocate()
 
-    def send(self, *arrays: Array) -> None:
-        """Send tensors to the right, and start to receive from the left; nothing with one rank."""
-        if self.exchange.P > 1:
-            for view, x in zip(self._views(), arrays, strict=True):
-                view.copy_(x)  # over the block received before, which has been used
-            if self.exchange.stamp is not None:
-                end = self._nbytes(self.hop)
-                self.buffers[0][end : end + self.stamp_nbytes] = self.exchange.stamp
-            self.pass_on()
+    def send(self, *arrays: Array, hop: int) -> None:
+        """Send the block that is here at a hop to its next stop, if it has one."""
+        if (leg := self.leaves.get(hop)) is not None:
+            # Over the block received, which has been used; a first stop has received none.
+            held = self.here if hop in self.comes and self.here else self._free()
+            self.here = None
+            self._load(held, leg, arrays)
+        self.exchange.post()
 
-    def pass_on(self) -> None:
-        """Send the current block to the right, and start to receive the next one.
+    def pass_on(self, hop: int) -> None:
+        """Send the block received at a hop to its next stop, if it has one."""
+        if (leg := self.leaves.get(hop)) is not None:
+            if leg.rows == self.comes[hop].rows:
+                self.loaded[hop] = self.here
+            else:
+                self._load(self._free(), leg, self.arrays)
+        self.exchange.post()
 
-        The next one overwrites the block before the current one.
+    def _load(self, held: _Held, leg: Leg, arrays: Sequence[Array]) -> None:
+        for view, x in zip(self._views(held, leg), arrays, strict=True):
+            view.copy_(x if leg.whole else x[:, :, leg.rows])
+        if self.exchange.stamp is not None:
+            end = self._nbytes(leg)
+            held.bytes[end - self.stamp_nbytes : end] = self.exchange.stamp
+        self.loaded[leg.start] = held
+
+    def receive(self, hop: int) -> list[Array]:
+        """Wait for the block that comes at a hop, and return its tensors.
+
+        They are views of a buffer, valid until the next block is received and sent on; copies where
+        rows did not travel, as they see nothing here, which are filled in.
         """
-        layout = self.layout
-        current, free = self.buffers
-        outgoing = self._nbytes(self.hop) + self.stamp_nbytes
-        incoming = self._nbytes(self.hop + 1) + self.stamp_nbytes
-        # The block before was sent from `free`: nothing may be received there until it has left.
-        self.wait_sent()
-        self.hop += 1
-        self.exchange.meter.sent(outgoing, layout.right, self.leaving)
-        what = self.leaving().name
-        with span(f"{layout.way}: hop {self.hop}, post {what}", self.exchange.device):
-            self._post(current[:outgoing], free[:incoming])
-        self.buffers = [free, current]
-
-    def receive(self) -> list[Array]:
-        """Wait for the next block from the left, and return its tensors.
-
-        They are views of a buffer, valid until the next but one block is sent.
-        """
-        layout = self.layout
-        what = self.awaited().name
-        with span(f"{layout.way}: hop {self.hop}, wait for {what}", self.exchange.device):
-            self._wait_for(self.receiving, self.awaited)
-        end = self._nbytes(self.hop)
-        self.exchange.check_stamp(self.buffers[0][end : end + self.stamp_nbytes], self.awaited())
+        leg = self.comes[hop]
+        held = self.receiving[hop]
+        what = self.awaited(leg)
+        with span(f"{self.layout.way}: hop {hop}, wait for {what.name}", self.exchange.device):
+            self._wait_for(held, lambda: what)
+        del self.receiving[hop]
+        nbytes = self._nbytes(leg)
+        self.exchange.check_stamp(held.bytes[nbytes - self.stamp_nbytes : nbytes], what)
+        self.here = held
         # A staged copy must be complete before the next block may overwrite the host memory.
-        return [x.to(self.exchange.device) for x in self._views()]
+        self.arrays = [x.to(self.exchange.device) for x in self._views(held, leg)]
+        if not leg.whole:
+            rows, self.arrays = self.arrays, []
+            fields = self.kind.fields(self.layout, leg.owner)
+            for x, field, fill in zip(rows, fields, self.kind.fill, strict=False):
+                self.arrays.append(x.new_full(field.shape, fill))
+                self.arrays[-1][:, :, leg.rows] = x
+        return self.arrays
 
-    def wait_sent(self) -> None:
-        """Wait until the last send is complete."""
-        self._wait_for(self.sending, self.leaving)
-
-    def _post(self, block: Array, room: Array) -> None:
-        group, layout = self.exchange.group.group, self.layout
-        # One batch: NCCL would otherwise finish the one before it starts the other.  Empty blocks
-        # are not sent, as both ends know.
-        ends = (dist.isend, block, layout.right), (dist.irecv, room, layout.left)
-        works = {
-            op: dist.P2POp(op, x, group=group, group_peer=peer, tag=self.kind.tag)
-            for op, x, peer in ends
-            if x.numel()
-        }
-        if not works:
-            self.sending, self.receiving = [], []
+    def start(self, stop: int, legs: list[Leg]) -> None:
+        """Start the transfers that end at a stop: of one block that comes, and of those leaving."""
+        group, tag = self.exchange.group.group, self.kind.tag
+        ends: list[tuple[Callable[..., Any], _Held, Leg, int]] = []
+        what: list[Block] = []
+        if (coming := self.comes.get(stop)) is not None:
+            held = self.receiving[stop] = self._free()
+            ends.append((dist.irecv, held, coming, self.source(coming)))
+            what.append(self.awaited(coming))
+        for leg in legs:
+            held = self.loaded.pop(leg.start)
+            self.sending[held] = leg
+            ends.append((dist.isend, held, leg, self.dest(leg)))
+            what.append(self.leaving(leg))
+            self.exchange.meter.sent(self._nbytes(leg), self.dest(leg), partial(self.leaving, leg))
+        # Empty blocks are not sent, as both ends know.
+        ends = [end for end in ends if self._nbytes(end[2])]
+        if not ends:
             return
-        # The failure of a neighbour may show here first, without telling which of the two.
-        with self.exchange.group.waiting(lambda: f"{self.awaited()}, or {self.leaving()}"):
-            requests = dist.batch_isend_irecv(list(works.values()))
-        if len(requests) < len(works):  # NCCL returns one for the batch
-            self.sending = self.receiving = requests
-        else:
-            by_op = dict(zip(works, requests, strict=True))
-            self.sending = [r for op, r in by_op.items() if op is dist.isend]
-            self.receiving = [r for op, r in by_op.items() if op is dist.irecv]
+        leaving = [block.name for block in what if block.dest is not None]
+        name = f"{self.layout.way}: hop {stop}, post {', '.join(leaving) or 'a receive'}"
+        # The failure of a neighbour may show here first, without telling which it is.
+        failing = partial(" or ".join, map(str, what))
+        with span(name, self.exchange.device), self.exchange.group.waiting(failing):
+            # One batch: NCCL would otherwise finish the one before it starts the other.
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(
+                        op, held.bytes[: self._nbytes(leg)], group=group, group_peer=peer, tag=tag
+                    )
+                    for op, held, leg, peer in ends
+                ]
+            )
+        for n, (_, held, _, _) in enumerate(ends):
+            # NCCL returns one for the batch.
+            held.works = [works[n]] if len(works) == len(ends) else list(works)
 
-    def _wait_for(self, works: list[dist.Work], what: Callable[[], Block]) -> None:
+    def wait_sent(self, held: _Held) -> None:
+        """Wait until the last send from a buffer is complete."""
+        if held in self.sending:
+            leg = self.sending.pop(held)
+            self._wait_for(held, lambda: self.leaving(leg))
+
+    def _free(self) -> _Held:
+        """Return a buffer that may be written to; the one whose block has left first."""
+        busy = [self.here, *self.loaded.values(), *self.receiving.values()]
+        idle = [held for held in self.buffers if held not in busy] or [self._allocate()]
+        held = min(idle, key=lambda held: self.sending[held].stop if held in self.sending else 0)
+        self.wait_sent(held)
+        return held
+
+    def _allocate(self) -> _Held:
+        staged, device = self.exchange.staged, self.exchange.device
+        where = torch.device("cpu") if staged else device
+        self.buffers.append(_Held(self.layout.pool.take(self.room, where, pinned=staged)))
+        return self.buffers[-1]
+
+    def _wait_for(self, held: _Held, what: Callable[[], Block]) -> None:
         with self.exchange.group.waiting(what), self.exchange.meter.waits(what):
-            for work in works:
+            for work in held.works:
                 work.wait()
-        works.clear()
+        held.works = []
 
-    def _views(self) -> list[Array]:
-        fields = self.kind.fields(self.layout, self.layout.owner(self.hop))
-        return cut(self.buffers[0], fields, self.exchange.dtype_of)
+    def _views(self, held: _Held, leg: Leg) -> list[Array]:
+        return cut(held.bytes, self.fields(leg), self.exchange.dtype_of)
 
-    def _nbytes(self, hop: int) -> int:
-        return self.kind.nbytes(self.layout, self.layout.owner(hop))
+    def _nbytes(self, leg: Leg) -> int:
+        return self.nbytes(leg) + self.stamp_nbytes
 
 
 @contextmanager

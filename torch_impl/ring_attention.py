@@ -42,7 +42,7 @@ def ring_attention(
     P, scale = exchange.P, exchange.scale
 
     # 1. Send my keys and values; attention to them overlaps with the transfer.
-    blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask))
+    blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask), hop=0)
     with exchange.computing(hop=0):
         mine = partial_attention(q, k1, v1, scale=scale, mask=mask1)
     if P > 1:
@@ -51,11 +51,10 @@ def ring_attention(
             rest = partial_attention(q, k2, v2, scale=scale, mask=mask2)
         mine = merge_partials(*mine, *rest)
 
-    for hop in range(1, P):
+    for hop in blocks.comes:
         # 2. Receive a visiting block, and pass it on before computing with it.
-        k_block, v_block, *mask_block = blocks.receive()
-        if hop < P - 1:
-            blocks.pass_on()
+        k_block, v_block, *mask_block = blocks.receive(hop)
+        blocks.pass_on(hop)
         # 3. Attend from my queries to the visiting keys.
         mask = visiting_mask(exchange, mask_block, hop)
         with exchange.computing(hop):
@@ -74,7 +73,7 @@ def ring_attention_backward(
     Collective: every rank calls this.  delta (from `delta_of`) replaces out and dlse.  Returns dq,
     and dk and dv of this rank's keys, summed over all queries.
     """
-    blocks, gradients = exchange.rotation(KEYS_VALUES), exchange.rotation(KEY_GRADIENTS, start=1)
+    blocks, gradients = exchange.rotation(KEYS_VALUES), exchange.rotation(KEY_GRADIENTS)
     P, scale = exchange.P, exchange.scale
     if P == 1:  # nothing is added to dk and dv: no zeros, and a kernel may round its own sums
         with exchange.computing(hop=0):
@@ -89,17 +88,16 @@ def ring_attention_backward(
     )
 
     # 1. Send my keys and values; work on their first half overlaps with the transfer.
-    blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask))
+    blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask), hop=0)
     with exchange.computing(hop=0):
         dq, *_ = block_attention_backward(
             dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1
         )
 
-    for hop in range(1, P):
+    for hop in blocks.comes:
         # 2. Receive a visiting block, and pass it on before computing with it.
-        k_block, v_block, *mask_block = blocks.receive()
-        if hop < P - 1:
-            blocks.pass_on()
+        k_block, v_block, *mask_block = blocks.receive(hop)
+        blocks.pass_on(hop)
         # 3. Differentiate my queries' attention to the visiting keys, adding to dq.
         with exchange.computing(hop):
             dq_more, dk_block, dv_block = block_attention_backward(
@@ -108,11 +106,11 @@ def ring_attention_backward(
             )  # fmt: skip
         dq += dq_more
         # 4. Add the gradients from the ranks before, and send them after the block.
-        if hop > 1:
-            dk_before, dv_before = gradients.receive()
+        if hop in gradients.comes:
+            dk_before, dv_before = gradients.receive(hop)
             dk_block += dk_before
             dv_block += dv_before
-        gradients.send(dk_block, dv_block)
+        gradients.send(dk_block, dv_block, hop=hop)
 
     # 5. Work on the second half of my keys while their gradients come home.
     with exchange.computing(hop=0):
@@ -121,9 +119,10 @@ def ring_attention_backward(
         )
     dq += rest
     # 6. Add the other ranks' gradients of my keys.
-    dk_others, dv_others = gradients.receive()
-    dk += dk_others
-    dv += dv_others
+    if P in gradients.comes:
+        dk_others, dv_others = gradients.receive(P)
+        dk += dk_others
+        dv += dv_others
     return dq, dk, dv
 
 

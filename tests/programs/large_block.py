@@ -25,9 +25,9 @@ rotation = exchange.rotation(
 )
 block = np.full(SIZE, comm.rank + 1, np.uint8)
 block[-1] = 77 + comm.rank
-rotation.send(block)
+rotation.send(block, hop=0)
 del block
-(got,) = rotation.receive()
+(got,) = rotation.receive(1)
 other = 1 - comm.rank
 assert got.shape == (SIZE,)
 assert (got[:-1:4093] == other + 1).all()

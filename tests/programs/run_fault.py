@@ -83,7 +83,7 @@ elif place == "in a wait":
     exchange.Rotation.receive = fails_at(1, exchange.Rotation.receive)  # type: ignore[method-assign]
 elif place == "in the last shift":
     shifts = 2 * (P - 1)
-    exchange.Rotation.pass_on = fails_at(shifts, exchange.Rotation.pass_on)  # type: ignore[method-assign]
+    exchange.Rotation.start = fails_at(shifts, exchange.Rotation.start)  # type: ignore[method-assign]
 elif place.startswith("hop "):  # of lv-xattn
     moment, hop = place.split()[2], int(place.split()[1])
     if moment == "begins":  # its block has come; from hop 2 on a result follows each
@@ -94,7 +94,7 @@ elif place.startswith("hop "):  # of lv-xattn
         setattr(lv_xattn, name, fails_at(1 + hop, getattr(lv_xattn, name)))
     else:  # its result is on its way; before it went my own block, and all but the last visitor
         number = min(2 * hop + 1, 2 * (P - 1))
-        exchange.Rotation.pass_on = fails_at(number, exchange.Rotation.pass_on)  # type: ignore[method-assign]
+        exchange.Rotation.start = fails_at(number, exchange.Rotation.start)  # type: ignore[method-assign]
 elif failing:
     fail()
 if failing and how.startswith("mask"):

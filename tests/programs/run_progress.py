@@ -41,12 +41,13 @@ def a_block_by_progress_alone() -> dict[str, bool]:
     layout = mpi_impl.Layout.agree(q, q[:, :, :1], q[:, :, :1], comm)
     hop = exchange.Exchange(comm, layout, q)
     blocks = hop.rotation(QUERIES)
-    blocks.send(q)
+    blocks.send(q, hop=0)
     end = time.monotonic() + LIMIT
-    while blocks.receiving.request != MPI.REQUEST_NULL and time.monotonic() < end:
+    ((_, coming),) = blocks.receiving.values()
+    while coming.request != MPI.REQUEST_NULL and time.monotonic() < end:
         hop.progress()
-    arrived = blocks.receiving.request == MPI.REQUEST_NULL
-    (block,) = blocks.receive()
+    arrived = coming.request == MPI.REQUEST_NULL
+    (block,) = blocks.receive(1)
     hop.finish()
     return {
         "arrived by progress": arrived,
@@ -76,7 +77,7 @@ def passes() -> dict[str, Any]:
 
         return call
 
-    exchange.Rotation.pass_on = recorded("shift", exchange.Rotation.pass_on)  # type: ignore[method-assign]
+    exchange.Rotation.start = recorded("shift", exchange.Rotation.start)  # type: ignore[method-assign]
     for name in ("partial_attention", "block_attention_backward"):
         setattr(lv_xattn, name, recorded("attend", getattr(lv_xattn, name)))
     Tiles.key_tiles = counted(Tiles.key_tiles)  # type: ignore[method-assign]

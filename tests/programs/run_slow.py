@@ -32,7 +32,7 @@ def dawdling(function: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
-exchange.Rotation.pass_on = dawdling(exchange.Rotation.pass_on)  # type: ignore[method-assign]
+exchange.Rotation.start = dawdling(exchange.Rotation.start)  # type: ignore[method-assign]
 exchange.Rotation.receive = dawdling(exchange.Rotation.receive)  # type: ignore[method-assign]
 lv_xattn.partial_attention = dawdling(lv_xattn.partial_attention)  # type: ignore[attr-defined]
 lv_xattn.block_attention_backward = dawdling(  # type: ignore[attr-defined]

@@ -126,7 +126,7 @@ class Rank:
             self.fails_at(before + h, module, name)
         else:  # what it sends is on its way: my own block and each visitor but the last, results
             number = min(2 * h + 1, 2 * (self.P - 1))
-            self.fails_at(number, exchange.Rotation, "pass_on")
+            self.fails_at(number, exchange.Rotation, "start")
 
     def fails_at(self, number: int, where: Any, name: str) -> None:
         """Fail when a function has been called this number of times."""

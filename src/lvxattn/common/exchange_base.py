@@ -1,11 +1,11 @@
 """The common part of every implementation's `Exchange` and `Rotation`: where blocks are, when."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
-from lvxattn.common.wire import Kind
+from lvxattn.common.wire import BLOCKS, Field, Kind, nbytes
 
 
 class ExchangeBase:
@@ -25,6 +25,7 @@ class ExchangeBase:
     def __init__(self, layout: Layout, mask: Any, meter: Meter | None) -> None:
         self.layout, self.mask, self.meter = layout, mask, meter or Meter()
         self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
+        self.rotations: list[Any] = []
 
     def mask_view(self, hop: int) -> MaskView:
         """Return the mask of my keys over the queries that are here at a hop."""
@@ -43,19 +44,111 @@ class ExchangeBase:
         first, second = ([x[:, :, keys] for x in arrays] for keys in (slice(cut), slice(cut, None)))
         return [*first, mask], [*second, mask.from_key(cut)]
 
+    def post(self) -> None:
+        """Start the transfers whose blocks are here, in the order of their arrival.
+
+        All ranks keep one order, by stop and then by rotation: NCCL requires it, and with any
+        transport a transfer then waits for none that comes after it.
+        """
+        while due := [
+            (rotation.due[0], i) for i, rotation in enumerate(self.rotations) if rotation.due
+        ]:
+            stop, i = min(due)
+            rotation = self.rotations[i]
+            legs = rotation.arriving[stop]
+            if not all(leg.start in rotation.loaded for leg in legs):
+                return
+            rotation.due.pop(0)
+            rotation.start(stop, legs)
+
+
+class Leg(NamedTuple):
+    """One block's way from one stop to the next, both counted in hops from its owner.
+
+    Of its rows (queries, or keys) those travel that are needed at the stops to come or, in a
+    result, were computed at the stops before; `whole` if these are all.
+    """
+
+    owner: int
+    start: int
+    stop: int
+    rows: slice
+    whole: bool
+
 
 class RotationBase:
-    """One kind of block travelling round the ring; `hop` is the last one that was begun."""
+    """One kind of block travelling round the ring.
 
-    def __init__(self, layout: Layout, kind: Kind, hop: int) -> None:
-        self.layout, self.kind, self.hop = layout, kind, hop
+    A block stops where it meets something visible: without a `Rule`, on every rank.  Blocks set out
+    from their owner, at hop 0; results from the first stop, and end at their owner, at hop P.
 
-    def awaited(self) -> Block:
-        """Return the block that comes from the left at this hop."""
+    Attributes
+    ----------
+    comes, leaves : dict of Leg
+        What arrives on this rank, by its stop, and what leaves it, by its start.
+    arriving : dict of list of Leg
+        The same legs that leave, by their stop; one that only comes has no leg there.
+    due : list of int
+        The stops of transfers that have not been started, in ascending order.
+    loaded : dict
+        Blocks that are ready to leave, by the start of their leg.
+    """
+
+    def __init__(self, layout: Layout, kind: Kind) -> None:
+        self.layout, self.kind = layout, kind
+        self.comes: dict[int, Leg] = {}
+        self.leaves: dict[int, Leg] = {}
+        for hop in range(layout.size + 1):
+            owner = layout.owner(hop)
+            stops = layout.stops[owner]
+            way = (0, *stops) if kind.tag == BLOCKS else (*stops, layout.size)
+            if hop not in way:
+                continue
+            at = way.index(hop)
+            if at > 0:
+                self.comes[hop] = self._leg(owner, way, at - 1)
+            if at + 1 < len(way):
+                self.leaves[hop] = self._leg(owner, way, at)
+        self.due = sorted({*self.comes, *(leg.stop for leg in self.leaves.values())})
+        self.arriving = {
+            stop: [leg for leg in self.leaves.values() if leg.stop == stop] for stop in self.due
+        }
+        self.loaded: dict[int, Any] = {}
+
+    def _leg(self, owner: int, way: tuple[int, ...], at: int) -> Leg:
         layout = self.layout
-        return Block(self.kind.name, layout.owner(self.hop), self.hop, source=layout.left)
+        length = (layout.s_kv if layout.schedule == "ring" else layout.s_q)[owner]
+        rows = slice(0, length)
+        if layout.structures:
+            stops = way[at + 1 :] if self.kind.tag == BLOCKS else way[: at + 1]
+            needed = [layout.stops[owner][hop] for hop in stops]
+            rows = slice(min(x.start for x in needed), max(x.stop for x in needed))
+        return Leg(owner, way[at], way[at + 1], rows, rows == slice(0, length))
 
-    def leaving(self) -> Block:
-        """Return the block that goes to the right at this hop."""
-        layout = self.layout
-        return Block(self.kind.name, layout.owner(self.hop - 1), self.hop, dest=layout.right)
+    def fields(self, leg: Leg) -> list[Field]:
+        """Return the arrays that travel."""
+        fields = self.kind.fields(self.layout, leg.owner)
+        if leg.whole:
+            return fields
+        s = leg.rows.stop - leg.rows.start
+        return [Field((*x.shape[:2], s, *x.shape[3:]), x.dtype) for x in fields]
+
+    def nbytes(self, leg: Leg) -> int:
+        """Return the number of bytes that travel."""
+        return nbytes(self.fields(leg))
+
+    def source(self, leg: Leg) -> int:
+        """Return the rank from which a block comes here."""
+        return self.layout.owner(leg.stop - leg.start)
+
+    def dest(self, leg: Leg) -> int:
+        """Return the rank to which a block leaves from here."""
+        return self.layout.owner(leg.start - leg.stop)
+
+    def awaited(self, leg: Leg) -> Block:
+        """Return the block that comes here."""
+        return Block(self.kind.name, leg.owner, leg.stop, source=self.source(leg))
+
+    def leaving(self, leg: Leg) -> Block:
+        """Return the block that leaves from here."""
+        return Block(self.kind.name, leg.owner, leg.stop, dest=self.dest(leg))

@@ -5,6 +5,7 @@ callable mask is then called once, which takes another.  Every rank draws the sa
 the same records: the error of the lowest rank that has one, or the first mismatch, or agreement.
 """
 
+import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 from lvxattn.common.free_memory import Room, free_memory
 from lvxattn.common.masks import MaskView
+from lvxattn.common.rules import Rule
 from lvxattn.common.validation import (
     Communicator,
     accumulator,
@@ -71,6 +73,7 @@ class Record:
     s_kv: int
     mask: MaskKind
     callable_mask: bool
+    structure: Rule | None
     B: int
     H: int
     H_KV: int
@@ -140,6 +143,7 @@ def agree_on(
             s_kv=k.shape[2],
             mask=mask_kind(mask, dtype_name(q)),
             callable_mask=callable(mask),
+            structure=_structure(mask),
             B=B,
             H=H,
             H_KV=k.shape[1],
@@ -196,6 +200,17 @@ def _check_rule(mask: Any, q: Array, k: Array, kv_start: int) -> None:
         raise ValueError(text) from None
 
 
+def _structure(mask: Any) -> Rule | None:
+    """Return a mask that knows its own structure, which is sent to all ranks; else None."""
+    if not isinstance(mask, Rule):
+        return None
+    try:
+        pickle.dumps(mask)
+    except Exception as error:  # pickle raises many kinds
+        raise TypeError(f"mask: expected a Rule that can be pickled, got {error!r}") from None
+    return mask
+
+
 def mask_kind(mask: Any, dtype: str) -> MaskKind:
     """Return an array mask's shape and the dtype in which it is sent."""
     if mask is None or callable(mask):
@@ -233,6 +248,13 @@ def _check_equal(records: list[Record]) -> None:
                     "mask: expected a callable on all ranks or on none with schedule "
                     f"{schedule!r}, got {kinds[record.callable_mask]} where rank 0 has "
                     f"{kinds[records[0].callable_mask]}"
+                )
+            if record.structure is not None:
+                record.structure.check(S_Q, sum(r.s_kv for r in records))
+            if travel and record.structure != records[0].structure:
+                raise ValueError(
+                    f"mask: expected rank 0's {records[0].structure!r:.100} with schedule "
+                    f"{schedule!r}, got {record.structure!r:.100}, which differs by =="
                 )
             if schedule == "ulysses" and record.H_KV % len(records):
                 raise ValueError(

@@ -9,6 +9,7 @@ numbers, so that its P - 1 hops cross slow links between hosts as rarely as poss
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from math import isclose
 from typing import Any, Self
@@ -24,6 +25,7 @@ from lvxattn.common.handshake import (
     mask_kind,
 )
 from lvxattn.common.masks import MaskView
+from lvxattn.common.rules import Rule, visible_parts
 from lvxattn.common.validation import (
     Communicator,
     accumulator,
@@ -55,6 +57,8 @@ class Layout:
         By rank, shape and dtype of an array mask as it is sent, or None.
     rules : tuple of bool
         By rank, whether the mask is a callable.
+    structures : tuple
+        By rank, the mask if it is a `Rule`, else None; empty where no rank has one.
     B, H, H_KV, D, D_V : int
         Sizes, equal on all ranks.
     dtype : str
@@ -102,6 +106,7 @@ class Layout:
     machine: Any = None
     stamp_nbytes: int = 0
     hosts: tuple[str, ...] = field(default=(), compare=False)
+    structures: tuple[Rule | None, ...] = ()
 
     @classmethod
     def agree(
@@ -180,6 +185,9 @@ class Layout:
             s_kv=tuple(r.s_kv for r in records),
             masks=tuple(r.mask for r in records),
             rules=tuple(r.callable_mask for r in records),
+            structures=tuple(r.structure for r in records)
+            if any(r.structure for r in records)
+            else (),
             **{
                 name: getattr(first, name)
                 for name in EQUAL_ON_ALL_RANKS
@@ -248,6 +256,9 @@ class Layout:
                     "mask: expected a callable only if the layout was agreed with one, "
                     f"got {type(mask).__name__}"
                 )
+            agreed = self.structures[self.rank] if self.structures else None
+            if agreed != (mask if isinstance(mask, Rule) else None):
+                raise ValueError(f"mask: expected the layout's {agreed}, got {mask!r:.100}")
             kind = mask_kind(mask, self.dtype)
             if travels and kind != self.masks[self.rank]:
                 raise ValueError(
@@ -290,6 +301,44 @@ class Layout:
     def owner(self, hop: int) -> int:
         """Return the owner of the block that is here after `hop` hops; this rank after 0 or P."""
         return self.order[(self.order.index(self.rank) - hop) % self.size]
+
+    @cached_property
+    def stops(self) -> tuple[dict[int, slice], ...]:
+        """By owner, the hops after which its travelling block stops, and the rows needed there.
+
+        Rows of lv-xattn's queries, or of the ring's keys: all of them, on every rank, without a
+        `Rule`; else from the first to the last that meets something visible.
+        """
+        lengths = self.s_kv if self.schedule == "ring" else self.s_q
+        everywhere = range(1, self.size)
+        if not self.structures:
+            return tuple(dict.fromkeys(everywhere, slice(0, length)) for length in lengths)
+        found: tuple[dict[int, slice], ...] = tuple({} for _ in lengths)
+        for place, owner in enumerate(self.order):
+            for hop in everywhere:
+                rows = self._needed(owner, self.order[(place + hop) % self.size])
+                if rows is not None:
+                    found[owner][hop] = rows
+        return found
+
+    def _needed(self, owner: int, rank: int) -> slice | None:
+        """Return the rows of an owner's travelling block that meet something visible on a rank."""
+        keys_travel = self.schedule == "ring"
+        q_owner, kv_owner = (rank, owner) if keys_travel else (owner, rank)
+        rule, length = self.structures[kv_owner], (self.s_kv if keys_travel else self.s_q)[owner]
+        if rule is None:
+            return slice(0, length)
+        q_start, kv_start = sum(self.s_q[:q_owner]), sum(self.s_kv[:kv_owner])
+        rows = slice(q_start, q_start + self.s_q[q_owner])
+        keys = slice(kv_start, kv_start + self.s_kv[kv_owner])
+        parts = [
+            (its_keys if keys_travel else its_rows)
+            for its_rows, its_keys, _ in visible_parts(rule, rows, keys, every_edge=True)
+        ]
+        start = kv_start if keys_travel else q_start
+        if not parts:
+            return None
+        return slice(min(x.start for x in parts) - start, max(x.stop for x in parts) - start)
 
     def view(self, mask: Any, q_owner: int, kv_owner: int) -> MaskView:
         """Return the mask of `kv_owner`'s keys as it applies to `q_owner`'s queries."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lvxattn.common.rules import Rule, visible_parts
+
 Array = Any
 MaskRule = Callable[[Array, Array, Array, Array], Array]
 
@@ -54,6 +56,26 @@ class MaskView:
     def from_key(self, start: int) -> "MaskView":
         """Return the view whose first key is this view's key `start`."""
         return replace(self, kv_start=self.kv_start + start, column=self.column + start)
+
+    def parts(self, s_q: int, s_kv: int) -> "Iterator[tuple[slice, slice, MaskView]]":
+        """Yield the parts of a block (s_q, s_kv) that must be computed; all of it but for a `Rule`.
+
+        Yields
+        ------
+        rows, keys : slice
+            Of the block.
+        view : MaskView
+            The mask of the part; of no mask where all of the part is visible.
+        """
+        if not isinstance(self.mask, Rule):
+            yield slice(0, s_q), slice(0, s_kv), self
+            return
+        q, kv = self.q_start, self.kv_start
+        for rows, keys, whole in visible_parts(self.mask, slice(q, q + s_q), slice(kv, kv + s_kv)):
+            # A bound method is a plain callable: it is evaluated, and not cut again.
+            mask = None if whole else self.mask.__call__
+            view = MaskView(mask, rows.start, keys.start)
+            yield slice(rows.start - q, rows.stop - q), slice(keys.start - kv, keys.stop - kv), view
 
     def tile(
         self, batches: slice, heads: slice, rows: slice, keys: slice, arange: Callable[..., Array]

@@ -9,7 +9,7 @@ What travels round the ring, and what follows it one hop behind:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any, NamedTuple
 
 from lvxattn.common.layout import Layout
@@ -91,11 +91,14 @@ class Kind:
     tag : int
     fields : callable
         ``fields(layout, owner)`` returns the arrays of the block of rank `owner`.
+    fill : tuple of float
+        By array, the value of rows that are not sent.
     """
 
     name: str
     tag: int
     fields: Callable[[Layout, int], list[Field]]
+    fill: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
     def nbytes(self, layout: Layout, owner: int) -> int:
         """Return the size of a rank's block."""
@@ -133,7 +136,7 @@ def _key_gradients(layout: Layout, owner: int) -> list[Field]:
 
 
 QUERIES = Kind("the queries of rank {}", BLOCKS, _queries)
-PARTIALS = Kind("the results for rank {}'s queries", RESULTS, _partials)
+PARTIALS = Kind("the results for rank {}'s queries", RESULTS, _partials, fill=(0.0, -inf, 0.0))
 QUERY_BLOCKS = Kind(QUERIES.name, BLOCKS, _query_blocks)
 QUERY_GRADIENTS = Kind(PARTIALS.name, RESULTS, _query_gradients)
 KEYS_VALUES = Kind("the keys and values of rank {}", BLOCKS, _keys_values)

@@ -21,6 +21,7 @@ masks that travel.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from lvxattn.common.exchange_base import RotationBase
 from lvxattn.common.layout import Layout, share
 from lvxattn.common.wire import (
     KEY_GRADIENTS,
@@ -208,75 +209,74 @@ class Blocks:
         """Return the size of dk and dv."""
         return KEY_GRADIENTS.nbytes(self.layout, owner)
 
-    def visitors(self) -> list[int]:
-        """Return whose block is here, by hop: mine, my left neighbour's, ... my right one's."""
-        order = self.layout.order
-        at = order.index(self.layout.rank)
-        return [order[at - hop] for hop in range(len(order))]
-
     def others(self) -> list[int]:
         """Return the other ranks; each rank starts with another, its right neighbour."""
-        return self.visitors()[:0:-1]
+        layout = self.layout
+        return [layout.owner(-place) for place in range(1, layout.size)]
 
 
 def _lv_xattn(blocks: Blocks) -> Iterator[Step]:
     layout, P, rank = blocks.layout, blocks.layout.size, blocks.layout.rank
-    owner = blocks.visitors()
-    left, right = owner[1 % P], owner[-1]
+    there, back = (QUERY_BLOCKS, QUERY_GRADIENTS) if blocks.backward else (QUERIES, PARTIALS)
+    queries, partials = RotationBase(layout, there), RotationBase(layout, back)
     s_q, s_kv, cut = layout.s_q, layout.s_kv[rank], layout.home_cut
     if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
-    if P > 1:
-        yield Send(right, blocks.queries(rank), BLOCKS)
+    yield from _leave(queries, 0, BLOCKS)
     yield Compute(s_q[rank], cut)
-    for hop in range(1, P):
-        yield Wait(left, BLOCKS)
-        if hop < P - 1:
-            yield Send(right, blocks.queries(owner[hop]), BLOCKS, packed=False)
-        yield Compute(s_q[owner[hop]], s_kv)
-        part = blocks.result(owner[hop])
-        if hop > 1:
-            yield Wait(left, RESULTS)
+    for hop, leg in queries.comes.items():
+        yield Wait(queries.source(leg), BLOCKS)
+        yield from _leave(queries, hop, BLOCKS, packed=False)
+        yield Compute(s_q[leg.owner], s_kv)
+        part = blocks.result(leg.owner)
+        if hop in partials.comes:
+            yield Wait(partials.source(partials.comes[hop]), RESULTS)
             yield Join(part)
-        yield Send(right, part, RESULTS)
+        yield from _leave(partials, hop, RESULTS)
     if P > 1:
         yield Compute(s_q[rank], s_kv - cut)
-        yield Wait(left, RESULTS)
+    if P in partials.comes:
+        yield Wait(partials.source(partials.comes[P]), RESULTS)
         yield Join(blocks.result(rank))
 
 
 def _ring(blocks: Blocks) -> Iterator[Step]:
     layout, P, rank = blocks.layout, blocks.layout.size, blocks.layout.rank
-    owner = blocks.visitors()
-    left, right = owner[1 % P], owner[-1]
+    keys, gradients = RotationBase(layout, KEYS_VALUES), RotationBase(layout, KEY_GRADIENTS)
     s_q, s_kv, cut = layout.s_q[rank], layout.s_kv, layout.home_cut
     if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
-    if P > 1:
-        yield Send(right, blocks.keys(rank), BLOCKS)
+    yield from _leave(keys, 0, BLOCKS)
     yield Compute(s_q, cut)
     if P > 1 and not blocks.backward:
         yield Compute(s_q, s_kv[rank] - cut)
         yield Join(blocks.result(rank))
-    for hop in range(1, P):
-        yield Wait(left, BLOCKS)
-        if hop < P - 1:
-            yield Send(right, blocks.keys(owner[hop]), BLOCKS, packed=False)
+    for hop, leg in keys.comes.items():
+        yield Wait(keys.source(leg), BLOCKS)
+        yield from _leave(keys, hop, BLOCKS, packed=False)
         if blocks.backward:
-            yield Fill(blocks.key_gradients(owner[hop]))
-        yield Compute(s_q, s_kv[owner[hop]])
+            yield Fill(blocks.key_gradients(leg.owner))
+        yield Compute(s_q, s_kv[leg.owner])
         if not blocks.backward:
             yield Join(blocks.result(rank))
             continue
-        part = blocks.key_gradients(owner[hop])
-        if hop > 1:
-            yield Wait(left, RESULTS)
+        part = blocks.key_gradients(leg.owner)
+        if hop in gradients.comes:
+            yield Wait(gradients.source(gradients.comes[hop]), RESULTS)
             yield Join(part)
-        yield Send(right, part, RESULTS)
+        yield from _leave(gradients, hop, RESULTS)
     if blocks.backward and P > 1:
         yield Compute(s_q, s_kv[rank] - cut)
-        yield Wait(left, RESULTS)
-        yield Join(blocks.key_gradients(rank))
+        if P in gradients.comes:
+            yield Wait(gradients.source(gradients.comes[P]), RESULTS)
+            yield Join(blocks.key_gradients(rank))
+
+
+def _leave(rotation: RotationBase, hop: int, kind: str, *, packed: bool = True) -> Iterator[Step]:
+    """Yield the message with the block that is here at a hop, if it has another stop."""
+    if (leg := rotation.leaves.get(hop)) is not None:
+        packed = packed or leg.rows != rotation.comes[hop].rows
+        yield Send(rotation.dest(leg), rotation.nbytes(leg), kind, packed)
 
 
 def _ulysses(blocks: Blocks) -> Iterator[Step]:
