@@ -126,6 +126,7 @@ bench: check-mpiexec $(STAMP) ## Run all benchmarks, also on shaped links, 90 mi
 	$(VENV_PYTHON) benchmarks/block_attention.py --json benchmarks/results/block-attention.json
 	$(VENV_PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels-cpu.json
 	$(VENV_PYTHON) benchmarks/recompute.py --json benchmarks/results/recompute.json
+	$(VENV_PYTHON) benchmarks/compiled.py --json benchmarks/results/compiled.json
 	$(VENV_PYTHON) benchmarks/precision.py --store benchmarks/results --plot docs/precision.png
 	$(MPIEXEC) -n 2 $(VENV_PYTHON) -m mpi4py benchmarks/tracing.py
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --store benchmarks/results
@@ -141,6 +142,7 @@ bench-quick: check-mpiexec $(STAMP) ## Run the benchmarks on small problems, som
 	$(VENV_PYTHON) benchmarks/block_attention.py --quick
 	$(VENV_PYTHON) benchmarks/kernels.py --quick
 	$(VENV_PYTHON) benchmarks/recompute.py --quick
+	$(VENV_PYTHON) benchmarks/compiled.py --quick
 	$(VENV_PYTHON) benchmarks/precision.py --quick
 	$(MPIEXEC) -n 2 $(VENV_PYTHON) -m mpi4py benchmarks/tracing.py --quick
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --quick

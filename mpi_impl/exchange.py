@@ -109,6 +109,12 @@ class Exchange(ExchangeBase):
                 transfer.begin()
 
 
+def _all_begun(pending: dict[Buffer, tuple[Leg, Transfer]]) -> Callable[[], bool]:
+    """Return a function that returns whether the transfers that are pending now have begun."""
+    before = [transfer for _, transfer in pending.values()]
+    return lambda: all(transfer.begun for transfer in before)
+
+
 class Rotation(RotationBase):
     """One kind of block travelling round the ring.
 
@@ -197,8 +203,9 @@ class Rotation(RotationBase):
             held = self.loaded.pop(leg.start)
             block, whole = held.sendable(self.nbytes(leg))
             self.exchange.meter.sent(self.nbytes(leg), self.dest(leg), partial(self.leaving, leg))
+            # Messages of one tag must not overtake one another, whichever buffer is ready first.
             begin = partial(comm.Isend, [block, MPI.BYTE], self.dest(leg), tag)
-            self.sending[held] = leg, Transfer(begin, whole)
+            self.sending[held] = leg, Transfer(begin, whole, _all_begun(self.sending))
 
     def wait_sent(self, held: Buffer) -> None:
         """Wait until the last send from a buffer is complete."""

@@ -211,10 +211,14 @@ def _tiles(
     """Yield the rows and keys of every tile, and its mask; nothing of what a `Rule` hides."""
     B, H, s_q, _ = q.shape
     for rows, keys, view in MaskView.of(mask).parts(s_q, k.shape[2]):
-        lines = B * H * (rows.stop - rows.start)
-        for tile in tiles(keys.stop - keys.start, max(1, TILE_SCORES // max(1, lines))):
+        size = _tile_keys(B * H * (rows.stop - rows.start))
+        for tile in tiles(keys.stop - keys.start, size):
             start, stop = keys.start + tile.start, keys.start + tile.stop
             yield rows, slice(start, stop), view.from_key(tile.start)
+
+
+def _tile_keys(lines: int) -> int:
+    return max(1, TILE_SCORES // max(1, lines))
 
 
 def _scores(q: Array, k: Array, scale: float, mask: MaskView) -> Array:

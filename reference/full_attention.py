@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvxattn.common.masks import MaskRule, MaskView, tiles
+from lvxattn.common.rules import Rule
 from lvxattn.common.validation import (
     check_attention,
     check_backward,
@@ -89,6 +90,8 @@ def full_attention(
     check_numpy(q)
     check_attention(q, k, v, scale=scale, mask=mask)
     check_mask_rows(mask, q.shape[2])
+    if isinstance(mask, Rule):
+        mask.check(q.shape[2], k.shape[2])
     scale = 1 / sqrt(q.shape[3]) if scale is None else float(scale)
     out = np.zeros((*q.shape[:3], v.shape[3]))
     lse = np.full(q.shape[:3], -np.inf)
@@ -153,6 +156,8 @@ def full_attention_backward(
     check_numpy(q)
     check_attention(q, k, v, scale=scale, mask=mask)
     check_mask_rows(mask, q.shape[2])
+    if isinstance(mask, Rule):
+        mask.check(q.shape[2], k.shape[2])
     check_backward(q, v, dout, out, lse, dlse)
     scale = 1 / sqrt(q.shape[3]) if scale is None else float(scale)
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)

@@ -61,7 +61,8 @@ class Backend:
         kernel = KERNELS.get(self.options.get("kernel", "auto"))
         if kernel is None:
             return True
-        kind = {"none": "none", "callable": "callable"}.get(case.mask, "array")
+        callables = ("callable", "documents", "earlier documents", "causal", "causal documents")
+        kind = "none" if case.mask == "none" else "callable" if case.mask in callables else "array"
         sizes = (case.B, case.H, case.H_KV, case.S_Q, case.S_KV, case.D, case.D_V)
         mask_dtype = torch.float64 if case.mask == "additive" else torch.bool
         dtype = getattr(torch, case.dtype)

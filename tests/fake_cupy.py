@@ -392,6 +392,10 @@ def arange(start: Any, stop: Any = None) -> ndarray:
     return _kernel(np.arange, *((start,) if stop is None else (start, stop)))
 
 
+def searchsorted(a: ndarray, v: ndarray, side: str = "left") -> ndarray:
+    return _kernel(np.searchsorted, a, v, side=side)
+
+
 def where(condition: ndarray, x: Any, y: Any) -> ndarray:
     return _kernel(np.where, condition, x, y)
 

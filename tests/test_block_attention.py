@@ -100,7 +100,7 @@ def solve_block(problem: Problem, backend: Backend, parts: int = 1, **options: A
 def small_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> None:
     """Make every implementation cut blocks into tiles of at most that many rows and keys."""
     module = sys.modules["lvxattn.reference.block_attention"]
-    monkeypatch.setattr(module, "_tile_keys", lambda q: keys)
+    monkeypatch.setattr(module, "_tile_keys", lambda lines: keys)
     for name in ("mpi_impl.block_attention", "torch_impl.kernels.blocked"):
         module = sys.modules[f"lvxattn.{name}"]
 

@@ -159,3 +159,11 @@ def available_memory() -> int:
 def test_block_of_more_than_2_gib_arrives() -> None:
     ended = mpiexec(2, PROGRAMS / "large_block.py", timeout=100)
     assert (ended.status, ended.out) == (0, "right\n" * 2), ended.err
+
+
+@pytest.mark.parametrize("schedule", ["lv-xattn", "ring"])
+def test_blocks_that_skip_ranks_keep_their_order(schedule: str) -> None:
+    """A block received may be sent at once, but not before an earlier one that is not ready."""
+    for apart, buffers in report(4, "late_buffers.py", schedule):
+        assert apart == 0
+        assert 0 < buffers <= 3

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ LINKS = sorted(
 MERGE, RING = "def merge(", "queries.send(q)"
 MPI, ATTEND, TRAIN = "# example.py, run as: mpiexec", "# attend.py, run as: torchrun", "# train.py"
 KERNEL, ORACLE, MODEL = "import check", "run_ranks", "import distribute"
+COMPILED = "fullgraph=True"
 
 
 def name_of(x: Path | str) -> str:
@@ -48,7 +50,7 @@ def the_block(mark: str) -> str:
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=name_of)
 def test_every_block_is_run_by_one_of_the_tests_below(page: Path, block: str) -> None:
-    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL
+    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL, COMPILED
     assert sum(mark in block for mark in marks) == 1, f"{page}: {block}"
 
 
@@ -138,6 +140,20 @@ def test_the_training_loop_runs_as_shown(tmp_path: Path) -> None:
     weights = re.findall(r"^weights (\S+)$", ended.out, re.MULTILINE)
     assert len(weights) == 2
     assert weights[0] == weights[1]  # ranks that are alike in the end
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo trips over its own
+def test_the_compiled_lines_compile_once() -> None:
+    import torch
+
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    space: dict[str, Any] = {}
+    exec(the_block(COMPILED), space)
+    assert graphs["unique_graphs"] == before + 1
+    assert all(p.grad is not None for p in space["model"].parameters())
+    torch.compiler.reset()
 
 
 def test_the_lines_for_a_model_run_as_shown() -> None:

@@ -1,5 +1,6 @@
 """Masks that know their own structure: what they hide is neither computed nor sent."""
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from lvxattn import mpi_impl, reference, torch_impl
 from lvxattn.common import rules
 from lvxattn.common.rules import Both, Causal, Rule, Segments, visible_parts
+from lvxattn.plan.choose import candidates
+from lvxattn.plan.memory import call_memory
 from lvxattn.plan.steps import messages
 from lvxattn.reference import Layout, full_attention, full_attention_backward, run_ranks, shard
 
@@ -43,11 +46,10 @@ def shown(rule: Rule, S_Q: int, S_KV: int) -> Any:
 def test_parts_hold_every_visible_pair_once(smallest: int, problem: tuple[Rule, int, int]) -> None:
     rule, S_Q, S_KV = problem
     mask, times = shown(rule, S_Q, S_KV), np.zeros((S_Q, S_KV), int)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "SMALLEST", smallest)
-        for rows, keys, whole in visible_parts(rule, slice(0, S_Q), slice(0, S_KV)):
-            times[rows, keys] += 1
-            assert not whole or mask[rows, keys].all()
+    whole_block = slice(0, S_Q), slice(0, S_KV)
+    for rows, keys, whole in visible_parts(rule, *whole_block, smallest=smallest):
+        times[rows, keys] += 1
+        assert not whole or mask[rows, keys].all()
     assert times.max(initial=0) <= 1
     assert times[mask].all()
     if smallest == 1:  # cut to the end: nothing that is hidden is left
@@ -224,6 +226,66 @@ def test_layout_refuses_another_rule(other: Any) -> None:
         run_ranks(1, attend)
 
 
+@dataclass(frozen=True)
+class ByHead(Rule):
+    """Head h sees the first 2 h + 2 keys; says nothing of its structure."""
+
+    def __call__(self, b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
+        return (kv_index < 2 * h + 2) & (q_index >= 0)
+
+    def sees(self, rows: slice, keys: slice) -> bool | None:
+        return None
+
+
+@pytest.mark.parametrize("schedule", ["lv-xattn", "ring", "gather", "ulysses"])
+def test_rule_may_differ_by_head(schedule: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 1, 4, 10, 4))
+    wanted, _ = full_attention(q, k, v, mask=ByHead())
+
+    def attend(comm: reference.VirtualComm) -> Any:
+        parts = [shard(x, comm) for x in (q, k, v)]
+        return reference.cross_attention(*parts, comm, mask=ByHead(), schedule=schedule)[0]
+
+    np.testing.assert_allclose(np.concatenate(run_ranks(2, attend), axis=2), wanted, atol=1e-14)
+
+
+def test_plan_counts_all_ranks_and_lets_auto_take_the_ring() -> None:
+    """Rank 0 sends nothing, the others do; and equal rules are no reason against the ring."""
+    q, k = np.zeros((1, 1, 4096, 8)), np.zeros((1, 1, 64, 8))
+    rule = Segments((1024, 3072), (16, 48))
+
+    def agree(comm: reference.VirtualComm) -> Any:
+        q_part, k_part = shard(q, comm), shard(k, comm)
+        return Layout.agree(q_part, k_part, k_part, comm, schedule="auto", mask=rule)
+
+    layout = run_ranks(4, agree)[0]
+    assert layout.schedule == "ring"
+    by_schedule = {c.schedule: c for c in candidates(layout)}
+    for schedule in ("lv-xattn", "ring"):
+        chosen = replace(layout, schedule=schedule)
+        sent = [
+            sum(m.nbytes for b in (False, True) for m in messages(chosen, rank, backward=b))
+            for rank in range(4)
+        ]
+        assert sent[0] == 0
+        assert by_schedule[schedule].nbytes == max(sent) > 0
+
+
+def test_memory_of_documents_on_one_rank_is_that_of_results() -> None:
+    q, k = np.zeros((1, 1, 8, 8)), np.zeros((1, 1, 4096, 8))
+
+    def least(comm: reference.VirtualComm, rule: Rule | None, schedule: str) -> list[int]:
+        q_part, k_part = shard(q, comm), shard(k, comm)
+        layout = Layout.agree(q_part, k_part, k_part, comm, schedule=schedule, mask=rule)
+        return call_memory(layout)
+
+    for schedule in ("lv-xattn", "ring"):
+        documents = run_ranks(4, least, Segments([2] * 4, [1024] * 4), schedule)[0]
+        alone = run_ranks(1, least, None, schedule)[0][0]
+        assert documents == [alone / 4] * 4
+
+
 class Unpicklable(Causal):
     """Holds a function that no other process could be sent."""
 
@@ -231,9 +293,28 @@ class Unpicklable(Causal):
         raise TypeError("cannot pickle this")
 
 
+class Incomparable(Rule):
+    """Has no == of its own: what another process gets is never equal."""
+
+    def __call__(self, b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
+        return q_index >= kv_index
+
+    def sees(self, rows: slice, keys: slice) -> bool | None:
+        return None
+
+
+@dataclass(frozen=True)
+class OfArrays(Causal):
+    """Its == returns an array."""
+
+    lengths: Any = field(default_factory=lambda: np.arange(3))
+
+
 @pytest.mark.parametrize(
     ("rule", "named"),
     [
+        (Incomparable(), "mask: expected a Rule that compares by =="),
+        (OfArrays(), "mask: expected a Rule that compares by =="),
         (Segments((3, 2), (2, 2)), "mask: expected Segments whose q_lengths sum to 4, got 5"),
         (Causal() & Segments((4,), (3,)), "mask: expected Segments whose kv_lengths sum to 4"),
         (Unpicklable(), "mask: expected a Rule that can be pickled"),
@@ -259,6 +340,12 @@ def test_rule_that_does_not_fit_is_refused(rule: Rule, named: str) -> None:
 def test_bad_documents_are_refused(make: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make()
+
+
+def test_full_attention_refuses_documents_of_other_lengths() -> None:
+    x = np.zeros((1, 1, 8, 2))
+    with pytest.raises(ValueError, match="mask: expected Segments whose q_lengths sum to 8, got 4"):
+        full_attention(x, x, x, mask=Segments((4,), (8,)))
 
 
 def test_documents_of_arrays() -> None:

@@ -10,12 +10,10 @@ from tests.torch_ranks import torch_report
 pytestmark = pytest.mark.mpi
 
 
-# Dynamo does not depend on the number of ranks.
-OF_TWO = ("inside_a_compiled_module",)
-OF_ANY = tuple(name for name in checks_of("torch_calls.py") if name not in OF_TWO)
+OF_ANY = tuple(checks_of("torch_calls.py"))
 # Four ranks are two rings of two; the rest is no different from three.
 OF_FOUR = ("groups_and_meshes_beside_one_another", "equals_sdpa_on_gathered_tensors")
-LAUNCHES = [(1, OF_ANY), (2, OF_TWO), (3, OF_ANY), (4, OF_FOUR)]
+LAUNCHES = [(1, OF_ANY), (3, OF_ANY), (4, OF_FOUR)]
 CALLS = [(P, launch, check) for P, launch in LAUNCHES for check in launch]
 
 

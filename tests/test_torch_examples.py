@@ -3,11 +3,13 @@
 # ruff: noqa: E402 - what follows needs torch
 
 import re
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from lvxattn.torch_impl.examples import compile as compiled
 from lvxattn.torch_impl.examples import packed_documents
 from lvxattn.torch_impl.examples import two_dimensional_mesh as mesh
 from tests.launch import Ended
@@ -58,10 +60,6 @@ def test_impossible_mesh_prints_one_line() -> None:
     assert (end.status, end.out, end.left) == (1, "", ())
 
 
-def test_documented_command_runs() -> None:
-    assert f"torchrun --standalone --nproc-per-node 4 -m {mesh.__name__}\n" in (mesh.__doc__ or "")
-
-
 def test_packed_documents_equal_one_process_and_send_a_third() -> None:
     end = forked(4, "-m", packed_documents.__name__)
     assert (end.status, end.err, end.left) == (0, "", ())
@@ -73,3 +71,24 @@ def test_packed_documents_equal_one_process_and_send_a_third() -> None:
     worst = float(re.search(r"from one process: (\S+)\n", end.out)[1])
     # Sums over at most all keys of terms below 10 in 10 products.
     assert worst <= 100 * summed(UNIT["float64"], sum(packed_documents.IMAGES))
+
+
+def test_compiled_model_equals_eager_without_compiling_again() -> None:
+    end = forked(2, "-m", compiled.__name__, "--backend", "aot_eager")
+    assert (end.status, end.left) == (0, ()), end.err
+    rows = re.findall(r"^ +\d+  +(\S+) +(\S+) +(\S+) +(\d+)$", end.out, re.MULTILINE)
+    assert len(rows) == 3
+    limit = 4 * 3 * 2 * 10 * compiled.LAYERS * summed(UNIT["float32"], 200)
+    assert limit < 0.05  # far from what any mistake makes
+    for loss, alone, apart, compilations in rows:
+        assert float(loss) == pytest.approx(float(alone), rel=limit)
+        assert float(apart) <= limit
+        assert compilations == "1"
+
+
+@pytest.mark.parametrize(
+    "example", [mesh, compiled, packed_documents], ids=lambda x: x.__name__.split(".")[-1]
+)
+def test_documented_command_runs(example: Any) -> None:
+    command = f"torchrun --standalone --nproc-per-node 4 -m {example.__name__}\n"
+    assert command in (example.__doc__ or "")

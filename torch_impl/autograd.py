@@ -1,5 +1,7 @@
 """The autograd function of the attention, and what keeps autocast and torch.compile out of it.
 
+What it calls, `compute` and `differentiate`, is also called by the operators of compiled programs.
+
 The schedules are plain functions on tensors.  Saved between forward and backward are q, k, v, out,
 lse and the rounding error of lse; of q, k and v nothing where a layer recomputes them
 (`recompute`).  The layout is saved too, so that a backward sends nothing but blocks.
@@ -20,14 +22,17 @@ from torch.autograd.function import once_differentiable
 
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
+from lvxattn.common.wire import QUERIES
 
-from .block_attention import delta_of
+from .block_attention import block_attention_backward, delta_of
 from .exchange import Exchange
 from .group import Group
 from .layout import Layout
 from .merge import lse_of, lse_remainder_of
 
 Schedule = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+UNCOMPILED = "a mask that is a callable, and a meter, are not compiled"
 
 
 class Attention(torch.autograd.Function):
@@ -51,23 +56,12 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Compute the attention, and save what the backward needs."""
         ctx.set_materialize_grads(False)
-        forward, ctx.backward = map(group.named(), functions)  # their errors name this rank
-        with exactly(q.device):
-            if q.is_meta and layout.size > 1:
-                out, top, total = shapes(q, v, layout)
-            else:
-                exchange = Exchange(group, layout, q, mask, meter)
-                out, top, total = forward(q, k, v, exchange)
-                exchange.finish()
-            lse = lse_of(top, total)
-            lse_remainder = lse_remainder_of(lse, top, total)
-            # (B, H, s_q, D_V), in memory (B, s_q, H, D_V): joining the heads needs no copy then.
-            out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        out, lse, lse_remainder = compute(q, k, v, mask, group, layout, functions[0], meter)
         held = (q, k, v) if made is None else ()
         save(ctx, mask, *held, out, lse, lse_remainder)
         ctx.made = made
-        ctx.group, ctx.layout = group, layout.numbered()
-        ctx.meter = meter
+        ctx.group, ctx.layout, ctx.meter = group, layout.numbered(), meter
+        ctx.backward = functions[1]
         return out, lse
 
     @staticmethod
@@ -76,17 +70,64 @@ class Attention(torch.autograd.Function):
         """Return the gradients of q, k and v."""
         (*held, out, lse, lse_remainder), mask = saved(ctx)
         q, k, v = held or ctx.made.saved_tensors
-        if q.is_meta and ctx.layout.size > 1:
-            return *map(torch.empty_like, (q, k, v)), *[None] * 6
-        with exactly(q.device):
-            # dout in q's dtype, as on the ranks that it visits.
-            dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
-            dout, delta = delta_of(dout, out, lse, lse_remainder, dlse)
-            exchange = Exchange(ctx.group, ctx.layout, q, mask, ctx.meter)
-            dq, dk, dv = ctx.backward(dout, q, k, v, lse, delta, exchange)
+        grads = differentiate(
+            dout, dlse, q, k, v, mask, out, lse, lse_remainder, ctx.group, ctx.layout,
+            ctx.backward, ctx.meter,
+        )  # fmt: skip
+        return *grads, *[None] * 6
+
+
+def compute(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | MaskRule | None, group: Group, layout: Layout,
+    forward: Schedule, meter: Meter | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return out, lse and the rounding error of lse, by a schedule's forward.
+
+    Collective: every rank of the group calls this.
+    """
+    with group.named(), exactly(q.device):  # errors name this rank
+        if q.is_meta and layout.size > 1:
+            out, top, total = shapes(q, v, layout)
+        else:
+            exchange = Exchange(group, layout, q, mask, meter)
+            out, top, total = forward(q, k, v, exchange)
             exchange.finish()
-            dq, dk, dv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-        return dq, dk, dv, *[None] * 6
+        lse = lse_of(top, total)
+        return heads_last(out.to(q.dtype)), lse, lse_remainder_of(lse, top, total)
+
+
+def differentiate(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | MaskRule | None, out: Tensor, lse: Tensor, lse_remainder: Tensor,
+    group: Group, layout: Layout, backward: Schedule, meter: Meter | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v, in their dtypes, by a schedule's backward.
+
+    Collective: every rank of the group calls this.
+    """
+    if q.is_meta and layout.size > 1:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    with group.named(), exactly(q.device):
+        # dout in q's dtype, as on the ranks that it visits.
+        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+        dout, delta = delta_of(dout, out, lse, lse_remainder, dlse)
+        exchange = Exchange(group, layout, q, mask, meter)
+        if layout.size == 1:
+            # Nothing else is added to dk and dv: a kernel may round its own sums.
+            with exchange.computing(what=QUERIES.name):
+                dq, dk, dv = block_attention_backward(
+                    dout, q, k, v, lse, delta, scale=exchange.scale,
+                    mask=exchange.mask_view(hop=0), dtype=k.dtype,
+                )  # fmt: skip
+        else:
+            dq, dk, dv = backward(dout, q, k, v, lse, delta, exchange)
+        exchange.finish()
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def heads_last(x: Tensor) -> Tensor:
+    """Return x (B, H, s, D), in memory (B, s, H, D): joining the heads needs no copy then."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def shapes(q: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +160,7 @@ def exactly(device: torch.device) -> AbstractContextManager[object]:
 
 
 def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that ``torch.compile`` calls without compiling it.
+    """Return a function that ``torch.compile`` calls without compiling it, by a graph break.
 
     ``torch.compiler.disable`` does the same, but imports the compiler, which takes seconds, even
     where nothing is compiled.
@@ -131,7 +172,7 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disabled.append(torch.compiler.disable(function, reason=UNCOMPILED))
         return disabled[0](*args, **kwargs)
 
     return call

@@ -3,7 +3,6 @@
 It agrees on a layout, unless one is given, and calls the schedule through autograd.
 """
 
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -15,7 +14,7 @@ from lvxattn.common.meter import Meter
 from .autograd import Attention, Schedule, not_compiled
 from .gather import gather, gather_backward
 from .group import AnyGroup, Group
-from .layout import Layout, Pool
+from .layout import Layout
 from .lv_xattn import lv_xattn, lv_xattn_backward
 from .replicated import replicated, replicated_backward
 from .ring_attention import ring_attention, ring_attention_backward
@@ -41,8 +40,7 @@ def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, group: AnyGroup = None, *,
     return_lse: Literal[True], **options: Any,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@not_compiled
-def cross_attention(
+def cross_attention(  # type: ignore[misc]
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -118,16 +116,33 @@ def cross_attention(
     >>> out.shape, v.grad.shape
     (torch.Size([1, 2, 6, 8]), torch.Size([1, 2, 50, 8]))
     """
-    comm = Group.of(group)
     dtype = autocast_dtype(q)
     q, k, v = (cast(x, dtype) for x in (q, k, v))
     return attend(
-        q, k, v, comm, layout, schedule=schedule, scale=scale, mask=mask, queries=queries,
+        q, k, v, group, layout, schedule=schedule, scale=scale, mask=mask, queries=queries,
         return_lse=return_lse, meter=meter,
     )  # fmt: skip
 
 
 def attend(
+    q: Tensor, k: Tensor, v: Tensor, group: AnyGroup, layout: Layout | None, made: Any = None,
+    *, mask: Any, meter: Meter | None, **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend by an operator in a program that is compiled, else by `Attention`."""
+    if is_compiled(mask, meter):
+        from . import operators  # which imports the compiler
+
+        return operators.attend(q, k, v, group, layout, mask=mask, **options)
+    return attend_now(q, k, v, Group.of(group), layout, made, mask=mask, meter=meter, **options)
+
+
+def is_compiled(mask: Tensor | MaskRule | None, meter: Meter | None) -> bool:
+    """Return whether a call is being compiled: operators take no callable masks, and no meters."""
+    return torch.compiler.is_compiling() and meter is None and not callable(mask)
+
+
+@not_compiled
+def attend_now(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -144,11 +159,10 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the layout or agree on one, and apply `Attention`, which saves q, k and v or `made`."""
     if layout is None:
-        layout = Layout.agree(
+        layout = Layout.agree_once(
             q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries,
             call=call_of(q, k, v, return_lse=return_lse),
         )  # fmt: skip
-        layout = replace(layout, pool=Pool(keeps=False))
     else:
         layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries)
     given = q, k, v, mask, group, layout, SCHEDULE_FUNCTIONS[layout.way], meter, made

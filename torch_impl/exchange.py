@@ -236,7 +236,7 @@ class Rotation(RotationBase):
         leaving = [block.name for block in what if block.dest is not None]
         name = f"{self.layout.way}: hop {stop}, post {', '.join(leaving) or 'a receive'}"
         # The failure of a neighbour may show here first, without telling which it is.
-        failing = partial(" or ".join, map(str, what))
+        failing = partial(", or ".join, map(str, what))
         with span(name, self.exchange.device), self.exchange.group.waiting(failing):
             # One batch: NCCL would otherwise finish the one before it starts the other.
             works = dist.batch_isend_irecv(

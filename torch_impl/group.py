@@ -22,6 +22,8 @@ from lvxattn.common.validation import instead_of
 
 T = TypeVar("T")
 
+# Names in compiled programs of groups that have none: the default group, and this process alone.
+WORLD, ALONE = "", "alone"
 # The type of the `group` argument of public functions.
 _NOTICED = "noticed on"  # how the note begins of an error that another rank may have caused
 AnyGroup = Any  # dist.ProcessGroup | DeviceMesh | Group | None; mypy sees ProcessGroup as Any
@@ -39,10 +41,13 @@ class Group:
         The number of this rank within the group, and the number of ranks.
     hosts : sequence of str
         By rank, once known, for error messages.
+    group_name : str
+        The name by which a compiled program finds the group.
     """
 
     def __init__(self, group: Any) -> None:
         self._group = None if group is None else weakref.ref(group)
+        self.group_name: str = ALONE if group is None else group.group_name
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.hosts: Sequence[str] = ()
@@ -110,6 +115,45 @@ class Group:
         if dist.get_rank(group) < 0:
             raise ValueError(f"group: rank {dist.get_rank()} of the world is not in it")
         return Group(group)
+
+    @staticmethod
+    def in_program(group: AnyGroup) -> tuple[str, int]:
+        """Return the name and the number of ranks of a group, for `of_program`.
+
+        A compiler can look into it, and only that is done that a compiler can.
+        """
+        if isinstance(group, Group):
+            return group.group_name, group.size
+        if group is None:
+            return WORLD, dist.get_world_size() if dist.is_initialized() else 1
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(
+                    f"group: expected a one-dimensional DeviceMesh, got {group.ndim} dimensions"
+                )
+            group = group.get_group()
+        if isinstance(group, int):  # GroupMember.NON_GROUP_MEMBER
+            raise ValueError("group: expected one that this rank is in")
+        return group.group_name, group.size()
+
+    @staticmethod
+    def of_program(name: str, ranks: int) -> "Group":
+        """Return the group of a compiled program.  Not collective.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            On this rank only: there is no such group, or it has other ranks.
+        """
+        if name in (WORLD, ALONE):
+            group = Group.of(None) if name == WORLD else Group(None)
+        else:
+            group = Group.of(dist.distributed_c10d._resolve_process_group(name))  # type: ignore
+        if group.size != ranks:
+            raise ValueError(
+                f"group: expected {ranks} ranks, as when the program was compiled, got {group.size}"
+            )
+        return group
 
     @property
     def name(self) -> str:

@@ -4,8 +4,9 @@ It also keeps the buffers for blocks, so that a call with a layout needs neither
 nor allocations.
 """
 
+import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,6 +23,9 @@ from .group import AnyGroup, Group, over_cpu
 
 # Bytes that identify the forward that a block of a backward belongs to.
 STAMP = 8
+# What the record of a layout lacks: what it keeps, the machine for which it was chosen, and rules,
+# which are callable masks.
+UNRECORDED = ("machine", "pool", "forwards", "record", "structures")
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,27 @@ class Layout(choose.Layout):
     pool: "Pool" = field(default_factory=lambda: Pool(), compare=False, repr=False)
     forwards: "Forwards" = field(default_factory=lambda: Forwards(0), compare=False, repr=False)
     forward: int | None = field(default=None, compare=False, repr=False)
+    record: Tensor | None = field(default=None, compare=False, repr=False)
 
-    def numbered(self) -> "Layout":
-        """Return the layout for the backward of the current forward."""
-        return replace(self, forward=self.forwards.number())
+    def numbered(self, number: int | None = None) -> "Layout":
+        """Return the layout for the backward of the current forward, or of the one of a number."""
+        return replace(self, forward=int(self.forwards.advance()) if number is None else number)
+
+    def to_record(self) -> Tensor:
+        """Return the layout as text in a tensor of `record_nbytes`, for compiled programs."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in UNRECORDED}
+        values["hosts"] = [host[:64] for host in self.hosts]
+        text = json.dumps(values).encode().ljust(record_nbytes(self.size))
+        with torch.inference_mode(mode=False):
+            return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    @staticmethod
+    def of_record(record: Tensor) -> "Layout":
+        """Return the layout of a record; it keeps no buffers."""
+        values = json.loads(record.numpy().tobytes())
+        values["masks"] = [mask and (tuple(mask[0]), mask[1]) for mask in values["masks"]]
+        values = {n: tuple(x) if isinstance(x, list) else x for n, x in values.items()}
+        return Layout(**values, pool=Pool(keeps=False))
 
     @staticmethod
     def agree(  # type: ignore[override]
@@ -91,14 +112,28 @@ class Layout(choose.Layout):
         ValueError, TypeError
             The message names the argument, what was expected, what was given and the rank.
         """
-        comm = Group.of(group)
+        layout = Layout.agree_once(
+            q, k, v, Group.of(group), schedule=schedule, scale=scale, mask=mask, queries=queries,
+            call=call, machine=machine,
+        )  # fmt: skip
+        return replace(layout, pool=Pool(), record=layout.to_record())
+
+    @staticmethod
+    def agree_once(
+        q: Tensor, k: Tensor, v: Tensor, comm: Group, *, mask: Tensor | MaskRule | None,
+        **options: Any,
+    ) -> "Layout":  # fmt: skip
+        """Return `agree` for one call: it keeps no buffers, and compiled programs cannot hold it.
+
+        Collective: every rank of the group calls this.
+        """
         records = agree_on(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call,
-            machine=machine, check=lambda: check_tensors(q, k, v, mask, comm),
+            q, k, v, comm, mask=mask, **options,
+            check=lambda: check_tensors(q, k, v, mask, comm),
         )  # fmt: skip
         layout, read = Layout.of(records, comm.rank), over_cpu(comm, q.device)
-        stamp_nbytes = STAMP if comm.size > 1 and read else 0
-        return replace(layout, stamp_nbytes=stamp_nbytes, forwards=Forwards(records[0].clock))
+        stamp_nbytes, forwards = STAMP if comm.size > 1 and read else 0, Forwards(records[0].clock)
+        return replace(layout, stamp_nbytes=stamp_nbytes, forwards=forwards, pool=Pool(keeps=False))
 
     def check(  # type: ignore[override]
         self,
@@ -136,12 +171,13 @@ class Forwards:
     """
 
     def __init__(self, agreed: int) -> None:
-        self.agreed, self.count = agreed, 0
+        # A tensor, as only that may change in a compiled program from one call to the next.
+        with torch.inference_mode(mode=False):
+            self.last = torch.tensor(agreed << 12, dtype=torch.int64, device="cpu")
 
-    def number(self) -> int:
-        """Return the next number, unique among all layouts; it fits into 8 bytes."""
-        self.count += 1
-        return self.agreed << 12 | self.count % (1 << 12)
+    def advance(self) -> Tensor:
+        """Return the next number, unique among all layouts, as a tensor."""
+        return self.last.add_(1).clone()
 
     @staticmethod
     def name(number: int) -> str:
@@ -179,6 +215,14 @@ class Pool:
             return
         key = buffer.numel(), buffer.device, buffer.is_pinned()
         self.at_rest.setdefault(key, []).append(buffer)
+
+
+def record_nbytes(ranks: int) -> int:
+    """Return the number of bytes of a layout's record, more than any layout of these ranks takes.
+
+    It depends on nothing else, as a compiled program must know it.
+    """
+    return 1024 + 256 * ranks
 
 
 def shard(x: Tensor, group: AnyGroup = None, axis: int = 2) -> Tensor:

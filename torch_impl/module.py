@@ -11,6 +11,7 @@ from lvxattn.common.meter import Meter
 from lvxattn.common.validation import check_here_or_together
 
 from .autograd import not_compiled
+from .cross_attention import is_compiled
 from .group import AnyGroup, Group, over_cpu
 from .layout import Layout, check_tensor, is_dtensor
 from .recompute import cross_attention_layer
@@ -151,7 +152,10 @@ class CrossAttention(nn.Module):
         -------
         Tensor : (B, s_q, E)
         """
-        self._check(x, features, together=layout is None)
+        if is_compiled(mask, meter):
+            self._check_alone(x, features)
+        else:
+            self._check(x, features, together=layout is None)
         options: dict[str, Any] = {
             "mask": mask, "layout": layout, "schedule": schedule, "queries": queries,
             "meter": meter,

@@ -37,7 +37,7 @@ from lvxattn.common.validation import (
 )
 
 from .autograd import not_compiled
-from .cross_attention import attend, autocast_dtype, cast
+from .cross_attention import attend_now, autocast_dtype, cast, is_compiled
 from .group import AnyGroup, Group
 from .layout import Layout, check_tensors
 
@@ -54,8 +54,7 @@ def cross_attention_layer(
     q: Tensor, y: Any, make_kv: MakeKV, group: AnyGroup = None, *,
     return_lse: Literal[True], **options: Any,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@not_compiled
-def cross_attention_layer(
+def cross_attention_layer(  # type: ignore[misc]
     q: Tensor,
     y: Any,
     make_kv: MakeKV,
@@ -122,6 +121,31 @@ def cross_attention_layer(
     >>> project.weight.grad.shape
     torch.Size([16, 3])
     """
+    given = q, y, make_kv, group, layout, make_q
+    options: dict[str, Any] = {
+        "recompute": recompute, "schedule": schedule, "scale": scale, "mask": mask,
+        "queries": queries, "return_lse": return_lse,
+    }  # fmt: skip
+    if is_compiled(mask, meter):
+        from . import operators  # which imports the compiler
+
+        return operators.layer(*given, **options)
+    return _layer(*given, meter=meter, **options)
+
+
+@not_compiled
+def _layer(
+    q: Tensor,
+    y: Any,
+    make_kv: MakeKV,
+    group: AnyGroup,
+    layout: Layout | None,
+    make_q: Callable[[Tensor], Tensor] | None,
+    *,
+    recompute: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `cross_attention_layer` with autograd's own functions."""
     comm = Group.of(group)
     before: list[tuple[Forms, _Leaves]] = []
 
@@ -161,10 +185,7 @@ def cross_attention_layer(
     q, k, v = checkpoint(make, q, y, use_reentrant=False) if recompute else make(q, y)
     # 2. Attend to them; they are freed at the end of this call.
     # 3. Recompute them, and differentiate the attention.
-    return attend(
-        q, k, v, comm, layout, q.grad_fn, schedule=schedule, scale=scale, mask=mask,
-        queries=queries, return_lse=return_lse, meter=meter,
-    )  # fmt: skip
+    return attend_now(q, k, v, comm, layout, q.grad_fn, **options)
 
 
 class Made(torch.autograd.Function):

@@ -68,24 +68,18 @@ def ring_attention_backward(
     dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
     exchange: Exchange,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Differentiate `ring_attention`.
+    """Differentiate `ring_attention`, on more than one rank: `differentiate` is for one.
 
     Collective: every rank calls this.  delta (from `delta_of`) replaces out and dlse.  Returns dq,
     and dk and dv of this rank's keys, summed over all queries.
     """
     blocks, gradients = exchange.rotation(KEYS_VALUES), exchange.rotation(KEY_GRADIENTS)
-    P, scale = exchange.P, exchange.scale
-    if P == 1:  # nothing is added to dk and dv: no zeros, and a kernel may round its own sums
-        with exchange.computing(hop=0):
-            return block_attention_backward(
-                dout, q, k_shard, v_shard, lse, delta,
-                scale=scale, mask=exchange.mask_view(hop=0), dtype=k_shard.dtype,
-            )  # fmt: skip
     dk, dv = exchange.accumulators(k_shard, v_shard)
     # dk1, dv1, dk2 and dv2 are views: adding to them adds to dk and dv.
     (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_keys(
         k_shard, v_shard, dk, dv
     )
+    P, scale = exchange.P, exchange.scale
 
     # 1. Send my keys and values; work on their first half overlaps with the transfer.
     blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask), hop=0)

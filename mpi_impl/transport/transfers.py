@@ -35,6 +35,11 @@ class Transfer:
         self._start: Callable[[], MPI.Request] | None = start
         self.begin()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the request has started."""
+        return self._start is None
+
     def begin(self) -> None:
         """Start the request if its buffers have become ready."""
         if self._start is not None and all(ready() for ready in self._ready):

@@ -6,7 +6,6 @@ names of checks; default: all.
 
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -232,31 +231,6 @@ def without_gradients_nothing_is_saved_and_training_goes_on(group: Group) -> Any
             verdicts += [torch.equal(out, want[0])]
             verdicts += [out.requires_grad == isinstance(mode, nullcontext)]
         verdicts.append(same(gradients(partial(attend, layout=layout), *mine), want))
-    return verdicts
-
-
-@check
-def inside_a_compiled_module(group: Group) -> Any:
-    torch.manual_seed(0)
-    x, y = torch.randn(1, 3 + group.rank, 8), torch.randn(1, 5, 8)
-    verdicts = []
-    for recompute in (True, False):
-        module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
-        attention = CrossAttention(8, 2, recompute_kv=recompute)
-
-        def run(x: Tensor, y: Tensor, m: Any = module, a: Any = attention) -> Any:
-            return m(a(m(x), y))
-
-        # Dynamo looks at it, graph breaks and all; to generate code is not this test's concern.
-        compiled = torch.compile(run, backend="eager")
-        leaves = [*module.parameters(), *attention.parameters()]
-        results = []
-        for fn in (run, compiled):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Dynamo trips over its own
-                out = fn(x, y)
-            results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
-        verdicts.append(same(*results))
     return verdicts
 
 

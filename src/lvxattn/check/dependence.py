@@ -171,7 +171,9 @@ def simpler_on_ranks(trial: tuple[Case, Cut]) -> Iterator[tuple[Case, Cut]]:
     """Yield fewer ranks, then simpler cuts and groups, then simpler cases."""
     case, cut = trial
     for P in range(1, cut.P):
-        yield case, replace(cut, P=P, ranks=cut.ranks[:P])
+        fewer = replace(cut, P=P, ranks=cut.ranks[:P])
+        if fewer.fitted(case) == case:
+            yield case, fewer
     if cut.ranks:
         yield case, replace(cut, ranks=())
     if cut.kind not in ("even", "divisible"):

@@ -58,6 +58,9 @@ class ExchangeBase:
             legs = rotation.arriving[stop]
             if not all(leg.start in rotation.loaded for leg in legs):
                 return
+            # One block at a time: more would need as many buffers.
+            if stop in rotation.comes and rotation.receiving:
+                return
             rotation.due.pop(0)
             rotation.start(stop, legs)
 
@@ -92,6 +95,8 @@ class RotationBase:
         The stops of transfers that have not been started, in ascending order.
     loaded : dict
         Blocks that are ready to leave, by the start of their leg.
+    receiving : dict
+        Blocks that are under way to this rank.
     """
 
     def __init__(self, layout: Layout, kind: Kind) -> None:
@@ -114,6 +119,7 @@ class RotationBase:
             stop: [leg for leg in self.leaves.values() if leg.stop == stop] for stop in self.due
         }
         self.loaded: dict[int, Any] = {}
+        self.receiving: dict[Any, Any] = {}
 
     def _leg(self, owner: int, way: tuple[int, ...], at: int) -> Leg:
         layout = self.layout

@@ -5,7 +5,6 @@ callable mask is then called once, which takes another.  Every rank draws the sa
 the same records: the error of the lowest rank that has one, or the first mismatch, or agreement.
 """
 
-import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 
 from lvxattn.common.free_memory import Room, free_memory
 from lvxattn.common.masks import MaskView
-from lvxattn.common.rules import Rule
+from lvxattn.common.rules import Rule, check_sendable, same_rule
 from lvxattn.common.validation import (
     Communicator,
     accumulator,
@@ -204,10 +203,7 @@ def _structure(mask: Any) -> Rule | None:
     """Return a mask that knows its own structure, which is sent to all ranks; else None."""
     if not isinstance(mask, Rule):
         return None
-    try:
-        pickle.dumps(mask)
-    except Exception as error:  # pickle raises many kinds
-        raise TypeError(f"mask: expected a Rule that can be pickled, got {error!r}") from None
+    check_sendable(mask)
     return mask
 
 
@@ -251,7 +247,7 @@ def _check_equal(records: list[Record]) -> None:
                 )
             if record.structure is not None:
                 record.structure.check(S_Q, sum(r.s_kv for r in records))
-            if travel and record.structure != records[0].structure:
+            if travel and not same_rule(record.structure, records[0].structure):
                 raise ValueError(
                     f"mask: expected rank 0's {records[0].structure!r:.100} with schedule "
                     f"{schedule!r}, got {record.structure!r:.100}, which differs by =="

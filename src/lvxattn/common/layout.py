@@ -25,7 +25,7 @@ from lvxattn.common.handshake import (
     mask_kind,
 )
 from lvxattn.common.masks import MaskView
-from lvxattn.common.rules import Rule, visible_parts
+from lvxattn.common.rules import Rule, same_rule, visible_parts
 from lvxattn.common.validation import (
     Communicator,
     accumulator,
@@ -186,7 +186,7 @@ class Layout:
             masks=tuple(r.mask for r in records),
             rules=tuple(r.callable_mask for r in records),
             structures=tuple(r.structure for r in records)
-            if any(r.structure for r in records)
+            if any(r.structure is not None for r in records)
             else (),
             **{
                 name: getattr(first, name)
@@ -257,7 +257,7 @@ class Layout:
                     f"got {type(mask).__name__}"
                 )
             agreed = self.structures[self.rank] if self.structures else None
-            if agreed != (mask if isinstance(mask, Rule) else None):
+            if not same_rule(agreed, mask if isinstance(mask, Rule) else None):
                 raise ValueError(f"mask: expected the layout's {agreed}, got {mask!r:.100}")
             kind = mask_kind(mask, self.dtype)
             if travels and kind != self.masks[self.rank]:

@@ -74,7 +74,7 @@ class MaskView:
         for rows, keys, whole in visible_parts(self.mask, slice(q, q + s_q), slice(kv, kv + s_kv)):
             # A bound method is a plain callable: it is evaluated, and not cut again.
             mask = None if whole else self.mask.__call__
-            view = MaskView(mask, rows.start, keys.start)
+            view = replace(self, mask=mask, q_start=rows.start, kv_start=keys.start)
             yield slice(rows.start - q, rows.stop - q), slice(keys.start - kv, keys.stop - kv), view
 
     def tile(

@@ -11,6 +11,7 @@ queries and keys whether all of it is visible, none or some:
 those ranks only on which it meets something visible (`Layout.stops`).
 """
 
+import pickle
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from itertools import accumulate, pairwise
+from math import isqrt
 from typing import Any, Self
 
 from lvxattn.common.validation import library
@@ -26,6 +28,7 @@ Array = Any
 
 # Parts of at most SMALLEST x SMALLEST scores are not cut further: a kernel call has its cost.
 SMALLEST = 128
+_SUCH = "such as a frozen dataclass of numbers and tuples"
 
 
 class Rule(ABC):
@@ -43,7 +46,8 @@ class Rule(ABC):
     def sees(self, rows: slice, keys: slice) -> bool | None:
         """Return True if all of these rows see all of these keys, False if none does, else None.
 
-        None is always right, and only costs time.  Neither slice is empty.
+        Neither slice is empty.  None is always right, but costs time: of a block for which it is
+        always returned, thousands of small parts are evaluated one by one.
         """
 
     def reach(self, rows: slice) -> slice:  # noqa: ARG002
@@ -207,7 +211,7 @@ class Segments(Rule):
         first = bisect_right(self._q_ends, rows.start)
         last = bisect_right(self._q_ends, rows.stop - 1)
         start = 0 if self.earlier or first == 0 else self._kv_ends[first - 1]
-        return slice(start, self._kv_ends[last])
+        return slice(start, self._kv_ends[min(last, len(self._kv_ends) - 1)])
 
     def edges(self, rows: slice) -> Sequence[int]:
         """Return the first rows of documents."""
@@ -292,8 +296,32 @@ class Both(Rule):
         self.b.check(S_Q, S_KV)
 
 
+def same_rule(a: Rule | None, b: Rule | None) -> bool:
+    """Return whether two rules are equal.
+
+    Raises
+    ------
+    TypeError
+        They cannot be compared.
+    """
+    try:
+        return bool(a == b)
+    except Exception as error:  # a user's rule may raise anything
+        raise TypeError(f"mask: expected a Rule that compares by ==, {_SUCH}: {error}") from None
+
+
+def check_sendable(rule: Rule) -> None:
+    """Raise TypeError if a rule that has been sent to another process would not be equal to it."""
+    try:
+        sent = pickle.loads(pickle.dumps(rule))
+    except Exception as error:  # pickle raises many kinds
+        raise TypeError(f"mask: expected a Rule that can be pickled, got {error!r}") from None
+    if not same_rule(sent, rule):
+        raise TypeError(f"mask: expected a Rule that compares by ==, {_SUCH}, got {rule!r:.100}")
+
+
 def visible_parts(
-    rule: Rule, rows: slice, keys: slice, *, every_edge: bool = False
+    rule: Rule, rows: slice, keys: slice, *, every_edge: bool = False, smallest: int = 0
 ) -> Iterator[tuple[slice, slice, bool]]:
     """Yield the parts of a block that must be computed, in the order of their rows.
 
@@ -306,6 +334,9 @@ def visible_parts(
         Of global indices, with start and stop.
     every_edge : bool
         Whether to cut small parts, too, where a document begins.
+    smallest : int
+        A part of at most ``smallest ** 2`` scores is not cut further.  Default: `SMALLEST`, or more
+        for a block that would have thousands of such parts.
 
     Yields
     ------
@@ -327,8 +358,9 @@ def visible_parts(
     if verdict is False:
         return
     s_q, s_kv = rows.stop - rows.start, keys.stop - keys.start
+    smallest = smallest or max(SMALLEST, isqrt(s_q * s_kv) // 64)
     edges = rule.edges(rows)
-    if verdict or (s_q * s_kv <= SMALLEST**2 and not (every_edge and edges)):
+    if verdict or (s_q * s_kv <= smallest**2 and not (every_edge and edges)):
         yield rows, keys, verdict is True
         return
     if edges or s_q >= s_kv:
@@ -338,7 +370,7 @@ def visible_parts(
         middle = keys.start + s_kv // 2
         halves = (rows, slice(keys.start, middle)), (rows, slice(middle, keys.stop))
     for half in halves:
-        yield from visible_parts(rule, *half, every_edge=every_edge)
+        yield from visible_parts(rule, *half, every_edge=every_edge, smallest=smallest)
 
 
 def _listed(x: Any) -> list[Any]:
@@ -353,5 +385,5 @@ def _common(a: slice, b: slice) -> slice:
 def _segment(index: Array, ends: list[int]) -> Array:
     """Return the document of each index, in the index's library."""
     xp = import_module(library(index))
-    at = index.new_tensor(ends) if hasattr(index, "new_tensor") else xp.asarray(ends, index.dtype)
+    at = index.new_tensor(ends) if hasattr(index, "new_tensor") else xp.asarray(ends)
     return xp.searchsorted(at, index, side="right")

@@ -169,7 +169,8 @@ def unlike_ranks(layout: common.Layout) -> list[int]:
     """Return one rank of each kind; every other rank sends as much as one of these.
 
     A block is passed on by all ranks but its owner's left neighbour, where it ends, and a result by
-    all but its owner.  So what a rank sends follows from its own share and its right neighbour's.
+    all but its owner.  So what a rank sends follows from its own share and its right neighbour's,
+    but for masks that are a `Rule`, where it depends on what is visible.
 
     Parameters
     ----------
@@ -179,6 +180,8 @@ def unlike_ranks(layout: common.Layout) -> list[int]:
     -------
     list of int
     """
+    if layout.structures:
+        return list(layout.order)
     shares = list(zip(layout.s_q, layout.s_kv, layout.masks, strict=True))
     order = layout.order
     kinds: dict[object, int] = {}
@@ -200,6 +203,7 @@ def refusal(layout: common.Layout) -> str:
     """
     if layout.schedule == "ulysses" and layout.H_KV % layout.size:
         return f"P = {layout.size} does not divide H_KV = {layout.H_KV}"
-    if layout.schedule in MASKS_TRAVEL and any(layout.rules):
+    one_rule = layout.structures and all(x == layout.structures[0] for x in layout.structures)
+    if layout.schedule in MASKS_TRAVEL and any(layout.rules) and not one_rule:
         return "a mask is a callable, and ranks may have different ones"
     return ""

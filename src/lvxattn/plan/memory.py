@@ -6,10 +6,11 @@ at a time (arXiv:2502.02406, section 4).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from lvxattn.common.exchange_base import RotationBase
 from lvxattn.common.layout import Layout
 from lvxattn.common.wire import (
     ITEMSIZE,
@@ -163,10 +164,24 @@ def call_memory(layout: Layout, *, backward: bool = False) -> list[int]:
         return [n + sum(queries) + sum(results) for n in mine]
     if layout.way == "ulysses":
         return [n + (sum(queries) + sum(keys) + sum(results)) // layout.size for n in mine]
+    if layout.structures:
+        kinds = (KEYS_VALUES, KEY_GRADIENTS) if backward else (KEYS_VALUES,)
+        if layout.way != "ring":
+            kinds = (QUERY_BLOCKS, QUERY_GRADIENTS) if backward else (QUERIES, PARTIALS)
+        return [
+            n + sum(_largest_visitor(replace(layout, rank=rank), kind) for kind in kinds)
+            for rank, n in enumerate(mine)
+        ]
     moving = [queries, results]
     if layout.way == "ring":
         moving = [keys, sizes(KEY_GRADIENTS)] if backward else [keys]
     return [n + sum(_two_blocks(layout, rank, of) for of in moving) for rank, n in enumerate(mine)]
+
+
+def _largest_visitor(layout: Layout, kind: Kind) -> int:
+    """Return the size of the largest block that comes to this rank; not all do with a `Rule`."""
+    rotation = RotationBase(layout, kind)
+    return max(map(rotation.nbytes, rotation.comes.values()), default=0)
 
 
 def _two_blocks(layout: Layout, rank: int, sizes: list[int]) -> int:
