@@ -227,7 +227,7 @@ def meshes_and_subgroups_are_found_by_name(group: Group) -> Any:
     return verdicts
 
 
-comm, _ = start()
+comm, _ = start(timeout=200.0)  # ranks wait for others that compile
 warnings.simplefilter("ignore")  # Dynamo trips over its own
 torch.set_num_threads(1)
 report = {}
