@@ -136,7 +136,7 @@ def test_what_it_depends_on_is_kept() -> None:
 class Unsteady(KernelBase):
     """Right, but for a last bit that differs from call to call, as by sums in any order."""
 
-    keeps_state = True
+    differs = True
     calls = 0
 
     def _results(self, q: Array, out: Array, lse: Array) -> Partial:

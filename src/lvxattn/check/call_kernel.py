@@ -8,6 +8,8 @@ backward's lse is None if the function returns none.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
+from math import inf
 from operator import call
 from time import perf_counter
 from typing import Any
@@ -22,7 +24,7 @@ from lvxattn.check.one_call import Call, Kept, Together
 Array = npt.NDArray[Any]
 
 # As many calls as show what happens once in 500, unless that takes too long.
-_REPEATS, _REPEAT_SECONDS = 1500, 3.0
+_REPEATS, _REPEATS_OF_BACKWARD, _REPEAT_SECONDS = 1500, 500, 3.0
 _REPEATS_ON_RANKS = 20  # a number: a limit of time would end the calls on some ranks only
 
 
@@ -117,13 +119,17 @@ def call_kernel(
             kept.assert_unchanged("was changed by the next call: its memory is used again")
         judged = results.copies
         # Our own kernels say whether their calls can differ.
-        if calls == "repeated" and getattr(fn, "keeps_state", True):
-            again = [judged, *_repeats(lambda: call_once(problem, False, None, nothing), on_ranks)]
+        if calls == "repeated" and getattr(fn, "differs", True):
+
+            def repeats(most: int, gradients: bool) -> list[dict[str, Array]]:
+                most = min(most, _REPEATS_ON_RANKS) if on_ranks else most
+                seconds = inf if on_ranks else _REPEAT_SECONDS
+                work = partial(call_once, problem, gradients, None, nothing)
+                return [judged, *_repeats(work, most, seconds)]
+
+            again = repeats(_REPEATS, False)
             if gradients and "dq" in judged:
-                both = [
-                    judged,
-                    *_repeats(lambda: call_once(problem, True, None, nothing), on_ranks),
-                ]
+                both = repeats(_REPEATS_OF_BACKWARD, True)
                 again += both
                 judged = {**judged, **_farthest(both, judged.keys() - {"out", "lse"})}
             judged = {**judged, **_farthest(again, judged.keys() & {"out", "lse"})}
@@ -133,12 +139,10 @@ def call_kernel(
     return judged
 
 
-def _repeats(work: Callable[[], Kept], on_ranks: bool) -> list[dict[str, Array]]:
+def _repeats(work: Callable[[], Kept], most: int, seconds: float) -> list[dict[str, Array]]:
     """Return the results of the same call again and again."""
-    if on_ranks:
-        return [work().copies for _ in range(_REPEATS_ON_RANKS)]
     start, found = perf_counter(), list[dict[str, Array]]()
-    while len(found) < _REPEATS and perf_counter() - start < _REPEAT_SECONDS:
+    while len(found) < most and perf_counter() - start < seconds:
         found.append(work().copies)
     return found
 

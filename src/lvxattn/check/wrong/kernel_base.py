@@ -46,6 +46,8 @@ class KernelBase:
         rounds differently; or ``"message"``, for what returns no result at all.
     keeps_state : bool
         Whether a call depends on earlier ones.
+    differs : bool
+        Whether equal calls can give other results.
     dtype : dtype
     shape : tuple of int
         (B, H, S_Q, S_KV).
@@ -57,6 +59,7 @@ class KernelBase:
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"shards": 1})
     compare: ClassVar[str] = "values"
     keeps_state: ClassVar[bool] = False
+    differs: ClassVar[bool] = False
 
     dtype: np.dtype[Any]
     shape: tuple[int, int, int, int]

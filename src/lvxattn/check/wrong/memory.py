@@ -114,6 +114,8 @@ class BufferOfOtherDtype(_KeepsState, name="out's buffer has the last call's dty
 class Race(_KeepsState, name="a race, once in 500 calls"):
     """Once in 500 calls a tile of keys is not there yet."""
 
+    differs = True
+
     def _cut(self, S_KV: int) -> list[slice]:
         cut = super()._cut(S_KV)
         return cut[:-1] if self.kept["calls"] % 500 == 400 else cut
@@ -126,6 +128,8 @@ class Race(_KeepsState, name="a race, once in 500 calls"):
 class RaceOfHeads(_KeepsState, name="a race between heads, once in 500 calls"):
     """Once in 500 calls two heads share the memory for their results."""
 
+    differs = True
+
     def _results(self, _q: Array, out: Array, lse: Array) -> Partial:
         self.kept["calls"] = self.kept.get("calls", 0) + 1
         if self.kept["calls"] % 500 == 400:
@@ -135,6 +139,8 @@ class RaceOfHeads(_KeepsState, name="a race between heads, once in 500 calls"):
 
 class RaceInBackward(_KeepsState, name="a race in the backward, once in 200 calls"):
     """Once in 200 calls a sum of gradients is overwritten."""
+
+    differs = True
 
     def _gradients(self, dq: Array, dk: Array, dv: Array) -> Gradients:
         self.kept["calls"] = self.kept.get("calls", 0) + 1
@@ -155,6 +161,8 @@ class LatestLse(_KeepsState, name="backward by the latest forward's lse"):
 
 class GradientsNotZeroed(_KeepsState, name="gradients not zeroed between calls"):
     """The memory for gradients is kept and added to, without zeroing in between."""
+
+    differs = True
 
     def _gradients(self, dq: Array, dk: Array, dv: Array) -> Gradients:
         found = dq, dk, dv
