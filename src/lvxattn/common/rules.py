@@ -36,6 +36,35 @@ class Rule(ABC):
 
     A subclass is pure: equal rules hide the same, on every rank.  It is best a frozen dataclass,
     which ranks can compare.  Indices are global: of all ranks' queries and of all ranks' keys.
+
+    Examples
+    --------
+    Query i sees the keys i - width to i + width:
+
+    >>> from dataclasses import dataclass
+    >>> import numpy as np
+    >>> from lvxattn.reference import Rule
+    >>> @dataclass(frozen=True)
+    ... class Window(Rule):
+    ...     width: int
+    ...
+    ...     def __call__(self, b, h, q_index, kv_index):
+    ...         return abs(q_index - kv_index) <= self.width
+    ...
+    ...     def sees(self, rows, keys):
+    ...         nearest = max(rows.start - keys.stop, keys.start - rows.stop) + 1
+    ...         farthest = max(rows.stop - keys.start, keys.stop - rows.start) - 1
+    ...         if nearest > self.width:
+    ...             return False
+    ...         return True if farthest <= self.width else None
+    >>> Window(1)(0, 0, np.arange(3)[:, None], np.arange(4)).astype(int)
+    array([[1, 1, 0, 0],
+           [1, 1, 1, 0],
+           [0, 1, 1, 1]])
+    >>> window = Window(100)
+    >>> many = slice(0, 50), slice(50, 300), slice(150, 300)
+    >>> [window.sees(slice(0, 50), keys) for keys in many]
+    [True, None, False]
     """
 
     @abstractmethod
