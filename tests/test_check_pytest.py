@@ -16,6 +16,7 @@ import torch  # noqa: F401
 import lvxattn.check.frameworks.torch_arrays
 import lvxattn.check.pytest_cases  # noqa: F401
 from lvxattn.check import suite_of
+from lvxattn.check.covering import pairs
 from tests.check_kernels import SOURCE
 from tests.launch import ROOT
 
@@ -155,8 +156,8 @@ class TestKnownFailures:
         return [*CONFORMANCE, "--lvx-impl", "kernels:nan", *FLOAT32, *file]
 
     def test_they_are_expected(self, run, pytester: pytest.Pytester) -> None:
-        done = run(*self.line(pytester, self.FAILING), "-rx")
-        done.assert_outcomes(xfailed=3, skipped=1, passed=COUNT - 3)
+        done = run(*self.line(pytester, self.FAILING), "-rx", "-k", "not pairs")
+        done.assert_outcomes(xfailed=3, skipped=1, passed=COUNT - len(pairs()) - 3)
         assert done.ret == 0
         assert "xfails.txt:1" in str(done.stdout)
 
