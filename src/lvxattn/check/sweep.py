@@ -170,6 +170,4 @@ def _matters(trait: Any, item: Any, full: bool) -> bool:
         return count <= most and all(name != "P" for name, _ in (item if count > 1 else [item]))
     if trait[0] == "cases":
         return count < 3
-    if trait[0] == "case":
-        return full and count == 1
-    return count == 1
+    return full and count == 1
