@@ -34,7 +34,8 @@ LINKS = sorted(
 # What each test below knows its block by.
 MERGE, RING = "def merge(", "queries.send(q)"
 MPI, ATTEND, TRAIN = "# example.py, run as: mpiexec", "# attend.py, run as: torchrun", "# train.py"
-KERNEL, ORACLE, MODEL = "import check", "run_ranks", "import distribute"
+KERNEL, ORACLE, MODEL = "import check", "run_ranks(5, on_a_rank)", "import distribute"
+PACKED = "Segments(texts, images)"
 COMPILED = "fullgraph=True"
 
 
@@ -50,7 +51,7 @@ def the_block(mark: str) -> str:
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=name_of)
 def test_every_block_is_run_by_one_of_the_tests_below(page: Path, block: str) -> None:
-    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL, COMPILED
+    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL, COMPILED, PACKED
     assert sum(mark in block for mark in marks) == 1, f"{page}: {block}"
 
 
@@ -167,8 +168,9 @@ def test_the_lines_for_a_model_run_as_shown() -> None:
     assert all(p.grad is not None for p in model.model.decoder.parameters())
 
 
-def test_the_oracle_runs_as_shown(tmp_path: Path) -> None:
-    (tmp_path / "oracle.py").write_text(the_block(ORACLE))
+@pytest.mark.parametrize("mark", [ORACLE, PACKED])
+def test_the_oracle_runs_as_shown(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "oracle.py").write_text(the_block(mark))
     subprocess.run([sys.executable, tmp_path / "oracle.py"], check=True, timeout=300)
 
 
