@@ -127,7 +127,7 @@ def muted() -> Iterator[None]:
     batch, exchange = dist.batch_isend_irecv, dist.all_to_all_single
 
     def copy_batch(ops: list[Any]) -> list[Any]:
-        send, receive = ops
+        receive, send = ops
         receive.tensor.copy_(send.tensor)
         return [Done(), Done()]
 
