@@ -7,7 +7,8 @@ import sys
 from lvxattn.torch_impl.commands.processes import world
 
 with world() as group:
-    print(group.rank, os.getpid(), flush=True)
+    # One write: torchrun's streams are unbuffered, and print writes its end of line by another.
+    print(f"{group.rank} {os.getpid()}\n", end="", flush=True)
     group.allgather(None)
     if "stop" in sys.argv and group.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
