@@ -173,6 +173,7 @@ def block_attention_backward(
     *,
     scale: float,
     mask: MaskView | Array | MaskRule | None = None,
+    wanted: str = "qkv",
     progress: Callable[[], None] = lambda: None,
     kernel: str = "auto",
 ) -> Array:
@@ -190,13 +191,15 @@ def block_attention_backward(
     delta : (B, H, s_q)
         ``rowsum(dout * out) - dlse``, out over all keys.
     dk, dv : shaped as k, v
-        Added to in place.  In the accumulator dtype, or in k's where nothing else is added to them:
-        the sums of this block are taken in the former, and then rounded once.
+        Added to in place if wanted.  In the accumulator dtype, or in k's where nothing else is
+        added to them: the sums of this block are taken in the former, and then rounded once.
+    wanted : str
+        The arguments whose gradients are computed: ``"qkv"``, ``"q"``, ``"kv"`` or ``""``.
 
     Returns
     -------
     dq : (B, H, s_q, D), accumulator dtype
-        The share of these keys.
+        The share of these keys; 0 if not wanted.
 
     Examples
     --------
@@ -211,17 +214,21 @@ def block_attention_backward(
     True
     """
     view, xp = MaskView.of(mask), array_module(q)
+    if not wanted:
+        return xp.zeros(q.shape, accumulator(dtype_name(q)))
     if isinstance(view.mask, Rule):
         dq = xp.zeros(q.shape, accumulator(dtype_name(q)))
         for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
             dq[:, :, rows] += block_attention_backward(
                 dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
                 lse[:, :, rows], delta[:, :, rows], dk[:, :, keys], dv[:, :, keys],
-                scale=scale, mask=part, progress=progress, kernel=kernel,
+                scale=scale, mask=part, wanted=wanted, progress=progress, kernel=kernel,
             )  # fmt: skip
         return dq
     if kernels.choose(q, k, v, view.mask, kernel).kernel == "cuda":
-        dq = kernels.backward(xp, dout, q, k, v, lse, delta, dk, dv, scale=float(scale))
+        dq = kernels.backward(
+            xp, dout, q, k, v, lse, delta, dk, dv, scale=float(scale), wanted=wanted
+        )
         progress()
         return dq
     work = Tiles(q, k, view)
@@ -244,9 +251,11 @@ def block_attention_backward(
             ds -= delta_tile[..., None]
             ds *= p
             # 3. Add to plain sums; the heads of a group share their key-value head.
-            dv_sum[at[0], at[1], keys] += work.over_rows(p, dout_tile)
-            dk_sum[at[0], at[1], keys] += work.over_rows(ds, q_tile)
-            dq_tile += ds @ k_tile
+            if "k" in wanted:
+                dv_sum[at[0], at[1], keys] += work.over_rows(p, dout_tile)
+                dk_sum[at[0], at[1], keys] += work.over_rows(ds, q_tile)
+            if "q" in wanted:
+                dq_tile += ds @ k_tile
             progress()
         work.store(dq, at, dq_tile * float(scale))
     for x, share in zip((dk, dv), sums, strict=True):

@@ -21,7 +21,12 @@ from .exchange import Exchange
 from .gather import gather, gather_backward
 from .lv_xattn import lv_xattn, lv_xattn_backward
 from .merge import lse_of, lse_remainder_of
-from .replicated import replicated, replicated_backward
+from .replicated import (
+    replicated_keys,
+    replicated_keys_backward,
+    replicated_queries,
+    replicated_queries_backward,
+)
 from .ring_attention import ring_attention, ring_attention_backward
 from .transport.death_notice import announce_under_hydra, named
 from .transport.device import check_arrays, computing
@@ -34,13 +39,14 @@ LARGE_LSE = 256.0
 
 Schedule = Callable[..., tuple[Array, Array, Array]]
 
-# Forward and backward by `Layout.way`: the schedule, or "replicated" where all queries are.
+# Forward and backward by `Layout.way`: the schedule, or what every rank has the whole of.
 SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
     "lv-xattn": (lv_xattn, lv_xattn_backward),
     "ring": (ring_attention, ring_attention_backward),
     "ulysses": (ulysses, ulysses_backward),
     "gather": (gather, gather_backward),
-    "replicated": (replicated, replicated_backward),
+    "replicated": (replicated_queries, replicated_queries_backward),
+    "replicated keys": (replicated_keys, replicated_keys_backward),
 }
 
 
@@ -54,6 +60,7 @@ def cross_attention(
     scale: float | None = None,
     mask: Array | MaskRule | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array]:
@@ -69,7 +76,7 @@ def cross_attention(
         This rank's queries, keys and values, NumPy's or CuPy's.
     comm : MPI.Intracomm
         Messages use tags 7001, 7002 and 7004 of it.
-    schedule, scale, mask, queries, layout, meter
+    schedule, scale, mask, queries, keys, layout, meter
         As in `lvxattn.reference.cross_attention`.
 
     Returns
@@ -106,10 +113,11 @@ def cross_attention(
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+                keys=keys,
                 check=lambda: check_arrays(q),  # called there, so that all ranks raise its error
             )  # fmt: skip
     else:
-        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys)
     forward, _ = SCHEDULE_FUNCTIONS[layout.way]
     with named(comm), computing(q):
         exchange = Exchange(comm, layout, q, mask, meter)
@@ -132,9 +140,11 @@ def cross_attention_backward(
     mask: Array | MaskRule | None = None,
     dlse: Array | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
+    gradients: str | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Any, Any, Any]:
     """Differentiate `cross_attention`.
 
     Collective: every rank of comm calls this.  The backwards of several calls must come in the same
@@ -144,19 +154,22 @@ def cross_attention_backward(
     ----------
     dout : (B, H, s_q, D_V)
         Gradient of the loss with respect to this rank's out; cast to q's dtype.
-    q, k, v, comm, schedule, scale, mask, queries, layout, meter
+    q, k, v, comm, schedule, scale, mask, queries, keys, layout, meter
         As given to `cross_attention`.
     out, lse
         As returned by it.
     dlse : (B, H, s_q), optional
         Gradient of the loss with respect to lse; default: 0.
+    gradients : str, optional
+        As given to `lvxattn.reference.cross_attention_backward`.
 
     Returns
     -------
     dq : (B, H, s_q, D)
     dk : (B, H_KV, s_kv, D)
     dv : (B, H_KV, s_kv, D_V)
-        In q's dtype, summed over the queries of all ranks in float32, or float64 where q is.
+        In q's dtype, summed over the queries of all ranks in float32, or float64 where q is.  None
+        for gradients that are not computed.
 
     Raises
     ------
@@ -188,10 +201,14 @@ def cross_attention_backward(
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                backward=results, check=lambda: check_arrays(q),
+                keys=keys, gradients=gradients or "qkv", backward=results,
+                check=lambda: check_arrays(q),
             )  # fmt: skip
     else:
-        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=results)
+        layout.check(
+            q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys,
+            gradients=gradients, backward=results,
+        )  # fmt: skip
     forward, backward = SCHEDULE_FUNCTIONS[layout.way]
     with named(comm), computing(q):
         dout = dout.astype(q.dtype, copy=False)  # as on the ranks that it visits
@@ -205,9 +222,12 @@ def cross_attention_backward(
             lse_remainder = lse_remainder_of(lse, top, total)
         dout, delta = delta_of(dout, out, lse, lse_remainder, dlse)
         exchange = Exchange(comm, layout, q, mask, meter)
-        gradients = backward(dout, q, k, v, lse, delta, exchange)
+        computed = backward(dout, q, k, v, lse, delta, exchange)
         exchange.finish()
-        dq, dk, dv = (x.astype(q.dtype, copy=False) for x in gradients)
+        dq, dk, dv = (
+            x.astype(q.dtype, copy=False) if name in layout.gradients else None
+            for name, x in zip("qkv", computed, strict=True)
+        )
         return dq, dk, dv
 
 

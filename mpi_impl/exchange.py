@@ -70,9 +70,12 @@ class Exchange(ExchangeBase):
         return rotation
 
     def accumulators(self, *arrays: Array) -> list[Array]:
-        """Return zeros in the shapes of these arrays, to which their gradients are added."""
-        # Where only one block is added, the arrays' own dtype loses nothing.
-        once = self.P == 1 or self.layout.way in ("gather", "replicated")
+        """Return zeros in the shapes of keys, for their gradients; of no keys if not wanted."""
+        if "k" not in self.wanted:
+            arrays = tuple(x[:, :, :0] for x in arrays)
+        # Where only one block is added, and no other rank's, the arrays' own dtype loses nothing.
+        way = self.layout.way
+        once = way in ("gather", "replicated") or (self.P == 1 and way != "replicated keys")
         return [self.xp.zeros(x.shape, x.dtype if once else self.wide) for x in arrays]
 
     def dtype_of(self, name: str) -> Any:

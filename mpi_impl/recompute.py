@@ -79,6 +79,7 @@ def cross_attention_layer(
     scale: float | None = None,
     mask: Array | MaskRule | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Saved]:
@@ -96,7 +97,7 @@ def cross_attention_layer(
         ``make_kv(y) -> (k, v)``, of shapes (B, H_KV, s_kv, D) and (B, H_KV, s_kv, D_V), such as
         ``lambda y: (project(y, w_k), project(y, w_v))``.  The backward calls it again, and it must
         return the same.
-    comm, schedule, scale, mask, queries, layout, meter
+    comm, schedule, scale, mask, queries, keys, layout, meter
         As in `cross_attention`.
 
     Returns
@@ -128,7 +129,8 @@ def cross_attention_layer(
     # 2. Attend to them; they are freed at the end of this call.
     out, lse = cross_attention(
         q, k, v, comm,
-        schedule=schedule, scale=scale, mask=mask, queries=queries, layout=layout, meter=meter,
+        schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys, layout=layout,
+        meter=meter,
     )  # fmt: skip
     return out, Saved(q, y, out, lse, forms((k, v)))
 
@@ -143,9 +145,11 @@ def cross_attention_layer_backward(
     scale: float | None = None,
     mask: Array | MaskRule | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
+    gradients: str | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Any, Any, Any]:
     """Differentiate `cross_attention_layer`, recomputing keys and values.
 
     Collective: every rank of comm calls this.
@@ -155,8 +159,10 @@ def cross_attention_layer_backward(
     dout : (B, H, s_q, D_V)
     saved : Saved
         Returned by the forward.
-    make_kv, comm, schedule, scale, mask, queries, layout, meter
+    make_kv, comm, schedule, scale, mask, queries, keys, layout, meter
         As given to the forward.
+    gradients : str, optional
+        As given to `cross_attention_backward`.
 
     Returns
     -------
@@ -192,7 +198,8 @@ def cross_attention_layer_backward(
     k, v = _keys_and_values(make_kv, y, q, comm, layout, saved.forms)
     return cross_attention_backward(
         dout, q, k, v, saved.out, saved.lse, comm,
-        schedule=schedule, scale=scale, mask=mask, queries=queries, layout=layout, meter=meter,
+        schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
+        gradients=gradients, layout=layout, meter=meter,
     )  # fmt: skip
 
 

@@ -82,13 +82,15 @@ def ring_attention_backward(
         k_shard, v_shard, dk, dv
     )
     P, scale, progress = exchange.P, exchange.scale, exchange.progress
+    wanted = exchange.wanted
 
     # 1. Send my keys and values; work on their first half overlaps with the transfer.
     blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask), hop=0)
     with exchange.computing(hop=0):
         dq = block_attention_backward(
-            dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1, progress=progress
-        )
+            dout, q, k1, v1, lse, delta, dk1, dv1,
+            scale=scale, mask=mask1, wanted=wanted, progress=progress,
+        )  # fmt: skip
 
     for hop in blocks.comes:
         # 2. Receive a visiting block, and pass it on before computing with it.
@@ -99,7 +101,8 @@ def ring_attention_backward(
         with exchange.computing(hop):
             dq += block_attention_backward(
                 dout, q, k_block, v_block, lse, delta, dk_block, dv_block,
-                scale=scale, mask=visiting_mask(exchange, mask_block, hop), progress=progress,
+                scale=scale, mask=visiting_mask(exchange, mask_block, hop), wanted=wanted,
+                progress=progress,
             )  # fmt: skip
         # 4. Add the gradients from the ranks before, and send them after the block.
         if hop in gradients.comes:
@@ -112,8 +115,9 @@ def ring_attention_backward(
         # 5. Work on the second half of my keys while their gradients come home.
         with exchange.computing(hop=0):
             dq += block_attention_backward(
-                dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2, progress=progress
-            )
+                dout, q, k2, v2, lse, delta, dk2, dv2,
+                scale=scale, mask=mask2, wanted=wanted, progress=progress,
+            )  # fmt: skip
     # 6. Add the other ranks' gradients of my keys.
     if P in gradients.comes:
         dk_others, dv_others = gradients.receive(P)

@@ -123,6 +123,7 @@ def block_attention_backward(
     *,
     scale: float,
     mask: MaskView | npt.NDArray[Any] | MaskRule | None = None,
+    wanted: str = "qkv",
 ) -> Array:
     """Differentiate `block_attention`, given lse and delta over all keys of all ranks.
 
@@ -138,12 +139,14 @@ def block_attention_backward(
     delta : (B, H, s_q)
         ``rowsum(dout * out) - dlse``, out over all keys.
     dk, dv : shaped as k, v
-        Added to in place.
+        Added to in place if wanted.
+    wanted : str
+        The arguments whose gradients are computed: ``"qkv"``, ``"q"``, ``"kv"`` or ``""``.
 
     Returns
     -------
     dq : (B, H, s_q, D)
-        The share of these keys.
+        The share of these keys; 0 if not wanted.
 
     Examples
     --------
@@ -158,6 +161,8 @@ def block_attention_backward(
     [0.25, 0.25, 0.25, 0.25]
     """
     dq = np.zeros(q.shape)
+    if not wanted:
+        return dq
     base = np.where(lse == -np.inf, 0.0, lse)
     for rows, keys, mask_view in _tiles(q, k, mask):
         q_tile, dout_tile = q[:, :, rows], dout[:, :, rows]
@@ -168,9 +173,11 @@ def block_attention_backward(
         dp = _ungroup(_group(dout_tile, k) @ v[:, :, None, keys].swapaxes(-1, -2))
         ds = scale * p * (dp - delta[:, :, rows, None])  # (B, H, rows, keys)
         # 3. Add to plain sums; the heads of a group share their key-value head.
-        dv[:, :, keys] += _over_rows(p, dout_tile, k)
-        dk[:, :, keys] += _over_rows(ds, q_tile, k)
-        dq[:, :, rows] += _ungroup(_group(ds, k) @ k[:, :, None, keys])  # (B, H, rows, D)
+        if "k" in wanted:
+            dv[:, :, keys] += _over_rows(p, dout_tile, k)
+            dk[:, :, keys] += _over_rows(ds, q_tile, k)
+        if "q" in wanted:
+            dq[:, :, rows] += _ungroup(_group(ds, k) @ k[:, :, None, keys])  # (B, H, rows, D)
     return dq
 
 

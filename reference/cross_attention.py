@@ -21,7 +21,12 @@ from .exchange import Exchange
 from .gather import gather, gather_backward
 from .lv_xattn import lv_xattn, lv_xattn_backward
 from .merge import lse_of, lse_remainder_of
-from .replicated import replicated, replicated_backward
+from .replicated import (
+    replicated_keys,
+    replicated_keys_backward,
+    replicated_queries,
+    replicated_queries_backward,
+)
 from .ring_attention import ring_attention, ring_attention_backward
 from .ulysses import ulysses, ulysses_backward
 from .virtual_ranks import VirtualComm
@@ -33,13 +38,14 @@ LARGE_LSE = 256.0
 
 Schedule = Callable[..., tuple[Array, Array, Array]]
 
-# Forward and backward by `Layout.way`: the schedule, or "replicated" where all queries are.
+# Forward and backward by `Layout.way`: the schedule, or what every rank has the whole of.
 SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
     "lv-xattn": (lv_xattn, lv_xattn_backward),
     "ring": (ring_attention, ring_attention_backward),
     "ulysses": (ulysses, ulysses_backward),
     "gather": (gather, gather_backward),
-    "replicated": (replicated, replicated_backward),
+    "replicated": (replicated_queries, replicated_queries_backward),
+    "replicated keys": (replicated_keys, replicated_keys_backward),
 }
 
 
@@ -53,6 +59,7 @@ def cross_attention(
     scale: float | None = None,
     mask: AnyArray | MaskRule | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array]:
@@ -73,7 +80,8 @@ def cross_attention(
         What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
         once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
         rank has all rows of a share of the heads (P must divide H_KV); ``"auto"``, the one of these
-        that sends the fewest bytes.  Ignored where `layout` is given, or queries are replicated.
+        that sends the fewest bytes.  Ignored where `layout` is given, or queries or keys are
+        replicated.
     scale : float, optional
         Default: ``1 / sqrt(D)``.
     mask : array or callable, optional
@@ -86,6 +94,10 @@ def cross_attention(
     queries : str
         ``"sharded"``, or ``"replicated"``: every rank passes the same queries, all of them, and
         gets out for all of them.
+    keys : str
+        ``"sharded"``, or ``"replicated"``: every rank passes the same keys and values, all of them,
+        to which its own queries attend; their gradients are complete on every rank.  For few keys
+        and very many queries.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional
@@ -120,12 +132,12 @@ def cross_attention(
     """
     if layout is None:
         layout = Layout.agree(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
             check=lambda: check_numpy(q),  # called there, so that all ranks raise its error
         )  # fmt: skip
     else:
         check_numpy(q)
-        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys)
     forward, _ = SCHEDULE_FUNCTIONS[layout.way]
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     exchange = Exchange(comm, layout, mask, meter)
@@ -148,9 +160,11 @@ def cross_attention_backward(
     mask: AnyArray | MaskRule | None = None,
     dlse: AnyArray | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
+    gradients: str | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Any, Any, Any]:
     """Differentiate `cross_attention`.
 
     Collective: every rank of comm calls this.
@@ -159,19 +173,22 @@ def cross_attention_backward(
     ----------
     dout : (B, H, s_q, D_V)
         Gradient of the loss with respect to this rank's out.
-    q, k, v, comm, schedule, scale, mask, queries, layout, meter
+    q, k, v, comm, schedule, scale, mask, queries, keys, layout, meter
         As given to `cross_attention`.
     out, lse
         As returned by it.
     dlse : (B, H, s_q), optional
         Gradient of the loss with respect to lse; default: 0.
+    gradients : str, optional
+        The arguments whose gradients are computed, and sent: ``"qkv"``, ``"q"`` or ``"kv"``.  Where
+        ranks differ, those that any rank wants.  Default: those of `layout`, or ``"qkv"``.
 
     Returns
     -------
     dq : (B, H, s_q, D), float64
     dk : (B, H_KV, s_kv, D), float64
     dv : (B, H_KV, s_kv, D_V), float64
-        Summed over the queries of all ranks.
+        Summed over the queries of all ranks.  None for gradients that are not computed.
 
     Raises
     ------
@@ -201,12 +218,15 @@ def cross_attention_backward(
     results = dout, out, lse, dlse
     if layout is None:
         layout = Layout.agree(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            backward=results, check=lambda: check_numpy(q),
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
+            gradients=gradients or "qkv", backward=results, check=lambda: check_numpy(q),
         )  # fmt: skip
     else:
         check_numpy(q)
-        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, backward=results)
+        layout.check(
+            q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys,
+            gradients=gradients, backward=results,
+        )  # fmt: skip
     forward, backward = SCHEDULE_FUNCTIONS[layout.way]
     dout, q, k, v, out, lse = (x.astype(np.float64) for x in (dout, q, k, v, out, lse))
     lse_remainder = None
@@ -217,8 +237,11 @@ def cross_attention_backward(
         lse_remainder = lse_remainder_of(lse, top, total)
     dout, delta = delta_of(dout, out, lse, lse_remainder, dlse)
     exchange = Exchange(comm, layout, mask, meter)
-    dq, dk, dv = backward(dout, q, k, v, lse, delta, exchange)
+    computed = backward(dout, q, k, v, lse, delta, exchange)
     exchange.finish()
+    dq, dk, dv = (
+        x if name in layout.gradients else None for name, x in zip("qkv", computed, strict=True)
+    )
     return dq, dk, dv
 
 

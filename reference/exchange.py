@@ -52,7 +52,9 @@ class Exchange(ExchangeBase):
         return Rotation(self, kind)
 
     def accumulators(self, *arrays: Array) -> list[Array]:
-        """Return zeros in the shapes of these arrays, to which their gradients are added."""
+        """Return zeros in the shapes of keys, for their gradients; of no keys if not wanted."""
+        if "k" not in self.wanted:
+            arrays = tuple(x[:, :, :0] for x in arrays)
         return [np.zeros(x.shape) for x in arrays]
 
     @contextmanager

@@ -79,14 +79,15 @@ def ring_attention_backward(
     (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_keys(
         k_shard, v_shard, dk, dv
     )
-    P, scale = exchange.P, exchange.scale
+    P, scale, wanted = exchange.P, exchange.scale, exchange.wanted
 
     # 1. Send my keys and values; work on their first half overlaps with the transfer.
     blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask), hop=0)
     with exchange.computing(hop=0):
         dq = block_attention_backward(
-            dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1
-        )
+            dout, q, k1, v1, lse, delta, dk1, dv1,
+            scale=scale, mask=mask1, wanted=wanted,
+        )  # fmt: skip
 
     for hop in blocks.comes:
         # 2. Receive a visiting block, and pass it on before computing with it.
@@ -97,7 +98,7 @@ def ring_attention_backward(
         with exchange.computing(hop):
             dq += block_attention_backward(
                 dout, q, k_block, v_block, lse, delta, dk_block, dv_block,
-                scale=scale, mask=visiting_mask(exchange, mask_block, hop),
+                scale=scale, mask=visiting_mask(exchange, mask_block, hop), wanted=wanted,
             )  # fmt: skip
         # 4. Add the gradients from the ranks before, and send them after the block.
         if hop in gradients.comes:
@@ -110,8 +111,9 @@ def ring_attention_backward(
         # 5. Work on the second half of my keys while their gradients come home.
         with exchange.computing(hop=0):
             dq += block_attention_backward(
-                dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2
-            )
+                dout, q, k2, v2, lse, delta, dk2, dv2,
+                scale=scale, mask=mask2, wanted=wanted,
+            )  # fmt: skip
     # 6. Add the other ranks' gradients of my keys.
     if P in gradients.comes:
         dk_others, dv_others = gradients.receive(P)

@@ -74,11 +74,14 @@ def ulysses_backward(
     with exchange.computing(what=WHAT):
         dq_heads = block_attention_backward(
             dout_heads, q_heads, k_heads, v_heads, lse_heads, delta_heads, dk_heads, dv_heads,
-            scale=exchange.scale, mask=mask_view,
+            scale=exchange.scale, mask=mask_view, wanted=exchange.wanted,
         )  # fmt: skip
     # 3. Exchange back.
-    (dq,) = to_rows(exchange, s_q, dq_heads)
-    dk, dv = to_rows(exchange, s_kv, dk_heads, dv_heads)
+    dq, dk, dv = dq_heads, dk_heads, dv_heads
+    if "q" in exchange.wanted:
+        (dq,) = to_rows(exchange, s_q, dq)
+    if "k" in exchange.wanted:
+        dk, dv = to_rows(exchange, s_kv, dk, dv)
     return dq, dk, dv
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.rules import Causal, Segments
 from tests.naive import Array, Truth, naive_attention
 
@@ -65,6 +66,20 @@ class Case:
         return _cuts(self.cut, self.S_Q, P, 1), _cuts(self.cut, self.S_KV, P, 2)
 
 
+# The ways to distribute a problem: the schedules, and those where one side is whole on all ranks.
+WAYS = (*SCHEDULES, "replicated", "replicated keys")
+WHOLE = {
+    "replicated": ("q", "dout", "dlse", "out", "lse", "dq"),
+    "replicated keys": ("k", "v", "mask", "dk", "dv"),
+}
+
+
+def options_of(way: str) -> dict[str, str]:
+    """Return the arguments of `cross_attention` for one of `WAYS`."""
+    side = {"replicated": "queries", "replicated keys": "keys"}.get(way)
+    return {"schedule": way} if side is None else {side: "replicated"}
+
+
 @dataclass(frozen=True)
 class Problem:
     """The whole arrays of a case."""
@@ -82,14 +97,14 @@ class Problem:
         """Return the naive results."""
         return naive_attention(self.q, self.k, self.v, self.scale, self.mask, self.dout, self.dlse)
 
-    def part(self, rank: int, P: int) -> dict[str, Any]:
-        """Return what one of P ranks holds: q, k, v, dout, dlse and mask."""
+    def part(self, rank: int, P: int, way: str = "") -> dict[str, Any]:
+        """Return what one of P ranks holds: q, k, v, dout, dlse and mask; some of it is whole."""
         q_cuts, kv_cuts = self.case.cuts(P)
         rows, keys = slice(*q_cuts[rank : rank + 2]), slice(*kv_cuts[rank : rank + 2])
         mask = self.mask
         if mask is not None and not callable(mask):
             mask = mask[..., keys]
-        return {
+        held = {
             "q": self.q[:, :, rows],
             "k": self.k[:, :, keys],
             "v": self.v[:, :, keys],
@@ -97,6 +112,7 @@ class Problem:
             "dlse": self.dlse[:, :, rows],
             "mask": mask,
         }
+        return held | {name: getattr(self, name) for name in WHOLE.get(way, ()) if name in held}
 
 
 def _dtype(name: str) -> Any:

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.common.handshake import SCHEDULES
-from tests.cases import Case, Problem, _dtype
+from tests.cases import WAYS, Case, Problem, _dtype
 from tests.naive import Array, Truth
 from tests.tolerances import LEAST, UNIT
 
 LOWS = -1e4, -1e9, -1e15, "min"
 CUTS = "even", "ragged", "first"
-WAYS = (*SCHEDULES, "replicated")
 
 
 def problems(schedule: str, P: int, by_turns: int = 1) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lvxattn.common.validation import accumulator
-from tests.cases import Problem
+from tests.cases import WHOLE, Problem, options_of
 from tests.naive import Array, Truth
 from tests.tolerances import limits
 
@@ -59,15 +59,11 @@ def solve(
 ) -> dict[str, Array]:
     """Return whole out, lse, dq, dk and dv, computed by all ranks of comm, each with its part.
 
-    Schedule ``"replicated"`` stands for replicated queries: every rank has all of them.
+    The schedule is one of `WAYS`.
     """
-    part = problem.part(comm.rank, comm.size)
-    replicated = schedule == "replicated"
-    if replicated:
-        part |= {name: getattr(problem, name) for name in ("q", "dout", "dlse")}
+    part = problem.part(comm.rank, comm.size, schedule)
     q, k, v, mask = part["q"], part["k"], part["v"], part["mask"]
-    options: dict[str, Any] = {"scale": problem.scale, "mask": mask}
-    options |= {"queries": "replicated"} if replicated else {"schedule": schedule}
+    options: dict[str, Any] = {"scale": problem.scale, "mask": mask, **options_of(schedule)}
     if reuse_layout:
         options["layout"] = implementation.Layout.agree(q, k, v, comm, **options)
     out, lse = implementation.cross_attention(q, k, v, comm, **options)
@@ -75,5 +71,5 @@ def solve(
         part["dout"], q, k, v, out, lse, comm, dlse=part["dlse"], **options
     )
     parts = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    whole = ("out", "lse", "dq") if replicated else ()
+    whole = WHOLE.get(schedule, ())
     return {n: x if n in whole else implementation.unshard(x, comm) for n, x in parts.items()}

@@ -78,6 +78,12 @@ EXPECTED: Expected = {
         "q: expected rank 0's s_q = 5 with queries 'replicated', got 6",
         LAST,
     ),
+    "ranks differ in keys": (ValueError, ("keys", "'sharded'", "'replicated'"), LAST),
+    "ranks differ in replicated keys": (
+        ValueError,
+        "k: expected rank 0's s_kv = 7 with keys 'replicated', got 6",
+        LAST,
+    ),
     "ranks differ in schedule": (ValueError, ("schedule", "'lv-xattn'", "'gather'"), LAST),
     "ranks differ in the backward's schedule": (
         ValueError,

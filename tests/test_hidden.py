@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from lvxattn import reference
-from lvxattn.common.handshake import SCHEDULES
+from tests.cases import WAYS
 from tests.hidden import problems, worst
 from tests.judge import solve
 from tests.test_full_attention import solve_whole
@@ -21,7 +21,7 @@ def test_truth_does_not_use_lse() -> None:
 
 
 @pytest.mark.parametrize("P", [1, 2, 3, 5])
-@pytest.mark.parametrize("schedule", [*SCHEDULES, "replicated"])
+@pytest.mark.parametrize("schedule", WAYS)
 def test_on_virtual_ranks(schedule: str, P: int) -> None:
     for problem in problems(schedule, P):
         truth = problem.truth()

@@ -185,6 +185,14 @@ def test_sizes_differing_between_ranks_raise_on_all(size: str, odd: int) -> None
         (agreeing({}, queries="mirrored"), ValueError,
          r"^queries: expected one of \('sharded', 'replicated'\), got 'mirrored' "
          r"\(on rank 0 of 3\)$"),
+        (agreeing({}, keys="mirrored"), ValueError,
+         r"^keys: expected one of \('sharded', 'replicated'\), got 'mirrored' "
+         r"\(on rank 0 of 3\)$"),
+        (agreeing({}, keys="replicated", queries="replicated"), ValueError,
+         "^keys: expected 'sharded' where queries are 'replicated', got 'replicated': every rank "
+         r"would compute the same \(on rank 0 of 3\)$"),
+        (agreeing({}, gradients="k"), ValueError,
+         r"^gradients: expected one of \('qkv', 'q', 'kv'\), got 'k' \(on rank 0 of 3\)$"),
         *[
             (agreeing({1: {"mask": rule}}), kind, text)
             for rule, kind, text in (
@@ -199,7 +207,8 @@ def test_sizes_differing_between_ranks_raise_on_all(size: str, odd: int) -> None
         ],
     ],
     ids=["dtype", "scale", "queries of mask", "ring with a callable", "lowest rank", "schedule",
-         "queries", "rule's dtype", "rule's shape", "rule's KeyError", "rule's TypeError"],
+         "queries", "keys", "both replicated", "gradients", "rule's dtype", "rule's shape",
+         "rule's KeyError", "rule's TypeError"],
 )  # fmt: skip
 def test_disagreement_raises_on_all_ranks(fn: Any, kind: type[Exception], text: str) -> None:
     assert_same_error(outcomes(3, fn), kind, text)

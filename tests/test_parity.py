@@ -56,8 +56,12 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
             "autocast_dtype": "autocast is PyTorch's",
             "cast": "autocast is PyTorch's",
             "call_of": "whether a backward follows must be agreed on",
+            "gradients_of": "tensors say which gradients they require",
+            "check_gradients": "tensors say which gradients they require",
         },
-        "recompute": dict.fromkeys(("Made", "Made.forward", "Made.backward"), _CHECKPOINT),
+        "recompute": dict.fromkeys(
+            ("Made", "Made.forward", "Made.backward", "node_of"), _CHECKPOINT
+        ),
     },
 }
 # Parameters that the reference's functions lack, and why.
@@ -78,7 +82,10 @@ EXTRA_PARAMETERS: dict[str, dict[str, dict[str, str]]] = {
         "block_attention": _KERNEL,
         "partial_attention": _KERNEL,
         "block_attention_backward": _KERNEL | _NEW | {"dtype": "of new dk and dv"},
-        "Exchange.__init__": {"q": "its device is where the buffers are"},
+        "Exchange.__init__": {
+            "q": "its device is where the buffers are",
+            "wanted": "tensors say which gradients they require, on every rank for itself",
+        },
         "all_to_all": _FIELDS,
         "joined": {"device": "where the mask is made"},
         "cross_attention": {"return_lse": "most callers want out alone"},

@@ -182,13 +182,16 @@ class TestChoice:
         assert text.splitlines()[2].split()[0] == best
         assert ("0.00" in text) == (machine is not None)
 
-    def test_replicated_queries_have_no_schedule(self) -> None:
+    @pytest.mark.parametrize("side", ["queries", "keys"])
+    def test_replicated_sides_have_no_schedule(self, side: str) -> None:
         q, k = np.zeros((1, 2, 40, 4)), np.zeros((1, 2, 2, 4))
+        option: Any = {side: "replicated"}
         for of in reference.run_ranks(
-            3, lambda comm: Layout.agree(q, k, k, comm, schedule="auto", queries="replicated")
+            3, lambda comm: Layout.agree(q, k, k, comm, schedule="auto", **option)
         ):
-            assert (of.schedule, of.way) == ("lv-xattn", "replicated")
-            assert explain(of) == "queries are replicated: no schedule moves them"
+            assert of.schedule == "lv-xattn"
+            assert of.way == {"queries": "replicated", "keys": "replicated keys"}[side]
+            assert explain(of) == f"{side} are replicated: no schedule moves them"
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
     @pytest.mark.parametrize(

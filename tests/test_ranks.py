@@ -17,11 +17,13 @@ EVERY = {
     ("mpi", "gather"): {3: 2},
     ("mpi", "ulysses"): {3: 2},
     ("mpi", "replicated"): {3: 2},
+    ("mpi", "replicated keys"): {3: 2},
     ("torch", "lv-xattn"): {1: 6, 2: 4, 3: 2},
     ("torch", "ring"): {3: 2},
     ("torch", "gather"): {3: 2},
     ("torch", "ulysses"): {3: 2},
     ("torch", "replicated"): {3: 2},
+    ("torch", "replicated keys"): {3: 2},
 }
 REPORTS = {"mpi": report, "torch": torch_report}
 # Other numbers of ranks, and more cases, in which nothing was found yet that is not found above.
@@ -31,11 +33,13 @@ MORE = {
     ("mpi", "gather"): {1: 4, 2: 2, 3: 1, 5: 4},
     ("mpi", "ulysses"): {2: 2, 3: 1, 4: 4},
     ("mpi", "replicated"): {2: 4, 3: 1, 4: 4},
+    ("mpi", "replicated keys"): {2: 4, 3: 1},
     ("torch", "lv-xattn"): {1: 1, 2: 1, 3: 1, 4: 3},
     ("torch", "ring"): {1: 4, 2: 1, 3: 1},
     ("torch", "gather"): {1: 4, 2: 4, 3: 1},
     ("torch", "ulysses"): {2: 4, 3: 1},
     ("torch", "replicated"): {2: 4, 3: 1},
+    ("torch", "replicated keys"): {2: 4, 3: 1},
 }
 RUNS = [
     pytest.param(*of, P, every, marks=marks)

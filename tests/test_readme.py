@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvxattn.reference import full_attention, run_ranks
+from lvxattn.reference import full_attention, full_attention_backward, run_ranks
 from lvxattn.reference.virtual_ranks import VirtualComm
 from tests.cases import Case
 from tests.judge import worst_ratios
@@ -36,7 +36,7 @@ MERGE, RING = "def merge(", "queries.send(q)"
 MPI, ATTEND, TRAIN = "# example.py, run as: mpiexec", "# attend.py, run as: torchrun", "# train.py"
 KERNEL, ORACLE, MODEL = "import check", "run_ranks(5, on_a_rank)", "import distribute"
 PACKED = "Segments(texts, images)"
-COMPILED = "fullgraph=True"
+COMPILED, BOTH_KINDS = "fullgraph=True", "k_text, v_text"
 
 
 def name_of(x: Path | str) -> str:
@@ -51,7 +51,7 @@ def the_block(mark: str) -> str:
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=name_of)
 def test_every_block_is_run_by_one_of_the_tests_below(page: Path, block: str) -> None:
-    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL, COMPILED, PACKED
+    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL, COMPILED, PACKED, BOTH_KINDS
     assert sum(mark in block for mark in marks) == 1, f"{page}: {block}"
 
 
@@ -166,6 +166,23 @@ def test_the_lines_for_a_model_run_as_shown() -> None:
     model, batch, _ = make_model("whisper", torch.float32)
     exec(the_block(MODEL), {"model": model, "batch": batch, "group": None})
     assert all(p.grad is not None for p in model.model.decoder.parameters())
+
+
+def test_gradients_of_keys_of_both_kinds_are_those_of_one_softmax() -> None:
+    space: dict[str, Any] = {}
+    exec(the_block(BOTH_KINDS), space)
+    k, v = (np.concatenate([space[f"{x}_text"], space[f"{x}_video"]], axis=2) for x in "kv")
+    mask = np.ones((12, 312), bool)
+    mask[:, :12] = np.tri(12, dtype=bool)
+    given = space["q"], k, v
+    out, lse = full_attention(*given, mask=mask)
+    dq, dk, dv = full_attention_backward(space["dout"], *given, out, lse, mask=mask)
+    found = list(zip(*space["gradients"], strict=True))
+    got_dq, dk_video, dv_video = (np.concatenate(found[i], axis=2) for i in (0, 3, 4))
+    np.testing.assert_allclose(got_dq, dq, atol=1e-12)
+    for texts, video, want in ((found[1], dk_video, dk), (found[2], dv_video, dv)):
+        for text in texts:
+            np.testing.assert_allclose(np.concatenate([text, video], axis=2), want, atol=1e-12)
 
 
 @pytest.mark.parametrize("mark", [ORACLE, PACKED])

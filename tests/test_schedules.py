@@ -9,23 +9,23 @@ import pytest
 
 from lvxattn import reference
 from lvxattn.common.handshake import SCHEDULES
-from tests.cases import CASES, Case
+from tests.cases import CASES, WAYS, Case, options_of
 from tests.judge import solve, worst_ratios
 
 # Every case with every schedule on one number of ranks, by turns; on all others if asked.
 NUMBERS = (1, 2, 3, 4, 5, 7)
-WAYS = [
+RUNS = [
     pytest.param(
         schedule, case, P, id=f"{case.name}-{P}-{schedule}",
         marks=[] if NUMBERS[(n + m) % len(NUMBERS)] == P else pytest.mark.slow,
     )
-    for m, schedule in enumerate((*SCHEDULES, "replicated"))
+    for m, schedule in enumerate(WAYS)
     for n, case in enumerate(CASES)
     for P in NUMBERS
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("schedule", "case", "P"), WAYS)
+@pytest.mark.parametrize(("schedule", "case", "P"), RUNS)
 def test_equals_naive_softmax_and_its_gradients(schedule: str, case: Case, P: int) -> None:
     problem = case.on(schedule, P).make()
     truth = problem.truth()
@@ -141,3 +141,73 @@ def test_replicated_queries_take_no_schedule(schedule: str) -> None:
     for outs in reference.run_ranks(3, fn):
         for out in outs:
             np.testing.assert_allclose(out, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("P", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_only_wanted_gradients_are_computed(way: str, P: int) -> None:
+    """The same bits as without; and what one rank wants, all compute."""
+    problem = Case("wanted", B=2, H=4, H_KV=2, cut="ragged", mask="full").on(way, P).make()
+
+    def fn(comm: reference.VirtualComm) -> list[Any]:
+        part = problem.part(comm.rank, P, way)
+        given, options = [part[x] for x in "qkv"], {"mask": part["mask"], **options_of(way)}
+        out, lse = reference.cross_attention(*given, comm, **options)
+        one = "q" if comm.rank == 0 else "kv"
+        layout = reference.Layout.agree(*given, comm, gradients="kv", **options)
+        return [
+            reference.cross_attention_backward(
+                part["dout"], *given, out, lse, comm, **options, **more
+            )
+            for more in ({}, {"gradients": "q"}, {"gradients": one}, {"layout": layout})
+        ]
+
+    for every, only_q, different, only_kv in reference.run_ranks(P, fn):
+        assert only_q[1:] == (None, None)
+        assert only_kv[0] is None
+        assert only_q[0].tobytes() == every[0].tobytes()
+        for found, first in ((only_kv, 1), (different, 0 if P > 1 else 3)):
+            pairs = zip(found[first:], every[first:], strict=True)
+            assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+@pytest.mark.parametrize("P", [1, 2, 5])
+def test_keys_of_both_kinds_under_one_softmax(P: int) -> None:
+    """Merged results, and each kind's backward with the merged out and lse."""
+    problem = Case("both kinds", B=2, H=4, H_KV=2, S_Q=9, S_KV=30, cut="ragged").make()
+    own, rest = slice(0, 9), slice(9, 30)  # a text's keys, on every rank, and sharded ones
+    causal = reference.Causal()
+    hidden = np.ones((9, 30), bool)
+    hidden[:, own] = np.tri(9, dtype=bool)
+    truth = replace(problem, mask=hidden)
+
+    def fn(comm: reference.VirtualComm) -> Any:
+        part = problem.part(comm.rank, P)
+        kinds: list[tuple[Any, Any, dict[str, Any]]] = [
+            (problem.k[:, :, own], problem.v[:, :, own], {"mask": causal, "keys": "replicated"}),
+            (
+                reference.shard(problem.k[:, :, rest], comm),
+                reference.shard(problem.v[:, :, rest], comm), {},
+            ),
+        ]  # fmt: skip
+        scale = problem.scale
+        found = [
+            reference.cross_attention(part["q"], k, v, comm, scale=scale, **options)
+            for k, v, options in kinds
+        ]
+        out, lse = reference.merge(*found[0], *found[1])
+        (dq_own, dk_own, dv_own), (dq_rest, *rest_grads) = (
+            reference.cross_attention_backward(
+                part["dout"], part["q"], k, v, out, lse, comm, dlse=part["dlse"], scale=scale,
+                **options,
+            )
+            for k, v, options in kinds
+        )  # fmt: skip
+        whole = [reference.unshard(x, comm) for x in (out, lse, dq_own + dq_rest, *rest_grads)]
+        dk, dv = (
+            np.concatenate([a, b], axis=2) for a, b in zip((dk_own, dv_own), whole[3:], strict=True)
+        )
+        return dict(zip(("out", "lse", "dq", "dk", "dv"), (*whole[:3], dk, dv), strict=True))
+
+    for results in reference.run_ranks(P, fn):
+        assert max(worst_ratios(truth, results, fp64=True).values()) <= 1

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
-from lvxattn.common.handshake import SCHEDULES
 from lvxattn.plan.steps import messages
-from tests.cases import MASKS, Case, random_case
+from tests.cases import MASKS, WAYS, Case, options_of, random_case
 from tests.launch import report
 from tests.torch_ranks import torch_report
 
-KINDS = [*SCHEDULES, "replicated"]
+GRADIENTS = ("qkv", "q", "kv")
 
 
 def case_of(seed: int, kind: str, P: int) -> Case:
@@ -22,17 +21,17 @@ def case_of(seed: int, kind: str, P: int) -> Case:
     return replace(case, dtype="float64", S_Q=case.S_Q % 40, S_KV=case.S_KV % 60, B=1)
 
 
-def passes(case: Case, kind: str, P: int) -> tuple[Any, list[reference.Message], list[Any]]:
+def passes(
+    case: Case, kind: str, P: int, gradients: str
+) -> tuple[Any, list[reference.Message], list[Any]]:
     """Run both passes; return a layout, and each pass's messages and meters by rank."""
     problem, logs = case.make(), [[], []]
-    schedule, queries = ("lv-xattn", kind) if kind == "replicated" else (kind, "sharded")
 
     def forward(comm: reference.VirtualComm) -> Any:
-        part, meter = problem.part(comm.rank, P), reference.Meter()
-        q = problem.q if queries == "replicated" else part["q"]
-        given = q, part["k"], part["v"], comm
-        options = {"mask": part["mask"], "queries": queries}
-        layout = reference.Layout.agree(*given, schedule=schedule, **options)
+        part, meter = problem.part(comm.rank, P, kind), reference.Meter()
+        given = part["q"], part["k"], part["v"], comm
+        options = {"mask": part["mask"], **options_of(kind)}
+        layout = reference.Layout.agree(*given, gradients=gradients, **options)
         out, lse = reference.cross_attention(*given, layout=layout, meter=meter, **options)
         return layout, meter, out, lse
 
@@ -40,13 +39,11 @@ def passes(case: Case, kind: str, P: int) -> tuple[Any, list[reference.Message],
     found = reference.run_ranks(P, forward, log=logs[0], hosts=hosts)
 
     def backward(comm: reference.VirtualComm) -> reference.Meter:
-        part, meter = problem.part(comm.rank, P), reference.Meter()
+        part, meter = problem.part(comm.rank, P, kind), reference.Meter()
         layout, _, out, lse = found[comm.rank]
-        whole = queries == "replicated"
-        q, dout = (problem.q, problem.dout) if whole else (part["q"], part["dout"])
         reference.cross_attention_backward(
-            dout, q, part["k"], part["v"], out, lse, comm,
-            layout=layout, meter=meter, mask=part["mask"], queries=queries,
+            part["dout"], part["q"], part["k"], part["v"], out, lse, comm,
+            layout=layout, meter=meter, mask=part["mask"], **options_of(kind),
         )  # fmt: skip
         return meter
 
@@ -55,10 +52,10 @@ def passes(case: Case, kind: str, P: int) -> tuple[Any, list[reference.Message],
 
 
 @pytest.mark.parametrize("seed", range(len(MASKS)))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WAYS)
 def test_plan_foresees_every_message(kind: str, seed: int) -> None:
     P = 1 + seed % 5
-    layout, logs, meters = passes(case_of(seed, kind, P), kind, P)
+    layout, logs, meters = passes(case_of(seed, kind, P), kind, P, GRADIENTS[seed // 5 % 3])
     for backward in (False, True):
         for rank in range(P):
             planned = messages(layout, rank, backward=backward)

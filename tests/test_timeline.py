@@ -12,7 +12,6 @@ import pytest
 
 from lvxattn import reference
 from lvxattn.cli import run_trace
-from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import NAMES
@@ -21,11 +20,10 @@ from lvxattn.mpi_impl.__main__ import main
 from lvxattn.plan.steps import messages
 from lvxattn.plan.trace import Clock, Overlap, Trace, lanes
 from lvxattn.plan.trace_file import events, write_trace
-from tests.cases import Case
+from tests.cases import WAYS, Case, options_of
 from tests.commands import Said, commands
 from tests.traces import check_trace
 
-WAYS = [*SCHEDULES, "replicated"]
 P = 4
 SMALL = ["run", "--text-tokens", "19", "--visual-tokens", "100", "--heads", "6", "--head-dim", "8"]
 WORLDS = [
@@ -37,22 +35,18 @@ WORLDS = [
 def timelines(kind: str) -> tuple[Any, list[Timeline]]:
     """Do a forward and a backward pass, twice; the ring is not in rank order."""
     problem = Case("traced", mask="full", cut="ragged", S_Q=20).on(kind, P).make()
-    queries = "replicated" if kind == "replicated" else "sharded"
-    schedule = "lv-xattn" if kind == "replicated" else kind
 
     def fn(comm: reference.VirtualComm) -> tuple[Any, Timeline]:
-        part, timeline = problem.part(comm.rank, P), Timeline()
-        whole = queries == "replicated"
-        q, dout = (problem.q, problem.dout) if whole else (part["q"], part["dout"])
-        given: Any = q, part["k"], part["v"]
-        options: Any = {"mask": part["mask"], "queries": queries}
-        layout = reference.Layout.agree(*given, comm, schedule=schedule, **options)
+        part, timeline = problem.part(comm.rank, P, kind), Timeline()
+        given: Any = part["q"], part["k"], part["v"]
+        options: Any = {"mask": part["mask"], **options_of(kind)}
+        layout = reference.Layout.agree(*given, comm, **options)
         options |= {"layout": layout, "meter": timeline}
         for _ in range(2):
             timeline.begins("forward")
             out, lse = reference.cross_attention(*given, comm, **options)
             timeline.begins("backward")
-            reference.cross_attention_backward(dout, *given, out, lse, comm, **options)
+            reference.cross_attention_backward(part["dout"], *given, out, lse, comm, **options)
         return layout, timeline
 
     found = reference.run_ranks(P, fn, hosts=["a", "b", "a", "b"])

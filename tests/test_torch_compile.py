@@ -24,6 +24,7 @@ from lvxattn.torch_impl import (
     cross_attention_layer,
 )
 from lvxattn.torch_impl.layout import record_nbytes
+from tests.cases import options_of
 from tests.launch import checks_of, environment
 from tests.tolerances import UNIT, summed
 from tests.torch_ranks import torch_report
@@ -37,7 +38,7 @@ LIMIT = 4 * 32 * summed(UNIT["float64"], 2 * S_KV)
 
 # What depends on the number of ranks is checked on four: they compile in their own processes.
 OF_FOUR = (
-    "schedules_masks_and_replicated_queries",
+    "schedules_masks_and_replicated_sides",
     "lengths_change_without_compiling_again",
     "meshes_and_subgroups_are_found_by_name",
 )
@@ -213,21 +214,23 @@ def test_export_sees_one_operator(strict: bool) -> None:
     assert torch.equal(program.module()(*inputs(9)), model(*inputs(9)))
 
 
-@pytest.mark.parametrize("way", ["lv-xattn", "ulysses", "replicated"])
+@pytest.mark.parametrize("way", ["lv-xattn", "ulysses", "replicated", "replicated keys"])
 def test_operators_keep_pytorch_s_rules(way: str) -> None:
     """Schema, shapes, strides and gradients are what a compiler is told."""
     q, k, v = arrays()
     mask = torch.rand(6, S_KV) > 0.3
-    option = {"queries" if way == "replicated" else "schedule": way}
-    layout = Layout.agree(q, k, v, mask=mask, **option)
+    layout = Layout.agree(q, k, v, mask=mask, **options_of(way))
     from lvxattn.torch_impl import operators  # not before: it imports the compiler
 
-    given = q, k, v, mask, layout.record, None, "", 1, "lv-xattn", None, layout.queries, "call"
+    spread = layout.queries, layout.keys
+    given = q, k, v, mask, layout.record, None, "", 1, "lv-xattn", None, *spread, "qkv", "call"
     torch.library.opcheck(operators.attention, given)
     results = [x.detach() for x in operators.attention(*given)]
     dout, dlse = torch.ones_like(results[0]), torch.ones_like(results[1])
     inner = [x.detach() for x in (q, k, v)]
-    torch.library.opcheck(operators.attention_backward, (dout, dlse, *inner, mask, *results, ""))
+    for wanted in ("qkv", "q", "kv"):
+        given = dout, dlse, *inner, mask, *results, "", wanted
+        torch.library.opcheck(operators.attention_backward, given)
 
 
 def test_autocast_is_that_of_eager() -> None:
@@ -291,7 +294,10 @@ def test_second_derivatives_are_refused() -> None:
     from lvxattn.torch_impl import operators
 
     q, k, v = arrays()
-    options = None, None, None, "", 1, "lv-xattn", None, "sharded", "forward and backward"
+    options = (
+        None, None, None, "", 1, "lv-xattn", None, "sharded", "sharded", "qkv",
+        "forward and backward",
+    )  # fmt: skip
     out, *_ = operators.attention(q, k, v, *options)
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="cross_attention: expected to be differentiated once"):
@@ -302,7 +308,7 @@ def test_program_of_other_ranks_is_refused() -> None:
     from lvxattn.torch_impl import operators
 
     q, k, v = arrays()
-    options = None, None, None, "", 4, "lv-xattn", None, "sharded", "forward"
+    options = None, None, None, "", 4, "lv-xattn", None, "sharded", "sharded", "qkv", "forward"
     with pytest.raises(ValueError, match=r"group: expected 4 ranks, as when .* compiled, got 1"):
         operators.attention(q, k, v, *options)
 

@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from lvxattn.torch_impl.examples import both_kinds_of_keys, packed_documents
 from lvxattn.torch_impl.examples import compile as compiled
-from lvxattn.torch_impl.examples import packed_documents
 from lvxattn.torch_impl.examples import two_dimensional_mesh as mesh
 from tests.launch import Ended
 from tests.tolerances import UNIT, summed
@@ -73,6 +73,15 @@ def test_packed_documents_equal_one_process_and_send_a_third() -> None:
     assert worst <= 100 * summed(UNIT["float64"], sum(packed_documents.IMAGES))
 
 
+def test_keys_of_both_kinds_equal_one_softmax() -> None:
+    end = forked(4, "-m", both_kinds_of_keys.__name__)
+    assert (end.status, end.err, end.left) == (0, "", ())
+    assert "45 queries on 4 ranks" in end.out
+    worst = float(re.search(r"from one process: (\S+)\n", end.out)[1])
+    # As above; one text key's gradient is a sum over all queries.
+    assert worst <= 100 * summed(UNIT["float64"], both_kinds_of_keys.VIDEO)
+
+
 def test_compiled_model_equals_eager_without_compiling_again() -> None:
     end = forked(2, "-m", compiled.__name__, "--backend", "aot_eager")
     assert (end.status, end.left) == (0, ()), end.err
@@ -87,7 +96,9 @@ def test_compiled_model_equals_eager_without_compiling_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "example", [mesh, compiled, packed_documents], ids=lambda x: x.__name__.split(".")[-1]
+    "example",
+    [mesh, compiled, packed_documents, both_kinds_of_keys],
+    ids=lambda x: x.__name__.split(".")[-1],
 )
 def test_documented_command_runs(example: Any) -> None:
     command = f"torchrun --standalone --nproc-per-node 4 -m {example.__name__}\n"

@@ -24,6 +24,7 @@ from lvxattn.torch_impl import autograd as autograd_module
 from lvxattn.torch_impl.cross_attention import SCHEDULE_FUNCTIONS
 from lvxattn.torch_impl.kernels import cuda_flash
 from lvxattn.torch_impl.kernels.kernel_spec import KernelSpec
+from tests.cases import options_of
 from tests.torch_ranks import torch_report
 
 FLASH = "aten._scaled_dot_product_flash_attention"
@@ -109,13 +110,13 @@ OPERATORS = {
 def test_cuda_step_reads_no_value_of_the_device(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, schedule: str, kind: str
 ) -> None:
-    how = {"queries": schedule} if schedule == "replicated" else {"schedule": schedule}
+    how = options_of(schedule)
     with cuda(monkeypatch) as caught:
         q, k, v = (empty(1, H, s, 64, dtype=dtype) for H, s in ((4, 64), (2, 4096), (2, 4096)))
         given = [x.requires_grad_() for x in (q, k, v)]
         mask = MASKS[kind](dtype)
         layout = Layout.agree(q, k, v, mask=mask, **how)
-        call = {name: x for name, x in how.items() if name == "queries"}
+        call = {name: x for name, x in how.items() if name != "schedule"}
         out, lse = cross_attention(*given, mask=mask, layout=layout, return_lse=True, **call)
         douts = [torch.empty_like(out), torch.empty_like(lse)]
         grads = torch.autograd.grad([out, lse], given, douts)

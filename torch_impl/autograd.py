@@ -70,9 +70,10 @@ class Attention(torch.autograd.Function):
         """Return the gradients of q, k and v."""
         (*held, out, lse, lse_remainder), mask = saved(ctx)
         q, k, v = held or ctx.made.saved_tensors
+        wanted = wanted_of(*ctx.needs_input_grad[:3])
         grads = differentiate(
             dout, dlse, q, k, v, mask, out, lse, lse_remainder, ctx.group, ctx.layout,
-            ctx.backward, ctx.meter,
+            ctx.backward, wanted, ctx.meter,
         )  # fmt: skip
         return *grads, *[None] * 6
 
@@ -99,30 +100,42 @@ def compute(
 def differentiate(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mask: Tensor | MaskRule | None, out: Tensor, lse: Tensor, lse_remainder: Tensor,
-    group: Group, layout: Layout, backward: Schedule, meter: Meter | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    group: Group, layout: Layout, backward: Schedule, wanted: str, meter: Meter | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Return the gradients of q, k and v, in their dtypes, by a schedule's backward.
 
-    Collective: every rank of the group calls this.
+    Collective: every rank of the group calls this.  `wanted` are those that this rank wants, of
+    ``"qkv"``; for the others it returns None.
     """
     if q.is_meta and layout.size > 1:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return [
+            torch.empty_like(x) if n in wanted else None
+            for n, x in zip("qkv", (q, k, v), strict=True)
+        ]
     with group.named(), exactly(q.device):
         # dout in q's dtype, as on the ranks that it visits.
         dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
         dout, delta = delta_of(dout, out, lse, lse_remainder, dlse)
-        exchange = Exchange(group, layout, q, mask, meter)
+        exchange = Exchange(group, layout, q, mask, meter, wanted)
         if layout.size == 1:
             # Nothing else is added to dk and dv: a kernel may round its own sums.
             with exchange.computing(what=QUERIES.name):
                 dq, dk, dv = block_attention_backward(
                     dout, q, k, v, lse, delta, scale=exchange.scale,
-                    mask=exchange.mask_view(hop=0), dtype=k.dtype,
+                    mask=exchange.mask_view(hop=0), wanted=exchange.wanted, dtype=k.dtype,
                 )  # fmt: skip
         else:
             dq, dk, dv = backward(dout, q, k, v, lse, delta, exchange)
         exchange.finish()
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        return [
+            x.to(q.dtype) if name in wanted else None
+            for name, x in zip("qkv", (dq, dk, dv), strict=True)
+        ]
+
+
+def wanted_of(q: bool, k: bool, v: bool) -> str:
+    """Return the arguments whose gradients are computed: those of k and v together."""
+    return "q" * q + "kv" * (k or v)
 
 
 def heads_last(x: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ def block_attention_backward(
     *,
     scale: float,
     mask: MaskView | Tensor | MaskRule | None = None,
+    wanted: str = "qkv",
     kernel: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +153,8 @@ def block_attention_backward(
         ``rowsum(dout * out) - dlse``, out over all keys.
     dk, dv : shaped as k, v, accumulator dtype, optional
         Sums, possibly views: this block's share is added to them in place.  Default: new tensors.
+    wanted : str
+        The arguments whose gradients are computed: ``"qkv"``, ``"q"``, ``"kv"`` or ``""``.
     dtype : torch.dtype, optional
         Of new dk and dv.  Default: the accumulator dtype.  k's, where nothing will be added to
         them, saves memory if the kernel rounds its own sums.
@@ -159,9 +162,9 @@ def block_attention_backward(
     Returns
     -------
     dq : (B, H, s_q, D), accumulator dtype
-        The share of these keys.
+        The share of these keys; 0 if not wanted.
     dk, dv : shaped as k, v
-        The given ones, or new ones with the share of this block.
+        The given ones, or new ones with the share of this block; of no keys if not wanted.
 
     Examples
     --------
@@ -176,6 +179,8 @@ def block_attention_backward(
     True
     """
     view, wide = MaskView.of(mask), accumulator_of(q)
+    if "k" not in wanted:  # nothing is added to them
+        dk, dv = (x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=wide) for x in (k, v))
     sums = None if dk is None or dv is None else (dk, dv)
     if isinstance(view.mask, Rule):
         dq = q.new_zeros(q.shape, dtype=wide)
@@ -184,16 +189,26 @@ def block_attention_backward(
             dq_part, *_ = block_attention_backward(
                 dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
                 lse[:, :, rows], delta[:, :, rows], dk[:, :, keys], dv[:, :, keys],
-                scale=scale, mask=part, kernel=kernel,
+                scale=scale, mask=part, wanted=wanted, kernel=kernel,
             )  # fmt: skip
             dq[:, :, rows] += dq_part
         return (dq, dk, dv) if sums else (dq, dk.to(dtype or wide), dv.to(dtype or wide))
-    work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=True))
-    if 0 in (q.shape[2], k.shape[2]):
+    work = _kernel(kernel, KernelSpec.of(q, k, v, view, backward=True, wanted=wanted))
+    if 0 in (q.shape[2], k.shape[2]) or not wanted:
         dk, dv = sums or [x.new_zeros(x.shape, dtype=dtype or wide) for x in (k, v)]
         return q.new_zeros(q.shape, dtype=wide), dk, dv
     dout, q, k, v = (_rows(x) for x in (dout, q, k, v))
-    dq, dk, dv = work.backward(dout, q, k, v, lse, delta, sums, scale=float(scale), mask=view)
+    dq, *shares = work.backward(
+        dout, q, k, v, lse, delta, sums if "k" in wanted else None,
+        scale=float(scale), mask=view, wanted=wanted,
+    )  # fmt: skip
+    # A kernel may return what is not wanted, too.
+    if "q" not in wanted:
+        dq = q.new_zeros(q.shape, dtype=wide)
+    if "k" in wanted:
+        dk, dv = shares
+    assert dk is not None
+    assert dv is not None
     return (dq, dk, dv) if sums else (dq, dk.to(dtype or wide), dv.to(dtype or wide))
 
 

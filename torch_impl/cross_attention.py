@@ -10,23 +10,30 @@ from torch import Tensor
 
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
+from lvxattn.common.validation import on_rank
 
-from .autograd import Attention, Schedule, not_compiled
+from .autograd import Attention, Schedule, not_compiled, wanted_of
 from .gather import gather, gather_backward
 from .group import AnyGroup, Group
 from .layout import Layout
 from .lv_xattn import lv_xattn, lv_xattn_backward
-from .replicated import replicated, replicated_backward
+from .replicated import (
+    replicated_keys,
+    replicated_keys_backward,
+    replicated_queries,
+    replicated_queries_backward,
+)
 from .ring_attention import ring_attention, ring_attention_backward
 from .ulysses import ulysses, ulysses_backward
 
-# Forward and backward by `Layout.way`: the schedule, or "replicated" where all queries are.
+# Forward and backward by `Layout.way`: the schedule, or what every rank has the whole of.
 SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
     "lv-xattn": (lv_xattn, lv_xattn_backward),
     "ring": (ring_attention, ring_attention_backward),
     "ulysses": (ulysses, ulysses_backward),
     "gather": (gather, gather_backward),
-    "replicated": (replicated, replicated_backward),
+    "replicated": (replicated_queries, replicated_queries_backward),
+    "replicated keys": (replicated_keys, replicated_keys_backward),
 }
 
 
@@ -50,6 +57,7 @@ def cross_attention(  # type: ignore[misc]
     scale: float | None = None,
     mask: Tensor | MaskRule | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
     layout: Layout | None = None,
     return_lse: bool = False,
     meter: Meter | None = None,
@@ -77,6 +85,8 @@ def cross_attention(  # type: ignore[misc]
         forward uses no fused kernel.
     queries : str
         As there.  With ``"replicated"`` every rank must compute the same loss.
+    keys : str
+        As there.  With ``"replicated"`` the gradients of k and v are complete on every rank.
     return_lse : bool
         Whether to return lse too.
     meter : Meter, optional
@@ -120,7 +130,7 @@ def cross_attention(  # type: ignore[misc]
     q, k, v = (cast(x, dtype) for x in (q, k, v))
     return attend(
         q, k, v, group, layout, schedule=schedule, scale=scale, mask=mask, queries=queries,
-        return_lse=return_lse, meter=meter,
+        keys=keys, return_lse=return_lse, meter=meter,
     )  # fmt: skip
 
 
@@ -154,17 +164,19 @@ def attend_now(
     scale: float | None,
     mask: Tensor | MaskRule | None,
     queries: str,
+    keys: str,
     return_lse: bool,
     meter: Meter | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the layout or agree on one, and apply `Attention`, which saves q, k and v or `made`."""
     if layout is None:
         layout = Layout.agree_once(
-            q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            call=call_of(q, k, v, return_lse=return_lse),
+            q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
+            gradients=gradients_of(q, k, v), call=call_of(q, k, v, return_lse=return_lse),
         )  # fmt: skip
     else:
-        layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries)
+        layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries, keys=keys)
+        check_gradients(layout, q, k, v)
     given = q, k, v, mask, group, layout, SCHEDULE_FUNCTIONS[layout.way], meter, made
     out, lse = Attention.apply(*given)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
@@ -191,3 +203,27 @@ def call_of(*tensors: Tensor | None, return_lse: bool) -> str:
     wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
     name = "forward and backward" if wanted else "forward"
     return f"{name}, with lse" if return_lse else name
+
+
+def gradients_of(*tensors: Tensor) -> str:
+    """Return the arguments, of q, k and v, whose gradients are wanted; all if none is."""
+    return wanted_of(*(getattr(x, "requires_grad", False) for x in tensors)) or "qkv"
+
+
+def check_gradients(layout: Layout, *tensors: Tensor) -> None:
+    """Check that a layout's backward computes all gradients of q, k and v that are wanted.
+
+    Not collective.
+
+    Raises
+    ------
+    ValueError
+        On this rank only.
+    """
+    for name, x in zip("qkv", tensors, strict=True):
+        if torch.is_grad_enabled() and x.requires_grad and name not in layout.gradients:
+            error = ValueError(
+                f"{name}: expected no tensor that requires a gradient, as the layout was agreed on "
+                f"with gradients={layout.gradients!r}, got one"
+            )
+            raise on_rank(error, layout.rank, layout.size)

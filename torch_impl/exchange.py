@@ -48,6 +48,8 @@ class Exchange(ExchangeBase):
         Of this rank's keys.
     meter : Meter, optional
         Counts what this rank sends.
+    wanted : str
+        The arguments whose gradients this rank wants of a backward.
     """
 
     layout: Layout  # torch_impl's, which has a pool
@@ -59,8 +61,9 @@ class Exchange(ExchangeBase):
         q: Array,
         mask: Any = None,
         meter: Meter | None = None,
+        wanted: str = "qkv",
     ) -> None:
-        super().__init__(layout, mask, meter)
+        super().__init__(layout, mask, meter, wanted)
         self.group = group
         group.hosts = layout.hosts or group.hosts
         self.device, self.wide = q.device, getattr(torch, layout.accumulator)
@@ -80,7 +83,9 @@ class Exchange(ExchangeBase):
         return rotation
 
     def accumulators(self, *arrays: Array) -> list[Array]:
-        """Return zeros in the shapes of these arrays, to which their gradients are added."""
+        """Return zeros in the shapes of keys, for their gradients; of no keys if not wanted."""
+        if "k" not in self.wanted:
+            arrays = tuple(x[:, :, :0] for x in arrays)
         return [torch.zeros(x.shape, dtype=self.wide, device=x.device) for x in arrays]
 
     @contextmanager

@@ -63,8 +63,9 @@ def gather_backward(
     with exchange.computing(what=WHAT):
         dq, dk, dv = block_attention_backward(
             dout_all, q_all, k_shard, v_shard, lse_all, delta_all,
-            scale=exchange.scale, mask=mask, dtype=k_shard.dtype,
+            scale=exchange.scale, mask=mask, wanted=exchange.wanted, dtype=k_shard.dtype,
         )  # fmt: skip
     # 3. Return every gradient to its owner, summed over all ranks' keys.
-    (dq,) = reduce_scatter(exchange, added, dq)
+    if "q" in exchange.wanted:
+        (dq,) = reduce_scatter(exchange, added, dq)
     return dq, dk, dv

@@ -82,6 +82,8 @@ class Layout(choose.Layout):
         scale: float | None = None,
         mask: Tensor | MaskRule | None = None,
         queries: str = "sharded",
+        keys: str = "sharded",
+        gradients: str = "qkv",
         machine: Any = None,
         call: str = "forward",
     ) -> "Layout":
@@ -93,8 +95,12 @@ class Layout(choose.Layout):
 
         Parameters
         ----------
-        q, k, v, group, scale, mask, queries
+        q, k, v, group, scale, mask, queries, keys
             As in `cross_attention`.
+        gradients : str
+            The arguments whose gradients the backwards of all ranks compute: ``"qkv"``, ``"q"``
+            where keys and values are frozen, ``"kv"`` where queries are.  Whether the tensors given
+            here require gradients does not count.
         schedule : str
             As there; with `machine`, ``"auto"`` is the schedule that takes the least time.
         machine : lvxattn.plan.Machine, optional
@@ -114,7 +120,7 @@ class Layout(choose.Layout):
         """
         layout = Layout.agree_once(
             q, k, v, Group.of(group), schedule=schedule, scale=scale, mask=mask, queries=queries,
-            call=call, machine=machine,
+            keys=keys, gradients=gradients, call=call, machine=machine,
         )  # fmt: skip
         return replace(layout, pool=Pool(), record=layout.to_record())
 
@@ -145,6 +151,7 @@ class Layout(choose.Layout):
         scale: float | None = None,
         mask: Tensor | MaskRule | None = None,
         queries: str = "sharded",
+        keys: str = "sharded",
     ) -> None:
         """Check that this rank's arguments fit the layout.  Not collective.
 
@@ -158,7 +165,7 @@ class Layout(choose.Layout):
             check_tensors(q, k, v, mask, comm)
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
-        super().check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
+        super().check(q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys)
 
 
 class Forwards:

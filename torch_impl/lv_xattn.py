@@ -88,14 +88,15 @@ def lv_xattn_backward(
     (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_keys(
         k_shard, v_shard, dk, dv
     )
-    P, scale = exchange.P, exchange.scale
+    P, scale, wanted = exchange.P, exchange.scale, exchange.wanted
 
     # 1. Send my block; work on the first half of my keys overlaps with the transfer.
     blocks.send(q, dout, lse, delta, hop=0)
     with exchange.computing(hop=0):
         dq, *_ = block_attention_backward(
-            dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1
-        )
+            dout, q, k1, v1, lse, delta, dk1, dv1,
+            scale=scale, mask=mask1, wanted=wanted,
+        )  # fmt: skip
 
     for hop in blocks.comes:
         # 2. Receive a visiting block, and pass it on before computing with it.
@@ -105,7 +106,7 @@ def lv_xattn_backward(
         with exchange.computing(hop):
             dq_block, *_ = block_attention_backward(
                 dout_block, q_block, k_shard, v_shard, lse_block, delta_block, dk, dv,
-                scale=scale, mask=exchange.mask_view(hop),
+                scale=scale, mask=exchange.mask_view(hop), wanted=wanted,
             )  # fmt: skip
         # 4. Add the gradient from the ranks before, and send it after the block.
         if hop in gradients.comes:
@@ -115,8 +116,9 @@ def lv_xattn_backward(
     # 5. Work on the second half of my keys while the gradient of my queries comes home.
     with exchange.computing(hop=0):
         rest, *_ = block_attention_backward(
-            dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2
-        )
+            dout, q, k2, v2, lse, delta, dk2, dv2,
+            scale=scale, mask=mask2, wanted=wanted,
+        )  # fmt: skip
     dq += rest
     # 6. Add the other ranks' gradient of my queries.
     if P in gradients.comes:

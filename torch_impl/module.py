@@ -132,6 +132,7 @@ class CrossAttention(nn.Module):
         layout: Layout | None = None,
         schedule: str = "lv-xattn",
         queries: str = "sharded",
+        keys: str = "sharded",
         meter: Meter | None = None,
     ) -> Tensor:
         """Compute the attention from this rank's text to all ranks' features.
@@ -144,9 +145,10 @@ class CrossAttention(nn.Module):
             This rank's text features; all of them with ``queries="replicated"``.
         features : (B, s_kv, E_V)
             This rank's visual features.
-        mask, layout, schedule, queries, meter
+        mask, layout, schedule, queries, keys, meter
             As in `cross_attention`.  With ``queries="replicated"`` the gradients of q_proj and
-            out_proj are complete on every rank: call `sum_gradients` for k_proj and v_proj only.
+            out_proj are complete on every rank: call `sum_gradients` for k_proj and v_proj only;
+            with ``keys="replicated"`` those of k_proj and v_proj are.
 
         Returns
         -------
@@ -157,7 +159,7 @@ class CrossAttention(nn.Module):
         else:
             self._check(x, features, together=layout is None)
         options: dict[str, Any] = {
-            "mask": mask, "layout": layout, "schedule": schedule, "queries": queries,
+            "mask": mask, "layout": layout, "schedule": schedule, "queries": queries, "keys": keys,
             "meter": meter,
         }  # fmt: skip
         out = cross_attention_layer(

@@ -26,8 +26,15 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-from .autograd import compute, differentiate, heads_last
-from .cross_attention import SCHEDULE_FUNCTIONS, autocast_dtype, call_of, cast
+from .autograd import compute, differentiate, heads_last, wanted_of
+from .cross_attention import (
+    SCHEDULE_FUNCTIONS,
+    autocast_dtype,
+    call_of,
+    cast,
+    check_gradients,
+    gradients_of,
+)
 from .group import AnyGroup, Group
 from .layout import Layout, record_nbytes
 
@@ -45,6 +52,8 @@ def attention(
     schedule: str,
     scale: float | None,
     queries: str,
+    keys: str,
+    gradients: str,
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the attention, after the ranks have agreed unless a layout's record is given.
@@ -53,7 +62,7 @@ def attention(
 
     Parameters
     ----------
-    q, k, v, mask, schedule, scale, queries
+    q, k, v, mask, schedule, scale, queries, keys
         As given to `cross_attention`; a mask is a tensor.
     layout : (N,), uint8, optional
         A layout's record.
@@ -62,6 +71,8 @@ def attention(
     group : str
     ranks : int
         The group's name, and the number of its ranks.
+    gradients : str
+        The arguments whose gradients this rank wants.
     call : str
         Describes the call; must be equal on all ranks.
 
@@ -75,11 +86,12 @@ def attention(
     comm = Group.of_program(group, ranks)
     if layout is None:
         agreed = Layout.agree_once(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, call=call
-        )
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
+            gradients=gradients, call=call,
+        )  # fmt: skip
     else:
         agreed = Layout.of_record(layout)
-        agreed.check(q, k, v, comm, scale=scale, mask=mask, queries=queries)
+        agreed.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys)
     forward = SCHEDULE_FUNCTIONS[agreed.way][0]
     out, lse, lse_remainder = compute(q, k, v, mask, comm, agreed, forward)
     record = agreed.numbered(None if number is None else int(number)).to_record()
@@ -124,8 +136,9 @@ def attention_backward(
     lse_remainder: Tensor,
     record: Tensor,
     group: str,
+    wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v.
+    """Return the gradients of q, k and v; those that are not `wanted` are empty.
 
     Collective: every rank of the group calls this.  Arguments are the gradients of out and lse,
     None where there is none, and what `attention` was given and has returned.
@@ -133,17 +146,25 @@ def attention_backward(
     layout = Layout.of_record(record)
     comm = Group.of_program(group, layout.size)
     backward = SCHEDULE_FUNCTIONS[layout.way][1]
-    dq, dk, dv = differentiate(
-        dout, dlse, q, k, v, mask, out, lse, lse_remainder, comm, layout, backward
+    dq, dk, dv = (
+        q.new_empty(0) if x is None else heads_last(x)
+        for x in differentiate(
+            dout, dlse, q, k, v, mask, out, lse, lse_remainder, comm, layout, backward, wanted
+        )
     )
-    return heads_last(dq), heads_last(dk), heads_last(dv)
+    return dq, dk, dv
 
 
 @attention_backward.register_fake
 def _(
-    _dout: Any, _dlse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any
+    _dout: Any, _dlse: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _heads_last_like(q), _heads_last_like(k), _heads_last_like(v)
+    wanted = others[-1]
+    dq, dk, dv = (
+        _heads_last_like(x) if name in wanted else x.new_empty(0)
+        for name, x in zip("qkv", (q, k, v), strict=True)
+    )
+    return dq, dk, dv
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -157,8 +178,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    grads = torch.ops.lvxattn.attention_backward(dout, dlse, *ctx.saved_tensors, ctx.group)
-    return *grads, *[None] * 9
+    wanted = wanted_of(*ctx.needs_input_grad[:3])
+    grads = torch.ops.lvxattn.attention_backward(dout, dlse, *ctx.saved_tensors, ctx.group, wanted)
+    kept = [x if name in wanted else None for name, x in zip("qkv", grads, strict=True)]
+    return *kept, *[None] * 11
 
 
 def _no_second_derivative(*_: Any) -> None:
@@ -200,13 +223,14 @@ def attend(
     scale: float | None,
     mask: Tensor | None,
     queries: str,
+    keys: str,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return `cross_attention` as one operator in a program that is being compiled or exported.
 
     Parameters
     ----------
-    q, k, v, group, layout, schedule, scale, mask, queries, return_lse
+    q, k, v, group, layout, schedule, scale, mask, queries, keys, return_lse
         As given to `cross_attention`.
     """
     name, ranks = Group.in_program(group)
@@ -218,10 +242,12 @@ def attend(
                 "layout: expected one for no mask or a tensor in a compiled program, "
                 "got one that was agreed on with a Rule"
             )
+        check_gradients(layout, q, k, v)
         given, number = layout.record, layout.forwards.advance()
     out, lse, *_ = torch.ops.lvxattn.attention(
-        q, k, v, mask, given, number, name, ranks, schedule, scale, queries, call
-    )
+        q, k, v, mask, given, number, name, ranks, schedule, scale, queries, keys,
+        gradients_of(q, k, v), call,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 

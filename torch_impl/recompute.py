@@ -66,6 +66,7 @@ def cross_attention_layer(  # type: ignore[misc]
     scale: float | None = None,
     mask: Tensor | MaskRule | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
     layout: Layout | None = None,
     return_lse: bool = False,
     meter: Meter | None = None,
@@ -91,7 +92,7 @@ def cross_attention_layer(  # type: ignore[misc]
         model save in any case.  The queries are then recomputed too, and q is saved.
     recompute : bool
         Whether to recompute; False saves keys and values.  Ranks may differ.
-    group, schedule, scale, mask, queries, layout, return_lse, meter
+    group, schedule, scale, mask, queries, keys, layout, return_lse, meter
         As in `cross_attention`.
 
     Returns
@@ -124,7 +125,7 @@ def cross_attention_layer(  # type: ignore[misc]
     given = q, y, make_kv, group, layout, make_q
     options: dict[str, Any] = {
         "recompute": recompute, "schedule": schedule, "scale": scale, "mask": mask,
-        "queries": queries, "return_lse": return_lse,
+        "queries": queries, "keys": keys, "return_lse": return_lse,
     }  # fmt: skip
     if is_compiled(mask, meter):
         from . import operators  # which imports the compiler
@@ -185,7 +186,7 @@ def _layer(
     q, k, v = checkpoint(make, q, y, use_reentrant=False) if recompute else make(q, y)
     # 2. Attend to them; they are freed at the end of this call.
     # 3. Recompute them, and differentiate the attention.
-    return attend_now(q, k, v, comm, layout, q.grad_fn, **options)
+    return attend_now(q, k, v, comm, layout, node_of(q, k, v), **options)
 
 
 class Made(torch.autograd.Function):
@@ -198,12 +199,19 @@ class Made(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Save the tensors."""
         ctx.save_for_backward(*tensors)
+        frozen = [x for x, needed in zip(tensors, ctx.needs_input_grad, strict=True) if not needed]
+        ctx.mark_non_differentiable(*frozen)
         return tensors
 
     @staticmethod
     def backward(_: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients unchanged."""
         return grads
+
+
+def node_of(*made: Tensor) -> Any:
+    """Return the node of `Made`, whose results are not all differentiable, or None."""
+    return next((x.grad_fn for x in made if x.grad_fn is not None), None)
 
 
 # The leaves of a graph, where gradients are accumulated, and the versions of their data.

@@ -79,14 +79,15 @@ def ring_attention_backward(
     (k1, v1, dk1, dv1, mask1), (k2, v2, dk2, dv2, mask2) = exchange.split_keys(
         k_shard, v_shard, dk, dv
     )
-    P, scale = exchange.P, exchange.scale
+    P, scale, wanted = exchange.P, exchange.scale, exchange.wanted
 
     # 1. Send my keys and values; work on their first half overlaps with the transfer.
     blocks.send(k_shard, v_shard, *travelling_mask(exchange.mask), hop=0)
     with exchange.computing(hop=0):
         dq, *_ = block_attention_backward(
-            dout, q, k1, v1, lse, delta, dk1, dv1, scale=scale, mask=mask1
-        )
+            dout, q, k1, v1, lse, delta, dk1, dv1,
+            scale=scale, mask=mask1, wanted=wanted,
+        )  # fmt: skip
 
     for hop in blocks.comes:
         # 2. Receive a visiting block, and pass it on before computing with it.
@@ -96,7 +97,7 @@ def ring_attention_backward(
         with exchange.computing(hop):
             dq_more, dk_block, dv_block = block_attention_backward(
                 dout, q, k_block, v_block, lse, delta,
-                scale=scale, mask=visiting_mask(exchange, mask_block, hop),
+                scale=scale, mask=visiting_mask(exchange, mask_block, hop), wanted=wanted,
             )  # fmt: skip
         dq += dq_more
         # 4. Add the gradients from the ranks before, and send them after the block.
@@ -109,8 +110,9 @@ def ring_attention_backward(
     # 5. Work on the second half of my keys while their gradients come home.
     with exchange.computing(hop=0):
         rest, *_ = block_attention_backward(
-            dout, q, k2, v2, lse, delta, dk2, dv2, scale=scale, mask=mask2
-        )
+            dout, q, k2, v2, lse, delta, dk2, dv2,
+            scale=scale, mask=mask2, wanted=wanted,
+        )  # fmt: skip
     dq += rest
     # 6. Add the other ranks' gradients of my keys.
     if P in gradients.comes:

@@ -59,14 +59,27 @@ def backward(
     dv: Array,
     *,
     scale: float,
+    wanted: str = "qkv",
 ) -> Array:
-    """Return dq in fp32, and add to dk and dv in place, which are in fp32 or q's dtype."""
+    """Return dq in fp32, and add to dk and dv in place, which are in fp32 or q's dtype.
+
+    What is not in `wanted`, as ``"q"`` or ``"kv"``, is not computed; dq is 0 then.
+    """
     work = _Launches(xp, q, k)
     k, v = (_readable(xp, x) for x in (k, v))
     dout, q = (_packed(xp, x.astype(q.dtype, copy=False)) for x in (dout, q))
     lse, delta = (_packed(xp, x.astype(xp.float32, copy=False)) for x in (lse, delta))
-    splits, keys = work.splits("backward_q")
     given = (dout, q, k, v, lse, delta, *_strides(k), *_strides(v))
+    dq = _dq(work, given, scale) if "q" in wanted else xp.zeros(q.shape, xp.float32)
+    if "k" in wanted:
+        _add_dk_dv(work, given, dk, dv, scale)
+    return dq
+
+
+def _dq(work: "_Launches", given: tuple[Any, ...], scale: float) -> Array:
+    """Return dq."""
+    xp, q = work.xp, given[1]
+    splits, keys = work.splits("backward_q")
     parts = xp.empty((splits, *q.shape), xp.float32)
     work.launch(
         "backward_q", (work.blocks("backward_q", work.rows), splits, work.pairs),
@@ -77,6 +90,14 @@ def backward(
         dq = xp.empty(q.shape, xp.float32)
         blocks = ceil(dq.size / (32 * JOIN_WARPS))
         work.launch("sum_splits", (blocks, 1, 1), (dq, parts, np.int32(splits), np.int64(dq.size)))
+    return dq
+
+
+def _add_dk_dv(
+    work: "_Launches", given: tuple[Any, ...], dk: Array, dv: Array, scale: float
+) -> None:
+    """Add to dk and dv."""
+    xp, q = work.xp, given[1]
     # The kernel writes pairs of numbers.  Views that these do not fit get its sums afterwards.
     names = {dtype_name(dk), dtype_name(dv)}
     fit = len(names) == 1 and names <= {"float32", dtype_name(q)} and _fits(dk) and _fits(dv)
@@ -90,7 +111,6 @@ def backward(
         if share is not x:
             share += x.astype(xp.float32, copy=False)
             x[...] = share
-    return dq
 
 
 def failure(xp: Any, dtype: str, D: int) -> Exception | None:
@@ -119,6 +139,7 @@ class _Launches:
     """The kernels for one dtype and D, and the division of one block."""
 
     def __init__(self, xp: Any, q: Array, k: Array) -> None:
+        self.xp = xp
         B, H, s_q, self.D = q.shape
         self.H_KV, self.s_kv = k.shape[1:3]
         self.dtype, self.pairs, self.rows = dtype_name(q), B * self.H_KV, H // self.H_KV * s_q

@@ -41,7 +41,7 @@ def good() -> dict[str, Any]:
 
 def forward(layout: Any = None, **changes: Any) -> Any:
     a = good() | changes
-    options = {n: x for n, x in a.items() if n in ("scale", "mask", "schedule", "queries")}
+    options = {n: x for n, x in a.items() if n in ("scale", "mask", "schedule", "queries", "keys")}
     return implementation.cross_attention(a["q"], a["k"], a["v"], comm, layout=layout, **options)
 
 
@@ -160,6 +160,11 @@ bad_on_last("ranks differ in the backward's schedule", backward, schedule="auto"
 bad_on_last("ranks differ in queries", forward, queries="replicated")
 CALLS["ranks differ in replicated queries"] = lambda: forward(
     queries="replicated", **({"q": zeros(B, H, 6, D)} if last else {})
+)
+bad_on_last("ranks differ in keys", forward, keys="replicated")
+CALLS["ranks differ in replicated keys"] = lambda: forward(
+    keys="replicated",
+    **({"k": zeros(B, H_KV, 6, D), "v": zeros(B, H_KV, 6, D_V)} if last else {}),
 )
 CALLS["ranks differ in rules with ring"] = lambda: forward(
     schedule="ring", **({"mask": rule} if last else {})

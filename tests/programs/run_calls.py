@@ -15,7 +15,7 @@ from mpi4py import MPI
 from lvxattn import mpi_impl
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.mpi_impl.recompute import project
-from tests.cases import Case, Problem
+from tests.cases import WAYS, Case, Problem, options_of
 from tests.judge import solve, worst_ratios
 from tests.programs import shared
 from tests.watched import Watched
@@ -94,6 +94,28 @@ def without_a_layout_there_is_one_collective_more_a_call(comm: MPI.Intracomm) ->
     mpi_impl.cross_attention_backward(part["dout"], *arguments, out, lse, watched)
     known = {"allgather", "Isend", "Irecv", "host"}  # a virtual communicator has a host
     return [forward == 1, watched.calls["allgather"] == 3, set(watched.calls) <= known]
+
+
+@check
+def only_wanted_gradients_are_computed(comm: MPI.Intracomm) -> Any:
+    """The same bits as without; and what one rank wants, all compute."""
+    verdicts = []
+    for way in WAYS:
+        part = RAGGED.on(way, comm.size).make().part(comm.rank, comm.size, way)
+        given, options = [part[x] for x in "qkv"], {"mask": part["mask"], **options_of(way)}
+        out, lse = mpi_impl.cross_attention(*given, comm, **options)
+        every, *others = (
+            mpi_impl.cross_attention_backward(
+                part["dout"], *given, out, lse, comm, gradients=wanted, **options
+            )
+            for wanted in (None, "q", "kv", "q" if comm.rank == 0 else "kv")
+        )
+        computed = ["q", "kv", "q" if comm.size == 1 else "qkv"]
+        for gradients, found in zip(computed, others, strict=True):
+            for name, got, want in zip("qkv", found, every, strict=True):
+                is_there = got is not None and got.tobytes() == want.tobytes()
+                verdicts.append(is_there if name in gradients else got is None)
+    return verdicts
 
 
 @check

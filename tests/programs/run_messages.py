@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.common.handshake import SCHEDULES
 from lvxattn.plan import messages
 from lvxattn.reference import Meter
-from tests.cases import MASKS, Case, random_case
+from tests.cases import MASKS, WAYS, Case, options_of, random_case
 from tests.programs.start import OnArrays, finish, start
 
 comm, implementation = start()
@@ -59,17 +58,16 @@ def mask_of(mask: Any, rank: int, seed: int) -> Any:
 
 def difference(case: Case, kind: str, seed: int) -> list[Any] | None:
     """Run both passes; return what this rank has sent and should have, if that differs."""
-    problem, whole = case.make(), kind == "replicated"
-    part = problem.part(comm.rank, P)
-    q, dout = (problem.q, problem.dout) if whole else (part["q"], part["dout"])
-    given, mask = (q, part["k"], part["v"]), mask_of(part["mask"], comm.rank, seed)
-    options: dict[str, Any] = {"mask": mask}
-    options |= {"queries": kind} if whole else {"schedule": kind}
-    layout = implementation.Layout.agree(*given, ranks(), **options)
+    part, gradients = case.make().part(comm.rank, P, kind), ("qkv", "q", "kv")[seed % 3]
+    given, mask = (part["q"], part["k"], part["v"]), mask_of(part["mask"], comm.rank, seed)
+    options: dict[str, Any] = {"mask": mask, **options_of(kind)}
+    layout = implementation.Layout.agree(*given, ranks(), gradients=gradients, **options)
     options["layout"] = layout
     forward, backward = Meter(), Meter()
     out, lse = implementation.cross_attention(*given, comm, **options, meter=forward)
-    implementation.cross_attention_backward(dout, *given, out, lse, comm, **options, meter=backward)
+    implementation.cross_attention_backward(
+        part["dout"], *given, out, lse, comm, gradients=gradients, meter=backward, **options
+    )
     sent = [[meter.messages, meter.bytes] for meter in (forward, backward)]
     if isinstance(implementation, OnArrays):  # its backward begins with another forward
         sent[1] = [b - f for f, b in zip(*sent, strict=True)]
@@ -80,7 +78,7 @@ def difference(case: Case, kind: str, seed: int) -> list[Any] | None:
 
 count, *dtypes = sys.argv[1:]
 wrong, seen = [], set()
-for nth, kind in enumerate((*SCHEDULES, "replicated")):
+for nth, kind in enumerate(WAYS):
     for seed in range(int(count)):
         if (nth + seed + seed // len(MASKS)) % 2:
             continue

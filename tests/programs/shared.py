@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.layout import shard
 from lvxattn.plan import MACHINES
 from tests import hidden
-from tests.cases import Case
+from tests.cases import WAYS, Case
 from tests.judge import solve
 
 
@@ -28,7 +27,7 @@ def machine_of_rank_0_counts(comm: Any, implementation: Any) -> list[bool]:
 def hidden_rows_are_right(comm: Any, implementation: Any) -> list[bool]:
     return [
         right
-        for schedule in (*SCHEDULES, "replicated")
+        for schedule in WAYS
         for right in hidden.all_right(
             partial(solve, comm=comm, implementation=implementation, schedule=schedule),
             schedule,

@@ -100,20 +100,23 @@ class OnArrays:
 
     def cross_attention_backward(
         self, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, comm: Any, *,
-        dlse: Any = None, **options: Any,
+        dlse: Any = None, gradients: str | None = None, **options: Any,
     ) -> Any:  # fmt: skip
         """Return dq, dk and dv, as autograd finds them by way of another forward."""
         import torch
 
         from lvxattn import torch_impl
 
-        given = [tensor(x).requires_grad_() for x in (q, k, v)]
+        wanted = [name in (gradients or "qkv") for name in "qkv"]
+        given = [tensor(x).requires_grad_(w) for x, w in zip((q, k, v), wanted, strict=True)]
         results = torch_impl.cross_attention(*given, comm, return_lse=True, **_tensors(options))
         # Where a row is dead, lse is -inf: its gradient must be 0 whatever comes from above.
         douts = [tensor(dout), torch.zeros_like(results[1])]
         if dlse is not None:
             douts[1] = tensor(dlse).to(results[1].dtype)
-        return tuple(map(array, torch.autograd.grad(results, given, douts)))
+        leaves = [x for x, w in zip(given, wanted, strict=True) if w]
+        found = iter(torch.autograd.grad(results, leaves, douts))
+        return tuple(array(next(found)) if w else None for w in wanted)
 
     def cross_attention_layer(self, q: Any, y: Any, make_kv: Any, comm: Any) -> Any:
         """Return out; y is what make_kv takes, as it is."""

@@ -21,10 +21,12 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from lvxattn import torch_impl
+from lvxattn.common.exchange_base import GRADIENTS_TRAVEL
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.wire import QUERIES
 from lvxattn.torch_impl import CrossAttention, Layout, Meter, cross_attention, shard, unshard
 from lvxattn.torch_impl.group import Group
+from tests.cases import WAYS, WHOLE, options_of
 from tests.programs import shared
 from tests.programs.start import OnArrays, finish, start
 
@@ -577,6 +579,112 @@ def subclasses_are_computed_with_as_their_base_and_come_out(group: Group) -> Any
         out = module(x.as_subclass(Own), y.as_subclass(Own))
         verdicts += [type(out) is Own, torch.equal(out, module(x, y))]
     return verdicts
+
+
+@check
+def only_wanted_gradients_are_sent(group: Group) -> Any:
+    """Queries, or keys and values, are frozen: other gradients are the same, and less is sent."""
+    verdicts, whole = [], wholes(heads=group.size)
+
+    def run(way: str, wanted: str, layout: str = "") -> tuple[dict[str, Tensor], int]:
+        """Return the gradients of what is not frozen, and the bytes of both passes."""
+        given = {
+            name: (x if name in WHOLE.get(way, ()) else shard(x, group)).clone()
+            for name, x in zip("qkv", whole, strict=True)
+        }
+        leaves = [given[name].requires_grad_() for name in wanted]
+        meter, options = Meter(), dict[str, Any](options_of(way))
+        if layout:
+            options["layout"] = Layout.agree(*given.values(), group, gradients=layout, **options)
+        _, *grads = gradients(
+            lambda *_: cross_attention(*given.values(), group, meter=meter, **options), *leaves
+        )
+        return dict(zip(wanted, grads, strict=True)), meter.bytes
+
+    for way in WAYS:
+        every, sent = run(way, "qkv")
+        for wanted in ("q", "kv", "v"):
+            of_layout = "q" if wanted == "q" else "kv"
+            found, least = run(way, wanted)
+            again, with_layout = run(way, wanted, layout=of_layout)
+            all_same, as_much = run(way, wanted, layout="qkv")
+            for name in wanted:
+                verdicts += [close(x[name], every[name]) for x in (found, again, all_same)]
+            saves = set(GRADIENTS_TRAVEL[way]) - set(of_layout) and group.size > 1
+            verdicts += [with_layout == least, as_much == sent]
+            verdicts.append(least < sent if saves else least == sent)
+        # What one rank wants, all compute.
+        of_rank = "q" if group.rank == 0 else "kv"
+        found, as_much = run(way, of_rank)
+        verdicts += [close(found[name], every[name]) for name in of_rank]
+        verdicts.append(group.size == 1 or as_much == sent)
+    return verdicts
+
+
+@check
+def frozen_features_send_no_gradients(group: Group) -> Any:
+    """With recomputation and without it, keys and values that nothing trains are not waited for."""
+    torch.manual_seed(0)
+    verdicts = []
+    for recompute in (True, False):
+        module = CrossAttention(16, 4, recompute_kv=recompute, group=group)
+        x, y = torch.randn(1, 3, 16), torch.randn(1, 5, 16)
+        sent, of_x = [], []
+        for frozen in (False, True):
+            for projection in (module.k_proj, module.v_proj):
+                projection.requires_grad_(not frozen)
+            meter, leaf = Meter(), x.clone().requires_grad_()
+            out = module(leaf, y, schedule="ring", meter=meter)
+            of_x.append(torch.autograd.grad(out.square().sum(), leaf)[0])
+            sent.append(meter.bytes)
+        verdicts += [close(*of_x), sent[1] < sent[0] or group.size == 1]
+    return verdicts
+
+
+@check
+def a_layout_without_a_gradient_refuses_to_compute_it(group: Group) -> Any:
+    mine = parts(*wholes(), group=group)
+    layout = Layout.agree(*mine, group, gradients="kv")
+    try:
+        cross_attention(*mine, group, layout=layout)
+    except ValueError as error:
+        return str(error) == (
+            "q: expected no tensor that requires a gradient, as the layout was agreed on with "
+            f"gradients='kv', got one (on rank {group.rank} of {group.size})"
+        )
+    return False
+
+
+@check
+def keys_of_both_kinds_under_one_softmax(group: Group) -> Any:
+    """A text's own keys, on every rank, and sharded ones: joined by `merge`, with gradients."""
+    q, k, v = wholes(S_KV=29)
+    own_k, own_v = wholes(S_KV=13)[1:]
+    causal = torch_impl.Causal()
+    leaves = [x.requires_grad_() for x in (q, own_k, own_v, k, v)]
+    seen = torch.ones(13, 13, dtype=torch.bool).tril()
+    mask = torch.cat([seen, torch.ones(13, 29, dtype=torch.bool)], dim=1)
+    want = gradients(
+        lambda q, own_k, own_v, k, v: scaled_dot_product_attention(
+            q, torch.cat([own_k, k], dim=2), torch.cat([own_v, v], dim=2), attn_mask=mask,
+            enable_gqa=True,
+        ),
+        *leaves,
+    )  # fmt: skip
+    mine = [shard(q.detach(), group), own_k, own_v, *(shard(x.detach(), group) for x in (k, v))]
+    mine = [x.detach().clone().requires_grad_() for x in mine]
+    both = (
+        cross_attention(*mine[:3], group, mask=causal, keys="replicated", return_lse=True),
+        cross_attention(mine[0], *mine[3:], group, return_lse=True),
+    )
+    out, _ = torch_impl.merge(*both[0], *both[1])
+    weight = shard(
+        torch.linspace(-1, 1, want[0].numel(), dtype=torch.float64).view(want[0].shape), group
+    )
+    dq, down_k, down_v, dk, dv = torch.autograd.grad(out, mine, weight)
+    got = [unshard(out.detach(), group), unshard(dq, group), down_k, down_v]
+    got += [unshard(dk, group), unshard(dv, group)]
+    return [close(a, b) for a, b in zip(got, want, strict=True)]
 
 
 @check

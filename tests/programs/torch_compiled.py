@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 
-from lvxattn.common.handshake import SCHEDULES
 from lvxattn.torch_impl import CrossAttention, Layout, cross_attention, shard
 from lvxattn.torch_impl.group import Group
+from tests.cases import WAYS, options_of
 from tests.programs.start import finish, start
 
 CHECKS: dict[str, Callable[[Group], Any]] = {}
@@ -66,32 +66,35 @@ def close(got: list[Tensor], want: list[Tensor], ulps: float = 256) -> list[bool
 
 
 @check
-def schedules_masks_and_replicated_queries(group: Group) -> Any:
+def schedules_masks_and_replicated_sides(group: Group) -> Any:
     """In one program, which compiles once."""
     q, k, v = parts(group)
     torch.manual_seed(0)
-    every = torch.randn(2, 4 * group.size, 13, 4, dtype=torch.float64, requires_grad=True)
+    every, *every_kv = (
+        torch.randn(2, n * group.size, s, 4, dtype=torch.float64, requires_grad=True)
+        for n, s in ((4, 13), (2, 29), (2, 29))
+    )
     s_kv = k.shape[2]
     torch.manual_seed(group.rank)
     boolean = torch.rand(2, 1, 13, s_kv) > 0.3
     boolean[:, :, 3] = False  # on all ranks: a row that sees nothing
     masks = (None, boolean, torch.randn(13, s_kv, dtype=torch.float64))
 
-    def attend(q: Tensor, every: Tensor, k: Tensor, v: Tensor, *masks: Any) -> Any:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
+        all_q, all_k, all_v, *masks = others
         outs, lses = [], []
-        for i, way in enumerate((*SCHEDULES, "auto", "replicated")):
-            whole = way == "replicated"
-            option = {"queries" if whole else "schedule": way}
-            out, lse = cross_attention(
-                every if whole else q, k, v, group, mask=masks[i % 3], return_lse=True,
-                **option,
-            )  # fmt: skip
+        for i, way in enumerate((*WAYS, "auto")):
+            given = (all_q if way == "replicated" else q), k, v
+            if way == "replicated keys":
+                given = q, all_k, all_v
+            mask = None if way == "replicated keys" else masks[i % 3]
+            out, lse = cross_attention(*given, group, mask=mask, return_lse=True, **options_of(way))
             outs.append(out.flatten())
             lses.append(lse.flatten())
         return torch.cat(outs), torch.cat(lses)
 
     def call(function: Any) -> list[Tensor]:
-        return results(lambda *leaves: function(*leaves, *masks), q, every, k, v)
+        return results(lambda *leaves: function(*leaves, *masks), q, k, v, every, *every_kv)
 
     run, counter = compiled(attend)
     return [*close(call(run), call(attend), ulps=4096), counter.frame_count == 1]

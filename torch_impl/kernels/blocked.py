@@ -77,11 +77,13 @@ def backward(
     *,
     scale: float,
     mask: MaskView,
+    wanted: str = "qkv",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `block_attention_backward`."""
     work = Tiles(q, k, mask)
     dq = work.new_rows(q.shape[3])
-    dk, dv = sums or [torch.zeros(x.shape, dtype=work.dtype, device=q.device) for x in (k, v)]
+    kept = (k, v) if "k" in wanted else (k[:, :, :0], v[:, :, :0])
+    dk, dv = sums or [torch.zeros(x.shape, dtype=work.dtype, device=q.device) for x in kept]
     for at in work.row_tiles():
         q_tile, dout_tile = work.load_queries(q, at, scale), work.load(dout, at, work.narrow)
         q_bare = work.load(q, at, work.factor)  # q times scale would be rounded once more
@@ -99,9 +101,11 @@ def backward(
             ds -= delta_tile[..., None]
             ds *= p
             # 3. Add to plain sums; the heads of a group share their key-value head.
-            dv[at[0], at[1], keys] += work.weighted(p.transpose(-1, -2), dout_tile)
-            dk[at[0], at[1], keys] += work.weighted(ds.transpose(-1, -2), q_bare) * scale
-            dq_tile += work.weighted(ds, k_tile)
+            if "k" in wanted:
+                dv[at[0], at[1], keys] += work.weighted(p.transpose(-1, -2), dout_tile)
+                dk[at[0], at[1], keys] += work.weighted(ds.transpose(-1, -2), q_bare) * scale
+            if "q" in wanted:
+                dq_tile += work.weighted(ds, k_tile)
         work.store(dq, at, dq_tile * scale)
     return dq, dk, dv
 

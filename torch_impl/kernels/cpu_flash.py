@@ -71,6 +71,7 @@ def backward(
     *,
     scale: float,
     mask: MaskView,
+    wanted: str = "qkv",  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `block_attention_backward`."""
     dout, out = surrogate_out(dout, delta, q.dtype)

@@ -52,6 +52,7 @@ def backward(
     *,
     scale: float,
     mask: MaskView,
+    wanted: str = "qkv",  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `block_attention_backward`."""
     assert mask.mask is None

@@ -51,6 +51,7 @@ def backward(
     *,
     scale: float,
     mask: MaskView,
+    wanted: str = "qkv",  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `block_attention_backward`."""
     bias = Bias.of(mask, q, k)

@@ -29,6 +29,8 @@ class KernelSpec:
         Of an array mask.
     capability : (int, int)
         The compute capability of a CUDA device; bf16 requires (8, 0).
+    wanted : str
+        The arguments whose gradients a backward computes.
     """
 
     device: str
@@ -44,9 +46,12 @@ class KernelSpec:
     mask_dtype: torch.dtype | None = None
     backward: bool = False
     capability: tuple[int, int] = (9, 0)
+    wanted: str = "qkv"
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool) -> "KernelSpec":
+    def of(
+        q: Tensor, k: Tensor, v: Tensor, mask: MaskView, *, backward: bool, wanted: str = "qkv"
+    ) -> "KernelSpec":
         """Return the spec of these arguments."""
         B, H, s_q, D = q.shape
         H_KV, s_kv = k.shape[1:3]
@@ -58,7 +63,8 @@ class KernelSpec:
             kind = "array" if len(shape) > 1 and shape[-2] != 1 else "padding"
             dtype = mask.mask.dtype
         spec = KernelSpec(
-            q.device.type, q.dtype, B, H, H_KV, s_q, s_kv, D, v.shape[3], kind, dtype, backward
+            q.device.type, q.dtype, B, H, H_KV, s_q, s_kv, D, v.shape[3], kind, dtype, backward,
+            wanted=wanted,
         )  # fmt: skip
         if q.is_cuda:
             spec = replace(spec, capability=torch.cuda.get_device_capability(q.device))
@@ -128,10 +134,12 @@ class Kernel(Protocol):
         *,
         scale: float,
         mask: MaskView,
+        wanted: str = "qkv",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq in the accumulator dtype, and dk and dv in it or, rounded, in k's.
 
-        If `sums` of dk and dv are given, add to them in place, and return them instead.
+        If `sums` of dk and dv are given, add to them in place, and return them instead.  What is
+        not wanted need not be computed: what is returned for it is not read.
         """
 
 

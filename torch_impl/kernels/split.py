@@ -82,6 +82,7 @@ def backward(
     *,
     scale: float,
     mask: MaskView,
+    wanted: str = "qkv",  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `block_attention_backward`."""
     spec, kernel = _within(q, k, v, mask, backward=True)

@@ -17,7 +17,7 @@ from lvxattn.torch_impl.models.adapter import Adapter
 from lvxattn.torch_impl.models.batch_checks import check_equal, refuse_dropout
 from lvxattn.torch_impl.models.gradients import OfForward, scale_gradient
 from lvxattn.torch_impl.module import sum_gradients
-from lvxattn.torch_impl.recompute import Made
+from lvxattn.torch_impl.recompute import Made, node_of
 
 # make(x, y) -> (q, k, v, scale): text and visual features to what attention needs.
 Make = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, float]]
@@ -152,7 +152,7 @@ class Spread:
             nonlocal q, k, v, made, mask
             if recompute and self.recomputes:
                 q, k, v = checkpoint(saved, x, y, use_reentrant=False)
-                made = q.grad_fn
+                made = node_of(q, k, v)
             else:
                 q, k, v = both(x, y)
             mask = self.adapter.mask()
@@ -161,7 +161,7 @@ class Spread:
         self._new = False
         return self.attend_to(
             "cross-attention", q, k, v, made, scale=scale, mask=mask, schedule=self.schedule,
-            queries="sharded" if self.text == "sharded" else "replicated",
+            queries="sharded" if self.text == "sharded" else "replicated", keys="sharded",
         )  # fmt: skip
 
     def attend_to(

@@ -7,6 +7,16 @@ from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.wire import BLOCKS, Field, Kind, nbytes
 
+# The arguments whose gradients are sent, by `Layout.way`.
+GRADIENTS_TRAVEL = {
+    "lv-xattn": "q",
+    "gather": "q",
+    "replicated": "q",
+    "ring": "kv",
+    "replicated keys": "kv",
+    "ulysses": "qkv",
+}
+
 
 class ExchangeBase:
     """One rank's communication in one forward or backward.
@@ -20,11 +30,16 @@ class ExchangeBase:
     P, rank : int
         The number of ranks, and this one.
     scale : float
+    wanted : str
+        The arguments whose gradients this rank computes in a backward: of ``"qkv"``.
     """
 
-    def __init__(self, layout: Layout, mask: Any, meter: Meter | None) -> None:
+    def __init__(self, layout: Layout, mask: Any, meter: Meter | None, wanted: str = "qkv") -> None:
         self.layout, self.mask, self.meter = layout, mask, meter or Meter()
         self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
+        # What travels must be the same on all ranks; the rest is each rank's own affair.
+        travels = GRADIENTS_TRAVEL[layout.way]
+        self.wanted = "".join(x for x in layout.gradients if x in wanted or x in travels)
         self.rotations: list[Any] = []
 
     def mask_view(self, hop: int) -> MaskView:
@@ -107,7 +122,7 @@ class RotationBase:
             owner = layout.owner(hop)
             stops = layout.stops[owner]
             way = (0, *stops) if kind.tag == BLOCKS else (*stops, layout.size)
-            if hop not in way:
+            if hop not in way or not kind.fields(layout, owner):
                 continue
             at = way.index(hop)
             if at > 0:

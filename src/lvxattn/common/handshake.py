@@ -37,7 +37,10 @@ Backward = tuple[Array, Array, Array, Array | None]
 
 SCHEDULES = ("lv-xattn", "ring", "ulysses", "gather")
 AUTO = "auto"
-QUERIES = ("sharded", "replicated")
+# How the queries, and the keys, are distributed: cut over the ranks, or whole on every rank.
+SPREADS = ("sharded", "replicated")
+# The arguments whose gradients are computed.
+GRADIENTS = ("qkv", "q", "kv")
 # A rank works on other ranks' keys: array masks travel, and callables must be the same.
 MASKS_TRAVEL = ("ring", "ulysses")
 
@@ -55,6 +58,7 @@ EQUAL_ON_ALL_RANKS = {
     "scale": "scale",
     "schedule": "schedule",
     "queries": "queries",
+    "keys": "keys",
     "library": "q",
     "device": "q",
     "call": "call",
@@ -82,6 +86,8 @@ class Record:
     scale: float
     schedule: str
     queries: str
+    keys: str
+    gradients: str
     library: str
     device: str
     call: str
@@ -101,6 +107,8 @@ def agree_on(
     mask: Any,
     backward: Backward | None = None,
     queries: str = "sharded",
+    keys: str = "sharded",
+    gradients: str = "qkv",
     call: str = "forward",
     machine: Any = None,
     check: Callable[[], object] | None = None,
@@ -111,7 +119,7 @@ def agree_on(
 
     Parameters
     ----------
-    q, k, v, comm, schedule, scale, mask, backward, queries, machine, check
+    q, k, v, comm, schedule, scale, mask, backward, queries, keys, gradients, machine, check
         As given to `Layout.agree`.
     call : str
         Describes the call; must be equal on all ranks.
@@ -133,8 +141,9 @@ def agree_on(
             raise ValueError(f"schedule: expected one of {(*SCHEDULES, AUTO)}, got {schedule!r}")
         if machine is not None:
             _check_machine(machine)
-        if queries not in QUERIES:
-            raise ValueError(f"queries: expected one of {QUERIES}, got {queries!r}")
+        _check_spreads(queries, keys)
+        if gradients not in GRADIENTS:
+            raise ValueError(f"gradients: expected one of {GRADIENTS}, got {gradients!r}")
         B, H, s_q, D = q.shape
         mine = Record(
             host=getattr(comm, "host", None) or socket.gethostname(),
@@ -152,6 +161,8 @@ def agree_on(
             scale=1 / sqrt(D) if scale is None else float(scale),
             schedule=schedule,
             queries=queries,
+            keys=keys,
+            gradients=gradients,
             library=library(q),
             device=device_kind(q),
             call=call,
@@ -166,7 +177,7 @@ def agree_on(
     records = [r for r in gathered if isinstance(r, Record)]
     _check_equal(records)
     if any(record.callable_mask for record in records):
-        kv_start = sum(r.s_kv for r in records[: comm.rank])
+        kv_start = 0 if keys == "replicated" else sum(r.s_kv for r in records[: comm.rank])
         check_here_or_together(lambda: _check_rule(mask, q, k, kv_start), comm, together=True)
     return records
 
@@ -176,6 +187,17 @@ def _free(q: Array, k: Array, v: Array) -> Room | None:
     # A device raises an error of its own; and to ask takes as long as a small call.
     large = sum(prod(x.shape) for x in (q, k, v)) >= LARGE
     return free_memory() if large and device_kind(q) == "cpu" else None
+
+
+def _check_spreads(queries: str, keys: str) -> None:
+    for name, given in (("queries", queries), ("keys", keys)):
+        if given not in SPREADS:
+            raise ValueError(f"{name}: expected one of {SPREADS}, got {given!r}")
+    if queries == keys == "replicated":
+        raise ValueError(
+            "keys: expected 'sharded' where queries are 'replicated', got 'replicated': every rank "
+            "would compute the same"
+        )
 
 
 def _check_machine(machine: Any) -> None:
@@ -216,8 +238,13 @@ def mask_kind(mask: Any, dtype: str) -> MaskKind:
 
 def _check_equal(records: list[Record]) -> None:
     """Raise the first mismatch between ranks, or of the problem as a whole."""
-    replicated = records[0].queries == "replicated"
-    S_Q = records[0].s_q if replicated else sum(r.s_q for r in records)
+    first = records[0]
+    S_Q, S_KV = (
+        lengths[0] if spread == "replicated" else sum(lengths)
+        for spread, lengths in (
+            (first.queries, [r.s_q for r in records]), (first.keys, [r.s_kv for r in records])
+        )
+    )  # fmt: skip
     for rank, record in enumerate(records):
         try:
             for name, argument in EQUAL_ON_ALL_RANKS.items():
@@ -229,14 +256,18 @@ def _check_equal(records: list[Record]) -> None:
                     raise (TypeError if name in ("dtype", "library") else ValueError)(
                         f"{argument}: expected rank 0's{symbol} {expected!r}, got{symbol} {given!r}"
                     )
-            if replicated and record.s_q != S_Q:
+            if record.queries == "replicated" and record.s_q != S_Q:
                 raise ValueError(
                     f"q: expected rank 0's s_q = {S_Q} with queries 'replicated', got {record.s_q}"
                 )
+            if record.keys == "replicated" and record.s_kv != S_KV:
+                raise ValueError(
+                    f"k: expected rank 0's s_kv = {S_KV} with keys 'replicated', got {record.s_kv}"
+                )
             if record.mask is not None:
                 check_mask_shape_rows(record.mask[0], S_Q)
-            # Replicated queries take no schedule.
-            schedule = None if replicated else record.schedule
+            # Replicated queries, or keys, take no schedule.
+            schedule = record.schedule if record.queries == record.keys else None
             travel = schedule in MASKS_TRAVEL
             if travel and record.callable_mask != records[0].callable_mask:
                 kinds = ["an array or None", "a callable"]
@@ -246,7 +277,7 @@ def _check_equal(records: list[Record]) -> None:
                     f"{kinds[records[0].callable_mask]}"
                 )
             if record.structure is not None:
-                record.structure.check(S_Q, sum(r.s_kv for r in records))
+                record.structure.check(S_Q, S_KV)
             if travel and not same_rule(record.structure, records[0].structure):
                 raise ValueError(
                     f"mask: expected rank 0's {records[0].structure!r:.100} with schedule "

@@ -67,6 +67,11 @@ class Layout:
     schedule : str
     queries : str
         ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+    keys : str
+        ``"sharded"``, or ``"replicated"``: every rank holds all keys and values.
+    gradients : str
+        The arguments whose gradients a backward computes, if only on one rank: ``"qkv"``, ``"q"``
+        or ``"kv"``.
     machine : lvxattn.plan.Machine or None
         The machine for which a schedule was chosen.
     stamp_nbytes : int
@@ -107,6 +112,8 @@ class Layout:
     stamp_nbytes: int = 0
     hosts: tuple[str, ...] = field(default=(), compare=False)
     structures: tuple[Rule | None, ...] = ()
+    keys: str = "sharded"
+    gradients: str = "qkv"
 
     @classmethod
     def agree(
@@ -120,6 +127,8 @@ class Layout:
         scale: float | None = None,
         mask: Any = None,
         queries: str = "sharded",
+        keys: str = "sharded",
+        gradients: str = "qkv",
         machine: Any = None,
         backward: Backward | None = None,
         check: Callable[[], object] | None = None,
@@ -147,6 +156,11 @@ class Layout:
             ``"ring"`` and ``"ulysses"`` a callable must be given on all ranks or on none.
         queries : str
             ``"sharded"``, or ``"replicated"``: every rank holds all queries.
+        keys : str
+            ``"sharded"``, or ``"replicated"``: every rank holds all keys and values.
+        gradients : str
+            The arguments whose gradients a backward computes: ``"qkv"``, ``"q"`` (keys and values
+            are frozen) or ``"kv"`` (queries are).  Those that any rank wants count.
         machine : lvxattn.plan.Machine, optional
             The machine for which ``"auto"`` minimizes time; that of rank 0 counts.
         backward : (dout, out, lse, dlse), optional
@@ -168,8 +182,8 @@ class Layout:
         """
         call = "forward" if backward is None else "backward"
         records = agree_on(
-            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-            machine=machine, backward=backward, call=call, check=check,
+            q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
+            gradients=gradients, machine=machine, backward=backward, call=call, check=check,
         )  # fmt: skip
         return cls.of(records, comm.rank)
 
@@ -193,12 +207,15 @@ class Layout:
                 for name in EQUAL_ON_ALL_RANKS
                 if name not in ONLY_OF_THE_CALL
             },
+            gradients="".join(x for x in "qkv" if any(x in r.gradients for r in records)),
             machine=first.machine,
         )
 
     @property
     def way(self) -> str:
-        """The schedule, or ``"replicated"`` where queries are."""
+        """The schedule, or ``"replicated"`` where queries are, or ``"replicated keys"``."""
+        if self.keys == "replicated":
+            return "replicated keys"
         return "replicated" if self.queries == "replicated" else self.schedule
 
     def check(
@@ -211,6 +228,8 @@ class Layout:
         scale: float | None = None,
         mask: Any = None,
         queries: str = "sharded",
+        keys: str = "sharded",
+        gradients: str | None = None,
         backward: Backward | None = None,
     ) -> None:
         """Check that this rank's arguments fit what was agreed.  Not collective.
@@ -231,10 +250,12 @@ class Layout:
                     "layout: expected the communicator it was agreed on, with this as rank "
                     f"{self.rank} of {self.size}, got rank {comm.rank} of {comm.size}"
                 )
-            if queries != self.queries:
-                raise ValueError(
-                    f"queries: expected the layout's {self.queries!r}, got {queries!r}"
-                )
+            gradients = self.gradients if gradients is None else gradients
+            for name, given in (("queries", queries), ("keys", keys), ("gradients", gradients)):
+                if given != getattr(self, name):
+                    raise ValueError(
+                        f"{name}: expected the layout's {getattr(self, name)!r}, got {given!r}"
+                    )
             # 1 / sqrt(D) and D**-0.5 differ in the last bit.
             if scale is not None and not isclose(scale, self.scale, rel_tol=1e-12):
                 raise ValueError(f"scale: expected the layout's {self.scale}, got {scale}")
@@ -250,7 +271,7 @@ class Layout:
                     )
             if dtype_name(q) != self.dtype:
                 raise TypeError(f"q: expected the layout's dtype {self.dtype}, got {dtype_name(q)}")
-            travels = self.schedule in MASKS_TRAVEL and queries == "sharded"
+            travels = self.way in MASKS_TRAVEL
             if travels and callable(mask) != self.rules[self.rank]:
                 raise ValueError(
                     "mask: expected a callable only if the layout was agreed with one, "
@@ -281,7 +302,7 @@ class Layout:
     @property
     def S_KV(self) -> int:
         """Number of keys of all ranks."""
-        return sum(self.s_kv)
+        return self.s_kv[0] if self.keys == "replicated" else sum(self.s_kv)
 
     @property
     def accumulator(self) -> str:
@@ -343,7 +364,8 @@ class Layout:
     def view(self, mask: Any, q_owner: int, kv_owner: int) -> MaskView:
         """Return the mask of `kv_owner`'s keys as it applies to `q_owner`'s queries."""
         q_start = 0 if self.queries == "replicated" else sum(self.s_q[:q_owner])
-        return MaskView(mask, q_start=q_start, kv_start=sum(self.s_kv[:kv_owner]))
+        kv_start = 0 if self.keys == "replicated" else sum(self.s_kv[:kv_owner])
+        return MaskView(mask, q_start=q_start, kv_start=kv_start)
 
     @property
     def home_cut(self) -> int:

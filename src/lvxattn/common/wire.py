@@ -90,7 +90,8 @@ class Kind:
         With "{}" for the owner's rank.
     tag : int
     fields : callable
-        ``fields(layout, owner)`` returns the arrays of the block of rank `owner`.
+        ``fields(layout, owner)`` returns the arrays of the block of rank `owner`; [] if nobody
+        wants them, and then nothing travels.
     fill : tuple of float
         By array, the value of rows that are not sent.
     """
@@ -121,6 +122,8 @@ def _query_blocks(layout: Layout, owner: int) -> list[Field]:
 
 
 def _query_gradients(layout: Layout, owner: int) -> list[Field]:
+    if "q" not in layout.gradients:
+        return []
     return [Field((layout.B, layout.H, layout.s_q[owner], layout.D), layout.accumulator)]
 
 
@@ -131,6 +134,8 @@ def _keys_values(layout: Layout, owner: int) -> list[Field]:
 
 
 def _key_gradients(layout: Layout, owner: int) -> list[Field]:
+    if "k" not in layout.gradients:
+        return []
     rows = layout.B, layout.H_KV, layout.s_kv[owner]
     return [Field((*rows, width), layout.accumulator) for width in (layout.D, layout.D_V)]
 

@@ -46,8 +46,8 @@ class Layout(common.Layout):
         """
         layout = super().of(records, rank)
         if layout.schedule == AUTO:
-            schedule = SCHEDULES[0]  # of replicated queries, which none moves
-            if layout.queries != "replicated":
+            schedule = SCHEDULES[0]  # of replicated queries or keys, which none moves
+            if layout.way == layout.schedule:
                 schedule = candidates(layout, layout.machine)[0].schedule
             layout = replace(layout, schedule=schedule)
         if any(r.free is not None for r in records):
@@ -135,8 +135,9 @@ def explain(layout: common.Layout) -> str:
     ring               9       452,984,832
     ulysses     cannot be taken: P = 4 does not divide H_KV = 6
     """
-    if layout.queries == "replicated":
-        return "queries are replicated: no schedule moves them"
+    if layout.way != layout.schedule:
+        what = "queries" if layout.queries == "replicated" else "keys"
+        return f"{what} are replicated: no schedule moves them"
     lines = [
         f"{layout.schedule} is taken",
         f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}",

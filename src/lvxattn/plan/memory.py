@@ -154,11 +154,12 @@ def call_memory(layout: Layout, *, backward: bool = False) -> list[int]:
     )
     if backward:  # dq, dk and dv are as large as q, k and v
         sums = sizes(KEY_GRADIENTS) if narrow and layout.way != "ring" else [0] * layout.size
-        mine = [sum(parts) for parts in zip(sizes(QUERIES), keys, sums, strict=True)]
+        dq, dkv = ("q" in layout.gradients, "k" in layout.gradients)
+        mine = [q * dq + k * dkv + s for q, k, s in zip(sizes(QUERIES), keys, sums, strict=True)]
     else:
         row = layout.D_V * ITEMSIZE[layout.dtype] + ITEMSIZE[layout.accumulator]
         mine = [layout.B * layout.H * s_q * row for s_q in layout.s_q]
-    if layout.size == 1 or layout.way == "replicated":
+    if layout.size == 1 or layout.way != layout.schedule:
         return mine
     if layout.way == "gather":
         return [n + sum(queries) + sum(results) for n in mine]

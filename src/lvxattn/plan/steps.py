@@ -16,6 +16,7 @@ masks that travel.
     ulysses     1 / P of everything to every rank              ~ (S_Q + S_KV) / P^2 each
     gather      queries to every rank, results to their owner  ~ S_Q / P each
     replicated  rows of the result, joined, to every rank      ~ S_Q / P each
+    (of keys)   backward only: dk and dv, joined likewise      ~ S_KV / P each
 """
 
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from lvxattn.common.wire import (
 )
 
 BLOCKS, RESULTS = "blocks", "results"
+# Of the five matrix products of a backward, those that the wanted gradients need.
+SHARES = {"qkv": 1.0, "q": 3 / 5, "kv": 4 / 5}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Compute:
     ----------
     s_q, s_kv : int
     heads : float
-        The share of the heads.
+        The share of the heads; less where not all gradients are wanted.
     """
 
     s_q: int
@@ -148,10 +151,13 @@ def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
     found = list(_BY_SCHEDULE[layout.way](blocks))
     if not backward:
         return found
+    share = SHARES[layout.gradients]
     return [
-        replace(step, nbytes=step.nbytes + layout.stamp_nbytes) if isinstance(step, Send) else step
+        replace(step, nbytes=step.nbytes + layout.stamp_nbytes) if isinstance(step, Send)
+        else replace(step, heads=step.heads * share) if isinstance(step, Compute)
+        else step
         for step in found
-    ]
+    ]  # fmt: skip
 
 
 def messages(layout: Layout, rank: int, *, backward: bool = False) -> list[Send]:
@@ -208,6 +214,10 @@ class Blocks:
     def key_gradients(self, owner: int) -> int:
         """Return the size of dk and dv."""
         return KEY_GRADIENTS.nbytes(self.layout, owner)
+
+    def wanted(self, x: str) -> bool:
+        """Return whether a gradient is computed in this pass."""
+        return self.backward and x in self.layout.gradients
 
     def others(self) -> list[int]:
         """Return the other ranks; each rank starts with another, its right neighbour."""
@@ -295,8 +305,8 @@ def _ulysses(blocks: Blocks) -> Iterator[Step]:
     if blocks.backward:
         yield Fill(sum(map(blocks.key_gradients, ranks)) // P)
     yield Compute(layout.S_Q, layout.S_KV, 1 / P)
-    back = [blocks.result, blocks.key_gradients] if blocks.backward else [blocks.result]
-    for size in back:
+    back = [blocks.result] if blocks.wanted("q") or not blocks.backward else []
+    for size in [*back, blocks.key_gradients] if blocks.wanted("k") else back:
         yield from _scatter(others, [size(owner) // P for owner in ranks], size(rank) // P)
 
 
@@ -309,18 +319,41 @@ def _gather(blocks: Blocks) -> Iterator[Step]:
         yield Fill(blocks.key_gradients(rank))
     yield from _all_gather(others, queries, rank)
     yield Compute(layout.S_Q, layout.s_kv[rank])
-    yield from _scatter(others, results)
-    yield from [Join(results[rank])] * len(others)
+    if blocks.wanted("q") or not blocks.backward:
+        yield from _scatter(others, results)
+        yield from [Join(results[rank])] * len(others)
 
 
-def _replicated(blocks: Blocks) -> Iterator[Step]:
-    layout, others, rank = blocks.layout, blocks.others(), blocks.layout.rank
-    rows = [share(layout.S_Q, owner, layout.size) for owner in range(layout.size)]
-    joined = replace(layout, s_q=tuple(part.stop - part.start for part in rows))
-    sizes = [Blocks(joined, blocks.backward).result(owner) for owner in range(layout.size)]
+def _replicated_queries(blocks: Blocks) -> Iterator[Step]:
+    layout, rank = blocks.layout, blocks.layout.rank
+    joined = Blocks(replace(layout, s_q=_rows(layout.S_Q, layout.size)), blocks.backward)
     if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     yield Compute(layout.S_Q, layout.s_kv[rank])
+    if blocks.wanted("q") or not blocks.backward:
+        yield from _all_reduce(blocks, joined.result)
+
+
+def _replicated_keys(blocks: Blocks) -> Iterator[Step]:
+    layout, rank = blocks.layout, blocks.layout.rank
+    joined = Blocks(replace(layout, s_kv=_rows(layout.S_KV, layout.size)), blocks.backward)
+    if blocks.backward:
+        yield Fill(blocks.key_gradients(rank))
+    yield Compute(layout.s_q[rank], layout.S_KV)
+    if blocks.wanted("k"):
+        yield from _all_reduce(blocks, joined.key_gradients)
+
+
+def _rows(length: int, size: int) -> tuple[int, ...]:
+    """Return the number of rows of each rank's part."""
+    parts = [share(length, owner, size) for owner in range(size)]
+    return tuple(part.stop - part.start for part in parts)
+
+
+def _all_reduce(blocks: Blocks, size: Callable[[int], int]) -> Iterator[Step]:
+    """Yield the messages that join all ranks' results, given the size of each rank's rows."""
+    others, rank = blocks.others(), blocks.layout.rank
+    sizes = [size(owner) for owner in range(blocks.layout.size)]
     yield from _scatter(others, sizes)
     yield from [Join(sizes[rank])] * len(others)
     yield from _all_gather(others, sizes, rank)
@@ -343,5 +376,6 @@ _BY_SCHEDULE: dict[str, Callable[[Blocks], Iterator[Step]]] = {
     "ring": _ring,
     "ulysses": _ulysses,
     "gather": _gather,
-    "replicated": _replicated,
+    "replicated": _replicated_queries,
+    "replicated keys": _replicated_keys,
 }
