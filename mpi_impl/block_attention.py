@@ -120,7 +120,7 @@ def partial_attention(
     if isinstance(view.mask, Rule):
         out = xp.zeros((*q.shape[:3], v.shape[3]), accumulator(dtype_name(q)))
         top, total = xp.full(q.shape[:3], -xp.inf, out.dtype), xp.zeros(q.shape[:3], out.dtype)
-        for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
+        for rows, keys, part in view.parts(q, k):
             found = partial_attention(
                 q[:, :, rows], k[:, :, keys], v[:, :, keys],
                 scale=scale, mask=part, progress=progress, kernel=kernel,
@@ -218,7 +218,7 @@ def block_attention_backward(
         return xp.zeros(q.shape, accumulator(dtype_name(q)))
     if isinstance(view.mask, Rule):
         dq = xp.zeros(q.shape, accumulator(dtype_name(q)))
-        for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
+        for rows, keys, part in view.parts(q, k):
             dq[:, :, rows] += block_attention_backward(
                 dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
                 lse[:, :, rows], delta[:, :, rows], dk[:, :, keys], dv[:, :, keys],

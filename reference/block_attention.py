@@ -216,8 +216,8 @@ def _tiles(
     q: Array, k: Array, mask: MaskView | npt.NDArray[Any] | MaskRule | None
 ) -> Iterator[tuple[slice, slice, MaskView]]:
     """Yield the rows and keys of every tile, and its mask; nothing of what a `Rule` hides."""
-    B, H, s_q, _ = q.shape
-    for rows, keys, view in MaskView.of(mask).parts(s_q, k.shape[2]):
+    B, H = q.shape[:2]
+    for rows, keys, view in MaskView.of(mask).parts(q, k):
         size = _tile_keys(B * H * (rows.stop - rows.start))
         for tile in tiles(keys.stop - keys.start, size):
             start, stop = keys.start + tile.start, keys.start + tile.stop

@@ -105,7 +105,7 @@ def partial_attention(
     view = MaskView.of(mask)
     if isinstance(view.mask, Rule):
         out, top, total = _nothing(q, v)
-        for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
+        for rows, keys, part in view.parts(q, k):
             found = partial_attention(
                 q[:, :, rows], k[:, :, keys], v[:, :, keys], scale=scale, mask=part, kernel=kernel
             )
@@ -185,7 +185,7 @@ def block_attention_backward(
     if isinstance(view.mask, Rule):
         dq = q.new_zeros(q.shape, dtype=wide)
         dk, dv = sums or [x.new_zeros(x.shape, dtype=wide) for x in (k, v)]
-        for rows, keys, part in view.parts(q.shape[2], k.shape[2]):
+        for rows, keys, part in view.parts(q, k):
             dq_part, *_ = block_attention_backward(
                 dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
                 lse[:, :, rows], delta[:, :, rows], dk[:, :, keys], dv[:, :, keys],

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lvxattn.common.rules import Rule, visible_parts
+from lvxattn.common.validation import arange
 
 Array = Any
 MaskRule = Callable[[Array, Array, Array, Array], Array]
@@ -57,25 +58,33 @@ class MaskView:
         """Return the view whose first key is this view's key `start`."""
         return replace(self, kv_start=self.kv_start + start, column=self.column + start)
 
-    def parts(self, s_q: int, s_kv: int) -> "Iterator[tuple[slice, slice, MaskView]]":
-        """Yield the parts of a block (s_q, s_kv) that must be computed; all of it but for a `Rule`.
+    def parts(self, q: Array, k: Array) -> "Iterator[tuple[slice, slice, MaskView]]":
+        """Yield the parts of a block that must be computed; all of it but for a `Rule`.
+
+        Parameters
+        ----------
+        q : (B, H, s_q, D)
+        k : (B, H_KV, s_kv, D)
 
         Yields
         ------
         rows, keys : slice
             Of the block.
         view : MaskView
-            The mask of the part; of no mask where all of the part is visible.
+            The mask of the part: an array, of one small part; or None where all of it is visible.
         """
+        B, H, s_q, _ = q.shape
+        s_kv = k.shape[2]
         if not isinstance(self.mask, Rule):
             yield slice(0, s_q), slice(0, s_kv), self
             return
-        q, kv = self.q_start, self.kv_start
-        for rows, keys, whole in visible_parts(self.mask, slice(q, q + s_q), slice(kv, kv + s_kv)):
-            # A bound method is a plain callable: it is evaluated, and not cut again.
-            mask = None if whole else self.mask.__call__
-            view = replace(self, mask=mask, q_start=rows.start, kv_start=keys.start)
-            yield slice(rows.start - q, rows.stop - q), slice(keys.start - kv, keys.stop - kv), view
+        q_block = slice(self.q_start, self.q_start + s_q)
+        kv_block = slice(self.kv_start, self.kv_start + s_kv)
+        for its_q, its_kv, whole in visible_parts(self.mask, q_block, kv_block):
+            rows = slice(its_q.start - self.q_start, its_q.stop - self.q_start)
+            keys = slice(its_kv.start - self.kv_start, its_kv.stop - self.kv_start)
+            seen = None if whole else self.tile(slice(0, B), slice(0, H), rows, keys, arange(q))
+            yield rows, keys, MaskView(seen)
 
     def tile(
         self, batches: slice, heads: slice, rows: slice, keys: slice, arange: Callable[..., Array]
