@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.common.exchange_base import ExchangeBase, Leg, RotationBase
+from lvxattn.common.exchange_base import BufferedRotation, ExchangeBase, Leg
 from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.wire import NAMES, Kind, cut
@@ -112,62 +112,32 @@ class Exchange(ExchangeBase):
                 transfer.begin()
 
 
-def _all_begun(pending: dict[Buffer, tuple[Leg, Transfer]]) -> Callable[[], bool]:
-    """Return a function that returns whether the transfers that are pending now have begun."""
-    before = [transfer for _, transfer in pending.values()]
-    return lambda: all(transfer.begun for transfer in before)
-
-
-class Rotation(RotationBase):
+class Rotation(BufferedRotation):
     """One kind of block travelling round the ring.
 
     Attributes
     ----------
     largest : int
         The size of the largest block, in bytes.
-    buffers : list of Buffer
-        The current block's and the next one's; more only where blocks that skip ranks wait for
-        their turn to leave, and none on a rank that no block comes to or leaves.
-    here : Buffer or None
-        The buffer of the block received last.
+    pending : dict of Transfer
+        The sends and receives that are not complete, by buffer.
     """
 
+    exchange: Exchange
+
     def __init__(self, exchange: Exchange, kind: Kind) -> None:
-        super().__init__(exchange.layout, kind)
-        self.exchange = exchange
+        super().__init__(exchange, kind)
         sizes = [kind.nbytes(self.layout, owner) for owner in range(exchange.P)]
         self.largest = max(sizes)
         self.largest_owner = sizes.index(self.largest)
-        self.buffers: list[Buffer] = []
-        self.here: Buffer | None = None
-        self.arrays: list[Array] = []
-        self.sending: dict[Buffer, tuple[Leg, Transfer]] = {}
-        self.receiving: dict[Buffer, tuple[Leg, Transfer]] = {}
+        self.pending: dict[Buffer, Transfer] = {}
         for _ in range(2 if self.due else 0):
             self._allocate()
 
     @property
     def transfers(self) -> list[Transfer]:
         """The pending sends and receives."""
-        return [transfer for _, transfer in (*self.sending.values(), *self.receiving.values())]
-
-    def send(self, *arrays: Array, hop: int) -> None:
-        """Send the block that is here at a hop to its next stop, if it has one."""
-        if (leg := self.leaves.get(hop)) is not None:
-            # Over the block received, which has been used; a first stop has received none.
-            held = self.here if hop in self.comes and self.here else self._free()
-            self.here = None
-            self._load(held, leg, arrays)
-        self.exchange.post()
-
-    def pass_on(self, hop: int) -> None:
-        """Send the block received at a hop to its next stop, if it has one."""
-        if (leg := self.leaves.get(hop)) is not None:
-            if leg.rows == self.comes[hop].rows:
-                self.loaded[hop] = self.here
-            else:
-                self._load(self._free(), leg, self.arrays)
-        self.exchange.post()
+        return list(self.pending.values())
 
     def _load(self, held: Buffer, leg: Leg, arrays: Sequence[Array]) -> None:
         for view, x in zip(self._views(held, leg), arrays, strict=True):
@@ -182,16 +152,14 @@ class Rotation(RotationBase):
         rows did not travel, as they see nothing here, which are filled in.
         """
         leg = self.comes[hop]
-        held = next(buffer for buffer, (its, _) in self.receiving.items() if its is leg)
-        self._wait_for(self.receiving, held, lambda: self.awaited(leg))
+        held = self.receiving[hop]
+        self._wait_for(held, lambda: self.awaited(leg))
+        del self.receiving[hop]
         held.deliver(self.nbytes(leg))
-        self.here, self.arrays = held, self._views(held, leg)
-        if not leg.whole:
-            rows, self.arrays = self.arrays, []
-            fields = self.kind.fields(self.layout, leg.owner)
-            for x, field, fill in zip(rows, fields, self.kind.fill, strict=False):
-                self.arrays.append(self.exchange.xp.full(field.shape, fill, x.dtype))
-                self.arrays[-1][:, :, leg.rows] = x
+        self.here, full = held, self.exchange.xp.full
+        self.arrays = self.filled_in(
+            self._views(held, leg), leg, lambda shape, value, x: full(shape, value, x.dtype)
+        )
         return self.arrays
 
     def start(self, stop: int, legs: list[Leg]) -> None:
@@ -200,48 +168,46 @@ class Rotation(RotationBase):
         if (coming := self.comes.get(stop)) is not None:
             free, source = self._free(), self.source(coming)
             room, empty = free.receivable(self.nbytes(coming))
-            receive = Transfer(lambda: comm.Irecv([room, MPI.BYTE], source, tag), empty)
-            self.receiving[free] = coming, receive
+            self.receiving[stop] = free
+            self.pending[free] = Transfer(lambda: comm.Irecv([room, MPI.BYTE], source, tag), empty)
         for leg in legs:
             held = self.loaded.pop(leg.start)
             block, whole = held.sendable(self.nbytes(leg))
             self.exchange.meter.sent(self.nbytes(leg), self.dest(leg), partial(self.leaving, leg))
             # Messages of one tag must not overtake one another, whichever buffer is ready first.
-            begin = partial(comm.Isend, [block, MPI.BYTE], self.dest(leg), tag)
-            self.sending[held] = leg, Transfer(begin, whole, _all_begun(self.sending))
+            before = [self.pending[other] for other in self.sending]
+            self.sending[held] = leg
+            self.pending[held] = Transfer(
+                partial(comm.Isend, [block, MPI.BYTE], self.dest(leg), tag), whole,
+                partial(_all_begun, before),
+            )  # fmt: skip
 
     def wait_sent(self, held: Buffer) -> None:
         """Wait until the last send from a buffer is complete."""
         if held in self.sending:
-            leg, _ = self.sending[held]
-            self._wait_for(self.sending, held, lambda: self.leaving(leg))
-
-    def _free(self) -> Buffer:
-        """Return a buffer that may be written to; the one whose block has left first."""
-        busy = {self.here, *self.loaded.values(), *self.receiving}
-        idle = [held for held in self.buffers if held not in busy] or [self._allocate()]
-        held = min(idle, key=lambda held: self.sending[held][0].stop if held in self.sending else 0)
-        self.wait_sent(held)
-        return held
+            leg = self.sending[held]
+            self._wait_for(held, lambda: self.leaving(leg))
+            del self.sending[held]
 
     def _allocate(self) -> Buffer:
         try:
-            self.buffers.append(buffer(self.exchange.xp, self.largest))
+            held = buffer(self.exchange.xp, self.largest)
         except Exception as error:
             error.add_note(f"for {self.kind.name.format(self.largest_owner)}, the largest block")
             raise
-        return self.buffers[-1]
+        self.buffers.append(held)
+        return held
 
-    def _wait_for(
-        self,
-        pending: dict[Buffer, tuple[Leg, Transfer]],
-        held: Buffer,
-        what: Callable[[], Block],
-    ) -> None:
-        waited = Waited(pending[held][1], self.exchange.begin)
+    def _wait_for(self, held: Buffer, what: Callable[[], Block]) -> None:
+        waited = Waited(self.pending[held], self.exchange.begin)
         with self.exchange.meter.waits(what):
             wait(waited, self.exchange.watchdog, what)
-        del pending[held]
+        del self.pending[held]
 
     def _views(self, held: Buffer, leg: Leg) -> list[Array]:
         return cut(held.array, self.fields(leg), self.exchange.dtype_of)
+
+
+def _all_begun(transfers: list[Transfer]) -> bool:
+    """Return whether all of these have begun."""
+    return all(transfer.begun for transfer in transfers)

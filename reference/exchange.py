@@ -98,10 +98,5 @@ class Rotation(RotationBase):
         leg = self.comes[hop]
         with self.exchange.meter.waits(lambda: self.awaited(leg)):
             self.block = self.exchange.comm.recv(self.source(leg), self.kind.tag)
-        if not leg.whole:
-            rows, self.block = self.block, []
-            fields = self.kind.fields(self.layout, leg.owner)
-            for x, field, fill in zip(rows, fields, self.kind.fill, strict=False):
-                self.block.append(np.full(field.shape, fill))
-                self.block[-1][:, :, leg.rows] = x
+        self.block = self.filled_in(self.block, leg, lambda shape, value, _: np.full(shape, value))
         return self.block

@@ -276,10 +276,10 @@ def test_progress_starts_ready_requests() -> None:
     room, is_ready = np.zeros(1, int), [False]
     leg = Leg(0, 0, 1, slice(0, 3), whole=True)
     there, back = (buffers.HostBuffer(0) for _ in range(2))
-    blocks.receiving[there] = leg, transfers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
-    blocks.sending[back] = (
-        leg,
-        transfers.Transfer(lambda: MPI.COMM_SELF.Isend(np.array([5]), 0), lambda: is_ready[0]),
+    blocks.receiving[1], blocks.sending[back] = there, leg
+    blocks.pending[there] = transfers.Transfer(lambda: MPI.COMM_SELF.Irecv(room, 0))
+    blocks.pending[back] = transfers.Transfer(
+        lambda: MPI.COMM_SELF.Isend(np.array([5]), 0), lambda: is_ready[0]
     )
     hop.progress()
     assert room == 0

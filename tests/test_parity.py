@@ -26,12 +26,14 @@ MIRRORED = [
 PACKAGES = "mpi_impl", "torch_impl"
 # Names that an implementation has and the reference lacks, and why.
 _CHECKPOINT = "torch.utils.checkpoint recomputes what this saves"
+_BUFFERED = "buffers are written once, in common/exchange_base.py"
 _AWAITED = "the size of a message must be known; virtual ranks accept any"
 ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "exchange": {
             "Exchange.progress": "MPI progresses large messages only while it is called",
             "Exchange.begin": "a request starts when its buffers are ready",
+            "Rotation.exchange": _BUFFERED,
             "Rotation.transfers": "what `progress` tests",
             "Rotation.start": "transfers run beside the work, begun in an order of all ranks",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
@@ -43,6 +45,7 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
     "torch_impl": {
         "exchange": {
             **dict.fromkeys(("Exchange.layout", "Rotation.layout"), "a layout with buffers"),
+            "Rotation.exchange": _BUFFERED,
             "Exchange.check_stamp": "autograd's backwards may come in another order on some ranks",
             "Rotation.start": "transfers run beside the work, begun in an order of all ranks",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
@@ -107,10 +110,12 @@ _AUTOGRAD = "autograd saves, and calls the backward"
 ONLY_IN_REFERENCE: dict[str, dict[str, dict[str, str]]] = {
     "mpi_impl": {
         "block_attention": {"TILE_SCORES": "mpi_impl's tiles depend on the kind of array"},
+        "exchange": dict.fromkeys(("Rotation.send", "Rotation.pass_on"), _BUFFERED),
         **dict.fromkeys(("cross_attention", "recompute"), _FP64),
     },
     "torch_impl": {
         "block_attention": {"TILE_SCORES": "tiles are the kernels'"},
+        "exchange": dict.fromkeys(("Rotation.send", "Rotation.pass_on"), _BUFFERED),
         "cross_attention": {
             **_FP64,
             **dict.fromkeys(("cross_attention_backward", "Schedule"), _AUTOGRAD),

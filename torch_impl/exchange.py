@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lvxattn.common.exchange_base import ExchangeBase, Leg, RotationBase
+from lvxattn.common.exchange_base import BufferedRotation, ExchangeBase, Leg
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.wire import NAMES, Kind, cut
 
@@ -138,53 +138,25 @@ class _Held:
         self.works: list[dist.Work] = []
 
 
-class Rotation(RotationBase):
+class Rotation(BufferedRotation):
     """One kind of block travelling round the ring.
 
     Attributes
     ----------
     room : int
         The size of the largest block, with its stamp.
-    buffers : list of _Held
-        The current block's and the next one's; more only where blocks that skip ranks wait for
-        their turn to leave, and none on a rank that no block comes to or leaves.
-    here : _Held or None
-        The buffer of the block received last.
     """
 
     layout: Layout
+    exchange: Exchange
 
     def __init__(self, exchange: Exchange, kind: Kind) -> None:
-        super().__init__(exchange.layout, kind)
-        self.exchange = exchange
+        super().__init__(exchange, kind)
         self.stamp_nbytes = 0 if exchange.stamp is None else exchange.stamp.numel()
         largest = max(kind.nbytes(exchange.layout, owner) for owner in range(exchange.P))
         self.room = largest + self.stamp_nbytes
-        self.buffers: list[_Held] = []
-        self.here: _Held | None = None
-        self.arrays: list[Array] = []
-        self.sending: dict[_Held, Leg] = {}
-        self.receiving: dict[int, _Held] = {}
         for _ in range(2 if self.due else 0):
             self._allocate()
-
-    def send(self, *arrays: Array, hop: int) -> None:
-        """Send the block that is here at a hop to its next stop, if it has one."""
-        if (leg := self.leaves.get(hop)) is not None:
-            # Over the block received, which has been used; a first stop has received none.
-            held = self.here if hop in self.comes and self.here else self._free()
-            self.here = None
-            self._load(held, leg, arrays)
-        self.exchange.post()
-
-    def pass_on(self, hop: int) -> None:
-        """Send the block received at a hop to its next stop, if it has one."""
-        if (leg := self.leaves.get(hop)) is not None:
-            if leg.rows == self.comes[hop].rows:
-                self.loaded[hop] = self.here
-            else:
-                self._load(self._free(), leg, self.arrays)
-        self.exchange.post()
 
     def _load(self, held: _Held, leg: Leg, arrays: Sequence[Array]) -> None:
         for view, x in zip(self._views(held, leg), arrays, strict=True):
@@ -210,13 +182,8 @@ class Rotation(RotationBase):
         self.exchange.check_stamp(held.bytes[nbytes - self.stamp_nbytes : nbytes], what)
         self.here = held
         # A staged copy must be complete before the next block may overwrite the host memory.
-        self.arrays = [x.to(self.exchange.device) for x in self._views(held, leg)]
-        if not leg.whole:
-            rows, self.arrays = self.arrays, []
-            fields = self.kind.fields(self.layout, leg.owner)
-            for x, field, fill in zip(rows, fields, self.kind.fill, strict=False):
-                self.arrays.append(x.new_full(field.shape, fill))
-                self.arrays[-1][:, :, leg.rows] = x
+        rows = [x.to(self.exchange.device) for x in self._views(held, leg)]
+        self.arrays = self.filled_in(rows, leg, lambda shape, value, x: x.new_full(shape, value))
         return self.arrays
 
     def start(self, stop: int, legs: list[Leg]) -> None:
@@ -261,14 +228,6 @@ class Rotation(RotationBase):
         if held in self.sending:
             leg = self.sending.pop(held)
             self._wait_for(held, lambda: self.leaving(leg))
-
-    def _free(self) -> _Held:
-        """Return a buffer that may be written to; the one whose block has left first."""
-        busy = [self.here, *self.loaded.values(), *self.receiving.values()]
-        idle = [held for held in self.buffers if held not in busy] or [self._allocate()]
-        held = min(idle, key=lambda held: self.sending[held].stop if held in self.sending else 0)
-        self.wait_sent(held)
-        return held
 
     def _allocate(self) -> _Held:
         staged, device = self.exchange.staged, self.exchange.device

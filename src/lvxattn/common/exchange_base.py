@@ -1,5 +1,7 @@
 """The common part of every implementation's `Exchange` and `Rotation`: where blocks are, when."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lvxattn.common.layout import Layout
@@ -111,7 +113,7 @@ class RotationBase:
     loaded : dict
         Blocks that are ready to leave, by the start of their leg.
     receiving : dict
-        Blocks that are under way to this rank.
+        Blocks that are under way to this rank, by the stop at which they arrive.
     """
 
     def __init__(self, layout: Layout, kind: Kind) -> None:
@@ -134,7 +136,7 @@ class RotationBase:
             stop: [leg for leg in self.leaves.values() if leg.stop == stop] for stop in self.due
         }
         self.loaded: dict[int, Any] = {}
-        self.receiving: dict[Any, Any] = {}
+        self.receiving: dict[int, Any] = {}
 
     def _leg(self, owner: int, way: tuple[int, ...], at: int) -> Leg:
         layout = self.layout
@@ -173,3 +175,81 @@ class RotationBase:
     def leaving(self, leg: Leg) -> Block:
         """Return the block that leaves from here."""
         return Block(self.kind.name, leg.owner, leg.stop, dest=self.dest(leg))
+
+    def filled_in(self, rows: list[Any], leg: Leg, full: Callable[..., Any]) -> list[Any]:
+        """Return the arrays of a block, given the rows of them that have travelled.
+
+        ``full(shape, value, like)`` returns an array of one value.
+        """
+        if leg.whole:
+            return rows
+        arrays = []
+        fields = self.kind.fields(self.layout, leg.owner)
+        for x, field, fill in zip(rows, fields, self.kind.fill, strict=False):
+            arrays.append(full(field.shape, fill, x))
+            arrays[-1][:, :, leg.rows] = x
+        return arrays
+
+
+class BufferedRotation(RotationBase, ABC):
+    """A rotation whose transfers take place beside the work, from buffers and into them.
+
+    Attributes
+    ----------
+    exchange : Exchange
+    buffers : list
+        The current block's and the next one's; more only where blocks that skip ranks wait for
+        their turn to leave, and none on a rank that no block comes to or leaves.
+    here : buffer or None
+        The buffer of the block received last.
+    arrays : list of array
+        That block.
+    sending : dict of Leg
+        The legs of blocks that are under way from this rank, by buffer.
+    """
+
+    def __init__(self, exchange: Any, kind: Kind) -> None:
+        super().__init__(exchange.layout, kind)
+        self.exchange = exchange
+        self.buffers: list[Any] = []
+        self.here: Any = None
+        self.arrays: list[Any] = []
+        self.sending: dict[Any, Leg] = {}
+
+    @abstractmethod
+    def _allocate(self) -> Any:
+        """Add a buffer for the largest block, and return it."""
+
+    @abstractmethod
+    def _load(self, held: Any, leg: Leg, arrays: Sequence[Any]) -> None:
+        """Copy a block that is to leave into a buffer."""
+
+    @abstractmethod
+    def wait_sent(self, held: Any) -> None:
+        """Wait until the last send from a buffer is complete."""
+
+    def send(self, *arrays: Any, hop: int) -> None:
+        """Send the block that is here at a hop to its next stop, if it has one."""
+        if (leg := self.leaves.get(hop)) is not None:
+            # Over the block received, which has been used; a first stop has received none.
+            held = self.here if hop in self.comes and self.here else self._free()
+            self.here = None
+            self._load(held, leg, arrays)
+        self.exchange.post()
+
+    def pass_on(self, hop: int) -> None:
+        """Send the block received at a hop to its next stop, if it has one."""
+        if (leg := self.leaves.get(hop)) is not None:
+            if leg.rows == self.comes[hop].rows:
+                self.loaded[hop] = self.here
+            else:
+                self._load(self._free(), leg, self.arrays)
+        self.exchange.post()
+
+    def _free(self) -> Any:
+        """Return a buffer that may be written to; the one whose block has left first."""
+        busy = [self.here, *self.loaded.values(), *self.receiving.values()]
+        idle = [held for held in self.buffers if held not in busy] or [self._allocate()]
+        held = min(idle, key=lambda held: self.sending[held].stop if held in self.sending else 0)
+        self.wait_sent(held)
+        return held
