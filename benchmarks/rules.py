@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from lvxattn import mpi_impl, reference, torch_impl
-from lvxattn.common.rules import Causal, Rule, Segments
+from lvxattn.common.rules import Rule
+from lvxattn.common.segments import Causal, Segments
 
 H, D, SCALE = 2, 64, 0.125
 TEXTS = (117, 185, 43, 65, 148, 129, 56, 132)

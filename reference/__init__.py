@@ -6,7 +6,8 @@ To be read in the order of `merge`, `block_attention`, `exchange`, `lv_xattn`, `
 
 from lvxattn.common.layout import shard, unshard
 from lvxattn.common.meter import Meter
-from lvxattn.common.rules import Causal, Rule, Segments
+from lvxattn.common.rules import Rule
+from lvxattn.common.segments import Causal, Segments
 from lvxattn.plan.choose import Layout
 
 from .block_attention import block_attention, block_attention_backward

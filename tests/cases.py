@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lvxattn.common.handshake import SCHEDULES
-from lvxattn.common.rules import Causal, Segments
+from lvxattn.common.segments import Causal, Segments
 from tests.naive import Array, Truth, naive_attention
 
 LENGTHS = (1, 31, 63, 97, 257)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lvxattn import mpi_impl, reference, torch_impl
 from lvxattn.common import rules
-from lvxattn.common.rules import Both, Causal, Rule, Segments, visible_parts
+from lvxattn.common.rules import Both, Rule, visible_parts
+from lvxattn.common.segments import Causal, Segments
 from lvxattn.plan.choose import candidates
 from lvxattn.plan.memory import call_memory
 from lvxattn.plan.steps import messages

@@ -1,7 +1,8 @@
 """Distributed cross-attention in PyTorch, differentiable, over a process group."""
 
 from lvxattn.common.meter import Meter
-from lvxattn.common.rules import Causal, Rule, Segments
+from lvxattn.common.rules import Rule
+from lvxattn.common.segments import Causal, Segments
 
 from .block_attention import block_attention, block_attention_backward
 from .cross_attention import cross_attention

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from lvxattn.common.rules import Causal
+from lvxattn.common.segments import Causal
 from lvxattn.mpi_impl import cross_attention, cross_attention_backward, exchange
 from lvxattn.mpi_impl.transport import buffers
 
