@@ -22,7 +22,6 @@ from lvxattn.common.wire import Field, Fields, cut, nbytes
 
 from .exchange import Exchange
 from .merge import Array
-from .transport.buffers import buffer
 from .transport.reduce_op import Rows, operator
 from .transport.transfers import Transfer, Transfers
 from .transport.watchdog import Pending, wait
@@ -68,7 +67,7 @@ def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Arra
         This rank's results for all queries.
     """
     s_q = exchange.layout.s_q
-    sent, mine = Rows(exchange.xp, arrays, s_q), Rows(exchange.xp, arrays, [s_q[exchange.rank]])
+    sent, mine = (Rows(exchange.buffer, arrays, lengths) for lengths in (s_q, [s_q[exchange.rank]]))
     for owner, (first, end) in enumerate(pairwise(accumulate(s_q, initial=0))):
         sent.put(owner, [x[:, :, first:end] for x in arrays])
         if owner != exchange.rank:
@@ -91,7 +90,7 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
         This rank's results for all queries.
     """
     S_Q = arrays[0].shape[2]
-    sent, result = (Rows(exchange.xp, arrays, [S_Q]) for _ in range(2))
+    sent, result = (Rows(exchange.buffer, arrays, [S_Q]) for _ in range(2))
     sent.put(0, arrays)
     query_nbytes = sent.nbytes // max(1, S_Q)
     shares = [share(S_Q, rank, exchange.P) for rank in range(exchange.P)]
@@ -107,7 +106,8 @@ def all_to_all(
 ) -> list[list[Array]]:
     """Send every rank its block, and return the blocks from all ranks, in rank order.
 
-    Collective: every rank of the exchange calls this.
+    Collective: every rank of the exchange calls this.  Blocks from other ranks are views of a
+    buffer, valid until the exchange ends.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ class _Room:
         self.exchange, self.blocks = exchange, blocks
         self.counts = [-(-nbytes(block) // 16) * 16 for block in blocks]
         *self.starts, self.nbytes = accumulate(self.counts, initial=0)
-        self.buffer = buffer(exchange.xp, self.nbytes)
+        self.buffer = exchange.buffer(self.nbytes)
 
     def part(self, memory: Array, rank: int) -> Array:
         """Return a rank's bytes of `memory`, the buffer's on the device or on the host."""

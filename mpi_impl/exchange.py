@@ -24,7 +24,8 @@ from lvxattn.common.meter import Block, Meter
 from lvxattn.common.wire import NAMES, Kind, cut
 
 from .merge import Array
-from .transport.buffers import Buffer, buffer
+from .transport import buffers
+from .transport.buffers import Buffer
 from .transport.device import array_module
 from .transport.transfers import Transfer, Waited
 from .transport.watchdog import Watchdog, wait
@@ -69,6 +70,20 @@ class Exchange(ExchangeBase):
         self.rotations.append(rotation)
         return rotation
 
+    def buffer(self, nbytes: int, *, direct: bool = True) -> Buffer:
+        """Return a buffer of at least so many bytes for messages, until `finish`.
+
+        Parameters
+        ----------
+        nbytes : int
+        direct : bool
+            Whether to pass device memory to MPI if that supports it.
+        """
+        if self.xp is not np:  # a device has a pool of its own
+            return buffers.buffer(self.xp, nbytes, direct=direct)
+        buffer: Buffer = self.take("host", nbytes, partial(buffers.buffer, np))
+        return buffer
+
     def accumulators(self, *arrays: Array) -> list[Array]:
         """Return zeros in the shapes of keys, for their gradients; of no keys if not wanted."""
         if "k" not in self.wanted:
@@ -99,11 +114,12 @@ class Exchange(ExchangeBase):
         MPI.Request.Testall([t.request for rotation in self.rotations for t in rotation.transfers])
 
     def finish(self) -> None:
-        """Wait for pending sends, so that no request is left."""
+        """Wait for pending sends, so that no request is left and their buffers are free again."""
         for rotation in self.rotations:
             for held in rotation.buffers:
                 rotation.wait_sent(held)
                 held.settle()
+        self.give_back()
 
     def begin(self) -> None:
         """Start the requests whose buffers have become ready."""
@@ -191,7 +207,7 @@ class Rotation(BufferedRotation):
 
     def _allocate(self) -> Buffer:
         try:
-            held = buffer(self.exchange.xp, self.largest)
+            held = self.exchange.buffer(self.largest)
         except Exception as error:
             error.add_note(f"for {self.kind.name.format(self.largest_owner)}, the largest block")
             raise

@@ -37,7 +37,9 @@ class Tiles:
         self.tile_heads = heads
         self.tile_rows = max(1, min(self.s_q, rows // self.G))
         lines = heads * self.G * self.tile_rows
-        self.tile_keys = max(1, min(self.s_kv, max(1024, scores // lines)))
+        # Keys of another dtype are copied: the copies fit, too, where there are fewer scores.
+        copied = 0 if k.dtype == self.dtype else heads * k.shape[3]
+        self.tile_keys = max(1, min(self.s_kv, max(1024, scores // max(lines, copied))))
         self.scratch = self.xp.empty((2, lines * self.tile_keys), self.dtype)
 
     def row_tiles(self) -> Iterator[At]:

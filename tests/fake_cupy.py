@@ -332,6 +332,9 @@ class ndarray:  # noqa: N801
             return self
         return _kernel(np.ndarray.astype, self, dtype=np.dtype(dtype))
 
+    def copy(self) -> "ndarray":
+        return self.astype(self.dtype)
+
     def sum(self, axis: Any = None) -> "ndarray":
         return _kernel(np.sum, self, axis=axis)
 

@@ -1,11 +1,14 @@
 """One block against one rank's keys, in every implementation and kind of array."""
 
 import sys
+import tracemalloc
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.profiler import profile
 
 from lvxattn.common.masks import MaskView
 from tests.backends import (
@@ -254,3 +257,21 @@ def test_reference_computes_grouped_heads_together() -> None:
     assert grouped["dk"].shape[1] == 1
     limit = limits(problem.case, problem.truth(), "float64", "float64")
     assert ratio(solve_block(repeated, REFERENCE)["out"], grouped["out"], 2 * limit["out"]) <= 1
+
+
+@pytest.mark.parametrize("backend", [MPI_NUMPY, TORCH_BLOCKED], ids=lambda backend: backend.name)
+def test_few_queries_copy_keys_of_half_precision_by_tiles(backend: Backend) -> None:
+    """With one query a tile of scores has room for all keys, and their copies would be as long."""
+    k = np.ones((1, 1, 2**17, 64), np.float16)
+    q, keys = backend.array(k[:, :, :1]), backend.array(k)
+    attend = partial(backend.implementation.block_attention, q, keys, keys, scale=0.1)
+    if backend is TORCH_BLOCKED:
+        with profile(profile_memory=True) as seen:
+            attend(**backend.options)
+        peak = max(e.cpu_memory_usage for e in seen.events())
+    else:
+        tracemalloc.start()
+        attend(**backend.options)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < k.nbytes / 3

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
+from lvxattn.common.pool import Pool
 from lvxattn.common.validation import on_rank
 from lvxattn.reference import Layout, Message, VirtualComm, run_ranks, shard, unshard
 from tests.cases import Case
 from tests.errors import says
 from tests.judge import solve
+from tests.launch import PROGRAMS, mpiexec
+from tests.programs import shared
+from tests.torch_ranks import forked
 
 RANKS = pytest.mark.parametrize("P", [1, 2, 3, 4, 5, 7])
 
@@ -373,6 +377,120 @@ def test_calls_check_arguments_against_layout(which: str) -> None:
 
     with pytest.raises(ValueError, match=says("q", (1, 4, 2, 8), (1, 4, 3, 8))):
         run_ranks(1, fn)
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 4])
+def test_text_grows_while_keys_stay(P: int) -> None:
+    """Real ranks do the same in `run_calls.py` and `torch_calls.py`."""
+    found = run_ranks(P, lambda comm: shared.text_grows_while_keys_stay(comm, reference))
+    assert all(verdicts and all(verdicts) for verdicts in found)
+
+
+@pytest.mark.parametrize(
+    ("queries", "given", "options", "kind", "text"),
+    [
+        ("sharded", (3, 3), {}, ValueError,
+         r"^s_q: expected 3 numbers of queries, by rank, got \(3, 3\) \(on rank 1 of 3\)$"),
+        ("sharded", 3, {}, ValueError, "^s_q: expected 3 numbers of queries, by rank, got 3 "),
+        ("sharded", (3, -1, 3), {}, ValueError, r"^s_q: expected 3 numbers .*, got \(3, -1, 3\) "),
+        ("sharded", (3, True, 3), {}, ValueError, "^s_q: expected 3 numbers "),
+        ("replicated", (3, 3, 3), {}, ValueError, "^s_q: expected a number of queries, got "),
+        ("replicated", 2.0, {}, ValueError, "^s_q: expected a number of queries, got 2.0 "),
+        ("replicated", 3, {"rule": max}, TypeError,
+         "^rule: expected a Rule or None, got builtin_function_or_method "),
+        ("replicated", 3, {"rule": reference.Segments((4,), (9,))}, ValueError, "^mask: .*4"),
+    ],
+)  # fmt: skip
+def test_other_queries_are_checked(
+    queries: str, given: Any, options: Any, kind: type[Exception], text: str
+) -> None:
+    layouts = run_ranks(3, lambda comm: Layout.agree(*arrays(), comm, queries=queries))
+    with pytest.raises(kind, match=text):
+        layouts[1].with_queries(given, **options)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("implementation", "way", "difference"),
+    [
+        ("mpi_impl", "lv-xattn", 1), ("mpi_impl", "gather", 1), ("mpi_impl", "gather", -1),
+        ("mpi_impl", "replicated", 1), ("torch_impl", "lv-xattn", -1),
+        ("torch_impl", "gather", 1), ("torch_impl", "replicated", -1),
+    ],
+)  # fmt: skip
+def test_other_queries_that_ranks_do_not_share_raise(
+    implementation: str, way: str, difference: int
+) -> None:
+    """In time, and nobody gets results."""
+    program = PROGRAMS / "wrong_queries.py", way, str(difference)
+    if implementation == "torch_impl":
+        pytest.importorskip("torch")
+        ended = forked(3, *program, timeout=60)
+    else:
+        ended = mpiexec(3, *program, timeout=60)
+    assert not ended.timed_out
+    assert ended.status != 0
+    assert not ended.left
+    assert not ended.out
+    name = r"\(\d, \d, \d\)"
+    error = rf"ValueError: layout: expected rank 0's s_q {name}, got {name} \(on rank 1 of 3\)"
+    assert re.search(error, ended.err)
+
+
+def test_layouts_for_other_queries_share_buffers() -> None:
+    (layout,) = run_ranks(1, lambda comm: Layout.agree(*arrays(), comm))
+    longer = layout.with_queries([7])
+    assert longer == replace(layout, s_q=(7,))
+    assert longer.pool is layout.pool
+
+
+def test_only_the_first_check_compares_other_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathers: list[int] = []
+    allgather = VirtualComm.allgather
+
+    def counted(self: VirtualComm, sendobj: Any) -> Any:
+        gathers.append(self.rank)
+        return allgather(self, sendobj)
+
+    def fn(comm: VirtualComm) -> None:
+        layout = Layout.agree(*arrays(), comm).with_queries([1] * comm.size)
+        for _ in range(3):
+            layout.check(*arrays(1), comm)
+
+    monkeypatch.setattr(VirtualComm, "allgather", counted)
+    run_ranks(3, fn)
+    assert sorted(gathers) == [0, 0, 1, 1, 2, 2]  # the agreement, and one comparison
+
+
+def test_other_rules_on_ranks_raise_on_all() -> None:
+    def fn(comm: VirtualComm) -> None:
+        layout = Layout.agree(*arrays(), comm)
+        rule = reference.Causal(comm.rank // 2)
+        layout.with_queries([2] * 3, rule=rule).check(*arrays(), comm, mask=rule)
+
+    text = r"^layout: expected rank 0's rule .*Causal.*0.*, got .*1.* \(on rank 2 of 3\)$"
+    assert_same_error(outcomes(3, fn), ValueError, text)
+
+
+def test_a_pool_keeps_no_more_buffers_than_were_in_use() -> None:
+    """However text grows, and also where short and long text take turns."""
+    pool, made = Pool(), []
+
+    def make(nbytes: int) -> bytearray:
+        made.append(nbytes)
+        return bytearray(nbytes)
+
+    for length in (*range(100, 400), *([8, 300] * 20)):
+        taken = [pool.take("host", n, make) for n in (length, length, 2 * length)]
+        assert [
+            len(x.buffer) >= n for x, n in zip(taken, (length, length, 2 * length), strict=True)
+        ]
+        for kept in taken:
+            pool.give(kept)
+        assert sum(map(len, pool.at_rest.values())) == 3
+    assert len(made) < 3 * 20
+    assert sum(x.nbytes for x in pool.at_rest["host"]) < 4 * 400 * 9 / 8
+    assert len(pool.take("device", 8, make).buffer) == 8
 
 
 @RANKS

@@ -24,6 +24,26 @@ def test_stored_report_of_models_matches_its_measurements(monkeypatch: pytest.Mo
     assert import_module("models").markdown(measured) == (RESULTS / "models.md").read_text()
 
 
+def test_stored_report_of_decoding_matches_its_measurements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measured = json.loads((RESULTS / "decode.json").read_text())
+    assert import_module("decode").markdown(measured) == (RESULTS / "decode.md").read_text()
+
+
+@pytest.mark.mpi
+def test_a_decode_step_runs_with_its_messages_and_without(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    work = {"store": str(tmp_path / "store"), "S_KV": 64, "rounds": 1, "seconds": 10}
+    ended = mpiexec(2, BENCHMARKS / "decode.py", "--on-a-rank", json.dumps(work))
+    assert ended.status == 0, ended.err
+    turns = json.loads(ended.out.splitlines()[-1])["turns"]
+    assert len(turns) == 2 * (3 * 2 + 2)
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in turns.values())
+
+
 def test_small_version_judges_counts_only() -> None:
     small = markdown({**MEASURED, "quick": True})
     judged = [line for line in small.splitlines() if line.startswith(("- met", "- **missed**"))]

@@ -38,18 +38,20 @@ ONLY_THERE: dict[str, dict[str, dict[str, str]]] = {
             "Rotation.start": "transfers run beside the work, begun in an order of all ranks",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
             "Exchange.dtype_of": "blocks lie in buffers of bytes",
+            "Exchange.buffer": "blocks lie in buffers of bytes, which the layout keeps",
         },
         "cross_attention": {"check_comm": "MPI has communicators of other kinds"},
         "recompute": {"widen": "the reference is wide already"},
     },
     "torch_impl": {
         "exchange": {
-            **dict.fromkeys(("Exchange.layout", "Rotation.layout"), "a layout with buffers"),
+            **dict.fromkeys(("Exchange.layout", "Rotation.layout"), "numbers forwards"),
             "Rotation.exchange": _BUFFERED,
             "Exchange.check_stamp": "autograd's backwards may come in another order on some ranks",
             "Rotation.start": "transfers run beside the work, begun in an order of all ranks",
             "Rotation.wait_sent": "a buffer is not free before its send is done",
             "Exchange.dtype_of": "blocks lie in buffers of bytes",
+            "Exchange.buffer": "blocks lie in buffers of bytes, which the layout keeps",
             "span": "names hop and block for the profiler",
         },
         "cross_attention": {

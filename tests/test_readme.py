@@ -37,6 +37,7 @@ MPI, ATTEND, TRAIN = "# example.py, run as: mpiexec", "# attend.py, run as: torc
 KERNEL, ORACLE, MODEL = "import check", "run_ranks(5, on_a_rank)", "import distribute"
 PACKED = "Segments(texts, images)"
 COMPILED, BOTH_KINDS = "fullgraph=True", "k_text, v_text"
+DECODED = "def decode(comm)"
 
 
 def name_of(x: Path | str) -> str:
@@ -51,7 +52,8 @@ def the_block(mark: str) -> str:
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=name_of)
 def test_every_block_is_run_by_one_of_the_tests_below(page: Path, block: str) -> None:
-    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL, COMPILED, PACKED, BOTH_KINDS
+    marks = MERGE, RING, MPI, ATTEND, TRAIN, KERNEL, ORACLE, MODEL, COMPILED, PACKED
+    marks = *marks, BOTH_KINDS, DECODED
     assert sum(mark in block for mark in marks) == 1, f"{page}: {block}"
 
 
@@ -185,7 +187,7 @@ def test_gradients_of_keys_of_both_kinds_are_those_of_one_softmax() -> None:
             np.testing.assert_allclose(np.concatenate([text, video], axis=2), want, atol=1e-12)
 
 
-@pytest.mark.parametrize("mark", [ORACLE, PACKED])
+@pytest.mark.parametrize("mark", [ORACLE, PACKED, DECODED])
 def test_the_oracle_runs_as_shown(mark: str, tmp_path: Path) -> None:
     (tmp_path / "oracle.py").write_text(the_block(mark))
     subprocess.run([sys.executable, tmp_path / "oracle.py"], check=True, timeout=300)

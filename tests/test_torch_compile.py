@@ -317,6 +317,10 @@ def test_record_holds_a_layout_of_many_ranks() -> None:
     q, k, v = arrays()
     layout = Layout.agree(q, k, v, mask=torch.zeros(6, S_KV))
     assert Layout.of_record(layout.to_record()) == layout
+    longer = layout.with_queries([7])
+    assert longer.record is not None
+    assert Layout.of_record(longer.record) == longer
+    assert not Layout.of_record(longer.record).agreed
     P, long = 1000, 10**12
     large = replace(
         layout, rank=P - 1, order=tuple(range(P)), hosts=("h" * 255,) * P, s_q=(long,) * P,

@@ -80,7 +80,8 @@ def all_to_all(
 ) -> list[list[Array]]:
     """Send every rank its block, and return the blocks from all ranks, in rank order.
 
-    Collective: every rank of the exchange calls this.
+    Collective: every rank of the exchange calls this.  Blocks from other ranks are views of a
+    buffer, valid until the exchange ends.
 
     Parameters
     ----------
@@ -100,10 +101,9 @@ def all_to_all(
     outgoing_fields = [[*map(Field.like, block), *stamp_fields] for block in outgoing]
     incoming_fields = [[*fields(source), *stamp_fields] for source in range(P)]
     outgoing_fields[rank] = incoming_fields[rank] = []  # my block for myself is not copied
-    device = torch.device("cpu") if exchange.staged else exchange.device
     sent, room = (
-        torch.empty(sum(_counts(blocks)), dtype=torch.uint8, device=device)
-        for blocks in (outgoing_fields, incoming_fields)
+        exchange.buffer(nbytes)[:nbytes]
+        for nbytes in (sum(_counts(blocks)) for blocks in (outgoing_fields, incoming_fields))
     )
     for views, block in zip(_views(exchange, sent, outgoing_fields), outgoing, strict=True):
         for view, x in zip(views, [*block, *stamp], strict=False):
@@ -114,7 +114,7 @@ def all_to_all(
             exchange.meter.sent(nbytes(outgoing_fields[dest]), dest, label)
     name = f"{exchange.layout.way}: all-to-all, {what}"
     group, counts = exchange.group, (_counts(incoming_fields), _counts(outgoing_fields))
-    with group.waiting(label), span(name, device), exchange.meter.waits(label):
+    with group.waiting(label), span(name, sent.device), exchange.meter.waits(label):
         dist.all_to_all_single(room, sent, *counts, group=group.group)
     incoming = []
     for source, views in enumerate(_views(exchange, room, incoming_fields)):

@@ -52,7 +52,7 @@ class Exchange(ExchangeBase):
         The arguments whose gradients this rank wants of a backward.
     """
 
-    layout: Layout  # torch_impl's, which has a pool
+    layout: Layout  # torch_impl's, which numbers forwards
 
     def __init__(
         self,
@@ -81,6 +81,18 @@ class Exchange(ExchangeBase):
         rotation = Rotation(self, kind)
         self.rotations.append(rotation)
         return rotation
+
+    def buffer(self, nbytes: int) -> Array:
+        """Return at least so many bytes for messages, until `finish`."""
+        device = torch.device("cpu") if self.staged else self.device
+
+        def make(nbytes: int) -> Array:
+            # A buffer made in inference mode could not be written to outside of it.
+            with torch.inference_mode(mode=False):
+                return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=self.staged)
+
+        buffer: Array = self.take((device, self.staged), nbytes, make)
+        return buffer
 
     def accumulators(self, *arrays: Array) -> list[Array]:
         """Return zeros in the shapes of keys, for their gradients; of no keys if not wanted."""
@@ -125,9 +137,7 @@ class Exchange(ExchangeBase):
         for rotation in self.rotations:
             for held in rotation.buffers:
                 rotation.wait_sent(held)
-                self.layout.pool.give(held.bytes)
-        # They refer to this exchange: a cycle would keep all buffers until garbage collection.
-        self.rotations.clear()
+        self.give_back()
 
 
 class _Held:
@@ -230,9 +240,7 @@ class Rotation(BufferedRotation):
             self._wait_for(held, lambda: self.leaving(leg))
 
     def _allocate(self) -> _Held:
-        staged, device = self.exchange.staged, self.exchange.device
-        where = torch.device("cpu") if staged else device
-        self.buffers.append(_Held(self.layout.pool.take(self.room, where, pinned=staged)))
+        self.buffers.append(_Held(self.exchange.buffer(self.room)))
         return self.buffers[-1]
 
     def _wait_for(self, held: _Held, what: Callable[[], Block]) -> None:

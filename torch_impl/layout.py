@@ -6,20 +6,25 @@ nor allocations.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any
+from zlib import crc32
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lvxattn.common import layout as shared
 from lvxattn.common.handshake import agree_on
 from lvxattn.common.masks import MaskRule
+from lvxattn.common.pool import Pool
+from lvxattn.common.rules import Rule
 from lvxattn.common.validation import check_here_or_together, is_array, library, on_rank
 from lvxattn.plan import choose
 
-from .group import AnyGroup, Group, over_cpu
+from .group import AnyGroup, Group, backends_of, over_cpu
 
 # Bytes that identify the forward that a block of a backward belongs to.
 STAMP = 8
@@ -46,7 +51,6 @@ class Layout(choose.Layout):
     >>> out = cross_attention(q, k, v, layout=layout)
     """
 
-    pool: "Pool" = field(default_factory=lambda: Pool(), compare=False, repr=False)
     forwards: "Forwards" = field(default_factory=lambda: Forwards(0), compare=False, repr=False)
     forward: int | None = field(default=None, compare=False, repr=False)
     record: Tensor | None = field(default=None, compare=False, repr=False)
@@ -54,6 +58,38 @@ class Layout(choose.Layout):
     def numbered(self, number: int | None = None) -> "Layout":
         """Return the layout for the backward of the current forward, or of the one of a number."""
         return replace(self, forward=int(self.forwards.advance()) if number is None else number)
+
+    def with_queries(self, s_q: int | Sequence[int], *, rule: Rule | None = None) -> "Layout":
+        """Return the layout for other numbers of queries, and the same keys.  Not collective.
+
+        Parameters and errors are those of `lvxattn.reference.Layout.with_queries`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from lvxattn.torch_impl import Layout, cross_attention
+        >>> q, k, v = (torch.ones(1, 2, s, 8) for s in (6, 50, 50))
+        >>> prompt = Layout.agree(q, k, v, queries="replicated")
+        >>> token = prompt.with_queries(1)
+        >>> cross_attention(q[:, :, :1], k, v, queries="replicated", layout=token).shape
+        torch.Size([1, 2, 1, 8])
+        """
+        found = super().with_queries(s_q, rule=rule)
+        return replace(found, record=None if self.record is None else found.to_record())
+
+    def _compare(self, comm: Any) -> None:
+        # To gather objects takes two collectives, as long as to agree anew: that is done where
+        # ranks differ, or where a tensor on the CPU cannot be reduced.
+        config = "" if comm.size == 1 else str(dist.get_backend_config(comm.group))
+        if "cpu" in backends_of(config) and not self.structures:
+            mine = crc32(str(self.s_q).encode())
+            largest = torch.tensor([mine, -mine], device="cpu")
+            with comm.waiting(lambda: "all ranks to compare layouts"):
+                dist.all_reduce(largest, dist.ReduceOp.MAX, comm.group)
+            if not largest.sum():
+                object.__setattr__(self, "agreed", True)
+                return
+        super()._compare(comm)
 
     def to_record(self) -> Tensor:
         """Return the layout as text in a tensor of `record_nbytes`, for compiled programs."""
@@ -153,7 +189,9 @@ class Layout(choose.Layout):
         queries: str = "sharded",
         keys: str = "sharded",
     ) -> None:
-        """Check that this rank's arguments fit the layout.  Not collective.
+        """Check that this rank's arguments fit the layout.
+
+        Not collective, but for the first check of a layout from `with_queries`.
 
         Raises
         ------
@@ -191,37 +229,6 @@ class Forwards:
         """Return the name of a forward in messages."""
         agreed = datetime.fromtimestamp((number >> 12) / 1e6, UTC)
         return f"forward {number % (1 << 12)} of the layout of {agreed:%H:%M:%S.%f} UTC"
-
-
-class Pool:
-    """Free buffers, by size and device.
-
-    Parameters
-    ----------
-    keeps : bool
-        Whether returned buffers are kept.  Not where a layout serves one call only: its graph would
-        keep them until the backward.
-    """
-
-    def __init__(self, *, keeps: bool = True) -> None:
-        self.keeps = keeps
-        self.at_rest: dict[tuple[int, torch.device, bool], list[Tensor]] = {}
-
-    def take(self, nbytes: int, device: torch.device, *, pinned: bool) -> Tensor:
-        """Return a buffer of bytes, and remove it from the pool."""
-        buffers = self.at_rest.get((nbytes, device, pinned))
-        if buffers:
-            return buffers.pop()
-        # A buffer made in inference mode could not be written to outside of it.
-        with torch.inference_mode(mode=False):
-            return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
-
-    def give(self, buffer: Tensor) -> None:
-        """Return a buffer to the pool."""
-        if not self.keeps:
-            return
-        key = buffer.numel(), buffer.device, buffer.is_pinned()
-        self.at_rest.setdefault(key, []).append(buffer)
 
 
 def record_nbytes(ranks: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from .buffers import buffer
+from .buffers import Buffer
 from .transfers import Ready
 
 Array = Any
@@ -24,22 +24,26 @@ class Rows:
 
     Parameters
     ----------
-    xp : module
+    buffer : callable
+        Returns a buffer of a number of bytes; ``direct=False``: in host memory, for MPI.
     like : sequence of (B, H, s_q, ...)
         Arrays of one dtype and, but for s_q, of the shapes to be packed.
     lengths : sequence of int
         The number of queries of each part.
     """
 
-    def __init__(self, xp: Any, like: Sequence[Array], lengths: Sequence[int]) -> None:
-        self.xp, self.like, self.lengths = xp, like, lengths
+    def __init__(
+        self, buffer: Callable[..., Buffer], like: Sequence[Array], lengths: Sequence[int]
+    ) -> None:
+        self.like, self.lengths = like, lengths
         self.columns, width = _columns(like)
         self.counts = [prod(like[0].shape[:2]) * length for length in lengths]
         *self.starts, count = accumulate(self.counts, initial=0)
         self.row_bytes = width * like[0].dtype.itemsize
         self.nbytes = count * self.row_bytes
-        self.buffer = buffer(xp, self.nbytes, direct=False)
-        self.rows = self.buffer.array.view(like[0].dtype).reshape(count, width)  # (B H S_Q, width)
+        self.buffer = buffer(self.nbytes, direct=False)
+        whole = self.buffer.array[: self.nbytes].view(like[0].dtype)
+        self.rows = whole.reshape(count, width)  # (B H S_Q, width)
 
     def put(self, part: int, arrays: Sequence[Array]) -> None:
         """Pack one part."""
@@ -64,7 +68,7 @@ class Rows:
         (length,) = self.lengths
         return tuple(
             # (B, H, s_q, ...)
-            self.xp.ascontiguousarray(self.rows[column].reshape(*x.shape[:2], length, *x.shape[3:]))
+            self.rows[column].reshape(*x.shape[:2], length, *x.shape[3:]).copy()
             for column, x in zip(self.columns, self.like, strict=True)
         )
 

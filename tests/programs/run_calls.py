@@ -3,9 +3,11 @@
 A check is a function of the communicator that returns one verdict or several.
 """
 
+import gc
 import json
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,7 @@ def right(problem: Problem, comm: Any, **options: Any) -> bool:
     return max(worst_ratios(problem, solve(problem, comm, mpi_impl, **options)).values()) <= 1
 
 
+ROTATIONS = "lv-xattn", "ring"
 RAGGED = Case("ragged", B=2, H=4, H_KV=2, D_V=5, mask="full", cut="ragged")
 
 
@@ -115,6 +118,67 @@ def only_wanted_gradients_are_computed(comm: MPI.Intracomm) -> Any:
             for name, got, want in zip("qkv", found, every, strict=True):
                 is_there = got is not None and got.tobytes() == want.tobytes()
                 verdicts.append(is_there if name in gradients else got is None)
+    return verdicts
+
+
+@check
+def decoding_allocates_nothing_of_a_block_s_or_a_shard_s_size(comm: MPI.Intracomm) -> Any:
+    """Text of length 1 on the last rank, or replicated, against resident keys."""
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 1, 2, 8192, 64), np.float32)
+    verdicts = []
+    for schedule, queries in shared.DECODES:
+        mine = 1 if queries == "replicated" or comm.rank == comm.size - 1 else 0
+        q = rng.standard_normal((1, 8, mine, 64), np.float32)
+        layout = mpi_impl.Layout.agree(q, k, v, comm, schedule=schedule, queries=queries)
+        how: dict[str, Any] = {"layout": layout, "queries": queries}
+        first, _ = mpi_impl.cross_attention(q, k, v, comm, **how)
+        before = buffers(layout)
+        tracemalloc.start()
+        for _ in range(50):
+            again, _ = mpi_impl.cross_attention(q, k, v, comm, **how)
+            verdicts.append(np.allclose(again, first, rtol=0, atol=1e-6))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        verdicts += [buffers(layout) == before, peak < k[:, :1].nbytes / 4]
+        if comm.size > 1:  # queries and results, in and out
+            verdicts.append(len(before) == (2 if queries == "replicated" else 4))
+    return verdicts
+
+
+def buffers(layout: Any) -> list[int]:
+    """Return the addresses of the layout's free buffers."""
+    kept = [x.buffer.array for held in layout.pool.at_rest.values() for x in held]
+    return sorted(x.ctypes.data for x in kept)
+
+
+@check
+def text_grows_while_keys_stay(comm: MPI.Intracomm) -> Any:
+    return shared.text_grows_while_keys_stay(comm, mpi_impl)
+
+
+@check
+def results_outlive_later_calls(comm: MPI.Intracomm) -> Any:
+    return shared.results_outlive_later_calls(comm, mpi_impl)
+
+
+@check
+def a_call_leaves_nothing_to_collect(comm: MPI.Intracomm) -> Any:
+    """Its buffers are free again at its end, not when Python next looks for cycles."""
+    problem = Case("long", S_Q=1000 * comm.size, S_KV=40, D=64).make()
+    part = problem.part(comm.rank, comm.size)
+    mine = part["q"], part["k"], part["v"]
+    verdicts = []
+    for schedule in ROTATIONS:
+        mpi_impl.cross_attention(*mine, comm, schedule=schedule)
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        mpi_impl.cross_attention(*mine, comm, schedule=schedule)
+        left, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        gc.enable()
+        verdicts.append(left < 2**16)
     return verdicts
 
 

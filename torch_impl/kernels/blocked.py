@@ -137,8 +137,10 @@ class Tiles:
         self.tile_rows = max(1, min(self.s_q, lines // self.G))
         self.tile_heads = max(1, min(self.H_KV, lines // (self.G * self.tile_rows)))
         lines = self.tile_heads * self.G * self.tile_rows
-        self.tile_keys = max(1, min(self.s_kv, max(1024, scores // lines)))
         wide = self.narrow == self.dtype
+        # Keys of another dtype are copied: the copies fit, too, where there are fewer scores.
+        copied = self.tile_heads * k.shape[3] if k.dtype != self.narrow else 0
+        self.tile_keys = max(1, min(self.s_kv, max(1024, scores // max(lines, copied))))
         size = lines * self.tile_keys if wide else 0
         self.scratch = torch.empty((2, size), dtype=self.dtype, device=q.device)
 

@@ -1,12 +1,13 @@
 """The common part of every implementation's `Exchange` and `Rotation`: where blocks are, when."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
+from lvxattn.common.pool import Kept
 from lvxattn.common.wire import BLOCKS, Field, Kind, nbytes
 
 # The arguments whose gradients are sent, by `Layout.way`.
@@ -43,6 +44,20 @@ class ExchangeBase:
         travels = GRADIENTS_TRAVEL[layout.way]
         self.wanted = "".join(x for x in layout.gradients if x in wanted or x in travels)
         self.rotations: list[Any] = []
+        self.kept: list[Kept] = []
+
+    def take(self, kind: Hashable, nbytes: int, make: Callable[[int], Any]) -> Any:
+        """Return a buffer from the layout's pool, of at least `nbytes`, until `give_back`."""
+        self.kept.append(self.layout.pool.take(kind, nbytes, make))
+        return self.kept[-1].buffer
+
+    def give_back(self) -> None:
+        """Return all buffers to the layout's pool.  Nothing may be a view of them any more."""
+        for kept in self.kept:
+            self.layout.pool.give(kept)
+        # Rotations refer to this exchange: a cycle would keep buffers until garbage collection.
+        self.kept.clear()
+        self.rotations.clear()
 
     def mask_view(self, hop: int) -> MaskView:
         """Return the mask of my keys over the queries that are here at a hop."""

@@ -7,8 +7,8 @@ numbers, so that its P - 1 hops cross slow links between hosts as rarely as poss
     ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from math import isclose
@@ -25,6 +25,7 @@ from lvxattn.common.handshake import (
     mask_kind,
 )
 from lvxattn.common.masks import MaskView
+from lvxattn.common.pool import Pool
 from lvxattn.common.rules import Rule, same_rule, visible_parts
 from lvxattn.common.validation import (
     Communicator,
@@ -78,6 +79,10 @@ class Layout:
         Bytes by which every message of a backward is longer, for a stamp that identifies it.
     hosts : tuple of str
         By rank, the name of its host; empty if it was not agreed on by ranks.
+    pool : Pool
+        Buffers for messages, kept from call to call.
+    agreed : bool
+        Whether ranks have compared it: not yet after `with_queries`.
 
     Examples
     --------
@@ -114,6 +119,8 @@ class Layout:
     structures: tuple[Rule | None, ...] = ()
     keys: str = "sharded"
     gradients: str = "qkv"
+    pool: Pool = field(default_factory=Pool, compare=False, repr=False)
+    agreed: bool = field(default=True, compare=False, repr=False)
 
     @classmethod
     def agree(
@@ -211,6 +218,76 @@ class Layout:
             machine=first.machine,
         )
 
+    def with_queries(self, s_q: int | Sequence[int], *, rule: Rule | None = None) -> Self:
+        """Return the layout for other numbers of queries, and the same keys.  Not collective.
+
+        For text that grows while keys stay: nothing is sent, and buffers are shared.  Every rank
+        must call this with the same arguments: the first call by the layout compares them, by a
+        small all-gather, and raises a ValueError on all ranks alike.
+
+        Parameters
+        ----------
+        s_q : int or sequence of int
+            Numbers of queries, by rank; one number where queries are replicated.
+        rule : Rule, optional
+            Every rank's mask from now on, if that is a `Rule`.  Default: those agreed on.
+
+        Returns
+        -------
+        Layout
+            Of the same schedule, also where it was chosen by ``"auto"``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On this rank only.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lvxattn.reference import Layout, cross_attention, run_ranks
+        >>> def decode(comm):
+        ...     q, kv = np.ones((1, 4, 6, 8)), np.ones((1, 2, 100, 8))
+        ...     prompt = Layout.agree(q, kv, kv, comm, queries="replicated")
+        ...     token = prompt.with_queries(1)
+        ...     how = {"queries": "replicated", "layout": token}
+        ...     return cross_attention(q[:, :, :1], kv, kv, comm, **how)[0].shape
+        >>> run_ranks(2, decode)
+        [(1, 4, 1, 8), (1, 4, 1, 8)]
+        """
+        try:
+            lengths = _lengths(s_q, self.size, self.queries)
+            S_Q = lengths[0] if self.queries == "replicated" else sum(lengths)
+            changes: dict[str, Any] = {}
+            if rule is not None:
+                if not isinstance(rule, Rule):
+                    raise TypeError(f"rule: expected a Rule or None, got {type(rule).__name__}")
+                changes = {"structures": (rule,) * self.size, "rules": (True,) * self.size}
+                changes["masks"] = (None,) * self.size
+            found = replace(self, s_q=lengths, agreed=False, **changes)
+            for agreed in found.structures:
+                if agreed is not None:
+                    agreed.check(S_Q, self.S_KV)
+            rows = [kind[0][-2] for kind in found.masks if kind and len(kind[0]) > 1]
+            if found.way in MASKS_TRAVEL and any(n != 1 for n in rows):
+                raise ValueError(
+                    f"layout: expected array masks of one row for all queries with {found.way!r}, "
+                    f"which sends them, got {max(rows)} rows; agree on a layout for the next mask"
+                )
+        except (TypeError, ValueError) as error:
+            raise on_rank(error, self.rank, self.size) from None
+        return found
+
+    def _compare(self, comm: Communicator) -> None:
+        """Compare with other ranks what `with_queries` was given.  Collective."""
+        first, *_ = found = comm.allgather((self.s_q, self.structures))
+        for rank, given in enumerate(found):
+            for name, expected, got in zip(("s_q", "rule"), first, given, strict=True):
+                if got != expected:
+                    error = f"layout: expected rank 0's {name} {expected!r:.99}, got {got!r:.99}"
+                    raise on_rank(ValueError(error), rank, self.size)
+        object.__setattr__(self, "agreed", True)
+
     @property
     def way(self) -> str:
         """The schedule, or ``"replicated"`` where queries are, or ``"replicated keys"``."""
@@ -232,7 +309,9 @@ class Layout:
         gradients: str | None = None,
         backward: Backward | None = None,
     ) -> None:
-        """Check that this rank's arguments fit what was agreed.  Not collective.
+        """Check that this rank's arguments fit what was agreed.
+
+        Not collective, but for the first check of a layout from `with_queries`.
 
         Raises
         ------
@@ -288,6 +367,8 @@ class Layout:
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
+        if not self.agreed:
+            self._compare(comm)
 
     @property
     def size(self) -> int:
@@ -377,6 +458,16 @@ class Layout:
         """
         s_kv = self.s_kv[self.rank]
         return s_kv if self.size == 1 else s_kv // 2
+
+
+def _lengths(s_q: Any, size: int, queries: str) -> tuple[int, ...]:
+    """Return the numbers of queries by rank."""
+    whole = queries == "replicated"
+    given = (s_q,) * size if whole else tuple(s_q) if isinstance(s_q, Sequence) else ()
+    if len(given) != size or not all(type(n) is int and n >= 0 for n in given):
+        expected = "a number of queries" if whole else f"{size} numbers of queries, by rank"
+        raise ValueError(f"s_q: expected {expected}, got {s_q!r:.100}")
+    return given
 
 
 def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
