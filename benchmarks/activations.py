@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from lvxattn.torch_impl import CrossAttention
 
@@ -42,7 +43,7 @@ def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> d
     parameters = {storage(p) for p in model.parameters()}
     names: dict[int, str] = {}
     seen: dict[int, Tensor] = {}
-    alive: list[Tensor] = []  # an address identifies a storage only while that is alive
+    alive: list[Tensor] = []  # its identity is a storage's only while that is alive
 
     def name(tensor: Tensor, as_what: str) -> None:
         names.setdefault(storage(tensor), as_what)
@@ -81,8 +82,13 @@ def saved_bytes(model: Layers, x: Tensor, features: Tensor, **options: Any) -> d
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, which its views share."""
-    return tensor.untyped_storage().data_ptr()
+    """Return the identity of a tensor's storage, which its views share; of a DTensor's own part.
+
+    Not the address of its data: FSDP frees that of weights, and others get the address.
+    """
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local().detach()
+    return int(tensor.untyped_storage()._cdata)
 
 
 def peak_bytes(model: Layers, x: Tensor, features: Tensor) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lvxattn.torch_impl.examples import both_kinds_of_keys, packed_documents
+from lvxattn.torch_impl.examples import both_kinds_of_keys, fully_sharded, packed_documents
 from lvxattn.torch_impl.examples import compile as compiled
 from lvxattn.torch_impl.examples import two_dimensional_mesh as mesh
 from tests.launch import Ended
@@ -97,7 +97,7 @@ def test_compiled_model_equals_eager_without_compiling_again() -> None:
 
 @pytest.mark.parametrize(
     "example",
-    [mesh, compiled, packed_documents, both_kinds_of_keys],
+    [mesh, fully_sharded, compiled, packed_documents, both_kinds_of_keys],
     ids=lambda x: x.__name__.split(".")[-1],
 )
 def test_documented_command_runs(example: Any) -> None:

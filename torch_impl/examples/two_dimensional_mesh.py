@@ -201,7 +201,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, E)
         self.encoder = nn.Linear(E_V, E)  # trained, so that gradients of the features matter
         self.layers = nn.ModuleList(attention(E, H, num_kv_heads=H_KV) for _ in range(LAYERS))
-        self.head = nn.Linear(E, VOCABULARY)
+        self.head = nn.Linear(E, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor, frames: Tensor) -> Tensor:
         """Return the logits (B, s_q, VOCABULARY) of this rank's tokens."""
