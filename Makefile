@@ -130,6 +130,7 @@ bench: check-mpiexec $(STAMP) ## Run all benchmarks, also on shaped links, 90 mi
 	$(VENV_PYTHON) benchmarks/precision.py --store benchmarks/results --plot docs/precision.png
 	$(MPIEXEC) -n 2 $(VENV_PYTHON) -m mpi4py benchmarks/tracing.py
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --store benchmarks/results
+	$(VENV_PYTHON) benchmarks/rules.py --store benchmarks/results
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/decode.py --store benchmarks/results
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --store benchmarks/results
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --store benchmarks/results --plot docs/schedules.png
@@ -147,6 +148,7 @@ bench-quick: check-mpiexec $(STAMP) ## Run the benchmarks on small problems, som
 	$(VENV_PYTHON) benchmarks/precision.py --quick
 	$(MPIEXEC) -n 2 $(VENV_PYTHON) -m mpi4py benchmarks/tracing.py --quick
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/merging.py --quick
+	$(VENV_PYTHON) benchmarks/rules.py --quick
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/decode.py --quick
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/network.py --quick --only slow bytes cores
 	$(TEST_ENV) $(VENV_PYTHON) benchmarks/schedules.py --quick

@@ -134,6 +134,14 @@ def test_frozen_parameters_get_no_gradient(frozen: list[str]) -> None:
     assert apart(*([result[name] for name in names] for result in results)) <= LIMIT
 
 
+def test_frozen_queries_keep_no_keys_either() -> None:
+    x, features = inputs()
+    model = layers(True, count=1)
+    x.requires_grad_(False)
+    model.layers[0].q_proj.requires_grad_(False)
+    assert saved_bytes(model, x, features).keys() <= {"x", "out", "lse", "features"}
+
+
 def test_autocast_with_recomputation() -> None:
     given = inputs(dtype=torch.float32)
     results = []
