@@ -101,9 +101,6 @@ def turns_of(work: Results) -> dict[str, Callable[[], object]]:
         agreed = {**how, "schedule": "lv-xattn" if whole else way}
         queries = 1 if whole else [0] * (comm.size - 1) + [1]
 
-        def other(layout: Any, arrays: Any, comm: Any, how: Any = how, n: Any = queries) -> None:
-            layout.with_queries(n).check(*arrays, comm, **how)
-
         for name, given, group, quieted, implementation in (
             ("mpi", (q, k, v), comm, QuietComm(comm), mpi_impl),
             ("torch", tuple(map(torch.from_numpy, (q, k, v))), None, None, torch_impl),
@@ -123,7 +120,7 @@ def turns_of(work: Results) -> dict[str, Callable[[], object]]:
                     group,
                     **agreed,
                 )
-                found[f"{name}, with_queries"] = partial(other, layout, given, group)
+                found[f"{name}, with_queries"] = partial(layout.with_queries, queries, group)
     return found
 
 

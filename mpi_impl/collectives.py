@@ -49,8 +49,9 @@ def all_gather(exchange: Exchange, *arrays: Array) -> list[Array]:
 
     what = "all ranks' rows to be gathered"
     incoming = all_to_all(exchange, [list(arrays)] * exchange.P, fields, what)
-    # (B, H, S_Q, ...)
-    return [exchange.xp.concatenate(blocks, axis=2) for blocks in zip(*incoming, strict=True)]
+    whole = [exchange.xp.concatenate(blocks, axis=2) for blocks in zip(*incoming, strict=True)]
+    exchange.give_back()
+    return whole  # (B, H, S_Q, ...)
 
 
 def reduce_scatter(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, ...]:
@@ -86,18 +87,18 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     exchange : Exchange
     join : callable
         ``join(*a, *b)``: associative and commutative.
-    *arrays : (B, H, S_Q, ...), of one dtype
-        This rank's results for all queries.
+    *arrays : (B, H, S, ...), of one dtype
+        This rank's results for all queries, or for all keys.
     """
-    S_Q = arrays[0].shape[2]
-    sent, result = (Rows(exchange.buffer, arrays, [S_Q]) for _ in range(2))
+    S = arrays[0].shape[2]
+    sent, result = (Rows(exchange.buffer, arrays, [S]) for _ in range(2))
     sent.put(0, arrays)
-    query_nbytes = sent.nbytes // max(1, S_Q)
-    shares = [share(S_Q, rank, exchange.P) for rank in range(exchange.P)]
+    row_nbytes = sent.nbytes // max(1, S)
+    shares = [share(S, rank, exchange.P) for rank in range(exchange.P)]
     for rank, part in enumerate(shares):  # to their owner and, joined, back
         if rank != exchange.rank:
             for rows in (part, shares[exchange.rank]):
-                exchange.meter.sent(query_nbytes * (rows.stop - rows.start), rank, _RESULTS)
+                exchange.meter.sent(row_nbytes * (rows.stop - rows.start), rank, _RESULTS)
     return _reduced(exchange, join, sent, result, exchange.comm.Iallreduce)
 
 
@@ -107,7 +108,7 @@ def all_to_all(
     """Send every rank its block, and return the blocks from all ranks, in rank order.
 
     Collective: every rank of the exchange calls this.  Blocks from other ranks are views of a
-    buffer, valid until the exchange ends.
+    buffer, valid until `exchange.give_back`.
 
     Parameters
     ----------
@@ -166,7 +167,9 @@ def _reduced(
         (rows, packed), (room, empty) = sent.sendable(), result.receivable()
         ends = [rows, sum(sent.counts), row], [room, sum(result.counts), row]
         _wait(exchange, Transfer(lambda: start(*ends, op=op), packed, empty), _RESULTS)
-    return result.arrays()
+    joined = result.arrays()
+    exchange.give_back()
+    return joined
 
 
 class _Room:

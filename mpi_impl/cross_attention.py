@@ -6,7 +6,6 @@ the last two.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -118,8 +117,7 @@ def cross_attention(
                 check=lambda: check_arrays(q),  # called there, so that all ranks raise its error
             )  # fmt: skip
     else:
-        with _watching_comparison(layout, comm):
-            layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys)
+        layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys)
     forward, _ = SCHEDULE_FUNCTIONS[layout.way]
     with named(comm), computing(q):
         exchange = Exchange(comm, layout, q, mask, meter)
@@ -203,15 +201,14 @@ def cross_attention_backward(
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                keys=keys, gradients=gradients or "qkv", backward=results,
+                keys=keys, gradients="qkv" if gradients is None else gradients, backward=results,
                 check=lambda: check_arrays(q),
             )  # fmt: skip
     else:
-        with _watching_comparison(layout, comm):
-            layout.check(
-                q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys,
-                gradients=gradients, backward=results,
-            )  # fmt: skip
+        layout.check(
+            q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys,
+            gradients=gradients, backward=results,
+        )  # fmt: skip
     forward, backward = SCHEDULE_FUNCTIONS[layout.way]
     with named(comm), computing(q):
         dout = dout.astype(q.dtype, copy=False)  # as on the ranks that it visits
@@ -247,11 +244,6 @@ def check_comm(comm: MPI.Intracomm) -> None:
     if isinstance(comm, MPI.Comm) and (comm == MPI.COMM_NULL or comm.Is_inter()):
         kind = "COMM_NULL" if comm == MPI.COMM_NULL else "an intercommunicator"
         raise TypeError(f"comm: expected an MPI.Intracomm, got {kind}")
-
-
-def _watching_comparison(layout: Layout, comm: MPI.Intracomm) -> AbstractContextManager[None]:
-    """Watch a check in which ranks compare numbers of queries that they have not agreed on."""
-    return nullcontext() if layout.agreed else watching(comm, "all ranks to compare layouts")
 
 
 def _too_large(lse: Array) -> bool:

@@ -112,8 +112,9 @@ def to_heads(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> li
 
     outgoing = zip(*(xp.split(x, P, axis=1) for x in arrays), strict=True)
     incoming = all_to_all(exchange, list(map(list, outgoing)), fields, "all ranks' heads")
-    # (B, H / P, S, ...)
-    return [xp.concatenate(blocks, axis=2) for blocks in zip(*incoming, strict=True)]
+    whole = [xp.concatenate(blocks, axis=2) for blocks in zip(*incoming, strict=True)]
+    exchange.give_back()
+    return whole  # (B, H / P, S, ...)
 
 
 def to_rows(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:
@@ -128,8 +129,9 @@ def to_rows(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> lis
 
     outgoing = zip(*(xp.split(x, bounds, axis=2) for x in arrays), strict=True)
     incoming = all_to_all(exchange, list(map(list, outgoing)), fields, "all ranks' results")
-    # (B, H, s, ...)
-    return [xp.concatenate(blocks, axis=1) for blocks in zip(*incoming, strict=True)]
+    whole = [xp.concatenate(blocks, axis=1) for blocks in zip(*incoming, strict=True)]
+    exchange.give_back()
+    return whole  # (B, H, s, ...)
 
 
 def mask_view_of_heads(exchange: Exchange) -> MaskView:

@@ -66,11 +66,11 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     exchange : Exchange
     join : callable
         ``join(*a, *b)``: associative and commutative.
-    *arrays : (B, H, S_Q, ...)
-        This rank's results for all queries.
+    *arrays : (B, H, S, ...)
+        This rank's results for all queries, or for all keys.
     """
-    P, S_Q = exchange.P, arrays[0].shape[2]
-    rows = [share(S_Q, rank, P) for rank in range(P)]
+    P, S = exchange.P, arrays[0].shape[2]
+    rows = [share(S, rank, P) for rank in range(P)]
     mine = _joined_rows(exchange, join, tuple(part.stop - part.start for part in rows), arrays)
     return tuple(all_gather(exchange, *mine))
 

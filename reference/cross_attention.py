@@ -219,7 +219,8 @@ def cross_attention_backward(
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            gradients=gradients or "qkv", backward=results, check=lambda: check_numpy(q),
+            gradients="qkv" if gradients is None else gradients, backward=results,
+            check=lambda: check_numpy(q),
         )  # fmt: skip
     else:
         check_numpy(q)

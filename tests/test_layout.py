@@ -1,5 +1,7 @@
 """Agreeing on who holds what, the order of the ring, and cutting and joining arrays."""
 
+import copy
+import pickle
 import re
 from dataclasses import replace
 from itertools import product
@@ -390,7 +392,7 @@ def test_text_grows_while_keys_stay(P: int) -> None:
     ("queries", "given", "options", "kind", "text"),
     [
         ("sharded", (3, 3), {}, ValueError,
-         r"^s_q: expected 3 numbers of queries, by rank, got \(3, 3\) \(on rank 1 of 3\)$"),
+         r"^s_q: expected 3 numbers of queries, by rank, got \(3, 3\) \(on rank 0 of 3\)$"),
         ("sharded", 3, {}, ValueError, "^s_q: expected 3 numbers of queries, by rank, got 3 "),
         ("sharded", (3, -1, 3), {}, ValueError, r"^s_q: expected 3 numbers .*, got \(3, -1, 3\) "),
         ("sharded", (3, True, 3), {}, ValueError, "^s_q: expected 3 numbers "),
@@ -404,9 +406,24 @@ def test_text_grows_while_keys_stay(P: int) -> None:
 def test_other_queries_are_checked(
     queries: str, given: Any, options: Any, kind: type[Exception], text: str
 ) -> None:
-    layouts = run_ranks(3, lambda comm: Layout.agree(*arrays(), comm, queries=queries))
-    with pytest.raises(kind, match=text):
-        layouts[1].with_queries(given, **options)
+    def fn(comm: VirtualComm) -> None:
+        layout = Layout.agree(*arrays(), comm, queries=queries)
+        layout.with_queries(given, comm, **options)
+
+    assert_same_error(outcomes(3, fn), kind, text)
+
+
+def test_other_queries_are_checked_on_all_ranks() -> None:
+    """One rank's error is raised on all; numbers may be NumPy's."""
+
+    def fn(comm: VirtualComm) -> Any:
+        layout = Layout.agree(*arrays(), comm)
+        right = layout.with_queries(np.array([3, 2, 1]), comm)
+        assert right.s_q == (3, 2, 1)
+        layout.with_queries((3, 2, -comm.rank), comm)
+
+    text = r"^s_q: expected 3 numbers of queries, by rank, got \(3, 2, -1\) \(on rank 1 of 3\)$"
+    assert_same_error(outcomes(3, fn), ValueError, text)
 
 
 @pytest.mark.mpi
@@ -416,6 +433,7 @@ def test_other_queries_are_checked(
         ("mpi_impl", "lv-xattn", 1), ("mpi_impl", "gather", 1), ("mpi_impl", "gather", -1),
         ("mpi_impl", "replicated", 1), ("torch_impl", "lv-xattn", -1),
         ("torch_impl", "gather", 1), ("torch_impl", "replicated", -1),
+        ("mpi_impl", "rule", 0), ("torch_impl", "rule", 0),
     ],
 )  # fmt: skip
 def test_other_queries_that_ranks_do_not_share_raise(
@@ -433,18 +451,25 @@ def test_other_queries_that_ranks_do_not_share_raise(
     assert not ended.left
     assert not ended.out
     name = r"\(\d, \d, \d\)"
-    error = rf"ValueError: layout: expected rank 0's s_q {name}, got {name} \(on rank 1 of 3\)"
+    error = rf"ValueError: s_q: expected rank 0's {name}, got {name} \(on rank 1 of 3\)"
+    if way == "rule":
+        error = r"ValueError: rule: expected rank 0's \(\), got \(Causal\(.*\(on rank 1 of 3\)"
     assert re.search(error, ended.err)
 
 
 def test_layouts_for_other_queries_share_buffers() -> None:
-    (layout,) = run_ranks(1, lambda comm: Layout.agree(*arrays(), comm))
-    longer = layout.with_queries([7])
+    def fn(comm: VirtualComm) -> tuple[Layout, Layout]:
+        layout = Layout.agree(*arrays(), comm)
+        return layout, layout.with_queries([7], comm)
+
+    ((layout, longer),) = run_ranks(1, fn)
     assert longer == replace(layout, s_q=(7,))
     assert longer.pool is layout.pool
 
 
-def test_only_the_first_check_compares_other_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_by_a_layout_for_other_queries_gather_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gathers: list[int] = []
     allgather = VirtualComm.allgather
 
@@ -453,7 +478,7 @@ def test_only_the_first_check_compares_other_queries(monkeypatch: pytest.MonkeyP
         return allgather(self, sendobj)
 
     def fn(comm: VirtualComm) -> None:
-        layout = Layout.agree(*arrays(), comm).with_queries([1] * comm.size)
+        layout = Layout.agree(*arrays(), comm).with_queries([1] * comm.size, comm)
         for _ in range(3):
             layout.check(*arrays(1), comm)
 
@@ -466,31 +491,42 @@ def test_other_rules_on_ranks_raise_on_all() -> None:
     def fn(comm: VirtualComm) -> None:
         layout = Layout.agree(*arrays(), comm)
         rule = reference.Causal(comm.rank // 2)
-        layout.with_queries([2] * 3, rule=rule).check(*arrays(), comm, mask=rule)
+        layout.with_queries([2] * 3, comm, rule=rule)
 
-    text = r"^layout: expected rank 0's rule .*Causal.*0.*, got .*1.* \(on rank 2 of 3\)$"
+    text = r"^rule: expected rank 0's .*Causal.*0.*, got .*1.* \(on rank 2 of 3\)$"
     assert_same_error(outcomes(3, fn), ValueError, text)
 
 
-def test_a_pool_keeps_no_more_buffers_than_were_in_use() -> None:
-    """However text grows, and also where short and long text take turns."""
+def test_a_pool_grows_with_what_is_in_use() -> None:
+    """However text grows beside long keys, and also where short and long text take turns."""
     pool, made = Pool(), []
 
     def make(nbytes: int) -> bytearray:
         made.append(nbytes)
         return bytearray(nbytes)
 
-    for length in (*range(100, 400), *([8, 300] * 20)):
-        taken = [pool.take("host", n, make) for n in (length, length, 2 * length)]
-        assert [
-            len(x.buffer) >= n for x, n in zip(taken, (length, length, 2 * length), strict=True)
-        ]
+    def call(*sizes: int) -> None:
+        taken = [pool.take("host", n, make) for n in sizes]
+        assert all(len(x.buffer) >= n for x, n in zip(taken, sizes, strict=True))
         for kept in taken:
             pool.give(kept)
-        assert sum(map(len, pool.at_rest.values())) == 3
-    assert len(made) < 3 * 20
-    assert sum(x.nbytes for x in pool.at_rest["host"]) < 4 * 400 * 9 / 8
+
+    keys = 10**6
+    for length in (*range(10_000, 40_000, 100), *([800, 30_000] * 20)):
+        call(length, length, 2 * length, keys, keys)
+        assert sum(x.nbytes for x in pool.at_rest["host"]) < 2 * keys + 2 * 4 * 40_000 * 9 / 8
+    assert len(made) < 60
     assert len(pool.take("device", 8, make).buffer) == 8
+
+
+def test_a_copied_layout_has_no_buffers() -> None:
+    (layout,) = run_ranks(1, lambda comm: Layout.agree(*arrays(), comm))
+    layout.pool.give(layout.pool.take("host", 10**6, bytearray))
+    for copied in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
+        assert copied == layout
+        assert copied.pool.at_rest == {}
+        assert copied.pool.keeps
+    assert len(pickle.dumps(layout)) < 10_000
 
 
 @RANKS

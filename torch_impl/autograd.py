@@ -104,9 +104,10 @@ def differentiate(
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the gradients of q, k and v, in their dtypes, by a schedule's backward.
 
-    Collective: every rank of the group calls this.  `wanted` are those that this rank wants, of
-    ``"qkv"``; for the others it returns None.
+    Collective: every rank of the group calls this.  `wanted` are those that this rank wants, of the
+    layout's; for the others it returns None.
     """
+    assert set(wanted) <= set(layout.gradients)
     if q.is_meta and layout.size > 1:
         return [
             torch.empty_like(x) if n in wanted else None

@@ -65,11 +65,11 @@ def all_reduce(exchange: Exchange, join: Join, *arrays: Array) -> tuple[Array, .
     exchange : Exchange
     join : callable
         ``join(*a, *b)``: associative and commutative.
-    *arrays : (B, H, S_Q, ...)
-        This rank's results for all queries.
+    *arrays : (B, H, S, ...)
+        This rank's results for all queries, or for all keys.
     """
-    P, S_Q = exchange.P, arrays[0].shape[2]
-    rows = [share(S_Q, rank, P) for rank in range(P)]
+    P, S = exchange.P, arrays[0].shape[2]
+    rows = [share(S, rank, P) for rank in range(P)]
     lengths = tuple(part.stop - part.start for part in rows)
     mine = _joined_rows(exchange, join, lengths, arrays)
     return tuple(_gathered(exchange, lengths, mine))
@@ -81,7 +81,7 @@ def all_to_all(
     """Send every rank its block, and return the blocks from all ranks, in rank order.
 
     Collective: every rank of the exchange calls this.  Blocks from other ranks are views of a
-    buffer, valid until the exchange ends.
+    buffer, valid until `exchange.give_back`.
 
     Parameters
     ----------
@@ -140,7 +140,9 @@ def _gathered(
     # gloo does not support an all-gather of blocks that differ in length.
     what = "all ranks' rows to be gathered"
     incoming = all_to_all(exchange, [list(arrays)] * exchange.P, fields, what)
-    return [torch.cat(blocks, dim=2) for blocks in zip(*incoming, strict=True)]  # (B, H, S_Q, ...)
+    whole = [torch.cat(blocks, dim=2) for blocks in zip(*incoming, strict=True)]
+    exchange.give_back()
+    return whole  # (B, H, S_Q, ...)
 
 
 def _joined_rows(
@@ -156,6 +158,7 @@ def _joined_rows(
     result = tuple(first)
     for block in others:
         result = join(*result, *block)
+    exchange.give_back()
     return result
 
 

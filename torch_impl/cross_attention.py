@@ -172,11 +172,11 @@ def attend_now(
     if layout is None:
         layout = Layout.agree_once(
             q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            gradients=gradients_of(q, k, v), call=call_of(q, k, v, return_lse=return_lse),
+            gradients=gradients_of(q, k, v) or "qkv", call=call_of(q, k, v, return_lse=return_lse),
         )  # fmt: skip
     else:
         layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries, keys=keys)
-        check_gradients(layout, q, k, v)
+        check_gradients(layout, gradients_of(q, k, v))
     given = q, k, v, mask, group, layout, SCHEDULE_FUNCTIONS[layout.way], meter, made
     out, lse = Attention.apply(*given)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
@@ -206,22 +206,22 @@ def call_of(*tensors: Tensor | None, return_lse: bool) -> str:
 
 
 def gradients_of(*tensors: Tensor) -> str:
-    """Return the arguments, of q, k and v, whose gradients are wanted; all if none is."""
-    return wanted_of(*(getattr(x, "requires_grad", False) for x in tensors)) or "qkv"
+    """Return the arguments, of q, k and v, whose gradients are wanted."""
+    if not torch.is_grad_enabled():
+        return ""
+    return wanted_of(*(getattr(x, "requires_grad", False) for x in tensors))
 
 
-def check_gradients(layout: Layout, *tensors: Tensor) -> None:
-    """Check that a layout's backward computes all gradients of q, k and v that are wanted.
-
-    Not collective.
+def check_gradients(layout: Layout, gradients: str) -> None:
+    """Check that a layout's backward computes all gradients that are wanted.  Not collective.
 
     Raises
     ------
     ValueError
         On this rank only.
     """
-    for name, x in zip("qkv", tensors, strict=True):
-        if torch.is_grad_enabled() and x.requires_grad and name not in layout.gradients:
+    for name in gradients:
+        if name not in layout.gradients:
             error = ValueError(
                 f"{name}: expected no tensor that requires a gradient, as the layout was agreed on "
                 f"with gradients={layout.gradients!r}, got one"

@@ -1,10 +1,11 @@
 """The layout for tensors: which rank holds what, agreed on over a process group.
 
-It also keeps the buffers for blocks, so that a call with a layout needs neither small collectives
-nor allocations.
+It also keeps the buffers of messages, so that a call with a layout needs no small collectives, and
+allocates none.
 """
 
 import json
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -28,6 +29,8 @@ from .group import AnyGroup, Group, backends_of, over_cpu
 
 # Bytes that identify the forward that a block of a backward belongs to.
 STAMP = 8
+# Not the digest of any layout.
+DIFFERENT = 2**32
 # What the record of a layout lacks: what it keeps, the machine for which it was chosen, and rules,
 # which are callable masks.
 UNRECORDED = ("machine", "pool", "forwards", "record", "structures")
@@ -59,10 +62,13 @@ class Layout(choose.Layout):
         """Return the layout for the backward of the current forward, or of the one of a number."""
         return replace(self, forward=int(self.forwards.advance()) if number is None else number)
 
-    def with_queries(self, s_q: int | Sequence[int], *, rule: Rule | None = None) -> "Layout":
-        """Return the layout for other numbers of queries, and the same keys.  Not collective.
+    def with_queries(  # type: ignore[override]
+        self, s_q: int | Sequence[int], group: AnyGroup = None, *, rule: Rule | None = None
+    ) -> "Layout":
+        """Return the layout for other numbers of queries, and the same keys, as text grows.
 
-        Parameters and errors are those of `lvxattn.reference.Layout.with_queries`.
+        Collective: every rank of the group calls this, with the same arguments.  Parameters and
+        errors are those of `lvxattn.reference.Layout.with_queries`.
 
         Examples
         --------
@@ -74,22 +80,24 @@ class Layout(choose.Layout):
         >>> cross_attention(q[:, :, :1], k, v, queries="replicated", layout=token).shape
         torch.Size([1, 2, 1, 8])
         """
-        found = super().with_queries(s_q, rule=rule)
+        found = super().with_queries(s_q, Group.of(group), rule=rule)
         return replace(found, record=None if self.record is None else found.to_record())
 
-    def _compare(self, comm: Any) -> None:
-        # To gather objects takes two collectives, as long as to agree anew: that is done where
-        # ranks differ, or where a tensor on the CPU cannot be reduced.
+    def _compared(self, found: "Layout | Exception", comm: Any) -> "Layout":
+        # To gather objects takes two collectives, as long as to agree anew: that is done only where
+        # ranks differ, or have an error, or where a tensor on the CPU cannot be reduced.
         config = "" if comm.size == 1 else str(dist.get_backend_config(comm.group))
-        if "cpu" in backends_of(config) and not self.structures:
-            mine = crc32(str(self.s_q).encode())
-            largest = torch.tensor([mine, -mine], device="cpu")
+        if "cpu" in backends_of(config):
+            digest = DIFFERENT
+            if not isinstance(found, Exception):
+                digest = crc32(pickle.dumps((found.s_q, found.structures)))
+            largest = torch.tensor([digest, -digest], device="cpu")
             with comm.waiting(lambda: "all ranks to compare layouts"):
                 dist.all_reduce(largest, dist.ReduceOp.MAX, comm.group)
-            if not largest.sum():
-                object.__setattr__(self, "agreed", True)
-                return
-        super()._compare(comm)
+            if largest[0] != DIFFERENT and not largest.sum():
+                assert not isinstance(found, Exception)
+                return found
+        return super()._compared(found, comm)
 
     def to_record(self) -> Tensor:
         """Return the layout as text in a tensor of `record_nbytes`, for compiled programs."""
@@ -189,9 +197,7 @@ class Layout(choose.Layout):
         queries: str = "sharded",
         keys: str = "sharded",
     ) -> None:
-        """Check that this rank's arguments fit the layout.
-
-        Not collective, but for the first check of a layout from `with_queries`.
+        """Check that this rank's arguments fit the layout.  Not collective.
 
         Raises
         ------

@@ -221,7 +221,8 @@ def sum_gradients(module: nn.Module, group: AnyGroup = None) -> None:
 
     Each rank's gradients must be partial sums, as they are where its loss is the sum over its own
     tokens divided by the number of tokens of all ranks.  Parameters whose gradients are complete on
-    every rank (those behind ``queries="replicated"``) must not be in the module.
+    every rank (behind ``queries="replicated"`` those of q_proj and out_proj, behind
+    ``keys="replicated"`` those of k_proj and v_proj) must not be in the module.
 
     Parameters
     ----------

@@ -87,11 +87,12 @@ def attention(
     if layout is None:
         agreed = Layout.agree_once(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            gradients=gradients, call=call,
+            gradients=gradients or "qkv", call=call,
         )  # fmt: skip
     else:
         agreed = Layout.of_record(layout)
         agreed.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys)
+        check_gradients(agreed, gradients)
     forward = SCHEDULE_FUNCTIONS[agreed.way][0]
     out, lse, lse_remainder = compute(q, k, v, mask, comm, agreed, forward)
     record = agreed.numbered(None if number is None else int(number)).to_record()
@@ -235,6 +236,8 @@ def attend(
     """
     name, ranks = Group.in_program(group)
     call = call_of(q, k, v, return_lse=return_lse)
+    # An exported program may be called with other tensors frozen.
+    gradients = "" if torch.compiler.is_exporting() else gradients_of(q, k, v)
     given = number = None
     if layout is not None:
         if layout.structures:
@@ -242,11 +245,10 @@ def attend(
                 "layout: expected one for no mask or a tensor in a compiled program, "
                 "got one that was agreed on with a Rule"
             )
-        check_gradients(layout, q, k, v)
         given, number = layout.record, layout.forwards.advance()
     out, lse, *_ = torch.ops.lvxattn.attention(
         q, k, v, mask, given, number, name, ranks, schedule, scale, queries, keys,
-        gradients_of(q, k, v), call,
+        gradients, call,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

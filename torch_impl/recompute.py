@@ -199,12 +199,13 @@ class Made(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Save the tensors."""
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)  # of frozen keys, as large as these
         frozen = [x for x, needed in zip(tensors, ctx.needs_input_grad, strict=True) if not needed]
         ctx.mark_non_differentiable(*frozen)
         return tensors
 
     @staticmethod
-    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(_: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients unchanged."""
         return grads
 

@@ -104,8 +104,9 @@ def to_heads(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> li
 
     outgoing = zip(*(x.chunk(P, dim=1) for x in arrays), strict=True)
     incoming = all_to_all(exchange, list(map(list, outgoing)), fields, "all ranks' heads")
-    # (B, H / P, S, ...)
-    return [torch.cat(blocks, dim=2) for blocks in zip(*incoming, strict=True)]
+    whole = [torch.cat(blocks, dim=2) for blocks in zip(*incoming, strict=True)]
+    exchange.give_back()
+    return whole  # (B, H / P, S, ...)
 
 
 def to_rows(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> list[Array]:
@@ -119,8 +120,9 @@ def to_rows(exchange: Exchange, lengths: tuple[int, ...], *arrays: Array) -> lis
 
     outgoing = zip(*(x.split(list(lengths), dim=2) for x in arrays), strict=True)
     incoming = all_to_all(exchange, list(map(list, outgoing)), fields, "all ranks' results")
-    # (B, H, s, ...)
-    return [torch.cat(blocks, dim=1) for blocks in zip(*incoming, strict=True)]
+    whole = [torch.cat(blocks, dim=1) for blocks in zip(*incoming, strict=True)]
+    exchange.give_back()
+    return whole  # (B, H, s, ...)
 
 
 def mask_view_of_heads(exchange: Exchange) -> MaskView:

@@ -11,7 +11,7 @@ from lvxattn.common.layout import shard
 from lvxattn.plan import MACHINES
 from lvxattn.reference import Causal, full_attention
 from tests import hidden
-from tests.cases import WAYS, Case
+from tests.cases import WAYS, Case, options_of
 from tests.judge import solve
 
 # Schedule and queries of the ways to decode.
@@ -58,16 +58,14 @@ def errors_grow_at_most_twofold(comm: Any, alone: Any, implementation: Any) -> l
 def results_outlive_later_calls(comm: Any, implementation: Any) -> list[bool]:
     """One row or one head, as it lies in a message: a result must not be a view of a buffer."""
     verdicts = []
-    for schedule in (*SCHEDULES, "replicated"):
-        queries = "replicated" if schedule == "replicated" else "sharded"
-        heads = comm.size if schedule == "ulysses" else 1
-        rows = 1 if queries == "replicated" or comm.rank == comm.size - 1 else 0
+    for way in WAYS:
+        heads = comm.size if way == "ulysses" else 1
+        rows = 1 if way == "replicated" or comm.rank == comm.size - 1 else 0
         shapes = (1, heads, rows, 4), (1, heads, 3, 4), (1, heads, 3, 4)
-        rng = np.random.default_rng(0 if queries == "replicated" else comm.rank)
-        options: dict[str, Any] = {"queries": queries}
+        rng = np.random.default_rng(comm.rank if way in SCHEDULES else 0)
+        options: dict[str, Any] = dict(options_of(way))
         given = [rng.standard_normal(shape) for shape in shapes]
-        how = {} if queries == "replicated" else {"schedule": schedule}
-        options["layout"] = implementation.Layout.agree(*given, comm, queries=queries, **how)
+        options["layout"] = implementation.Layout.agree(*given, comm, **options)
         found, copies = [], []
         for _ in range(2):
             out, lse = implementation.cross_attention(*given, comm, **options)
@@ -111,13 +109,13 @@ def text_grows_while_keys_stay(comm: Any, implementation: Any) -> list[bool]:
                 layout = implementation.Layout.agree(*given, comm, **options, **how)
             elif kind == "rows" and way in MASKS_TRAVEL:
                 try:
-                    layout.with_queries(s_q)
+                    layout.with_queries(s_q, comm)
                 except ValueError as error:
                     verdicts.append("array masks of one row" in str(error))
                 continue
             else:
                 rule = mask if kind == "rule" else None
-                layout = layout.with_queries(length if whole else s_q, rule=rule)
+                layout = layout.with_queries(length if whole else s_q, comm, rule=rule)
             out, lse = implementation.cross_attention(*given, comm, layout=layout, **options)
             truth = full_attention(q[:, :, :length], k, v, mask=mask)
             pairs = zip((out, lse), truth, strict=True)

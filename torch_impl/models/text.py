@@ -122,16 +122,9 @@ class Text:
         q, k, v = (cast(x, dtype) for x in (q, k, v))
         # Few rows on each rank: one large block is faster than P small ones.
         return self.spread.attend_to(
-            "self-attention",
-            q,
-            k,
-            v,
-            scale=scale,
-            mask=sees,
-            schedule="gather",
-            queries="sharded",
-            keys="sharded",
-        )
+            "self-attention", q, k, v, scale=scale, mask=sees, schedule="gather",
+            queries="sharded", keys="sharded",
+        )  # fmt: skip
 
 
 def positions(batch: dict[str, Any]) -> Tensor:

@@ -46,9 +46,9 @@ class ExchangeBase:
         self.rotations: list[Any] = []
         self.kept: list[Kept] = []
 
-    def take(self, kind: Hashable, nbytes: int, make: Callable[[int], Any]) -> Any:
-        """Return a buffer from the layout's pool, of at least `nbytes`, until `give_back`."""
-        self.kept.append(self.layout.pool.take(kind, nbytes, make))
+    def take(self, kind: Hashable, size: int, make: Callable[[int], Any]) -> Any:
+        """Return a buffer from the layout's pool, of at least `size` bytes, until `give_back`."""
+        self.kept.append(self.layout.pool.take(kind, size, make))
         return self.kept[-1].buffer
 
     def give_back(self) -> None:

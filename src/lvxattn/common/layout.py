@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from math import isclose
+from operator import index
 from typing import Any, Self
 
 from lvxattn.common.handshake import (
@@ -26,7 +27,7 @@ from lvxattn.common.handshake import (
 )
 from lvxattn.common.masks import MaskView
 from lvxattn.common.pool import Pool
-from lvxattn.common.rules import Rule, same_rule, visible_parts
+from lvxattn.common.rules import Rule, check_sendable, same_rule, visible_parts
 from lvxattn.common.validation import (
     Communicator,
     accumulator,
@@ -38,6 +39,7 @@ from lvxattn.common.validation import (
     is_array,
     library,
     on_rank,
+    raise_lowest,
 )
 
 Array = Any
@@ -81,8 +83,6 @@ class Layout:
         By rank, the name of its host; empty if it was not agreed on by ranks.
     pool : Pool
         Buffers for messages, kept from call to call.
-    agreed : bool
-        Whether ranks have compared it: not yet after `with_queries`.
 
     Examples
     --------
@@ -120,7 +120,6 @@ class Layout:
     keys: str = "sharded"
     gradients: str = "qkv"
     pool: Pool = field(default_factory=Pool, compare=False, repr=False)
-    agreed: bool = field(default=True, compare=False, repr=False)
 
     @classmethod
     def agree(
@@ -178,7 +177,8 @@ class Layout:
         Returns
         -------
         Layout
-            Valid for any call on any arrays of these shapes and this dtype.
+            Valid for any call on any arrays of these shapes and this dtype; for one at a time, as
+            calls share its buffers.
 
         Raises
         ------
@@ -218,17 +218,20 @@ class Layout:
             machine=first.machine,
         )
 
-    def with_queries(self, s_q: int | Sequence[int], *, rule: Rule | None = None) -> Self:
-        """Return the layout for other numbers of queries, and the same keys.  Not collective.
+    def with_queries(
+        self, s_q: int | Sequence[int], comm: Communicator, *, rule: Rule | None = None
+    ) -> Self:
+        """Return the layout for other numbers of queries, and the same keys, as text grows.
 
-        For text that grows while keys stay: nothing is sent, and buffers are shared.  Every rank
-        must call this with the same arguments: the first call by the layout compares them, by a
-        small all-gather, and raises a ValueError on all ranks alike.
+        Collective: every rank of comm calls this, with the same arguments, which a small all-gather
+        compares.  Both layouts share their buffers.
 
         Parameters
         ----------
         s_q : int or sequence of int
             Numbers of queries, by rank; one number where queries are replicated.
+        comm : communicator
+            That of the layout.
         rule : Rule, optional
             Every rank's mask from now on, if that is a `Rule`.  Default: those agreed on.
 
@@ -240,7 +243,7 @@ class Layout:
         Raises
         ------
         ValueError, TypeError
-            On this rank only.
+            On every rank alike.
 
         Examples
         --------
@@ -249,44 +252,58 @@ class Layout:
         >>> def decode(comm):
         ...     q, kv = np.ones((1, 4, 6, 8)), np.ones((1, 2, 100, 8))
         ...     prompt = Layout.agree(q, kv, kv, comm, queries="replicated")
-        ...     token = prompt.with_queries(1)
+        ...     token = prompt.with_queries(1, comm)
         ...     how = {"queries": "replicated", "layout": token}
         ...     return cross_attention(q[:, :, :1], kv, kv, comm, **how)[0].shape
         >>> run_ranks(2, decode)
         [(1, 4, 1, 8), (1, 4, 1, 8)]
         """
+        found: Self | Exception
         try:
-            lengths = _lengths(s_q, self.size, self.queries)
-            S_Q = lengths[0] if self.queries == "replicated" else sum(lengths)
-            changes: dict[str, Any] = {}
-            if rule is not None:
-                if not isinstance(rule, Rule):
-                    raise TypeError(f"rule: expected a Rule or None, got {type(rule).__name__}")
-                changes = {"structures": (rule,) * self.size, "rules": (True,) * self.size}
-                changes["masks"] = (None,) * self.size
-            found = replace(self, s_q=lengths, agreed=False, **changes)
-            for agreed in found.structures:
-                if agreed is not None:
-                    agreed.check(S_Q, self.S_KV)
-            rows = [kind[0][-2] for kind in found.masks if kind and len(kind[0]) > 1]
-            if found.way in MASKS_TRAVEL and any(n != 1 for n in rows):
-                raise ValueError(
-                    f"layout: expected array masks of one row for all queries with {found.way!r}, "
-                    f"which sends them, got {max(rows)} rows; agree on a layout for the next mask"
-                )
+            found = self._for_queries(s_q, rule)
         except (TypeError, ValueError) as error:
-            raise on_rank(error, self.rank, self.size) from None
+            found = error
+        return self._compared(found, comm)
+
+    def _for_queries(self, s_q: Any, rule: Any) -> Self:
+        """Return `with_queries` of this rank's arguments, checked.  Not collective."""
+        lengths = _lengths(s_q, self.size, self.queries)
+        S_Q = lengths[0] if self.queries == "replicated" else sum(lengths)
+        changes: dict[str, Any] = {}
+        if rule is not None:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"rule: expected a Rule or None, got {type(rule).__name__}")
+            check_sendable(rule)
+            changes = {"structures": (rule,) * self.size, "rules": (True,) * self.size}
+            changes["masks"] = (None,) * self.size
+        found = replace(self, s_q=lengths, **changes)
+        for structure in found.structures:
+            if structure is not None:
+                structure.check(S_Q, self.S_KV)
+        rows = [kind[0][-2] for kind in found.masks if kind and len(kind[0]) > 1]
+        if found.way in MASKS_TRAVEL and any(n != 1 for n in rows):
+            raise ValueError(
+                f"layout: expected array masks of one row for all queries with {found.way!r}, "
+                f"which sends them, got {max(rows)} rows; agree on a layout for the next mask"
+            )
         return found
 
-    def _compare(self, comm: Communicator) -> None:
-        """Compare with other ranks what `with_queries` was given.  Collective."""
-        first, *_ = found = comm.allgather((self.s_q, self.structures))
-        for rank, given in enumerate(found):
-            for name, expected, got in zip(("s_q", "rule"), first, given, strict=True):
+    def _compared(self, found: Self | Exception, comm: Communicator) -> Self:
+        """Return this rank's layout, or raise, on all ranks, if one has an error or another layout.
+
+        Collective: every rank of comm calls this.
+        """
+        error = found if isinstance(found, Exception) else None
+        mine = error or (found.s_q, found.structures)  # type: ignore[union-attr]
+        gathered = comm.allgather(mine)
+        raise_lowest([x if isinstance(x, Exception) else None for x in gathered])
+        for rank, given in enumerate(gathered):
+            for name, expected, got in zip(("s_q", "rule"), gathered[0], given, strict=True):
                 if got != expected:
-                    error = f"layout: expected rank 0's {name} {expected!r:.99}, got {got!r:.99}"
-                    raise on_rank(ValueError(error), rank, self.size)
-        object.__setattr__(self, "agreed", True)
+                    text = f"{name}: expected rank 0's {expected!r:.99}, got {got!r:.99}"
+                    raise on_rank(ValueError(text), rank, self.size)
+        assert not isinstance(found, Exception)
+        return found
 
     @property
     def way(self) -> str:
@@ -309,9 +326,7 @@ class Layout:
         gradients: str | None = None,
         backward: Backward | None = None,
     ) -> None:
-        """Check that this rank's arguments fit what was agreed.
-
-        Not collective, but for the first check of a layout from `with_queries`.
+        """Check that this rank's arguments fit what was agreed.  Not collective.
 
         Raises
         ------
@@ -367,8 +382,6 @@ class Layout:
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
-        if not self.agreed:
-            self._compare(comm)
 
     @property
     def size(self) -> int:
@@ -413,7 +426,7 @@ class Layout:
         """
         lengths = self.s_kv if self.schedule == "ring" else self.s_q
         everywhere = range(1, self.size)
-        if not self.structures:
+        if not self.structures or self.keys == "replicated":
             return tuple(dict.fromkeys(everywhere, slice(0, length)) for length in lengths)
         found: tuple[dict[int, slice], ...] = tuple({} for _ in lengths)
         for place, owner in enumerate(self.order):
@@ -463,11 +476,17 @@ class Layout:
 def _lengths(s_q: Any, size: int, queries: str) -> tuple[int, ...]:
     """Return the numbers of queries by rank."""
     whole = queries == "replicated"
-    given = (s_q,) * size if whole else tuple(s_q) if isinstance(s_q, Sequence) else ()
-    if len(given) != size or not all(type(n) is int and n >= 0 for n in given):
+    try:
+        given = (s_q,) * size if whole else tuple(s_q)
+        if True in [isinstance(n, bool) for n in given]:
+            raise TypeError
+        lengths = tuple(map(index, given))
+    except TypeError:
+        lengths = ()
+    if len(lengths) != size or min(lengths) < 0:
         expected = "a number of queries" if whole else f"{size} numbers of queries, by rank"
         raise ValueError(f"s_q: expected {expected}, got {s_q!r:.100}")
-    return given
+    return lengths
 
 
 def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:

@@ -1,7 +1,11 @@
 """Buffers that a layout keeps from one call to the next."""
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple
+
+# Bytes up to which a buffer serves for anything smaller.
+SMALL = 4096
 
 
 class Kept(NamedTuple):
@@ -15,8 +19,9 @@ class Kept(NamedTuple):
 class Pool:
     """Free buffers, by kind.
 
-    A buffer serves for any number of bytes up to its size.  Where none is large enough, a new one
-    takes the place of a smaller one, so that there are never more than were in use at once.
+    A buffer serves for half its size and more, and a small one for anything smaller: the largest
+    are not taken for little.  Where none serves, a new one takes the place of a smaller one.  Two
+    threads must not use it at once.  A copy, also a pickled one, is empty.
 
     Parameters
     ----------
@@ -47,18 +52,22 @@ class Pool:
         make : callable
             Makes a buffer of a number of bytes.
         """
-        sizes = [kept.nbytes for kept in self.at_rest.get(kind, [])]
-        if not sizes:
-            return Kept(kind, nbytes, make(nbytes))
-        if max(sizes) >= nbytes:
-            smallest = min(size for size in sizes if size >= nbytes)
-            return self.at_rest[kind].pop(sizes.index(smallest))
-        del self.at_rest[kind][sizes.index(max(sizes))]
-        # An eighth more: text that grows needs more at every step.
-        nbytes += nbytes // 8
+        free = self.at_rest.get(kind, [])
+        by_size = sorted(range(len(free)), key=lambda i: free[i].nbytes)
+        for i in by_size:
+            if nbytes <= free[i].nbytes <= max(2 * nbytes, SMALL):
+                return free.pop(i)
+        if smaller := [i for i in by_size if free[i].nbytes < nbytes]:
+            del free[smaller[-1]]
+            # An eighth more: text that grows needs more at every step.
+            nbytes += nbytes // 8
         return Kept(kind, nbytes, make(nbytes))
 
     def give(self, kept: Kept) -> None:
         """Return a buffer to the pool."""
         if self.keeps:
             self.at_rest.setdefault(kept.kind, []).append(kept)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what makes an empty pool."""
+        return partial(Pool, keeps=self.keeps), ()
