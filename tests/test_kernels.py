@@ -405,6 +405,8 @@ def test_half_precision_scores_are_not_rounded(dtype: str, parts: int) -> None:
         (job(mask="array", mask_dtype=torch.float64), "cpu_flash"),
         (job(mask="callable"), "blocked"),
         (job(D_V=32), "blocked"),
+        (job(backward=True, wanted="q"), "blocked"),
+        (job(backward=True, wanted="kv"), "cpu_flash"),
         (job(s_q=1, s_kv=8192, H=8, H_KV=2), "blocked"),
         (job(s_q=1, s_kv=8192, H=8, H_KV=8), "cpu_flash"),
         (job(s_q=1, s_kv=1024, H=8, H_KV=2), "cpu_flash"),
@@ -439,6 +441,29 @@ def test_half_precision_scores_are_not_rounded(dtype: str, parts: int) -> None:
 )
 def test_auto_chooses_kernel(asked: KernelSpec, kernel: str) -> None:
     assert choose(asked) == kernel
+
+
+@HERE
+@pytest.mark.parametrize("wanted", ["q", "kv", ""])
+def test_only_wanted_gradients(kernel: str, wanted: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, H, s, 8) for H, s in ((4, 7), (2, 40), (2, 40)))
+    given = torch.randn(q.shape), q, k, v, torch.randn(q.shape[:3]) + 4, torch.randn(q.shape[:3])
+    every = block_attention_backward(*given, scale=0.3, kernel=kernel)
+    sums = [torch.ones_like(k), torch.ones_like(v)]
+    for more in ([], sums):
+        found = block_attention_backward(*given, *more, scale=0.3, kernel=kernel, wanted=wanted)
+        assert found[0].shape == q.shape
+        if "q" in wanted:
+            torch.testing.assert_close(found[0], every[0])
+        else:
+            assert not found[0].any()
+        for got, want in zip(found[1:], every[1:], strict=True):
+            if "k" in wanted:
+                torch.testing.assert_close(got, want + 1 if more else want)
+            else:
+                assert got.shape[2] == 0
+    assert all((x == 1).all() for x in sums) is ("k" not in wanted)
 
 
 def test_blocked_skips_tiles_that_a_rule_hides(monkeypatch: pytest.MonkeyPatch) -> None:

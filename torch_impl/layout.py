@@ -62,7 +62,7 @@ class Layout(choose.Layout):
         """Return the layout for the backward of the current forward, or of the one of a number."""
         return replace(self, forward=int(self.forwards.advance()) if number is None else number)
 
-    def with_queries(  # type: ignore[override]
+    def with_queries(
         self, s_q: int | Sequence[int], group: AnyGroup = None, *, rule: Rule | None = None
     ) -> "Layout":
         """Return the layout for other numbers of queries, and the same keys, as text grows.

@@ -293,8 +293,7 @@ class Layout:
 
         Collective: every rank of comm calls this.
         """
-        error = found if isinstance(found, Exception) else None
-        mine = error or (found.s_q, found.structures)  # type: ignore[union-attr]
+        mine: Any = found if isinstance(found, Exception) else (found.s_q, found.structures)
         gathered = comm.allgather(mine)
         raise_lowest([x if isinstance(x, Exception) else None for x in gathered])
         for rank, given in enumerate(gathered):
