@@ -457,6 +457,19 @@ def test_other_queries_that_ranks_do_not_share_raise(
     assert re.search(error, ended.err)
 
 
+def test_other_queries_need_the_layouts_communicator() -> None:
+    layouts = run_ranks(3, lambda comm: Layout.agree(*arrays(), comm))
+    text = "layout: expected the communicator it was agreed on, with this as rank 1 of 3, got rank"
+
+    def fn(comm: VirtualComm) -> None:
+        layouts[1].with_queries([1, 1, 1], comm)
+
+    errors = outcomes(1, fn)
+    assert_same_error(errors, ValueError, f"^{text} 0 of 1")
+    with pytest.raises(TypeError, match=r"^comm: expected a communicator, got NoneType"):
+        layouts[1].with_queries([1, 1, 1], None)  # type: ignore[arg-type]
+
+
 def test_layouts_for_other_queries_share_buffers() -> None:
     def fn(comm: VirtualComm) -> tuple[Layout, Layout]:
         layout = Layout.agree(*arrays(), comm)

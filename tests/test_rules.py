@@ -364,3 +364,21 @@ def test_both_is_what_neither_hides() -> None:
     rule = Segments((3, 3), (3, 3)) & Causal()
     assert isinstance(rule, Both)
     assert (shown(rule, 6, 6) == np.kron(np.eye(2), np.tri(3)).astype(bool)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Segments([2.7, 3.3], [4, 4]), "q_lengths: expected whole numbers, got .2.7, 3.3."),
+        (lambda: Segments((2, 3), 9), "kv_lengths: expected whole numbers, got 9"),
+        (lambda: Segments("33", (4, 5)), "q_lengths: expected whole numbers, got '33'"),
+        (lambda: Causal(1.5), "offset: expected a whole number, got 1.5"),
+    ],
+)
+def test_lengths_and_offsets_are_whole_numbers(make: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=f"^{text}$"):
+        make()
+
+
+def test_lengths_may_be_of_any_library() -> None:
+    assert Segments(np.array([2, 3]), [np.int64(4), 5]) == Segments((2, 3), (4, 5))

@@ -47,7 +47,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     -------
     out : (..., s_q, D_V)
     lse : (..., s_q)
-        The result over both sets of keys.  The arguments are not changed.
+        The result over both sets of keys, both in the dtype of lse.  The arguments are not changed.
 
     Examples
     --------

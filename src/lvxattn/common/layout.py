@@ -243,7 +243,7 @@ class Layout:
         Raises
         ------
         ValueError, TypeError
-            On every rank alike.
+            On every rank alike; on this rank only where comm is not the layout's.
 
         Examples
         --------
@@ -258,6 +258,8 @@ class Layout:
         >>> run_ranks(2, decode)
         [(1, 4, 1, 8), (1, 4, 1, 8)]
         """
+        check_communicator(comm)
+        self._check_ranks(comm)
         found: Self | Exception
         try:
             found = self._for_queries(s_q, rule)
@@ -338,11 +340,7 @@ class Layout:
             check_mask_rows(mask, self.S_Q)
             if backward is not None:
                 check_backward(q, v, *backward)
-            if (comm.rank, comm.size) != (self.rank, self.size):
-                raise ValueError(
-                    "layout: expected the communicator it was agreed on, with this as rank "
-                    f"{self.rank} of {self.size}, got rank {comm.rank} of {comm.size}"
-                )
+            self._check_ranks(comm)
             gradients = self.gradients if gradients is None else gradients
             for name, given in (("queries", queries), ("keys", keys), ("gradients", gradients)):
                 if given != getattr(self, name):
@@ -381,6 +379,13 @@ class Layout:
                 )
         except (TypeError, ValueError) as error:
             raise on_rank(error, comm.rank, comm.size) from None
+
+    def _check_ranks(self, comm: Communicator) -> None:
+        if (comm.rank, comm.size) != (self.rank, self.size):
+            raise ValueError(
+                "layout: expected the communicator it was agreed on, with this as rank "
+                f"{self.rank} of {self.size}, got rank {comm.rank} of {comm.size}"
+            )
 
     @property
     def size(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from itertools import accumulate, pairwise
+from operator import index
 from typing import Any, Self
 
 from lvxattn.common.rules import Rule
@@ -28,8 +29,8 @@ class Segments(Rule):
 
     Raises
     ------
-    ValueError
-        Numbers of documents differ, or a length is negative.
+    ValueError, TypeError
+        Numbers of documents differ, or a length is negative or not a whole number.
 
     Examples
     --------
@@ -50,7 +51,11 @@ class Segments(Rule):
     def __post_init__(self) -> None:
         """Check the lengths."""
         for name in ("q_lengths", "kv_lengths"):
-            lengths = tuple(int(n) for n in getattr(self, name))
+            given = getattr(self, name)
+            try:
+                lengths = tuple(index(n) for n in given)
+            except TypeError:
+                raise TypeError(f"{name}: expected whole numbers, got {given!r:.100}") from None
             if any(n < 0 for n in lengths):
                 raise ValueError(f"{name}: expected lengths of 0 or more, got {min(lengths)}")
             object.__setattr__(self, name, lengths)
@@ -197,6 +202,13 @@ class Causal(Rule):
     """
 
     offset: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the offset."""
+        try:
+            index(self.offset)
+        except TypeError:
+            raise TypeError(f"offset: expected a whole number, got {self.offset!r:.100}") from None
 
     def __call__(self, b: Array, h: Array, q_index: Array, kv_index: Array) -> Array:  # noqa: ARG002
         """Return whether queries see keys."""
