@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.network_report import SMALL, markdown
+from lvxattn import reference
+from lvxattn.reference import Segments
 from tests.launch import mpiexec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -31,6 +33,29 @@ def test_stored_report_of_decoding_matches_its_measurements(
     monkeypatch.syspath_prepend(BENCHMARKS)
     measured = json.loads((RESULTS / "decode.json").read_text())
     assert import_module("decode").markdown(measured) == (RESULTS / "decode.md").read_text()
+
+
+def test_stored_report_of_rules_matches_its_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measured = json.loads((RESULTS / "rules.json").read_text())
+    assert import_module("rules").markdown(measured) == (RESULTS / "rules.md").read_text()
+
+
+def test_a_rule_s_cost_and_bytes_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    rules = import_module("rules")
+    texts, images = (3, 5, 4), (30, 20, 40)
+    rule = Segments(texts, images)
+    found = rules.measure_rule(reference, rule, sum(texts), sum(images), rounds=1)
+    assert found["visible"] == pytest.approx((90 + 100 + 160) / (12 * 90))
+    assert [len(found[name]) for name in ("forward", "with backward")] == [2, 2]
+    known = {"visible": 0.25, "forward": [[2.0], [0.6]]}
+    assert rules.ratio(known, "forward") == pytest.approx(1.2)
+    for schedule in ("lv-xattn", "ring"):
+        with_it, without = rules.sent(rule, sum(texts), sum(images), schedule)
+        assert 0 < with_it < without
 
 
 @pytest.mark.mpi
