@@ -6,6 +6,7 @@ the last two.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mpi4py import MPI
 
 from lvxattn.common.masks import MaskRule
 from lvxattn.common.meter import Meter
+from lvxattn.common.pool import Pool
 from lvxattn.common.validation import instead_of
 from lvxattn.plan.choose import Layout
 
@@ -116,6 +118,7 @@ def cross_attention(
                 keys=keys,
                 check=lambda: check_arrays(q),  # called there, so that all ranks raise its error
             )  # fmt: skip
+        layout = replace(layout, pool=Pool(keeps=False))  # for this call only
     else:
         layout.check(q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys)
     forward, _ = SCHEDULE_FUNCTIONS[layout.way]
@@ -204,6 +207,7 @@ def cross_attention_backward(
                 keys=keys, gradients="qkv" if gradients is None else gradients, backward=results,
                 check=lambda: check_arrays(q),
             )  # fmt: skip
+        layout = replace(layout, pool=Pool(keeps=False))  # for this call only
     else:
         layout.check(
             q, k, v, comm, scale=scale, mask=mask, queries=queries, keys=keys,
