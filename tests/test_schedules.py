@@ -211,3 +211,16 @@ def test_keys_of_both_kinds_under_one_softmax(P: int) -> None:
 
     for results in reference.run_ranks(P, fn):
         assert max(worst_ratios(truth, results, fp64=True).values()) <= 1
+
+
+def test_no_gradients_at_all_are_refused() -> None:
+    problem = Case("none wanted").make()
+
+    def fn(comm: reference.VirtualComm) -> None:
+        part = problem.part(comm.rank, 2)
+        given = part["q"], part["k"], part["v"]
+        results = reference.cross_attention(*given, comm)
+        reference.cross_attention_backward(part["dout"], *given, *results, comm, gradients="")
+
+    with pytest.raises(ValueError, match=r"^gradients: expected one of .*, got '' \(on rank 0"):
+        reference.run_ranks(2, fn)
