@@ -19,6 +19,8 @@ from lvxattn.plan.choose import Layout
 from .block_attention import delta_of
 from .exchange import Exchange
 from .gather import gather, gather_backward
+from .grid import grid as grid_attention
+from .grid import grid_backward
 from .lv_xattn import lv_xattn, lv_xattn_backward
 from .merge import lse_of, lse_remainder_of
 from .replicated import (
@@ -44,6 +46,7 @@ SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
     "ring": (ring_attention, ring_attention_backward),
     "ulysses": (ulysses, ulysses_backward),
     "gather": (gather, gather_backward),
+    "grid": (grid_attention, grid_backward),
     "replicated": (replicated_queries, replicated_queries_backward),
     "replicated keys": (replicated_keys, replicated_keys_backward),
 }

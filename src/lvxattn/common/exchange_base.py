@@ -18,6 +18,7 @@ GRADIENTS_TRAVEL = {
     "ring": "kv",
     "replicated keys": "kv",
     "ulysses": "qkv",
+    "grid": "qkv",
 }
 
 
@@ -79,14 +80,17 @@ class ExchangeBase:
     def post(self) -> None:
         """Start the transfers whose blocks are here, in the order of their arrival.
 
-        All ranks keep one order, by stop and then by rotation: NCCL requires it, and with any
+        All ranks keep one order, by time and then by rotation: NCCL requires it, and with any
         transport a transfer then waits for none that comes after it.
         """
         while due := [
-            (rotation.due[0], i) for i, rotation in enumerate(self.rotations) if rotation.due
+            (rotation.time(rotation.due[0]), i)
+            for i, rotation in enumerate(self.rotations)
+            if rotation.due
         ]:
-            stop, i = min(due)
+            _, i = min(due)
             rotation = self.rotations[i]
+            stop = rotation.due[0]
             legs = rotation.arriving[stop]
             if not all(leg.start in rotation.loaded for leg in legs):
                 return
@@ -133,12 +137,13 @@ class RotationBase:
 
     def __init__(self, layout: Layout, kind: Kind) -> None:
         self.layout, self.kind = layout, kind
+        self.size = len(layout.ring(kind.side))
         self.comes: dict[int, Leg] = {}
         self.leaves: dict[int, Leg] = {}
-        for hop in range(layout.size + 1):
-            owner = layout.owner(hop)
-            stops = layout.stops[owner]
-            way = (0, *stops) if kind.tag == BLOCKS else (*stops, layout.size)
+        for hop in range(self.size + 1):
+            owner = self.owner(hop)
+            stops = layout.stops(kind.side, owner)
+            way = (0, *stops) if kind.tag == BLOCKS else (*stops, self.size)
             if hop not in way or not kind.fields(layout, owner):
                 continue
             at = way.index(hop)
@@ -154,12 +159,13 @@ class RotationBase:
         self.receiving: dict[int, Any] = {}
 
     def _leg(self, owner: int, way: tuple[int, ...], at: int) -> Leg:
-        layout = self.layout
-        length = (layout.s_kv if layout.schedule == "ring" else layout.s_q)[owner]
+        layout, side = self.layout, self.kind.side
+        length = (layout.s_kv if side == "keys" else layout.s_q)[owner]
         rows = slice(0, length)
         if layout.structures:
             stops = way[at + 1 :] if self.kind.tag == BLOCKS else way[: at + 1]
-            needed = [layout.stops[owner][hop] for hop in stops]
+            rows_of = layout.stops(side, owner)
+            needed = [rows_of[hop] for hop in stops]
             rows = slice(min(x.start for x in needed), max(x.stop for x in needed))
         return Leg(owner, way[at], way[at + 1], rows, rows == slice(0, length))
 
@@ -175,13 +181,31 @@ class RotationBase:
         """Return the number of bytes that travel."""
         return nbytes(self.fields(leg))
 
+    def owner(self, hop: int) -> int:
+        """Return the owner of the block that is here after `hop` hops."""
+        return self.layout.owner(hop, self.kind.side)
+
     def source(self, leg: Leg) -> int:
         """Return the rank from which a block comes here."""
-        return self.layout.owner(leg.stop - leg.start)
+        return self.owner(leg.stop - leg.start)
 
     def dest(self, leg: Leg) -> int:
         """Return the rank to which a block leaves from here."""
-        return self.layout.owner(leg.start - leg.stop)
+        return self.owner(leg.start - leg.stop)
+
+    def time(self, stop: int) -> int:
+        """Return a number by which all transfers of a pass are in the order of the schedule.
+
+        Queries and keys set out together; the next keys are passed on when all queries have come;
+        results for queries set out while the last keys are here, and theirs end the pass.
+        """
+        a, b = self.layout.shape
+        last = a + b - 3  # that of the last keys
+        if self.kind.side == "queries":
+            return stop if self.kind.tag == BLOCKS or b == 1 else last + stop
+        if self.kind.tag != BLOCKS and stop == b:
+            return last + a
+        return 1 if stop == 1 else a - 2 + stop
 
     def awaited(self, leg: Leg) -> Block:
         """Return the block that comes here."""

@@ -35,14 +35,14 @@ Array = Any
 MaskKind = tuple[tuple[int, ...], str] | None
 Backward = tuple[Array, Array, Array, Array | None]
 
-SCHEDULES = ("lv-xattn", "ring", "ulysses", "gather")
+SCHEDULES = ("lv-xattn", "ring", "grid", "ulysses", "gather")
 AUTO = "auto"
 # How the queries, and the keys, are distributed: cut over the ranks, or whole on every rank.
 SPREADS = ("sharded", "replicated")
 # The arguments whose gradients are computed.
 GRADIENTS = ("qkv", "q", "kv")
 # A rank works on other ranks' keys: array masks travel, and callables must be the same.
-MASKS_TRAVEL = ("ring", "ulysses")
+MASKS_TRAVEL = ("ring", "grid", "ulysses")
 
 # Elements of q, k and v from which it is checked that the host has room for the call.
 LARGE = 2**22
@@ -59,6 +59,7 @@ EQUAL_ON_ALL_RANKS = {
     "schedule": "schedule",
     "queries": "queries",
     "keys": "keys",
+    "grid": "grid",
     "library": "q",
     "device": "q",
     "call": "call",
@@ -88,6 +89,7 @@ class Record:
     queries: str
     keys: str
     gradients: str
+    grid: tuple[int, int] | None
     library: str
     device: str
     call: str
@@ -109,6 +111,7 @@ def agree_on(
     queries: str = "sharded",
     keys: str = "sharded",
     gradients: str = "qkv",
+    grid: tuple[int, int] | None = None,
     call: str = "forward",
     machine: Any = None,
     check: Callable[[], object] | None = None,
@@ -119,7 +122,8 @@ def agree_on(
 
     Parameters
     ----------
-    q, k, v, comm, schedule, scale, mask, backward, queries, keys, gradients, machine, check
+    q, k, v, comm, schedule, scale, mask, backward, queries, keys, gradients, grid, machine,
+    check
         As given to `Layout.agree`.
     call : str
         Describes the call; must be equal on all ranks.
@@ -144,6 +148,7 @@ def agree_on(
         _check_spreads(queries, keys)
         if gradients not in GRADIENTS:
             raise ValueError(f"gradients: expected one of {GRADIENTS}, got {gradients!r}")
+        _check_grid(grid, schedule, comm.size)
         B, H, s_q, D = q.shape
         mine = Record(
             host=getattr(comm, "host", None) or socket.gethostname(),
@@ -163,6 +168,7 @@ def agree_on(
             queries=queries,
             keys=keys,
             gradients=gradients,
+            grid=None if grid is None else (grid[0], grid[1]),
             library=library(q),
             device=device_kind(q),
             call=call,
@@ -198,6 +204,16 @@ def _check_spreads(queries: str, keys: str) -> None:
             "keys: expected 'sharded' where queries are 'replicated', got 'replicated': every rank "
             "would compute the same"
         )
+
+
+def _check_grid(grid: Any, schedule: str, P: int) -> None:
+    if grid is None:
+        return
+    if schedule != "grid":
+        raise ValueError(f"grid: expected none with schedule {schedule!r}, got {grid!r}")
+    numbers = isinstance(grid, tuple | list) and all(type(n) is int and n > 0 for n in grid)
+    if not numbers or len(grid) != 2 or grid[0] * grid[1] != P:
+        raise ValueError(f"grid: expected two numbers whose product is P = {P}, got {grid!r}")
 
 
 def _check_machine(machine: Any) -> None:

@@ -75,6 +75,8 @@ class Layout:
     gradients : str
         The arguments whose gradients a backward computes, if only on one rank: ``"qkv"``, ``"q"``
         or ``"kv"``.
+    grid : (int, int) or None
+        With ``"grid"``, the numbers of ranks that queries, and that keys, move among.
     machine : lvxattn.plan.Machine or None
         The machine for which a schedule was chosen.
     stamp_nbytes : int
@@ -119,6 +121,7 @@ class Layout:
     structures: tuple[Rule | None, ...] = ()
     keys: str = "sharded"
     gradients: str = "qkv"
+    grid: tuple[int, int] | None = None
     pool: Pool = field(default_factory=Pool, compare=False, repr=False)
 
     @classmethod
@@ -135,6 +138,7 @@ class Layout:
         queries: str = "sharded",
         keys: str = "sharded",
         gradients: str = "qkv",
+        grid: tuple[int, int] | None = None,
         machine: Any = None,
         backward: Backward | None = None,
         check: Callable[[], object] | None = None,
@@ -167,6 +171,9 @@ class Layout:
         gradients : str
             The arguments whose gradients a backward computes: ``"qkv"``, ``"q"`` (keys and values
             are frozen) or ``"kv"`` (queries are).  Those that any rank wants count.
+        grid : (int, int), optional
+            With ``"grid"``, the numbers of ranks that queries, and that keys, move among; their
+            product is P.  Default: the one that sends the fewest bytes.
         machine : lvxattn.plan.Machine, optional
             The machine for which ``"auto"`` minimizes time; that of rank 0 counts.
         backward : (dout, out, lse, dlse), optional
@@ -190,7 +197,8 @@ class Layout:
         call = "forward" if backward is None else "backward"
         records = agree_on(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            gradients=gradients, machine=machine, backward=backward, call=call, check=check,
+            gradients=gradients, grid=grid, machine=machine, backward=backward, call=call,
+            check=check,
         )  # fmt: skip
         return cls.of(records, comm.rank)
 
@@ -417,47 +425,72 @@ class Layout:
         """The rank that this rank receives from."""
         return self.owner(1)
 
-    def owner(self, hop: int) -> int:
-        """Return the owner of the block that is here after `hop` hops; this rank after 0 or P."""
-        return self.order[(self.order.index(self.rank) - hop) % self.size]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of ranks that queries, and that keys, move among."""
+        if self.schedule == "ring":
+            return 1, self.size
+        return self.grid or (self.size, 1)
+
+    def ring(self, side: str, rank: int | None = None) -> tuple[int, ...]:
+        """Return the ranks round which a rank's queries, or keys, move: its column, or its row."""
+        place, (a, _) = self.order.index(self.rank if rank is None else rank), self.shape
+        column = place - place % a
+        return self.order[column : column + a] if side == "queries" else self.order[place % a :: a]
+
+    def owner(self, hop: int, side: str = "") -> int:
+        """Return the owner of the block that is here after `hop` hops; this rank after all."""
+        ring = self.ring(side or ("keys" if self.schedule == "ring" else "queries"))
+        return ring[(ring.index(self.rank) - hop) % len(ring)]
 
     @cached_property
-    def stops(self) -> tuple[dict[int, slice], ...]:
-        """By owner, the hops after which its travelling block stops, and the rows needed there.
+    def _stops(self) -> dict[tuple[str, int], dict[int, slice]]:
+        """What `stops` has returned."""
+        return {}
 
-        Rows of lv-xattn's queries, or of the ring's keys: all of them, on every rank, without a
+    def stops(self, side: str, owner: int) -> dict[int, slice]:
+        """Return the hops after which an owner's block stops, and the rows needed there.
+
+        Rows of its queries, or of its keys: all of them, on every rank of its ring, without a
         `Rule`; else from the first to the last that meets something visible.
         """
-        lengths = self.s_kv if self.schedule == "ring" else self.s_q
-        everywhere = range(1, self.size)
+        if (side, owner) not in self._stops:
+            self._stops[side, owner] = self._find_stops(side, owner)
+        return self._stops[side, owner]
+
+    def _find_stops(self, side: str, owner: int) -> dict[int, slice]:
+        ring = self.ring(side, owner)
+        length = (self.s_q if side == "queries" else self.s_kv)[owner]
+        everywhere = range(1, len(ring))
         if not self.structures or self.keys == "replicated":
-            return tuple(dict.fromkeys(everywhere, slice(0, length)) for length in lengths)
-        found: tuple[dict[int, slice], ...] = tuple({} for _ in lengths)
-        for place, owner in enumerate(self.order):
-            for hop in everywhere:
-                rows = self._needed(owner, self.order[(place + hop) % self.size])
-                if rows is not None:
-                    found[owner][hop] = rows
+            return dict.fromkeys(everywhere, slice(0, length))
+        place, found = ring.index(owner), {}
+        for hop in everywhere:
+            rows = self._needed(side, owner, ring[(place + hop) % len(ring)])
+            if rows is not None:
+                found[hop] = rows
         return found
 
-    def _needed(self, owner: int, rank: int) -> slice | None:
+    def _needed(self, side: str, owner: int, rank: int) -> slice | None:
         """Return the rows of an owner's travelling block that meet something visible on a rank."""
-        keys_travel = self.schedule == "ring"
-        q_owner, kv_owner = (rank, owner) if keys_travel else (owner, rank)
-        rule, length = self.structures[kv_owner], (self.s_kv if keys_travel else self.s_q)[owner]
-        if rule is None:
-            return slice(0, length)
-        q_start, kv_start = sum(self.s_q[:q_owner]), sum(self.s_kv[:kv_owner])
-        rows = slice(q_start, q_start + self.s_q[q_owner])
-        keys = slice(kv_start, kv_start + self.s_kv[kv_owner])
-        parts = [
-            (its_keys if keys_travel else its_rows)
-            for its_rows, its_keys, _ in visible_parts(rule, rows, keys, every_edge=True)
-        ]
-        start = kv_start if keys_travel else q_start
+        queries = side == "queries"
+        length, parts = (self.s_q if queries else self.s_kv)[owner], []
+        for other in self.ring("keys" if queries else "queries", rank):
+            q_owner, kv_owner = (owner, other) if queries else (other, owner)
+            rule = self.structures[kv_owner]
+            if rule is None:
+                return slice(0, length)
+            rows, keys = (
+                slice(sum(lengths[:of]), sum(lengths[: of + 1]))
+                for lengths, of in ((self.s_q, q_owner), (self.s_kv, kv_owner))
+            )
+            start = (rows if queries else keys).start
+            for its_rows, its_keys, _ in visible_parts(rule, rows, keys, every_edge=True):
+                part = its_rows if queries else its_keys
+                parts.append(slice(part.start - start, part.stop - start))
         if not parts:
             return None
-        return slice(min(x.start for x in parts) - start, max(x.stop for x in parts) - start)
+        return slice(min(x.start for x in parts), max(x.stop for x in parts))
 
     def view(self, mask: Any, q_owner: int, kv_owner: int) -> MaskView:
         """Return the mask of `kv_owner`'s keys as it applies to `q_owner`'s queries."""

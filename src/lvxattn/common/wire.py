@@ -89,6 +89,8 @@ class Kind:
     name : str
         With "{}" for the owner's rank.
     tag : int
+    side : str
+        Of ``"queries"`` or of ``"keys"``: round which ring it moves.
     fields : callable
         ``fields(layout, owner)`` returns the arrays of the block of rank `owner`; [] if nobody
         wants them, and then nothing travels.
@@ -98,6 +100,7 @@ class Kind:
 
     name: str
     tag: int
+    side: str
     fields: Callable[[Layout, int], list[Field]]
     fill: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
@@ -140,15 +143,16 @@ def _key_gradients(layout: Layout, owner: int) -> list[Field]:
     return [Field((*rows, width), layout.accumulator) for width in (layout.D, layout.D_V)]
 
 
-QUERIES = Kind("the queries of rank {}", BLOCKS, _queries)
-PARTIALS = Kind("the results for rank {}'s queries", RESULTS, _partials, fill=(0.0, -inf, 0.0))
-QUERY_BLOCKS = Kind(QUERIES.name, BLOCKS, _query_blocks)
-QUERY_GRADIENTS = Kind(PARTIALS.name, RESULTS, _query_gradients)
-KEYS_VALUES = Kind("the keys and values of rank {}", BLOCKS, _keys_values)
-KEY_GRADIENTS = Kind("the gradients of rank {}'s keys and values", RESULTS, _key_gradients)
+QUERIES = Kind("the queries of rank {}", BLOCKS, "queries", _queries)
+PARTIALS = Kind("the results for rank {}'s queries", RESULTS, "queries", _partials, fill=(0.0, -inf, 0.0))
+QUERY_BLOCKS = Kind(QUERIES.name, BLOCKS, "queries", _query_blocks)
+QUERY_GRADIENTS = Kind(PARTIALS.name, RESULTS, "queries", _query_gradients)
+KEYS_VALUES = Kind("the keys and values of rank {}", BLOCKS, "keys", _keys_values)
+KEY_GRADIENTS = Kind("the gradients of rank {}'s keys and values", RESULTS, "keys", _key_gradients)
 
 # What travels round the ring, by schedule, and what follows it.
 NAMES = {
     "lv-xattn": (QUERIES.name, PARTIALS.name),
     "ring": (KEYS_VALUES.name, KEY_GRADIENTS.name),
+    "grid": (QUERIES.name, PARTIALS.name),
 }

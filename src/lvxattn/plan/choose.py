@@ -46,10 +46,12 @@ class Layout(common.Layout):
         """
         layout = super().of(records, rank)
         if layout.schedule == AUTO:
-            schedule = SCHEDULES[0]  # of replicated queries or keys, which none moves
+            best = Candidate(SCHEDULES[0], 0, 0, None, "")  # no schedule moves what is replicated
             if layout.way == layout.schedule:
-                schedule = candidates(layout, layout.machine)[0].schedule
-            layout = replace(layout, schedule=schedule)
+                best = candidates(layout, layout.machine)[0]
+            layout = replace(layout, schedule=best.schedule, grid=best.grid)
+        elif layout.way == "grid" and layout.grid is None:
+            layout = replace(layout, grid=best_grid(layout, layout.machine).grid)
         if any(r.free is not None for r in records):
             backward = records[0].call == "backward"
             needs = call_memory(layout, backward=backward)
@@ -70,6 +72,8 @@ class Candidate:
         None without a machine.
     refused : str
         Why the schedule cannot be used; empty if it can.
+    grid : (int, int) or None
+        Of ``"grid"``.
     """
 
     schedule: str
@@ -77,6 +81,7 @@ class Candidate:
     nbytes: int
     seconds: float | None
     refused: str
+    grid: tuple[int, int] | None = None
 
 
 def candidates(layout: common.Layout, machine: Machine | None = None) -> list[Candidate]:
@@ -102,12 +107,36 @@ def candidates(layout: common.Layout, machine: Machine | None = None) -> list[Ca
     >>> [(c.schedule, c.nbytes) for c in candidates(layout)][:2]
     [('lv-xattn', 350208), ('gather', 350208)]
     """
-    found = [_candidate(replace(layout, schedule=s), machine) for s in SCHEDULES]
+    found = [
+        best_grid(layout, machine)
+        if s == "grid"
+        else _candidate(replace(layout, schedule=s, grid=None), machine)
+        for s in SCHEDULES
+    ]
+    return sorted(found, key=_cost)
 
-    def rank(c: Candidate) -> tuple[bool, float, int]:
-        return bool(c.refused), c.nbytes if c.seconds is None else c.seconds, c.messages
 
-    return sorted(found, key=rank)
+def best_grid(layout: common.Layout, machine: Machine | None = None) -> Candidate:
+    """Return the cost of the best of all grids.  Not collective.
+
+    Parameters
+    ----------
+    layout, machine
+        As given to `candidates`.
+    """
+    P = layout.size
+    return min(
+        (
+            _candidate(replace(layout, schedule="grid", grid=(a, P // a)), machine)
+            for a in range(P, 0, -1)
+            if P % a == 0
+        ),
+        key=_cost,
+    )
+
+
+def _cost(c: Candidate) -> tuple[bool, float, int]:
+    return bool(c.refused), c.nbytes if c.seconds is None else c.seconds, c.messages
 
 
 def explain(layout: common.Layout) -> str:
@@ -163,7 +192,9 @@ def _candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
     if machine is not None:
         seconds = sum(play(layout, machine, backward=b).seconds for b in (False, True))
     nbytes = max(sum(message.nbytes for message in sent) for sent in by_rank)
-    return Candidate(layout.schedule, max(map(len, by_rank)), nbytes, seconds, "")
+    return Candidate(
+        layout.schedule, max(map(len, by_rank)), nbytes, seconds, "", layout.grid
+    )
 
 
 def unlike_ranks(layout: common.Layout) -> list[int]:
@@ -181,7 +212,7 @@ def unlike_ranks(layout: common.Layout) -> list[int]:
     -------
     list of int
     """
-    if layout.structures:
+    if layout.structures or layout.way == "grid":
         return list(layout.order)
     shares = list(zip(layout.s_q, layout.s_kv, layout.masks, strict=True))
     order = layout.order

@@ -282,6 +282,57 @@ def _ring(blocks: Blocks) -> Iterator[Step]:
             yield Join(blocks.key_gradients(rank))
 
 
+def _grid(blocks: Blocks) -> Iterator[Step]:
+    layout, P, rank = blocks.layout, blocks.layout.size, blocks.layout.rank
+    there, back = (QUERY_BLOCKS, QUERY_GRADIENTS) if blocks.backward else (QUERIES, PARTIALS)
+    queries, keys = RotationBase(layout, there), RotationBase(layout, KEYS_VALUES)
+    results, gradients = RotationBase(layout, back), RotationBase(layout, KEY_GRADIENTS)
+    s_q, s_kv, cut = layout.s_q, layout.s_kv, layout.home_cut
+    last, seen = max((0, *keys.comes)), set()
+    if blocks.backward:
+        yield Fill(blocks.key_gradients(rank))
+    yield from _leave(queries, 0, BLOCKS)
+    yield from _leave(keys, 0, "keys")
+    yield Compute(s_q[rank], cut)
+    for key_hop in (0, *keys.comes):
+        owner = keys.owner(key_hop)
+        if key_hop > 0:
+            yield Wait(keys.source(keys.comes[key_hop]), "keys")
+            yield from _leave(keys, key_hop, "keys", packed=False)
+            if blocks.backward:
+                yield Fill(blocks.key_gradients(owner))
+            yield Compute(s_q[rank], s_kv[owner])
+            if not blocks.backward:
+                yield Join(blocks.result(rank))
+        for hop, leg in queries.comes.items():
+            if key_hop == 0:
+                yield Wait(queries.source(leg), BLOCKS, blocks.queries(leg.owner) if last else 0)
+                yield from _leave(queries, hop, BLOCKS, packed=False)
+            yield Compute(s_q[leg.owner], s_kv[owner])
+            if hop in seen:
+                yield Join(blocks.result(leg.owner))
+            seen.add(hop)
+            if key_hop == last:
+                if hop in results.comes:
+                    yield Wait(results.source(results.comes[hop]), RESULTS)
+                    yield Join(blocks.result(leg.owner))
+                yield from _leave(results, hop, RESULTS)
+        if blocks.backward and key_hop > 0:
+            if key_hop in gradients.comes:
+                yield Wait(gradients.source(gradients.comes[key_hop]), "key gradients")
+                yield Join(blocks.key_gradients(owner))
+            yield from _leave(gradients, key_hop, "key gradients")
+    if P > 1:
+        yield Compute(s_q[rank], s_kv[rank] - cut)
+    for rotation, kind, size in (
+        (results, RESULTS, blocks.result(rank)),
+        (gradients, "key gradients", blocks.key_gradients(rank)),
+    ):
+        if rotation.size in rotation.comes and (blocks.backward or rotation is results):
+            yield Wait(rotation.source(rotation.comes[rotation.size]), kind)
+            yield Join(size)
+
+
 def _leave(rotation: RotationBase, hop: int, kind: str, *, packed: bool = True) -> Iterator[Step]:
     """Yield the message with the block that is here at a hop, if it has another stop."""
     if (leg := rotation.leaves.get(hop)) is not None:
@@ -374,6 +425,7 @@ def _scatter(others: list[int], sizes: list[int], unpacked: int = 0) -> Iterator
 _BY_SCHEDULE: dict[str, Callable[[Blocks], Iterator[Step]]] = {
     "lv-xattn": _lv_xattn,
     "ring": _ring,
+    "grid": _grid,
     "ulysses": _ulysses,
     "gather": _gather,
     "replicated": _replicated_queries,
