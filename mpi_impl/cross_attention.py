@@ -21,6 +21,8 @@ from lvxattn.plan.choose import Layout
 from .block_attention import delta_of
 from .exchange import Exchange
 from .gather import gather, gather_backward
+from .grid import grid as grid_attention
+from .grid import grid_backward
 from .lv_xattn import lv_xattn, lv_xattn_backward
 from .merge import lse_of, lse_remainder_of
 from .replicated import (
@@ -47,6 +49,7 @@ SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
     "ring": (ring_attention, ring_attention_backward),
     "ulysses": (ulysses, ulysses_backward),
     "gather": (gather, gather_backward),
+    "grid": (grid_attention, grid_backward),
     "replicated": (replicated_queries, replicated_queries_backward),
     "replicated keys": (replicated_keys, replicated_keys_backward),
 }
@@ -63,6 +66,7 @@ def cross_attention(
     mask: Array | MaskRule | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
+    grid: tuple[int, int] | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array]:
@@ -78,7 +82,7 @@ def cross_attention(
         This rank's queries, keys and values, NumPy's or CuPy's.
     comm : MPI.Intracomm
         Messages use tags 7001, 7002 and 7004 of it.
-    schedule, scale, mask, queries, keys, layout, meter
+    schedule, scale, mask, queries, keys, grid, layout, meter
         As in `lvxattn.reference.cross_attention`.
 
     Returns
@@ -115,7 +119,7 @@ def cross_attention(
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                keys=keys,
+                keys=keys, grid=grid,
                 check=lambda: check_arrays(q),  # called there, so that all ranks raise its error
             )  # fmt: skip
         layout = replace(layout, pool=Pool(keeps=False))  # for this call only
@@ -144,6 +148,7 @@ def cross_attention_backward(
     dlse: Array | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
+    grid: tuple[int, int] | None = None,
     gradients: str | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
@@ -157,7 +162,7 @@ def cross_attention_backward(
     ----------
     dout : (B, H, s_q, D_V)
         Gradient of the loss with respect to this rank's out; cast to q's dtype.
-    q, k, v, comm, schedule, scale, mask, queries, keys, layout, meter
+    q, k, v, comm, schedule, scale, mask, queries, keys, grid, layout, meter
         As given to `cross_attention`.
     out, lse
         As returned by it.
@@ -204,7 +209,7 @@ def cross_attention_backward(
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                keys=keys, gradients="qkv" if gradients is None else gradients, backward=results,
+                keys=keys, grid=grid, gradients="qkv" if gradients is None else gradients, backward=results,
                 check=lambda: check_arrays(q),
             )  # fmt: skip
         layout = replace(layout, pool=Pool(keeps=False))  # for this call only

@@ -63,6 +63,7 @@ def cross_attention(
     mask: AnyArray | MaskRule | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
+    grid: tuple[int, int] | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Array]:
@@ -81,9 +82,10 @@ def cross_attention(
     comm : VirtualComm
     schedule : str
         What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
-        once; ``"ring"``, the keys and values, round a ring; ``"ulysses"``, everything, so that each
-        rank has all rows of a share of the heads (P must divide H_KV); ``"auto"``, the one of these
-        that sends the fewest bytes.  Ignored where `layout` is given, or queries or keys are
+        once; ``"ring"``, the keys and values, round a ring; ``"grid"``, the queries along columns of
+        ranks and the keys along rows; ``"ulysses"``, everything, so that each rank has all rows of
+        a share of the heads (P must divide H_KV); ``"auto"``, the one of these that sends the
+        fewest bytes.  Ignored where `layout` is given, or queries or keys are
         replicated.
     scale : float, optional
         Default: ``1 / sqrt(D)``.
@@ -101,6 +103,9 @@ def cross_attention(
         ``"sharded"``, or ``"replicated"``: every rank passes the same keys and values, all of them,
         to which its own queries attend; their gradients are complete on every rank.  For few keys
         and very many queries.
+    grid : (int, int), optional
+        With ``"grid"``, the numbers of ranks that queries, and that keys, move among; their product
+        is P.  Default: the one that sends the fewest bytes, or that of `layout`.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional
@@ -136,7 +141,7 @@ def cross_attention(
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            check=lambda: check_numpy(q),  # called there, so that all ranks raise its error
+            grid=grid, check=lambda: check_numpy(q),  # called there, so that all ranks raise its error
         )  # fmt: skip
     else:
         check_numpy(q)
@@ -164,6 +169,7 @@ def cross_attention_backward(
     dlse: AnyArray | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
+    grid: tuple[int, int] | None = None,
     gradients: str | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
@@ -176,7 +182,7 @@ def cross_attention_backward(
     ----------
     dout : (B, H, s_q, D_V)
         Gradient of the loss with respect to this rank's out.
-    q, k, v, comm, schedule, scale, mask, queries, keys, layout, meter
+    q, k, v, comm, schedule, scale, mask, queries, keys, grid, layout, meter
         As given to `cross_attention`.
     out, lse
         As returned by it.
@@ -222,7 +228,7 @@ def cross_attention_backward(
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            gradients="qkv" if gradients is None else gradients, backward=results,
+            grid=grid, gradients="qkv" if gradients is None else gradients, backward=results,
             check=lambda: check_numpy(q),
         )  # fmt: skip
     else:

@@ -1,9 +1,9 @@
 r"""Grid: queries travel along columns of ranks, keys along rows.
 
-LV-XAttn and Ring Attention are the ends of one family.  P = a b ranks stand in a grid: queries visit
-the a ranks of their column, keys and values the b ranks of their row, so that every block of queries
-meets every block of keys on one rank.  a = P is LV-XAttn, b = P is Ring Attention; between them a
-rank sends less than either where neither side is short.  a = 2, b = 3:
+LV-XAttn and Ring Attention are the ends of one family.  P = a b ranks stand in a grid: queries
+visit the a ranks of their column, keys and values the b ranks of their row, so that every block of
+queries meets every block of keys on one rank.  a = P is LV-XAttn, b = P is Ring Attention; between
+them a rank sends less than either where neither side is short.  a = 2, b = 3:
 
                   column 0    column 1    column 2
     row 0         rank 0      rank 2      rank 4        k, v of ranks 0, 2 and 4 go round this row
@@ -92,7 +92,7 @@ def grid(
                 partial = merge_partials(*results[hop], *partial)
             results[hop] = partial
             if key_hop == last:
-                # 5. Merge with the result of the column's ranks before, and send it after the block.
+                # 5. Merge with the result of the ranks before, and send it after the block.
                 if hop in partials.comes:
                     partial = merge_partials(*partial, *partials.receive(hop))
                 partials.send(*partial, hop=hop)
@@ -170,12 +170,12 @@ def grid_backward(
                 dq_block += sums[hop]
             sums[hop] = dq_block
             if key_hop == last:
-                # 5. Add the gradient from the column's ranks before, and send it after the block.
+                # 5. Add the gradient from the ranks before, and send it after the block.
                 if hop in dqs.comes:
                     dq_block += dqs.receive(hop)[0]
                 dqs.send(dq_block, hop=hop)
         if key_hop > 0:
-            # 6. Add the gradients from the row's ranks before, and send them after the keys.
+            # 6. Add the gradients from the ranks before, and send them after the keys.
             if key_hop in dkvs.comes:
                 dk_before, dv_before = dkvs.receive(key_hop)
                 dk_block += dk_before

@@ -14,6 +14,8 @@ from lvxattn.common.validation import on_rank
 
 from .autograd import Attention, Schedule, not_compiled, wanted_of
 from .gather import gather, gather_backward
+from .grid import grid as grid_attention
+from .grid import grid_backward
 from .group import AnyGroup, Group
 from .layout import Layout
 from .lv_xattn import lv_xattn, lv_xattn_backward
@@ -32,6 +34,7 @@ SCHEDULE_FUNCTIONS: dict[str, tuple[Schedule, Schedule]] = {
     "ring": (ring_attention, ring_attention_backward),
     "ulysses": (ulysses, ulysses_backward),
     "gather": (gather, gather_backward),
+    "grid": (grid_attention, grid_backward),
     "replicated": (replicated_queries, replicated_queries_backward),
     "replicated keys": (replicated_keys, replicated_keys_backward),
 }
@@ -58,6 +61,7 @@ def cross_attention(  # type: ignore[misc]
     mask: Tensor | MaskRule | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
+    grid: tuple[int, int] | None = None,
     layout: Layout | None = None,
     return_lse: bool = False,
     meter: Meter | None = None,
@@ -78,7 +82,7 @@ def cross_attention(  # type: ignore[misc]
     group : ProcessGroup or one-dimensional DeviceMesh, optional
         Default: the world, or this process alone where torch.distributed is not initialised.
         Messages use tags 7001 and 7002 of it.
-    schedule, scale, layout
+    schedule, scale, grid, layout
         As in `lvxattn.reference.cross_attention`.
     mask : Tensor or callable, optional
         As there.  It gets no gradient.  On CUDA a bool mask is faster than an additive one, whose
@@ -130,7 +134,7 @@ def cross_attention(  # type: ignore[misc]
     q, k, v = (cast(x, dtype) for x in (q, k, v))
     return attend(
         q, k, v, group, layout, schedule=schedule, scale=scale, mask=mask, queries=queries,
-        keys=keys, return_lse=return_lse, meter=meter,
+        keys=keys, grid=grid, return_lse=return_lse, meter=meter,
     )  # fmt: skip
 
 
@@ -165,6 +169,7 @@ def attend_now(
     mask: Tensor | MaskRule | None,
     queries: str,
     keys: str,
+    grid: tuple[int, int] | None = None,
     return_lse: bool,
     meter: Meter | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -172,7 +177,8 @@ def attend_now(
     if layout is None:
         layout = Layout.agree_once(
             q, k, v, group, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            gradients=gradients_of(q, k, v) or "qkv", call=call_of(q, k, v, return_lse=return_lse),
+            grid=grid, gradients=gradients_of(q, k, v) or "qkv",
+            call=call_of(q, k, v, return_lse=return_lse),
         )  # fmt: skip
     else:
         layout.check(q, k, v, group, scale=scale, mask=mask, queries=queries, keys=keys)

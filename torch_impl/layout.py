@@ -128,6 +128,7 @@ class Layout(choose.Layout):
         queries: str = "sharded",
         keys: str = "sharded",
         gradients: str = "qkv",
+        grid: tuple[int, int] | None = None,
         machine: Any = None,
         call: str = "forward",
     ) -> "Layout":
@@ -139,7 +140,7 @@ class Layout(choose.Layout):
 
         Parameters
         ----------
-        q, k, v, group, scale, mask, queries, keys
+        q, k, v, group, scale, mask, queries, keys, grid
             As in `cross_attention`.
         gradients : str
             The arguments whose gradients the backwards of all ranks compute: ``"qkv"``, ``"q"``
@@ -164,7 +165,7 @@ class Layout(choose.Layout):
         """
         layout = Layout.agree_once(
             q, k, v, Group.of(group), schedule=schedule, scale=scale, mask=mask, queries=queries,
-            keys=keys, gradients=gradients, call=call, machine=machine,
+            keys=keys, gradients=gradients, grid=grid, call=call, machine=machine,
         )  # fmt: skip
         return replace(layout, pool=Pool(), record=layout.to_record())
 

@@ -18,7 +18,7 @@ effect, as a print has: they are kept, in the order of the program, on all ranks
 Without a compiler, `autograd.Attention` does the same, and takes callable masks and meters too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ def attention(
     queries: str,
     keys: str,
     gradients: str,
+    grid: Sequence[int] | None,
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the attention, after the ranks have agreed unless a layout's record is given.
@@ -62,7 +63,7 @@ def attention(
 
     Parameters
     ----------
-    q, k, v, mask, schedule, scale, queries, keys
+    q, k, v, mask, schedule, scale, queries, keys, grid
         As given to `cross_attention`; a mask is a tensor.
     layout : (N,), uint8, optional
         A layout's record.
@@ -87,7 +88,7 @@ def attention(
     if layout is None:
         agreed = Layout.agree_once(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            gradients=gradients or "qkv", call=call,
+            gradients=gradients or "qkv", grid=grid, call=call,
         )  # fmt: skip
     else:
         agreed = Layout.of_record(layout)
@@ -182,7 +183,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tu
     wanted = wanted_of(*ctx.needs_input_grad[:3])
     grads = torch.ops.lvxattn.attention_backward(dout, dlse, *ctx.saved_tensors, ctx.group, wanted)
     kept = [x if name in wanted else None for name, x in zip("qkv", grads, strict=True)]
-    return *kept, *[None] * 11
+    return *kept, *[None] * 12
 
 
 def _no_second_derivative(*_: Any) -> None:
@@ -225,13 +226,14 @@ def attend(
     mask: Tensor | None,
     queries: str,
     keys: str,
+    grid: tuple[int, int] | None = None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return `cross_attention` as one operator in a program that is being compiled or exported.
 
     Parameters
     ----------
-    q, k, v, group, layout, schedule, scale, mask, queries, keys, return_lse
+    q, k, v, group, layout, schedule, scale, mask, queries, keys, grid, return_lse
         As given to `cross_attention`.
     """
     name, ranks = Group.in_program(group)
@@ -248,7 +250,7 @@ def attend(
         given, number = layout.record, layout.forwards.advance()
     out, lse, *_ = torch.ops.lvxattn.attention(
         q, k, v, mask, given, number, name, ranks, schedule, scale, queries, keys,
-        gradients, call,
+        gradients, grid, call,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -144,7 +144,9 @@ def _key_gradients(layout: Layout, owner: int) -> list[Field]:
 
 
 QUERIES = Kind("the queries of rank {}", BLOCKS, "queries", _queries)
-PARTIALS = Kind("the results for rank {}'s queries", RESULTS, "queries", _partials, fill=(0.0, -inf, 0.0))
+PARTIALS = Kind(
+    "the results for rank {}'s queries", RESULTS, "queries", _partials, fill=(0.0, -inf, 0.0)
+)
 QUERY_BLOCKS = Kind(QUERIES.name, BLOCKS, "queries", _query_blocks)
 QUERY_GRADIENTS = Kind(PARTIALS.name, RESULTS, "queries", _query_gradients)
 KEYS_VALUES = Kind("the keys and values of rank {}", BLOCKS, "keys", _keys_values)

@@ -192,9 +192,7 @@ def _candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
     if machine is not None:
         seconds = sum(play(layout, machine, backward=b).seconds for b in (False, True))
     nbytes = max(sum(message.nbytes for message in sent) for sent in by_rank)
-    return Candidate(
-        layout.schedule, max(map(len, by_rank)), nbytes, seconds, "", layout.grid
-    )
+    return Candidate(layout.schedule, max(map(len, by_rank)), nbytes, seconds, "", layout.grid)
 
 
 def unlike_ranks(layout: common.Layout) -> list[int]:
