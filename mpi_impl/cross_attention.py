@@ -209,7 +209,8 @@ def cross_attention_backward(
         with watching(comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
                 q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries,
-                keys=keys, grid=grid, gradients="qkv" if gradients is None else gradients, backward=results,
+                keys=keys, grid=grid, gradients="qkv" if gradients is None else gradients,
+                backward=results,
                 check=lambda: check_arrays(q),
             )  # fmt: skip
         layout = replace(layout, pool=Pool(keeps=False))  # for this call only

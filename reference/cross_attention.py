@@ -82,8 +82,8 @@ def cross_attention(
     comm : VirtualComm
     schedule : str
         What travels: ``"lv-xattn"``, the queries, round a ring; ``"gather"``, the queries, all at
-        once; ``"ring"``, the keys and values, round a ring; ``"grid"``, the queries along columns of
-        ranks and the keys along rows; ``"ulysses"``, everything, so that each rank has all rows of
+        once; ``"ring"``, the keys and values, round a ring; ``"grid"``, the queries along columns
+        of ranks, the keys along rows; ``"ulysses"``, everything, so that each rank has all rows of
         a share of the heads (P must divide H_KV); ``"auto"``, the one of these that sends the
         fewest bytes.  Ignored where `layout` is given, or queries or keys are
         replicated.
@@ -141,7 +141,8 @@ def cross_attention(
     if layout is None:
         layout = Layout.agree(
             q, k, v, comm, schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
-            grid=grid, check=lambda: check_numpy(q),  # called there, so that all ranks raise its error
+            grid=grid,
+            check=lambda: check_numpy(q),  # called there, so that all ranks raise its error
         )  # fmt: skip
     else:
         check_numpy(q)
