@@ -17,6 +17,7 @@ MIRRORED = [
     "ring_attention",
     "ulysses",
     "gather",
+    "grid",
     "replicated",
     "collectives",
     "cross_attention",
