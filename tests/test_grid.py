@@ -1,0 +1,130 @@
+"""The grid: exact for every (a, b), its ends are lv-xattn and ring to the byte, and its volume."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lvxattn import reference
+from lvxattn.plan import messages, planned
+from lvxattn.plan.choose import best_grid
+from tests.cases import CASES, MASKS, Case, Problem, random_case
+from tests.judge import worst_ratios
+from tests.naive import Array
+
+
+def grids(P: int) -> list[tuple[int, int]]:
+    return [(a, P // a) for a in range(1, P + 1) if P % a == 0]
+
+
+SHAPES = [shape for P in (1, 2, 3, 4, 6) for shape in grids(P)]
+
+
+def solved(problem: Problem, comm: reference.VirtualComm, **options: Any) -> dict[str, Array]:
+    """Return whole results of a grid."""
+    part = problem.part(comm.rank, comm.size)
+    given = part["q"], part["k"], part["v"]
+    how = {"scale": problem.scale, "mask": part["mask"]}
+    out, lse = reference.cross_attention(*given, comm, schedule="grid", **how, **options)
+    gradients = reference.cross_attention_backward(
+        part["dout"], *given, out, lse, comm, schedule="grid", dlse=part["dlse"], **how, **options
+    )
+    found = zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True)
+    return {name: reference.unshard(x, comm) for name, x in found}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_naive_softmax_and_its_gradients(shape: tuple[int, int]) -> None:
+    P = shape[0] * shape[1]
+    for case in CASES[SHAPES.index(shape) % 5 :: 5]:
+        problem = case.make()
+        truth = problem.truth()
+        for results in reference.run_ranks(P, lambda comm, x=problem: solved(x, comm, grid=shape)):
+            assert max(worst_ratios(problem, results, truth, fp64=True).values()) <= 1, case.name
+
+
+def traffic(problem: Problem, comm: reference.VirtualComm, **options: Any) -> Any:
+    """Return the layout, and messages and bytes of both passes."""
+    part, meters = problem.part(comm.rank, comm.size), (reference.Meter(), reference.Meter())
+    given = part["q"], part["k"], part["v"], comm
+    layout = reference.Layout.agree(*given, mask=part["mask"], **options)
+    how: dict[str, Any] = {"layout": layout, "mask": part["mask"]}
+    out, lse = reference.cross_attention(*given, meter=meters[0], **how)
+    reference.cross_attention_backward(
+        part["dout"], *given[:3], out, lse, comm, meter=meters[1], **how
+    )
+    return layout, [(meter.messages, meter.bytes) for meter in meters]
+
+
+@pytest.mark.parametrize("seed", range(len(MASKS)))
+def test_sends_what_is_planned_and_at_its_ends_what_the_others_send(seed: int) -> None:
+    P = (2, 3, 4, 6)[seed % 4]
+    case = random_case(seed)
+    case = replace(case, dtype="float64", S_Q=case.S_Q % 40, S_KV=case.S_KV % 60, B=1)
+    problem = case.make()
+    hosts = [f"host {rank % 2}" for rank in range(P)]  # the ring is not in rank order
+    sent = {}
+    for options in (
+        *({"schedule": "grid", "grid": shape} for shape in grids(P)),
+        {"schedule": "lv-xattn"}, {"schedule": "ring"},
+    ):  # fmt: skip
+        found = reference.run_ranks(
+            P, lambda comm, o=options: traffic(problem, comm, **o), hosts=hosts
+        )
+        for rank, (layout, counted) in enumerate(found):
+            plans = [messages(layout, rank, backward=b) for b in (False, True)]
+            assert counted == [(len(plan), sum(m.nbytes for m in plan)) for plan in plans]
+        sent[options.get("grid", options["schedule"])] = [counted for _, counted in found]
+    assert sent[P, 1] == sent["lv-xattn"]
+    assert sent[1, P] == sent["ring"]
+
+
+@pytest.mark.parametrize(
+    ("P", "S_Q", "S_KV", "heads", "megabytes"),
+    [
+        (16, 8192, 16384, (32, 32), {4: 88, 16: 190, 1: 252}),
+        (64, 8192, 65536, (32, 8), {8: 51, 64: 199, 1: 264}),
+    ],
+)
+def test_volume_forward(
+    P: int, S_Q: int, S_KV: int, heads: tuple[int, int], megabytes: dict[int, int]
+) -> None:
+    """Of bf16, in MB; of a = P, lv-xattn, and of a = 1, ring."""
+    layout = planned((1, heads[0], S_Q, 128), (1, heads[1], S_KV, 128), P)
+    for a, wanted in megabytes.items():
+        of = replace(layout, schedule="grid", grid=(a, P // a))
+        nbytes = max(sum(m.nbytes for m in messages(of, rank)) for rank in range(P))
+        assert nbytes / 1e6 == pytest.approx(wanted, rel=0.02)
+    assert best_grid(layout).nbytes <= min(
+        sum(
+            m.nbytes
+            for b in (False, True)
+            for m in messages(replace(layout, schedule=s), 0, backward=b)
+        )
+        for s in ("lv-xattn", "ring")
+    )
+
+
+def test_prime_number_of_ranks_takes_an_end() -> None:
+    problem = Case("prime", S_Q=20, S_KV=21).make()
+    for layout, _ in reference.run_ranks(5, lambda comm: traffic(problem, comm, schedule="grid")):
+        assert layout.grid in ((5, 1), (1, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"grid": (2, 3)},
+            r"^grid: expected two numbers whose product is P = 4, got \(2, 3\) \(on",
+        ),
+        ({"grid": 4}, "^grid: expected two numbers whose product is P = 4, got 4 "),
+        ({"grid": (2, 2), "schedule": "ring"}, "^grid: expected none with schedule 'ring', got"),
+    ],
+)
+def test_impossible_grids_are_refused(options: Any, text: str) -> None:
+    problem = Case("refused").make()
+    with pytest.raises(ValueError, match=text):
+        reference.run_ranks(
+            4, lambda comm: traffic(problem, comm, **{"schedule": "grid"} | options)
+        )
