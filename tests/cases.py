@@ -74,9 +74,12 @@ WHOLE = {
 }
 
 
-def options_of(way: str) -> dict[str, str]:
-    """Return the arguments of `cross_attention` for one of `WAYS`."""
+def options_of(way: str, P: int) -> dict[str, Any]:
+    """Return the arguments of `cross_attention` for one of `WAYS`, on P ranks."""
     side = {"replicated": "queries", "replicated keys": "keys"}.get(way)
+    if way == "grid":  # the squarest
+        a = min(a for a in range(1, P + 1) if P % a == 0 and a * a >= P)
+        return {"schedule": way, "grid": (a, P // a)}
     return {"schedule": way} if side is None else {side: "replicated"}
 
 

@@ -186,7 +186,7 @@ def test_sizes_differing_between_ranks_raise_on_all(size: str, odd: int) -> None
         (agreeing({1: {"dtype": int}, 2: {"arrays": lambda q, k, v: (q[0], k, v)}}), TypeError,
          says("q", "int64", rank=1, of=3)),
         (agreeing({}, schedule="star"), ValueError,
-         r"^schedule: expected one of \('lv-xattn', 'ring', 'ulysses', 'gather', 'auto'\), "
+         r"^schedule: expected one of \('lv-xattn', 'ring', 'grid', 'ulysses', 'gather', 'auto'\), "
          r"got 'star' \(on rank 0 of 3\)$"),
         (agreeing({}, queries="mirrored"), ValueError,
          r"^queries: expected one of \('sharded', 'replicated'\), got 'mirrored' "

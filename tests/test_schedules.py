@@ -151,7 +151,7 @@ def test_only_wanted_gradients_are_computed(way: str, P: int) -> None:
 
     def fn(comm: reference.VirtualComm) -> list[Any]:
         part = problem.part(comm.rank, P, way)
-        given, options = [part[x] for x in "qkv"], {"mask": part["mask"], **options_of(way)}
+        given, options = [part[x] for x in "qkv"], {"mask": part["mask"], **options_of(way, P)}
         out, lse = reference.cross_attention(*given, comm, **options)
         one = "q" if comm.rank == 0 else "kv"
         layout = reference.Layout.agree(*given, comm, gradients="kv", **options)

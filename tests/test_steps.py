@@ -30,7 +30,7 @@ def passes(
     def forward(comm: reference.VirtualComm) -> Any:
         part, meter = problem.part(comm.rank, P, kind), reference.Meter()
         given = part["q"], part["k"], part["v"], comm
-        options = {"mask": part["mask"], **options_of(kind)}
+        options = {"mask": part["mask"], **options_of(kind, P)}
         layout = reference.Layout.agree(*given, gradients=gradients, **options)
         out, lse = reference.cross_attention(*given, layout=layout, meter=meter, **options)
         return layout, meter, out, lse
@@ -43,7 +43,7 @@ def passes(
         layout, _, out, lse = found[comm.rank]
         reference.cross_attention_backward(
             part["dout"], part["q"], part["k"], part["v"], out, lse, comm,
-            layout=layout, meter=meter, mask=part["mask"], **options_of(kind),
+            layout=layout, meter=meter, mask=part["mask"], **options_of(kind, P),
         )  # fmt: skip
         return meter
 

@@ -39,7 +39,7 @@ def timelines(kind: str) -> tuple[Any, list[Timeline]]:
     def fn(comm: reference.VirtualComm) -> tuple[Any, Timeline]:
         part, timeline = problem.part(comm.rank, P, kind), Timeline()
         given: Any = part["q"], part["k"], part["v"]
-        options: Any = {"mask": part["mask"], **options_of(kind)}
+        options: Any = {"mask": part["mask"], **options_of(kind, P)}
         layout = reference.Layout.agree(*given, comm, **options)
         options |= {"layout": layout, "meter": timeline}
         for _ in range(2):

@@ -215,16 +215,16 @@ def test_export_sees_one_operator(strict: bool) -> None:
     assert torch.equal(program.module()(*inputs(9)), model(*inputs(9)))
 
 
-@pytest.mark.parametrize("way", ["lv-xattn", "ulysses", "replicated", "replicated keys"])
+@pytest.mark.parametrize("way", ["lv-xattn", "grid", "ulysses", "replicated", "replicated keys"])
 def test_operators_keep_pytorch_s_rules(way: str) -> None:
     """Schema, shapes, strides and gradients are what a compiler is told."""
     q, k, v = arrays()
     mask = torch.rand(6, S_KV) > 0.3
-    layout = Layout.agree(q, k, v, mask=mask, **options_of(way))
+    layout = Layout.agree(q, k, v, mask=mask, **options_of(way, 1))
     from lvxattn.torch_impl import operators  # not before: it imports the compiler
 
     spread = layout.queries, layout.keys
-    given = q, k, v, mask, layout.record, None, "", 1, "lv-xattn", None, *spread, "qkv", "call"
+    given = q, k, v, mask, layout.record, None, "", 1, "lv-xattn", None, *spread, "qkv", None, "call"
     torch.library.opcheck(operators.attention, given)
     results = [x.detach() for x in operators.attention(*given)]
     dout, dlse = torch.ones_like(results[0]), torch.ones_like(results[1])
@@ -296,7 +296,7 @@ def test_second_derivatives_are_refused() -> None:
 
     q, k, v = arrays()
     options = (
-        None, None, None, "", 1, "lv-xattn", None, "sharded", "sharded", "qkv",
+        None, None, None, "", 1, "lv-xattn", None, "sharded", "sharded", "qkv", None,
         "forward and backward",
     )  # fmt: skip
     out, *_ = operators.attention(q, k, v, *options)
@@ -309,7 +309,8 @@ def test_program_of_other_ranks_is_refused() -> None:
     from lvxattn.torch_impl import operators
 
     q, k, v = arrays()
-    options = None, None, None, "", 4, "lv-xattn", None, "sharded", "sharded", "qkv", "forward"
+    spread = "sharded", "sharded"
+    options = None, None, None, "", 4, "lv-xattn", None, *spread, "qkv", None, "forward"
     with pytest.raises(ValueError, match=r"group: expected 4 ranks, as when .* compiled, got 1"):
         operators.attention(q, k, v, *options)
 

@@ -110,7 +110,7 @@ def left_out(what: str) -> Iterator[None]:
 def passes(careless: bool) -> Any:
     """Return what is right of all that this rank has solved, and who waited."""
     report, waited = {}, {}
-    every = "lv-xattn", "ring", "gather", "ulysses", "replicated"
+    every = "lv-xattn", "ring", "grid", "gather", "ulysses", "replicated"
     for schedule in every[:2] if careless else every:
         cases = CASES if schedule == "lv-xattn" else CASES[:3]
         for case in CASES[:1] if careless else cases:

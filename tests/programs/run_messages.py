@@ -60,7 +60,7 @@ def difference(case: Case, kind: str, seed: int) -> list[Any] | None:
     """Run both passes; return what this rank has sent and should have, if that differs."""
     part, gradients = case.make().part(comm.rank, P, kind), ("qkv", "q", "kv")[seed % 3]
     given, mask = (part["q"], part["k"], part["v"]), mask_of(part["mask"], comm.rank, seed)
-    options: dict[str, Any] = {"mask": mask, **options_of(kind)}
+    options: dict[str, Any] = {"mask": mask, **options_of(kind, P)}
     layout = implementation.Layout.agree(*given, ranks(), gradients=gradients, **options)
     options["layout"] = layout
     forward, backward = Meter(), Meter()

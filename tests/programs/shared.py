@@ -63,7 +63,7 @@ def results_outlive_later_calls(comm: Any, implementation: Any) -> list[bool]:
         rows = 1 if way == "replicated" or comm.rank == comm.size - 1 else 0
         shapes = (1, heads, rows, 4), (1, heads, 3, 4), (1, heads, 3, 4)
         rng = np.random.default_rng(comm.rank if way in SCHEDULES else 0)
-        options: dict[str, Any] = dict(options_of(way))
+        options: dict[str, Any] = dict(options_of(way, comm.size))
         given = [rng.standard_normal(shape) for shape in shapes]
         options["layout"] = implementation.Layout.agree(*given, comm, **options)
         found, copies = [], []

@@ -604,7 +604,7 @@ def only_wanted_gradients_are_sent(group: Group) -> Any:
             for name, x in zip("qkv", whole, strict=True)
         }
         leaves = [given[name].requires_grad_() for name in wanted]
-        meter, options = Meter(), dict[str, Any](options_of(way))
+        meter, options = Meter(), dict[str, Any](options_of(way, group.size))
         if layout:
             options["layout"] = Layout.agree(*given.values(), group, gradients=layout, **options)
         _, *grads = gradients(

@@ -88,7 +88,8 @@ def schedules_masks_and_replicated_sides(group: Group) -> Any:
             if way == "replicated keys":
                 given = q, all_k, all_v
             mask = None if way == "replicated keys" else masks[i % 3]
-            out, lse = cross_attention(*given, group, mask=mask, return_lse=True, **options_of(way))
+            options = options_of(way, group.size)
+            out, lse = cross_attention(*given, group, mask=mask, return_lse=True, **options)
             outs.append(out.flatten())
             lses.append(lse.flatten())
         return torch.cat(outs), torch.cat(lses)

@@ -19,7 +19,7 @@ from tests.cases import CASES, Case
 from tests.judge import solve, worst_ratios
 from tests.programs import start
 
-SCHEDULES = ("lv-xattn", "ring", "gather", "ulysses", "replicated")
+SCHEDULES = ("lv-xattn", "ring", "grid", "gather", "ulysses", "replicated")
 WIDE = Case("64 wide", B=2, H=4, H_KV=4, S_Q=40, S_KV=1100, D=64, D_V=64, cut="ragged")
 HALF = [
     replace(WIDE, name=f"{WIDE.name}, {dtype}", dtype=dtype) for dtype in ("bfloat16", "float16")

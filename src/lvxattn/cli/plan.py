@@ -13,7 +13,7 @@ from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.validation import FLOATING
 from lvxattn.draw.bars import format_bytes
 from lvxattn.draw.picture import cannot_draw, save_picture
-from lvxattn.plan.choose import refusal, unlike_ranks
+from lvxattn.plan.choose import named, refusal, unlike_ranks
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.plan.memory import memory, most_frames
 from lvxattn.plan.models import MODELS, planned
@@ -86,12 +86,14 @@ def plan(options: Namespace) -> str:
     times: dict[str, float] = {}
     rows: dict[str, str] = {}
     for schedule in SCHEDULES:
-        layout = planned(q, k, P, dtype=options.dtype, schedule=schedule)
+        layout = planned(
+            q, k, P, dtype=options.dtype, schedule=schedule, machine=machine
+        )
         why = refusal(layout)
         if why:
             rows[schedule] = f"  {schedule:10}  cannot be taken: {why}"
             continue
-        cells, times[schedule] = f"  {schedule:10}", 0.0
+        cells, times[schedule] = f"  {named(schedule, layout.grid):10}", 0.0
         for backward in (False, True):
             sent = max(
                 (messages(layout, rank, backward=backward) for rank in unlike_ranks(layout)),

@@ -148,7 +148,7 @@ def agree_on(
         _check_spreads(queries, keys)
         if gradients not in GRADIENTS:
             raise ValueError(f"gradients: expected one of {GRADIENTS}, got {gradients!r}")
-        _check_grid(grid, schedule, comm.size)
+        check_grid(grid, schedule, comm.size)
         B, H, s_q, D = q.shape
         mine = Record(
             host=getattr(comm, "host", None) or socket.gethostname(),
@@ -206,7 +206,7 @@ def _check_spreads(queries: str, keys: str) -> None:
         )
 
 
-def _check_grid(grid: Any, schedule: str, P: int) -> None:
+def check_grid(grid: Any, schedule: str, P: int) -> None:
     if grid is None:
         return
     if schedule != "grid":

@@ -432,11 +432,31 @@ class Layout:
             return 1, self.size
         return self.grid or (self.size, 1)
 
+    @property
+    def inside(self) -> tuple[str, int]:
+        """The side whose rings are of neighbours in the order, and the size of these rings.
+
+        Neighbours share a host: of queries and keys, those of which more is sent.
+        """
+        a, b = self.shape
+        queries, keys = (a - 1) * self.H * self.S_Q, (b - 1) * self.H_KV * self.S_KV
+        return ("queries", a) if queries >= keys else ("keys", b)
+
+    @cached_property
+    def _rings(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        """What `ring` returns, by its arguments."""
+        inside, n = self.inside
+        outside = "keys" if inside == "queries" else "queries"
+        rings = {}
+        for place, rank in enumerate(self.order):
+            start = place - place % n
+            rings[inside, rank] = self.order[start : start + n]
+            rings[outside, rank] = self.order[place % n :: n]
+        return rings
+
     def ring(self, side: str, rank: int | None = None) -> tuple[int, ...]:
         """Return the ranks round which a rank's queries, or keys, move: its column, or its row."""
-        place, (a, _) = self.order.index(self.rank if rank is None else rank), self.shape
-        column = place - place % a
-        return self.order[column : column + a] if side == "queries" else self.order[place % a :: a]
+        return self._rings[side, self.rank if rank is None else rank]
 
     def owner(self, hop: int, side: str = "") -> int:
         """Return the owner of the block that is here after `hop` hops; this rank after all."""

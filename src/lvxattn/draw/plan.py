@@ -81,7 +81,8 @@ def times(model: Model, machine: Machine, P: int, dtype: str, schedule: str) -> 
     found = np.full((len(TEXT), len(FRAMES)), np.inf)
     for n, text in enumerate(TEXT):
         for m, frames in enumerate(FRAMES):
-            layout = planned(*model.shapes(text, frames), P, dtype=dtype, schedule=schedule)
+            shapes = model.shapes(text, frames)
+            layout = planned(*shapes, P, dtype=dtype, schedule=schedule, machine=machine)
             if not refusal(layout):
                 found[n, m] = sum(play(layout, machine, backward=b).seconds for b in (False, True))
     return found
@@ -122,7 +123,7 @@ def _best(axes: "Axes", seconds: dict[str, np.ndarray]) -> None:
         if (best == n).any()
     ]
     axes.legend(
-        handles=there, ncols=4, columnspacing=1, handlelength=1, frameon=False,
+        handles=there, ncols=5, columnspacing=1, handlelength=1, frameon=False,
         loc="upper center", bbox_to_anchor=(0.5, -0.17),
     )  # fmt: skip
     axes.set_title("the schedule of least time")

@@ -1,10 +1,11 @@
 """Choose a schedule: the fewest bytes or, on a known machine, the least time.
 
 A forward and a backward pass count together.  A schedule that does not support the problem is not
-chosen: ulysses where P does not divide H_KV, ring and ulysses where a mask is a callable, because
-ranks may have different ones.
+chosen: ulysses where P does not divide H_KV, and those with which keys travel where a mask is a
+callable, because ranks may have different ones.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -51,7 +52,7 @@ class Layout(common.Layout):
                 best = candidates(layout, layout.machine)[0]
             layout = replace(layout, schedule=best.schedule, grid=best.grid)
         elif layout.way == "grid" and layout.grid is None:
-            layout = replace(layout, grid=best_grid(layout, layout.machine).grid)
+            layout = replace(layout, grid=with_grid(layout, layout.machine).grid)
         if any(r.free is not None for r in records):
             backward = records[0].call == "backward"
             needs = call_memory(layout, backward=backward)
@@ -105,34 +106,44 @@ def candidates(layout: common.Layout, machine: Machine | None = None) -> list[Ca
     >>> from lvxattn.plan import planned
     >>> layout = planned((1, 8, 64, 64), (1, 8, 65536, 64), P=4)
     >>> [(c.schedule, c.nbytes) for c in candidates(layout)][:2]
-    [('lv-xattn', 350208), ('gather', 350208)]
+    [('lv-xattn', 350208), ('grid', 350208)]
     """
-    found = [
-        best_grid(layout, machine)
-        if s == "grid"
-        else _candidate(replace(layout, schedule=s, grid=None), machine)
-        for s in SCHEDULES
-    ]
+    found = []
+    for schedule in SCHEDULES:
+        of = replace(layout, schedule=schedule, grid=None)
+        if refused := refusal(of):
+            found.append(Candidate(schedule, 0, 0, None, refused))
+        else:
+            of = with_grid(of, machine) if schedule == "grid" else of
+            found.append(_candidate(of, machine))
     return sorted(found, key=_cost)
 
 
-def best_grid(layout: common.Layout, machine: Machine | None = None) -> Candidate:
-    """Return the cost of the best of all grids.  Not collective.
+def with_grid(layout: common.Layout, machine: Machine | None = None) -> common.Layout:
+    """Return a layout of ``"grid"`` with the numbers that cost least.  Not collective.
 
     Parameters
     ----------
     layout, machine
         As given to `candidates`.
+
+    Returns
+    -------
+    Layout
+        Of all pairs whose product is P, the ends, lv-xattn and ring, among them.
+
+    Examples
+    --------
+    >>> from lvxattn.plan import planned
+    >>> square = planned((1, 8, 4096, 64), (1, 8, 8192, 64), P=16)
+    >>> with_grid(replace(square, schedule="grid")).grid
+    (8, 2)
     """
     P = layout.size
-    return min(
-        (
-            _candidate(replace(layout, schedule="grid", grid=(a, P // a)), machine)
-            for a in range(P, 0, -1)
-            if P % a == 0
-        ),
-        key=_cost,
-    )
+    every = [
+        replace(layout, schedule="grid", grid=(a, P // a)) for a in range(P, 0, -1) if P % a == 0
+    ]
+    return min(every, key=lambda of: _cost(_candidate(of, machine)))
 
 
 def _cost(c: Candidate) -> tuple[bool, float, int]:
@@ -160,6 +171,7 @@ def explain(layout: common.Layout) -> str:
     lv-xattn is taken
     schedule    messages             bytes     seconds
     lv-xattn          12           373,248
+    grid 4x1          12           373,248
     gather            12           373,248
     ring               9       452,984,832
     ulysses     cannot be taken: P = 4 does not divide H_KV = 6
@@ -168,7 +180,7 @@ def explain(layout: common.Layout) -> str:
         what = "queries" if layout.queries == "replicated" else "keys"
         return f"{what} are replicated: no schedule moves them"
     lines = [
-        f"{layout.schedule} is taken",
+        f"{named(layout.schedule, layout.grid)} is taken",
         f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}",
     ]
     for c in candidates(layout, layout.machine):
@@ -176,14 +188,17 @@ def explain(layout: common.Layout) -> str:
             lines.append(f"{c.schedule:10}  cannot be taken: {c.refused}")
             continue
         seconds = "" if c.seconds is None else f"{c.seconds:.6f}"
-        lines.append(f"{c.schedule:10}{c.messages:>10,}{c.nbytes:>18,}{seconds:>12}".rstrip())
+        name = named(c.schedule, c.grid)
+        lines.append(f"{name:10}{c.messages:>10,}{c.nbytes:>18,}{seconds:>12}".rstrip())
     return "\n".join(lines)
 
 
+def named(schedule: str, grid: tuple[int, int] | None) -> str:
+    """Return a schedule's name, with the numbers of a grid."""
+    return schedule if grid is None else f"{schedule} {grid[0]}x{grid[1]}"
+
+
 def _candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
-    refused = refusal(layout)
-    if refused:
-        return Candidate(layout.schedule, 0, 0, None, refused)
     by_rank = [
         messages(layout, rank) + messages(layout, rank, backward=True)
         for rank in unlike_ranks(layout)
@@ -198,9 +213,10 @@ def _candidate(layout: common.Layout, machine: Machine | None) -> Candidate:
 def unlike_ranks(layout: common.Layout) -> list[int]:
     """Return one rank of each kind; every other rank sends as much as one of these.
 
-    A block is passed on by all ranks but its owner's left neighbour, where it ends, and a result by
-    all but its owner.  So what a rank sends follows from its own share and its right neighbour's,
-    but for masks that are a `Rule`, where it depends on what is visible.
+    A block is passed on by all ranks of its ring but its owner's left neighbour, where it ends, and
+    a result by all but its owner.  So what a rank sends follows from its own share, its right
+    neighbours' and those of its rings, but for masks that are a `Rule`, where it depends on what is
+    visible.
 
     Parameters
     ----------
@@ -210,13 +226,15 @@ def unlike_ranks(layout: common.Layout) -> list[int]:
     -------
     list of int
     """
-    if layout.structures or layout.way == "grid":
+    if layout.structures:
         return list(layout.order)
     shares = list(zip(layout.s_q, layout.s_kv, layout.masks, strict=True))
-    order = layout.order
     kinds: dict[object, int] = {}
-    for rank, right in zip(order, (*order[1:], order[0]), strict=True):
-        kinds.setdefault((shares[rank], shares[right]), rank)
+    for rank in layout.order:
+        rings = [layout.ring(side, rank) for side in ("queries", "keys")]
+        right = [shares[ring[(ring.index(rank) + 1) % len(ring)]] for ring in rings]
+        all_of = [frozenset(Counter(shares[r] for r in ring).items()) for ring in rings]
+        kinds.setdefault((shares[rank], *right, *all_of), rank)
     return list(kinds.values())
 
 

@@ -8,7 +8,7 @@ at a time (arXiv:2502.02406, section 4).
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvxattn.common.exchange_base import RotationBase
 from lvxattn.common.layout import Layout
@@ -22,7 +22,9 @@ from lvxattn.common.wire import (
     QUERY_GRADIENTS,
     Kind,
 )
-from lvxattn.plan.models import Model
+
+if TYPE_CHECKING:
+    from lvxattn.plan.models import Model  # which imports this
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Memory:
 
 
 def memory(
-    model: Model, text_tokens: int, frames: int, P: int, *, dtype: str, recompute: bool
+    model: "Model", text_tokens: int, frames: int, P: int, *, dtype: str, recompute: bool
 ) -> Memory:
     """Return what cross-attention takes of a rank's memory in training.
 
@@ -96,7 +98,7 @@ def memory(
 
 
 def most_frames(
-    model: Model, text_tokens: int, P: int, room: float, *, dtype: str, recompute: bool
+    model: "Model", text_tokens: int, P: int, room: float, *, dtype: str, recompute: bool
 ) -> int:
     """Return the largest number of frames for which `memory` fits into a rank.
 
@@ -147,13 +149,12 @@ def call_memory(layout: Layout, *, backward: bool = False) -> list[int]:
     def sizes(kind: Kind) -> list[int]:
         return [kind.nbytes(layout, owner) for owner in owners]
 
+    there, back = (QUERY_BLOCKS, QUERY_GRADIENTS) if backward else (QUERIES, PARTIALS)
     # Without masks, which may be the same for all heads.
     keys = [sum(f.nbytes for f in KEYS_VALUES.fields(layout, owner)[:2]) for owner in owners]
-    queries, results = map(
-        sizes, (QUERY_BLOCKS, QUERY_GRADIENTS) if backward else (QUERIES, PARTIALS)
-    )
+    queries, results, dkvs = map(sizes, (there, back, KEY_GRADIENTS))
     if backward:  # dq, dk and dv are as large as q, k and v
-        sums = sizes(KEY_GRADIENTS) if narrow and layout.way != "ring" else [0] * layout.size
+        sums = dkvs if narrow and layout.way != "ring" else [0] * layout.size
         dq, dkv = ("q" in layout.gradients, "k" in layout.gradients)
         mine = [q * dq + k * dkv + s for q, k, s in zip(sizes(QUERIES), keys, sums, strict=True)]
     else:
@@ -165,30 +166,26 @@ def call_memory(layout: Layout, *, backward: bool = False) -> list[int]:
         return [n + sum(queries) + sum(results) for n in mine]
     if layout.way == "ulysses":
         return [n + (sum(queries) + sum(keys) + sum(results)) // layout.size for n in mine]
-    if layout.structures:
-        kinds = (KEYS_VALUES, KEY_GRADIENTS) if backward else (KEYS_VALUES,)
-        if layout.way != "ring":
-            kinds = (QUERY_BLOCKS, QUERY_GRADIENTS) if backward else (QUERIES, PARTIALS)
-        return [
-            n + sum(_largest_visitor(replace(layout, rank=rank), kind) for kind in kinds)
-            for rank, n in enumerate(mine)
-        ]
-    moving = [queries, results]
-    if layout.way == "ring":
-        moving = [keys, sizes(KEY_GRADIENTS)] if backward else [keys]
-    return [n + sum(_two_blocks(layout, rank, of) for of in moving) for rank, n in enumerate(mine)]
+    moving = [(there, queries), (back, results)] if layout.shape[0] > 1 else []
+    if layout.shape[1] > 1:
+        moving += [(KEYS_VALUES, keys), (KEY_GRADIENTS, dkvs)][: 1 + backward]
+    return [
+        n + sum(_others(replace(layout, rank=rank), kind, of) for kind, of in moving)
+        for rank, n in enumerate(mine)
+    ]
 
 
-def _largest_visitor(layout: Layout, kind: Kind) -> int:
-    """Return the size of the largest block that comes to this rank; not all do with a `Rule`."""
-    rotation = RotationBase(layout, kind)
-    return max(map(rotation.nbytes, rotation.comes.values()), default=0)
-
-
-def _two_blocks(layout: Layout, rank: int, sizes: list[int]) -> int:
-    """Return the most that one block of others and the next, which comes meanwhile, take."""
-    at = layout.order.index(rank)
-    others = [sizes[owner] for owner in (*layout.order[at + 1 :], *layout.order[:at])]
+def _others(layout: Layout, kind: Kind, sizes: list[int]) -> int:
+    """Return how many bytes of other ranks' blocks this rank has at one time, at least."""
+    if layout.structures:  # not all come
+        rotation = RotationBase(layout, kind)
+        return max(map(rotation.nbytes, rotation.comes.values()), default=0)
+    ring = layout.ring(kind.side)
+    at = ring.index(layout.rank)
+    others = [sizes[owner] for owner in (*ring[at + 1 :], *ring[:at])]
+    if kind.side == "queries" and layout.shape[1] > 1:
+        return sum(others)  # kept, to meet all keys
+    # One, and the next, which comes meanwhile.
     return max(map(sum, pairwise(others)), default=others[0])
 
 

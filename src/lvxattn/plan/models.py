@@ -7,7 +7,10 @@ OpenFlamingo (heads and widths).
 
 from dataclasses import dataclass
 
+from lvxattn.common.handshake import check_grid
 from lvxattn.common.layout import Layout, share
+from lvxattn.plan.choose import with_grid
+from lvxattn.plan.machine import Machine
 
 Sizes = tuple[int, int, int, int]
 
@@ -98,6 +101,8 @@ def planned(
     D_V: int | None = None,
     dtype: str = "bfloat16",
     schedule: str = "lv-xattn",
+    grid: tuple[int, int] | None = None,
+    machine: Machine | None = None,
 ) -> Layout:
     """Return the layout of a problem that is sharded evenly.  Not collective.
 
@@ -112,6 +117,10 @@ def planned(
         Default: D.
     dtype : str
     schedule : str
+    grid : (int, int), optional
+        Of ``"grid"``.  Default: the one that sends the fewest bytes or, on a machine, takes the
+        least time.
+    machine : Machine, optional
 
     Returns
     -------
@@ -120,7 +129,7 @@ def planned(
     Raises
     ------
     ValueError
-        P is below 1, or H is not a multiple of H_KV.
+        P is below 1, or H is not a multiple of H_KV, or grid is not one of P ranks.
 
     Examples
     --------
@@ -132,11 +141,12 @@ def planned(
         raise ValueError(f"P: expected at least 1 rank, got {P}")
     if H % H_KV:
         raise ValueError(f"k: expected H_KV to divide q's H = {H}, got H_KV = {H_KV}")
+    check_grid(grid, schedule, P)
     s_q, s_kv = (
         tuple(part.stop - part.start for part in (share(S, rank, P) for rank in range(P)))
         for S in (S_Q, S_KV)
     )
-    return Layout(
+    layout = Layout(
         rank=0,
         order=tuple(range(P)),
         s_q=s_q,
@@ -151,4 +161,6 @@ def planned(
         dtype=dtype,
         scale=D**-0.5,
         schedule=schedule,
+        grid=grid,
     )
+    return with_grid(layout, machine) if schedule == "grid" and grid is None else layout

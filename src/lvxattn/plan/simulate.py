@@ -54,44 +54,70 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
     >>> round(played.seconds, 3)
     0.012
     """
-    P = layout.size
-    # The ring visits ranks host by host, however they were placed.
-    host = [layout.order.index(rank) // machine.ranks_per_host for rank in range(P)]
-    todo = [deque(steps(layout, rank, backward=backward)) for rank in range(P)]
-    clock, computing = [0.0] * P, [0.0] * P
+    return _play(layout, machine, backward, _unlike(layout, machine))
+
+
+def _unlike(layout: Layout, machine: Machine) -> int:
+    """Return how many of the ranks to simulate, first in the order; all others do as these do.
+
+    Where shares are equal, hosts are full, and rings inside hosts fill them or are filled by them,
+    one host's ranks do what any other's do at the same time.
+    """
+    P, per_host, (_, n) = layout.size, machine.ranks_per_host, layout.inside
+    shares = {*zip(layout.s_q, layout.s_kv, layout.masks, strict=True)}
+    regular = len(shares) == 1 and not layout.structures and P % per_host == 0
+    return per_host if regular and 0 in (n % per_host, per_host % n) else P
+
+
+def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Played:
+    """Simulate the first `count` ranks in the order; messages of others are those of their like."""
+    P, per_host, (_, n) = layout.size, machine.ranks_per_host, layout.inside
+    place = {rank: at for at, rank in enumerate(layout.order)}
+
+    def way(source: int, dest: int, kind: str) -> tuple[int, int, int, str]:
+        """Return what tells the messages apart that ranks like `dest` wait for."""
+        apart = (dest - source) % n, (dest // n - source // n) % (P // n)
+        return *apart, dest % count, kind
+
+    todo = [
+        deque(steps(layout, rank, backward=backward)) for rank in layout.order[:count]
+    ]
+    clock, computing = [0.0] * count, [0.0] * count
     free: dict[tuple[str, int], float] = defaultdict(float)
-    mail: dict[tuple[int, int, str], deque[float]] = defaultdict(deque)
-    ready = [(machine.call, rank) for rank in range(P)]
-    asleep: dict[tuple[int, int, str], float] = {}  # since when, by the message awaited
+    mail: dict[tuple[int, int, int, str], deque[float]] = defaultdict(deque)
+    ready = [(machine.call, at) for at in range(count)]
+    asleep: dict[tuple[int, int, int, str], float] = {}  # since when, by the message awaited
     while ready:  # the rank whose clock is furthest behind is next: links are used in time order
-        now, rank = heapq.heappop(ready)
-        if not todo[rank]:
-            clock[rank] = now
+        now, at = heapq.heappop(ready)
+        if not todo[at]:
+            clock[at] = now
             continue
-        step: Step = todo[rank][0]
+        step: Step = todo[at][0]
         if isinstance(step, Send):
             now += step.packed * step.nbytes / machine.copy
-            apart = host[rank] != host[step.dest]
+            dest = place[step.dest]
+            # The ring visits ranks host by host, however they were placed.
+            apart = at // per_host != dest // per_host
             link = machine.between if apart else machine.inside
-            lane = ("host", host[rank]) if apart else ("rank", rank)
+            lane = ("host", at // per_host) if apart else ("rank", at)
             free[lane] = max(now, free[lane]) + step.nbytes / link.bandwidth
-            way = rank, step.dest, step.kind
-            mail[way].append(free[lane] + link.latency)
-            if way in asleep:
-                heapq.heappush(ready, (asleep.pop(way), step.dest))
+            to = way(at, dest, step.kind)
+            mail[to].append(free[lane] + link.latency)
+            if to in asleep:
+                heapq.heappush(ready, (asleep.pop(to), dest % count))
         elif isinstance(step, Compute | Fill | Join):
             took = cost(step, layout, machine, backward=backward)
-            computing[rank] += took
+            computing[at] += took
             now += took
         else:
-            way = step.source, rank, step.kind
-            if not mail[way]:
-                asleep[way] = now
+            to = way(place[step.source], at, step.kind)
+            if not mail[to]:
+                asleep[to] = now
                 continue
-            now = max(now, mail[way].popleft()) + step.unpacked / machine.copy
-        todo[rank].popleft()
-        heapq.heappush(ready, (now, rank))
-    last = max(range(P), key=lambda rank: clock[rank])
+            now = max(now, mail[to].popleft()) + step.unpacked / machine.copy
+        todo[at].popleft()
+        heapq.heappush(ready, (now, at))
+    last = max(range(count), key=lambda at: clock[at])
     return Played(clock[last], computing[last], clock[last] - computing[last])
 
 

@@ -193,7 +193,7 @@ def step(
     attention = 2 * play(itself, machine).seconds + play(itself, machine, backward=True).seconds
     of_text = s_q * whole.text_parameters / rate + text.layers * attention
     q, k = model.shapes(text_tokens, frames)
-    layout = planned(q, k, P, dtype=dtype, schedule=schedule)
+    layout = planned(q, k, P, dtype=dtype, schedule=schedule, machine=machine)
     passes = sum(play(layout, machine, backward=backward).seconds for backward in (False, True))
     made = own * model.tokens_per_frame * whole.kv_parameters / rate
     return Step(of_tower, of_text, made + model.cross_layers * passes)

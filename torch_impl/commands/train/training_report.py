@@ -23,6 +23,7 @@ COLUMNS = "step", "frames", "loss", "accuracy", "held_out", "seconds"
 _NAMES = {
     "lv-xattn": "LV-XAttn",
     "ring": "Ring Attention",
+    "grid": "a grid",
     "ulysses": "Ulysses",
     "gather": "gather",
     "auto": "auto",
