@@ -85,17 +85,17 @@ def cross_attention(
         once; ``"ring"``, the keys and values, round a ring; ``"grid"``, the queries along columns
         of ranks, the keys along rows; ``"ulysses"``, everything, so that each rank has all rows of
         a share of the heads (P must divide H_KV); ``"auto"``, the one of these that sends the
-        fewest bytes.  Ignored where `layout` is given, or queries or keys are
-        replicated.
+        fewest bytes.  Ignored where `layout` is given, or queries or
+        keys are replicated.
     scale : float, optional
         Default: ``1 / sqrt(D)``.
     mask : array or callable, optional
         The mask of this rank's keys over all queries: bool (True = may attend) or additive float,
         broadcastable to (B, H, S_Q, s_kv).  Axis 2 has length 1 or S_Q, the queries of all ranks in
         rank order; the last axis has exactly s_kv.  Or ``mask(b, h, q_index, kv_index) -> bool`` on
-        broadcastable arrays of global indices; with ``"ring"`` and ``"ulysses"`` it is called on
-        the keys of all ranks, and must be the same on every rank.  Hidden keys and values must be
-        finite too: 0 times NaN is NaN.
+        broadcastable arrays of global indices; with schedules by which keys travel it is
+        called on the keys of other ranks, and must be the same on every rank.  Hidden keys and
+        values must be finite too: 0 times NaN is NaN.
     queries : str
         ``"sharded"``, or ``"replicated"``: every rank passes the same queries, all of them, and
         gets out for all of them.

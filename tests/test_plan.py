@@ -389,7 +389,7 @@ class TestWholeModel:
         assert main(["--model", "openflamingo-9b", "--ranks", "3", "--frames", "7"]) == 0
         said = capsys.readouterr().out
         _, rows = said.split("  a step of the whole model")
-        assert [row.split()[0] for row in rows.splitlines()[1:4]] == [
+        assert [row.split()[0] for row in rows.splitlines()[1:5]] == [
             "lv-xattn", "ring", "grid", "gather",
         ]  # fmt: skip
         assert "8.1 billion weights" in rows

@@ -127,7 +127,7 @@ def test_block_names() -> None:
     assert str(block._replace(source=3)) == "the queries of rank 2 at hop 1, from rank 3"
     assert str(block._replace(dest=0)) == "rank 0 to take the queries of rank 2 at hop 1"
     named = [kind.format(1) for kinds in NAMES.values() for kind in kinds]
-    assert named == [
+    assert list(dict.fromkeys(named)) == [
         "the queries of rank 1",
         "the results for rank 1's queries",
         "the keys and values of rank 1",

@@ -156,14 +156,14 @@ class Layout:
             This rank's shares; lengths may differ between ranks and may be 0.
         comm : communicator
         schedule : str
-            ``"lv-xattn"``, ``"ring"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the one that
-            sends the fewest bytes or, on a known machine, takes the least time
+            ``"lv-xattn"``, ``"ring"``, ``"grid"``, ``"ulysses"``, ``"gather"``, or ``"auto"``: the
+            one that sends the fewest bytes or, on a known machine, takes the least time
             (`lvxattn.plan.choose.Layout` resolves it).
         scale : float, optional
             Default: ``1 / sqrt(D)``.
         mask : None, array or callable
             Which of this rank's keys each query may attend to.  Ranks may differ in kind, but with
-            ``"ring"`` and ``"ulysses"`` a callable must be given on all ranks or on none.
+            ``"ring"``, ``"grid"`` and ``"ulysses"`` a callable must be given on all ranks or none.
         queries : str
             ``"sharded"``, or ``"replicated"``: every rank holds all queries.
         keys : str

@@ -156,5 +156,5 @@ KEY_GRADIENTS = Kind("the gradients of rank {}'s keys and values", RESULTS, "key
 NAMES = {
     "lv-xattn": (QUERIES.name, PARTIALS.name),
     "ring": (KEYS_VALUES.name, KEY_GRADIENTS.name),
-    "grid": (QUERIES.name, PARTIALS.name),
+    "grid": (QUERIES.name, PARTIALS.name),  # and the ring's
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lvxattn.common.wire import BLOCKS, NAMES, RESULTS
+from lvxattn.common.wire import BLOCKS, RESULTS
 from lvxattn.draw.rotation import COLOURS, INK, blank, follow
 from lvxattn.reference.virtual_ranks import Message
 
@@ -64,8 +64,8 @@ def scenes(schedule: str, log: list[Message]) -> list[list[Scene]]:
     ValueError
         The schedule is no ring, or the messages are not those of one forward.
     """
-    if schedule not in NAMES:
-        raise ValueError(f"schedule: expected one of {', '.join(NAMES)}, got {schedule!r}")
+    if schedule not in _TITLES:
+        raise ValueError(f"schedule: expected one of {', '.join(_TITLES)}, got {schedule!r}")
     P = 1 + max((message.source for message in log), default=0)
     kinds = (BLOCKS, RESULTS) if schedule == "lv-xattn" else (BLOCKS,)
     found = sorted((message.tag, message.source) for message in log)
