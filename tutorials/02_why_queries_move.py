@@ -87,19 +87,21 @@ assert taken.keys > 100 * taken.text and taken.keys > 3 * 80e9
 # = S_{KV}/P$ of them, and $s_Q = S_Q/P$ of the queries. Every query attends to every key, so either
 # queries or keys have to be sent.
 #
-# ## Four schedules
+# ## Five schedules
 #
 # | schedule | what moves | size of one message |
 # |---|---|---|
 # | `lv-xattn` | queries, round a ring; their results follow | $\sim s_Q$ |
 # | `gather` | queries, by all-gather; results directly to their owners | $\sim s_Q$ |
 # | `ring` | keys and values, round a ring | $\sim s_{KV}$ |
+# | `grid` | queries along columns of ranks, keys along rows | $\sim s_Q$ and $\sim s_{KV}$ |
 # | `ulysses` | everything, by all-to-all: each rank gets $H/P$ heads | $\sim (s_Q + s_{KV})/P$ |
 #
 # `ring` is Ring Attention ([arXiv:2310.01889](https://arxiv.org/abs/2310.01889)) and `ulysses`
 # DeepSpeed-Ulysses ([arXiv:2309.14509](https://arxiv.org/abs/2309.14509)).
 #
-# In each schedule a rank sends $P - 1$ messages of a kind. LV-XAttn has two kinds in the forward
+# In each schedule but `grid`, [which comes last](#Where-neither-side-is-short:-a-grid), a rank
+# sends $P - 1$ messages of a kind. LV-XAttn has two kinds in the forward
 # pass: queries, and the partial results `(out, lse)` that follow them and are merged on the way. On
 # the wire lse is a pair: the largest score $m$ and $\sum_j e^{s_j - m}$. As a single number it
 # would lose the log of that sum to rounding next to a mask of -1e9.
@@ -658,10 +660,57 @@ for text, shown, best in (
 figure
 
 # %% [markdown]
-# Left: the time of Ring Attention over that of LV-XAttn. Right: the fastest of the four schedules.
+# Left: the time of Ring Attention over that of LV-XAttn. Right: the fastest of the five schedules.
 # The averages that the paper gives for the Video-MME benchmark, 5,514 text tokens and 2,386 frames,
 # are at the upper edge, right of the middle. For long texts about short videos, in the lower right
 # corner, Ulysses is fastest and, in the last cell, Ring Attention.
+#
+# ## Where neither side is short: a grid
+#
+# Ulysses needs a key-value head for every rank; Llama 3-V has eight. With more ranks, and text
+# about as large as the video, is there nothing better than moving one side whole?
+#
+# Put the ranks into a grid of $a \times b = P$. Queries go round the $a$ ranks of a column, keys
+# and values round the $b$ ranks of a row: every block of queries meets every block of keys on one
+# rank, the one where its column crosses their row.
+#
+# **Predict.** 16 ranks, 8,192 queries and 16,384 keys, 32 heads of 128 each, bf16. A rank sends
+# $a - 1$ blocks of queries and of their results, and $b - 1$ of keys and values. Which $a$ is best
+# in the forward, and how many times fewer bytes are that than the better one of `lv-xattn`
+# ($a = 16$) and `ring` ($a = 1$)?
+#
+# <details><summary>Reasoning</summary>
+#
+# A block of queries with its results has 512 rows of $H (D e + (D + 2) w)$ bytes, one of keys and
+# values 1,024 rows of $H (2 D e)$: 12.6 and 16.8 MB, about the same. So few of each should move:
+# $a = b = 4$, three of both, 88 MB. 15 blocks of queries are 191 MB: 2.2 times as many.
+#
+# </details>
+
+# %%
+square = planned((1, 32, 8192, 128), (1, 32, 16384, 128), 16)
+for a in (16, 8, 4, 2, 1):
+    grid = replace(square, schedule="grid", grid=(a, 16 // a))
+    sent = [sum(m.nbytes for m in messages(grid, 0, backward=b)) / 1e6 for b in (False, True)]
+    print(f"{a:2} x {16 // a:2}: forward {sent[0]:4.0f} MB, backward {sent[1]:4.0f} MB")
+    assert (round(sent[0]) == 88) == (a == 4)
+assert next(c.grid for c in candidates(square) if c.schedule == "grid") == (8, 2)
+
+# %% [markdown]
+# The ends are LV-XAttn and Ring Attention themselves. In the backward $dk$ and $dv$ travel with the
+# keys, in fp32, so fewer keys should: over both passes 8 x 2 is best. On sixteen ranks, where
+# Ulysses cannot be taken, the map has a corner for the grid:
+
+# %%
+sixteen = winners(llama, MACHINES["a100-16"], 16, "bfloat16")
+layout = planned(*llama.shapes(8192, 2), 16)
+assert candidates(layout, MACHINES["a100-16"])[0].schedule == "grid"
+sixteen
+
+# %% [markdown]
+# With four times as many ranks a rank sends half as much: the best $a$ grows as $\sqrt{P}$
+# ([volumes](../docs/arguments.md#a-grid-of-ranks)). The price is memory: a rank keeps the queries
+# of its whole column until all keys of its row have passed.
 #
 # ## When bytes are not the bottleneck
 #

@@ -335,12 +335,13 @@ print(f"message   {1e6 * machine.inside.latency:6.0f} µs, of no size")
 # given, the one that takes the least time on it.
 #
 # **Predict.** Four queries, one on each of four ranks, and 65,536 keys; 8 heads of 64, fp32. Which
-# schedule sends the fewest bytes, `lv-xattn`, `ring`, `ulysses` or `gather`?
+# schedule sends the fewest bytes, `lv-xattn`, `ring`, `grid`, `ulysses` or `gather`?
 #
 # <details><summary>Reasoning</summary>
 #
 # There are few queries, so one that moves queries and results: lv-xattn moves them round a ring,
-# gather all at once, and both send the same bytes. The other two move keys and values.
+# gather all at once, and both send the same bytes. The others move keys and values, but for the
+# grid of one column, which is lv-xattn.
 #
 # </details>
 
@@ -529,7 +530,7 @@ own_kernel.gains(tokens, played, "Llama 3-V, 8 frames, a100-16 (simulated, not m
 # For few queries `gather` is fastest: it has one latency and reads the keys once, where a ring does
 # both at every hop ([notebook 2](02_why_queries_move.ipynb)). For more queries it is `lv-xattn`,
 # whose hops are hidden behind computing. If the queries have as many bytes as a short video's keys,
-# it is `ring`. (`ulysses` is not available: 16 ranks do not divide 8 key-value heads.)
+# it is a `grid`, which moves some of both, and then `ring`. (`ulysses` is not available: 16 ranks do not divide 8 key-value heads.)
 #
 # ### Exercise 3: when Ring Attention is fastest
 #
