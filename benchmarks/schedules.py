@@ -93,9 +93,7 @@ class Cell:
         q, k = (1, r["H"], r["S_Q"], r["D"]), (1, r["H_KV"], r["S_KV"], r["D"])
         predicted = {}
         for schedule in SCHEDULES:
-            layout = planned(
-                q, k, r["P"], dtype="float32", schedule=schedule, machine=machine
-            )
+            layout = planned(q, k, r["P"], dtype="float32", schedule=schedule, machine=machine)
             if not refusal(layout):
                 passes = (play(layout, machine, backward=b) for b in (False, True))
                 predicted[schedule] = sum(played.seconds for played in passes)

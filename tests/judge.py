@@ -63,7 +63,11 @@ def solve(
     """
     part = problem.part(comm.rank, comm.size, schedule)
     q, k, v, mask = part["q"], part["k"], part["v"], part["mask"]
-    options: dict[str, Any] = {"scale": problem.scale, "mask": mask, **options_of(schedule, comm.size)}
+    options: dict[str, Any] = {
+        "scale": problem.scale,
+        "mask": mask,
+        **options_of(schedule, comm.size),
+    }
     if reuse_layout:
         options["layout"] = implementation.Layout.agree(q, k, v, comm, **options)
     out, lse = implementation.cross_attention(q, k, v, comm, **options)

@@ -14,7 +14,6 @@ from tests.cases import CASES, MASKS, Case, Problem, random_case
 from tests.judge import worst_ratios
 from tests.naive import Array
 
-
 ROOT = Path(__file__).parents[1]
 
 

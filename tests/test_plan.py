@@ -14,6 +14,7 @@ from lvxattn import reference
 from lvxattn.cli.plan import main
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.draw import picture
+from lvxattn.plan import simulate
 from lvxattn.plan.choose import Layout, candidates, explain, unlike_ranks
 from lvxattn.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.plan.memory import memory, most_frames
@@ -35,6 +36,7 @@ def layout(P: int, schedule: str = "lv-xattn", **sizes: Any) -> Layout:
     return Layout(
         0, tuple(range(P)), *lengths, (None,) * P, (False,) * P, 1, of["H"], of["H_KV"], of["D"],
         of["D"], "float32", 1.0, schedule, of.get("queries", "sharded"),
+        grid=(P // 2, 2) if schedule == "grid" else None,
     )  # fmt: skip
 
 
@@ -70,6 +72,39 @@ class TestClock:
             assert play(of, machine).seconds == pytest.approx(
                 4 * share * hop if share >= 1 else 3 * hop + share * hop
             )
+
+    @pytest.mark.parametrize("backward", [False, True])
+    @pytest.mark.parametrize("shape", [(4, 2), (2, 4)])
+    def test_grid_overlaps_all_messages_with_arithmetic(
+        self, shape: tuple[int, int], backward: bool
+    ) -> None:
+        of = replace(layout(8, "grid", S_Q=32, S_KV=32), grid=shape)
+        wire = nbytes(of, backward) / 1e3
+        alone = play(of, replace(FREE, matmul=1e6, inside=Link(1e30, 0.0)), backward=backward)
+        # Arithmetic that takes four times as long as all messages hides every one of them.
+        machine = replace(FREE, matmul=1e6 * alone.seconds / (4 * wire))
+        assert play(of, machine, backward=backward).waiting == pytest.approx(0, abs=1e-6 * wire)
+
+    @pytest.mark.parametrize("backward", [False, True])
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    @pytest.mark.parametrize("ranks_per_host", [1, 2, 4, 8])
+    def test_one_host_stands_for_all_where_they_are_alike(
+        self, schedule: str, backward: bool, ranks_per_host: int
+    ) -> None:
+        two = replace(
+            FREE, ranks_per_host=ranks_per_host, matmul=1e4, copy=1e4, inside=Link(3e3, 0.1)
+        )
+        even = layout(8, schedule, S_Q=32, S_KV=64, H=8, H_KV=8)
+        for order in ((0, 1, 2, 3, 4, 5, 6, 7), (0, 2, 4, 6, 1, 3, 5, 7)):
+            for shape in ((4, 2), (2, 4)) if schedule == "grid" else (None,):
+                of = replace(even, order=order, grid=shape)
+                found = simulate._play(of, two, backward, ranks_per_host)
+                whole = simulate._play(of, two, backward, 8)
+                assert found.seconds == pytest.approx(whole.seconds)
+                assert found.computing == pytest.approx(whole.computing)
+                assert simulate._unlike(of, two) == ranks_per_host
+                uneven = replace(of, s_q=(3, 5, *of.s_q[2:]))
+                assert simulate._unlike(uneven, two) == 8
 
     def test_latency_per_hop_and_per_collective(self) -> None:
         machine = replace(FREE, inside=Link(1e30, 1.0))

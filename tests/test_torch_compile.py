@@ -224,7 +224,22 @@ def test_operators_keep_pytorch_s_rules(way: str) -> None:
     from lvxattn.torch_impl import operators  # not before: it imports the compiler
 
     spread = layout.queries, layout.keys
-    given = q, k, v, mask, layout.record, None, "", 1, "lv-xattn", None, *spread, "qkv", None, "call"
+    given = (
+        q,
+        k,
+        v,
+        mask,
+        layout.record,
+        None,
+        "",
+        1,
+        "lv-xattn",
+        None,
+        *spread,
+        "qkv",
+        None,
+        "call",
+    )
     torch.library.opcheck(operators.attention, given)
     results = [x.detach() for x in operators.attention(*given)]
     dout, dlse = torch.ones_like(results[0]), torch.ones_like(results[1])

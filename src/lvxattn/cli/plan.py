@@ -86,9 +86,7 @@ def plan(options: Namespace) -> str:
     times: dict[str, float] = {}
     rows: dict[str, str] = {}
     for schedule in SCHEDULES:
-        layout = planned(
-            q, k, P, dtype=options.dtype, schedule=schedule, machine=machine
-        )
+        layout = planned(q, k, P, dtype=options.dtype, schedule=schedule, machine=machine)
         why = refusal(layout)
         if why:
             rows[schedule] = f"  {schedule:10}  cannot be taken: {why}"

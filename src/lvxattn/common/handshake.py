@@ -207,6 +207,7 @@ def _check_spreads(queries: str, keys: str) -> None:
 
 
 def check_grid(grid: Any, schedule: str, P: int) -> None:
+    """Raise ValueError if `grid` is neither None nor the numbers of a grid of P ranks."""
     if grid is None:
         return
     if schedule != "grid":

@@ -116,7 +116,11 @@ def _arrow(
     wraps: bool,
 ) -> None:  # fmt: skip
     """Draw an arrow; one that wraps leaves at one edge and enters at the other."""
-    line: dict[str, Any] = {"color": colour, "lw": 2.0, "linestyle": (0, (2, 1.6)) if dashed else "-"}
+    line: dict[str, Any] = {
+        "color": colour,
+        "lw": 2.0,
+        "linestyle": (0, (2, 1.6)) if dashed else "-",
+    }
     arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13, **line}
     if wraps:
         axes.plot(*zip(start, leaves, strict=True), **line)

@@ -79,9 +79,7 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
         apart = (dest - source) % n, (dest // n - source // n) % (P // n)
         return *apart, dest % count, kind
 
-    todo = [
-        deque(steps(layout, rank, backward=backward)) for rank in layout.order[:count]
-    ]
+    todo = [deque(steps(layout, rank, backward=backward)) for rank in layout.order[:count]]
     clock, computing = [0.0] * count, [0.0] * count
     free: dict[tuple[str, int], float] = defaultdict(float)
     mail: dict[tuple[int, int, int, str], deque[float]] = defaultdict(deque)
