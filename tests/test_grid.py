@@ -119,6 +119,17 @@ def test_volume_and_its_table(problem: tuple[int, ...], expected: dict[int, int]
     assert with_grid(replace(layout, schedule="grid")).grid == (a, P // a)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2), (6, 1), (1, 6)], ids=str)
+def test_unlike_ranks_include_the_busiest(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(shape[0])
+    even = planned((1, 1, 60, 2), (1, 1, 60, 2), 6, schedule="grid", grid=shape)
+    for _ in range(20):
+        s_q, s_kv = (tuple(int(n) for n in rng.choice([1, 1, 1, 9], 6)) for _ in range(2))
+        of = replace(even, order=tuple(rng.permutation(6).tolist()), s_q=s_q, s_kv=s_kv)
+        sent = [sum(m.nbytes for m in messages(of, rank)) for rank in range(6)]
+        assert megabytes(of, False) == max(sent) / 1e6
+
+
 def test_heavier_side_goes_round_inside_hosts() -> None:
     hosts = ["a", "b"] * 4  # of rank 0, 1, ...
     crossing = {}
