@@ -1,5 +1,6 @@
 """Pictures: that they show what was sent, in the right place and colour."""
 
+from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
@@ -25,6 +26,7 @@ from lvxattn.common.timeline import Post, Span, Timeline
 from lvxattn.common.wire import PARTIALS, QUERIES
 from lvxattn.draw.bars import byte_bars, format_bytes
 from lvxattn.draw.film import animation, film_strip, scenes, step
+from lvxattn.draw.grid import grid
 from lvxattn.draw.picture import save_picture
 from lvxattn.draw.rotation import COLOURS, sheet
 from lvxattn.draw.trace import draw_trace
@@ -70,6 +72,18 @@ class TestScenes:
                 assert scene.joined[-1] == (rank if schedule == "lv-xattn" else scene.owner)
                 travels = schedule == "lv-xattn" and hop > 0
                 assert len(scene.joined) == hop + (not travels)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2), (4, 2)], ids=str)
+def test_grid_shows_what_each_rank_sends(shape: tuple[int, int]) -> None:
+    a, b = shape
+    (axes,) = grid(a, b).axes
+    said = Counter(text.get_text() for text in axes.texts if " x" in text.get_text())
+    queries, keys = (a - 1) * b, (b - 1) * a  # those that do not wrap around
+    assert said == {f"q x{a - 1}": queries, f"results x{a - 1}": queries, f"k, v x{b - 1}": keys}
+    assert len([x for x in axes.texts if isinstance(x, Annotation)]) == (2 + 1) * a * b
+    with pytest.raises(ValueError, match="a, b: expected 2 to 4, got 1 and 3"):
+        grid(1, 3)
 
 
 @pytest.mark.parametrize("schedule", RINGS)

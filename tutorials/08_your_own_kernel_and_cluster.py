@@ -530,8 +530,8 @@ own_kernel.gains(tokens, played, "Llama 3-V, 8 frames, a100-16 (simulated, not m
 # For few queries `gather` is fastest: it has one latency and reads the keys once, where a ring does
 # both at every hop ([notebook 2](02_why_queries_move.ipynb)). For more queries it is `lv-xattn`,
 # whose hops are hidden behind computing. If the queries have as many bytes as a short video's keys,
-# it is a `grid`, which moves some of both, and then `ring`. (`ulysses` is not available: 16 ranks do
-# not divide 8 key-value heads.)
+# it is a `grid`, which moves some of both, and then `ring`. (`ulysses` is not available: 16 ranks
+# do not divide 8 key-value heads.)
 #
 # ### Exercise 3: when Ring Attention is fastest
 #
