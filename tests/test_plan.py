@@ -14,11 +14,12 @@ from lvxattn import reference
 from lvxattn.cli.plan import main
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.draw import picture
+from lvxattn.draw.bars import format_bytes
 from lvxattn.plan import simulate
 from lvxattn.plan.choose import Layout, candidates, explain, unlike_ranks
 from lvxattn.plan.machine import MACHINES, Link, Machine, Measured
 from lvxattn.plan.memory import memory, most_frames
-from lvxattn.plan.models import MODELS, Model, planned
+from lvxattn.plan.models import MODELS, PROBLEMS, Model, planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
 from lvxattn.plan.whole import WHOLE, Stack, Whole, most_frames_of_step, step, step_memory
@@ -448,6 +449,22 @@ class TestCommand:
         assert set(lines) <= set(said.splitlines())
         assert "16,260" in said
 
+    @pytest.mark.parametrize("name", sorted(PROBLEMS))
+    def test_fixed_problem_has_schedules_only(
+        self, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        assert main(["--model", name, "--ranks", "4"]) == 0
+        said = capsys.readouterr().out
+        q, k = PROBLEMS[name].shapes()
+        assert f"\n  shapes    q {q}   k {k}   v {k}   bfloat16\n" in said
+        assert f"\n  problem   {name}, {PROBLEMS[name].about}, " in said
+        assert said.splitlines()[-1].startswith("  least time  ")
+        (ring,) = re.findall(r"\n  ring +(\d+) +(\S+ \S+) ", said)
+        of = planned(q, k, 4, schedule="ring")
+        most = max(sum(x.nbytes for x in messages(of, rank)) for rank in range(4))
+        assert ring == ("3", format_bytes(most, ".1f"))
+        assert max(map(len, said.splitlines())) <= 102
+
     def test_picture_shows_frames_that_fit(self) -> None:
         pytest.importorskip("matplotlib")
         from lvxattn.draw.plan import winners
@@ -546,6 +563,9 @@ class TestCommand:
             ("--frames 0", "--frames: "),
             ("--text-tokens 0", "--text-tokens: "),
             ("--model gpt", "--model: invalid choice: 'gpt'"),
+            ("--model wan-14b --frames 3", "--frames: not allowed with --model wan-14b, whose "),
+            ("--text-tokens 3 --model perceiver", "--text-tokens: not allowed with --model "),
+            ("--model q-former --plot x.png", "--plot: not allowed with --model q-former, "),
         ],
     )
     def test_bad_command_line_prints_one_line(

@@ -26,7 +26,7 @@ from lvxattn.common.validation import accumulator
 from lvxattn.mpi_impl.__main__ import main
 from lvxattn.plan import MACHINES, candidates, planned
 from lvxattn.plan.machine import Measured
-from lvxattn.plan.models import MODELS
+from lvxattn.plan.models import MODELS, PROBLEMS
 from tests.cases import Case, Problem
 from tests.commands import Said, commands
 from tests.full_disk import full_disk
@@ -241,6 +241,22 @@ def test_random_tensors_do_not_depend_on_ranks() -> None:
     assert not one["mask"].all()
 
 
+@pytest.mark.parametrize("name", sorted(PROBLEMS))
+def test_fixed_lengths_are_the_models_unless_given(name: str) -> None:
+    parser = Parser()
+    add_options(parser)
+    x = PROBLEMS[name]
+    for line, S_Q, S_KV in (
+        ("", x.S_Q, x.S_KV),
+        ("--text-tokens 3", 3, x.S_KV),
+        ("--visual-tokens 5", x.S_Q, 5),
+    ):
+        found = describe(parser.parse_args(["--model", name, *line.split()]))
+        assert found.title == name
+        assert found.shapes["q"] == (1, x.heads, S_Q, x.head_dim)
+        assert found.shapes["k"] == found.shapes["v"] == (1, x.kv_heads, S_KV, x.head_dim)
+
+
 def preset_lines(folder: Path) -> list[list[Any]]:
     """Command lines about presets and sizes."""
     return [
@@ -258,6 +274,7 @@ def preset_lines(folder: Path) -> list[list[Any]]:
             *("--json", folder / "ring.json"),
         ],
         *[["run", *SMALL, "--dtype", dtype, "--check", "--quiet"] for dtype in DTYPES],
+        ["run", "--model", "q-former", "--backward", "--check", "--quiet"],
         ["run", "--text-tokens", "0", "--visual-tokens", "0", "--backward", "--check", "--quiet"],
         *[
             [
@@ -499,7 +516,8 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
                 (other_version(folder / "version"), "/version"),
             )
         ],
-        (["--frames", "3"], "--frames: needs a --model"),
+        (["--frames", "3"], "--frames: needs a --model of llama3v, "),
+        (["--frames", "3", "--model", "q-former"], "--frames: needs a --model of llama3v, "),
         (["--heads", "3", "--kv-heads", "2"], "H_KV"),
         (["--head-dim", "0"], "--head-dim: expected a whole number from 1 up, got '0'"),
         (["--text-tokens", "-1"], "--text-tokens: "),

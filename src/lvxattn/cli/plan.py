@@ -1,5 +1,7 @@
 r"""The command ``plan``: tables, and a picture.
 
+A model of frames and text has memory and a training step, too; a problem of fixed lengths has not.
+
 python -m lvxattn.plan --model llama3v --frames 1200 --text-tokens 2048 \
         --machine a100-16 --plot plan.png
 """
@@ -16,7 +18,7 @@ from lvxattn.draw.picture import cannot_draw, save_picture
 from lvxattn.plan.choose import named, refusal, unlike_ranks
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
 from lvxattn.plan.memory import memory, most_frames
-from lvxattn.plan.models import MODELS, planned
+from lvxattn.plan.models import MODELS, PROBLEMS, planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
 from lvxattn.plan.whole import WHOLE, most_frames_of_step, step, traffic
@@ -25,6 +27,8 @@ _PROGRAM = "python -m lvxattn.plan"
 _WIDTHS = (12, 15, 12, 12, 12)
 # All steps of all ranks are simulated: their number grows as P^2.
 _MOST_RANKS = 512
+# Of a model of frames and text.
+_LENGTHS = {"frames": 1200, "text_tokens": 2048}
 
 
 def main(arguments: list[str]) -> int:
@@ -65,17 +69,22 @@ def plan(options: Namespace) -> str:
     -------
     str
     """
-    model, machine, P = MODELS[options.model], options.machine, options.ranks
-    q, k = model.shapes(options.text_tokens, options.frames)
+    fixed, machine, P = PROBLEMS.get(options.model), options.machine, options.ranks
+    if fixed:
+        q, k = fixed.shapes()
+        problem = f"{fixed.about}, {_count(fixed.layers, 'layer')}"
+    else:
+        q, k = MODELS[options.model].shapes(options.text_tokens, options.frames)
+        frames, tokens = _count(options.frames, "frame"), _count(options.text_tokens, "text token")
+        problem = f"{frames}, {tokens}"
     measured = []
     if machine.measured is not None:
-        heads = model.heads, model.kv_heads, model.head_dim
+        heads = q[1], k[1], q[3]
         text = machine.measured.compared_with("the plan", heads, options.dtype)
         measured = [f"  measured  {text}"]
-    frames, tokens = _count(options.frames, "frame"), _count(options.text_tokens, "text token")
     lines = [
         "LV-XAttn plan",
-        f"  problem   {model.name}, {frames}, {tokens}",
+        f"  problem   {options.model}, {problem}",
         f"  shapes    q {q}   k {k}   v {k}   {options.dtype}",
         f"  machine   {machine.name}: {_count(P, 'rank')}, {min(P, machine.ranks_per_host)} a host",
         *measured,
@@ -106,14 +115,9 @@ def plan(options: Namespace) -> str:
         faster = f"{times['ring'] / times[schedule]:8.1f} x" if schedule in times else ""
         lines.append(row + faster)
     best = min(times, key=lambda schedule: times[schedule]) if P > 1 else "any: nothing is sent"
-    lines += [
-        "",
-        f"  least time  {best}",
-        "",
-        *_fitting(options),
-        "",
-        *_whole(options, list(times)),
-    ]
+    lines += ["", f"  least time  {best}"]
+    if not fixed:
+        lines += ["", *_fitting(options), "", *_whole(options, list(times))]
     return "\n".join(lines)
 
 
@@ -186,9 +190,15 @@ def _options(arguments: list[str]) -> Namespace:
         allow_abbrev=False,
     )
     default = "(default: %(default)s)"
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama3v", help=default)
-    for name, count in (("--frames", 1200), ("--text-tokens", 2048)):
-        parser.add_argument(name, type=positive, default=count, metavar="N", help=default)
+    parser.add_argument(
+        "--model", choices=sorted(MODELS | PROBLEMS), default="llama3v", metavar="NAME",
+        help=f"of frames and text: {', '.join(MODELS)}; of fixed lengths: {', '.join(PROBLEMS)} "
+        + default,
+    )  # fmt: skip
+    for name, count in _LENGTHS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=positive, metavar="N", help=f"(default: {count})"
+        )
     parser.add_argument(
         "--machine", type=_machine, default="a100-16", metavar="NAME",
         help=f"{', '.join(MACHINES)}, or a file written by measure (default: %(default)s)",
@@ -207,6 +217,16 @@ def _options(arguments: list[str]) -> Namespace:
     options.dtype = options.dtype or (measured.dtype if measured else "bfloat16")
     if options.ranks > _MOST_RANKS:
         parser.error(f"argument --ranks: expected at most {_MOST_RANKS:,}, got {options.ranks:,}")
+    for name, count in _LENGTHS.items():
+        if options.model in MODELS and getattr(options, name) is None:
+            setattr(options, name, count)
+    if options.model in PROBLEMS:
+        for name in (*_LENGTHS, "plot"):
+            if getattr(options, name) is not None:
+                parser.error(
+                    f"argument --{name.replace('_', '-')}: not allowed with --model "
+                    f"{options.model}, whose lengths are fixed"
+                )
     if options.plot:
         problem = cannot_draw(Path(options.plot)) or cannot_write(options.plot)
         if problem:

@@ -7,7 +7,7 @@ from math import inf
 from lvxattn.cli.arguments import AddCommand, between, natural, positive
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.common.validation import FLOATING
-from lvxattn.plan.models import MODELS
+from lvxattn.plan.models import MODELS, PROBLEMS
 
 _MADE_UP = [
     *("model", "frames", "text_tokens", "visual_tokens", "batch", "heads", "kv_heads"),
@@ -29,13 +29,12 @@ def add_run(add: AddCommand, run: Callable[..., int], epilog: str | None = None)
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``run`` to a parser."""
     sizes = parser.add_argument_group("random tensors, of a model's shapes or of given ones")
-    sizes.add_argument(
-        "--model", choices=sorted(MODELS), metavar="NAME", help=", ".join(sorted(MODELS))
-    )
+    names = sorted(MODELS | PROBLEMS)
+    sizes.add_argument("--model", choices=names, metavar="NAME", help=", ".join(names))
     for name, least, what in (
         ("--frames", natural, "frames of a model's video (default: 8)"),
-        ("--text-tokens", natural, "queries, S_Q (default: 1024)"),
-        ("--visual-tokens", natural, "keys, S_KV, instead of frames (default: 16384)"),
+        ("--text-tokens", natural, "queries, S_Q (default: a fixed model's, or 1024)"),
+        ("--visual-tokens", natural, "keys, S_KV, not frames (default: a model's, or 16384)"),
         ("--heads", positive, "query heads, H (default: the model's, or 8)"),
         ("--kv-heads", positive, "key-value heads, H_KV (default: the model's, or H)"),
         ("--head-dim", positive, "width of queries and keys, D (default: the model's, or 64)"),
@@ -97,8 +96,8 @@ def contradiction(options: argparse.Namespace) -> str | None:
         for name in _MADE_UP:
             if getattr(options, name) is not None:
                 return f"argument --{name.replace('_', '-')}: not allowed with argument --input"
-    if options.frames is not None and options.model is None:
-        return "argument --frames: needs a --model"
+    if options.frames is not None and options.model not in MODELS:
+        return f"argument --frames: needs a --model of {', '.join(MODELS)}"
     if options.frames is not None and options.visual_tokens is not None:
         return "argument --visual-tokens: not allowed with argument --frames"
     if options.machine is not None and options.schedule != AUTO:

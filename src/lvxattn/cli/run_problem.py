@@ -15,7 +15,7 @@ from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.common.layout import share
 from lvxattn.common.validation import FLOATING, check_attention, check_mask_rows
 from lvxattn.plan.memory import call_memory
-from lvxattn.plan.models import MODELS, planned
+from lvxattn.plan.models import MODELS, PROBLEMS, planned
 
 _PIECE = 1024
 # The axis along which each tensor is cut into the ranks' shares.
@@ -182,23 +182,24 @@ def _from_file(options: Namespace) -> Problem:
 
 
 def _random(options: Namespace) -> Problem:
-    model = MODELS[options.model] if options.model else None
+    fixed = PROBLEMS.get(options.model)
+    model = fixed or MODELS.get(options.model)
 
     def size(name: str, otherwise: int) -> int:
         given = getattr(options, name)
         return int(otherwise if given is None else given)
 
-    S_Q, B = size("text_tokens", 1024), size("batch", 1)
+    S_Q, B = size("text_tokens", fixed.S_Q if fixed else 1024), size("batch", 1)
     H = size("heads", model.heads if model else 8)
     H_KV = size("kv_heads", model.kv_heads if model else H)
     D = size("head_dim", model.head_dim if model else 64)
     title = model.name if model else "random tensors"
-    if options.visual_tokens is not None or model is None:
-        S_KV = size("visual_tokens", 16384)
-    else:
+    if options.visual_tokens is None and options.model in MODELS:
         frames = size("frames", 8)
-        S_KV = frames * model.tokens_per_frame
+        S_KV = frames * MODELS[options.model].tokens_per_frame
         title += f", {frames:,} frame{'s' * (frames != 1)}"
+    else:
+        S_KV = size("visual_tokens", fixed.S_KV if fixed else 16384)
     D_V = size("value_dim", D)
     shapes: dict[str, Shape] = {
         "q": (B, H, S_Q, D),

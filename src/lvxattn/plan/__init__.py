@@ -6,7 +6,7 @@ The front doors choose a schedule by it for ``schedule="auto"``; no other algori
 from lvxattn.plan.choose import Candidate, candidates, explain
 from lvxattn.plan.machine import MACHINES, Link, Machine
 from lvxattn.plan.memory import Memory, call_memory, memory, most_frames
-from lvxattn.plan.models import MODELS, Model, planned
+from lvxattn.plan.models import MODELS, PROBLEMS, Model, Problem, planned
 from lvxattn.plan.simulate import Played, play
 from lvxattn.plan.steps import messages, steps
 from lvxattn.plan.whole import WHOLE, Whole
@@ -14,6 +14,7 @@ from lvxattn.plan.whole import WHOLE, Whole
 __all__ = [
     "MACHINES",
     "MODELS",
+    "PROBLEMS",
     "WHOLE",
     "Candidate",
     "Link",
@@ -21,6 +22,7 @@ __all__ = [
     "Memory",
     "Model",
     "Played",
+    "Problem",
     "Whole",
     "call_memory",
     "candidates",

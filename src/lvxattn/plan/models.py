@@ -1,8 +1,9 @@
-"""Attention shapes of the models that the paper measures, and layouts of problems yet to be run.
+"""Attention shapes of models with cross-attention, and layouts of problems yet to be run.
 
-Sources: arXiv:2502.02406, table 1 (cross-attention layers, language-model blocks and visual tokens
-per frame); the configurations of Llama 3.2 Vision, mPLUG-Owl3 (Qwen2 language models) and
-OpenFlamingo (heads and widths).
+`MODELS` are those that the paper measures, of any number of frames and text tokens.  Sources:
+arXiv:2502.02406, table 1 (cross-attention layers, language-model blocks and visual tokens per
+frame); the configurations of Llama 3.2 Vision, mPLUG-Owl3 (Qwen2 language models) and OpenFlamingo
+(heads and widths).  `PROBLEMS` are others that people run, each of one size and with its source.
 """
 
 from dataclasses import dataclass
@@ -91,6 +92,91 @@ MODELS = {
         Model("openflamingo-3b", 2048, 8, 8, 64, cross_layers=24, blocks=24, tokens_per_frame=64),
     )
 }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The cross-attention of a model whose lengths are fixed.
+
+    Attributes
+    ----------
+    name : str
+    about : str
+        What attends to what.
+    S_Q, S_KV, heads, kv_heads, head_dim : int
+    layers : int
+        Layers of cross-attention.
+    source : str
+        Where these sizes were published.
+    """
+
+    name: str
+    about: str
+    S_Q: int
+    S_KV: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    source: str
+
+    def shapes(self, batch: int = 1) -> tuple[Sizes, Sizes]:
+        """Return the shapes of the whole problem, as `Model.shapes` does.
+
+        Examples
+        --------
+        >>> PROBLEMS["whisper-large"].shapes()
+        ((1, 20, 448, 64), (1, 20, 1500, 64))
+        """
+        if batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {batch}")
+        return (
+            (batch, self.heads, self.S_Q, self.head_dim),
+            (batch, self.kv_heads, self.S_KV, self.head_dim),
+        )
+
+
+# 121 frames of 1280 x 768 pixels, 24 a second: 16 x 40 x 24 tokens; 25 of audio a second.
+_LTX = "Lightricks/LTX-2: model_configurator.py, transformer.py, types.py of ltx-core"
+# 81 frames: 21 x 45 x 80 tokens of 1280 x 720 pixels, 21 x 30 x 52 of 832 x 480.
+_WAN = "Wan-Video/Wan2.1: wan/configs/{}, shared_config.py, text2video.py"
+
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem("ltx-2-v2a", "audio attends to video", 126, 15360, 32, 32, 64, 48, _LTX),
+        Problem("ltx-2-a2v", "video attends to audio", 15360, 126, 32, 32, 64, 48, _LTX),
+        Problem(
+            "wan-14b", "video attends to text, Wan 2.1 and 2.2", 75600, 512, 40, 40, 128, 40,
+            _WAN.format("wan_t2v_14B.py") + "; Wan-Video/Wan2.2: wan/configs/wan_t2v_A14B.py",
+        ),
+        Problem(
+            "wan-1.3b", "video attends to text, Wan 2.1", 32760, 512, 12, 12, 128, 30,
+            _WAN.format("wan_t2v_1_3B.py"),
+        ),
+        Problem(
+            "whisper-large", "text attends to 30 s of speech", 448, 1500, 20, 20, 64, 32,
+            "k2-fsa/sherpa-onnx: scripts/whisper/model-info.md; arXiv:2212.04356, table 1",
+        ),
+        Problem(  # 224 x 224 pixels of 3 colours and 258 Fourier features, one head as wide
+            "perceiver", "latents attend to the pixels of an image", 512, 50176, 1, 1, 261, 8,
+            "google-deepmind/deepmind-research: perceiver/train/experiment.py; arXiv:2103.03206",
+        ),
+        Problem(  # 16 x 16 patches and a class token; in every second of 12 layers
+            "q-former", "queries attend to the patches of an image, BLIP-2", 32, 257, 12, 12, 64, 6,
+            "huggingface/transformers: models/blip_2/configuration_blip_2.py",
+        ),
+        Problem(  # 16 x 16 patches, and the latents themselves
+            "flamingo-resampler", "latents attend to the patches of an image", 64, 320, 8, 8, 64, 6,
+            "mlfoundations/open_flamingo: open_flamingo/src/helpers.py",
+        ),
+        Problem(  # 70 x 70 patches, and the latents themselves
+            "idefics2-resampler", "latents attend to the patches of an image", 64, 4964,
+            16, 4, 96, 3, "huggingface/transformers: models/idefics2/configuration_idefics2.py; "
+            "arXiv:2405.02246, section 3 (980 x 980 pixels, patches of 14)",
+        ),
+    )
+}  # fmt: skip
 
 
 def planned(
