@@ -3,6 +3,7 @@
 The front doors choose a schedule by it for ``schedule="auto"``; no other algorithm file imports it.
 """
 
+from lvxattn.plan.bound import lower_bound
 from lvxattn.plan.choose import Candidate, candidates, explain
 from lvxattn.plan.machine import MACHINES, Link, Machine
 from lvxattn.plan.memory import Memory, call_memory, memory, most_frames
@@ -27,6 +28,7 @@ __all__ = [
     "call_memory",
     "candidates",
     "explain",
+    "lower_bound",
     "memory",
     "messages",
     "most_frames",
