@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,7 +140,8 @@ def test_wait_names_kind_owner_hop_and_neighbour() -> None:
     rotation = exchange.rotation(PARTIALS)
     assert rotation.awaited(rotation.comes[2]) == Block(RESULTS_HOME, 0, 2, source=2)
     assert rotation.leaving(rotation.leaves[1]) == Block(RESULTS_HOME, 2, 2, dest=3)
-    rotation = exchange.rotation(KEYS_VALUES)
+    of_keys = Exchange(MPI.COMM_SELF, replace(layout, schedule="ring"), np.zeros(1, np.float32))
+    rotation = of_keys.rotation(KEYS_VALUES)
     assert rotation.awaited(rotation.comes[1]) == Block(KEYS, 2, 1, source=2)
     assert rotation.leaving(rotation.leaves[0]) == Block(KEYS, 1, 1, dest=3)
 

@@ -21,7 +21,6 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from lvxattn import torch_impl
-from lvxattn.common.exchange_base import GRADIENTS_TRAVEL
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.wire import QUERIES
 from lvxattn.torch_impl import CrossAttention, Layout, Meter, cross_attention, shard, unshard
@@ -614,6 +613,10 @@ def only_wanted_gradients_are_sent(group: Group) -> Any:
 
     for way in WAYS:
         every, sent = run(way, "qkv")
+        travel = {"ring": "kv", "ulysses": "qkv", "replicated keys": "kv"}.get(way, "q")
+        if way == "grid":
+            a, b = options_of(way, group.size)["grid"]
+            travel = "q" * (a > 1) + "kv" * (b > 1)
         for wanted in ("q", "kv", "v"):
             of_layout = "q" if wanted == "q" else "kv"
             found, least = run(way, wanted)
@@ -621,7 +624,7 @@ def only_wanted_gradients_are_sent(group: Group) -> Any:
             all_same, as_much = run(way, wanted, layout="qkv")
             for name in wanted:
                 verdicts += [close(x[name], every[name]) for x in (found, again, all_same)]
-            saves = set(GRADIENTS_TRAVEL[way]) - set(of_layout) and group.size > 1
+            saves = set(travel) - set(of_layout) and group.size > 1
             verdicts += [with_layout == least, as_much == sent]
             verdicts.append(least < sent if saves else least == sent)
         # What one rank wants, all compute.

@@ -8,18 +8,7 @@ from lvxattn.common.layout import Layout
 from lvxattn.common.masks import MaskView
 from lvxattn.common.meter import Block, Meter
 from lvxattn.common.pool import Kept
-from lvxattn.common.wire import BLOCKS, Field, Kind, nbytes
-
-# The arguments whose gradients are sent, by `Layout.way`.
-GRADIENTS_TRAVEL = {
-    "lv-xattn": "q",
-    "gather": "q",
-    "replicated": "q",
-    "ring": "kv",
-    "replicated keys": "kv",
-    "ulysses": "qkv",
-    "grid": "qkv",
-}
+from lvxattn.common.wire import BLOCKS, NAMES, Field, Kind, nbytes
 
 
 class ExchangeBase:
@@ -42,7 +31,7 @@ class ExchangeBase:
         self.layout, self.mask, self.meter = layout, mask, meter or Meter()
         self.P, self.rank, self.scale = layout.size, layout.rank, layout.scale
         # What travels must be the same on all ranks; the rest is each rank's own affair.
-        travels = GRADIENTS_TRAVEL[layout.way]
+        travels = gradients_sent(layout)
         self.wanted = "".join(x for x in layout.gradients if x in wanted or x in travels)
         self.rotations: list[Any] = []
         self.kept: list[Kept] = []
@@ -99,6 +88,14 @@ class ExchangeBase:
                 return
             rotation.due.pop(0)
             rotation.start(stop, legs)
+
+
+def gradients_sent(layout: Layout) -> str:
+    """Return the arguments whose gradients are sent, if anybody wants them."""
+    if layout.way in NAMES:
+        a, b = layout.shape
+        return "q" * (a > 1) + "kv" * (b > 1)
+    return {"ulysses": "qkv", "replicated keys": "kv"}.get(layout.way, "q")
 
 
 class Leg(NamedTuple):

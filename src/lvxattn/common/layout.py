@@ -8,13 +8,13 @@ numbers, so that its P - 1 hops cross slow links between hosts as rarely as poss
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from math import isclose
-from operator import index
 from typing import Any, Self
 
+from lvxattn.common.growing import compared, for_queries
 from lvxattn.common.handshake import (
     EQUAL_ON_ALL_RANKS,
     MASKS_TRAVEL,
@@ -27,7 +27,8 @@ from lvxattn.common.handshake import (
 )
 from lvxattn.common.masks import MaskView
 from lvxattn.common.pool import Pool
-from lvxattn.common.rules import Rule, check_sendable, same_rule, visible_parts
+from lvxattn.common.rings import rings, stops
+from lvxattn.common.rules import Rule, same_rule
 from lvxattn.common.validation import (
     Communicator,
     accumulator,
@@ -39,7 +40,6 @@ from lvxattn.common.validation import (
     is_array,
     library,
     on_rank,
-    raise_lowest,
 )
 
 Array = Any
@@ -268,51 +268,11 @@ class Layout:
         """
         check_communicator(comm)
         self._check_ranks(comm)
-        found: Self | Exception
-        try:
-            found = self._for_queries(s_q, rule)
-        except (TypeError, ValueError) as error:
-            found = error
-        return self._compared(found, comm)
-
-    def _for_queries(self, s_q: Any, rule: Any) -> Self:
-        """Return `with_queries` of this rank's arguments, checked.  Not collective."""
-        lengths = _lengths(s_q, self.size, self.queries)
-        S_Q = lengths[0] if self.queries == "replicated" else sum(lengths)
-        changes: dict[str, Any] = {}
-        if rule is not None:
-            if not isinstance(rule, Rule):
-                raise TypeError(f"rule: expected a Rule or None, got {type(rule).__name__}")
-            check_sendable(rule)
-            changes = {"structures": (rule,) * self.size, "rules": (True,) * self.size}
-            changes["masks"] = (None,) * self.size
-        found = replace(self, s_q=lengths, **changes)
-        for structure in found.structures:
-            if structure is not None:
-                structure.check(S_Q, self.S_KV)
-        rows = [kind[0][-2] for kind in found.masks if kind and len(kind[0]) > 1]
-        if found.way in MASKS_TRAVEL and any(n != 1 for n in rows):
-            raise ValueError(
-                f"layout: expected array masks of one row for all queries with {found.way!r}, "
-                f"which sends them, got {max(rows)} rows; agree on a layout for the next mask"
-            )
-        return found
+        return self._compared(for_queries(self, s_q, rule), comm)
 
     def _compared(self, found: Self | Exception, comm: Communicator) -> Self:
-        """Return this rank's layout, or raise, on all ranks, if one has an error or another layout.
-
-        Collective: every rank of comm calls this.
-        """
-        mine: Any = found if isinstance(found, Exception) else (found.s_q, found.structures)
-        gathered = comm.allgather(mine)
-        raise_lowest([x if isinstance(x, Exception) else None for x in gathered])
-        for rank, given in enumerate(gathered):
-            for name, expected, got in zip(("s_q", "rule"), gathered[0], given, strict=True):
-                if got != expected:
-                    text = f"{name}: expected rank 0's {expected!r:.99}, got {got!r:.99}"
-                    raise on_rank(ValueError(text), rank, self.size)
-        assert not isinstance(found, Exception)
-        return found
+        """Return `compared`, which an implementation may do faster."""
+        return compared(found, comm)
 
     @property
     def way(self) -> str:
@@ -445,14 +405,7 @@ class Layout:
     @cached_property
     def _rings(self) -> dict[tuple[str, int], tuple[int, ...]]:
         """What `ring` returns, by its arguments."""
-        inside, n = self.inside
-        outside = "keys" if inside == "queries" else "queries"
-        rings = {}
-        for place, rank in enumerate(self.order):
-            start = place - place % n
-            rings[inside, rank] = self.order[start : start + n]
-            rings[outside, rank] = self.order[place % n :: n]
-        return rings
+        return rings(self)
 
     def ring(self, side: str, rank: int | None = None) -> tuple[int, ...]:
         """Return the ranks round which a rank's queries, or keys, move: its column, or its row."""
@@ -475,42 +428,8 @@ class Layout:
         `Rule`; else from the first to the last that meets something visible.
         """
         if (side, owner) not in self._stops:
-            self._stops[side, owner] = self._find_stops(side, owner)
+            self._stops[side, owner] = stops(self, side, owner)
         return self._stops[side, owner]
-
-    def _find_stops(self, side: str, owner: int) -> dict[int, slice]:
-        ring = self.ring(side, owner)
-        length = (self.s_q if side == "queries" else self.s_kv)[owner]
-        everywhere = range(1, len(ring))
-        if not self.structures or self.keys == "replicated":
-            return dict.fromkeys(everywhere, slice(0, length))
-        place, found = ring.index(owner), {}
-        for hop in everywhere:
-            rows = self._needed(side, owner, ring[(place + hop) % len(ring)])
-            if rows is not None:
-                found[hop] = rows
-        return found
-
-    def _needed(self, side: str, owner: int, rank: int) -> slice | None:
-        """Return the rows of an owner's travelling block that meet something visible on a rank."""
-        queries = side == "queries"
-        length, parts = (self.s_q if queries else self.s_kv)[owner], []
-        for other in self.ring("keys" if queries else "queries", rank):
-            q_owner, kv_owner = (owner, other) if queries else (other, owner)
-            rule = self.structures[kv_owner]
-            if rule is None:
-                return slice(0, length)
-            rows, keys = (
-                slice(sum(lengths[:of]), sum(lengths[: of + 1]))
-                for lengths, of in ((self.s_q, q_owner), (self.s_kv, kv_owner))
-            )
-            start = (rows if queries else keys).start
-            for its_rows, its_keys, _ in visible_parts(rule, rows, keys, every_edge=True):
-                part = its_rows if queries else its_keys
-                parts.append(slice(part.start - start, part.stop - start))
-        if not parts:
-            return None
-        return slice(min(x.start for x in parts), max(x.stop for x in parts))
 
     def view(self, mask: Any, q_owner: int, kv_owner: int) -> MaskView:
         """Return the mask of `kv_owner`'s keys as it applies to `q_owner`'s queries."""
@@ -528,22 +447,6 @@ class Layout:
         """
         s_kv = self.s_kv[self.rank]
         return s_kv if self.size == 1 else s_kv // 2
-
-
-def _lengths(s_q: Any, size: int, queries: str) -> tuple[int, ...]:
-    """Return the numbers of queries by rank."""
-    whole = queries == "replicated"
-    try:
-        given = (s_q,) * size if whole else tuple(s_q)
-        if True in [isinstance(n, bool) for n in given]:
-            raise TypeError
-        lengths = tuple(map(index, given))
-    except TypeError:
-        lengths = ()
-    if len(lengths) != size or min(lengths) < 0:
-        expected = "a number of queries" if whole else f"{size} numbers of queries, by rank"
-        raise ValueError(f"s_q: expected {expected}, got {s_q!r:.100}")
-    return lengths
 
 
 def shard(x: Array, comm: Communicator, axis: int = 2) -> Array:
