@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -120,11 +120,14 @@ def publish(
         save_picture(draw(measured), options.plot, dpi=110)
 
 
-def mpirun(P: int, command: list[str]) -> "subprocess.CompletedProcess[str]":
+def mpirun(
+    P: int, command: list[str], env: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     """Run a command on ranks of this machine, which communicate over shared memory."""
     return subprocess.run(
-        [*find_mpiexec(), "-n", str(P), *command], capture_output=True, text=True, check=False
-    )
+        [*find_mpiexec(), "-n", str(P), *command], capture_output=True, text=True, check=False,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
 
 
 def printed_by(done: "subprocess.CompletedProcess[str]") -> str:

@@ -2,7 +2,8 @@
 
     python benchmarks/network.py [--quick] [--only PART ...] [--store DIR]
 
-Parts, each on the ranks of this machine, one BLAS thread a rank:
+Parts, each on the ranks of this machine, one BLAS thread a rank, which keep the memory that they
+free:
 
     slow     4 hosts at 50 Mbit/s, which gives two CPU cores about the ratio of arithmetic to
              bandwidth of the paper's GPU cluster; forward and forward + backward
@@ -33,6 +34,10 @@ from netlab.lab import Lab, bits_per_second
 from network_report import markdown
 
 PROGRAM = [sys.executable, "-m", "mpi4py", str(Path(__file__).with_name("passes.py"))]
+
+# glibc returns arrays that are freed to the system, and a virtual machine may return them to its
+# host within seconds, which takes up to 20 times as long to provide them again as to write to them.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 
 # S_Q, S_KV of the sweep, and its heads: H, H_KV.
 SIZES = [(16, 65536), (128, 65536), (512, 32768), (2048, 16384), (8192, 16384)]
@@ -90,7 +95,7 @@ PARTS = {"slow": slow, "sweep": sweep, "bytes": bytes_sent, "cores": cores}
 def on_hosts(hosts: int, rate: str, works: list[Results], **placed: Any) -> list[Results]:
     """Return the works' results from a cluster of shaped links."""
     with Lab(hosts, rate, **placed) as lab:
-        done = lab.mpiexec([*PROGRAM, json.dumps(works)])
+        done = lab.mpiexec([*PROGRAM, json.dumps(works)], env=KEEP_MEMORY)
     where = {
         "hosts": hosts,
         "bits_per_second": bits_per_second(rate),
@@ -101,7 +106,7 @@ def on_hosts(hosts: int, rate: str, works: list[Results], **placed: Any) -> list
 
 def in_shared_memory(P: int, works: list[Results]) -> list[Results]:
     """Return the works' results from ranks that share this machine's memory."""
-    done = mpirun(P, [*PROGRAM, json.dumps(works)])
+    done = mpirun(P, [*PROGRAM, json.dumps(works)], KEEP_MEMORY)
     return read(done, {"hosts": 1, "bits_per_second": None, "placement": None})
 
 

@@ -34,7 +34,7 @@ from .replicated import (
 from .ring_attention import ring_attention, ring_attention_backward
 from .transport.death_notice import announce_under_hydra, named
 from .transport.device import check_arrays, computing
-from .transport.watchdog import watching
+from .transport.watchdog import any_rank, watching
 from .ulysses import ulysses, ulysses_backward
 
 Array = Any  # NumPy or CuPy
@@ -223,9 +223,7 @@ def cross_attention_backward(
     with named(comm), computing(q):
         dout = dout.astype(q.dtype, copy=False)  # as on the ranks that it visits
         lse_remainder = None
-        with watching(comm, "all ranks to check lse"):
-            rerun = any(comm.allgather(_too_large(lse)))
-        if rerun:
+        if any_rank(comm, _too_large(lse), "all ranks to check lse"):
             exchange = Exchange(comm, layout, q, mask, meter)
             _, top, total = forward(q, k, v, exchange)
             exchange.finish()

@@ -15,7 +15,7 @@ from .block_attention import block_attention
 from .cross_attention import cross_attention, cross_attention_backward
 from .transport.buffers import buffer
 from .transport.transfers import Transfer, Waited
-from .transport.watchdog import Watchdog, wait
+from .transport.watchdog import Watchdog, any_rank, wait
 
 _TAG = 7010
 
@@ -121,16 +121,18 @@ class Probe:
 
         return attend
 
-    def call(self) -> Callable[[], None]:
-        """Return a function that runs forward and backward with one rank."""
+    def call(self, *, alone: bool) -> Callable[[], None]:
+        """Return a function that runs forward and backward, of lv-xattn, on little data."""
         H, H_KV, D = self.shape
-        q, k = (self.xp.zeros((1, heads, 1, D), self._numpy_dtype) for heads in (H, H_KV))
-        alone = MPI.COMM_SELF
-        layout = Layout.agree(q, k, k, alone)
+        q, k = (self.xp.zeros((1, n, s, D), self._numpy_dtype) for n, s in ((H, 1), (H_KV, 2)))
+        comm = MPI.COMM_SELF if alone else self.comm
+        layout = Layout.agree(q, k, k, comm)
 
         def both() -> None:
-            out, lse = cross_attention(q, k, k, alone, layout=layout)
-            cross_attention_backward(out, q, k, k, out, lse, alone, layout=layout)
+            out, lse = cross_attention(q, k, k, comm, layout=layout)
+            cross_attention_backward(out, q, k, k, out, lse, comm, layout=layout)
+            if alone:  # the backward's only step that is not in the plan
+                any_rank(self.comm, False, "all ranks to measure")
 
         return both
 

@@ -271,7 +271,7 @@ class ndarray:  # noqa: N801
             "shape": self.shape,
             "typestr": self.dtype.str,
             "data": (self.memory.ctypes.data, False),
-            "version": 3,
+            "version": 4,
             "strides": None if contiguous else self.strides,
             "stream": 1,
         }

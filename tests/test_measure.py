@@ -13,14 +13,14 @@ from lvxattn.plan import measure as module
 from lvxattn.plan.machine import Link, Machine, Measured
 from lvxattn.plan.measure import BLOCK, MESSAGE, measure
 from lvxattn.plan.models import planned
-from lvxattn.plan.simulate import cost
+from lvxattn.plan.simulate import cost, play
 from lvxattn.plan.steps import Compute
 from lvxattn.reference import VirtualComm, run_ranks
 from tests.launch import mpiexec
 from tests.torch_ranks import forked
 
 INSIDE, BETWEEN = Link(5e9, 1e-5), Link(2e8, 5e-5)
-MACHINE = Machine("made up", 4e10, 2e10, 5e-5, 1e9, INSIDE, BETWEEN, 2, 4, 3e9, 2e-4, 0.25)
+MACHINE = Machine("made up", 4e10, 2e10, 5e-5, 1e9, INSIDE, BETWEEN, 2, 4, 3e9, 2e-4, 0.25, 4e-5)
 CLOCK = threading.local()  # a virtual rank's
 
 
@@ -52,8 +52,11 @@ class FakeProbe:
         step = Compute(s_q, s_kv)
         return lambda: _pass(self.slow * cost(step, layout, self.machine, backward=False))
 
-    def call(self) -> Callable[[], None]:
-        return lambda: _pass(2 * (self.machine.start + self.machine.call))
+    def call(self, *, alone: bool) -> Callable[[], None]:
+        P, (H, H_KV, D) = 1 if alone else self.comm.size, self.shape
+        layout = planned((1, H, P, D), (1, H_KV, 2 * P, D), P, dtype=self.dtype)
+        took = sum(play(layout, self.machine, backward=b).seconds for b in (False, True))
+        return lambda: _pass(took)
 
     def copy(self, nbytes: int) -> Callable[[], None]:
         return lambda: _pass(nbytes / self.machine.copy)
@@ -96,7 +99,7 @@ def test_measured_figures_match_the_machine(hiding: float, monkeypatch: pytest.M
     found, *others = measured(monkeypatch, machine, ["a", "b", "a", "b"])
     assert all(other == found for other in others)
     # Many queries still read a few keys, and a single one still computes.
-    for name in ("matmul", "memory", "start", "copy", "call"):
+    for name in ("matmul", "memory", "start", "copy", "call", "message"):
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.12), name
     assert found.hiding == pytest.approx(hiding, abs=0.15)
     for link, of in ((found.inside, INSIDE), (found.between, BETWEEN)):

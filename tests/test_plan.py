@@ -276,8 +276,8 @@ class TestMachine:
     @pytest.mark.parametrize(
         ("change", "text"),
         [
-            ({"version": 2}, "machine: expected version 3 in .*, got 2: measure it again"),
-            ({"version": True}, says("machine", "version 3", True)),
+            ({"version": 2}, "machine: expected version 4 in .*, got 2: measure it again"),
+            ({"version": True}, says("machine", "version 4", True)),
             ({"matmul": 0}, "machine: expected a number above 0 for matmul in .*, got 0"),
             ({"start": -1}, "machine: expected a number from 0 up for start in .*, got -1"),
             (
@@ -314,7 +314,7 @@ class TestMachine:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            ('{"version": 3, "name": "h1', "is not JSON: "),
+            ('{"version": 4, "name": "h1', "is not JSON: "),
             ("[" * 100_000, "is not JSON: "),
             ("{}", "has no version"),
             ("[3]", "has no version"),

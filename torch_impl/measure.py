@@ -105,16 +105,19 @@ class Probe:
 
         return attend
 
-    def call(self) -> Callable[[], None]:
-        """Return a function that runs forward and backward with one rank."""
+    def call(self, *, alone: bool) -> Callable[[], None]:
+        """Return a function that runs forward and backward, of lv-xattn, on little data."""
         H, H_KV, D = self.shape
-        dtype, alone = getattr(torch, self.dtype), Group(None)
-        q, k = (torch.zeros(1, n, 1, D, dtype=dtype, device=self.device) for n in (H, H_KV))
-        layout = Layout.agree(q, k, k, alone)
+        dtype, group = getattr(torch, self.dtype), Group(None) if alone else self.group
+        q, k = (
+            torch.zeros(1, n, s, D, dtype=dtype, device=self.device)
+            for n, s in ((H, 1), (H_KV, 2))
+        )
+        layout = Layout.agree(q, k, k, group)
         q.requires_grad_()
 
         def both() -> None:
-            out = cross_attention(q, k, k, alone, layout=layout)
+            out = cross_attention(q, k, k, group, layout=layout)
             torch.autograd.grad(out, q, torch.ones_like(out))
             self._finish()
 

@@ -14,7 +14,7 @@ from lvxattn.common.new_file import write_file
 from lvxattn.common.regular_file import open_regular, printable
 from lvxattn.common.validation import FLOATING
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,13 @@ class Machine:
     copy : float
         Bytes a second at which a rank copies into new memory.
     call : float
-        Overhead of a pass in seconds, regardless of the sizes of its blocks.
+        Overhead of a pass in seconds, regardless of the sizes of its blocks and of messages.
     hiding : float
         Fraction, from 0 to 1, of the shorter one of arithmetic and reading that overlaps with the
         longer one.
+    message : float
+        Seconds that a rank works for each message that it sends, and for each that it receives,
+        besides copying it.
     measured : Measured or None
         The problem it was measured with; None for published or invented figures.
 
@@ -140,6 +143,7 @@ class Machine:
     copy: float
     call: float
     hiding: float = 1.0
+    message: float = 0.0
     measured: Measured | None = None
 
     def save(self, path: str | Path) -> None:
@@ -232,7 +236,7 @@ class Machine:
         """
         _check(isinstance(self.name, str), "a text", "name", where, self.name)
         rates = {name: getattr(self, name) for name in ("matmul", "memory", "room", "copy")}
-        times = {"start": self.start, "call": self.call}
+        times = {"start": self.start, "call": self.call, "message": self.message}
         counts = {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
         for name, link in (("inside", self.inside), ("between", self.between)):
             _check(isinstance(link, Link), "a Link", name, where, link)

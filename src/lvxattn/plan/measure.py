@@ -1,20 +1,25 @@
 """Measure the machine at hand by a few short probes, run by all ranks at once.
 
     start      a block of one query and one key
-    call       forward and backward on one rank alone, with one query and one key
-    copy       growing arrays into new memory, until one takes BLOCK
     memory     one query, growing numbers of keys, until a block takes BLOCK
     matmul     growing numbers of queries and keys, until a block takes BLOCK
     hiding     as many queries as make arithmetic and reading equally long
+    copy       growing arrays into new memory, until one takes BLOCK
+    call       forward and backward on one rank alone, with one query and two keys
+    message    the same with all ranks, less the time that the plan says
     latency    messages of one byte round a ring
     bandwidth  growing messages round a ring, until one takes MESSAGE
 
-Ranks that share cores, caches or a link do so in the probes as in a run.  Links inside a host are
-measured on a ring over its ranks, those between hosts on a ring over each host's first rank.
+Ranks that share cores, caches or a link do so in the probes as in a run: what takes less than BLOCK
+is repeated, so that they do it at once.  The probes take turns, so that a disturbed moment spoils
+one turn of each; of the slowest rank's times the median counts.  Links inside a host are measured
+on a ring over its ranks, those between hosts on a ring over each host's first rank.
 """
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
 from statistics import median
 from time import perf_counter
 from typing import Protocol
@@ -22,11 +27,14 @@ from typing import Protocol
 from lvxattn.common.validation import FLOATING, Communicator, raise_together
 from lvxattn.common.wire import ITEMSIZE
 from lvxattn.plan.machine import Link, Machine, Measured
+from lvxattn.plan.models import planned
+from lvxattn.plan.simulate import play
+from lvxattn.plan.steps import Send, Wait, steps
 
 BLOCK, MESSAGE = 0.01, 0.1
 """Seconds that a block, and a message, has to take to be measured."""
-TURNS = 5
-"""Number of repetitions; of the slowest rank in each, the median counts."""
+TURNS = 9
+"""Number of turns of every probe."""
 FEWEST_KEYS, MOST_KEYS, MOST_BYTES = 1024, 2**20, 2**26
 
 
@@ -50,8 +58,11 @@ class Probe(Protocol):
     def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
         """Return a function that attends from `s_q` queries to `s_kv` keys and waits for it."""
 
-    def call(self) -> Callable[[], None]:
-        """Return a function that runs both passes on this rank alone, on one query and one key."""
+    def call(self, *, alone: bool) -> Callable[[], None]:
+        """Return a function that runs both passes of lv-xattn on one query and two keys a rank.
+
+        Alone, or on all ranks.
+        """
 
     def copy(self, nbytes: int) -> Callable[[], None]:
         """Return a function that copies `nbytes` bytes into new memory."""
@@ -88,33 +99,38 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
         The probe's heads, width or dtype are invalid; the same on all ranks.
     """
     raise_together(_wrong(probe), comm)
-    start = _time(comm, probe, probe.prepare(1, 1))
-    matmul, memory, hiding = _rates(comm, probe, start)
-    call = max(0.0, _time(comm, probe, probe.call()) / 2 - start)
-    nbytes = 2**22
-    while (took := _time(comm, probe, probe.copy(nbytes))) < BLOCK and nbytes < MOST_BYTES:
-        nbytes *= 2
     hosts = comm.allgather(socket.gethostname())
     members = [[r for r, host in enumerate(hosts) if host == name] for name in dict.fromkeys(hosts)]
-    inside = _link(comm, probe, members)
-    between = _link(comm, probe, [[ranks[0] for ranks in members]])
+    timer = _Timer(comm, probe)
+    block = _Block(timer)
+    timer.add("alone", probe.call(alone=True))
+    timer.add("together", probe.call(alone=False))
+    nbytes = timer.grow("copy", probe.copy, 2**22, BLOCK)
+    inside = _Ring(timer, "inside", members)
+    between = _Ring(timer, "between", [[ranks[0] for ranks in members]])
+    timer.take_turns()
+
+    start = timer.seconds("start")
+    matmul, memory, hiding = block.rates()
+    call = max(0.0, timer.seconds("alone") / 2 - start)
     alone = Link(memory, start)
     devices = dict.fromkeys(comm.allgather(probe.device_name))
-    return Machine(
+    machine = Machine(
         name,
         matmul,
         memory,
         start,
         min(comm.allgather(probe.room)),
-        inside or between or alone,
-        between or inside or alone,
+        inside.link() or between.link() or alone,
+        between.link() or inside.link() or alone,
         max(map(len, members)),
         comm.size,
-        nbytes / took,
+        nbytes / max(timer.seconds("copy"), 1e-9),
         call,
         hiding,
-        Measured(probe.by, " and ".join(devices), *probe.shape, probe.dtype),
+        measured=Measured(probe.by, " and ".join(devices), *probe.shape, probe.dtype),
     )
+    return replace(machine, message=_message(machine, timer.seconds("together")))
 
 
 def _wrong(probe: Probe) -> ValueError | None:
@@ -129,62 +145,135 @@ def _wrong(probe: Probe) -> ValueError | None:
     return None
 
 
-def _rates(comm: Communicator, probe: Probe, start: float) -> tuple[float, float, float]:
-    """Return the rates of arithmetic and reading, and the fraction of overlap (`hiding`)."""
-    H, H_KV, D = probe.shape
-    s_kv = FEWEST_KEYS
-    while (one := _time(comm, probe, probe.prepare(1, s_kv))) < BLOCK and s_kv < MOST_KEYS:
-        s_kv *= 2
-    rows, keys = 128, 512
-    while (many := _time(comm, probe, probe.prepare(rows, keys))) < BLOCK and rows < 8192:
-        rows, keys = (2 * rows, keys) if rows < keys else (rows, 2 * keys)
-    matmul = 4 * D * H * rows * keys / max(many - start, 1e-9)
-    # One query takes as long as reading the keys, except for its own arithmetic.
-    arithmetic = 4 * D * H * s_kv / matmul
-    reading = max(one - start, arithmetic)
-    balanced = max(1, round(reading / arithmetic))
-    both = _time(comm, probe, probe.prepare(balanced, s_kv)) - start
-    hiding = 0.0
-    for _ in range(8):
-        reading = max(one - start - (1 - hiding) * arithmetic, arithmetic)
-        long, short = sorted((reading, balanced * arithmetic), reverse=True)
-        hiding = min(1.0, max(0.0, (long + short - both) / short))
-    return matmul, 2 * D * H_KV * s_kv * ITEMSIZE[probe.dtype] / reading, hiding
+class _Timer:
+    """Times probes in turn.  Collective: every rank makes the same calls."""
 
+    def __init__(self, comm: Communicator, probe: Probe) -> None:
+        self.comm, self.probe = comm, probe
+        self._work: dict[str, tuple[Callable[[], None], int]] = {}
+        self._mine: dict[str, list[float]] = {}
 
-def _link(comm: Communicator, probe: Probe, rings: list[list[int]]) -> Link | None:
-    """Return a link's figures from rings of ranks that run at once; None if no ring has two."""
-    mine = next((ring for ring in rings if comm.rank in ring), [])
-    if max(map(len, rings)) < 2:
-        return None
-
-    def turn(nbytes: int, times: int = 1) -> float:
-        shifts: list[Callable[[], None]] = []  # none on a rank that is in no ring
-        if len(mine) > 1:
-            at = mine.index(comm.rank)
-            shifts = [probe.shift(nbytes, mine[at - 1], mine[(at + 1) % len(mine)])] * times
-
-        def repeat() -> None:
-            for shift in shifts:
-                shift()
-
-        return _time(comm, probe, repeat) / times
-
-    latency = turn(1, 64)
-    nbytes = 2**14
-    while (took := turn(nbytes)) < MESSAGE and nbytes < MOST_BYTES:
-        nbytes *= 2 if took > MESSAGE / 8 else 4
-    return Link(nbytes / max(took - latency, 1e-9), latency)
-
-
-def _time(comm: Communicator, probe: Probe, work: Callable[[], None]) -> float:
-    """Return the median of the slowest rank's seconds, all ranks working at once."""
-    mine: list[float] = []
-    work()
-    for _ in range(TURNS):
-        probe.together()
-        start = perf_counter()
+    def add(self, name: str, work: Callable[[], None]) -> float:
+        """Add a probe, and return about how long it takes the slowest rank."""
         work()
-        mine.append(perf_counter() - start)
-    slowest: list[float] = [max(turn) for turn in zip(*comm.allgather(mine), strict=True)]
-    return median(slowest)
+        took = max(self.comm.allgather(self._once(work, 1)))
+        times = min(256, max(1, ceil(BLOCK / max(took, 1e-9))))
+        if times > 1:  # what is short is not known from one time
+            took = max(self.comm.allgather(self._once(work, times)))
+        self._work[name] = work, times
+        return took
+
+    def grow(
+        self, name: str, prepare: Callable[[int], Callable[[], None]], n: int, least: float,
+        most: int = MOST_BYTES,
+    ) -> int:  # fmt: skip
+        """Add the first of growing probes that takes `least` seconds, and return its size."""
+        while (took := self.add(name, prepare(n))) < least and n < most:
+            n *= 2 if took > least / 8 else 4
+        return n
+
+    def take_turns(self) -> None:
+        """Time every probe `TURNS` times."""
+        mine: dict[str, list[float]] = {name: [] for name in self._work}
+        for _ in range(TURNS):
+            for name, (work, times) in self._work.items():
+                mine[name].append(self._once(work, times))
+        self._mine = {
+            name: [max(turn) for turn in zip(*self.comm.allgather(turns), strict=True)]
+            for name, turns in mine.items()
+        }
+
+    def seconds(self, name: str) -> float:
+        """Return a probe's median."""
+        return median(self._mine[name])
+
+    def _once(self, work: Callable[[], None], times: int) -> float:
+        # Of ranks that have waited long, not all wake up at once; those that have just met, do.
+        self.probe.together()
+        self.probe.together()
+        start = perf_counter()
+        for _ in range(times):
+            work()
+        return (perf_counter() - start) / times
+
+
+class _Block:
+    """The probes of one block: its start, arithmetic, reading, and both at once."""
+
+    def __init__(self, timer: _Timer) -> None:
+        self.timer, prepare = timer, timer.probe.prepare
+        start = timer.add("start", prepare(1, 1))
+        # Its arrays are kept until all turns are over, and need not take BLOCK: they are read
+        # again and again, and exceed caches.
+        self.s_kv = timer.grow(
+            "one", lambda s_kv: prepare(1, s_kv), FEWEST_KEYS, BLOCK / 4, most=MOST_KEYS
+        )
+        self.rows, self.keys = 128, 512
+        while (many := timer.add("many", prepare(self.rows, self.keys))) < BLOCK:
+            if self.rows >= 8192:
+                break
+            wide = self.rows < self.keys
+            self.rows, self.keys = (2 * self.rows, self.keys) if wide else (self.rows, 2 * self.keys)
+        _, arithmetic = self._arithmetic(start, many)
+        reading = max(timer.add("one", prepare(1, self.s_kv)) - start, arithmetic)
+        self.balanced = max(1, round(reading / arithmetic))
+        timer.add("both", prepare(self.balanced, self.s_kv))
+
+    def _arithmetic(self, start: float, many: float) -> tuple[float, float]:
+        """Return the rate of arithmetic, and the seconds of that of one query."""
+        H, _, D = self.timer.probe.shape
+        matmul = 4 * D * H * self.rows * self.keys / max(many - start, 1e-9)
+        return matmul, 4 * D * H * self.s_kv / matmul
+
+    def rates(self) -> tuple[float, float, float]:
+        """Return the rates of arithmetic and reading, and the fraction of overlap (`hiding`)."""
+        start, one, many, both = map(self.timer.seconds, ("start", "one", "many", "both"))
+        matmul, arithmetic = self._arithmetic(start, many)
+        reading, hiding = max(one - start, arithmetic), 0.0
+        # One query takes as long as reading the keys, except for its own arithmetic.
+        for _ in range(8):
+            reading = max(one - start - (1 - hiding) * arithmetic, arithmetic)
+            long, short = sorted((reading, self.balanced * arithmetic), reverse=True)
+            hiding = min(1.0, max(0.0, (long + short - (both - start)) / short))
+        _, H_KV, D = self.timer.probe.shape
+        nbytes = 2 * D * H_KV * self.s_kv * ITEMSIZE[self.timer.probe.dtype]
+        return matmul, nbytes / reading, hiding
+
+
+class _Ring:
+    """The probes of a link: rings of ranks that run at once, or none if no ring has two."""
+
+    def __init__(self, timer: _Timer, name: str, rings: list[list[int]]) -> None:
+        self.timer, self.name, self.nbytes = timer, name, 0
+        ring = next((ring for ring in rings if timer.comm.rank in ring), [])
+        if max(map(len, rings)) < 2:
+            return
+
+        def shift(nbytes: int) -> Callable[[], None]:
+            if len(ring) < 2:  # nothing on a rank that is in no ring
+                return lambda: None
+            at = ring.index(timer.comm.rank)
+            return timer.probe.shift(nbytes, ring[at - 1], ring[(at + 1) % len(ring)])
+
+        timer.add(f"latency {name}", shift(1))
+        self.nbytes = timer.grow(f"bandwidth {name}", shift, 2**14, MESSAGE)
+
+    def link(self) -> Link | None:
+        """Return the link's figures."""
+        if not self.nbytes:
+            return None
+        latency = self.timer.seconds(f"latency {self.name}")
+        took = self.timer.seconds(f"bandwidth {self.name}")
+        return Link(self.nbytes / max(took - latency, 1e-9), latency)
+
+
+def _message(machine: Machine, both: float) -> float:
+    """Return what each message costs a rank, given the time of both passes on little data."""
+    assert machine.measured is not None
+    P, (H, H_KV, D) = machine.ranks, (machine.measured.H, machine.measured.H_KV, machine.measured.D)
+    shape = (1, H, P, D), (1, H_KV, 2 * P, D)
+    layout = planned(*shape, P, dtype=machine.measured.dtype)
+    passes = False, True
+    without = sum(play(layout, machine, backward=b).seconds for b in passes)
+    calls = [x for b in passes for x in steps(layout, 0, backward=b) if isinstance(x, Send | Wait)]
+    return max(0.0, both - without) / max(1, len(calls))

@@ -92,7 +92,7 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
             continue
         step: Step = todo[at][0]
         if isinstance(step, Send):
-            now += step.packed * step.nbytes / machine.copy
+            now += machine.message + step.packed * step.nbytes / machine.copy
             dest = place[step.dest]
             # The ring visits ranks host by host, however they were placed.
             apart = at // per_host != dest // per_host
@@ -112,7 +112,7 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
             if not mail[to]:
                 asleep[to] = now
                 continue
-            now = max(now, mail[to].popleft()) + step.unpacked / machine.copy
+            now = max(now, mail[to].popleft()) + machine.message + step.unpacked / machine.copy
         todo[at].popleft()
         heapq.heappush(ready, (now, at))
     last = max(range(count), key=lambda at: clock[at])
