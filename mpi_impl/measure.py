@@ -2,16 +2,18 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from lvxattn.common.validation import accumulator
 from lvxattn.plan.choose import Layout
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.measure import measure as measure_with
 
-from .block_attention import block_attention
+from .block_attention import block_attention, block_attention_backward
 from .cross_attention import cross_attention, cross_attention_backward
 from .transport.buffers import buffer
 from .transport.transfers import Transfer, Waited
@@ -103,23 +105,31 @@ class Probe:
         name: bytes = self.xp.cuda.runtime.getDeviceProperties(here)["name"]
         return f"GPU {name.decode()}"
 
-    def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
-        """Return a function that computes the attention of one block."""
-        H, H_KV, D = self.shape
+    def prepare(
+        self, s_q: int, s_kv: int, *, backward: bool = False,
+        progress: Callable[[], object] = lambda: None,
+    ) -> Callable[[], None]:  # fmt: skip
+        """Return a function that computes the attention of one block, or its gradients."""
+        xp, (H, H_KV, D) = self.xp, self.shape
         # Numbers of a usual size: the time of NumPy's exp depends on them.
         row = np.random.default_rng(self.comm.rank).standard_normal(D)
         row = row.astype(self._numpy_dtype)
         q, k, v = (
-            self.xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())  # (1, H or H_KV, s, D)
+            xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())  # (1, H or H_KV, s, D)
             for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
         )
+        call = partial(block_attention, q, k, v)
+        if backward:
+            wide = np.dtype(accumulator(self.dtype))
+            lse, dk, dv = xp.zeros(q.shape[:3], wide), *(xp.zeros(k.shape, wide) for _ in "kv")
+            call = partial(block_attention_backward, q, q, k, v, lse, lse, dk, dv)
 
-        def attend() -> None:
-            block_attention(q, k, v, scale=D**-0.5)
-            if self.xp is not np:
-                self.xp.cuda.get_current_stream().synchronize()
+        def work() -> None:
+            call(scale=D**-0.5, progress=progress)
+            if xp is not np:
+                xp.cuda.get_current_stream().synchronize()
 
-        return attend
+        return work
 
     def call(self, *, alone: bool) -> Callable[[], None]:
         """Return a function that runs forward and backward, of lv-xattn, on little data."""
@@ -147,15 +157,30 @@ class Probe:
 
         return copy
 
-    def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
-        """Return a function that sends a message to the right and receives one from the left."""
+    def shift(
+        self, nbytes: int, left: int, right: int, block: tuple[int, int] = (0, 0), times: int = 0
+    ) -> Callable[[], None]:
+        """Return a function that sends a message to the right and receives one from the left.
+
+        Meanwhile it computes a block, so many times.
+        """
         there, here = buffer(self.xp, nbytes), buffer(self.xp, nbytes)
+        transfers: list[Transfer] = []
+
+        def progress() -> None:
+            for transfer in transfers:
+                transfer.Test()
+
+        work = self.prepare(*block, progress=progress)
 
         def message() -> None:
             there.filled()
             (room, empty), (block, whole) = here.receivable(nbytes), there.sendable(nbytes)
             coming = Transfer(lambda: self.comm.Irecv([room, MPI.BYTE], left, _TAG), empty)
             going = Transfer(lambda: self.comm.Isend([block, MPI.BYTE], right, _TAG), whole)
+            transfers[:] = coming, going
+            for _ in range(times):
+                work()
             watchdog = Watchdog.armed(self.comm)
             wait(Waited(coming, going.begin), watchdog, lambda: f"a probe from rank {left}")
             wait(Waited(going, coming.begin), watchdog, lambda: f"rank {right} to take a probe")

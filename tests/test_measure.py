@@ -19,8 +19,10 @@ from lvxattn.reference import VirtualComm, run_ranks
 from tests.launch import mpiexec
 from tests.torch_ranks import forked
 
-INSIDE, BETWEEN = Link(5e9, 1e-5), Link(2e8, 5e-5)
-MACHINE = Machine("made up", 4e10, 2e10, 5e-5, 1e9, INSIDE, BETWEEN, 2, 4, 3e9, 2e-4, 0.25, 4e-5)
+INSIDE, BETWEEN = Link(5e9, 1e-5, 0.9), Link(2e8, 5e-5, 0.1)
+MACHINE = Machine(
+    "made up", 4e10, 2e10, 5e-5, 1e9, INSIDE, BETWEEN, 2, 4, 3e9, 2e-4, 0.25, 4e-5, 5e10, 1.5e10
+)
 CLOCK = threading.local()  # a virtual rank's
 
 
@@ -44,13 +46,13 @@ class FakeProbe:
     def room(self) -> float:
         return self.machine.room + self.comm.rank
 
-    def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
+    def prepare(self, s_q: int, s_kv: int, *, backward: bool = False) -> Callable[[], None]:
         assert s_q <= 8192  # a block that a device has room for
         assert s_kv <= 2**20
         H, H_KV, D = self.shape
         layout = planned((1, H, s_q, D), (1, H_KV, s_kv, D), 1, dtype=self.dtype)
         step = Compute(s_q, s_kv)
-        return lambda: _pass(self.slow * cost(step, layout, self.machine, backward=False))
+        return lambda: _pass(self.slow * cost(step, layout, self.machine, backward=backward))
 
     def call(self, *, alone: bool) -> Callable[[], None]:
         P, (H, H_KV, D) = 1 if alone else self.comm.size, self.shape
@@ -61,10 +63,20 @@ class FakeProbe:
     def copy(self, nbytes: int) -> Callable[[], None]:
         return lambda: _pass(nbytes / self.machine.copy)
 
-    def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
+    def shift(
+        self, nbytes: int, left: int, right: int, block: tuple[int, int] = (1, 1), times: int = 0
+    ) -> Callable[[], None]:
         apart = any(self.hosts[self.comm.rank] != self.hosts[of] for of in (left, right))
         link = self.machine.between if apart else self.machine.inside
-        return lambda: _pass(link.latency + nbytes / link.bandwidth)
+        took, work = link.latency + nbytes / link.bandwidth, self.prepare(*block)
+
+        def message() -> None:
+            sent = _now()
+            for _ in range(times):
+                work()
+            _pass(max(link.busy * took * (times > 0), sent + took - _now()))
+
+        return message
 
     def together(self) -> None:
         self.comm.allgather(None)
@@ -99,12 +111,15 @@ def test_measured_figures_match_the_machine(hiding: float, monkeypatch: pytest.M
     found, *others = measured(monkeypatch, machine, ["a", "b", "a", "b"])
     assert all(other == found for other in others)
     # Many queries still read a few keys, and a single one still computes.
-    for name in ("matmul", "memory", "start", "copy", "call", "message"):
+    for name in (
+        "matmul", "memory", "start", "copy", "call", "message", "matmul_backward", "memory_backward"
+    ):  # fmt: skip
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.12), name
     assert found.hiding == pytest.approx(hiding, abs=0.15)
     for link, of in ((found.inside, INSIDE), (found.between, BETWEEN)):
         assert link.bandwidth == pytest.approx(of.bandwidth, rel=1e-3)
         assert link.latency == pytest.approx(of.latency, rel=1e-2)
+        assert link.busy == pytest.approx(of.busy, abs=0.05)
     assert (found.name, found.ranks, found.ranks_per_host) == ("found", 4, 2)
     assert found.room == MACHINE.room  # of the rank that has least
     assert found.measured == Measured("fake", "device 0 and device 1", 4, 2, 64, "float32")

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,9 +11,10 @@ import torch.distributed as dist
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.measure import measure as measure_with
 
-from .block_attention import block_attention
+from .block_attention import block_attention, block_attention_backward
 from .cross_attention import cross_attention
 from .group import AnyGroup, Group, over_cpu
+from .kernels.kernel_spec import accumulator_of
 from .layout import Layout
 
 _TAG = 7010
@@ -91,19 +93,25 @@ class Probe:
             return f"CPU, {len(os.sched_getaffinity(0))} cores"
         return f"GPU {torch.cuda.get_device_name(self.device)}"
 
-    def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
-        """Return a function that computes the attention of one block."""
+    def prepare(self, s_q: int, s_kv: int, *, backward: bool = False) -> Callable[[], None]:
+        """Return a function that computes the attention of one block, or its gradients."""
         H, H_KV, D = self.shape
         q, k, v = (
             torch.randn(D, device=self.device).to(getattr(torch, self.dtype)).repeat(1, heads, s, 1)
             for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
         )
+        call = partial(block_attention, q, k, v)
+        if backward:
+            wide = accumulator_of(q)
+            lse = q.new_zeros(q.shape[:3], dtype=wide)
+            sums = [x.new_zeros(x.shape, dtype=wide) for x in (k, v)]
+            call = partial(block_attention_backward, q, q, k, v, lse, lse, *sums)
 
-        def attend() -> None:
-            block_attention(q, k, v, scale=D**-0.5)
+        def work() -> None:
+            call(scale=D**-0.5)
             self._finish()
 
-        return attend
+        return work
 
     def call(self, *, alone: bool) -> Callable[[], None]:
         """Return a function that runs forward and backward, of lv-xattn, on little data."""
@@ -133,11 +141,17 @@ class Probe:
 
         return copy
 
-    def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
-        """Return a function that sends a message to the right and receives one from the left."""
+    def shift(
+        self, nbytes: int, left: int, right: int, block: tuple[int, int] = (0, 0), times: int = 0
+    ) -> Callable[[], None]:
+        """Return a function that sends a message to the right and receives one from the left.
+
+        Meanwhile it computes a block, so many times.
+        """
         group = self.group.group
         home = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         there, here = (x.cpu() if self.staged else x.clone() for x in (home, home))
+        work = self.prepare(*block)
 
         def message() -> None:
             if self.staged:
@@ -148,8 +162,10 @@ class Probe:
                     dist.P2POp(dist.isend, there, group=group, group_peer=right, tag=_TAG),
                     dist.P2POp(dist.irecv, here, group=group, group_peer=left, tag=_TAG),
                 ])  # fmt: skip
-                for work in posted:
-                    work.wait()
+                for _ in range(times):
+                    work()
+                for transfer in posted:
+                    transfer.wait()
             if self.staged:
                 home.copy_(here)
             self._finish()

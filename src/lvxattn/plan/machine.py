@@ -27,10 +27,14 @@ class Link:
         Bytes a second, in one direction.
     latency : float
         Seconds that an empty message takes.
+    busy : float
+        Fraction, from 0 to 1, of a message's time in which its receiver cannot compute: near 1
+        where ranks copy it themselves, as in shared memory.
     """
 
     bandwidth: float
     latency: float
+    busy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Machine:
     memory : float
         Bytes a second at which a rank reads keys and values; with few queries it is the limit.
     start : float
-        Seconds that a block takes however small it is.
+        Seconds that a block takes however small it is, forward and backward in the mean.
     room : float
         Bytes of memory of a rank.
     inside : Link
@@ -121,6 +125,9 @@ class Machine:
     message : float
         Seconds that a rank works for each message that it sends, and for each that it receives,
         besides copying it.
+    matmul_backward, memory_backward : float or None
+        The rates of a backward, which has 5 products for 2 and reads and writes 3 times as much;
+        None where they are those of a forward.
     measured : Measured or None
         The problem it was measured with; None for published or invented figures.
 
@@ -144,6 +151,8 @@ class Machine:
     call: float
     hiding: float = 1.0
     message: float = 0.0
+    matmul_backward: float | None = None
+    memory_backward: float | None = None
     measured: Measured | None = None
 
     def save(self, path: str | Path) -> None:
@@ -237,18 +246,24 @@ class Machine:
         _check(isinstance(self.name, str), "a text", "name", where, self.name)
         rates = {name: getattr(self, name) for name in ("matmul", "memory", "room", "copy")}
         times = {"start": self.start, "call": self.call, "message": self.message}
+        for name in ("matmul_backward", "memory_backward"):
+            if getattr(self, name) is not None:
+                rates[name] = getattr(self, name)
+        fractions = {"hiding": self.hiding}
         counts = {"ranks_per_host": self.ranks_per_host, "ranks": self.ranks}
         for name, link in (("inside", self.inside), ("between", self.between)):
             _check(isinstance(link, Link), "a Link", name, where, link)
             rates[f"{name}.bandwidth"], times[f"{name}.latency"] = link.bandwidth, link.latency
+            fractions[f"{name}.busy"] = link.busy
         for name, x in (rates | counts).items():
             _check(_is_number(x) and x > 0, "a number above 0", name, where, x)
         for name, n in counts.items():
             _check(isinstance(n, int), "an int", name, where, n)
         for name, x in times.items():
             _check(_is_number(x) and x >= 0, "a number from 0 up", name, where, x)
-        between = _is_number(self.hiding) and 0 <= self.hiding <= 1
-        _check(between, "a number from 0 to 1", "hiding", where, self.hiding)
+        for name, x in fractions.items():
+            between = _is_number(x) and 0 <= x <= 1
+            _check(between, "a number from 0 to 1", name, where, x)
         if self.measured is not None:
             self.measured.check(where)
 

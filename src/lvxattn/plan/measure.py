@@ -9,6 +9,7 @@
     message    the same with all ranks, less the time that the plan says
     latency    messages of one byte round a ring
     bandwidth  growing messages round a ring, until one takes MESSAGE
+    busy       the same message, while every rank computes for as long
 
 Ranks that share cores, caches or a link do so in the probes as in a run: what takes less than BLOCK
 is repeated, so that they do it at once.  The probes take turns, so that a disturbed moment spoils
@@ -22,7 +23,7 @@ from dataclasses import replace
 from math import ceil
 from statistics import median
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 from lvxattn.common.validation import FLOATING, Communicator, raise_together
 from lvxattn.common.wire import ITEMSIZE
@@ -31,7 +32,7 @@ from lvxattn.plan.models import planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import Send, Wait, steps
 
-BLOCK, MESSAGE = 0.01, 0.1
+BLOCK, MESSAGE = 0.01, 0.05
 """Seconds that a block, and a message, has to take to be measured."""
 TURNS = 9
 """Number of turns of every probe."""
@@ -55,8 +56,11 @@ class Probe(Protocol):
     def device_name(self) -> str:
         """Where this rank computes."""
 
-    def prepare(self, s_q: int, s_kv: int) -> Callable[[], None]:
-        """Return a function that attends from `s_q` queries to `s_kv` keys and waits for it."""
+    def prepare(self, s_q: int, s_kv: int, *, backward: bool = False) -> Callable[[], None]:
+        """Return a function that attends from `s_q` queries to `s_kv` keys and waits for it.
+
+        Or one that differentiates this.
+        """
 
     def call(self, *, alone: bool) -> Callable[[], None]:
         """Return a function that runs both passes of lv-xattn on one query and two keys a rank.
@@ -67,8 +71,13 @@ class Probe(Protocol):
     def copy(self, nbytes: int) -> Callable[[], None]:
         """Return a function that copies `nbytes` bytes into new memory."""
 
-    def shift(self, nbytes: int, left: int, right: int) -> Callable[[], None]:
-        """Return a function that sends a message to the right and receives one from the left."""
+    def shift(
+        self, nbytes: int, left: int, right: int, block: tuple[int, int] = (0, 0), times: int = 0
+    ) -> Callable[[], None]:
+        """Return a function that sends a message to the right and receives one from the left.
+
+        Meanwhile it attends from and to a block's queries and keys, so many times.
+        """
 
     def together(self) -> None:
         """Wait for all ranks without using a core.  Collective: every rank calls this."""
@@ -106,29 +115,25 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
     timer.add("alone", probe.call(alone=True))
     timer.add("together", probe.call(alone=False))
     nbytes = timer.grow("copy", probe.copy, 2**22, BLOCK)
-    inside = _Ring(timer, "inside", members)
-    between = _Ring(timer, "between", [[ranks[0] for ranks in members]])
+    inside = _Ring(timer, "inside", members, block)
+    between = _Ring(timer, "between", [[ranks[0] for ranks in members]], block)
     timer.take_turns()
 
-    start = timer.seconds("start")
-    matmul, memory, hiding = block.rates()
-    call = max(0.0, timer.seconds("alone") / 2 - start)
-    alone = Link(memory, start)
+    rates = block.rates()
+    start = rates["start"]
+    alone = Link(rates["memory"], start)
     devices = dict.fromkeys(comm.allgather(probe.device_name))
     machine = Machine(
-        name,
-        matmul,
-        memory,
-        start,
-        min(comm.allgather(probe.room)),
-        inside.link() or between.link() or alone,
-        between.link() or inside.link() or alone,
-        max(map(len, members)),
-        comm.size,
-        nbytes / max(timer.seconds("copy"), 1e-9),
-        call,
-        hiding,
+        name=name,
+        room=min(comm.allgather(probe.room)),
+        inside=inside.link() or between.link() or alone,
+        between=between.link() or inside.link() or alone,
+        ranks_per_host=max(map(len, members)),
+        ranks=comm.size,
+        copy=nbytes / max(timer.seconds("copy"), 1e-9),
+        call=max(0.0, timer.seconds("alone") / 2 - start),
         measured=Measured(probe.by, " and ".join(devices), *probe.shape, probe.dtype),
+        **rates,
     )
     return replace(machine, message=_message(machine, timer.seconds("together")))
 
@@ -150,10 +155,10 @@ class _Timer:
 
     def __init__(self, comm: Communicator, probe: Probe) -> None:
         self.comm, self.probe = comm, probe
-        self._work: dict[str, tuple[Callable[[], None], int]] = {}
+        self._work: dict[str, tuple[Callable[[], object], int]] = {}
         self._mine: dict[str, list[float]] = {}
 
-    def add(self, name: str, work: Callable[[], None]) -> float:
+    def add(self, name: str, work: Callable[[], object]) -> float:
         """Add a probe, and return about how long it takes the slowest rank."""
         work()
         took = max(self.comm.allgather(self._once(work, 1)))
@@ -187,7 +192,7 @@ class _Timer:
         """Return a probe's median."""
         return median(self._mine[name])
 
-    def _once(self, work: Callable[[], None], times: int) -> float:
+    def _once(self, work: Callable[[], object], times: int) -> float:
         # Of ranks that have waited long, not all wake up at once; those that have just met, do.
         self.probe.together()
         self.probe.together()
@@ -202,69 +207,93 @@ class _Block:
 
     def __init__(self, timer: _Timer) -> None:
         self.timer, prepare = timer, timer.probe.prepare
-        start = timer.add("start", prepare(1, 1))
+        shortest = prepare(1, 1), prepare(1, 1, backward=True)
+        start = timer.add("start", lambda: [work() for work in shortest]) / 2
         # Its arrays are kept until all turns are over, and need not take BLOCK: they are read
         # again and again, and exceed caches.
         self.s_kv = timer.grow(
             "one", lambda s_kv: prepare(1, s_kv), FEWEST_KEYS, BLOCK / 4, most=MOST_KEYS
         )
-        self.rows, self.keys = 128, 512
-        while (many := timer.add("many", prepare(self.rows, self.keys))) < BLOCK:
-            if self.rows >= 8192:
-                break
-            wide = self.rows < self.keys
-            self.rows, self.keys = (2 * self.rows, self.keys) if wide else (self.rows, 2 * self.keys)
-        _, arithmetic = self._arithmetic(start, many)
-        reading = max(timer.add("one", prepare(1, self.s_kv)) - start, arithmetic)
-        self.balanced = max(1, round(reading / arithmetic))
+        self.size = 128, 512
+        self.many = prepare(*self.size)
+        while (many := timer.add("many", self.many)) < BLOCK and self.size[0] < 8192:
+            rows, keys = self.size
+            self.size = (2 * rows, keys) if rows < keys else (rows, 2 * keys)
+            self.many = prepare(*self.size)
+        one = timer.add("one", prepare(1, self.s_kv))
+        arithmetic = self._flops(1, self.s_kv) / self._flops(*self.size) * (many - start)
+        self.balanced = max(1, round(max(one - start, arithmetic) / max(arithmetic, 1e-9)))
         timer.add("both", prepare(self.balanced, self.s_kv))
+        timer.add("one, backward", prepare(1, self.s_kv, backward=True))
+        timer.add("many, backward", prepare(*self.size, backward=True))
 
-    def _arithmetic(self, start: float, many: float) -> tuple[float, float]:
-        """Return the rate of arithmetic, and the seconds of that of one query."""
-        H, _, D = self.timer.probe.shape
-        matmul = 4 * D * H * self.rows * self.keys / max(many - start, 1e-9)
-        return matmul, 4 * D * H * self.s_kv / matmul
-
-    def rates(self) -> tuple[float, float, float]:
-        """Return the rates of arithmetic and reading, and the fraction of overlap (`hiding`)."""
-        start, one, many, both = map(self.timer.seconds, ("start", "one", "many", "both"))
-        matmul, arithmetic = self._arithmetic(start, many)
-        reading, hiding = max(one - start, arithmetic), 0.0
+    def rates(self) -> dict[str, float]:
+        """Return the figures of a `Machine` that are those of a block."""
+        start = self.timer.seconds("start") / 2
+        one, many, both, one_back, many_back = (
+            self.timer.seconds(name) - start
+            for name in ("one", "many", "both", "one, backward", "many, backward")
+        )
+        flops, flops_of_one = self._flops(*self.size), self._flops(1, self.s_kv)
+        matmul = flops / max(many, 1e-9)
+        matmul_backward = 2.5 * flops / max(many_back, 1e-9)
         # One query takes as long as reading the keys, except for its own arithmetic.
+        arithmetic, hiding = flops_of_one / matmul, 0.0
         for _ in range(8):
-            reading = max(one - start - (1 - hiding) * arithmetic, arithmetic)
+            reading = max(one - (1 - hiding) * arithmetic, arithmetic)
             long, short = sorted((reading, self.balanced * arithmetic), reverse=True)
-            hiding = min(1.0, max(0.0, (long + short - (both - start)) / short))
+            hiding = min(1.0, max(0.0, (long + short - both) / short))
+        arithmetic = 2.5 * flops_of_one / matmul_backward
+        reading_backward = max(one_back - (1 - hiding) * arithmetic, arithmetic)
         _, H_KV, D = self.timer.probe.shape
         nbytes = 2 * D * H_KV * self.s_kv * ITEMSIZE[self.timer.probe.dtype]
-        return matmul, nbytes / reading, hiding
+        return {
+            "start": start,
+            "matmul": matmul,
+            "memory": nbytes / reading,
+            "hiding": hiding,
+            "matmul_backward": matmul_backward,
+            "memory_backward": 3 * nbytes / reading_backward,
+        }
+
+    def _flops(self, s_q: int, s_kv: int) -> int:
+        H, _, D = self.timer.probe.shape
+        return 4 * D * H * s_q * s_kv
 
 
 class _Ring:
     """The probes of a link: rings of ranks that run at once, or none if no ring has two."""
 
-    def __init__(self, timer: _Timer, name: str, rings: list[list[int]]) -> None:
+    def __init__(self, timer: _Timer, name: str, rings: list[list[int]], block: _Block) -> None:
         self.timer, self.name, self.nbytes = timer, name, 0
         ring = next((ring for ring in rings if timer.comm.rank in ring), [])
         if max(map(len, rings)) < 2:
             return
 
-        def shift(nbytes: int) -> Callable[[], None]:
+        def shift(nbytes: int, **beside: Any) -> Callable[[], None]:
             if len(ring) < 2:  # nothing on a rank that is in no ring
                 return lambda: None
             at = ring.index(timer.comm.rank)
-            return timer.probe.shift(nbytes, ring[at - 1], ring[(at + 1) % len(ring)])
+            left, right = ring[at - 1], ring[(at + 1) % len(ring)]
+            return timer.probe.shift(nbytes, left, right, **beside)
 
         timer.add(f"latency {name}", shift(1))
         self.nbytes = timer.grow(f"bandwidth {name}", shift, 2**14, MESSAGE)
+        took = timer.add(f"bandwidth {name}", shift(self.nbytes))
+        self.times = min(256, max(1, round(took / max(timer.add("many", block.many), 1e-9))))
+        work = shift(self.nbytes, block=block.size, times=self.times)
+        timer.add(f"busy {name}", work)
 
     def link(self) -> Link | None:
         """Return the link's figures."""
         if not self.nbytes:
             return None
-        latency = self.timer.seconds(f"latency {self.name}")
-        took = self.timer.seconds(f"bandwidth {self.name}")
-        return Link(self.nbytes / max(took - latency, 1e-9), latency)
+        latency, took, beside = (
+            self.timer.seconds(f"{what} {self.name}") for what in ("latency", "bandwidth", "busy")
+        )
+        short, long = sorted((took, self.times * self.timer.seconds("many")))
+        busy = min(1.0, max(0.0, (beside - long) / max(short, 1e-9)))
+        return Link(self.nbytes / max(took - latency, 1e-9), latency, busy)
 
 
 def _message(machine: Machine, both: float) -> float:

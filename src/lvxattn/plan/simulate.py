@@ -2,7 +2,7 @@
 
 A message is copied into a buffer, leaves when its link is free, takes its size over the bandwidth,
 and arrives one latency later; the ranks of a host share its link to the others.  Computation on
-other blocks hides it as far as the schedule allows.
+other blocks hides it as far as the schedule and the link (`Link.busy`) allow.
 """
 
 import heapq
@@ -82,7 +82,8 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
     todo = [deque(steps(layout, rank, backward=backward)) for rank in layout.order[:count]]
     clock, computing = [0.0] * count, [0.0] * count
     free: dict[tuple[str, int], float] = defaultdict(float)
-    mail: dict[tuple[int, int, int, str], deque[float]] = defaultdict(deque)
+    # Of each message, when it arrives, and for how long its receiver is busy with it.
+    mail: dict[tuple[int, int, int, str], deque[tuple[float, float]]] = defaultdict(deque)
     ready = [(machine.call, at) for at in range(count)]
     asleep: dict[tuple[int, int, int, str], float] = {}  # since when, by the message awaited
     while ready:  # the rank whose clock is furthest behind is next: links are used in time order
@@ -98,9 +99,10 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
             apart = at // per_host != dest // per_host
             link = machine.between if apart else machine.inside
             lane = ("host", at // per_host) if apart else ("rank", at)
-            free[lane] = max(now, free[lane]) + step.nbytes / link.bandwidth
+            took = step.nbytes / link.bandwidth
+            free[lane] = max(now, free[lane]) + took
             to = way(at, dest, step.kind)
-            mail[to].append(free[lane] + link.latency)
+            mail[to].append((free[lane] + link.latency, took * link.busy))
             if to in asleep:
                 heapq.heappush(ready, (asleep.pop(to), dest % count))
         elif isinstance(step, Compute | Fill | Join):
@@ -112,7 +114,8 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
             if not mail[to]:
                 asleep[to] = now
                 continue
-            now = max(now, mail[to].popleft()) + machine.message + step.unpacked / machine.copy
+            arrives, busy = mail[to].popleft()
+            now = max(now + busy, arrives) + machine.message + step.unpacked / machine.copy
         todo[at].popleft()
         heapq.heappush(ready, (now, at))
     last = max(range(count), key=lambda at: clock[at])
@@ -141,7 +144,9 @@ def cost(step: Compute | Fill | Join, layout: Layout, machine: Machine, *, backw
     # q k^T and p v; in the backward q k^T, dout v^T, and the products for dq, dk and dv.
     size = 3 * layout.D + 2 * layout.D_V if backward else layout.D + layout.D_V
     row = layout.B * layout.H_KV * step.heads * (layout.D + layout.D_V) * ITEMSIZE[layout.dtype]
-    reading = step.s_kv * row * (1 + 2 * backward) / machine.memory
-    arithmetic = 2 * pairs * size / machine.matmul
+    memory = backward and machine.memory_backward or machine.memory
+    matmul = backward and machine.matmul_backward or machine.matmul
+    reading = step.s_kv * row * (1 + 2 * backward) / memory
+    arithmetic = 2 * pairs * size / matmul
     short, long = sorted((arithmetic, reading))
     return long + (1 - machine.hiding) * short + machine.start

@@ -56,7 +56,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Fill:
-    """Allocate sums, and set them to zero.
+    """Write memory: set sums to zero, or join one's own rows to those of others.
 
     Attributes
     ----------
@@ -411,15 +411,18 @@ def _all_reduce(blocks: Blocks, size: Callable[[int], int]) -> Iterator[Step]:
 
 
 def _all_gather(others: list[int], sizes: list[int], rank: int) -> Iterator[Step]:
-    """Yield the messages with my part to all others, and the waits for theirs."""
+    """Yield the messages with my part to all others, the waits for theirs, and the joining."""
     yield from (Send(other, sizes[rank], BLOCKS) for other in others)
     yield from (Wait(other, BLOCKS, sizes[other]) for other in others)
+    yield Fill(sizes[rank])
 
 
 def _scatter(others: list[int], sizes: list[int], unpacked: int = 0) -> Iterator[Step]:
     """Yield the messages with each owner's part, and the waits for the parts of mine."""
     yield from (Send(other, sizes[other], BLOCKS) for other in others)
     yield from (Wait(other, BLOCKS, unpacked) for other in others)
+    if unpacked:
+        yield Fill(unpacked)
 
 
 _BY_SCHEDULE: dict[str, Callable[[Blocks], Iterator[Step]]] = {
