@@ -138,8 +138,8 @@ class TestClock:
         copied = {
             "lv-xattn": query + 3 * result + 3 * result,  # sent, and merged
             "ring": keys + 4 * result,  # merged: its own two parts, and three visitors
-            "gather": 3 * query + 3 * query + 3 * result + 3 * result,  # sent, laid side by side
-            "ulysses": 3 * (query + keys) / 4 * 2 + 3 * result / 4 * 2,
+            "gather": 3 * query + 4 * query + 3 * result + 3 * result,  # sent, laid side by side
+            "ulysses": (3 + 4) * (query + keys) / 4 + (3 + 4) * result / 4,
         }
         self.assert_copied(copied, backward=False)
 
@@ -149,8 +149,8 @@ class TestClock:
         made = {
             "lv-xattn": mine + block + 3 * result + 3 * result,
             "ring": 4 * mine + mine + 3 * mine + 3 * mine,  # a hop's, too; sent, and added
-            "gather": mine + 3 * block + 3 * block + 3 * result + 3 * result,
-            "ulysses": mine + 3 * (block + mine) / 4 * 2 + 3 * (result + mine) / 4 * 2,
+            "gather": mine + 3 * block + 4 * block + 3 * result + 3 * result,
+            "ulysses": mine + (3 + 4) * (block + mine) / 4 + (3 + 4) * (result + mine) / 4,
         }
         self.assert_copied(made, backward=True)
 
@@ -159,6 +159,27 @@ class TestClock:
         for schedule, copied in nbytes.items():
             played = play(layout(4, schedule), slow, backward=backward)
             assert played.seconds == pytest.approx(copied / 1e3), schedule
+
+    def test_every_message_costs_its_ranks(self) -> None:
+        slow = replace(FREE, message=1.0, inside=Link(1e30, 0.0))
+        # Each of 3 hops: a block and a result, sent and received.
+        assert play(layout(4), slow).seconds == pytest.approx(12.0)
+
+    @pytest.mark.parametrize(("busy", "seconds"), [(0.0, 5.0), (0.5, 6.5), (1.0, 8.0)])
+    def test_busy_receiver_does_not_compute(self, busy: float, seconds: float) -> None:
+        # The other rank's keys take 3 s to come, those that are here 5 s to be read.
+        of = layout(2, "ring")
+        rows = of.s_kv[0] * of.B * of.H_KV * (of.D + of.D_V) * 4
+        slow = replace(FREE, memory=rows / 5.0, inside=Link(rows / 3.0, 0.0, busy))
+        both = play(of, slow).seconds
+        assert both - 5.0 == pytest.approx(seconds)  # then those that have come
+
+    def test_backward_has_rates_of_its_own(self) -> None:
+        slow = replace(FREE, matmul=1.0, memory=1.0)
+        fast = replace(slow, matmul_backward=2.0, memory_backward=2.0)
+        for backward in (False, True):
+            before, after = (play(layout(1), m, backward=backward).seconds for m in (slow, fast))
+            assert before == pytest.approx(after * (1 + backward))
 
     def test_block_without_queries_takes_no_time(self) -> None:
         slow = replace(FREE, memory=1e3, start=5.0)
