@@ -3,9 +3,10 @@
     python benchmarks/schedules.py [--quick] [--store DIR] [--plot FILE] [--again FILE]
 
 On 1 Gbit/s links and in shared memory, P = 2 and 4, heads grouped and not, forward and backward,
-one BLAS thread a rank.  The grid is 2 x 2: those of P = 2 are lv-xattn and ring.  Before each sweep the machine measures itself for the sweep's heads, as
-`lvxattn.mpi_impl.measure` does for users; from these figures alone the plan predicts the time of
-every schedule in every cell, and `auto` chooses.  Both are then compared with the measurements.
+one BLAS thread a rank.  The grid is 2 x 2: those of P = 2 are lv-xattn and ring.  Before each
+sweep the machine measures itself for the sweep's heads, as `lvxattn.mpi_impl.measure` does for
+users; from these figures alone the plan predicts the time of every schedule in every cell, and
+`auto` chooses.  Both are then compared with the measurements.
 
 Prints a table in Markdown; `--store` writes it, and every single measurement as JSON, to DIR;
 `--plot` draws the fastest schedules; `--again` reads the measurements from a file instead.

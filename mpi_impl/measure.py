@@ -107,7 +107,7 @@ class Probe:
 
     def prepare(
         self, s_q: int, s_kv: int, *, backward: bool = False,
-        progress: Callable[[], object] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> Callable[[], None]:  # fmt: skip
         """Return a function that computes the attention of one block, or its gradients."""
         xp, (H, H_KV, D) = self.xp, self.shape
@@ -118,7 +118,7 @@ class Probe:
             xp.asarray(np.broadcast_to(row, (1, heads, s, D)).copy())  # (1, H or H_KV, s, D)
             for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
         )
-        call = partial(block_attention, q, k, v)
+        call: Callable[..., object] = partial(block_attention, q, k, v)
         if backward:
             wide = np.dtype(accumulator(self.dtype))
             lse, dk, dv = xp.zeros(q.shape[:3], wide), *(xp.zeros(k.shape, wide) for _ in "kv")

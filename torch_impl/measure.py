@@ -100,7 +100,7 @@ class Probe:
             torch.randn(D, device=self.device).to(getattr(torch, self.dtype)).repeat(1, heads, s, 1)
             for heads, s in ((H, s_q), (H_KV, s_kv), (H_KV, s_kv))
         )
-        call = partial(block_attention, q, k, v)
+        call: Callable[..., object] = partial(block_attention, q, k, v)
         if backward:
             wide = accumulator_of(q)
             lse = q.new_zeros(q.shape[:3], dtype=wide)
@@ -118,8 +118,7 @@ class Probe:
         H, H_KV, D = self.shape
         dtype, group = getattr(torch, self.dtype), Group(None) if alone else self.group
         q, k = (
-            torch.zeros(1, n, s, D, dtype=dtype, device=self.device)
-            for n, s in ((H, 1), (H_KV, 2))
+            torch.zeros(1, n, s, D, dtype=dtype, device=self.device) for n, s in ((H, 1), (H_KV, 2))
         )
         layout = Layout.agree(q, k, k, group)
         q.requires_grad_()

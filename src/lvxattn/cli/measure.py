@@ -89,14 +89,20 @@ def run_measure(
         alone = machine.ranks_per_host == 1
         inside = "not measured: one rank a host" if alone else _link(machine.inside)
         between = "not measured: one host" if hosts == 1 else _link(machine.between)
+
+        def back(name: str) -> str:
+            return f"; backward {getattr(machine, f'{name}_backward') / 1e9:.1f}"
+
         print(f"""
 LV-XAttn measure
   ranks     {machine.ranks} on {hosts} host{"s" * (hosts > 1)}, {backend.device}
   problems  {H}/{H_KV} heads of {D}, {options.dtype}
 
-  attention         {machine.matmul / 1e9:>10.1f} GFLOP/s a rank, many queries
-  reading of keys   {machine.memory / 1e9:>10.2f} GB/s a rank, one query
+  attention         {machine.matmul / 1e9:>10.1f} GFLOP/s a rank, many queries{back("matmul")}
+  reading of keys   {machine.memory / 1e9:>10.2f} GB/s a rank, one query{back("memory")}
+  copying           {machine.copy / 1e9:>10.2f} GB/s a rank, into new memory
   a block takes     {machine.start * 1e6:>10.1f} us at least
+  a pass takes      {machine.call * 1e6:>10.1f} us more, {machine.message * 1e6:.1f} us a message
   inside a host     {inside}
   between hosts     {between}
 
@@ -105,4 +111,7 @@ LV-XAttn measure
 
 
 def _link(link: Link) -> str:
-    return f"{link.bandwidth / 1e9:>10.3f} GB/s, and {link.latency * 1e6:.1f} us a message"
+    return (
+        f"{link.bandwidth / 1e9:>10.3f} GB/s, {link.latency * 1e6:.1f} us latency; "
+        f"a receiver is busy for {link.busy:.0%} of a message's time"
+    )

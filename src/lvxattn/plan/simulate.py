@@ -144,8 +144,8 @@ def cost(step: Compute | Fill | Join, layout: Layout, machine: Machine, *, backw
     # q k^T and p v; in the backward q k^T, dout v^T, and the products for dq, dk and dv.
     size = 3 * layout.D + 2 * layout.D_V if backward else layout.D + layout.D_V
     row = layout.B * layout.H_KV * step.heads * (layout.D + layout.D_V) * ITEMSIZE[layout.dtype]
-    memory = backward and machine.memory_backward or machine.memory
-    matmul = backward and machine.matmul_backward or machine.matmul
+    memory = (backward and machine.memory_backward) or machine.memory
+    matmul = (backward and machine.matmul_backward) or machine.matmul
     reading = step.s_kv * row * (1 + 2 * backward) / memory
     arithmetic = 2 * pairs * size / matmul
     short, long = sorted((arithmetic, reading))
