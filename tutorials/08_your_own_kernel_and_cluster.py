@@ -407,7 +407,7 @@ for S_Q, S_KV in sizes:
     whole = (rng.standard_normal((1, 8, s, 64), dtype=np.float32) for s in (S_Q, S_KV, S_KV))
     q, k, v = (shard(x, comm) for x in whole)
     took = {}
-    for schedule in ("lv-xattn", "ring", "ulysses", "gather"):
+    for schedule in ("lv-xattn", "ring", "grid", "ulysses", "gather"):
         layout = Layout.agree(q, k, v, comm, schedule=schedule, machine=machine)
         turns = []
         for _ in range(6):
