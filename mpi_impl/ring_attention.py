@@ -56,7 +56,7 @@ def ring_attention(
         k_block, v_block, *mask_block = blocks.receive(hop)
         blocks.pass_on(hop)
         # 3. Attend from my queries to the visiting keys.
-        mask = visiting_mask(exchange, mask_block, hop)
+        mask = visiting_mask(exchange, mask_block, exchange.rank, blocks.owner(hop))
         with exchange.computing(hop):
             partial = partial_attention(
                 q, k_block, v_block, scale=scale, mask=mask, progress=progress
@@ -98,10 +98,11 @@ def ring_attention_backward(
         blocks.pass_on(hop)
         # 3. Differentiate my queries' attention to the visiting keys, adding to dq.
         dk_block, dv_block = exchange.accumulators(k_block, v_block)
+        mask = visiting_mask(exchange, mask_block, exchange.rank, blocks.owner(hop))
         with exchange.computing(hop):
             dq += block_attention_backward(
                 dout, q, k_block, v_block, lse, delta, dk_block, dv_block,
-                scale=scale, mask=visiting_mask(exchange, mask_block, hop), wanted=wanted,
+                scale=scale, mask=mask, wanted=wanted,
                 progress=progress,
             )  # fmt: skip
         # 4. Add the gradients from the ranks before, and send them after the block.
@@ -131,8 +132,10 @@ def travelling_mask(mask: Any) -> list[Array]:
     return [] if mask is None or callable(mask) else [mask]
 
 
-def visiting_mask(exchange: Exchange, mask_block: list[Array], hop: int) -> MaskView:
-    """Return the mask of the visiting keys over my queries: the received array or the callable."""
+def visiting_mask(
+    exchange: Exchange, mask_block: list[Array], q_owner: int, kv_owner: int
+) -> MaskView:
+    """Return the mask of visiting keys over some queries: the received array or the callable."""
     rule = exchange.mask if callable(exchange.mask) else None
     mask = mask_block[0] if mask_block else rule
-    return exchange.layout.view(mask, exchange.rank, exchange.layout.owner(hop))
+    return exchange.layout.view(mask, q_owner, kv_owner)

@@ -85,8 +85,7 @@ def cross_attention(
         once; ``"ring"``, the keys and values, round a ring; ``"grid"``, the queries along columns
         of ranks, the keys along rows; ``"ulysses"``, everything, so that each rank has all rows of
         a share of the heads (P must divide H_KV); ``"auto"``, the one of these that sends the
-        fewest bytes.  Ignored where `layout` is given, or queries or
-        keys are replicated.
+        fewest bytes.  Ignored where `layout` is given, or queries or keys are replicated.
     scale : float, optional
         Default: ``1 / sqrt(D)``.
     mask : array or callable, optional
@@ -105,7 +104,7 @@ def cross_attention(
         and very many queries.
     grid : (int, int), optional
         With ``"grid"``, the numbers of ranks that queries, and that keys, move among; their product
-        is P.  Default: the one that sends the fewest bytes, or that of `layout`.
+        is P.  Default: the one that sends the fewest bytes.  Ignored where `layout` is given.
     layout : Layout, optional
         From `Layout.agree`, to agree once for many calls.
     meter : Meter, optional

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lvxattn import reference
-from lvxattn.plan import messages, planned
+from lvxattn.common import layout as layout_module
+from lvxattn.plan import MACHINES, messages, planned
 from lvxattn.plan.choose import candidates, unlike_ranks, with_grid
 from tests.cases import CASES, MASKS, Case, Problem, random_case
 from tests.judge import worst_ratios
@@ -128,6 +129,77 @@ def test_unlike_ranks_include_the_busiest(shape: tuple[int, int]) -> None:
         of = replace(even, order=tuple(rng.permutation(6).tolist()), s_q=s_q, s_kv=s_kv)
         sent = [sum(m.nbytes for m in messages(of, rank)) for rank in range(6)]
         assert megabytes(of, False) == max(sent) / 1e6
+
+
+@pytest.mark.parametrize("side", ["queries", "keys"])
+@pytest.mark.parametrize("shape", grids(4), ids=str)
+def test_replicated_sides_take_no_grid(shape: tuple[int, int], side: str) -> None:
+    """As they take no schedule."""
+    case = Case("one side whole", S_Q=9, S_KV=14)
+    problem, way = case.make(), "replicated" if side == "queries" else "replicated keys"
+    found = []
+    for more in ({}, {"schedule": "grid", "grid": shape}):
+        options: dict[str, Any] = {side: "replicated", "mask": None, **more}
+
+        def fn(comm: reference.VirtualComm, options: dict[str, Any] = options) -> list[Array]:
+            part = problem.part(comm.rank, 4, way)
+            given = part["q"], part["k"], part["v"]
+            out, lse = reference.cross_attention(*given, comm, **options)
+            gradients = reference.cross_attention_backward(
+                part["dout"], *given, out, lse, comm, **options
+            )
+            return [out, lse, *gradients]
+
+        found.append(reference.run_ranks(4, fn))
+    for ours, theirs in zip(*found, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+def test_ranks_that_disagree_raise_alike() -> None:
+    problem = Case("disagree").make()
+
+    def fn(comm: reference.VirtualComm) -> str:
+        shape = (2, 2) if comm.rank != 2 else (4, 1)
+        with pytest.raises(ValueError, match=r"^grid: ") as caught:
+            traffic(problem, comm, schedule="grid", grid=shape)
+        return str(caught.value)
+
+    (said,) = set(reference.run_ranks(4, fn))
+    assert said == "grid: expected rank 0's (2, 2), got (4, 1) (on rank 2 of 4)"
+
+
+def test_numpy_s_numbers_are_numbers() -> None:
+    problem, shape = Case("numpy").make(), (np.int64(2), np.int64(2))
+    layouts = reference.run_ranks(
+        4, lambda comm: traffic(problem, comm, schedule="grid", grid=shape)[0]
+    )
+    assert {layout.grid for layout in layouts} == {(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "S_Q", "S_KV"),
+    [((16, 2), 4096, 57344), ((16, 2), 4096, 40960), ((8, 4), 4096, 8192), ((2, 16), 57344, 4096),
+     ((4, 8), 8192, 8192), ((32, 1), 4096, 8192)],
+)  # fmt: skip
+def test_fewer_bytes_cross_hosts_than_the_other_way_round(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], S_Q: int, S_KV: int
+) -> None:
+    """Also where the ring that sends more does not fit into a host."""
+    machine = replace(MACHINES["h100"], ranks_per_host=8, ranks=32)
+    sizes = (1, 32, S_Q, 128), (1, 32, S_KV, 128)
+
+    def crossing() -> int:
+        of = planned(*sizes, 32, schedule="grid", grid=shape, machine=machine)
+        sent = [(rank, m) for rank in range(32) for b in (False, True)
+                for m in messages(of, rank, backward=b)]  # fmt: skip
+        return sum(m.nbytes for rank, m in sent if of.hosts[rank] != of.hosts[m.dest])
+
+    chosen, (side, _) = crossing(), planned(
+        *sizes, 32, schedule="grid", grid=shape, machine=machine
+    ).inside  # fmt: skip
+    other = ("keys", shape[1]) if side == "queries" else ("queries", shape[0])
+    monkeypatch.setattr(layout_module, "side_inside", lambda _: other)
+    assert chosen <= crossing()
 
 
 def test_heavier_side_goes_round_inside_hosts() -> None:

@@ -224,23 +224,13 @@ def test_operators_keep_pytorch_s_rules(way: str) -> None:
     from lvxattn.torch_impl import operators  # not before: it imports the compiler
 
     spread = layout.queries, layout.keys
-    given = (
-        q,
-        k,
-        v,
-        mask,
-        layout.record,
-        None,
-        "",
-        1,
-        "lv-xattn",
-        None,
-        *spread,
-        "qkv",
-        None,
-        "call",
-    )
-    torch.library.opcheck(operators.attention, given)
+    how = "lv-xattn", None, *spread, "qkv", None, "call"
+    torch.library.opcheck(operators.attention, (q, k, v, mask, layout.record, None, "", 1, *how))
+    how = "grid", None, "sharded", "sharded", "qkv", [1, 1], "call"
+    given = q, k, v, mask, None, None, "", 1, *how  # without a layout
+    if way == "grid":
+        torch.library.opcheck(operators.attention, given)
+    given = q, k, v, mask, layout.record, None, "", 1, "lv-xattn", None, *spread, "qkv", None, "c"
     results = [x.detach() for x in operators.attention(*given)]
     dout, dlse = torch.ones_like(results[0]), torch.ones_like(results[1])
     inner = [x.detach() for x in (q, k, v)]

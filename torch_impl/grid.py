@@ -10,6 +10,8 @@ them a rank sends less than either where neither side is short.  a = 2, b = 3:
     row 1         rank 1      rank 3      rank 5
                   q of ranks 0 and 1 go round this column, and their results
 
+Which of the two has neighbours, and so lies inside hosts, is chosen by `Layout.inside`.
+
 Forward.  While my own keys are here, the queries of my column come, are worked on, and are kept.
 All of them meet every block of keys that comes.  While the last keys are here, their results are
 sent round the column, merged on the way, and end at home:
@@ -43,7 +45,7 @@ from lvxattn.common.wire import (
 from .block_attention import block_attention_backward, partial_attention
 from .exchange import Exchange
 from .merge import Array, merge_partials
-from .ring_attention import travelling_mask
+from .ring_attention import travelling_mask, visiting_mask
 
 
 def grid(
@@ -57,52 +59,55 @@ def grid(
     queries, keys = exchange.rotation(QUERIES), exchange.rotation(KEYS_VALUES)
     partials = exchange.rotation(PARTIALS)
     (k1, v1, mask1), (k2, v2, mask2) = exchange.split_keys(k_shard, v_shard)
-    P, scale, last = exchange.P, exchange.scale, max((0, *keys.comes))
-    rule = None if isinstance(exchange.mask, Array) else exchange.mask
+    P, scale = exchange.P, exchange.scale
+    k, v, mask_block = k_shard, v_shard, travelling_mask(exchange.mask)
     column: dict[int, Array] = {}
     results: dict[int, tuple[Array, Array, Array]] = {}
 
     # 1. Send my queries and my keys; attention to the first half of my keys overlaps with it.
     queries.send(q, hop=0)
-    keys.send(k_shard, v_shard, *travelling_mask(exchange.mask), hop=0)
+    keys.send(k, v, *mask_block, hop=0)
     with exchange.computing(hop=0):
         mine = partial_attention(q, k1, v1, scale=scale, mask=mask1)
 
-    k, v, mask = k_shard, v_shard, exchange.mask
-    for key_hop in (0, *keys.comes):
-        if key_hop > 0:
+    for key_hop in range(keys.size):
+        if key_hop in keys.comes:
             # 2. Receive visiting keys, and pass them on before computing with them.
             k, v, *mask_block = keys.receive(key_hop)
             keys.pass_on(key_hop)
-            mask = mask_block[0] if mask_block else rule
+            # 3. Attend from my queries to the visiting keys.
+            mask = visiting_mask(exchange, mask_block, exchange.rank, keys.owner(key_hop))
             with exchange.computing(hop=0):
-                view = exchange.layout.view(mask, exchange.rank, keys.owner(key_hop))
-                mine = merge_partials(*mine, *partial_attention(q, k, v, scale=scale, mask=view))
+                partial = partial_attention(q, k, v, scale=scale, mask=mask)
+            mine = merge_partials(*mine, *partial)
         for hop in queries.comes:
             if key_hop == 0:
-                # 3. Receive a visiting block of queries, pass it on, and keep it.
+                # 4. Receive a visiting block of queries, pass it on, and keep it.
                 (q_block,) = queries.receive(hop)
-                column[hop] = q_block if not keys.comes else q_block.clone()
                 queries.pass_on(hop)
-            # 4. Attend from the visiting queries to the keys that are here.
-            view = exchange.layout.view(mask, queries.owner(hop), keys.owner(key_hop))
-            with exchange.computing(hop):
-                partial = partial_attention(column[hop], k, v, scale=scale, mask=view)
-            if hop in results:
-                partial = merge_partials(*results[hop], *partial)
-            results[hop] = partial
-            if key_hop == last:
-                # 5. Merge with the result of the ranks before, and send it after the block.
+                column[hop] = q_block.clone()
+            if key_hop == 0 or key_hop in keys.comes:
+                # 5. Attend from the visiting queries to the keys that are here.
+                mask = visiting_mask(exchange, mask_block, queries.owner(hop), keys.owner(key_hop))
+                with exchange.computing(hop):
+                    partial = partial_attention(column[hop], k, v, scale=scale, mask=mask)
+                if key_hop > 0:
+                    partial = merge_partials(*results[hop], *partial)
+                results[hop] = partial
+            if key_hop == keys.size - 1:
+                # 6. Merge with the result of the ranks before, and send it after the block.
+                del column[hop]
+                partial = results.pop(hop)
                 if hop in partials.comes:
                     partial = merge_partials(*partial, *partials.receive(hop))
                 partials.send(*partial, hop=hop)
 
     if P > 1:
-        # 6. Attend to the second half of my keys while the result for my queries comes home.
+        # 7. Attend to the second half of my keys while the result for my queries comes home.
         with exchange.computing(hop=0):
             rest = partial_attention(q, k2, v2, scale=scale, mask=mask2)
         mine = merge_partials(*mine, *rest)
-    # 7. Merge with the other ranks' result for my queries.
+    # 8. Merge with the other ranks' result for my queries.
     if queries.size in partials.comes:
         mine = merge_partials(*mine, *partials.receive(queries.size))
     return mine
@@ -112,7 +117,7 @@ def grid_backward(
     dout: Array, q: Array, k_shard: Array, v_shard: Array, lse: Array, delta: Array,
     exchange: Exchange,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Differentiate `grid`.
+    """Differentiate `grid`, on more than one rank: `differentiate` is for one.
 
     Collective: every rank calls this.  delta (from `delta_of`) replaces out and dlse.  Returns dq,
     and dk and dv of this rank's keys, summed over all queries.
@@ -125,58 +130,61 @@ def grid_backward(
         k_shard, v_shard, dk, dv
     )
     P, scale, wanted = exchange.P, exchange.scale, exchange.wanted
-    last, rule = max((0, *keys.comes)), None if isinstance(exchange.mask, Array) else exchange.mask
+    k, v, mask_block = k_shard, v_shard, travelling_mask(exchange.mask)
+    dk_block, dv_block = dk, dv
     column: dict[int, list[Array]] = {}
     sums: dict[int, Array] = {}
 
     # 1. Send my block and my keys; work on the first half of my keys overlaps with it.
     blocks.send(q, dout, lse, delta, hop=0)
-    keys.send(k_shard, v_shard, *travelling_mask(exchange.mask), hop=0)
+    keys.send(k, v, *mask_block, hop=0)
     with exchange.computing(hop=0):
         dq, *_ = block_attention_backward(
             dout, q, k1, v1, lse, delta, dk1, dv1,
             scale=scale, mask=mask1, wanted=wanted,
         )  # fmt: skip
 
-    k, v, mask, dk_block, dv_block = k_shard, v_shard, exchange.mask, dk, dv
-    for key_hop in (0, *keys.comes):
-        if key_hop > 0:
+    for key_hop in range(keys.size):
+        if key_hop in keys.comes:
             # 2. Receive visiting keys, and pass them on before computing with them.
             k, v, *mask_block = keys.receive(key_hop)
             keys.pass_on(key_hop)
-            mask = mask_block[0] if mask_block else rule
+            # 3. Differentiate my queries' attention to them, into sums of their own.
             dk_block, dv_block = exchange.accumulators(k, v)
+            mask = visiting_mask(exchange, mask_block, exchange.rank, keys.owner(key_hop))
             with exchange.computing(hop=0):
-                view = exchange.layout.view(mask, exchange.rank, keys.owner(key_hop))
                 dq_more, *_ = block_attention_backward(
                     dout, q, k, v, lse, delta, dk_block, dv_block,
-                    scale=scale, mask=view, wanted=wanted,
+                    scale=scale, mask=mask, wanted=wanted,
                 )  # fmt: skip
             dq += dq_more
         for hop in blocks.comes:
             if key_hop == 0:
-                # 3. Receive a visiting block, pass it on, and keep it.
+                # 4. Receive a visiting block, pass it on, and keep it.
                 block = blocks.receive(hop)
-                column[hop] = block if not keys.comes else [x.clone() for x in block]
                 blocks.pass_on(hop)
-            # 4. Differentiate the visiting queries' attention, adding to dk and dv.
-            q_block, dout_block, lse_block, delta_block = column[hop]
-            view = exchange.layout.view(mask, blocks.owner(hop), keys.owner(key_hop))
-            with exchange.computing(hop):
-                dq_block, *_ = block_attention_backward(
-                    dout_block, q_block, k, v, lse_block, delta_block, dk_block, dv_block,
-                    scale=scale, mask=view, wanted=wanted,
-                )  # fmt: skip
-            if hop in sums:
-                dq_block += sums[hop]
-            sums[hop] = dq_block
-            if key_hop == last:
-                # 5. Add the gradient from the ranks before, and send it after the block.
+                column[hop] = [x.clone() for x in block]
+            if key_hop == 0 or key_hop in keys.comes:
+                # 5. Differentiate the visiting queries' attention, adding to dk and dv.
+                q_block, dout_block, lse_block, delta_block = column[hop]
+                mask = visiting_mask(exchange, mask_block, blocks.owner(hop), keys.owner(key_hop))
+                with exchange.computing(hop):
+                    dq_block, *_ = block_attention_backward(
+                        dout_block, q_block, k, v, lse_block, delta_block, dk_block, dv_block,
+                        scale=scale, mask=mask, wanted=wanted,
+                    )  # fmt: skip
+                if key_hop > 0:
+                    dq_block += sums[hop]
+                sums[hop] = dq_block
+            if key_hop == keys.size - 1:
+                # 6. Add the gradient from the ranks before, and send it after the block.
+                del column[hop]
+                dq_block = sums.pop(hop)
                 if hop in dqs.comes:
                     dq_block += dqs.receive(hop)[0]
                 dqs.send(dq_block, hop=hop)
-        if key_hop > 0:
-            # 6. Add the gradients from the ranks before, and send them after the keys.
+        if key_hop in keys.comes:
+            # 7. Add the gradients from the ranks before, and send them after the keys.
             if key_hop in dkvs.comes:
                 dk_before, dv_before = dkvs.receive(key_hop)
                 dk_block += dk_before
@@ -184,14 +192,14 @@ def grid_backward(
             dkvs.send(dk_block, dv_block, hop=key_hop)
 
     if P > 1:
-        # 7. Work on the second half of my keys while gradients come home.
+        # 8. Work on the second half of my keys while gradients come home.
         with exchange.computing(hop=0):
             rest, *_ = block_attention_backward(
                 dout, q, k2, v2, lse, delta, dk2, dv2,
                 scale=scale, mask=mask2, wanted=wanted,
             )  # fmt: skip
         dq += rest
-    # 8. Add the other ranks' gradients of my queries and of my keys.
+    # 9. Add the other ranks' gradients of my queries and of my keys.
     if blocks.size in dqs.comes:
         dq += dqs.receive(blocks.size)[0]
     if keys.size in dkvs.comes:

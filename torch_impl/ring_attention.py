@@ -56,7 +56,7 @@ def ring_attention(
         k_block, v_block, *mask_block = blocks.receive(hop)
         blocks.pass_on(hop)
         # 3. Attend from my queries to the visiting keys.
-        mask = visiting_mask(exchange, mask_block, hop)
+        mask = visiting_mask(exchange, mask_block, exchange.rank, blocks.owner(hop))
         with exchange.computing(hop):
             partial = partial_attention(q, k_block, v_block, scale=scale, mask=mask)
         # 4. Merge with the result for the keys before.
@@ -94,10 +94,11 @@ def ring_attention_backward(
         k_block, v_block, *mask_block = blocks.receive(hop)
         blocks.pass_on(hop)
         # 3. Differentiate my queries' attention to the visiting keys, adding to dq.
+        mask = visiting_mask(exchange, mask_block, exchange.rank, blocks.owner(hop))
         with exchange.computing(hop):
             dq_more, dk_block, dv_block = block_attention_backward(
                 dout, q, k_block, v_block, lse, delta,
-                scale=scale, mask=visiting_mask(exchange, mask_block, hop), wanted=wanted,
+                scale=scale, mask=mask, wanted=wanted,
             )  # fmt: skip
         dq += dq_more
         # 4. Add the gradients from the ranks before, and send them after the block.
@@ -127,8 +128,10 @@ def travelling_mask(mask: Any) -> list[Array]:
     return [mask] if isinstance(mask, Array) else []
 
 
-def visiting_mask(exchange: Exchange, mask_block: list[Array], hop: int) -> MaskView:
-    """Return the mask of the visiting keys over my queries: the received array or the callable."""
+def visiting_mask(
+    exchange: Exchange, mask_block: list[Array], q_owner: int, kv_owner: int
+) -> MaskView:
+    """Return the mask of visiting keys over some queries: the received array or the callable."""
     rule = None if isinstance(exchange.mask, Array) else exchange.mask
     mask = mask_block[0] if mask_block else rule
-    return exchange.layout.view(mask, exchange.rank, exchange.layout.owner(hop))
+    return exchange.layout.view(mask, q_owner, kv_owner)

@@ -116,10 +116,12 @@ class RotationBase:
     """One kind of block travelling round the ring.
 
     A block stops where it meets something visible: without a `Rule`, on every rank.  Blocks set out
-    from their owner, at hop 0; results from the first stop, and end at their owner, at hop P.
+    from their owner, at hop 0; results from the first stop, and end at their owner, at hop `size`.
 
     Attributes
     ----------
+    size : int
+        Number of ranks of the ring: P, or those of a grid's column or row.
     comes, leaves : dict of Leg
         What arrives on this rank, by its stop, and what leaves it, by its start.
     arriving : dict of list of Leg

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isclose, prod, sqrt
+from operator import index
 from typing import Any
 
 from lvxattn.common.free_memory import Room, free_memory
@@ -168,7 +169,7 @@ def agree_on(
             queries=queries,
             keys=keys,
             gradients=gradients,
-            grid=None if grid is None else (grid[0], grid[1]),
+            grid=None if grid is None else (index(grid[0]), index(grid[1])),
             library=library(q),
             device=device_kind(q),
             call=call,
@@ -212,8 +213,11 @@ def check_grid(grid: Any, schedule: str, P: int) -> None:
         return
     if schedule != "grid":
         raise ValueError(f"grid: expected none with schedule {schedule!r}, got {grid!r}")
-    numbers = isinstance(grid, tuple | list) and all(type(n) is int and n > 0 for n in grid)
-    if not numbers or len(grid) != 2 or grid[0] * grid[1] != P:
+    try:
+        a, b = map(index, grid)
+    except (TypeError, ValueError):
+        a = b = 0
+    if a < 1 or a * b != P:
         raise ValueError(f"grid: expected two numbers whose product is P = {P}, got {grid!r}")
 
 

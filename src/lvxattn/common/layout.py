@@ -5,10 +5,12 @@ order the shares are the whole.  The ring visits the ranks host by host, regardl
 numbers, so that its P - 1 hops cross slow links between hosts as rarely as possible:
 
     ranks 0 2 on host a, 1 3 on host b        0 -> 2 => 1 -> 3 => 0        (=> crosses hosts)
+
+A grid has several rings (`rings.py`), laid out in the same order.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from math import isclose
@@ -27,7 +29,7 @@ from lvxattn.common.handshake import (
 )
 from lvxattn.common.masks import MaskView
 from lvxattn.common.pool import Pool
-from lvxattn.common.rings import rings, stops
+from lvxattn.common.rings import rings, side_inside, stops
 from lvxattn.common.rules import Rule, same_rule
 from lvxattn.common.validation import (
     Communicator,
@@ -53,7 +55,8 @@ class Layout:
     ----------
     rank : int
     order : tuple of int
-        The ring: a permutation of the ranks, those of one host side by side.
+        A permutation of the ranks, those of one host side by side: the ring, or a grid's ranks,
+        column by column or row by row.
     s_q, s_kv : tuple of int
         Numbers of queries, and of keys, by rank.
     masks : tuple
@@ -377,30 +380,31 @@ class Layout:
 
     @property
     def right(self) -> int:
-        """The rank that this rank sends to."""
+        """The rank that this rank sends to; in a grid, its queries."""
         return self.owner(-1)
 
     @property
     def left(self) -> int:
-        """The rank that this rank receives from."""
+        """The rank that this rank receives from; in a grid, queries."""
         return self.owner(1)
 
     @property
     def shape(self) -> tuple[int, int]:
         """The numbers of ranks that queries, and that keys, move among."""
-        if self.schedule == "ring":
+        if self.way == "ring":
             return 1, self.size
-        return self.grid or (self.size, 1)
+        return (self.way == "grid" and self.grid) or (self.size, 1)
+
+    def seen_by(self, rank: int) -> Self:
+        """Return the same layout as another rank sees it."""
+        found = replace(self, rank=rank)
+        found.__dict__.update(_rings=self._rings, _stops=self._stops)  # the same on all ranks
+        return found
 
     @property
     def inside(self) -> tuple[str, int]:
-        """The side whose rings are of neighbours in the order, and the size of these rings.
-
-        Neighbours share a host: of queries and keys, those of which more is sent.
-        """
-        a, b = self.shape
-        queries, keys = (a - 1) * self.H * self.S_Q, (b - 1) * self.H_KV * self.S_KV
-        return ("queries", a) if queries >= keys else ("keys", b)
+        """The side whose rings are of neighbours in the order, and the size of these rings."""
+        return side_inside(self)
 
     @cached_property
     def _rings(self) -> dict[tuple[str, int], tuple[int, ...]]:
@@ -413,7 +417,7 @@ class Layout:
 
     def owner(self, hop: int, side: str = "") -> int:
         """Return the owner of the block that is here after `hop` hops; this rank after all."""
-        ring = self.ring(side or ("keys" if self.schedule == "ring" else "queries"))
+        ring = self.ring(side or ("keys" if self.way == "ring" else "queries"))
         return ring[(ring.index(self.rank) - hop) % len(ring)]
 
     @cached_property

@@ -1,5 +1,6 @@
 """The rings round which blocks move, and where they stop."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from lvxattn.common.rules import visible_parts
@@ -8,10 +9,32 @@ if TYPE_CHECKING:
     from lvxattn.common.layout import Layout  # which imports this
 
 
+def side_inside(layout: "Layout") -> tuple[str, int]:
+    """Return the side whose rings are of neighbours in the order, and the size of these rings.
+
+    Of a grid's two sides, the one with which fewer bytes cross from host to host, forward and
+    backward.  With m ranks a host, a ring of n neighbours stays inside, or is crossed once by n or
+    m ranks; of the other rings, whose ranks are n apart, at most n of m ranks send to another host.
+    """
+    (a, b), D, D_V = layout.shape, layout.D, layout.D_V
+    wide = 1 if layout.dtype == layout.accumulator else 2  # times as many bytes
+    row = layout.H * (2 * D + D_V + wide * (D + D_V + 4))
+    key = layout.H_KV * (2 + wide) * (D + D_V)
+    queries, keys = (a - 1) * layout.S_Q * row, (b - 1) * layout.S_KV * key
+    m = max(Counter(layout.hosts).values(), default=layout.size)
+
+    def crossing(near: float, far: float, n: int) -> float:
+        return near * (0 if m % n == 0 else 1 / min(n, m)) + far * min(1, n / m)
+
+    if crossing(queries, keys, a) <= crossing(keys, queries, b):
+        return "queries", a
+    return "keys", b
+
+
 def rings(layout: "Layout") -> dict[tuple[str, int], tuple[int, ...]]:
     """Return every rank's column, round which its queries move, and its row, of its keys.
 
-    The ranks lie in a grid, in their order; of the two sides, `Layout.inside` has neighbours.
+    The ranks lie in a grid, in their order; those of a ring of `side_inside` are neighbours.
     """
     inside, n = layout.inside
     outside = "keys" if inside == "queries" else "queries"

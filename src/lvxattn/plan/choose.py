@@ -7,7 +7,7 @@ callable, because ranks may have different ones.
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 from lvxattn.common import layout as common
 from lvxattn.common.free_memory import judge
@@ -16,6 +16,8 @@ from lvxattn.plan.machine import Machine
 from lvxattn.plan.memory import call_memory
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import messages
+
+L = TypeVar("L", bound=common.Layout)
 
 CHANGE = "use more hosts, or fewer ranks on this one"
 
@@ -52,7 +54,7 @@ class Layout(common.Layout):
                 best = candidates(layout, layout.machine)[0]
             layout = replace(layout, schedule=best.schedule, grid=best.grid)
         elif layout.way == "grid" and layout.grid is None:
-            layout = replace(layout, grid=with_grid(layout, layout.machine).grid)
+            layout = with_grid(layout, layout.machine)
         if any(r.free is not None for r in records):
             backward = records[0].call == "backward"
             needs = call_memory(layout, backward=backward)
@@ -119,7 +121,7 @@ def candidates(layout: common.Layout, machine: Machine | None = None) -> list[Ca
     return sorted(found, key=_cost)
 
 
-def with_grid(layout: common.Layout, machine: Machine | None = None) -> common.Layout:
+def with_grid(layout: L, machine: Machine | None = None) -> L:
     """Return a layout of ``"grid"`` with the numbers that cost least.  Not collective.
 
     Parameters
@@ -130,7 +132,8 @@ def with_grid(layout: common.Layout, machine: Machine | None = None) -> common.L
     Returns
     -------
     Layout
-        Of all pairs whose product is P, the ends, lv-xattn and ring, among them.
+        Of all pairs whose product is P, the ends, lv-xattn and ring, among them.  Ragged shares are
+        compared as if all were as long as the longest.
 
     Examples
     --------
@@ -139,11 +142,25 @@ def with_grid(layout: common.Layout, machine: Machine | None = None) -> common.L
     >>> with_grid(replace(square, schedule="grid")).grid
     (8, 2)
     """
-    P = layout.size
+    P, layout = layout.size, on_hosts(layout, machine)
+    even = layout
+    if not layout.structures:  # of ranks that are alike one stands for all
+        s_kv = max(layout.s_kv)
+        masks = (layout.masks[layout.s_kv.index(s_kv)],) * P
+        even = replace(layout, s_q=(max(layout.s_q),) * P, s_kv=(s_kv,) * P, masks=masks)
     every = [
-        replace(layout, schedule="grid", grid=(a, P // a)) for a in range(P, 0, -1) if P % a == 0
+        replace(even, schedule="grid", grid=(a, P // a)) for a in range(P, 0, -1) if P % a == 0
     ]
-    return min(every, key=lambda of: _cost(_candidate(of, machine)))
+    best = min(every, key=lambda of: _cost(_candidate(of, machine)))
+    return replace(layout, schedule="grid", grid=best.grid)
+
+
+def on_hosts(layout: L, machine: Machine | None) -> L:
+    """Return a layout with a machine's hosts, if it has none."""
+    if machine is None or layout.hosts:
+        return layout
+    places = (layout.order.index(rank) // machine.ranks_per_host for rank in range(layout.size))
+    return replace(layout, hosts=tuple(f"host {at}" for at in places))
 
 
 def _cost(c: Candidate) -> tuple[bool, float, int]:
@@ -183,7 +200,10 @@ def explain(layout: common.Layout) -> str:
         f"{named(layout.schedule, layout.grid)} is taken",
         f"{'schedule':10}{'messages':>10}{'bytes':>18}{'seconds':>12}",
     ]
-    for c in candidates(layout, layout.machine):
+    found = candidates(layout, layout.machine)
+    if layout.grid not in (None, *(c.grid for c in found)):
+        found = sorted([*found, _candidate(layout, layout.machine)], key=_cost)
+    for c in found:
         if c.refused:
             lines.append(f"{c.schedule:10}  cannot be taken: {c.refused}")
             continue

@@ -6,7 +6,7 @@ at a time (arXiv:2502.02406, section 4).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ class Memory:
     text : int
         q, out and lse of all layers.
     blocks : int
-        Buffers of queries and results with lv-xattn: two of each.
+        Buffers of queries and results with lv-xattn, two of each; a grid keeps those of a column.
     """
 
     features: int
@@ -170,7 +170,7 @@ def call_memory(layout: Layout, *, backward: bool = False) -> list[int]:
     if layout.shape[1] > 1:
         moving += [(KEYS_VALUES, keys), (KEY_GRADIENTS, dkvs)][: 1 + backward]
     return [
-        n + sum(_others(replace(layout, rank=rank), kind, of) for kind, of in moving)
+        n + sum(_others(layout.seen_by(rank), kind, of) for kind, of in moving)
         for rank, n in enumerate(mine)
     ]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lvxattn.common.handshake import check_grid
 from lvxattn.common.layout import Layout, share
-from lvxattn.plan.choose import with_grid
+from lvxattn.plan.choose import on_hosts, with_grid
 from lvxattn.plan.machine import Machine
 
 Sizes = tuple[int, int, int, int]
@@ -160,7 +160,8 @@ PROBLEMS = {
         ),
         Problem(  # 224 x 224 pixels of 3 colours and 258 Fourier features, one head as wide
             "perceiver", "latents attend to the pixels of an image", 512, 50176, 1, 1, 261, 8,
-            "google-deepmind/deepmind-research: perceiver/train/experiment.py; arXiv:2103.03206",
+            "google-deepmind/deepmind-research: perceiver/train/experiment.py (sizes); "
+            "arXiv:2103.03206 (8 layers)",
         ),
         Problem(  # 16 x 16 patches and a class token; in every second of 12 layers
             "q-former", "queries attend to the patches of an image, BLIP-2", 32, 257, 12, 12, 64, 6,
@@ -247,6 +248,7 @@ def planned(
         dtype=dtype,
         scale=D**-0.5,
         schedule=schedule,
-        grid=grid,
+        grid=None if grid is None else (int(grid[0]), int(grid[1])),
     )
+    layout = on_hosts(layout, machine)
     return with_grid(layout, machine) if schedule == "grid" and grid is None else layout

@@ -65,7 +65,9 @@ def _unlike(layout: Layout, machine: Machine) -> int:
     """
     P, per_host, (_, n) = layout.size, machine.ranks_per_host, layout.inside
     shares = {*zip(layout.s_q, layout.s_kv, layout.masks, strict=True)}
-    regular = len(shares) == 1 and not layout.structures and P % per_host == 0
+    # Replicated sides are cut by rows, of which some ranks may have one more.
+    regular = len(shares) == 1 and not layout.structures and layout.way == layout.schedule
+    regular = regular and P % per_host == 0
     return per_host if regular and 0 in (n % per_host, per_host % n) else P
 
 

@@ -1,6 +1,6 @@
 r"""The steps of every rank in a pass: the schedules without their arrays.
 
-The steps are those of `lv_xattn.py`, `ring_attention.py`, `ulysses.py`, `gather.py` and
+The steps are those of `lv_xattn.py`, `ring_attention.py`, `grid.py`, `ulysses.py`, `gather.py` and
 `replicated.py`, in their order.  Messages are thus known to the byte before anything is sent, and
 a pass can be simulated on any machine (`simulate.py`).  A collective is one message to and from
 each other rank, the fewest bytes that suffice.  The stamp that torch_impl adds to messages of a
@@ -13,6 +13,7 @@ masks that travel.
 
     lv-xattn    P - 1 hops of queries, P - 1 of results        ~ S_Q / P each
     ring        P - 1 hops of keys and values                  ~ S_KV / P each
+    grid        a - 1 hops of queries and results, b - 1 of keys   as above
     ulysses     1 / P of everything to every rank              ~ (S_Q + S_KV) / P^2 each
     gather      queries to every rank, results to their owner  ~ S_Q / P each
     replicated  rows of the result, joined, to every rank      ~ S_Q / P each
@@ -147,7 +148,7 @@ def steps(layout: Layout, rank: int, *, backward: bool = False) -> list[Step]:
     Compute(s_q=4, s_kv=50, heads=1.0)
     Join(nbytes=1056)
     """
-    blocks = Blocks(replace(layout, rank=rank), backward)
+    blocks = Blocks(layout.seen_by(rank), backward)
     found = list(_BY_SCHEDULE[layout.way](blocks))
     if not backward:
         return found
@@ -288,15 +289,14 @@ def _grid(blocks: Blocks) -> Iterator[Step]:
     queries, keys = RotationBase(layout, there), RotationBase(layout, KEYS_VALUES)
     results, gradients = RotationBase(layout, back), RotationBase(layout, KEY_GRADIENTS)
     s_q, s_kv, cut = layout.s_q, layout.s_kv, layout.home_cut
-    last, seen = max((0, *keys.comes)), set()
     if blocks.backward:
         yield Fill(blocks.key_gradients(rank))
     yield from _leave(queries, 0, BLOCKS)
     yield from _leave(keys, 0, "keys")
     yield Compute(s_q[rank], cut)
-    for key_hop in (0, *keys.comes):
+    for key_hop in range(keys.size):
         owner = keys.owner(key_hop)
-        if key_hop > 0:
+        if key_hop in keys.comes:
             yield Wait(keys.source(keys.comes[key_hop]), "keys")
             yield from _leave(keys, key_hop, "keys", packed=False)
             if blocks.backward:
@@ -306,31 +306,31 @@ def _grid(blocks: Blocks) -> Iterator[Step]:
                 yield Join(blocks.result(rank))
         for hop, leg in queries.comes.items():
             if key_hop == 0:
-                yield Wait(queries.source(leg), BLOCKS, blocks.queries(leg.owner) if last else 0)
+                yield Wait(queries.source(leg), BLOCKS)
                 yield from _leave(queries, hop, BLOCKS, packed=False)
-            yield Compute(s_q[leg.owner], s_kv[owner])
-            if hop in seen:
-                yield Join(blocks.result(leg.owner))
-            seen.add(hop)
-            if key_hop == last:
+                yield Fill(blocks.queries(leg.owner))
+            if key_hop == 0 or key_hop in keys.comes:
+                yield Compute(s_q[leg.owner], s_kv[owner])
+                if key_hop > 0:
+                    yield Join(blocks.result(leg.owner))
+            if key_hop == keys.size - 1:
                 if hop in results.comes:
                     yield Wait(results.source(results.comes[hop]), RESULTS)
                     yield Join(blocks.result(leg.owner))
                 yield from _leave(results, hop, RESULTS)
-        if blocks.backward and key_hop > 0:
+        if blocks.backward and key_hop in keys.comes:
             if key_hop in gradients.comes:
                 yield Wait(gradients.source(gradients.comes[key_hop]), "key gradients")
                 yield Join(blocks.key_gradients(owner))
             yield from _leave(gradients, key_hop, "key gradients")
     if P > 1:
         yield Compute(s_q[rank], s_kv[rank] - cut)
-    for rotation, kind, size in (
-        (results, RESULTS, blocks.result(rank)),
-        (gradients, "key gradients", blocks.key_gradients(rank)),
-    ):
-        if rotation.size in rotation.comes and (blocks.backward or rotation is results):
-            yield Wait(rotation.source(rotation.comes[rotation.size]), kind)
-            yield Join(size)
+    if results.size in results.comes:
+        yield Wait(results.source(results.comes[results.size]), RESULTS)
+        yield Join(blocks.result(rank))
+    if blocks.backward and gradients.size in gradients.comes:
+        yield Wait(gradients.source(gradients.comes[gradients.size]), "key gradients")
+        yield Join(blocks.key_gradients(rank))
 
 
 def _leave(rotation: RotationBase, hop: int, kind: str, *, packed: bool = True) -> Iterator[Step]:
