@@ -226,10 +226,6 @@ def test_operators_keep_pytorch_s_rules(way: str) -> None:
     spread = layout.queries, layout.keys
     how = "lv-xattn", None, *spread, "qkv", None, "call"
     torch.library.opcheck(operators.attention, (q, k, v, mask, layout.record, None, "", 1, *how))
-    how = "grid", None, "sharded", "sharded", "qkv", [1, 1], "call"
-    given = q, k, v, mask, None, None, "", 1, *how  # without a layout
-    if way == "grid":
-        torch.library.opcheck(operators.attention, given)
     given = q, k, v, mask, layout.record, None, "", 1, "lv-xattn", None, *spread, "qkv", None, "c"
     results = [x.detach() for x in operators.attention(*given)]
     dout, dlse = torch.ones_like(results[0]), torch.ones_like(results[1])
@@ -237,6 +233,21 @@ def test_operators_keep_pytorch_s_rules(way: str) -> None:
     for wanted in ("qkv", "q", "kv"):
         given = dout, dlse, *inner, mask, *results, "", wanted
         torch.library.opcheck(operators.attention_backward, given)
+
+
+def test_operator_takes_a_grid() -> None:
+    q, k, v = arrays()
+    from lvxattn.torch_impl import operators
+
+    def attend(grid: list[int] | None) -> Any:
+        how = "grid", None, "sharded", "sharded", "qkv", grid, "call"
+        return operators.attention(q, k, v, None, None, None, "", 1, *how)
+
+    out, lse, _, record = attend([1, 1])
+    assert Layout.of_record(record).grid == (1, 1)
+    assert all(torch.equal(x, y) for x, y in zip((out, lse), attend(None), strict=False))
+    with pytest.raises(ValueError, match=r"grid: expected two numbers whose product is P = 1, got"):
+        attend([2, 2])
 
 
 def test_autocast_is_that_of_eager() -> None:
