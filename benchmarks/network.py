@@ -47,7 +47,7 @@ HEADS = [(8, 8), (8, 2)]
 
 def slow(quick: bool) -> list[Results]:
     """Measure 4 hosts at 50 Mbit/s."""
-    work = {"kinds": ["none", "lv-xattn", "ring"], "S_Q": 512, "S_KV": 65536, "backward": True}
+    work = {"kinds": ["blocks", "lv-xattn", "ring"], "S_Q": 512, "S_KV": 65536, "backward": True}
     often = {"rounds": 20, "ring_every": 10, "seconds": 400}
     if quick:
         work |= {"S_Q": 128, "S_KV": 8192}

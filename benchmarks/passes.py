@@ -8,6 +8,7 @@ Before, each has a turn that does not count, in which its memory is new to the p
 
     "lv-xattn", "ring"   a schedule, or any other of them; a grid of 2 rows
     "none"               "lv-xattn" with communication switched off (`MuteComm`)
+    "blocks"             its attention alone, of as many queries and keys, one block a rank
     "one"                one rank alone does the whole problem, the others sleep
     "each"               every rank does the whole problem alone, all at the same time
 """
@@ -27,7 +28,15 @@ from threadpoolctl import threadpool_limits
 
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.layout import share
-from lvxattn.mpi_impl import Layout, Meter, cross_attention, cross_attention_backward, measure
+from lvxattn.mpi_impl import (
+    Layout,
+    Meter,
+    block_attention,
+    block_attention_backward,
+    cross_attention,
+    cross_attention_backward,
+    measure,
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Problem:
     """One rank's part in one kind of pass."""
 
     def __init__(self, work: Work, kind: str, comm: MPI.Intracomm) -> None:
-        self.backward = work.backward
+        self.backward, self.kind = work.backward, kind
         self.takes_part = kind != "one" or comm.rank == 0
         alone = kind in ("one", "each")
         group: Any = MPI.COMM_SELF if alone else comm
@@ -140,13 +149,7 @@ class Problem:
         start = middle = end = None
         if self.takes_part:
             start = perf_counter()
-            args: Any = (self.q, self.k, self.v)
-            options: Any = {"layout": self.layout, "meter": meter}
-            out, lse = cross_attention(*args, self.group, **options)
-            middle = end = perf_counter()
-            if self.backward:
-                cross_attention_backward(self.dout, *args, out, lse, self.group, **options)
-                end = perf_counter()
+            middle, end = self.blocks(comm.size) if self.kind == "blocks" else self.passes(meter)
         cpu = process_time() - cpu
         quiet_barrier(comm)
         link, busy = link_bytes() - link, busy_seconds() - busy
@@ -167,6 +170,33 @@ class Problem:
             "host": hosts,
             "link": comm.allgather(link),
         }
+
+    def passes(self, meter: Meter) -> tuple[float, float]:
+        """Run forward and backward, and return when each has ended."""
+        args: Any = (self.q, self.k, self.v)
+        options: Any = {"layout": self.layout, "meter": meter}
+        out, lse = cross_attention(*args, self.group, **options)
+        middle = end = perf_counter()
+        if self.backward:
+            cross_attention_backward(self.dout, *args, out, lse, self.group, **options)
+            end = perf_counter()
+        return middle, end
+
+    def blocks(self, P: int) -> tuple[float, float]:
+        """Compute the blocks of a rank in lv-xattn and nothing else, P times its own queries."""
+        args: Any = (self.q, self.k, self.v)
+        for _ in range(P):
+            out, lse = block_attention(*args, scale=self.layout.scale)
+        middle = end = perf_counter()
+        if self.backward:
+            delta = (self.dout * out).sum(axis=-1)
+            dk, dv = np.zeros_like(self.k), np.zeros_like(self.v)
+            for _ in range(P):
+                block_attention_backward(
+                    self.dout, *args, lse, delta, dk, dv, scale=self.layout.scale
+                )
+            end = perf_counter()
+        return middle, end
 
 
 class MuteComm:

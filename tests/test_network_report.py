@@ -80,13 +80,14 @@ def test_small_version_judges_counts_only() -> None:
 
 @pytest.mark.mpi
 def test_passes_run_with_communication_off() -> None:
-    kinds = ["none", "lv-xattn", "ring"]
+    kinds = ["none", "blocks", "lv-xattn", "ring"]
     work = {"kinds": kinds, "S_Q": 8, "S_KV": 64, "backward": True, "rounds": 1}
     ended = mpiexec(2, BENCHMARKS / "passes.py", json.dumps([work]))
     assert ended.status == 0, ended.err
     (result,) = json.loads(ended.out)["results"]
     sent = {kind: turn["bytes"][0] for kind, (turn,) in result["turns"].items()}
     assert sent["none"] == sent["lv-xattn"] < sent["ring"]  # counted alike, and not sent
+    assert sent["blocks"] == 0
 
 
 @pytest.mark.mpi
