@@ -131,12 +131,12 @@ class Probe:
 
         return work
 
-    def call(self, *, alone: bool) -> Callable[[], None]:
-        """Return a function that runs forward and backward, of lv-xattn, on little data."""
+    def call(self, *, alone: bool, schedule: str = "lv-xattn") -> Callable[[], None]:
+        """Return a function that runs forward and backward on little data."""
         H, H_KV, D = self.shape
         q, k = (self.xp.zeros((1, n, s, D), self._numpy_dtype) for n, s in ((H, 1), (H_KV, 2)))
         comm = MPI.COMM_SELF if alone else self.comm
-        layout = Layout.agree(q, k, k, comm)
+        layout = Layout.agree(q, k, k, comm, schedule=schedule)
 
         def both() -> None:
             out, lse = cross_attention(q, k, k, comm, layout=layout)

@@ -161,9 +161,10 @@ class TestClock:
             assert played.seconds == pytest.approx(copied / 1e3), schedule
 
     def test_every_message_costs_its_ranks(self) -> None:
-        slow = replace(FREE, message=1.0, inside=Link(1e30, 0.0))
-        # Each of 3 hops: a block and a result, sent and received.
+        slow = replace(FREE, message=1.0, message_at_once=0.5, inside=Link(1e30, 0.0))
+        # Each of 3 hops, or other ranks: a block and a result, sent and received.
         assert play(layout(4), slow).seconds == pytest.approx(12.0)
+        assert play(layout(4, "gather"), slow).seconds == pytest.approx(6.0)
 
     @pytest.mark.parametrize(("busy", "seconds"), [(0.0, 5.0), (0.5, 6.5), (1.0, 8.0)])
     def test_busy_receiver_does_not_compute(self, busy: float, seconds: float) -> None:

@@ -113,14 +113,14 @@ class Probe:
 
         return work
 
-    def call(self, *, alone: bool) -> Callable[[], None]:
-        """Return a function that runs forward and backward, of lv-xattn, on little data."""
+    def call(self, *, alone: bool, schedule: str = "lv-xattn") -> Callable[[], None]:
+        """Return a function that runs forward and backward on little data."""
         H, H_KV, D = self.shape
         dtype, group = getattr(torch, self.dtype), Group(None) if alone else self.group
         q, k = (
             torch.zeros(1, n, s, D, dtype=dtype, device=self.device) for n, s in ((H, 1), (H_KV, 2))
         )
-        layout = Layout.agree(q, k, k, group)
+        layout = Layout.agree(q, k, k, group, schedule=schedule)
         q.requires_grad_()
 
         def both() -> None:

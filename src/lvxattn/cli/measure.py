@@ -90,6 +90,8 @@ def run_measure(
         inside = "not measured: one rank a host" if alone else _link(machine.inside)
         between = "not measured: one host" if hosts == 1 else _link(machine.between)
 
+        once = machine.message_at_once * 1e6
+
         def back(name: str) -> str:
             return f"; backward {getattr(machine, f'{name}_backward') / 1e9:.1f}"
 
@@ -102,7 +104,8 @@ LV-XAttn measure
   reading of keys   {machine.memory / 1e9:>10.2f} GB/s a rank, one query{back("memory")}
   copying           {machine.copy / 1e9:>10.2f} GB/s a rank, into new memory
   a block takes     {machine.start * 1e6:>10.1f} us at least
-  a pass takes      {machine.call * 1e6:>10.1f} us more, {machine.message * 1e6:.1f} us a message
+  a pass takes      {machine.call * 1e6:>10.1f} us more
+  a message takes   {machine.message * 1e6:>10.1f} us of a rank; of many {once:.1f}
   inside a host     {inside}
   between hosts     {between}
 

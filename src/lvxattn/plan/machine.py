@@ -125,6 +125,8 @@ class Machine:
     message : float
         Seconds that a rank works for each message that it sends, and for each that it receives,
         besides copying it.
+    message_at_once : float
+        The same for the messages of a collective, which a rank waits for together.
     matmul_backward, memory_backward : float or None
         The rates of a backward, which has 5 products for 2 and reads and writes 3 times as much;
         None where they are those of a forward.
@@ -151,6 +153,7 @@ class Machine:
     call: float
     hiding: float = 1.0
     message: float = 0.0
+    message_at_once: float = 0.0
     matmul_backward: float | None = None
     memory_backward: float | None = None
     measured: Measured | None = None
@@ -245,7 +248,9 @@ class Machine:
         """
         _check(isinstance(self.name, str), "a text", "name", where, self.name)
         rates = {name: getattr(self, name) for name in ("matmul", "memory", "room", "copy")}
-        times = {"start": self.start, "call": self.call, "message": self.message}
+        times = {
+            name: getattr(self, name) for name in ("start", "call", "message", "message_at_once")
+        }
         for name in ("matmul_backward", "memory_backward"):
             if getattr(self, name) is not None:
                 rates[name] = getattr(self, name)

@@ -6,7 +6,7 @@
     hiding     as many queries as make arithmetic and reading equally long
     copy       growing arrays into new memory, until one takes BLOCK
     call       forward and backward on one rank alone, with one query and two keys
-    message    the same with all ranks, less the time that the plan says
+    message    the same with all ranks, less the time that the plan says: lv-xattn, and gather
     latency    messages of one byte round a ring
     bandwidth  growing messages round a ring, until one takes MESSAGE
     busy       the same message, while every rank computes for as long
@@ -34,8 +34,8 @@ from lvxattn.plan.steps import Send, Wait, steps
 
 BLOCK, MESSAGE = 0.01, 0.05
 """Seconds that a block, and a message, has to take to be measured."""
-TURNS = 9
-"""Number of turns of every probe."""
+TURNS, FEWEST_TURNS, LIMIT = 9, 3, 5.0
+"""Numbers of turns of every probe, and the seconds that all should take together."""
 FEWEST_KEYS, MOST_KEYS, MOST_BYTES = 1024, 2**20, 2**26
 
 
@@ -62,8 +62,8 @@ class Probe(Protocol):
         Or one that differentiates this.
         """
 
-    def call(self, *, alone: bool) -> Callable[[], None]:
-        """Return a function that runs both passes of lv-xattn on one query and two keys a rank.
+    def call(self, *, alone: bool, schedule: str = "lv-xattn") -> Callable[[], None]:
+        """Return a function that runs both passes of a schedule on one query and two keys a rank.
 
         Alone, or on all ranks.
         """
@@ -113,7 +113,8 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
     timer = _Timer(comm, probe)
     block = _Block(timer)
     timer.add("alone", probe.call(alone=True))
-    timer.add("together", probe.call(alone=False))
+    for schedule in ("lv-xattn", "gather"):
+        timer.add(schedule, probe.call(alone=False, schedule=schedule))
     nbytes = timer.grow("copy", probe.copy, 2**22, BLOCK)
     inside = _Ring(timer, "inside", members, block)
     between = _Ring(timer, "between", [[ranks[0] for ranks in members]], block)
@@ -135,7 +136,8 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
         measured=Measured(probe.by, " and ".join(devices), *probe.shape, probe.dtype),
         **rates,
     )
-    return replace(machine, message=_message(machine, timer.seconds("together")))
+    machine = _with_messages(machine, timer, "message", "lv-xattn")
+    return _with_messages(machine, timer, "message_at_once", "gather")
 
 
 def _wrong(probe: Probe) -> ValueError | None:
@@ -156,6 +158,7 @@ class _Timer:
     def __init__(self, comm: Communicator, probe: Probe) -> None:
         self.comm, self.probe = comm, probe
         self._work: dict[str, tuple[Callable[[], object], int]] = {}
+        self._took: dict[str, float] = {}
         self._mine: dict[str, list[float]] = {}
 
     def add(self, name: str, work: Callable[[], object]) -> float:
@@ -165,7 +168,7 @@ class _Timer:
         times = min(256, max(1, ceil(BLOCK / max(took, 1e-9))))
         if times > 1:  # what is short is not known from one time
             took = max(self.comm.allgather(self._once(work, times)))
-        self._work[name] = work, times
+        self._work[name], self._took[name] = (work, times), took * times
         return took
 
     def grow(
@@ -178,14 +181,15 @@ class _Timer:
         return n
 
     def take_turns(self) -> None:
-        """Time every probe `TURNS` times."""
+        """Time every probe `TURNS` times, or fewer where that takes long."""
+        turns = min(TURNS, max(FEWEST_TURNS, int(LIMIT / max(sum(self._took.values()), 1e-9))))
         mine: dict[str, list[float]] = {name: [] for name in self._work}
-        for _ in range(TURNS):
+        for _ in range(turns):
             for name, (work, times) in self._work.items():
                 mine[name].append(self._once(work, times))
         self._mine = {
-            name: [max(turn) for turn in zip(*self.comm.allgather(turns), strict=True)]
-            for name, turns in mine.items()
+            name: [max(turn) for turn in zip(*self.comm.allgather(found), strict=True)]
+            for name, found in mine.items()
         }
 
     def seconds(self, name: str) -> float:
@@ -214,7 +218,7 @@ class _Block:
         self.s_kv = timer.grow(
             "one", lambda s_kv: prepare(1, s_kv), FEWEST_KEYS, BLOCK / 4, most=MOST_KEYS
         )
-        self.size = 128, 512
+        self.size = 256, 1024  # about a tile
         self.many = prepare(*self.size)
         while (many := timer.add("many", self.many)) < BLOCK and self.size[0] < 8192:
             rows, keys = self.size
@@ -296,13 +300,15 @@ class _Ring:
         return Link(self.nbytes / max(took - latency, 1e-9), latency, busy)
 
 
-def _message(machine: Machine, both: float) -> float:
-    """Return what each message costs a rank, given the time of both passes on little data."""
-    assert machine.measured is not None
-    P, (H, H_KV, D) = machine.ranks, (machine.measured.H, machine.measured.H_KV, machine.measured.D)
+def _with_messages(machine: Machine, timer: _Timer, name: str, schedule: str) -> Machine:
+    """Return the machine with what each message of a schedule costs a rank."""
+    P, (H, H_KV, D) = machine.ranks, timer.probe.shape
     shape = (1, H, P, D), (1, H_KV, 2 * P, D)
-    layout = planned(*shape, P, dtype=machine.measured.dtype)
-    passes = False, True
-    without = sum(play(layout, machine, backward=b).seconds for b in passes)
-    calls = [x for b in passes for x in steps(layout, 0, backward=b) if isinstance(x, Send | Wait)]
-    return max(0.0, both - without) / max(1, len(calls))
+    layout = planned(*shape, P, dtype=timer.probe.dtype, schedule=schedule)
+    calls = [x for b in (False, True) for x in steps(layout, 0, backward=b)]
+    number = max(1, sum(isinstance(x, Send | Wait) for x in calls))
+    for _ in range(8):  # part of it is hidden behind latency
+        planned_seconds = sum(play(layout, machine, backward=b).seconds for b in (False, True))
+        more = (timer.seconds(schedule) - planned_seconds) / number
+        machine = replace(machine, **{name: max(0.0, getattr(machine, name) + more)})
+    return machine

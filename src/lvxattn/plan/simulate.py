@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lvxattn.common.layout import Layout
 from lvxattn.common.wire import ITEMSIZE
 from lvxattn.plan.machine import Machine
-from lvxattn.plan.steps import Compute, Fill, Join, Send, Step, steps
+from lvxattn.plan.steps import Compute, Fill, Join, Send, Step, Wait, steps
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,10 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
             clock[at] = now
             continue
         step: Step = todo[at][0]
+        if isinstance(step, Send | Wait):
+            handling = machine.message_at_once if step.at_once else machine.message
         if isinstance(step, Send):
-            now += machine.message + step.packed * step.nbytes / machine.copy
+            now += handling + step.packed * step.nbytes / machine.copy
             dest = place[step.dest]
             # The ring visits ranks host by host, however they were placed.
             apart = at // per_host != dest // per_host
@@ -117,7 +119,7 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
                 asleep[to] = now
                 continue
             arrives, busy = mail[to].popleft()
-            now = max(now + busy, arrives) + machine.message + step.unpacked / machine.copy
+            now = max(now + busy, arrives) + handling + step.unpacked / machine.copy
         todo[at].popleft()
         heapq.heappush(ready, (now, at))
     last = max(range(count), key=lambda at: clock[at])

@@ -21,7 +21,7 @@ masks that travel.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lvxattn.common.exchange_base import RotationBase
 from lvxattn.common.layout import Layout, share
@@ -79,12 +79,15 @@ class Send:
         Messages of one kind from one rank to another arrive in order.
     packed : bool
         Whether it is copied into a buffer first; a block that is passed on is in one already.
+    at_once : bool
+        Whether it is one of a collective.
     """
 
     dest: int
     nbytes: int
     kind: str
     packed: bool = True
+    at_once: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,14 @@ class Wait:
     kind : str
     unpacked : int
         Bytes that are then copied out of its buffer.
+    at_once : bool
+        Whether it is one of a collective.
     """
 
     source: int
     kind: str
     unpacked: int = 0
+    at_once: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -412,15 +418,15 @@ def _all_reduce(blocks: Blocks, size: Callable[[int], int]) -> Iterator[Step]:
 
 def _all_gather(others: list[int], sizes: list[int], rank: int) -> Iterator[Step]:
     """Yield the messages with my part to all others, the waits for theirs, and the joining."""
-    yield from (Send(other, sizes[rank], BLOCKS) for other in others)
-    yield from (Wait(other, BLOCKS, sizes[other]) for other in others)
+    yield from (Send(other, sizes[rank], BLOCKS, at_once=True) for other in others)
+    yield from (Wait(other, BLOCKS, sizes[other], at_once=True) for other in others)
     yield Fill(sizes[rank])
 
 
 def _scatter(others: list[int], sizes: list[int], unpacked: int = 0) -> Iterator[Step]:
     """Yield the messages with each owner's part, and the waits for the parts of mine."""
-    yield from (Send(other, sizes[other], BLOCKS) for other in others)
-    yield from (Wait(other, BLOCKS, unpacked) for other in others)
+    yield from (Send(other, sizes[other], BLOCKS, at_once=True) for other in others)
+    yield from (Wait(other, BLOCKS, unpacked, at_once=True) for other in others)
     if unpacked:
         yield Fill(unpacked)
 
