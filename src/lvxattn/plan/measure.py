@@ -34,7 +34,7 @@ from lvxattn.plan.steps import Send, Wait, steps
 
 BLOCK, MESSAGE = 0.01, 0.05
 """Seconds that a block, and a message, has to take to be measured."""
-TURNS, FEWEST_TURNS, LIMIT = 9, 3, 5.0
+TURNS, FEWEST_TURNS, LIMIT = 9, 3, 4.0
 """Numbers of turns of every probe, and the seconds that all should take together."""
 FEWEST_KEYS, MOST_KEYS, MOST_BYTES = 1024, 2**20, 2**26
 
