@@ -544,7 +544,7 @@ def fifo(path: Path) -> Path:
 def other_version(path: Path) -> Path:
     """Write a machine file of another version."""
     MACHINES["h100"].save(path)
-    path.write_text(path.read_text().replace('"version": 3', '"version": 1'))
+    path.write_text(path.read_text().replace('"version": 4', '"version": 1'))
     return path
 
 
