@@ -97,7 +97,7 @@ class TestTraffic:
             assert got["active"] == 0
             assert got["requests"] == 4 * (P - 1)
             hops = {"Isend": 2 * (P - 1), "Irecv": 2 * (P - 1)} if P > 1 else {}
-            look = {"allgather": 1} if which == "backward" else {}  # whether lse will do
+            look = {"Iallreduce": 1} if which == "backward" else {}  # whether lse will do
             assert got["calls"] == hops | look
 
 
