@@ -37,12 +37,12 @@ class TestPasses:
         assert got["decision"] == [aware == "1", f"LVXATTN_CUDA_AWARE={aware}"]
         assert len(got["ranks"]) == P
         for right, _ in got["ranks"]:
-            assert len(right) == 17 + 5
+            assert len(right) == 20 + 6
             assert all(right.values()), right
 
     def test_only_lse_check_synchronises_a_stream(self, P: int, aware: str) -> None:
         for _, waits in device(P, aware)["ranks"]:
-            assert len(waits) == 17
+            assert len(waits) == 20
             # A backward looks whether lse will do.
             assert all(n == {"stream": 1} for n in waits.values()), waits
 
