@@ -6,7 +6,7 @@ Every item holds the arguments of a `Work`.  The kinds take turns, round by roun
 load affects all of them alike: ratios are to be taken within a round, and their median over rounds.
 Before, each has a turn that does not count, in which its memory is new to the process.
 
-    "lv-xattn", "ring"   a schedule, or any other of them; a grid of 2 rows
+    "lv-xattn", "ring"   a schedule, or any other of them; a grid of P / 2 x 2 ranks
     "none"               "lv-xattn" with communication switched off (`MuteComm`)
     "blocks"             its attention alone, of as many queries and keys, one block a rank
     "one"                one rank alone does the whole problem, the others sleep
@@ -122,7 +122,7 @@ class Problem:
         )
         options: Any = {"schedule": kind if kind in SCHEDULES else SCHEDULES[0]}
         if kind == "grid":
-            options["grid"] = 2, comm.size // 2
+            options["grid"] = comm.size // 2, 2
         self.layout = Layout.agree(self.q, self.k, self.v, group, **options)
         self.group = MuteComm(comm) if kind == "none" else group
 

@@ -3,10 +3,11 @@
     python benchmarks/schedules.py [--quick] [--store DIR] [--plot FILE] [--again FILE]
 
 On 1 Gbit/s links and in shared memory, P = 2 and 4, heads grouped and not, forward and backward,
-one BLAS thread a rank.  The grid is 2 x 2: those of P = 2 are lv-xattn and ring.  Before each
-sweep the machine measures itself for the sweep's heads, as `lvxattn.mpi_impl.measure` does for
-users; from these figures alone the plan predicts the time of every schedule in every cell, and
-`auto` chooses.  Both are then compared with the measurements.
+one BLAS thread a rank; and, on P = 4 and 8, two heads, which ulysses cannot deal out, on links of
+20 Mbit/s, where two cores for all ranks matter less.  The grid is P / 2 x 2: those of P = 2 are
+lv-xattn and ring.  Before each sweep the machine measures itself for the sweep's heads, as
+`lvxattn.mpi_impl.measure` does for users; from these figures alone the plan predicts the time of
+every schedule in every cell, and `auto` chooses.  Both are then compared with the measurements.
 
 Prints a table in Markdown; `--store` writes it, and every single measurement as JSON, to DIR;
 `--plot` draws the fastest schedules; `--again` reads the measurements from a file instead.
@@ -15,6 +16,7 @@ Exit status 2 where no cluster can be built (`netlab/lab.py` says what that need
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -38,7 +40,8 @@ SQUARES = (4096, 8192, 16384)
 QUICK_S_Q, QUICK_S_KV = (1, 128), (4096,)
 HEADS = ((4, 4), (4, 2))
 D = 64
-GRID = 2, 2
+SLOW, FEW_HEADS = "20mbit", 2
+SLOW_SIZES = ((512, 4096), (2048, 2048), (4096, 4096), (2048, 8192))
 LONG = 8192 * 16384
 """Queries times keys of the largest cells that are measured with grouped heads, too."""
 WORST, PREDICTED, FURTHEST, WINS = 1.10, 1.05, 1.4, 1.3
@@ -51,25 +54,30 @@ def measure(quick: bool) -> list[Results]:
     found: list[Results] = []
     for P in (2, 4):
         for heads in HEADS[: 1 if quick else None]:
-            works = sweep(P, *heads, quick=quick)
+            works = sweep(P, *heads, sizes(*heads, quick=quick), quick=quick)
             found += on_hosts(P, "1gbit", works)
             found += in_shared_memory(P, works)
+    if not quick:
+        for P in (4, 8):
+            found += on_hosts(P, SLOW, sweep(P, FEW_HEADS, FEW_HEADS, SLOW_SIZES))
     for cell, before in zip(found[1:], found, strict=False):  # a sweep's first cell has them
         cell["machine"] = cell["machine"] or before["machine"]
     return found
 
 
-def sweep(P: int, H: int, H_KV: int, *, quick: bool) -> list[Results]:
+def sizes(H: int, H_KV: int, *, quick: bool) -> list[tuple[int, int]]:
+    """Return the lengths, S_Q and S_KV, of the cells of these heads."""
+    if quick:
+        return [(s_q, s_kv) for s_kv in QUICK_S_KV for s_q in QUICK_S_Q]
+    every = {*((s_q, s_kv) for s_kv in S_KV for s_q in S_Q), *((s, s) for s in SQUARES)}
+    found = sorted(every, key=lambda size: (size[1], size[0]))
+    return [size for size in found if H == H_KV or size[0] * size[1] <= LONG]
+
+
+def sweep(
+    P: int, H: int, H_KV: int, sizes: Sequence[tuple[int, int]], *, quick: bool = False
+) -> list[Results]:
     """Return the arguments of one run of `passes.py`."""
-    sizes = [
-        (s_q, s_kv)
-        for s_kv in (QUICK_S_KV if quick else S_KV)
-        for s_q in (QUICK_S_Q if quick else S_Q)
-    ]
-    if not quick:
-        sizes = sorted({*sizes, *((s, s) for s in SQUARES)}, key=lambda size: (size[1], size[0]))
-    if H_KV < H:
-        sizes = [size for size in sizes if size[0] * size[1] <= LONG]
     refused = {"ulysses"} if H_KV % P else set()
     if P < 4:
         refused.add("grid")
@@ -107,7 +115,7 @@ class Cell:
         for schedule in r["turns"]:
             layout = planned(q, k, r["P"], dtype="float32", schedule=schedule)
             if schedule == "grid":
-                layout = replace(layout, grid=GRID)
+                layout = replace(layout, grid=(r["P"] // 2, 2))
             passes = (play(layout, machine, backward=b) for b in (False, True))
             predicted[schedule] = sum(played.seconds for played in passes)
         return Cell(r, {kind: typical(r, kind, "total") for kind in r["turns"]}, predicted)
@@ -137,7 +145,7 @@ class Cell:
 def markdown(measured: Results) -> str:
     """Return the whole report."""
     machine, cells = measured["machine"], [Cell.read(r) for r in measured["cells"]]
-    names = " | ".join(f"grid {GRID[0]}x{GRID[1]}" if s == "grid" else s for s in SCHEDULES)
+    names = " | ".join("grid, P / 2 x 2" if s == "grid" else s for s in SCHEDULES)
     lines = [
         "# Every schedule, measured and predicted",
         "",
@@ -217,6 +225,8 @@ def draw(measured: Results) -> "Figure":
     sweeps: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         of = cell.of
+        if (of["H"], of["H_KV"]) not in HEADS:
+            continue  # the slow links, which are in the table only
         key = rate(of), of["P"], of["H"], of["H_KV"]
         sweeps.setdefault(key, []).append(cell)
     links = list(dict.fromkeys(key[0] for key in sweeps))
