@@ -10,7 +10,9 @@ them a rank sends less than either where neither side is short.  a = 2, b = 3:
     row 1         rank 1      rank 3      rank 5
                   q of ranks 0 and 1 go round this column, and their results
 
-Which of the two has neighbours, and so lies inside hosts, is chosen by `Layout.inside`.
+Here columns are neighbours, and so lie inside hosts; where keys weigh more, rows are, and ranks 0,
+1 and 2 stand in row 0 (`Layout.inside`).  Below, `comes` has the hops after which a block of a
+rotation stops on this rank, `owner` tells whose it is, and `size` is the length of its ring.
 
 Forward.  While my own keys are here, the queries of my column come, are worked on, and are kept.
 All of them meet every block of keys that comes.  While the last keys are here, their results are

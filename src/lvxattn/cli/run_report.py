@@ -14,7 +14,7 @@ from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Meter
 from lvxattn.common.new_file import write_file
 from lvxattn.draw.bars import format_bytes
-from lvxattn.plan.choose import Candidate, candidates, explain
+from lvxattn.plan.choose import Candidate, candidates, explain, named
 from lvxattn.plan.trace import Overlap, Trace
 
 # Widths of the columns where stdout is no terminal, regardless of their contents.
@@ -51,7 +51,7 @@ def report_of(
 
     Seconds are medians over repetitions; those of `measured` are the slowest rank's.  ``why``,
     ``machine`` and ``explained``, which justify the choice of the schedule, are empty where the
-    schedule was given.
+    schedule was given; ``grid`` is None but for a grid.
 
     Parameters
     ----------
@@ -87,6 +87,7 @@ def report_of(
         "dtype": problem.dtype,
         "accumulator": layout.accumulator,
         "schedule": layout.schedule,
+        "grid": layout.grid,
         "why": _why(layout, found) if found else "",
         "machine": _machine(layout, problem) if found else "",
         "explained": explain(layout) if found else "",
@@ -134,7 +135,8 @@ def print_report(report: Report, *, launched: bool) -> None:
     often = f"median of {repeats} after a warm-up" if repeats else "once"
     passes = "forward and backward" if totals["backward"] else "forward"
     ranks = f"{P} rank{'s' * (P > 1)}"
-    print(f"  schedule  {report['schedule']} on {ranks}, {passes}, {often}")
+    schedule = named(report["schedule"], report["grid"])
+    print(f"  schedule  {schedule} on {ranks}, {passes}, {often}")
     if report["why"]:
         print(f"  chosen    {report['why']}")
     if report["machine"]:

@@ -18,6 +18,7 @@ from lvxattn.common.layout import Layout
 from lvxattn.common.meter import Meter
 from lvxattn.common.timeline import Timeline
 from lvxattn.draw.picture import cannot_draw, save_picture
+from lvxattn.plan.choose import named
 from lvxattn.plan.trace import Clock, Trace
 from lvxattn.plan.trace_file import write_trace
 
@@ -130,4 +131,6 @@ def save_trace(options: Namespace, trace: Trace, layout: Layout, hosts: list[str
     if options.plot_trace:
         from lvxattn.draw.trace import draw_trace  # imports matplotlib
 
-        save_picture(draw_trace(trace, layout.schedule), options.plot_trace, dpi=110)
+        save_picture(
+            draw_trace(trace, named(layout.schedule, layout.grid)), options.plot_trace, dpi=110
+        )

@@ -149,7 +149,6 @@ def agree_on(
         _check_spreads(queries, keys)
         if gradients not in GRADIENTS:
             raise ValueError(f"gradients: expected one of {GRADIENTS}, got {gradients!r}")
-        check_grid(grid, schedule, comm.size)
         B, H, s_q, D = q.shape
         mine = Record(
             host=getattr(comm, "host", None) or socket.gethostname(),
@@ -169,7 +168,7 @@ def agree_on(
             queries=queries,
             keys=keys,
             gradients=gradients,
-            grid=None if grid is None else (index(grid[0]), index(grid[1])),
+            grid=grid_of(grid, schedule, comm.size),
             library=library(q),
             device=device_kind(q),
             call=call,
@@ -207,18 +206,20 @@ def _check_spreads(queries: str, keys: str) -> None:
         )
 
 
-def check_grid(grid: Any, schedule: str, P: int) -> None:
-    """Raise ValueError if `grid` is neither None nor the numbers of a grid of P ranks."""
+def grid_of(grid: Any, schedule: str, P: int) -> tuple[int, int] | None:
+    """Return the numbers of a grid of P ranks, or None; ValueError if it is something else."""
     if grid is None:
-        return
+        return None
+    got = " ".join(f"{grid!r:.80}".split())
     if schedule != "grid":
-        raise ValueError(f"grid: expected none with schedule {schedule!r}, got {grid!r}")
+        raise ValueError(f"grid: expected none with schedule {schedule!r}, got {got}")
     try:
         a, b = map(index, grid)
-    except (TypeError, ValueError):
+    except Exception:  # an object of the user's may raise anything
         a = b = 0
     if a < 1 or a * b != P:
-        raise ValueError(f"grid: expected two numbers whose product is P = {P}, got {grid!r}")
+        raise ValueError(f"grid: expected two numbers whose product is P = {P}, got {got}")
+    return a, b
 
 
 def _check_machine(machine: Any) -> None:

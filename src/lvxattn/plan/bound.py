@@ -42,8 +42,8 @@ def lower_bound(layout: Layout, *, backward: bool = False) -> float:
     Parameters
     ----------
     layout : Layout
-        Its schedule and masks are ignored.  Where shares differ, all are taken to be as large as
-        the largest: a rank is never better off with less.
+        Its schedule and masks, and that a side is replicated, are ignored.  Where shares differ,
+        all are taken to be as large as the largest: a rank is never better off with less.
     backward : bool
 
     Returns

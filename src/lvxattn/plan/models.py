@@ -8,7 +8,7 @@ frame); the configurations of Llama 3.2 Vision, mPLUG-Owl3 (Qwen2 language model
 
 from dataclasses import dataclass
 
-from lvxattn.common.handshake import check_grid
+from lvxattn.common.handshake import grid_of
 from lvxattn.common.layout import Layout, share
 from lvxattn.plan.choose import on_hosts, with_grid
 from lvxattn.plan.machine import Machine
@@ -228,7 +228,6 @@ def planned(
         raise ValueError(f"P: expected at least 1 rank, got {P}")
     if H % H_KV:
         raise ValueError(f"k: expected H_KV to divide q's H = {H}, got H_KV = {H_KV}")
-    check_grid(grid, schedule, P)
     s_q, s_kv = (
         tuple(part.stop - part.start for part in (share(S, rank, P) for rank in range(P)))
         for S in (S_Q, S_KV)
@@ -248,7 +247,7 @@ def planned(
         dtype=dtype,
         scale=D**-0.5,
         schedule=schedule,
-        grid=None if grid is None else (int(grid[0]), int(grid[1])),
+        grid=grid_of(grid, schedule, P),
     )
     layout = on_hosts(layout, machine)
     return with_grid(layout, machine) if schedule == "grid" and grid is None else layout
