@@ -43,7 +43,7 @@ D = 64
 SLOW, FEW_HEADS = "20mbit", 2
 SLOW_SIZES = ((512, 4096), (2048, 2048), (4096, 4096), (2048, 8192))
 LONG = 8192 * 16384
-"""Queries times keys of the largest cells that are measured with grouped heads, too."""
+"""Queries times keys of the largest cells: more take minutes a cell."""
 WORST, PREDICTED, FURTHEST, WINS = 1.10, 1.05, 1.4, 1.3
 """The goals: auto over the best; factor of predicted and measured, in the median and at most; and
 the lead that the plan gives to the grid where it has to win."""
@@ -54,7 +54,7 @@ def measure(quick: bool) -> list[Results]:
     found: list[Results] = []
     for P in (2, 4):
         for heads in HEADS[: 1 if quick else None]:
-            works = sweep(P, *heads, sizes(*heads, quick=quick), quick=quick)
+            works = sweep(P, *heads, sizes(quick=quick), quick=quick)
             found += on_hosts(P, "1gbit", works)
             found += in_shared_memory(P, works)
     if not quick:
@@ -65,13 +65,13 @@ def measure(quick: bool) -> list[Results]:
     return found
 
 
-def sizes(H: int, H_KV: int, *, quick: bool) -> list[tuple[int, int]]:
-    """Return the lengths, S_Q and S_KV, of the cells of these heads."""
+def sizes(*, quick: bool) -> list[tuple[int, int]]:
+    """Return the lengths, S_Q and S_KV, of the cells."""
     if quick:
         return [(s_q, s_kv) for s_kv in QUICK_S_KV for s_q in QUICK_S_Q]
     every = {*((s_q, s_kv) for s_kv in S_KV for s_q in S_Q), *((s, s) for s in SQUARES)}
     found = sorted(every, key=lambda size: (size[1], size[0]))
-    return [size for size in found if H == H_KV or size[0] * size[1] <= LONG]
+    return [size for size in found if size[0] * size[1] <= LONG]
 
 
 def sweep(
