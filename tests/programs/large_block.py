@@ -21,7 +21,7 @@ layout = Layout(
 meter = Meter()
 exchange = Exchange(comm, layout, np.zeros(1, np.float32), meter=meter)
 rotation = exchange.rotation(
-    Kind("large", BLOCKS, lambda of, rank: [Field((of.s_q[rank],), "uint8")])
+    Kind("large", BLOCKS, "queries", lambda of, rank: [Field((of.s_q[rank],), "uint8")])
 )
 block = np.full(SIZE, comm.rank + 1, np.uint8)
 block[-1] = 77 + comm.rank
