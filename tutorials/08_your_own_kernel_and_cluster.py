@@ -569,7 +569,7 @@ def limit(seconds, said):
 def try_first_ring(frames, machine):
     """Compare the number of tokens with its neighbours."""
     call = f"first_ring({frames}, {machine.name} of {machine.ranks} ranks)"
-    with limit(60, call):
+    with limit(30, call):
         found = first_ring(frames, machine)
     whole = isinstance(found, int) and found >= 16 and found & (found - 1) == 0
     assert whole, f"{call} is {found}, expected a power of two from 16 up"
