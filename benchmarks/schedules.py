@@ -84,7 +84,7 @@ def sweep(
     common = {"H": H, "H_KV": H_KV, "D": D, "backward": True, "rounds": 9, "least": 1}
     return [
         {
-            **common, "S_Q": s_q, "S_KV": s_kv, "seconds": 0.5 if quick else 4, "machine": not n,
+            **common, "S_Q": s_q, "S_KV": s_kv, "seconds": 0.5 if quick else 2, "machine": not n,
             "kinds": [s for s in SCHEDULES if s not in refused],
         }
         for n, (s_q, s_kv) in enumerate(sizes)
