@@ -235,6 +235,9 @@ def draw(measured: Results) -> "Figure":
     panels = figure.subplots(len(links), len(others), squeeze=False, sharex=True, sharey=True)
     for row, link in zip(panels, links, strict=True):
         for axes, other in zip(row, others, strict=True):
+            if (link, *other) not in sweeps:
+                axes.axis("off")
+                continue
             _panel(axes, sweeps[link, *other])
             axes.set_title(f"{link}, P = {other[0]}, heads {other[1]}/{other[2]}", size=10)
         row[0].set_ylabel("S_KV, keys")
