@@ -241,6 +241,10 @@ def lose_host_1(lab: Lab, launcher: str, how: str, said: Path) -> None:
     assert begun in said.read_text(errors="replace"), said.read_text(errors="replace")
     (lab.cut if how == "cut" else lab.freeze)(1)
     assert until(lambda: not ranks_on(lab, 0), END), said.read_text(errors="replace")
+    # Once it is to end all ranks, Open MPI's mpirun waits for those of the lost host.
+    own = "mpirun" if launcher == "open mpi" else None
+    assert until(lambda: not processes(lab, 0, own), END), processes(lab, 0, own)
+    # Not before: a launcher passes on what ranks have said when they are gone, too.
     text = said.read_text(errors="replace")
     waits = "failed while waiting for" if launcher == "torchrun" else "has waited .* s for"
     assert re.search(rf"rank [01] of 4 {waits} .*on host1\)", text), text
@@ -248,9 +252,6 @@ def lose_host_1(lab: Lab, launcher: str, how: str, said: Path) -> None:
     if launcher == "mpich":  # Open MPI's mpirun may be faster
         silent = r"no answer from rank 2 on host1, rank 3 on host1($|\n|: lost, busy, or )"
         assert re.search(silent, text), text
-    # Once it is to end all ranks, Open MPI's mpirun waits for those of the lost host.
-    own = "mpirun" if launcher == "open mpi" else None
-    assert until(lambda: not processes(lab, 0, own), END), processes(lab, 0, own)
     # Open MPI's daemon may still remove its own.
     assert until(lambda: not lab.run(0, ["ls", "/dev/shm"]).stdout), lab.run(0, ["ls", "/dev/shm"])
 
