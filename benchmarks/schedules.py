@@ -81,10 +81,11 @@ def sweep(
     refused = {"ulysses"} if H_KV % P else set()
     if P < 4:
         refused.add("grid")
-    common = {"H": H, "H_KV": H_KV, "D": D, "backward": True, "rounds": 9, "least": 1}
+    least = 3 if sizes is SLOW_SIZES else 1
+    common = {"H": H, "H_KV": H_KV, "D": D, "backward": True, "rounds": 9, "least": least}
     return [
         {
-            **common, "S_Q": s_q, "S_KV": s_kv, "seconds": 0.5 if quick else 2, "machine": not n,
+            **common, "S_Q": s_q, "S_KV": s_kv, "seconds": 0.5 if quick else 6, "machine": not n,
             "kinds": [s for s in SCHEDULES if s not in refused],
         }
         for n, (s_q, s_kv) in enumerate(sizes)

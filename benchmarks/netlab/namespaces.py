@@ -97,12 +97,14 @@ class Namespaces:
         self.in_network(switch, "ip link add br0 mtu 9000 type bridge", "ip link set br0 up")
         for i, (pid, rate) in enumerate(zip(self.pids[1:], rates, strict=True)):
             burst = max(16000, bits_per_second(rate) // 8000)
+            # What exceeds the latency is dropped, and TCP sends it again after 0.2 s or more: on a
+            # slow link of 50 ms several messages at once took up to four times as long.
             self.in_network(
                 pid,
                 f"ip link add e0 mtu 9000 type veth peer name p{i} mtu 9000 netns {switch}",
                 "ip link set e0 addrgenmode none",  # no neighbour discovery of IPv6 in the counters
                 f"ip addr add {address(i)}/24 dev e0",
-                f"tc qdisc add dev e0 root tbf rate {rate} burst {burst} latency 50ms",
+                f"tc qdisc add dev e0 root tbf rate {rate} burst {burst} latency 1s",
                 "ip link set lo up",
                 "ip link set e0 up",
             )

@@ -32,7 +32,7 @@ from lvxattn.plan.models import planned
 from lvxattn.plan.simulate import play
 from lvxattn.plan.steps import Send, Wait, steps
 
-BLOCK, MESSAGE = 0.01, 0.05
+BLOCK, MESSAGE = 0.01, 0.2
 """Seconds that a block, and a message, has to take to be measured."""
 TURNS, FEWEST_TURNS, LIMIT = 9, 3, 4.0
 """Numbers of turns of every probe, and the seconds that all should take together."""
