@@ -80,6 +80,7 @@ def cross_attention_layer(
     mask: Array | MaskRule | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
+    grid: tuple[int, int] | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
 ) -> tuple[Array, Saved]:
@@ -97,7 +98,7 @@ def cross_attention_layer(
         ``make_kv(y) -> (k, v)``, of shapes (B, H_KV, s_kv, D) and (B, H_KV, s_kv, D_V), such as
         ``lambda y: (project(y, w_k), project(y, w_v))``.  The backward calls it again, and it must
         return the same.
-    comm, schedule, scale, mask, queries, keys, layout, meter
+    comm, schedule, scale, mask, queries, keys, grid, layout, meter
         As in `cross_attention`.
 
     Returns
@@ -129,8 +130,8 @@ def cross_attention_layer(
     # 2. Attend to them; they are freed at the end of this call.
     out, lse = cross_attention(
         q, k, v, comm,
-        schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys, layout=layout,
-        meter=meter,
+        schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys, grid=grid,
+        layout=layout, meter=meter,
     )  # fmt: skip
     return out, Saved(q, y, out, lse, forms((k, v)))
 
@@ -146,6 +147,7 @@ def cross_attention_layer_backward(
     mask: Array | MaskRule | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
+    grid: tuple[int, int] | None = None,
     gradients: str | None = None,
     layout: Layout | None = None,
     meter: Meter | None = None,
@@ -159,7 +161,7 @@ def cross_attention_layer_backward(
     dout : (B, H, s_q, D_V)
     saved : Saved
         Returned by the forward.
-    make_kv, comm, schedule, scale, mask, queries, keys, layout, meter
+    make_kv, comm, schedule, scale, mask, queries, keys, grid, layout, meter
         As given to the forward.
     gradients : str, optional
         As given to `cross_attention_backward`.
@@ -198,7 +200,7 @@ def cross_attention_layer_backward(
     k, v = _keys_and_values(make_kv, y, q, comm, layout, saved.forms)
     return cross_attention_backward(
         dout, q, k, v, saved.out, saved.lse, comm,
-        schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys,
+        schedule=schedule, scale=scale, mask=mask, queries=queries, keys=keys, grid=grid,
         gradients=gradients, layout=layout, meter=meter,
     )  # fmt: skip
 

@@ -98,6 +98,7 @@ class TestInput:
             (["--model", "llama3v", "--size", "tiny", "--weights", "x"], "argument --size"),
             (["--model", "llama3v", "--generate", "2", "--train-steps", "2"], "--train-steps"),
             (["--model", "llama3v", "--generate", "2", "--text", "sharded"], "--generate"),
+            (["--model", "llama3v", "--schedule", "ring"], "--schedule: needs --text sharded"),
             ([], "--model"),
         ],
     )
@@ -272,6 +273,9 @@ class TestRanks:
             assert len(report["tokens"]) == 5
             return
         self.assert_right(report, "logits", "loss", "gradients")
+        assert report["schedule"] == {"sharded, ring": "ring", "sharded": "lv-xattn"}.get(
+            name, "replicated"
+        )
         losses = report["losses"]
         assert losses == sorted(losses, reverse=True)
         assert len(set(losses)) == len(losses) == report["steps"]

@@ -131,21 +131,29 @@ def planned(comm: VirtualComm, **options: Any) -> int:
     return sum(message.nbytes for found in sent for message in found)
 
 
+def planned_on(P: int, **options: Any) -> list[int]:
+    """Return how many bytes each of P ranks sends, forward and backward."""
+    return run_ranks(P, lambda comm: planned(comm, **options))
+
+
 @pytest.mark.parametrize(
     ("schedule", "P"),
     [("lv-xattn", 1), ("lv-xattn", 2), ("lv-xattn", 3), ("lv-xattn", 5), ("ring", 3),
-     ("ulysses", 2), ("gather", 3), ("auto", 2), ("replicated", 3)],
+     ("ulysses", 2), ("gather", 3), ("auto", 2), ("replicated", 3), ("grid", 4)],
 )  # fmt: skip
 def test_gradients_equal_those_of_one_process(schedule: str, P: int) -> None:
     layer, whole = Layer.make(), schedule == "replicated"
-    options = {"queries": schedule} if whole else {"schedule": schedule}
+    options: Any = {"queries": schedule} if whole else {"schedule": schedule}
+    if schedule == "grid":
+        options["grid"] = 1, P  # not the one that sends least
+        assert planned_on(P, **options) != planned_on(P, schedule=schedule)
     want, limit = gradients(layer)
     truth, heads = layer.truth()
     meters = [reference.Meter() for _ in range(P)]
     parts = run_ranks(
         P, lambda comm: run_layer(layer, comm, BACKENDS[0], meter=meters[comm.rank], **options)
     )
-    assert [meter.bytes for meter in meters] == run_ranks(P, lambda comm: planned(comm, **options))
+    assert [meter.bytes for meter in meters] == planned_on(P, **options)
     outs = [part[0] for part in parts]
     for out in outs if whole else [np.concatenate(outs, axis=2)]:
         assert ratio(out, truth.results["out"], heads["out"]) <= 1
@@ -167,6 +175,21 @@ def test_gradients_over_mpi_equal_those_of_one_process(backend: Backend) -> None
     assert ratio(out, truth.results["out"], heads["out"]) <= 1
     for name, gradient in zip(NAMES, got, strict=True):
         assert ratio(gradient, want[name], limit[name]) <= 1, name
+
+
+@pytest.mark.parametrize("backend", [MPI_NUMPY, MPI_DEVICE], ids=lambda backend: backend.name)
+def test_grid_reaches_both_passes_over_mpi(backend: Backend) -> None:
+    q, kv = (backend.array(np.ones((1, 2, s, 4))) for s in (3, 5))
+    with pytest.raises(ValueError, match=r"grid: .* product is P = 1, got \(2, 1\)"):
+        mpi_impl.cross_attention_layer(
+            q, kv, lambda y: (y, y), MPI.COMM_SELF, schedule="grid", grid=(2, 1)
+        )
+    options: Any = {"schedule": "grid", "grid": (1, 1)}
+    out, saved = mpi_impl.cross_attention_layer(q, kv, lambda y: (y, y), MPI.COMM_SELF, **options)
+    with pytest.raises(ValueError, match=r"grid: .* product is P = 1, got \(1, 3\)"):
+        mpi_impl.cross_attention_layer_backward(
+            out, saved, lambda y: (y, y), MPI.COMM_SELF, schedule="grid", grid=(1, 3)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

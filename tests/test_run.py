@@ -131,7 +131,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         broken = [["run", *SMALL, "--backward", "--check"]] * len(BREAKAGES)
         bad = [["run", *line] for line, _ in bad_inputs(folder, implementation)]
         hidden = hidden_lines(folder)
-        parts = file_lines(folder), preset_lines(folder), chosen_lines(folder), broken, hidden, bad
+        parts = file_lines(folder), preset_lines(folder, P), chosen_lines(folder), broken, hidden, bad
         breakages = {id(broken): BREAKAGES, id(hidden): ("", "merge")}
         said = iter(
             commands(
@@ -257,7 +257,7 @@ def test_fixed_lengths_are_the_models_unless_given(name: str) -> None:
         assert found.shapes["k"] == found.shapes["v"] == (1, x.kv_heads, S_KV, x.head_dim)
 
 
-def preset_lines(folder: Path) -> list[list[Any]]:
+def preset_lines(folder: Path, P: int) -> list[list[Any]]:
     """Command lines about presets and sizes."""
     return [
         [
@@ -282,6 +282,10 @@ def preset_lines(folder: Path) -> list[list[Any]]:
                 *("--quiet", "--json", folder / f"{schedule}.json"),
             ]
             for schedule in ("ulysses", "gather")
+        ],
+        [
+            *("run", *SMALL, "--schedule", "grid", "--grid", f"1x{P}", "--backward", "--check"),
+            *("--quiet", "--json", folder / "grid.json"),
         ],
     ]
 
@@ -326,9 +330,10 @@ def test_presets_and_sizes_pass_check(implementation: str, P: int, runs: Runs) -
     assert (report["schedule"], report["scale"]) == ("ring", 0.5)
     assert report["totals"]["bytes"] == (P - 1) * 2 * 4 * 4 * 100 * 8  # keys and values
     assert (report["why"], report["explained"]) == ("", "")
-    for schedule in ("ulysses", "gather"):
+    for schedule in ("ulysses", "gather", "grid"):
         report = json.loads((ran.folder / f"{schedule}.json").read_text())
         assert report["schedule"] == schedule
+        assert report["grid"] == ([1, P] if schedule == "grid" else None)
         assert all(check["passed"] for check in report["checks"])
     for said in (preset, sizes, *others):
         assert (said.status, said.err) == (0, "")
@@ -501,6 +506,9 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (["--model", "gpt"], "invalid choice: 'gpt'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--schedule", "star"], "invalid choice: 'star'"),
+        (["--grid", "2x2"], "argument --grid: needs --schedule grid"),
+        (["--schedule", "grid", "--grid", "2x-2"], "--grid: expected two numbers, as in 4x2, got "),
+        ([*SMALL, "--schedule", "grid", "--grid", "7x2"], "grid: expected two numbers whose product"),
         (
             [*SMALL, "--schedule", "ulysses", "--kv-heads", "1"],
             "schedule: ",

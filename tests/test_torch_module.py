@@ -192,6 +192,18 @@ def test_state_dict_does_not_depend_on_recomputation() -> None:
         assert apart([one(*given)], [other(*given)]) <= LIMIT
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grid_reaches_the_attention(compiled: bool) -> None:
+    (x, features), layer = inputs(), layers(again=True, count=1)
+    model: Any = layer.layers[0]
+    want = model(x, features)
+    if compiled:
+        model = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(model(x, features, schedule="grid", grid=(1, 1)), want)
+    with pytest.raises(ValueError, match=r"grid: .* product is P = 1, got .*2, 1"):
+        model(x, features, schedule="grid", grid=(2, 1))
+
+
 def test_gradients_without_process_group() -> None:
     model = layers(True, count=1)
     _, _, _, *grads = run(model, *inputs(), model.parameters())

@@ -133,6 +133,7 @@ class CrossAttention(nn.Module):
         schedule: str = "lv-xattn",
         queries: str = "sharded",
         keys: str = "sharded",
+        grid: tuple[int, int] | None = None,
         meter: Meter | None = None,
     ) -> Tensor:
         """Compute the attention from this rank's text to all ranks' features.
@@ -145,7 +146,7 @@ class CrossAttention(nn.Module):
             This rank's text features; all of them with ``queries="replicated"``.
         features : (B, s_kv, E_V)
             This rank's visual features.
-        mask, layout, schedule, queries, keys, meter
+        mask, layout, schedule, queries, keys, grid, meter
             As in `cross_attention`.  With ``queries="replicated"`` the gradients of q_proj and
             out_proj are complete on every rank: call `sum_gradients` for k_proj and v_proj only;
             with ``keys="replicated"`` those of k_proj and v_proj are.
@@ -160,7 +161,7 @@ class CrossAttention(nn.Module):
             self._check(x, features, together=layout is None)
         options: dict[str, Any] = {
             "mask": mask, "layout": layout, "schedule": schedule, "queries": queries, "keys": keys,
-            "meter": meter,
+            "grid": grid, "meter": meter,
         }  # fmt: skip
         out = cross_attention_layer(
             x, features, self._make_kv, self.group, make_q=self._make_q,

@@ -67,6 +67,7 @@ def cross_attention_layer(  # type: ignore[misc]
     mask: Tensor | MaskRule | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
+    grid: tuple[int, int] | None = None,
     layout: Layout | None = None,
     return_lse: bool = False,
     meter: Meter | None = None,
@@ -92,7 +93,7 @@ def cross_attention_layer(  # type: ignore[misc]
         model save in any case.  The queries are then recomputed too, and q is saved.
     recompute : bool
         Whether to recompute; False saves keys and values.  Ranks may differ.
-    group, schedule, scale, mask, queries, keys, layout, return_lse, meter
+    group, schedule, scale, mask, queries, keys, grid, layout, return_lse, meter
         As in `cross_attention`.
 
     Returns
@@ -125,7 +126,7 @@ def cross_attention_layer(  # type: ignore[misc]
     given = q, y, make_kv, group, layout, make_q
     options: dict[str, Any] = {
         "recompute": recompute, "schedule": schedule, "scale": scale, "mask": mask,
-        "queries": queries, "keys": keys, "return_lse": return_lse,
+        "queries": queries, "keys": keys, "grid": grid, "return_lse": return_lse,
     }  # fmt: skip
     if is_compiled(mask, meter):
         from . import operators  # which imports the compiler

@@ -67,14 +67,16 @@ class Backend:
         *,
         schedule: str,
         scale: float | None,
+        grid: tuple[int, int] | None,
         machine: Machine | None,
     ) -> Layout:
         """Return the layout of these tensors.  Collective: every rank of comm calls this."""
         q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "mask"))
         with watching(self.comm, "all ranks to agree on a layout"):
             layout = Layout.agree(
-                q, k, v, self.comm, schedule=schedule, scale=scale, mask=mask, machine=machine
-            )
+                q, k, v, self.comm,
+                schedule=schedule, scale=scale, mask=mask, grid=grid, machine=machine,
+            )  # fmt: skip
         error = None
         try:
             self.kernel(tensors)  # compiles it, so that no pass is measured with that

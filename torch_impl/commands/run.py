@@ -71,14 +71,16 @@ class Backend:
         *,
         schedule: str,
         scale: float | None,
+        grid: tuple[int, int] | None,
         machine: Machine | None,
     ) -> Layout:
         """Return the layout of these tensors.  Collective: every rank of the group calls this."""
         q, k, v = (tensors[name] for name in "qkv")
         mask = tensors.get("mask")
         return Layout.agree(
-            q, k, v, self.group, schedule=schedule, scale=scale, mask=mask, machine=machine
-        )
+            q, k, v, self.group,
+            schedule=schedule, scale=scale, mask=mask, grid=grid, machine=machine,
+        )  # fmt: skip
 
     def kernel(self, tensors: dict[str, Tensor]) -> str:  # noqa: ARG002
         """Return nothing: the kernel differs from block to block."""

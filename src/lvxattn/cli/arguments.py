@@ -1,6 +1,7 @@
 """Parts shared by the parsers of all commands: errors, output on one rank, types of arguments."""
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -135,6 +136,14 @@ def between(low: float, high: float, expected: str) -> Callable[[str], float]:
         return number
 
     return parse
+
+
+def a_grid(text: str) -> tuple[int, int]:
+    """Parse the numbers of a grid, as of 4x2."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected two numbers, as in 4x2, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def positive(text: str) -> int:

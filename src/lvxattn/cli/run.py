@@ -83,8 +83,9 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
     tensors = {name: backend.put(x) for name, x in share.tensors.items()}
     try:
         layout = backend.agree(
-            tensors, schedule=options.schedule, scale=options.scale, machine=machine
-        )
+            tensors, schedule=options.schedule, scale=options.scale, grid=options.grid,
+            machine=machine,
+        )  # fmt: skip
     except (TypeError, ValueError, MemoryError) as error:  # the same on all ranks
         raise InputError(str(error)) from None
     with ExitStack() as files:  # rank 0's new output, which becomes its own only when it is whole

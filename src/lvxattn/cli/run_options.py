@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from math import inf
 
-from lvxattn.cli.arguments import AddCommand, between, natural, positive
+from lvxattn.cli.arguments import AddCommand, a_grid, between, natural, positive
 from lvxattn.common.handshake import AUTO, SCHEDULES
 from lvxattn.common.validation import FLOATING
 from lvxattn.plan.models import MODELS, PROBLEMS
@@ -69,6 +69,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="auto: the schedule that sends the fewest bytes (default: %(default)s)",
     )  # fmt: skip
     work.add_argument(
+        "--grid", type=a_grid, metavar="AxB",
+        help="grid: rings of A ranks that queries go round, of B that keys do (default: the best)",
+    )
+    work.add_argument(
         "--machine", metavar="NAME",
         help="auto: the schedule that takes the least time on this machine, a preset of "
         "lvxattn.plan or a file written by measure",
@@ -102,4 +106,6 @@ def contradiction(options: argparse.Namespace) -> str | None:
         return "argument --visual-tokens: not allowed with argument --frames"
     if options.machine is not None and options.schedule != AUTO:
         return f"argument --machine: needs --schedule {AUTO}"
+    if options.grid is not None and options.schedule != "grid":
+        return "argument --grid: needs --schedule grid"
     return None

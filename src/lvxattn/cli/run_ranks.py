@@ -35,6 +35,7 @@ class Backend(Protocol):
         *,
         schedule: str,
         scale: float | None,
+        grid: tuple[int, int] | None,
         machine: Machine | None,
     ) -> Layout:
         """Return the layout of these tensors.

@@ -40,11 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--generate", type=positive, metavar="N", help="generate N tokens, greedily"
     )
     work.add_argument(
-        "--schedule",
-        choices=(*SCHEDULES, AUTO),
-        default=SCHEDULES[0],
-        help="(default: %(default)s)",
-    )
+        "--schedule", choices=(*SCHEDULES, AUTO),
+        help=f"of sharded text (default: {SCHEDULES[0]})",
+    )  # fmt: skip
     work.add_argument(
         "--text", choices=("replicated", "sharded"), default="replicated",
         help="whether every rank has the whole text (default: %(default)s)",
@@ -72,6 +70,8 @@ def contradiction(options: argparse.Namespace) -> str | None:
     """Return an error message if arguments contradict each other."""
     if options.weights is not None and options.size is not None:
         return "argument --size: not allowed with argument --weights"
+    if options.schedule is not None and options.text != "sharded":
+        return "argument --schedule: needs --text sharded: text that all ranks have does not travel"
     if options.generate is not None and options.text == "sharded":
         return "argument --generate: not allowed with --text sharded"
     return None

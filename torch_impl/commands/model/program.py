@@ -16,6 +16,7 @@ from lvxattn.cli.arguments import UsageError, check_output, refuse
 from lvxattn.cli.run_ranks import check_room, on_rank_0, together
 from lvxattn.cli.run_report import write_json
 from lvxattn.cli.tensors import InputError
+from lvxattn.common.handshake import SCHEDULES
 from lvxattn.torch_impl.commands.model.check import Expected, compare, expect, results_of, sampled
 from lvxattn.torch_impl.commands.model.kinds import (
     KINDS,
@@ -82,7 +83,7 @@ def _run(options: Namespace, ranks: TorchRanks) -> bool:
     _check_equal(model, ranks)
     try:
         spread = distribute(
-            model, backend.group, text=options.text, schedule=options.schedule,
+            model, backend.group, text=options.text, schedule=options.schedule or SCHEDULES[0],
             recompute_kv=not options.keep_kv,
         )  # fmt: skip
         batch = spread.inputs(**batch)

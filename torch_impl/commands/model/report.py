@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from lvxattn.cli.run_report import Report
+from lvxattn.common.handshake import SCHEDULES
 from lvxattn.draw.bars import format_bytes
 from lvxattn.torch_impl.commands.model.check import Check
 from lvxattn.torch_impl.commands.model.work import Cost
@@ -51,7 +52,7 @@ def report_of(
         "dtype": options.dtype,
         "frames": options.frames,
         "text_tokens": options.text_tokens,
-        "schedule": options.schedule,
+        "schedule": (options.schedule or SCHEDULES[0]) if options.text == "sharded" else "replicated",
         "text": options.text,
         "steps": len(by_rank[0][1]),
         "losses": losses,
