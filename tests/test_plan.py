@@ -107,6 +107,28 @@ class TestClock:
                 uneven = replace(of, s_q=(3, 5, *of.s_q[2:]))
                 assert simulate._unlike(uneven, two) == 8
 
+    @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "ulysses"])
+    def test_many_ranks_are_alike_in_spite_of_one_row(
+        self, schedule: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        counts: list[int] = []
+        simulated = simulate._play
+
+        def counting(of: Layout, machine: Machine, backward: bool, count: int) -> Any:
+            counts.append(count)
+            return simulated(of, machine, backward, count)
+
+        monkeypatch.setattr(simulate, "_play", counting)
+        machine, shapes = MACHINES["a100-16"], ((1, 32, 1010, 128), (1, 8, 100_010, 128))
+        of = planned(*shapes, 40, schedule=schedule, grid=(10, 4) if schedule == "grid" else None)
+        exact = simulated(of, machine, False, 40).seconds
+        assert play(of, machine).seconds == pytest.approx(exact, rel=1 / 25)  # 25 or 26 queries
+        assert counts == [machine.ranks_per_host]
+        # Where a row more is a rank's whole share, or ranks are few, each is simulated.
+        for queries, P in ((20, 40), (1010, 32)):
+            play(planned((1, 32, queries, 128), shapes[1], P, schedule="ring"), machine)
+            assert counts[-1] == P
+
     def test_latency_per_hop_and_per_collective(self) -> None:
         machine = replace(FREE, inside=Link(1e30, 1.0))
         assert play(layout(4, "ring"), machine).seconds == pytest.approx(3.0)

@@ -131,7 +131,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         broken = [["run", *SMALL, "--backward", "--check"]] * len(BREAKAGES)
         bad = [["run", *line] for line, _ in bad_inputs(folder, implementation)]
         hidden = hidden_lines(folder)
-        parts = file_lines(folder), preset_lines(folder, P), chosen_lines(folder), broken, hidden, bad
+        parts = (
+            file_lines(folder),
+            preset_lines(folder, P),
+            chosen_lines(folder),
+            broken,
+            hidden,
+            bad,
+        )
         breakages = {id(broken): BREAKAGES, id(hidden): ("", "merge")}
         said = iter(
             commands(
@@ -507,8 +514,8 @@ def bad_inputs(folder: Path, implementation: str) -> list[tuple[list[Any], str]]
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--schedule", "star"], "invalid choice: 'star'"),
         (["--grid", "2x2"], "argument --grid: needs --schedule grid"),
-        (["--schedule", "grid", "--grid", "2x-2"], "--grid: expected two numbers, as in 4x2, got "),
-        ([*SMALL, "--schedule", "grid", "--grid", "7x2"], "grid: expected two numbers whose product"),
+        (["--schedule", "grid", "--grid", "2x-2"], "--grid: expected two numbers, as in 4x2, "),
+        ([*SMALL, "--schedule", "grid", "--grid", "7x2"], "grid: expected two numbers whose "),
         (
             [*SMALL, "--schedule", "ulysses", "--kv-heads", "1"],
             "schedule: ",

@@ -455,8 +455,8 @@ print(f"pairs that are planned a factor of 1.5 apart: {far}; measured in that or
 # Where ranks mostly compute, as in the second problem, the times of the schedules are close, and a
 # wrong choice costs little. Times in shared memory are the hardest to plan: the cores that should
 # compute copy the messages, into memory whose first access is slow, and a notebook shares them with
-# other work. Over 47 problems, on networks and in shared memory, planned times are within a
-# factor of 1.07 of measured ones in the median, and what the plan chose was at most 6 % slower
+# other work. Over 112 problems, on networks and in shared memory, planned times are within a
+# factor of 1.04 of measured ones in the median, and what the plan chose was at most 14 % slower
 # than the fastest ([every cell](../benchmarks/results/schedules.md)). So trust the plan's order
 # where it sees a large difference, and measure where it sees a small one.
 #

@@ -69,7 +69,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="auto: the schedule that sends the fewest bytes (default: %(default)s)",
     )  # fmt: skip
     work.add_argument(
-        "--grid", type=a_grid, metavar="AxB",
+        "--grid",
+        type=a_grid,
+        metavar="AxB",
         help="grid: rings of A ranks that queries go round, of B that keys do (default: the best)",
     )
     work.add_argument(

@@ -44,6 +44,8 @@ def report_of(
         steps = [asdict(cost) for cost in (costs[1:] or costs)]
         ranks.append(facts | {name: median(step[name] for step in steps) for name in steps[0]})
     seconds = max(rank["total"] for rank in ranks)
+    sharded = options.text == "sharded"
+    schedule = (options.schedule or SCHEDULES[0]) if sharded else "replicated"
     return {
         "model": options.model,
         "size": None if options.weights else options.size or "tiny",
@@ -52,7 +54,7 @@ def report_of(
         "dtype": options.dtype,
         "frames": options.frames,
         "text_tokens": options.text_tokens,
-        "schedule": (options.schedule or SCHEDULES[0]) if options.text == "sharded" else "replicated",
+        "schedule": schedule,
         "text": options.text,
         "steps": len(by_rank[0][1]),
         "losses": losses,
