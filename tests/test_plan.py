@@ -493,6 +493,11 @@ class TestCommand:
         assert set(lines) <= set(said.splitlines())
         assert "16,260" in said
 
+    def test_least_time_names_the_grid(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = "--model mplug-owl3-7b --frames 11 --text-tokens 8192 --ranks 16 --machine a30-8"
+        assert main(line.split()) == 0
+        assert "\n  least time  grid 2x8\n" in capsys.readouterr().out
+
     @pytest.mark.parametrize("name", sorted(PROBLEMS))
     def test_fixed_problem_has_schedules_only(
         self, capsys: pytest.CaptureFixture[str], name: str

@@ -20,7 +20,8 @@ from lvxattn.cli import run, tensors
 from lvxattn.cli.arguments import Parser
 from lvxattn.cli.run_options import add_options
 from lvxattn.cli.run_problem import Problem as RunProblem
-from lvxattn.cli.run_problem import RandomTensors, describe, take_share
+from lvxattn.cli.run_problem import RandomTensors, describe, least_nbytes, take_share
+from lvxattn.cli.run_report import _why
 from lvxattn.common.handshake import SCHEDULES
 from lvxattn.common.validation import accumulator
 from lvxattn.mpi_impl.__main__ import main
@@ -262,6 +263,29 @@ def test_fixed_lengths_are_the_models_unless_given(name: str) -> None:
         assert found.title == name
         assert found.shapes["q"] == (1, x.heads, S_Q, x.head_dim)
         assert found.shapes["k"] == found.shapes["v"] == (1, x.kv_heads, S_KV, x.head_dim)
+
+
+def test_memory_is_that_of_the_given_grid() -> None:
+    parser = Parser()
+    add_options(parser)
+
+    def least(*grid: str) -> int:
+        line = "--text-tokens", "16384", "--visual-tokens", "64", "--schedule", "grid", *grid
+        options = parser.parse_args(line)
+        return least_nbytes(describe(options), options, 0, 4, on_host=True)
+
+    assert least() == least("--grid", "1x4") < least("--grid", "4x1") / 2
+
+
+def test_choice_is_compared_with_another_schedule() -> None:
+    """A grid of one row is lv-xattn, one of one column ring."""
+    short, square = (
+        planned((1, 8, S_Q, 64), (1, 8, 4096, 64), 4, dtype="float32") for S_Q in (64, 4096)
+    )
+    assert _why(short, candidates(short)).endswith("; gather: 498 kB")
+    first, second, *_ = candidates(square)
+    assert (first.schedule, second.schedule) == ("ulysses", "grid")
+    assert "; grid 2x2: " in _why(square, candidates(square))
 
 
 def preset_lines(folder: Path, P: int) -> list[list[Any]]:

@@ -93,6 +93,7 @@ def plan(options: Namespace) -> str:
         f"  {'schedule':10}" + 2 * f"{'messages':>10}{'sent':>12}{'time':>12}     " + "over ring",
     ]
     times: dict[str, float] = {}
+    names: dict[str, str] = {}
     rows: dict[str, str] = {}
     for schedule in SCHEDULES:
         layout = planned(q, k, P, dtype=options.dtype, schedule=schedule, machine=machine)
@@ -100,7 +101,8 @@ def plan(options: Namespace) -> str:
         if why:
             rows[schedule] = f"  {schedule:10}  cannot be taken: {why}"
             continue
-        cells, times[schedule] = f"  {named(schedule, layout.grid):10}", 0.0
+        names[schedule], times[schedule] = named(schedule, layout.grid), 0.0
+        cells = f"  {names[schedule]:10}"
         for backward in (False, True):
             sent = max(
                 (messages(layout, rank, backward=backward) for rank in unlike_ranks(layout)),
@@ -114,7 +116,7 @@ def plan(options: Namespace) -> str:
     for schedule, row in rows.items():
         faster = f"{times['ring'] / times[schedule]:8.1f} x" if schedule in times else ""
         lines.append(row + faster)
-    best = min(times, key=lambda schedule: times[schedule]) if P > 1 else "any: nothing is sent"
+    best = names[min(times, key=times.__getitem__)] if P > 1 else "any: nothing is sent"
     lines += ["", f"  least time  {best}"]
     if not fixed:
         lines += ["", *_fitting(options), "", *_whole(options, list(times))]

@@ -20,10 +20,11 @@ from lvxattn.cli.run_ranks import Backend, Ranks, check_room, on_rank_0, togethe
 from lvxattn.cli.run_report import Cost, print_problem, print_report, report_of, write_json
 from lvxattn.cli.run_trace import Recorder, check_picture, save_trace
 from lvxattn.cli.tensors import Array, InputError, Shape, TensorFile, create
+from lvxattn.common.handshake import grid_of
 from lvxattn.common.new_file import naming, new_file
 from lvxattn.common.regular_file import printable
 from lvxattn.common.validation import accumulator
-from lvxattn.plan.choose import Layout
+from lvxattn.plan.choose import Layout, named
 from lvxattn.plan.machine import MACHINES, Machine, machine_of
 
 _NAME = "lvxattn run"
@@ -69,6 +70,7 @@ def _run(options: Namespace, ranks: Ranks) -> bool:
     if options.input:
         _check_seen("--input", options.input, options.input, ranks)
     problem = on_rank_0(lambda: describe(options), ranks)
+    on_rank_0(lambda: _check_grid(options, ranks.size), ranks)
     machine = on_rank_0(lambda: _read_machine(options), ranks)
     backend = ranks.backend(options.device, problem.dtype)
     speaks = ranks.rank == 0 and not options.quiet and options.json != "-"
@@ -155,6 +157,14 @@ def _check_paths(options: Namespace) -> None:
     check_picture(options)
 
 
+def _check_grid(options: Namespace, P: int) -> None:
+    """Refuse a grid that is not one of these ranks."""
+    try:
+        grid_of(options.grid, options.schedule, P)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+
+
 def _check_seen(option: str, given: str, path: str, ranks: Ranks) -> None:
     """Refuse a file that only some hosts see or, of an input, that has another size on some.
 
@@ -235,7 +245,7 @@ def _create(
     }
     if options.backward:
         shapes |= {"dq": (dtype, q), "dk": (dtype, k), "dv": (dtype, v)}
-    notes = {"schedule": layout.schedule, "scale": repr(layout.scale)}
+    notes = {"schedule": named(layout.schedule, layout.grid), "scale": repr(layout.scale)}
     file = files.enter_context(new_file(options.output))
     with naming(options.output, file.name):
         return create(file, shapes, notes)

@@ -133,7 +133,7 @@ def least_nbytes(
     q, k = (B, H, S_Q, D), (B, H_KV, S_KV, D)
     schedules = SCHEDULES if options.schedule == AUTO else (options.schedule,)
     layouts = [
-        planned(q, k, size, D_V=D_V, dtype=problem.dtype, schedule=schedule)
+        planned(q, k, size, D_V=D_V, dtype=problem.dtype, schedule=schedule, grid=options.grid)
         for schedule in schedules
     ]
     passes = (False, True) if options.backward else (False,)

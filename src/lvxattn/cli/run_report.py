@@ -177,13 +177,16 @@ def _machine(layout: Layout, problem: Problem) -> str:
 
 def _why(layout: Layout, found: list[Candidate]) -> str:
     """Return why the layout's schedule is the best one, compared with the next."""
-    best, other = [c for c in found if not c.refused][:2]
+    best, *others = [c for c in found if not c.refused]
+    # The ends of the grid are other schedules.
+    other = next(c for c in others if c.grid is None or 1 not in c.grid)
     if layout.machine is None:
         told, costs = "fewest bytes", [format_bytes(c.nbytes) for c in (best, other)]
     else:
         told = f"least time on {layout.machine.name}"
         costs = [f"{c.seconds:.2e} s" for c in (best, other)]
-    return f"{told}, forward and backward: {costs[0]}; {other.schedule}: {costs[1]}"
+    name = named(other.schedule, other.grid)
+    return f"{told}, forward and backward: {costs[0]}; {name}: {costs[1]}"
 
 
 def _medians(costs: list[Cost]) -> dict[str, Any]:

@@ -126,11 +126,10 @@ def save_trace(options: Namespace, trace: Trace, layout: Layout, hosts: list[str
     hosts : list of str
         Every rank's.
     """
+    schedule = named(layout.schedule, layout.grid)
     if options.trace:
-        write_trace(trace, options.trace, hosts, {"schedule": layout.schedule})
+        write_trace(trace, options.trace, hosts, {"schedule": schedule})
     if options.plot_trace:
         from lvxattn.draw.trace import draw_trace  # imports matplotlib
 
-        save_picture(
-            draw_trace(trace, named(layout.schedule, layout.grid)), options.plot_trace, dpi=110
-        )
+        save_picture(draw_trace(trace, schedule), options.plot_trace, dpi=110)

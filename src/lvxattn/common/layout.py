@@ -176,9 +176,10 @@ class Layout:
             are frozen) or ``"kv"`` (queries are).  Those that any rank wants count.
         grid : (int, int), optional
             With ``"grid"``, the numbers of ranks that queries, and that keys, move among; their
-            product is P.  Default: the one that sends the fewest bytes.
+            product is P.  Default: the one that sends the fewest bytes or, on a machine, takes the
+            least time.
         machine : lvxattn.plan.Machine, optional
-            The machine for which ``"auto"`` minimizes time; that of rank 0 counts.
+            The machine on which ``"auto"``, and a grid, take the least time; that of rank 0 counts.
         backward : (dout, out, lse, dlse), optional
             Arguments of a backward, to be checked too.
         check : callable, optional

@@ -17,7 +17,7 @@ from lvxattn.common.validation import dtype_name
 
 Array = Any
 
-# One tag for each of the two rotations that take place at once.
+# Tags of blocks and of results, which travel between the same two ranks at once.
 BLOCKS, RESULTS = 7001, 7002
 ITEMSIZE = {"bool": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 

@@ -36,6 +36,8 @@ BLOCK, MESSAGE = 0.01, 0.2
 """Seconds that a block, and a message, has to take to be measured."""
 TURNS, FEWEST_TURNS, LIMIT = 9, 3, 4.0
 """Numbers of turns of every probe, and the seconds that all should take together."""
+LONG = 0.1
+"""Seconds of a probe that has the fewest turns, so that the short ones have more."""
 FEWEST_KEYS, MOST_KEYS, MOST_BYTES = 1024, 2**20, 2**26
 
 
@@ -182,15 +184,23 @@ class _Timer:
 
     def take_turns(self) -> None:
         """Time every probe `TURNS` times, or fewer where that takes long."""
-        turns = min(TURNS, max(FEWEST_TURNS, int(LIMIT / max(sum(self._took.values()), 1e-9))))
+        long = {name: took for name, took in self._took.items() if took > LONG}
+        rest = sum(self._took.values()) - sum(long.values())
+        left = LIMIT - FEWEST_TURNS * sum(long.values())
+        turns = min(TURNS, max(FEWEST_TURNS, int(left / max(rest, 1e-9))))
         mine: dict[str, list[float]] = {name: [] for name in self._work}
-        for _ in range(turns):
+        for turn in range(turns):
             for name, (work, times) in self._work.items():
-                mine[name].append(self._once(work, times))
+                if turn < FEWEST_TURNS or name not in long:
+                    mine[name].append(self._once(work, times))
         self._mine = {
             name: [max(turn) for turn in zip(*self.comm.allgather(found), strict=True)]
             for name, found in mine.items()
         }
+
+    def about(self, name: str) -> float:
+        """Return about how long a probe takes, before its turns."""
+        return self._took[name] / self._work[name][1]
 
     def seconds(self, name: str) -> float:
         """Return a probe's median."""
@@ -219,11 +229,9 @@ class _Block:
             "one", lambda s_kv: prepare(1, s_kv), FEWEST_KEYS, BLOCK / 4, most=MOST_KEYS
         )
         self.size = 256, 1024  # about a tile
-        self.many = prepare(*self.size)
-        while (many := timer.add("many", self.many)) < BLOCK and self.size[0] < 8192:
+        while (many := timer.add("many", prepare(*self.size))) < BLOCK and self.size[0] < 8192:
             rows, keys = self.size
             self.size = (2 * rows, keys) if rows < keys else (rows, 2 * keys)
-            self.many = prepare(*self.size)
         one = timer.add("one", prepare(1, self.s_kv))
         arithmetic = self._flops(1, self.s_kv) / self._flops(*self.size) * (many - start)
         self.balanced = max(1, round(max(one - start, arithmetic) / max(arithmetic, 1e-9)))
@@ -283,8 +291,8 @@ class _Ring:
 
         timer.add(f"latency {name}", shift(1))
         self.nbytes = timer.grow(f"bandwidth {name}", shift, 2**14, MESSAGE)
-        took = timer.add(f"bandwidth {name}", shift(self.nbytes))
-        self.times = min(256, max(1, round(took / max(timer.add("many", block.many), 1e-9))))
+        took = timer.about(f"bandwidth {name}")
+        self.times = min(256, max(1, round(took / max(timer.about("many"), 1e-9))))
         work = shift(self.nbytes, block=block.size, times=self.times)
         timer.add(f"busy {name}", work)
 

@@ -14,7 +14,7 @@ from lvxattn.common.wire import ITEMSIZE
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.steps import Compute, Fill, Join, Send, Step, Wait, steps
 
-_MANY_RANKS, _ROWS = 32, 4
+_MANY_RANKS, _ROWS = 32, 16
 """Of more ranks, those whose shares have as many rows are taken as alike in spite of one more."""
 
 
@@ -48,7 +48,8 @@ def play(layout: Layout, machine: Machine, *, backward: bool = False) -> Played:
     Returns
     -------
     Played
-        Of more than 32 ranks, shares that differ by one row count as equally long.
+        Of more than 32 ranks without masks, shares of 16 rows or more that differ by one count
+        as equally long.
 
     Examples
     --------
