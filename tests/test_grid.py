@@ -168,6 +168,26 @@ def test_ranks_that_disagree_raise_alike() -> None:
     assert said == "grid: expected rank 0's (2, 2), got (4, 1) (on rank 2 of 4)"
 
 
+class Unprintable:
+    """A user's object that raises whatever is done with it."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_unprintable_grid_of_one_rank_is_refused_by_all() -> None:
+    problem = Case("unprintable").make()
+
+    def fn(comm: reference.VirtualComm) -> str:
+        shape: Any = (2, 2) if comm.rank != 2 else Unprintable()
+        with pytest.raises(ValueError, match=r"^grid: ") as caught:
+            traffic(problem, comm, schedule="grid", grid=shape)
+        return str(caught.value)
+
+    (said,) = set(reference.run_ranks(4, fn))
+    assert "product is P = 4, got Unprintable (on rank 2 of 4)" in said
+
+
 def test_numpy_s_numbers_are_numbers() -> None:
     problem, shape = Case("numpy").make(), (np.int64(2), np.int64(2))
     layouts = reference.run_ranks(

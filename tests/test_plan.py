@@ -129,6 +129,22 @@ class TestClock:
             play(planned((1, 32, queries, 128), shapes[1], P, schedule="ring"), machine)
             assert counts[-1] == P
 
+    def test_grid_of_many_ranks_is_one_of_those_that_send_least(self) -> None:
+        machine, shapes = MACHINES["a100-16"], ((1, 32, 4096, 128), (1, 8, 65536, 128))
+        found = planned(*shapes, 64, schedule="grid", machine=machine)
+        every = [planned(*shapes, 64, schedule="grid", grid=(2**n, 64 // 2**n)) for n in range(7)]
+        sent = sorted((nbytes(of) + nbytes(of, backward=True), of.grid) for of in every)
+        assert found.grid in [grid for _, grid in sent[:4]]
+        seconds = {
+            grid: sum(
+                play(planned(*shapes, 64, schedule="grid", grid=grid, machine=machine), machine,
+                     backward=b).seconds
+                for b in (False, True)
+            )
+            for _, grid in sent[:4]
+        }  # fmt: skip
+        assert found.grid == min(seconds, key=seconds.__getitem__)
+
     def test_latency_per_hop_and_per_collective(self) -> None:
         machine = replace(FREE, inside=Link(1e30, 1.0))
         assert play(layout(4, "ring"), machine).seconds == pytest.approx(3.0)
@@ -492,6 +508,30 @@ class TestCommand:
         assert len(lines) == 4
         assert set(lines) <= set(said.splitlines())
         assert "16,260" in said
+
+    @pytest.mark.parametrize(
+        ("ranks", "ranks_per_host", "said"),
+        [
+            (1, 1, "not measured, by 1 rank"),
+            (4, 4, "measured inside a host;"),
+            (4, 1, ""),
+            (8, 4, ""),
+        ],
+    )
+    def test_link_that_was_not_measured_is_named(
+        self, ranks: int, ranks_per_host: int, said: str, tmp_path: Path, capsys: Any
+    ) -> None:
+        link = Link(1e9, 1e-5)
+        machine = replace(
+            MACHINES["a30-8"], measured=MEASURED, ranks=ranks, ranks_per_host=ranks_per_host,
+            inside=link, between=replace(link, busy=0.5) if ranks == 8 else link,
+        )  # fmt: skip
+        machine.save(tmp_path / "file")
+        line = ["--machine", str(tmp_path / "file"), "--model", "q-former", "--ranks"]
+        for P, expected in (8, said), (ranks_per_host, ""):
+            assert main([*line, str(P)]) == 0
+            out = capsys.readouterr().out
+            assert (f"\n  links     {expected}" in out) if expected else ("  links" not in out)
 
     def test_least_time_names_the_grid(self, capsys: pytest.CaptureFixture[str]) -> None:
         line = "--model mplug-owl3-7b --frames 11 --text-tokens 8192 --ranks 16 --machine a30-8"

@@ -82,6 +82,11 @@ def plan(options: Namespace) -> str:
         heads = q[1], k[1], q[3]
         text = machine.measured.compared_with("the plan", heads, options.dtype)
         measured = [f"  measured  {text}"]
+        copied = P > machine.ranks_per_host and machine.inside == machine.between
+        if copied and machine.ranks == 1:
+            measured += ["  links     not measured, by 1 rank: taken to be as fast as its memory"]
+        elif copied and machine.ranks_per_host > 1:
+            measured += ["  links     measured inside a host; between hosts taken as alike"]
     lines = [
         "LV-XAttn plan",
         f"  problem   {options.model}, {problem}",
@@ -119,7 +124,7 @@ def plan(options: Namespace) -> str:
     best = names[min(times, key=times.__getitem__)] if P > 1 else "any: nothing is sent"
     lines += ["", f"  least time  {best}"]
     if not fixed:
-        lines += ["", *_fitting(options), "", *_whole(options, list(times))]
+        lines += ["", *_fitting(options), "", *_whole(options, times)]
     return "\n".join(lines)
 
 
@@ -150,17 +155,17 @@ def _fitting(options: Namespace) -> list[str]:
     return [*lines, f"  a rank has {room}: NO ROOM for {frames} either way"]
 
 
-def _whole(options: Namespace, schedules: list[str]) -> list[str]:
-    """Return the lines on a training step of the whole model."""
+def _whole(options: Namespace, passes: dict[str, float]) -> list[str]:
+    """Return the lines on a training step of the whole model, given the seconds of a layer's."""
     whole, machine, P = WHOLE[options.model], options.machine, options.ranks
     titles = "".join(f"{title:>12}" for title in ("tower", "text", "cross-att.", "total"))
     lines = [f"  a step of the whole model{titles}   over ring"]
     steps = {
         schedule: step(
             whole, machine, options.text_tokens, options.frames, P,
-            dtype=options.dtype, schedule=schedule,
+            dtype=options.dtype, schedule=schedule, passes=seconds,
         )
-        for schedule in schedules
+        for schedule, seconds in passes.items()
     }  # fmt: skip
     for schedule, found in steps.items():
         times = found.tower, found.text, found.cross, found.total

@@ -210,12 +210,15 @@ def grid_of(grid: Any, schedule: str, P: int) -> tuple[int, int] | None:
     """Return the numbers of a grid of P ranks, or None; ValueError if it is something else."""
     if grid is None:
         return None
-    got = " ".join(f"{grid!r:.80}".split())
+    try:
+        got = " ".join(f"{grid!r:.80}".split())
+    except Exception:  # an object of the user's may raise anything
+        got = type(grid).__name__
     if schedule != "grid":
         raise ValueError(f"grid: expected none with schedule {schedule!r}, got {got}")
     try:
         a, b = map(index, grid)
-    except Exception:  # an object of the user's may raise anything
+    except Exception:
         a = b = 0
     if a < 1 or a * b != P:
         raise ValueError(f"grid: expected two numbers whose product is P = {P}, got {got}")

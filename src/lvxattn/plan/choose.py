@@ -14,7 +14,7 @@ from lvxattn.common.free_memory import judge
 from lvxattn.common.handshake import AUTO, MASKS_TRAVEL, SCHEDULES, Record
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.memory import call_memory
-from lvxattn.plan.simulate import play
+from lvxattn.plan.simulate import MANY_RANKS, play
 from lvxattn.plan.steps import messages
 
 L = TypeVar("L", bound=common.Layout)
@@ -133,7 +133,8 @@ def with_grid(layout: L, machine: Machine | None = None) -> L:
     -------
     Layout
         Of all pairs whose product is P, the ends, lv-xattn and ring, among them.  Ragged shares are
-        compared as if all were as long as the longest.
+        compared as if all were as long as the longest.  Of more than 32 ranks, the time of those
+        four is compared that send the fewest bytes.
 
     Examples
     --------
@@ -151,6 +152,8 @@ def with_grid(layout: L, machine: Machine | None = None) -> L:
     every = [
         replace(even, schedule="grid", grid=(a, P // a)) for a in range(P, 0, -1) if P % a == 0
     ]
+    if machine is not None and P > MANY_RANKS:
+        every = sorted(every, key=lambda of: _candidate(of, None).nbytes)[:4]
     best = min(every, key=lambda of: _cost(_candidate(of, machine)))
     return replace(layout, schedule="grid", grid=best.grid)
 

@@ -14,7 +14,7 @@ from lvxattn.common.wire import ITEMSIZE
 from lvxattn.plan.machine import Machine
 from lvxattn.plan.steps import Compute, Fill, Join, Send, Step, Wait, steps
 
-_MANY_RANKS, _ROWS = 32, 16
+MANY_RANKS, _ROWS = 32, 16
 """Of more ranks, those whose shares have as many rows are taken as alike in spite of one more."""
 
 
@@ -68,7 +68,7 @@ def _evened(layout: Layout) -> Layout:
 
     Ranks that differ must all be simulated, which takes the square of their number.
     """
-    if layout.size <= _MANY_RANKS or layout.structures or any(layout.masks):
+    if layout.size <= MANY_RANKS or layout.structures or any(layout.masks):
         return layout
     s_q, s_kv = (
         (max(s),) * layout.size if max(s) - min(s) == 1 and min(s) >= _ROWS else s

@@ -156,6 +156,7 @@ def step(
     *,
     dtype: str,
     schedule: str,
+    passes: float | None = None,
 ) -> Step:
     """Return the time of a training step of one sequence.  Not collective.
 
@@ -167,6 +168,8 @@ def step(
     P : int
         Number of ranks.
     dtype, schedule : str
+    passes : float, optional
+        Seconds of one cross-attention, forward and backward, where they are known already.
 
     Returns
     -------
@@ -192,9 +195,10 @@ def step(
     itself = planned(queries, keys, P, dtype=dtype, schedule="gather")
     attention = 2 * play(itself, machine).seconds + play(itself, machine, backward=True).seconds
     of_text = s_q * whole.text_parameters / rate + text.layers * attention
-    q, k = model.shapes(text_tokens, frames)
-    layout = planned(q, k, P, dtype=dtype, schedule=schedule, machine=machine)
-    passes = sum(play(layout, machine, backward=backward).seconds for backward in (False, True))
+    if passes is None:
+        q, k = model.shapes(text_tokens, frames)
+        layout = planned(q, k, P, dtype=dtype, schedule=schedule, machine=machine)
+        passes = sum(play(layout, machine, backward=b).seconds for b in (False, True))
     made = own * model.tokens_per_frame * whole.kv_parameters / rate
     return Step(of_tower, of_text, made + model.cross_layers * passes)
 
