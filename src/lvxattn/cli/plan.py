@@ -82,7 +82,7 @@ def plan(options: Namespace) -> str:
         heads = q[1], k[1], q[3]
         text = machine.measured.compared_with("the plan", heads, options.dtype)
         measured = [f"  measured  {text}"]
-        copied = P > machine.ranks_per_host and machine.inside == machine.between
+        copied = machine.ranks_per_host < P and machine.inside == machine.between
         if copied and machine.ranks == 1:
             measured += ["  links     not measured, by 1 rank: taken to be as fast as its memory"]
         elif copied and machine.ranks_per_host > 1:
