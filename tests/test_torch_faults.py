@@ -241,10 +241,12 @@ def test_backwards_in_different_order_raise(case: tuple[Any, ...]) -> None:
             assert int(number) == rank
             seen[rank] = tuple(names[:2]), tuple(names[2:])
             assert "call the backwards of several forwards in one order on all ranks" in err
-    # The one that has another, and whoever gets its block; the third fails while waiting for them.
-    assert set(seen) == {other, (other + 1) % P}
-    mine, its = seen[other]
-    assert seen[(other + 1) % P] == (its, mine)
+    # The one that has another, and whoever gets its block, unless the other of the two has ended
+    # before; the third fails while waiting for them.
+    assert seen
+    assert set(seen) <= {other, (other + 1) % P}
+    mine, its = seen[other] if other in seen else seen[(other + 1) % P][::-1]
+    assert seen.get((other + 1) % P, (its, mine)) == (its, mine)
     if place == "one layout":
         assert (mine[0], its[0], mine[1]) == ("2", "1", its[1])
     else:

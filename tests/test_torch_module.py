@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.activations import Layers, saved_bytes
 from lvxattn.torch_impl import CrossAttention, cross_attention, sum_gradients
 from lvxattn.torch_impl.group import Group
+from tests.launch import environment
 from tests.tolerances import UNIT, summed
 from tests.torch_ranks import torch_report
 
@@ -213,6 +216,24 @@ def test_gradients_without_process_group() -> None:
         p.grad is grad and torch.equal(grad, old)
         for p, grad, old in zip(model.parameters(), grads, before, strict=True)
     )
+
+
+def test_default_group_ends_when_it_is_destroyed() -> None:
+    """An optimizer's first step imports functions whose defaults are the default group."""
+    program = """
+import weakref
+import lvxattn.torch_impl
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+group = weakref.ref(dist.group.WORLD)
+x = torch.ones(1, requires_grad=True)
+x.sum().backward()
+torch.optim.AdamW([x]).step()
+assert group() is dist.group.WORLD
+dist.destroy_process_group()
+assert group() is None
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=200)
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -13,6 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# The default group is a default of its functions.  Imported later, as optimizers do, it would keep
+# that group alive until Python exits, when gloo's threads may abort the process.
+import torch.distributed.nn.functional
 from torch.distributed.device_mesh import DeviceMesh
 
 from lvxattn.common.launcher import number_in
