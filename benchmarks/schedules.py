@@ -59,7 +59,7 @@ def measure(quick: bool) -> list[Results]:
             found += in_shared_memory(P, works)
     if not quick:
         for P in (4, 8):
-            found += on_hosts(P, SLOW, sweep(P, FEW_HEADS, FEW_HEADS, SLOW_SIZES))
+            found += on_hosts(P, SLOW, sweep(P, FEW_HEADS, FEW_HEADS, SLOW_SIZES, least=3))
     for cell, before in zip(found[1:], found, strict=False):  # a sweep's first cell has them
         cell["machine"] = cell["machine"] or before["machine"]
     return found
@@ -75,13 +75,18 @@ def sizes(*, quick: bool) -> list[tuple[int, int]]:
 
 
 def sweep(
-    P: int, H: int, H_KV: int, sizes: Sequence[tuple[int, int]], *, quick: bool = False
+    P: int,
+    H: int,
+    H_KV: int,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    quick: bool = False,
+    least: int = 1,
 ) -> list[Results]:
-    """Return the arguments of one run of `passes.py`."""
+    """Return the arguments of one run of `passes.py`, of at least so many rounds."""
     refused = {"ulysses"} if H_KV % P else set()
     if P < 4:
         refused.add("grid")
-    least = 3 if sizes is SLOW_SIZES else 1
     common = {"H": H, "H_KV": H_KV, "D": D, "backward": True, "rounds": 9, "least": least}
     return [
         {
