@@ -211,6 +211,8 @@ def test_what_cannot_be_installed_is_said_so(tmp_path, monkeypatch):
 def test_the_words_of_a_process_that_ended():
     assert last_words("a\nValueError: x\nb\n") == "ValueError: x"
     assert last_words("ValueError: x\ntorch.ChildFailedError: \nb\n") == "ValueError: x"
+    aborted = "traceback : Signal 6 (SIGABRT) received by PID 3"
+    assert last_words(f"torch.ChildFailedError: \n{aborted}\n====\n") == aborted
     assert last_words("a\nb\n\n") == "b"
     assert last_words("") == "it said nothing"
 

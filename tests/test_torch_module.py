@@ -218,17 +218,26 @@ def test_gradients_without_process_group() -> None:
     )
 
 
-def test_default_group_ends_when_it_is_destroyed() -> None:
-    """An optimizer's first step imports functions whose defaults are the default group."""
-    program = """
-import weakref
-import lvxattn.torch_impl
-import torch, torch.distributed as dist
+@pytest.mark.parametrize("late", [False, True])
+def test_default_group_ends_when_it_is_destroyed(late: bool) -> None:
+    """An optimizer's first step imports functions whose defaults are the default group.
+
+    So would we, if we imported them with the group there.
+    """
+    start = """
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 group = weakref.ref(dist.group.WORLD)
+"""
+    use = """
 x = torch.ones(1, requires_grad=True)
 x.sum().backward()
 torch.optim.AdamW([x]).step()
+"""
+    ours = "import lvxattn.torch_impl"
+    program = f"""
+import weakref
+import torch, torch.distributed as dist
+{start + ours if late else ours + start + use}
 assert group() is dist.group.WORLD
 dist.destroy_process_group()
 assert group() is None

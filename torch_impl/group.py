@@ -13,16 +13,18 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-# The default group is a default of its functions.  Imported later, as optimizers do, it would keep
-# that group alive until Python exits, when gloo's threads may abort the process.
-import torch.distributed.nn.functional
 from torch.distributed.device_mesh import DeviceMesh
 
 from lvxattn.common.launcher import number_in
 from lvxattn.common.meter import with_hosts
 from lvxattn.common.processes import stopped
 from lvxattn.common.validation import instead_of
+
+if not dist.is_initialized():
+    # The default group of that moment is a default of its functions.  Imported later, as optimizers
+    # do, it would keep that group alive until Python exits, when gloo's threads may abort the
+    # process.
+    import torch.distributed.nn.functional
 
 T = TypeVar("T")
 

@@ -58,4 +58,5 @@ def last_words(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or line.startswith("ERROR")]
     errors = [line for line in errors if "ChildFailedError" not in line]  # torchrun's, of a rank
-    return (errors or lines or ["it said nothing"])[-1][:300]
+    signals = [line for line in lines if " received by PID " in line]  # torchrun's; the cause last
+    return (errors or signals or lines or ["it said nothing"])[-1][:300]

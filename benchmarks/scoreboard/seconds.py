@@ -166,13 +166,16 @@ def rank(work: Json) -> None:
     from benchmarks.scoreboard.adapters import limits
 
     limits.CHECKED = False  # the shards are equal here
+    # First: what they import may keep the default group alive until Python exits, and gloo's
+    # threads may abort the process then.
+    loaded = {name: (_loaded(adapter), on) for name, (adapter, on) in work["functions"].items()}
     dist.init_process_group("gloo")
     P, group = dist.get_world_size(), dist.group.WORLD
     torch.manual_seed(dist.get_rank())
     B, H, S_Q, S_KV, D = (work["sizes"][name] for name in ("B", "H", "S_Q", "S_KV", "D"))
     q, dout = (torch.randn(B, H, S_Q // P, D) for _ in range(2))
     k, v = (torch.randn(B, H, S_KV // P, D) for _ in range(2))
-    functions = {name: (_loaded(a), P in back) for name, (a, back) in work["functions"].items()}
+    functions = {name: (fn, P in backward_on) for name, (fn, backward_on) in loaded.items()}
 
     def timed(fn: Any, backward: bool) -> float:
         leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
