@@ -146,12 +146,16 @@ class Probe:
 
         return both
 
-    def copy(self, nbytes: int) -> Callable[[], None]:
-        """Return a function that copies an array."""
-        x = self.xp.zeros(nbytes, np.uint8)
+    def copy(self, nbytes: int, *, new: bool = False) -> Callable[[], None]:
+        """Return a function that copies an array, into another one or into a new one."""
+        # Not zeros: of those that nobody has written, the kernel keeps one page.
+        x, there = (self.xp.ones(nbytes, np.uint8) for _ in range(2))
 
         def copy() -> None:
-            x.copy()
+            if new:
+                x.copy()
+            else:
+                there[...] = x
             if self.xp is not np:
                 self.xp.cuda.get_current_stream().synchronize()
 

@@ -37,6 +37,7 @@ MACHINE = Machine(
     2e-5,
     5e10,
     1.5e10,
+    2e9,
 )
 CLOCK = threading.local()  # a virtual rank's
 
@@ -75,8 +76,9 @@ class FakeProbe:
         took = sum(play(layout, self.machine, backward=b).seconds for b in (False, True))
         return lambda: _pass(took)
 
-    def copy(self, nbytes: int) -> Callable[[], None]:
-        return lambda: _pass(nbytes / self.machine.copy)
+    def copy(self, nbytes: int, *, new: bool = False) -> Callable[[], None]:
+        new_rate = self.machine.copy_new or self.machine.copy
+        return lambda: _pass(nbytes / (new_rate if new else self.machine.copy))
 
     def shift(
         self, nbytes: int, left: int, right: int, block: tuple[int, int] = (1, 1), times: int = 0
@@ -128,7 +130,7 @@ def test_measured_figures_match_the_machine(hiding: float, monkeypatch: pytest.M
     # Many queries still read a few keys, and a single one still computes.
     for name in (
         "matmul", "memory", "start", "copy", "call", "message", "message_at_once",
-        "matmul_backward", "memory_backward",
+        "matmul_backward", "memory_backward", "copy_new",
     ):  # fmt: skip
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.12), name
     assert found.hiding == pytest.approx(hiding, abs=0.15)

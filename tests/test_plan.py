@@ -192,8 +192,16 @@ class TestClock:
         }
         self.assert_copied(made, backward=True)
 
-    def assert_copied(self, nbytes: dict[str, float], backward: bool) -> None:
-        slow = replace(FREE, copy=1e3, inside=Link(1e30, 0.0))
+    def test_memory_that_is_new_to_the_process(self) -> None:
+        query, result, keys = 4 * 2 * 2 * 4, 4 * 2 * 4 * 4, 2 * 4 * 4 * 2 * 4
+        # Not messages, nor what is merged or added: those have buffers.
+        joined = {"lv-xattn": 0, "ring": 0, "gather": 4 * query, "ulysses": query + keys + result}
+        self.assert_copied(joined, backward=False, copy=1e30, copy_new=1e3)
+        zeros = {"lv-xattn": keys, "ring": 4 * keys}
+        self.assert_copied(zeros, backward=True, copy=1e30, copy_new=1e3)
+
+    def assert_copied(self, nbytes: dict[str, float], backward: bool, **rates: float) -> None:
+        slow = replace(FREE, inside=Link(1e30, 0.0), **(rates or {"copy": 1e3}))
         for schedule, copied in nbytes.items():
             played = play(layout(4, schedule), slow, backward=backward)
             assert played.seconds == pytest.approx(copied / 1e3), schedule

@@ -130,12 +130,16 @@ class Probe:
 
         return both
 
-    def copy(self, nbytes: int) -> Callable[[], None]:
-        """Return a function that copies an array."""
-        x = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+    def copy(self, nbytes: int, *, new: bool = False) -> Callable[[], None]:
+        """Return a function that copies a tensor, into another one or into a new one."""
+        # Not zeros: of those that nobody has written, the kernel keeps one page.
+        x, there = (torch.ones(nbytes, dtype=torch.uint8, device=self.device) for _ in range(2))
 
         def copy() -> None:
-            x.clone()
+            if new:
+                x.clone()
+            else:
+                there.copy_(x)
             self._finish()
 
         return copy

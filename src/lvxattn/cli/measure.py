@@ -90,6 +90,7 @@ def run_measure(
         inside = "not measured: one rank a host" if alone else _link(machine.inside)
         between = "not measured: one host" if hosts == 1 else _link(machine.between)
 
+        new = machine.copy_new or machine.copy
         once = machine.message_at_once * 1e6
 
         def back(name: str) -> str:
@@ -102,7 +103,7 @@ LV-XAttn measure
 
   attention         {machine.matmul / 1e9:>10.1f} GFLOP/s a rank, many queries{back("matmul")}
   reading of keys   {machine.memory / 1e9:>10.2f} GB/s a rank, one query{back("memory")}
-  copying           {machine.copy / 1e9:>10.2f} GB/s a rank, into new memory
+  copying           {machine.copy / 1e9:>10.2f} GB/s a rank; into new memory {new / 1e9:.2f}
   a block takes     {machine.start * 1e6:>10.1f} us at least
   a pass takes      {machine.call * 1e6:>10.1f} us more
   a message takes   {machine.message * 1e6:>10.1f} us of a rank; of many {once:.1f}

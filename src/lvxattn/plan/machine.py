@@ -116,7 +116,7 @@ class Machine:
     ranks_per_host, ranks : int
         Numbers of ranks.
     copy : float
-        Bytes a second at which a rank copies into new memory.
+        Bytes a second at which a rank copies into memory that it holds.
     call : float
         Overhead of a pass in seconds, regardless of the sizes of its blocks and of messages.
     hiding : float
@@ -130,6 +130,9 @@ class Machine:
     matmul_backward, memory_backward : float or None
         The rates of a backward, which has 5 products for 2 and reads and writes 3 times as much;
         None where they are those of a forward.
+    copy_new : float or None
+        The same into memory that the allocator takes from the system for every array; None where it
+        keeps memory, as on GPUs.
     measured : Measured or None
         The problem it was measured with; None for published or invented figures.
 
@@ -156,6 +159,7 @@ class Machine:
     message_at_once: float = 0.0
     matmul_backward: float | None = None
     memory_backward: float | None = None
+    copy_new: float | None = None
     measured: Measured | None = None
 
     def save(self, path: str | Path) -> None:
@@ -251,7 +255,7 @@ class Machine:
         times = {
             name: getattr(self, name) for name in ("start", "call", "message", "message_at_once")
         }
-        for name in ("matmul_backward", "memory_backward"):
+        for name in ("matmul_backward", "memory_backward", "copy_new"):
             if getattr(self, name) is not None:
                 rates[name] = getattr(self, name)
         fractions = {"hiding": self.hiding}

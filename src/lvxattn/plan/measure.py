@@ -4,7 +4,8 @@
     memory     one query, growing numbers of keys, until a block takes BLOCK
     matmul     growing numbers of queries and keys, until a block takes BLOCK
     hiding     as many queries as make arithmetic and reading equally long
-    copy       growing arrays into new memory, until one takes BLOCK
+    copy       growing arrays into an array, until one takes BLOCK
+    copy_new   the same array into memory that is new to the process
     call       forward and backward on one rank alone, with one query and two keys
     message    the same with all ranks, less the time that the plan says: lv-xattn, and gather
     latency    messages of one byte round a ring
@@ -38,7 +39,9 @@ TURNS, FEWEST_TURNS, LIMIT = 9, 3, 4.0
 """Numbers of turns of every probe, and the seconds that all should take together."""
 LONG = 0.1
 """Seconds of a probe that has the fewest turns, so that the short ones have more."""
-FEWEST_KEYS, MOST_KEYS, MOST_BYTES = 1024, 2**20, 2**26
+FEWEST_KEYS, MOST_KEYS = 1024, 2**20
+FEWEST_BYTES, MOST_BYTES = 2**25, 2**26
+"""Of a copy; glibc takes arrays of 32 MiB and more from the system each time."""
 
 
 class Probe(Protocol):
@@ -70,8 +73,8 @@ class Probe(Protocol):
         Alone, or on all ranks.
         """
 
-    def copy(self, nbytes: int) -> Callable[[], None]:
-        """Return a function that copies `nbytes` bytes into new memory."""
+    def copy(self, nbytes: int, *, new: bool = False) -> Callable[[], None]:
+        """Return a function that copies `nbytes` bytes, into an array or into a new one."""
 
     def shift(
         self, nbytes: int, left: int, right: int, block: tuple[int, int] = (0, 0), times: int = 0
@@ -117,7 +120,8 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
     timer.add("alone", probe.call(alone=True))
     for schedule in ("lv-xattn", "gather"):
         timer.add(schedule, probe.call(alone=False, schedule=schedule))
-    nbytes = timer.grow("copy", probe.copy, 2**22, BLOCK)
+    nbytes = timer.grow("copy", probe.copy, FEWEST_BYTES, BLOCK)
+    timer.add("copy_new", probe.copy(nbytes, new=True))
     inside = _Ring(timer, "inside", members, block)
     between = _Ring(timer, "between", [[ranks[0] for ranks in members]], block)
     timer.take_turns()
@@ -134,6 +138,7 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
         ranks_per_host=max(map(len, members)),
         ranks=comm.size,
         copy=nbytes / max(timer.seconds("copy"), 1e-9),
+        copy_new=nbytes / max(timer.seconds("copy_new"), 1e-9),
         call=max(0.0, timer.seconds("alone") / 2 - start),
         measured=Measured(probe.by, " and ".join(devices), *probe.shape, probe.dtype),
         **rates,

@@ -139,7 +139,8 @@ def _play(layout: Layout, machine: Machine, backward: bool, count: int) -> Playe
                 asleep[to] = now
                 continue
             arrives, busy = mail[to].popleft()
-            now = max(now + busy, arrives) + handling + step.unpacked / machine.copy
+            unpacking = step.unpacked / (machine.copy_new or machine.copy)
+            now = max(now + busy, arrives) + handling + unpacking
         todo[at].popleft()
         heapq.heappush(ready, (now, at))
     last = max(range(count), key=lambda at: clock[at])
@@ -160,7 +161,9 @@ def cost(step: Compute | Fill | Join, layout: Layout, machine: Machine, *, backw
     -------
     float
     """
-    if isinstance(step, Fill | Join):
+    if isinstance(step, Fill):
+        return step.nbytes / (machine.copy_new or machine.copy)
+    if isinstance(step, Join):
         return step.nbytes / machine.copy
     pairs = layout.B * layout.H * step.heads * step.s_q * step.s_kv
     if not pairs:
