@@ -121,7 +121,8 @@ def measure(comm: Communicator, probe: Probe, name: str = "here") -> Machine:
     for schedule in ("lv-xattn", "gather"):
         timer.add(schedule, probe.call(alone=False, schedule=schedule))
     nbytes = timer.grow("copy", probe.copy, FEWEST_BYTES, BLOCK)
-    timer.add("copy_new", probe.copy(nbytes, new=True))
+    # What was freed long ago may have gone back to the machine's host.
+    timer.add("copy_new", probe.copy(nbytes, new=True), warm=True)
     inside = _Ring(timer, "inside", members, block)
     between = _Ring(timer, "between", [[ranks[0] for ranks in members]], block)
     timer.take_turns()
@@ -165,17 +166,23 @@ class _Timer:
     def __init__(self, comm: Communicator, probe: Probe) -> None:
         self.comm, self.probe = comm, probe
         self._work: dict[str, tuple[Callable[[], object], int]] = {}
+        self._warm: set[str] = set()
         self._took: dict[str, float] = {}
         self._mine: dict[str, list[float]] = {}
 
-    def add(self, name: str, work: Callable[[], object]) -> float:
-        """Add a probe, and return about how long it takes the slowest rank."""
+    def add(self, name: str, work: Callable[[], object], *, warm: bool = False) -> float:
+        """Add a probe, and return about how long it takes the slowest rank.
+
+        One that is to be warm does its work once in every turn before it is timed.
+        """
         work()
         took = max(self.comm.allgather(self._once(work, 1)))
         times = min(256, max(1, ceil(BLOCK / max(took, 1e-9))))
         if times > 1:  # what is short is not known from one time
             took = max(self.comm.allgather(self._once(work, times)))
-        self._work[name], self._took[name] = (work, times), took * times
+        self._work[name], self._took[name] = (work, times), took * (times + warm)
+        if warm:
+            self._warm.add(name)
         return took
 
     def grow(
@@ -197,6 +204,8 @@ class _Timer:
         for turn in range(turns):
             for name, (work, times) in self._work.items():
                 if turn < FEWEST_TURNS or name not in long:
+                    if name in self._warm:
+                        work()
                     mine[name].append(self._once(work, times))
         self._mine = {
             name: [max(turn) for turn in zip(*self.comm.allgather(found), strict=True)]
