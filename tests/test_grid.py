@@ -259,6 +259,8 @@ def test_prime_number_of_ranks_takes_an_end() -> None:
         ),
         ({"grid": 4}, "^grid: expected two numbers whose product is P = 4, got 4 "),
         ({"grid": {2: 0, 3: 0}}, r"^grid: expected two .* got \{2: 0, 3: 0\} \(on rank 0 of 4\)"),
+        ({"grid": {4, 1}}, r"^grid: expected two .* got \{[14], [14]\} \(on rank 0 of 4\)"),
+        ({"grid": b"\2\2"}, "^grid: expected two .* got b"),
         ({"grid": "2" * 1000}, "^grid: expected two .* got '2{79} "),
         (
             {"grid": np.ones((2, 2))},

@@ -220,7 +220,7 @@ def grid_of(grid: Any, schedule: str, P: int) -> tuple[int, int] | None:
         a, b = map(index, grid)
     except Exception:
         a = b = 0
-    if a < 1 or a * b != P:
+    if not isinstance(grid, tuple | list) or a < 1 or a * b != P:  # a set has no first
         raise ValueError(f"grid: expected two numbers whose product is P = {P}, got {got}")
     return a, b
 
