@@ -598,6 +598,13 @@ class TestRealRanks:
         assert "the rest was not run" in ended.out
         assert "rank 1 of 3: ValueError: no such thing" in ended.out
 
+    def test_no_group_of_a_failing_function_is_left(self) -> None:
+        ended = launched(forked, 2, holds=True, cases=["gaussian"], dtypes=["float32"])
+        assert ended.status == 0, ended.err
+        calls, left = json.loads(ended.out)["groups"]
+        assert calls > 1
+        assert left == 0
+
     def test_torch_ranks(self) -> None:
         ended = launched(forked, 2, waits=True, cases=FEW, time_limit=0.5)
         assert ended.status == 1

@@ -3,14 +3,16 @@
 usage: check_distributed.py '{"schedule": ..., ...}', options of `check_distributed` by name, for
 our own function with a schedule, or "replicated" queries: that of mpi_impl, or under torchrun of
 torch_impl.  "heads" gives every case so many times its heads, "cases" are instead of the suite's.
-Or {"planted": {"fault": ...}, ...}, in PyTorch without gradients, or {"waits": true, ...}.  Rank 0
-prints a summary.
+Or {"planted": {"fault": ...}, ...}, in PyTorch without gradients, {"waits": true, ...}, or {"holds":
+true, ...}, a function that leaves its groups in circles of references.  Rank 0 prints a summary.
 """
 
+import gc
 import json
 import os
 import re
 import sys
+import weakref
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -116,6 +118,17 @@ def fail_on_rank_1(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
     return q
 
 
+HELD: list[Any] = []
+
+
+def hold_groups(q: Any, k: Any, v: Any, comm: Any, **options: Any) -> Any:
+    """Fail, and leave the group in a circle of references."""
+    HELD.append(weakref.ref(comm))
+    circle = [comm]
+    circle.append(circle)
+    raise ValueError("no such thing")
+
+
 wishes = json.loads(sys.argv[1])
 names, heads = wishes.pop("cases", None), wishes.pop("heads", 1)
 cases = suite_of("quick") if names is None else [case_of(name) for name in names]
@@ -127,6 +140,9 @@ if "planted" in wishes:
         function, wishes["backward"] = in_torch(function), False
 elif wishes.pop("waits", False):
     function = fail_on_rank_1
+elif wishes.pop("holds", False):
+    function = hold_groups
+    gc.disable()
 else:
     schedule = wishes.pop("schedule")
     kind = Schedule if TORCH else ScheduleOverMPI
@@ -144,5 +160,6 @@ if report is not None:
         "worst": report.worst_ratio,
         "seconds": report.seconds,
         "text": str(report),
+        "groups": [len(HELD), sum(held() is not None for held in HELD)],
     }
     sys.stdout.write(json.dumps(summary) + "\n")

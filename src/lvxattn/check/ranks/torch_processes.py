@@ -3,6 +3,7 @@
 The channel is a store of its own, held by rank 0: it answers even if a process group is stuck.
 """
 
+import gc
 import os
 import pickle
 import time
@@ -52,6 +53,10 @@ class TorchProcesses(Processes):
     def close(self) -> None:
         """Destroy the process group too, if this object made it."""
         super().close()
+        # A group that an error's frames or a circle of references hold keeps gloo's threads, which
+        # may abort the process when Python exits.
+        self._error = None
+        gc.collect()
         dist.barrier()  # rank 0 holds the store: no rank may still need it
         if self._ours:
             dist.destroy_process_group()
