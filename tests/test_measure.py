@@ -53,6 +53,7 @@ class FakeProbe:
     dtype: str = "float32"
     slow: float = 1.0
     by: str = "fake"
+    cold: bool = False
 
     @property
     def device_name(self) -> str:
@@ -77,8 +78,15 @@ class FakeProbe:
         return lambda: _pass(took)
 
     def copy(self, nbytes: int, *, new: bool = False) -> Callable[[], None]:
-        new_rate = self.machine.copy_new or self.machine.copy
-        return lambda: _pass(nbytes / (new_rate if new else self.machine.copy))
+        machine = self.machine
+        rate = (machine.copy_new if new else None) or machine.copy
+
+        def copy() -> None:
+            # What was not new to a process just before comes from further away.
+            _pass(nbytes / rate * (10 if new and self.cold else 1))
+            self.cold = not new
+
+        return copy
 
     def shift(
         self, nbytes: int, left: int, right: int, block: tuple[int, int] = (1, 1), times: int = 0
