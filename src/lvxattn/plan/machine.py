@@ -131,8 +131,8 @@ class Machine:
         The rates of a backward, which has 5 products for 2 and reads and writes 3 times as much;
         None where they are those of a forward.
     copy_new : float or None
-        The same into memory that the allocator takes from the system for every array; None where it
-        keeps memory, as on GPUs.
+        Bytes a second at which a rank copies into memory that its allocator takes from the system
+        for every array; None where that is `copy`, as where the allocator keeps memory.
     measured : Measured or None
         The problem it was measured with; None for published or invented figures.
 
