@@ -3,8 +3,9 @@
 usage: check_distributed.py '{"schedule": ..., ...}', options of `check_distributed` by name, for
 our own function with a schedule, or "replicated" queries: that of mpi_impl, or under torchrun of
 torch_impl.  "heads" gives every case so many times its heads, "cases" are instead of the suite's.
-Or {"planted": {"fault": ...}, ...}, in PyTorch without gradients, {"waits": true, ...}, or {"holds":
-true, ...}, a function that leaves its groups in circles of references.  Rank 0 prints a summary.
+Or {"planted": {"fault": ...}, ...}, in PyTorch without gradients, or {"waits": true, ...}, or
+{"holds": true, ...}: a function that leaves its groups in circles of references.  Rank 0 prints a
+summary.
 """
 
 import gc
