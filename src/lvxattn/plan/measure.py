@@ -165,8 +165,7 @@ class _Timer:
 
     def __init__(self, comm: Communicator, probe: Probe) -> None:
         self.comm, self.probe = comm, probe
-        self._work: dict[str, tuple[Callable[[], object], int]] = {}
-        self._warm: set[str] = set()
+        self._work: dict[str, tuple[Callable[[], object], int, bool]] = {}
         self._took: dict[str, float] = {}
         self._mine: dict[str, list[float]] = {}
 
@@ -180,9 +179,7 @@ class _Timer:
         times = min(256, max(1, ceil(BLOCK / max(took, 1e-9))))
         if times > 1:  # what is short is not known from one time
             took = max(self.comm.allgather(self._once(work, times)))
-        self._work[name], self._took[name] = (work, times), took * (times + warm)
-        if warm:
-            self._warm.add(name)
+        self._work[name], self._took[name] = (work, times, warm), took * (times + warm)
         return took
 
     def grow(
@@ -202,9 +199,9 @@ class _Timer:
         turns = min(TURNS, max(FEWEST_TURNS, int(left / max(rest, 1e-9))))
         mine: dict[str, list[float]] = {name: [] for name in self._work}
         for turn in range(turns):
-            for name, (work, times) in self._work.items():
+            for name, (work, times, warm) in self._work.items():
                 if turn < FEWEST_TURNS or name not in long:
-                    if name in self._warm:
+                    if warm:
                         work()
                     mine[name].append(self._once(work, times))
         self._mine = {
